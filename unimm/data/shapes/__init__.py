@@ -1,0 +1,56 @@
+"""A little world of shapes: small enough to learn in an hour, exact enough to judge.
+
+Scenes of one to four objects (six shapes, eight colours, two sizes) on a 64x64 canvas, in the cells of a 3x3 grid.
+`render` draws a scene, `read` finds the objects in a picture, `example` writes prompts with their pictures, answers and
+targets for every task of `TASKS`, and `judge` says whether an output is right. Six (shape, colour) pairs, `HELD_OUT`,
+never occur in the train split, and every example of the test split asks about one of them.
+"""
+
+from unimm.data.shapes.goal import Drawing, Example, Goal, Listing, Saying, Want
+from unimm.data.shapes.judge import judge, meets
+from unimm.data.shapes.reader import UNCLEAR, Seen, read
+from unimm.data.shapes.tasks import SPLITS, TASKS, example, vocabulary_text
+from unimm.data.shapes.world import (
+    COLOURS,
+    HELD_OUT,
+    PALETTE,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    place_of,
+    related,
+    render,
+)
+
+__all__ = [
+    "COLOURS",
+    "HELD_OUT",
+    "PALETTE",
+    "PLACES",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "TASKS",
+    "UNCLEAR",
+    "Drawing",
+    "Example",
+    "Goal",
+    "Listing",
+    "Saying",
+    "Scene",
+    "Seen",
+    "Thing",
+    "Want",
+    "example",
+    "judge",
+    "meets",
+    "place_of",
+    "read",
+    "related",
+    "render",
+    "vocabulary_text",
+]

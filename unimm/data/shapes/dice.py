@@ -1,0 +1,73 @@
+"""Seeded draws that keep to a split."""
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TypeVar
+
+from unimm.data.shapes.world import HELD_OUT, PAIRS, RELATIONS, SIZES, TRAIN_PAIRS, Pair, Scene, Thing
+
+T = TypeVar("T")
+
+
+class Dice:
+    """The draws of one example. Python's generator seeded by a string gives the same draws on every machine."""
+
+    def __init__(self, key: str, *, test: bool) -> None:
+        """Seed by key; test asks for held-out pairs."""
+        self._random = Random(key)
+        self._asked = HELD_OUT if test else TRAIN_PAIRS
+        self._others = PAIRS if test else TRAIN_PAIRS
+
+    def choice(self, items: Sequence[T]) -> T:
+        """One of the items."""
+        return items[self._random.randrange(len(items))]
+
+    def whole(self, low: int, high: int) -> int:
+        """A whole number, both ends included."""
+        return self._random.randrange(low, high + 1)
+
+    def coin(self) -> bool:
+        """True half of the time."""
+        return self._random.randrange(2) == 1
+
+    def mixed(self, items: Sequence[T]) -> list[T]:
+        """The items in random order."""
+        left = list(items)
+        return [left.pop(self._random.randrange(len(left))) for _ in items]
+
+    def asked(self) -> Pair:
+        """The pair an example is about: held out in the test split."""
+        return self.choice(self._asked)
+
+    def other(self, keep: Callable[[Pair], bool], *, asked: bool = False) -> Pair:
+        """A pair that keep allows, of those that may stand in a scene (asked: of those an example may be about)."""
+        return self.choice([pair for pair in (self._asked if asked else self._others) if keep(pair)])
+
+    def pairs(self, n: int) -> list[Pair]:
+        """n different pairs, the first of them asked for."""
+        found = [self.asked()]
+        while len(found) < n:
+            found.append(self.other(lambda pair: pair not in found))
+        return found
+
+    def cells(self, n: int) -> list[int]:
+        """n different cells."""
+        return self.mixed(range(9))[:n]
+
+    def related_cells(self, relation: str) -> tuple[int, int]:
+        """Two cells that stand in the relation; half of the time in one row, or one column, exactly."""
+        low, high = self.choice(((0, 1), (0, 2), (1, 2)))
+        across = self.whole(0, 2)
+        aside = across if self.coin() else (across + self.whole(1, 2)) % 3
+        step, stride = (1, 3) if relation in RELATIONS[:2] else (3, 1)
+        first, second = low * step + across * stride, high * step + aside * stride
+        return (first, second) if relation in ("left of", "above") else (second, first)
+
+    def thing(self, pair: Pair, cell: int, *, size: str | None = None) -> Thing:
+        """A thing of the pair with jitter, and a random size if none is given."""
+        dx, dy = self.whole(-1, 1), self.whole(-1, 1)
+        return Thing(shape=pair[0], colour=pair[1], size=size or self.choice(SIZES), cell=cell, dx=dx, dy=dy)
+
+    def scene(self, pairs: Sequence[Pair]) -> Scene:
+        """The pairs in random cells; things stand in the order of the pairs."""
+        return Scene(things=tuple(self.thing(pair, cell) for pair, cell in zip(pairs, self.cells(len(pairs)), strict=True)))

@@ -1,0 +1,59 @@
+"""What an example is, and what its judge asks of an output."""
+
+from dataclasses import dataclass
+
+from unimm.data.shapes.world import Picture, Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Want:
+    """One object asked for; None leaves an attribute free; at is a centre (x, y) in pixels, place a cell's name."""
+
+    shape: str
+    colour: str
+    size: str | None = None
+    at: tuple[int, int] | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A picture with these objects and no more; relations are (index of a want, relation, index of a want)."""
+
+    wants: tuple[Want, ...]
+    relations: tuple[tuple[int, str, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saying:
+    """One answer, but for case, spaces and a full stop at its end."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The phrases of a caption, in any order."""
+
+    phrases: tuple[str, ...]
+
+
+Goal = Drawing | Saying | Listing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Example:
+    """A prompt with its input pictures, and what should come of it: an answer, or a target picture to draw.
+
+    before and after are the scenes of the input picture and of the target, where there is one.
+    """
+
+    task: str
+    prompt: str
+    goal: Goal
+    images: tuple[Picture, ...] = ()
+    think: str | None = None
+    answer: str | None = None
+    target: Picture | None = None
+    before: Scene | None = None
+    after: Scene | None = None

@@ -1,0 +1,87 @@
+"""Tasks that are drawn after some thought, and facts to know by heart."""
+
+from unimm.data.shapes.dice import Dice
+from unimm.data.shapes.drawing import drawn, wanted
+from unimm.data.shapes.goal import Drawing, Example, Saying
+from unimm.data.shapes.language import (
+    DRAW_LETTER,
+    DRAW_SUM,
+    FACT_COLOUR,
+    FACT_SHAPE,
+    FACT_WHO,
+    FAVOURITES,
+    LETTERS,
+    article,
+    numbered,
+    plural,
+)
+
+# first steps of a sum with a product: the others would leave 0..9
+PRODUCTS = ((2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (4, 2))
+Step = tuple[str, int, int]
+
+
+def math(task: str, dice: Dice) -> Example:
+    """draw 3 - 2 red circles; the task's last letter is the number of operations."""
+    result = dice.whole(1, 4)
+    start, steps = _sum(dice, int(task[-1]), result)
+    shape, colour = dice.asked()
+    words = f"{colour} {shape}"
+    total = " ".join([str(start), *(f"{sign} {operand}" for sign, operand, _ in steps)])
+    prompt = dice.choice(DRAW_SUM).format(sum=total, what=plural(words))
+    befores = [start, *(value for _, _, value in steps)]
+    lines = [f"{left} {sign} {operand} = {value}." for left, (sign, operand, value) in zip(befores, steps, strict=False)]
+    scene = dice.scene([(shape, colour)] * result)
+    think = " ".join([*lines, f"draw {numbered(result, words)}."])
+    return drawn(task, prompt, scene, Drawing(wants=wanted(scene)), think)
+
+
+def _sum(dice: Dice, n: int, result: int) -> tuple[int, list[Step]]:
+    """A start and n steps (sign, operand, value) that end at result, every value in 0..9."""
+    # the last step must change the value, so what comes before it may not be the result yet
+    values = [value for value in range(1, 10) if n > 1 or value != result]
+    start, steps = dice.choice(values), []
+    if n == 3 and dice.whole(0, 2) == 0:
+        start, factor = dice.choice(PRODUCTS)
+        steps.append(("*", factor, start * factor))
+    while len(steps) < n:
+        value = steps[-1][2] if steps else start
+        last = len(steps) == n - 1
+        barred = {value, result} if len(steps) == n - 2 else {value}
+        goal = result if last else dice.choice([v for v in range(10) if v not in barred])
+        steps.append(("+", goal - value, goal) if goal > value else ("-", value - goal, goal))
+    return start, steps
+
+
+def map(task: str, dice: Dice) -> Example:
+    """rule 1: A means a red circle. draw A; the task's last letter is the length of the chain."""
+    level = int(task[-1])
+    letters = dice.mixed(LETTERS)
+    pairs = dice.pairs(3)
+    phrases = [article(f"{colour} {shape}") for shape, colour in pairs]
+    chain = [f"{a} means {b}." for a, b in zip(letters, [*letters[1:level], phrases[0]], strict=False)]
+    rules = chain
+    if level == 3:
+        spare = [f"{a} means {b}." for a, b in zip(letters[level:], phrases[1 : 1 + dice.whole(1, 2)], strict=False)]
+        rules = dice.mixed(chain + spare)
+    told = [f"rule {number}: {rule}" for number, rule in enumerate(rules, start=1)]
+    prompt = " ".join([*told, dice.choice(DRAW_LETTER).format(letter=letters[0])])
+    scene = dice.scene(pairs[:1])
+    think = " ".join([*chain, f"draw {phrases[0]}."])
+    return drawn(task, prompt, scene, Drawing(wants=wanted(scene)), think)
+
+
+def forward(task: str, dice: Dice) -> Example:
+    """which shape does Tom like?; a fact, to which the split does not apply."""
+    name = dice.choice(tuple(FAVOURITES))
+    shape, colour = FAVOURITES[name]
+    wordings, answer = (FACT_SHAPE, shape) if dice.coin() else (FACT_COLOUR, colour)
+    return Example(task=task, prompt=dice.choice(wordings).format(name=name), goal=Saying(text=answer), answer=answer)
+
+
+def inverse(task: str, dice: Dice) -> Example:
+    """who likes the red star?; a fact, to which the split does not apply."""
+    name = dice.choice(tuple(FAVOURITES))
+    shape, colour = FAVOURITES[name]
+    prompt = dice.choice(FACT_WHO).format(what=f"the {colour} {shape}")
+    return Example(task=task, prompt=prompt, goal=Saying(text=name), answer=name)

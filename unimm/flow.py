@@ -1,0 +1,147 @@
+"""Rectified flow: path, time shift, one sampler loop, and what wraps its velocity (guidance, TaylorSeer).
+
+Time 0 is data, 1 is noise; velocity = noise - data. (Liu et al. 2022, arXiv 2209.03003, with the ends named this way.)
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import factorial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Velocity = Callable[[Tensor, float], Tensor]  # (x [N, C] packed, time) -> [N, C]
+Branch = tuple[int, str]  # a sample of the batch, and the context that it is seen under: "main", "text" or "image"
+Features = Callable[[Tensor, float, Sequence[Branch]], list[Tensor]]  # one hidden state a branch, all in one forward
+
+
+def shift_time(times: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): more of the steps near the noise, for larger pictures. arXiv 2403.03206, section 5.3.2."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def knots(steps: int, shift: float) -> Tensor:
+    """The times of `steps` steps from noise to data, [steps + 1] float32 from 1 to 0. Raises ValueError below 1 step."""
+    if steps < 1:
+        raise ValueError(f"got steps {steps}: expected at least 1")
+    if shift <= 0:
+        raise ValueError(f"got shift {shift}: expected a positive number (1 is none)")
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+
+
+def add_noise(x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """The straight path (1 - t) x + t noise, x and noise [N, C], times [N]."""
+    t = times[:, None].to(x.dtype)
+    return (1 - t) * x + t * noise
+
+
+def sample(velocity: Velocity, noise: Tensor, times: Tensor, *, progress: bool = False) -> Tensor:
+    """Euler steps from noise [N, C] at times[0] to data at times[-1]: x -= v(x, t) (t - t')."""
+    x = noise
+    for t, after in tqdm(list(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)), "drawing", disable=not progress, leave=False):
+        x = x - velocity(x, t).to(x.dtype) * (t - after)
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance under two more contexts: without the last text, and without the images.
+
+    text, image: scales; 1 is none. The image's acts only where text > 1, as in the original.
+    interval: guided where low < t <= high, on the shifted time.
+    renorm: "global" and "channel" shrink the result to the length of the plain velocity (of the whole picture, or of
+    each token), "text_channel" shrinks after the text's part only. renorm_min: the least factor; 1 turns it off.
+    """
+
+    text: float = 4.0
+    image: float = 1.5
+    interval: tuple[float, float] = (0.4, 1.0)
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.renorm not in ("global", "channel", "text_channel"):
+            raise ValueError(f"unknown renorm {self.renorm!r}: expected global, channel or text_channel")
+        if not 0 <= self.renorm_min <= 1:
+            raise ValueError(f"got renorm_min {self.renorm_min}: expected 0 to 1")
+
+    def branches(self, time: float) -> tuple[str, ...]:
+        """The contexts needed at a time."""
+        if not (self.interval[0] < time <= self.interval[1] and self.text > 1):
+            return ("main",)
+        return ("main", "text", "image") if self.image > 1 else ("main", "text")
+
+    def combine(self, v: Tensor, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """The guided velocity of one picture, all [L, C]; facts/bagel.md section 4.4 (bagel.py:_forward_flow)."""
+        if text is None:
+            return v
+        u = text + self.text * (v - text)
+        if self.renorm == "text_channel":
+            u = self._shrink(u, v)
+        if image is not None:
+            u = image + self.image * (u - image)
+        return u if self.renorm == "text_channel" else self._shrink(u, v)
+
+    def _shrink(self, u: Tensor, v: Tensor) -> Tensor:
+        dims = (-2, -1) if self.renorm == "global" else (-1,)
+        lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (v, u)]
+        return u * (lengths[0] / (lengths[1] + 1e-8)).clamp(self.renorm_min, 1.0)
+
+
+def guide(features: Features, head: Callable[[Tensor], Tensor], guidance: Sequence[Guidance]) -> Velocity:
+    """A velocity for `sample` from the features of every branch: per sample, its own scales, interval and norm."""
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        branches = [(i, name) for i, g in enumerate(guidance) for name in g.branches(time)]
+        found = {branch: head(h) for branch, h in zip(branches, features(x, time, branches), strict=True)}
+        combined = [g.combine(*(found[i, name] for name in g.branches(time))) for i, g in enumerate(guidance)]
+        return torch.cat(combined)
+
+    return velocity
+
+
+def share(features: Features, canonical: Callable[[Branch], Branch]) -> Features:
+    """Compute branches with equal contexts once: text-to-image then costs two passes under the app's scales, not three."""
+
+    def shared(x: Tensor, time: float, branches: Sequence[Branch]) -> list[Tensor]:
+        unique = list(dict.fromkeys(map(canonical, branches)))
+        found = dict(zip(unique, features(x, time, unique), strict=True))
+        return [found[canonical(branch)] for branch in branches]
+
+    return shared
+
+
+class TaylorSeer:
+    """Skip forwards: extrapolate a branch's features by their finite differences (arXiv 2503.06923, equation 7).
+
+    Each branch counts its own calls: a forward at the first `warm` calls, then at every `every`-th; in between the
+    series F_0 + F_1 d + F_2 d^2 / 2 ..., d calls after the last forward. Make a new one for every picture: it holds
+    the state of one run and nothing else does.
+    """
+
+    def __init__(self, features: Features, *, warm: int = 5, every: int = 3, order: int = 6):
+        self.features, self.warm, self.every, self.order = features, warm, every, order
+        self.calls: dict[Branch, int] = {}
+        self.computed: dict[Branch, int] = {}  # the call of the last forward
+        self.series: dict[Branch, list[Tensor]] = {}
+
+    def __call__(self, x: Tensor, time: float, branches: Sequence[Branch]) -> list[Tensor]:
+        call = {branch: self.calls.get(branch, 0) for branch in branches}
+        due = [b for b in branches if call[b] < self.warm or call[b] - self.computed[b] >= self.every]
+        if due:
+            for branch, fresh in zip(due, self.features(x, time, due), strict=True):
+                self._store(branch, fresh, call[branch])
+        self.calls.update({branch: n + 1 for branch, n in call.items()})
+        return [self._extrapolate(branch, call[branch] - self.computed[branch]) for branch in branches]
+
+    def _store(self, branch: Branch, fresh: Tensor, call: int) -> None:
+        """F_0 = fresh, F_i+1 = (F_i - old F_i) / calls since; orders grow only once the run has settled (call > 3)."""
+        old, series = self.series.get(branch, []), [fresh]
+        for i in range(min(self.order, len(old)) if call > 3 else 0):
+            series.append((series[i] - old[i]) / (call - self.computed[branch]))
+        self.series[branch], self.computed[branch] = series, call
+
+    def _extrapolate(self, branch: Branch, distance: int) -> Tensor:
+        terms = [f * (distance**i / factorial(i)) for i, f in enumerate(self.series[branch])]
+        return torch.stack(terms).sum(0) if distance else self.series[branch][0]

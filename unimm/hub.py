@@ -1,0 +1,39 @@
+"""A model's name to a local folder: bundled with the package, a path, or a hub id."""
+import difflib
+from pathlib import Path
+
+NANO = Path(__file__).parent / "nano"
+
+
+def bundled() -> list[str]:
+    """The names of the models that ship inside the package."""
+    return sorted(path.name for path in NANO.iterdir() if (path / "config.json").exists()) if NANO.exists() else []
+
+
+def resolve(name: str | Path, *, revision: str | None = None, known: tuple[str, ...] = ()) -> Path:
+    """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`).
+
+    Raises ValueError for a name that is none of them, with the nearest of `known` and the bundled ones.
+    """
+    if str(name) in bundled():
+        return NANO / str(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return _download(str(name), revision)
+    names = (*bundled(), *known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
+    raise ValueError(f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # costs half a second to import, and only hub ids need it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "merges.txt"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder") from error

@@ -1,0 +1,135 @@
+"""The transformer decoder of every family: streams that project apart and attend together.
+
+One stream is a Llama or Qwen2 block. Two are BAGEL's Mixture-of-Transformers (arXiv 2505.14683, section 2.1): each
+token belongs to one expert, whose weights alone it meets, and all tokens attend together.
+
+Axes: N packed tokens, n tokens of one stream, D model, H query heads, G key/value heads, K head.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from unimm.models.layers import RMSNorm, SwiGLU, apply_rope, rope
+
+Parts = dict[str, Tensor]  # stream -> its tokens
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_dim: int
+    vocab: int
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    act: str
+    qkv_bias: bool
+    qk_norm: bool
+    streams: tuple[str, ...]  # who owns weights in a block
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"dim {self.dim} must be a multiple of n_heads {self.n_heads}, and that of n_kv_heads {self.n_kv_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+class Route:
+    """Which rows of a pack belong to which stream; from pack order to stream order and back."""
+
+    def __init__(self, rows: Parts):
+        self.rows = {name: at for name, at in rows.items() if len(at)}
+        self.sizes = [len(at) for at in self.rows.values()]
+        self.order = torch.cat(list(self.rows.values())).argsort()
+
+    def split(self, x: Tensor) -> Parts:
+        """x [N, ...] -> {stream: [n, ...]}."""
+        if len(self.rows) == 1:
+            return {name: x for name in self.rows}
+        return {name: x.index_select(0, at) for name, at in self.rows.items()}
+
+    def join(self, parts: Parts) -> Tensor:
+        """{stream: [n, ...]} -> [N, ...]."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        return torch.cat([parts[name] for name in self.rows]).index_select(0, self.order)
+
+
+class Stream(nn.Module):
+    """What one kind of token owns in a block: its way into attention and its way out."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.q = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.k = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.v = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.o = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, cfg.act)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, D] -> q [n, H, K], k and v [n, G, K], before the rotary turn."""
+        h = self.attn_norm(x)
+        q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream x [n, D] and attention's output y [n, H, K] -> [n, D]."""
+        x = x + self.o(rearrange(y, "n h k -> n (h k)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Block(nn.Module):
+    """Streams project apart and attend together; with one stream, a plain decoder block."""
+
+    def __init__(self, cfg: DecoderConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.streams = nn.ModuleDict({name: Stream(cfg) for name in cfg.streams})
+
+    def forward(self, x: Parts, angles: Tensor, route: Route, attend: Attend) -> Parts:
+        """x {stream: [n, D]}, angles [2, N, K/2] in pack order -> {stream: [n, D]}."""
+        entered = {name: self.streams[name].enter(part) for name, part in x.items()}
+        q, k, v = (route.join({name: qkv[i] for name, qkv in entered.items()}) for i in range(3))
+        y = route.split(attend(self.layer, apply_rope(q, angles), apply_rope(k, angles), v))
+        return {name: self.streams[name].leave(part, y[name]) for name, part in x.items()}
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, a final norm for each stream, and the language head."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.norms = nn.ModuleDict({name: RMSNorm(cfg.dim, cfg.norm_eps) for name in cfg.streams})
+        self.head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, rows: Parts, attend: Attend) -> Parts:
+        """x [N, D], positions [N], rows {stream: [n]} -> {stream: [n, D]}, before the final norms."""
+        angles = rope(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        route = Route(rows)
+        parts = route.split(x)
+        for block in self.blocks:
+            parts = block(parts, angles, route, attend)
+        return parts
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states of the first stream [n, D] -> [n, V]."""
+        return self.head(self.norms[self.cfg.streams[0]](x))

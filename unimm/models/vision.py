@@ -1,0 +1,68 @@
+"""NaViT: a SigLIP2 vision transformer over images of any size, packed.
+
+Axes: N packed patches, D model, H heads, K head, p patch.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from unimm.kernels import Block as Span
+from unimm.kernels import Mask, attention
+from unimm.models.layers import MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    dim: int
+    n_layers: int
+    n_heads: int
+    mlp_dim: int
+    patch: int
+    side: int  # the table of positions is a grid of side * side
+    channels: int
+    norm_eps: float
+    act: str
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"vision dim {self.dim} must be a multiple of its heads {self.n_heads}")
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention inside each image, then the feed-forward."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.head_dim = cfg.dim // cfg.n_heads
+        self.attn_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
+        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.mlp_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = MLP(cfg.dim, cfg.mlp_dim, cfg.dim, cfg.act)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """x [N, D] -> [N, D]."""
+        h = self.attn_norm(x)
+        q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
+        x = x + self.o(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class NaViT(nn.Module):
+    """Patches and their places in the table of positions -> features; images in a pack do not see each other."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.patch = nn.Linear(cfg.channels * cfg.patch**2, cfg.dim)
+        self.positions = nn.Embedding(cfg.side**2, cfg.dim)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(self, patches: Tensor, places: Tensor, lengths: Sequence[int]) -> Tensor:
+        """patches [N, p*p*3] ordered (row in patch, column in patch, channel), places [N], patches an image -> [N, D]."""
+        mask = Mask([[Span(n, full=True)] for n in lengths], device=patches.device)
+        x = self.patch(patches) + self.positions(places)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)

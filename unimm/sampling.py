@@ -1,0 +1,129 @@
+"""Contexts and their key/value cache; choosing the next token.
+
+Axes: B contexts, M cached rows, G key/value heads, K head, V vocabulary.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unimm.kernels import Mask, attention
+from unimm.sequence import Past
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What was said so far, as a value: extending one makes another, and both share the prefix.
+
+    chunks: keys (normed and turned) and values of each extension, [layers, 2, n, G, K]. clock: the next rotary position.
+    """
+
+    chunks: tuple[Tensor, ...] = ()
+    clock: int = 0
+
+    @property
+    def length(self) -> int:
+        """Rows held."""
+        return sum(chunk.shape[2] for chunk in self.chunks)
+
+    def fork(self) -> "Context":
+        """A second name for the same past, to be extended on its own; copies no tensor."""
+        return replace(self)
+
+    def extended(self, chunk: Tensor, clock: int) -> "Context":
+        """This context and one more chunk."""
+        return Context((*self.chunks, chunk), clock)
+
+
+class Cache:
+    """Keys and values of several contexts in one buffer, each with room for more rows behind it.
+
+    The buffer is allocated once; a forward writes its rows into the room and attends over [past; room]. Denoising
+    overwrites the same room at every step, decoding moves on by a row.
+    """
+
+    def __init__(self, contexts: Sequence[Context], room: Sequence[int], *, empty: Tensor):
+        self.contexts = tuple(contexts)
+        ends = torch.tensor([c.length + n for c, n in zip(contexts, room, strict=True)]).cumsum(0).tolist()
+        self.starts = [0, *ends[:-1]]
+        layers, two, _, heads, head_dim = empty.shape
+        # zeros, not garbage: a padded call reads rows that nobody wrote, and 0 * nan is nan
+        self.buffer = empty.new_zeros(layers, two, ends[-1], heads, head_dim)
+        for start, context in zip(self.starts, contexts, strict=True):
+            if context.chunks:
+                self.buffer[:, :, start : start + context.length] = torch.cat(context.chunks, 2)
+
+    def past(self, i: int, *, behind: int = 0) -> Past:
+        """What context i's next rows come after; `behind` rows of its room are filled already."""
+        context = self.contexts[i]
+        return Past(length=context.length + behind, clock=context.clock + behind, start=self.starts[i])
+
+    def attend(self, past: Sequence[Past], mask: Mask) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """An attention for one forward: writes each sample's new keys and values behind its past, then attends."""
+        rows = [p.length + (p.start or 0) + torch.arange(n) for p, n in zip(past, mask.queries, strict=True)]
+        at = torch.cat(rows).to(self.buffer.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.buffer[layer]
+            keys.index_copy_(0, at, k.to(keys.dtype))
+            values.index_copy_(0, at, v.to(values.dtype))
+            return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
+
+        return attend
+
+    def chunk(self, i: int, n: int) -> Tensor:
+        """The first n rows of context i's room, copied out: [layers, 2, n, G, K]."""
+        start = self.starts[i] + self.contexts[i].length
+        return self.buffer[:, :, start : start + n].clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling:
+    """How text is chosen. temperature 0 is greedy; top_p keeps the likeliest ids up to that mass (arXiv 1904.09751).
+
+    max_tokens counts new ids; `stop` strings end the text and are not part of it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
+        if self.max_tokens < 1:
+            raise ValueError(f"got max_tokens {self.max_tokens}: expected at least 1")
+
+
+def next_ids(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """One id a row of logits [B, V]; each row draws from its own generator, so a row does not depend on its neighbours."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    p = (logits.float().cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
+
+
+def decode(
+    step: Callable[[list[int], int], Tensor], first: list[int], *, end: int, sampling: TextSampling, seeds: Sequence[int]
+) -> Iterator[list[int | None]]:
+    """Feed ids, choose the next, until every row has chosen `end` or max_tokens are out; yields one id a row, or None.
+
+    step(ids [B], n) -> logits [B, V] after feeding the n-th id of every row. A row that has ended yields None; the
+    caller may stop early by closing the iterator.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    ids, done = first, [False] * len(first)
+    for n in range(sampling.max_tokens):
+        ids = next_ids(step(ids, n), sampling, generators)
+        done = [was or chosen == end for was, chosen in zip(done, ids, strict=True)]
+        if all(done):
+            return
+        yield [None if over else chosen for over, chosen in zip(done, ids, strict=True)]

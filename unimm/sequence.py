@@ -1,0 +1,224 @@
+"""The one description of an interleaved sequence: segments, the items that fill them, and packs of many samples.
+
+Masks, positions, expert choice and losses all come from the segment table; there is no second description.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unimm.kernels import Block, Mask
+
+IGNORE = -100  # a label without loss; torch.nn.functional.cross_entropy's own default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive rows of one sample.
+
+    The mask rule, once, for training, prefill and denoising: a row sees another of its sample when that one's
+    segment is visible or is its own, and it stands before, or both stand in one full segment.
+
+    `advance` is how far the rotary clock moves past the segment. Rows of a causal segment count up from the clock,
+    rows of a full one share it. A `joined` segment is one block with the segment before it: frames of one video see
+    each other, each at its own clock. Length 0 is a dropped condition that still moves the clock.
+    """
+
+    length: int
+    attend: Literal["causal", "full"]
+    visible: bool = True
+    advance: int
+    joined: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A segment and what fills it: token ids alone (text), or two marker ids around an image's tokens."""
+
+    kind: Literal["text", "look", "draw"]  # a text, an image looked at (ViT), an image drawn or drawn before (latents)
+    segment: Segment
+    ids: Tensor  # [n] text, or [2] the markers around the tokens
+    labels: Tensor  # [n] or [2], the id that each row must predict, or IGNORE
+    tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean
+    places: Tensor | None = None  # [n], where each token lies in its table of positions
+    time: float = 0.0  # draw: 0 is data, 1 is noise
+    noised: bool = False  # draw: a target, its tokens carry the flow loss
+
+
+def text_item(ids: Sequence[int], *, labels: Sequence[int] | None = None) -> Item:
+    """A text of n token ids, markers included; causal, and the clock moves by n."""
+    n = len(ids)
+    return Item(
+        kind="text",
+        segment=Segment(length=n, attend="causal", advance=n),
+        ids=torch.tensor(ids, dtype=torch.long),
+        labels=torch.full((n,), IGNORE) if labels is None else torch.tensor(labels, dtype=torch.long),
+    )
+
+
+def image_item(
+    kind: Literal["look", "draw"],
+    tokens: Tensor,
+    places: Tensor,
+    *,
+    markers: tuple[int, int],
+    time: float = 0.0,
+    noised: bool = False,
+    frame: tuple[int, bool] | None = None,
+    end_label: int = IGNORE,
+) -> Item:
+    """An image of n tokens between its two markers; full, all rows at one clock, which moves by 1 (noised: by 0).
+
+    A noised image is invisible to all that follows. Frames of a video are the exception, `frame` = (clock steps to
+    the next frame, whether it joins the frame before): later items see them, noised as they are.
+    """
+    advance, joined = frame if frame else (0 if noised else 1, False)
+    visible = frame is not None or not noised
+    return Item(
+        kind=kind,
+        segment=Segment(length=len(tokens) + 2, attend="full", visible=visible, advance=advance, joined=joined),
+        ids=torch.tensor(markers, dtype=torch.long),
+        labels=torch.tensor((IGNORE, end_label)),
+        tokens=tokens,
+        places=places,
+        time=time,
+        noised=noised,
+    )
+
+
+def gap_item(advance: int) -> Item:
+    """No rows, but the clock moves: what is left of a dropped image."""
+    none = torch.zeros(0, dtype=torch.long)
+    return Item(kind="text", segment=Segment(length=0, attend="full", advance=advance), ids=none, labels=none)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a sample already holds in a cache: rows, the rotary clock after them, where its buffer begins."""
+
+    length: int = 0
+    clock: int = 0
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of packed samples lie, at which rotary position, and who sees whom."""
+
+    starts: tuple[tuple[int, ...], ...]  # first row of each segment, by sample
+    lengths: tuple[int, ...]  # rows a sample
+    clocks: tuple[int, ...]  # the rotary clock after each sample
+    positions: Tensor  # [N]
+    mask: Mask
+
+
+def lay_out(samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Layout:
+    """Pack samples end to end. `past` says what each sample's rows come after; nothing unless given.
+
+    Worked rows, one sample: text of 3, clean image of 2 tokens and markers, noised image of 1 token and markers
+
+        row       0  1  2 | 3  4  5  6 | 7  8  9
+        position  0  1  2 | 3  3  3  3 | 4  4  4      the clock then stands at 4: a noised image does not move it
+    """
+    past = past or [Past()] * len(samples)
+    row, starts, clocks, positions, blocks = 0, [], [], [], []
+    for segments, before in zip(samples, past, strict=True):
+        clock, sample_starts = before.clock, []
+        for segment in segments:
+            sample_starts.append(row)
+            steps = torch.arange(segment.length) if segment.attend == "causal" else torch.zeros(segment.length, dtype=torch.long)
+            positions.append(clock + steps)
+            row, clock = row + segment.length, clock + segment.advance
+        starts.append(tuple(sample_starts))
+        clocks.append(clock)
+        blocks.append([Block(before.length, full=True), *_blocks(segments)])
+    lengths = tuple(sum(segment.length for segment in segments) for segments in samples)
+    key_starts = None if past[0].start is None else [p.start or 0 for p in past]
+    mask = Mask(blocks, queries=lengths, key_starts=key_starts, device=device)
+    return Layout(tuple(starts), lengths, tuple(clocks), torch.cat(positions).to(device), mask)
+
+
+def _blocks(segments: Sequence[Segment]) -> list[Block]:
+    blocks: list[Block] = []
+    for segment in segments:
+        if segment.joined:
+            blocks[-1] = Block(blocks[-1].length + segment.length, full=True, visible=segment.visible)
+        else:
+            blocks.append(Block(segment.length, full=segment.attend == "full", visible=segment.visible))
+    return blocks
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The image tokens of a pack: contents [n, F], their rows in the pack, places in the table, tokens an image."""
+
+    content: Tensor
+    rows: Tensor
+    places: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples of items, laid end to end, ready for one forward."""
+
+    layout: Layout
+    ids: Tensor  # [n] text and marker ids
+    id_rows: Tensor  # [n]
+    labels: Tensor  # [n]
+    turn_lengths: Tensor  # [n] labels in the same turn, for reweighting
+    look: Tokens | None
+    draw: Tokens | None
+    times: Tensor = field(repr=False)  # [draw tokens] float32
+    noised: Tensor = field(repr=False)  # [draw tokens] bool: which carry the flow loss
+
+    @cached_property
+    def streams(self) -> dict[str, Tensor]:
+        """Hard routing by token kind: latent tokens are the generation expert's, all others the understanding one's."""
+        parts = [self.id_rows, *([self.look.rows] if self.look else [])]
+        rows = {"und": torch.cat(parts).sort().values}
+        return rows | ({"gen": self.draw.rows} if self.draw else {})
+
+    @property
+    def length(self) -> int:
+        return len(self.layout.positions)
+
+
+def pack(samples: Sequence[Sequence[Item]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Pack:
+    """Lay samples of items end to end; `past` as in `lay_out`."""
+    layout = lay_out([[item.segment for item in items] for items in samples], past, device=device)
+    placed = [(item, row) for items, rows in zip(samples, layout.starts, strict=True) for item, row in zip(items, rows, strict=True)]
+    id_rows = [row + (torch.arange(len(i.ids)) if i.tokens is None else torch.tensor([0, len(i.tokens) + 1])) for i, row in placed]
+    draws = [item for item, _ in placed if item.kind == "draw" and item.tokens is not None]
+    labels = [item.labels for item, _ in placed]
+    return Pack(
+        layout=layout,
+        ids=torch.cat([item.ids for item, _ in placed]).to(device),
+        id_rows=torch.cat(id_rows).to(device),
+        labels=torch.cat(labels).to(device),
+        turn_lengths=torch.cat([(one != IGNORE).sum().expand(len(one)) for one in labels]).to(device),
+        look=_tokens("look", placed, device),
+        draw=_tokens("draw", placed, device),
+        times=_each_token(draws, [i.time for i in draws], torch.float32).to(device),
+        noised=_each_token(draws, [i.noised for i in draws], torch.bool).to(device),
+    )
+
+
+def _tokens(kind: str, placed: list[tuple[Item, int]], device: torch.device | str) -> Tokens | None:
+    content, rows, places = [], [], []
+    for item, row in placed:
+        if item.kind == kind and item.tokens is not None and item.places is not None:
+            content.append(item.tokens)
+            rows.append(row + 1 + torch.arange(len(item.tokens)))
+            places.append(item.places)
+    if not content:
+        return None
+    return Tokens(*(torch.cat(t).to(device) for t in (content, rows, places)), tuple(map(len, content)))  # type: ignore[arg-type]
+
+
+def _each_token(items: list[Item], values: list, dtype: torch.dtype) -> Tensor:
+    lengths = torch.tensor([len(item.tokens) for item in items if item.tokens is not None], dtype=torch.long)
+    return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)

@@ -1,0 +1,114 @@
+"""Pictures to pixels: opening, resizing by the released rule, patches and their places; and back to pictures."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
+
+
+def open_image(image: Image.Image | str | Path) -> Image.Image:
+    """An RGB picture from a picture or a path: transparency on white, 16 bits to 8.
+
+    Raises ValueError for a missing, broken or unknown file and for more than MAX_PIXELS pixels.
+    """
+    if isinstance(image, str | Path):
+        try:
+            image = Image.open(image)
+        except FileNotFoundError:
+            raise ValueError(f"no image at {image}: expected a path to a file, or a PIL image") from None
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            raise ValueError(f"cannot read {image} as an image: {error}") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"got an image of type {type(image).__name__}: expected a PIL image or a path")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"got an image of {image.width}x{image.height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"the image is broken or cut short: {error}") from error
+    return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """The released resize: sides between `shortest` and `longest` where both fit, multiples of `stride`, few pixels."""
+
+    longest: int
+    shortest: int
+    stride: int
+    max_pixels: int = 14 * 14 * 9 * 1024
+
+    def size(self, width: int, height: int, *, images: int = 1) -> tuple[int, int]:
+        """(width, height) after the resize, for one of `images` pictures that share max_pixels.
+
+        facts/bagel.md section 3 (data/transforms.py:MaxLongEdgeMinShortEdgeResize): rounds twice, to even, and
+        shrinks by the ratio of pixels where its root is meant; both kept, since the models were trained with them.
+        """
+        scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
+        w, h = self._scaled(width, height, scale)
+        if w * h > self.max_pixels / images:
+            w, h = self._scaled(w, h, self.max_pixels / images / (w * h))
+        if max(w, h) > self.longest:
+            w, h = self._scaled(w, h, self.longest / max(w, h))
+        return w, h
+
+    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        w, h = (max(self.stride, self.stride * round(round(side * scale) / self.stride)) for side in (width, height))
+        return w, h
+
+    def __call__(self, image: Image.Image, *, images: int = 1) -> Image.Image:
+        """The resized picture (PIL's bicubic, with its antialias)."""
+        return image.resize(self.size(image.width, image.height, images=images), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as [3, h, w] float32 in [-1, 1]."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, h, w] in [-1, 1] as a picture; values are clamped and cut, not rounded, to 8 bits, as the originals do."""
+    values = ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[C, h, w] -> [n, p*p*C]: patches in raster order, features ordered (row in patch, column in patch, channel)."""
+    return rearrange(x, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(x: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse: [n, p*p*C] -> [C, h, w], `height` patches high."""
+    return rearrange(x, "(h w) (p q c) -> c (h p) (w q)", h=height, p=patch, q=patch)
+
+
+def places(height: int, width: int, side: int, *, interpolate: bool = False) -> Tensor:
+    """Where a grid of height x width patches lies in a table of side x side, [n] in raster order.
+
+    The top-left corner of the table, or (`interpolate`) the whole table's nearest buckets. Raises ValueError for a grid
+    that the table cannot hold: the original's row * side + column would run into the next row unseen.
+    """
+    if not interpolate and max(height, width) > side:
+        raise ValueError(f"got {height}x{width} patches: the position table holds at most {side}x{side}; use a smaller image")
+    if interpolate:
+        edges = torch.arange(1 / side, 1.0, 1 / side)
+        row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (height, width))
+    else:
+        row, column = torch.arange(height), torch.arange(width)
+    return (row[:, None] * side + column).flatten()

@@ -1,0 +1,274 @@
+"""The FLUX autoencoder: pictures to a grid of continuous latents and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+N_GROUPS = 32  # GroupNorm groups, fixed in every release
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Numbers of the autoencoder; the defaults are FLUX.1's.
+
+    Pixels lie in [-1, 1]; a latent is `scale * (z - shift)`, which makes its mean 0 and its deviation about 1.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    n_blocks: int = 2
+    latent_channels: int = 16
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+    def __post_init__(self) -> None:
+        counts = (self.in_channels, self.out_channels, self.n_blocks, self.latent_channels, *self.multipliers)
+        if not self.multipliers or min(counts) < 1:
+            raise ValueError(f"got {self}, expected positive counts and one multiplier per level: correct the config")
+        for width in (self.width * multiplier for multiplier in self.multipliers):
+            if width < N_GROUPS or width % N_GROUPS:
+                raise ValueError(
+                    f"got a level of width {width}, expected a multiple of {N_GROUPS} (the groups of the norm): "
+                    f"change ch or ch_mult"
+                )
+        if not self.scale > 0:
+            raise ValueError(f"got scale_factor {self.scale}, expected a positive number: 1 leaves latents as they are")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every level, finest first."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any]) -> VAEConfig:
+        """Read `vae_config` of a released config.json: FLUX.1's number for a missing key, other keys ignored."""
+        fields: dict[str, Any] = {ours: files[theirs] for ours, theirs in NAMES.items() if theirs in files}
+        if "multipliers" in fields:
+            fields["multipliers"] = tuple(fields["multipliers"])
+        config = cls(**fields)
+        if files.get("downsample", config.stride) != config.stride:
+            raise ValueError(
+                f"got downsample {files['downsample']}, expected {config.stride} from the {len(config.multipliers)} "
+                f"levels of ch_mult {list(config.multipliers)}: correct one of the two"
+            )
+        return config
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()}
+        return files | {"ch_mult": list(self.multipliers), "downsample": self.stride}
+
+
+# our field -> the key of the released config
+NAMES = {
+    "in_channels": "in_channels",
+    "out_channels": "out_ch",
+    "width": "ch",
+    "multipliers": "ch_mult",
+    "n_blocks": "num_res_blocks",
+    "latent_channels": "z_channels",
+    "scale": "scale_factor",
+    "shift": "shift_factor",
+}
+
+
+def norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(N_GROUPS, width, eps=EPS)
+
+
+class Block(nn.Module):
+    """Residual block: twice norm, swish, 3x3 convolution."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1 = norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = norm(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        if width_in != width_out:
+            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+        self.changes_width = width_in != width_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C', h, w]"""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return (self.nin_shortcut(x) if self.changes_width else x) + y
+
+
+class Attention(nn.Module):
+    """Every place of the grid attends to every other, with one head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w]"""
+        y = self.norm(x)
+        q, k, v = (rearrange(part(y), "B C h w -> B 1 (h w) C") for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(y, "B 1 (h w) C -> B C h w", h=x.shape[2]))
+
+
+class Middle(nn.Module):
+    """Block, attention, block, at the coarsest level."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block_1 = Block(width, width)
+        self.attn_1 = Attention(width)
+        self.block_2 = Block(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C, h/2, w/2]"""
+        # released weights expect the padding on the right and the bottom only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C, 2h, 2w]"""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Down(nn.Module):
+    """One level of the encoder: blocks, then half the size (but for the last level)."""
+
+    def __init__(self, width_in: int, width_out: int, *, n_blocks: int, last: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Block(width_out if i else width_in, width_out) for i in range(n_blocks))
+        self.last = last
+        if not last:
+            self.downsample = Downsample(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.last else self.downsample(x)
+
+
+class Up(nn.Module):
+    """One level of the decoder: blocks, then twice the size (but for the last level)."""
+
+    def __init__(self, width_in: int, width_out: int, *, n_blocks: int, last: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Block(width_out if i else width_in, width_out) for i in range(n_blocks))
+        self.last = last
+        if not last:
+            self.upsample = Upsample(width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.last else self.upsample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.in_channels, config.width, 3, padding=1)
+        self.down = nn.ModuleList(
+            Down(width_in, width_out, n_blocks=config.n_blocks, last=level == len(widths) - 1)
+            for level, (width_in, width_out) in enumerate(zip((config.width, *widths[:-1]), widths, strict=True))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] -> mean and log variance, stacked [B, 2 C, h, w]"""
+        x = self.conv_in(image)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror, with one block more a level. Levels are numbered as the encoder's: `up.0` is the finest."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Up(width_in, width_out, n_blocks=config.n_blocks + 1, last=level == 0)
+            for level, (width_in, width_out) in enumerate(zip((*widths[1:], widths[-1]), widths, strict=True))
+        )
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, C, h, w] -> image [B, 3, H, W]"""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Encoder and decoder; parameters carry the names of the released ae.safetensors."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B, 3, H, W] in [-1, 1] -> mean, log variance of the posterior, each [B, C, h, w], before scaling."""
+        stride, channels = self.config.stride, self.config.in_channels
+        if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
+            raise ValueError(
+                f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
+                f"multiples of {stride}: resize or crop it first"
+            )
+        mean, logvar = rearrange(self.encoder(image), "B (two C) h w -> two B C h w", two=2)
+        return mean, logvar
+
+    def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w]: the mean, or a sample if given noise [B, C, h, w]."""
+        mean, logvar = self.moments(image)
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return self.config.scale * (z - self.config.shift)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent [B, C, h, w] -> image [B, 3, H, W], about [-1, 1] and not clamped."""
+        channels = self.config.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
+        return self.decoder(latent / self.config.scale + self.config.shift)

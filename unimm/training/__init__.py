@@ -1,0 +1,1 @@
+"""Training: a recipe, an objective, one loop."""

@@ -1,0 +1,162 @@
+"""The contract of every family: loading, saving, and the verbs; what they return."""
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import nn
+from typing_extensions import Self
+
+from unimm import checkpoint, hub
+from unimm.checkpoint import Table
+
+T = TypeVar("T")
+Picture = Image.Image | str | Path
+
+
+class TextTokenizer(Protocol):
+    """What a model needs of its tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, markers left out."""
+
+    def id(self, token: str) -> int | None:
+        """The id of a special token by its string, or None."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that it was read from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A released checkpoint: where it lies, under which licence, how large it is, what it can do."""
+
+    family: str
+    hub: str | None  # None: bundled with the package
+    licence: str
+    parameters: int
+    verbs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made: one picture a prompt, and the reasoning that led to it in think mode."""
+
+    images: list[Image.Image]
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def text(self) -> str:
+        """The first reasoning text; empty without think mode."""
+        return self.texts[0] if self.texts else ""
+
+
+class UnifiedModel(nn.Module, ABC):
+    """One model that understands pictures and draws them."""
+
+    RELEASES: ClassVar[dict[str, Release]]
+    tokenizer: TextTokenizer | None
+
+    @classmethod
+    @abstractmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The model that a folder's config describes, with its tokenizer, on the current default device, without weights."""
+
+    @abstractmethod
+    def weights(self) -> dict[tuple[str, ...], Table]:
+        """The key table of each file of weights; a file may go by several names, the first is the one written."""
+
+    @abstractmethod
+    def save_config(self, folder: Path) -> None:
+        """Write the released config files."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        """Load a bundled name, a folder or a hub id, strictly, in evaluation mode.
+
+        dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. Raises ValueError for an unknown
+        name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
+        """
+        folder = hub.resolve(name, revision=revision, known=tuple(cls.RELEASES))
+        with torch.device("meta"):
+            model = cls.from_folder(folder)
+        for names, table in model.weights().items():
+            paths = checkpoint.weight_files(folder, names)
+            wide = all(target.startswith("vae.") for target in table.values())
+            kind = torch.float32 if wide else parse_dtype(dtype)
+            checkpoint.load_into(model, paths, table, prefix="bagel.", dtype=kind, device=torch.device(device))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
+        """Write the released layout: config, weights, tokenizer; beside first, then renamed into place.
+
+        dtype: what the weights are cast to; unless given, they are written as they are.
+        """
+        with checkpoint.written_beside(Path(folder)) as partial:
+            self.save_config(partial)
+            for names, table in self.weights().items():
+                state = checkpoint.released_state(self, table)
+                if dtype is not None:
+                    state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
+                checkpoint.save_state(state, partial / names[0])
+            if self.tokenizer is not None:
+                self.tokenizer.save(partial)
+
+    @abstractmethod
+    def generate(self, prompt: str | Sequence[str]) -> Generation:
+        """Draw a picture for each prompt; the families name their options."""
+
+    @abstractmethod
+    def understand(self, images: Picture | Sequence, question: str | Sequence[str]) -> str | list[str] | Iterator[str]:
+        """Answer a question about pictures."""
+
+    @abstractmethod
+    def interleave(self, items: Sequence[str | Picture]) -> Iterator[str | Image.Image]:
+        """Go on with a dialogue of texts and pictures, in texts and pictures."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating dtype from itself or its name. Raises ValueError for another."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"got dtype {dtype!r}: expected float32, bfloat16 or float16")
+    return found
+
+
+def each(value: T | Sequence[T], n: int, what: str) -> list[T]:
+    """One value a sample: a sequence of n, or one value for all. Raises ValueError for another length."""
+    values = [value] * n if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    if len(values) != n:
+        raise ValueError(f"got {len(values)} {what} for {n} prompts: give one, or one for each")
+    return values
+
+
+def seeds(seed: int | Sequence[int], n: int) -> list[int]:
+    """A seed a sample; from one number, that number and the ones after it. Raises ValueError for a negative one."""
+    found = [seed + i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
+    if any(s < 0 for s in found):
+        raise ValueError(f"got seed {min(found)}: expected 0 or more")
+    return found
