@@ -127,3 +127,40 @@ def decode(
         if all(done):
             return
         yield [None if over else chosen for over, chosen in zip(done, ids, strict=True)]
+
+
+class TextStream:
+    """Ids as they come, for several rows, to texts: whole, or piece by piece; cut at the first stop string."""
+
+    def __init__(self, steps: Iterator[list[int | None]], decode: Callable[[list[int]], str], rows: int, stop: tuple[str, ...]):
+        self.steps, self.decode, self.rows, self.stop = steps, decode, rows, stop
+
+    def texts(self) -> list[str]:
+        """The text of every row."""
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for step in self.steps:
+            for row, one in zip(ids, step, strict=True):
+                row += [] if one is None else [one]
+            if self.stop and all(self._cut(text) != text for text in map(self.decode, ids)):
+                break
+        return [self._cut(self.decode(row)) for row in ids]
+
+    def pieces(self) -> Iterator[str]:
+        """The text of a single row as it grows; what may still change (half a character, half a stop string) is held back."""
+        ids: list[int] = []
+        given, text = 0, ""
+        held = max((len(s) for s in self.stop), default=0)
+        for (one,) in self.steps:
+            ids += [] if one is None else [one]
+            text = self.decode(ids)
+            if self._cut(text) != text:
+                break
+            safe = len(text) - held
+            if safe > given and not text.endswith("\ufffd"):
+                yield text[given:safe]
+                given = safe
+        if rest := self._cut(text)[given:]:
+            yield rest
+
+    def _cut(self, text: str) -> str:
+        return text[: min((text.index(s) for s in self.stop if s in text), default=len(text))]

@@ -3,7 +3,7 @@
 Masks, positions, expert choice and losses all come from the segment table; there is no second description.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -114,6 +114,10 @@ class Layout:
     positions: Tensor  # [N]
     mask: Mask
 
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same layout on a device."""
+        return replace(self, positions=self.positions.to(device), mask=self.mask.to(device))
+
 
 def lay_out(samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Layout:
     """Pack samples end to end. `past` says what each sample's rows come after; nothing unless given.
@@ -160,6 +164,10 @@ class Tokens:
     places: Tensor
     lengths: tuple[int, ...]
 
+    def to(self, device: torch.device | str) -> "Tokens":
+        """The same tokens on a device."""
+        return Tokens(self.content.to(device), self.rows.to(device), self.places.to(device), self.lengths)
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -182,9 +190,12 @@ class Pack:
         rows = {"und": torch.cat(parts).sort().values}
         return rows | ({"gen": self.draw.rows} if self.draw else {})
 
-    @property
-    def length(self) -> int:
-        return len(self.layout.positions)
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same pack on a device."""
+        if self.ids.device == torch.device(device):
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Tokens)}
+        return replace(self, layout=self.layout.to(device), **{k: v for k, v in moved.items() if k in self.__dataclass_fields__})
 
 
 def pack(samples: Sequence[Sequence[Item]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Pack:

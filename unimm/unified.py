@@ -3,7 +3,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -160,3 +160,23 @@ def seeds(seed: int | Sequence[int], n: int) -> list[int]:
     if any(s < 0 for s in found):
         raise ValueError(f"got seed {min(found)}: expected 0 or more")
     return found
+
+
+def pictures_of(images: Any, prompt: str | Sequence[str]) -> list[list]:
+    """Input pictures as a list for each prompt: for one prompt a picture or several, for a batch one of these each.
+
+    Raises ValueError for no prompts, and where the images are not one entry a prompt.
+    """
+    if isinstance(prompt, str):
+        return [_listed(images)]
+    if not prompt:
+        raise ValueError("got no prompts: expected at least one")
+    if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
+        raise ValueError(f"got images for {len(prompt)} prompts: expected a list of {len(prompt)}, each a picture, a list or None")
+    return [[] for _ in prompt] if images is None else [_listed(one) for one in images]
+
+
+def _listed(images: Any) -> list:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]

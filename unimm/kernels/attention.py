@@ -16,6 +16,7 @@ from unimm.kernels.dispatch import backend
 # up to this many key rows a sample, one padded call with a mask beats a call for each block (2 cores, float32:
 # 64 samples of 60 rows take 4 ms padded and 21 ms apart; one sample of 4,096 rows is 2.7 times faster apart)
 PADDED_ROWS = 512
+BUCKET_ROWS = 32  # lengths are rounded up to this before they share a call
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Mask:
         if any(n > m for n, m in zip(self.queries, self.keys, strict=True)):
             raise ValueError(f"a sample asks with more rows than it has: queries {self.queries}, rows {self.keys}")
 
+    def to(self, device: torch.device | str) -> "Mask":
+        """The same mask on a device."""
+        return Mask(self.samples, queries=self.queries, key_starts=self.key_starts, device=device)
+
     def ranges(self, sample: int) -> Tensor:
         """The range of rows that sees each key of one sample, [2, M] int32, in rows of that sample."""
         first, last, at = [], [], 0
@@ -91,21 +96,29 @@ class Mask:
         return out.to(self.device)
 
     @cached_property
-    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For one call over samples padded to one length: query rows [B, n], key rows [B, m], mask [B, n, m], and
-        where each packed row lies in the padded result [N]."""
-        b, n, m = len(self.samples), max(self.queries), max(self.keys)
-        q_rows, k_rows = torch.zeros(2, b, max(n, m), dtype=torch.long)
-        allowed = torch.zeros(b, n, m, dtype=torch.bool)
-        allowed[:, :, 0] = True  # a padding row looks at something, so that its softmax is a number
-        back = []
-        for i, (n_q, n_k) in enumerate(zip(self.queries, self.keys, strict=True)):
-            q_rows[i, :n_q] = torch.arange(n_q) + self.query_starts[i]
-            k_rows[i, :n_k] = torch.arange(n_k) + self.key_starts[i]
-            k_rows[i, n_k:] = self.key_starts[i]  # a row that holds numbers: a buffer's unwritten ones may not
-            allowed[i, :n_q, :n_k] = self.of(i)
-            back.append(torch.arange(n_q) + i * n)
-        return tuple(t.to(self.device) for t in (q_rows[:, :n], k_rows[:, :m], allowed, torch.cat(back)))  # type: ignore[return-value]
+    def buckets(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """For one call a bucket of samples of like length, padded: query rows [B, n], key rows [B, m] and mask
+        [B, n, m] of each bucket; and where each packed row lies in the buckets' results end to end [N]."""
+        groups: dict[int, list[int]] = {}
+        for i, n_k in enumerate(self.keys):
+            groups.setdefault(-(-n_k // BUCKET_ROWS), []).append(i)
+        out, back, total = [], torch.empty(sum(self.queries), dtype=torch.long), 0
+        for samples in groups.values():
+            n, m = max(self.queries[i] for i in samples), max(self.keys[i] for i in samples)
+            q_rows, k_rows = torch.zeros(len(samples), n, dtype=torch.long), torch.empty(len(samples), m, dtype=torch.long)
+            allowed = torch.zeros(len(samples), n, m, dtype=torch.bool)
+            allowed[:, :, 0] = True  # a padding row looks at something, so that its softmax is a number
+            for row, i in enumerate(samples):
+                n_q, n_k = self.queries[i], self.keys[i]
+                asking = torch.arange(n_q)
+                q_rows[row, :n_q] = asking + self.query_starts[i]
+                k_rows[row] = self.key_starts[i]  # padding keys are a row that holds numbers: unwritten ones may not
+                k_rows[row, :n_k] += torch.arange(n_k)
+                allowed[row, :n_q, :n_k] = self.of(i)
+                back[self.query_starts[i] + asking] = total + row * n + asking
+            total += len(samples) * n
+            out.append((q_rows.to(self.device), k_rows.to(self.device), allowed.to(self.device)))
+        return out, back.to(self.device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -134,13 +147,16 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Samples padded to one length, one call."""
-    q_rows, k_rows, allowed, back = mask.padded
-    b = len(mask.samples)
-    q_pad = rearrange(q.index_select(0, q_rows.flatten()), "(b n) h k -> b h n k", b=b)
-    k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
-    y = scaled_dot_product_attention(q_pad, k_pad, v_pad, allowed[:, None], enable_gqa=q.shape[1] != k.shape[1])
-    return rearrange(y, "b h n k -> (b n) h k").index_select(0, back)
+    """Samples of like length padded to one, a call a bucket."""
+    buckets, back = mask.buckets
+    parts = []
+    for q_rows, k_rows, allowed in buckets:
+        b = len(q_rows)
+        q_pad = rearrange(q.index_select(0, q_rows.flatten()), "(b n) h k -> b h n k", b=b)
+        k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
+        y = scaled_dot_product_attention(q_pad, k_pad, v_pad, allowed[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        parts.append(rearrange(y, "b h n k -> (b n) h k"))
+    return torch.cat(parts).index_select(0, back)
 
 
 def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -5,8 +5,9 @@ token belongs to one expert, whose weights alone it meets, and all tokens attend
 
 Axes: N packed tokens, n tokens of one stream, D model, H query heads, G key/value heads, K head.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -39,6 +40,31 @@ class DecoderConfig:
             raise ValueError(
                 f"dim {self.dim} must be a multiple of n_heads {self.n_heads}, and that of n_kv_heads {self.n_kv_heads}"
             )
+
+    FILES: ClassVar = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "mlp_dim": "intermediate_size",
+        "vocab": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "act": "hidden_act",
+        "qk_norm": "qk_norm",
+    }
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any], *, qkv_bias: bool, streams: tuple[str, ...]) -> "DecoderConfig":
+        """Read a Llama- or Qwen2-like config.json. Raises ValueError where a number is missing."""
+        if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
+            raise ValueError(f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json")
+        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()}, qkv_bias=qkv_bias, streams=streams)
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"tie_word_embeddings": False}
 
     @property
     def head_dim(self) -> int:

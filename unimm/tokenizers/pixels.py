@@ -1,6 +1,8 @@
 """Pictures to pixels: opening, resizing by the released rule, patches and their places; and back to pictures."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +55,23 @@ class Resize:
     shortest: int
     stride: int
     max_pixels: int = 14 * 14 * 9 * 1024
+
+    FILES: ClassVar = {
+        "longest": "max_image_size",
+        "shortest": "min_image_size",
+        "stride": "image_stride",
+        "max_pixels": "max_pixels",
+    }
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, int], *, longest: int, shortest: int, stride: int) -> "Resize":
+        """Read a vae_transform or vit_transform; the numbers given for what is missing."""
+        known = {ours: files[theirs] for ours, theirs in cls.FILES.items() if theirs in files}
+        return cls(**{"longest": longest, "shortest": shortest, "stride": stride, **known})
+
+    def to_files(self) -> dict[str, int]:
+        """The mapping that `from_files` reads."""
+        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
 
     def size(self, width: int, height: int, *, images: int = 1) -> tuple[int, int]:
         """(width, height) after the resize, for one of `images` pictures that share max_pixels.

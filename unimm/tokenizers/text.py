@@ -35,9 +35,9 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A sentencepiece model whose special tokens are control symbols of it: text can never spell one."""
 
-    def __init__(self, folder: Path):
-        self.data = (folder / "tokenizer.model").read_bytes()
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=self.data)
+    def __init__(self, data: bytes):
+        self.data = data
+        self.inner = sentencepiece.SentencePieceProcessor(model_proto=data)
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text)
@@ -58,5 +58,5 @@ def load_tokenizer(folder: Path) -> "JsonTokenizer | SentencePieceTokenizer | No
     if (folder / "tokenizer.json").exists():
         return JsonTokenizer(folder)
     if (folder / "tokenizer.model").exists():
-        return SentencePieceTokenizer(folder)
+        return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
     return None

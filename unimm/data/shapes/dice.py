@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Dice:
-    """The draws of one example. Python's generator seeded by a string gives the same draws on every machine."""
+    """The draws of one example, the same on every machine."""
 
     def __init__(self, key: str, *, test: bool) -> None:
         """Seed by key; test asks for held-out pairs."""
@@ -18,22 +18,27 @@ class Dice:
         self._asked = HELD_OUT if test else TRAIN_PAIRS
         self._others = PAIRS if test else TRAIN_PAIRS
 
+    def _below(self, n: int) -> int:
+        """A whole number in 0..n-1."""
+        # of all of Python's draws, only random() after a given seed is promised never to change
+        return int(self._random.random() * n)
+
     def choice(self, items: Sequence[T]) -> T:
         """One of the items."""
-        return items[self._random.randrange(len(items))]
+        return items[self._below(len(items))]
 
     def whole(self, low: int, high: int) -> int:
         """A whole number, both ends included."""
-        return self._random.randrange(low, high + 1)
+        return low + self._below(high + 1 - low)
 
     def coin(self) -> bool:
         """True half of the time."""
-        return self._random.randrange(2) == 1
+        return self._below(2) == 1
 
     def mixed(self, items: Sequence[T]) -> list[T]:
         """The items in random order."""
         left = list(items)
-        return [left.pop(self._random.randrange(len(left))) for _ in items]
+        return [left.pop(self._below(len(left))) for _ in items]
 
     def asked(self) -> Pair:
         """The pair an example is about: held out in the test split."""
@@ -70,4 +75,5 @@ class Dice:
 
     def scene(self, pairs: Sequence[Pair]) -> Scene:
         """The pairs in random cells; things stand in the order of the pairs."""
-        return Scene(things=tuple(self.thing(pair, cell) for pair, cell in zip(pairs, self.cells(len(pairs)), strict=True)))
+        placed = zip(pairs, self.cells(len(pairs)), strict=True)
+        return Scene(things=tuple(self.thing(pair, cell) for pair, cell in placed))

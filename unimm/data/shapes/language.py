@@ -23,7 +23,12 @@ FAVOURITES = {
 
 # {what} a phrase with its article or number
 DRAW = ("{what}", "draw {what}", "a picture of {what}", "show {what}", "paint {what}")
-DRAW_FAVOURITE = ("draw what {name} likes", "paint the favourite of {name}", "show what {name} likes", "a picture of what {name} likes")
+DRAW_FAVOURITE = (
+    "draw what {name} likes",
+    "paint the favourite of {name}",
+    "show what {name} likes",
+    "a picture of what {name} likes",
+)
 DRAW_SUM = ("draw {sum} {what}", "as many {what} as {sum}", "show {sum} {what}", "{sum} {what}")
 DRAW_LETTER = ("draw {letter}", "show {letter}", "paint {letter}", "a picture of {letter}")
 

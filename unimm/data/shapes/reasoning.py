@@ -21,7 +21,7 @@ PRODUCTS = ((2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (4, 2))
 Step = tuple[str, int, int]
 
 
-def math(task: str, dice: Dice) -> Example:
+def arithmetic(task: str, dice: Dice) -> Example:
     """draw 3 - 2 red circles; the task's last letter is the number of operations."""
     result = dice.whole(1, 4)
     start, steps = _sum(dice, int(task[-1]), result)
@@ -30,7 +30,8 @@ def math(task: str, dice: Dice) -> Example:
     total = " ".join([str(start), *(f"{sign} {operand}" for sign, operand, _ in steps)])
     prompt = dice.choice(DRAW_SUM).format(sum=total, what=plural(words))
     befores = [start, *(value for _, _, value in steps)]
-    lines = [f"{left} {sign} {operand} = {value}." for left, (sign, operand, value) in zip(befores, steps, strict=False)]
+    told = zip(befores, steps, strict=False)
+    lines = [f"{before} {sign} {operand} = {value}." for before, (sign, operand, value) in told]
     scene = dice.scene([(shape, colour)] * result)
     think = " ".join([*lines, f"draw {numbered(result, words)}."])
     return drawn(task, prompt, scene, Drawing(wants=wanted(scene)), think)
@@ -53,7 +54,7 @@ def _sum(dice: Dice, n: int, result: int) -> tuple[int, list[Step]]:
     return start, steps
 
 
-def map(task: str, dice: Dice) -> Example:
+def mapping(task: str, dice: Dice) -> Example:
     """rule 1: A means a red circle. draw A; the task's last letter is the length of the chain."""
     level = int(task[-1])
     letters = dice.mixed(LETTERS)

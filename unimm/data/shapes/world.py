@@ -151,7 +151,8 @@ def coverage(shape: str, width: int) -> NDArray[np.int64]:
     # odd coordinates at the subsamples' centres, half the box is `half`, a pixel is 2 * SUBSAMPLES: all whole numbers
     line = np.arange(1 - half, half, 2, dtype=np.int64)
     inside = _inside(shape, line[None, :], line[:, None], half)
-    return inside.reshape(width, SUBSAMPLES, width, SUBSAMPLES).sum(axis=(1, 3))
+    covered: NDArray[np.int64] = inside.reshape(width, SUBSAMPLES, width, SUBSAMPLES).sum(axis=(1, 3), dtype=np.int64)
+    return covered
 
 
 def _inside(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -> NDArray[np.bool_]:
@@ -184,7 +185,9 @@ def _in_polygon(x: NDArray[np.int64], y: NDArray[np.int64], corners: list[tuple[
 def _sprite(shape: str, colour: str, size: str) -> Picture:
     """The object over the background, [width, width, 3]."""
     cover = coverage(shape, WIDTHS[size])[:, :, None]
-    mixed = cover * np.array(PALETTE[colour]) + (FULL - cover) * np.array(BACKGROUND)
+    mixed: NDArray[np.int64] = cover * np.array(PALETTE[colour], np.int64) + (FULL - cover) * np.array(
+        BACKGROUND, np.int64
+    )
     return ((mixed + FULL // 2) // FULL).astype(np.uint8)
 
 

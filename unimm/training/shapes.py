@@ -1,0 +1,258 @@
+"""Training BAGEL on the little world: packs of drawing, editing, answering and reasoning, by the released plans."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image
+from unimm.data.shapes import Example, example, vocabulary_text
+from unimm.flow import shift_time
+from unimm.models.bagel import Bagel, BagelConfig, Items, Markers
+from unimm.sequence import Item, Pack, image_item, pack
+from unimm.tokenizers.pixels import places
+from unimm.tokenizers.text import SentencePieceTokenizer
+from unimm.training.recipe import Recipe, strict
+
+# a loss for each kind of sample; reasoning has two, its text and its picture
+FLOWS = ("draw", "edit", "reason")
+TEXTS = ("caption", "answer", "think", "fact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the recipe's `options` may say."""
+
+    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    tasks: Mapping[str, int]
+    # noised copies of a picture to draw, each at its own time: cheaper than as many samples
+    targets: int
+    # the part of reasoning samples that write their reasoning
+    thinks: float
+    dropout: Mapping[str, float]
+    # pieces of the text model
+    vocabulary: int
+    # the folder of a trained VAE
+    vae: str
+    # parts that are not trained, by the beginning of their parameters' names
+    frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A pack whose latent tokens only name their picture and their place in it, until the VAE has seen the pictures."""
+
+    pack: Pack
+    images: Tensor  # [P, 3, h, w]
+    posterior: Tensor  # [P, z, h / 8, w / 8]
+    noise: Tensor  # [draw tokens, C]
+    text_groups: Tensor  # [labels with loss], index into TEXTS
+    flow_groups: Tensor  # [noised tokens], index into FLOWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worlds:
+    """Batches by step: the same for a seed on every machine, and made without the model."""
+
+    options: Options
+    items: Items
+    tokenizer: SentencePieceTokenizer
+    size: int
+    seed: int
+
+    def __call__(self, step: int) -> Batch:
+        dice = random.Random(f"{self.seed}/{step}")
+        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
+        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        return self.batch([example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)], dice)
+
+    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
+        """Examples as one pack, with the dice's times, noises and dropped conditions."""
+        config = self.items.cfg
+        pictures = Pictures(self.items, self.options.targets, dice)
+        dropout = Dropout(**self.options.dropout)
+        samples = [drop(self.plan(one, pictures, dice), dropout, dice.random) for one in examples]
+        groups = [one.task.split(".")[0] for one in examples]
+        packed = pack(samples)
+        text_groups = [TEXTS.index(g) if (g := "think" if group == "reason" else group) in TEXTS else -1 for group in groups]
+        flow_groups = [FLOWS.index(group) if group in FLOWS else -1 for group in groups]
+        generator = torch.Generator().manual_seed(dice.getrandbits(62))
+        images = torch.from_numpy(np.stack(pictures.seen))
+        side = images.shape[1] // config.vae.stride
+        return Batch(
+            pack=packed,
+            images=rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1,
+            posterior=torch.randn(len(images), config.vae.latent_channels, side, side, generator=generator),
+            noise=torch.randn(len(packed.times), config.latent_dim, generator=generator),
+            text_groups=_repeat(text_groups, [sum(int((i.labels >= 0).sum()) for i in items) for items in samples]),
+            flow_groups=_repeat(flow_groups, [sum(len(i.tokens) for i in items if i.noised and i.tokens is not None) for items in samples]),
+        )
+
+    def plan(self, one: Example, pictures: Pictures, dice: random.Random) -> list[Part]:
+        """The released plan of an example: text to image, edit or answer; reasoning writes before it draws."""
+        group = one.task.split(".")[0]
+        if one.answer is not None:
+            return answer([pictures.look(image) for image in one.images], [self.said(one.prompt), self.answered(one.answer)])
+        targets = pictures.targets(one.target)
+        if group == "edit":
+            (before,) = one.images
+            shown = Shown(clean=pictures.clean(before), look=pictures.look(before), noised=targets[0])
+            parts = edit(shown, [(self.said(one.prompt), replace(shown, noised=targets[0]))])
+        elif one.think is not None and dice.random() < self.options.thinks:
+            # guidance compares with the system prompt alone, so prompt and reasoning are dropped together
+            told = [self.said(one.prompt), self.answered(f"<think>{one.think}</think>")]
+            told = [] if dice.random() < self.options.dropout["text"] else told
+            parts = [Part(item) for item in (self.said(self.items.cfg.defaults.think_draw), *told, targets[0])]
+        else:
+            parts = text_to_image(self.said(one.prompt), targets[0])
+        return [*parts, *map(Part, targets[1:])]
+
+
+    def said(self, text: str) -> Item:
+        return self.items.text(self.tokenizer.encode(text))
+
+    def answered(self, text: str) -> Item:
+        return self.items.answer(self.tokenizer.encode(text))
+
+
+class Pictures:
+    """The pictures of one batch, each once, and the items that show them."""
+
+    def __init__(self, items: Items, targets: int, dice: random.Random):
+        self.items, self.n_targets, self.dice = items, targets, dice
+        self.seen: list[np.ndarray] = []
+
+    def look(self, image: np.ndarray) -> Item:
+        return self.items.looked_at(torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1)
+
+    def clean(self, image: np.ndarray) -> Item:
+        return self._named(image, time=0.0, noised=False)
+
+    def targets(self, image: np.ndarray) -> list[Item]:
+        """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (facts/bagel.md section 5.3)."""
+        normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.n_targets)])
+        times = shift_time(normals.sigmoid(), self.items.cfg.train_shift)
+        first = self._named(image, time=float(times[0]), noised=True)
+        return [first, *(replace(first, time=float(t)) for t in times[1:])]
+
+    def _named(self, image: np.ndarray, *, time: float, noised: bool) -> Item:
+        cfg, markers = self.items.cfg, self.items.markers
+        h, w = image.shape[0] // cfg.stride, image.shape[1] // cfg.stride
+        names = torch.stack((torch.full((h * w,), len(self.seen)), torch.arange(h * w)), -1)
+        self.seen.append(image)
+        where = places(h, w, cfg.latent_side)
+        return image_item("draw", names, where, markers=(markers.boi, markers.eoi), time=time, noised=noised)
+
+
+class ShapesObjective:
+    """BAGEL on the little world."""
+
+    name = "bagel-nano"
+    loss_names = FLOWS + TEXTS
+
+    def __init__(self, model: Bagel, batch: Worlds):
+        self.model, self.batch = model, batch
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ShapesObjective:
+        """A fresh model of the recipe's config around a trained VAE, with a text model of the world's own text."""
+        options = strict(Options, recipe.options, where="options")
+        files = {name: dict(part) for name, part in recipe.model.items()}
+        vae = Path(options.vae)
+        files["config"]["vae_config"] = json.loads((vae / "vae_config.json").read_text())
+        tokenizer = text_model(options.vocabulary, extra=[files["config"]["generation"][key] for key in ("think_draw", "think_answer")])
+        files["llm"]["vocab_size"] = tokenizer.inner.vocab_size()
+        torch.manual_seed(recipe.seed)
+        model = Bagel(BagelConfig.from_files(files["llm"], files["vit"], files["config"], {}))
+        init_weights(model)
+        model.vae.load_state_dict({k: v.float() for k, v in load_file(vae / "ae.safetensors").items()})
+        model.tokenizer = tokenizer
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(tuple(options.frozen)))
+        return cls(model, Worlds(options=options, items=model.items, tokenizer=tokenizer, size=recipe.batch, seed=recipe.seed))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean loss of every kind of sample in the batch: flow losses of pictures, cross entropy of texts."""
+        device = self.model.device
+        filled = self.encoded(batch).to(device)
+        losses = self.model(filled, batch.noise.to(device))
+        flows = {name: losses.mse[at].mean() for i, name in enumerate(FLOWS) if (at := batch.flow_groups == i).any()}
+        texts = {name: losses.ce[at].mean() for i, name in enumerate(TEXTS) if (at := batch.text_groups == i).any()}
+        return flows | texts
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Pack:
+        """The pack with real latent tokens; every picture meets the VAE once, apart from its neighbours' sizes."""
+        p, device = self.model.cfg.latent_patch, self.model.device
+        latents = self.model.vae.encode(batch.images.to(device), noise=batch.posterior.to(device)).float().cpu()
+        tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)
+        picture, token = batch.pack.draw.content.unbind(-1)
+        return replace(batch.pack, draw=replace(batch.pack.draw, content=tokens[picture, token]))
+
+    def picture(self) -> Image.Image:
+        """A sheet of test prompts drawn: four rows of six."""
+        tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
+        prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
+        return grid(self.model.generate(prompts, seed=0).images, columns=6)
+
+    def save(self, folder: Path) -> None:
+        """The released layout, in bfloat16 but for the VAE."""
+        self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def text_model(size: int, *, extra: Sequence[str] = (), lines: int = 20_000) -> SentencePieceTokenizer:
+    """A sentencepiece model (unigram, bytes for what it has not met) of the world's text, with BAGEL's markers."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*vocabulary_text(lines), *extra * 100]),
+        model_writer=model,
+        vocab_size=size,
+        model_type="unigram",
+        byte_fallback=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        control_symbols=["<|endoftext|>", *Markers.STRINGS.values()],
+        user_defined_symbols=["<think>", "</think>"],
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def init_weights(model: Bagel) -> None:
+    """What training from scratch starts from: embeddings of half the size of positions, residual branches scaled down
+    with depth, velocity 0."""
+    depth = (2 * model.cfg.decoder.n_layers) ** -0.5
+    nn.init.normal_(model.decoder.embed.weight, std=0.5)
+    for stream in (s for block in model.decoder.blocks for s in block.streams.values()):
+        for linear in (stream.o, stream.mlp.down):
+            nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
+    for table in (model.to_velocity.weight, model.to_velocity.bias):
+        nn.init.zeros_(table)
+
+
+def grid(images: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size on one sheet."""
+    w, h = images[0].size
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, -(-len(images) // columns) * (h + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
+    return sheet
+
+
+def _repeat(values: list[int], times: list[int]) -> Tensor:
+    return torch.tensor(values).repeat_interleave(torch.tensor(times))
