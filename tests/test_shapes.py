@@ -2,11 +2,11 @@
 
 The reader finds every object of a clean scene, all attributes; of 1,000 scenes of 1-4 objects it reads fully right
 
-    gaussian noise, standard deviation   30: 100 %    40: 98 %    50: 72 %    60: 37 %
-    gaussian blur, radius in pixels     1.25: 100 %   1.5: 99.7 %   1.75: 99.2 %   2: 82 %
-    JPEG quality                         70: 100 %    50: 99.7 %   30: 95.5 %   20: 89 %   10: 56 %
-    resized to n x n and back            24: 100 %    20: 99.4 %   16: 94 %
-    blur 1 px, then noise of             20: 100 %    30: 98.7 %
+    gaussian noise, standard deviation   30: 100 %    40: 98.1 %   50: 74 %     60: 33 %
+    gaussian blur, radius in pixels     1.25: 100 %   1.5: 99.9 %  1.75: 99.2 %  2: 84 %
+    JPEG quality                         70: 100 %    50: 99.3 %   30: 92.8 %   20: 83 %   10: 57 %
+    resized to n x n and back            24: 100 %    20: 99.8 %   16: 94 %
+    blur 1 px, then noise of             20: 100 %    30: 98.6 %
 """
 
 import hashlib

@@ -1,0 +1,35 @@
+"""Unified multimodal models: each both understands pictures and draws them, behind the same verbs."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unimm.flow import Guidance
+    from unimm.models.bagel import Bagel, BagelConfig
+    from unimm.registry import load, releases
+    from unimm.sampling import TextSampling
+    from unimm.unified import Generation, UnifiedModel
+
+__version__ = "0.1.0"
+__all__ = ["Bagel", "BagelConfig", "Generation", "Guidance", "TextSampling", "UnifiedModel", "__version__", "load", "releases"]
+
+# imported when first asked for: `import unimm` costs next to nothing
+_HOMES = {
+    "Bagel": "unimm.models.bagel",
+    "BagelConfig": "unimm.models.bagel",
+    "Generation": "unimm.unified",
+    "Guidance": "unimm.flow",
+    "TextSampling": "unimm.sampling",
+    "UnifiedModel": "unimm.unified",
+    "load": "unimm.registry",
+    "releases": "unimm.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unimm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -68,7 +68,9 @@ class Guidance:
 
     def branches(self, time: float) -> tuple[str, ...]:
         """The contexts needed at a time."""
-        if not (self.interval[0] < time <= self.interval[1] and self.text > 1):
+        # compared in float32, as the times are: a knot at 0.4 is not above 0.4
+        low, high, time = torch.tensor((*self.interval, time), dtype=torch.float32).tolist()
+        if not (low < time <= high and self.text > 1):
             return ("main",)
         return ("main", "text", "image") if self.image > 1 else ("main", "text")
 

@@ -192,9 +192,16 @@ class Items:
     def drawn(self, latent: Tensor, *, time: float = 0.0, noised: bool = False) -> Item:
         """A latent [z, h, w]: a clean picture of the past, or a noised target."""
         p = self.cfg.latent_patch
-        where = places(latent.shape[1] // p, latent.shape[2] // p, self.cfg.latent_side)
+        return self.named(patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, time=time, noised=noised)
+
+    def named(self, tokens: Tensor, height: int, width: int, *, time: float = 0.0, noised: bool = False) -> Item:
+        """Latent tokens [height * width, C], or whatever names them until they are there."""
         markers = (self.markers.boi, self.markers.eoi)
-        return image_item("draw", patchify(latent, p), where, markers=markers, time=time, noised=noised)
+        return image_item("draw", tokens, self.latent_grid(height, width), markers=markers, time=time, noised=noised)
+
+    def latent_grid(self, height: int, width: int) -> Tensor:
+        """Places in the table of latent positions, [height * width]."""
+        return places(height, width, self.cfg.latent_side, interpolate=self.cfg.interpolate_places)
 
 
 def find_markers(tokenizer: Any) -> Markers:
@@ -283,10 +290,9 @@ class Bagel(UnifiedModel):
         """Last hidden states of a pack's rows by expert, before the final norms; `attend` as in the decoder."""
         return self.decoder(self.embed(batch, noise), batch.layout.positions, batch.streams, attend)
 
-    @property
-    def latent_side(self) -> int:
-        """The side of the table of latent positions."""
-        return self.cfg.latent_side
+    def latent_grid(self, height: int, width: int) -> Tensor:
+        """Places in the table of latent positions of a picture of that many latent tokens, [height * width]."""
+        return self.items.latent_grid(height, width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -365,6 +371,7 @@ class Bagel(UnifiedModel):
         ones after it. steps: forwards of the sampler (the original's num_timesteps - 1). A picture does not depend on
         what else is in the batch. Raises ValueError for bad input, with what would be good.
         """
+        self._check_draws()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         n, d, seed = len(prompts), self.cfg.defaults, seeds(seed, len(prompts))
         pictures, generators = pictures_of(images, prompt), [torch.Generator().manual_seed(s) for s in seed]
@@ -435,6 +442,8 @@ class Bagel(UnifiedModel):
         if wrong := [kind for kind in outputs if kind not in ("text", "image")]:
             raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
         draw, d = "image" in outputs, self.cfg.defaults
+        if draw:
+            self._check_draws()
         generators = [torch.Generator().manual_seed(s) for s in seeds(seed, max(1, len(outputs)))]
         dialogue = self._begin(1, None)
         for item in items:
@@ -506,6 +515,10 @@ class Bagel(UnifiedModel):
         width, height = self.cfg.draw.size(image.width, image.height)
         noise = torch.randn(vae.latent_channels, height // vae.stride, width // vae.stride, generator=generator)
         return self.picture_items(image, noise=noise, draw=draw)
+
+    def _check_draws(self) -> None:
+        if not self.cfg.draws:
+            raise NotImplementedError("this checkpoint was trained without its generation expert (visual_gen false) and cannot draw")
 
     def _check_size(self, size: tuple[int, int]) -> tuple[int, int]:
         stride, most = self.cfg.stride, self.cfg.stride * self.cfg.latent_side

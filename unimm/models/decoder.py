@@ -132,7 +132,9 @@ class Block(nn.Module):
         """x {stream: [n, D]}, angles [2, N, K/2] in pack order -> {stream: [n, D]}."""
         entered = {name: self.streams[name].enter(part) for name, part in x.items()}
         q, k, v = (route.join({name: qkv[i] for name, qkv in entered.items()}) for i in range(3))
-        y = route.split(attend(self.layer, apply_rope(q, angles), apply_rope(k, angles), v))
+        # under autocast the norms leave q and k in float32; the released code, too, casts them back here
+        q, k = (apply_rope(t, angles).to(v.dtype) for t in (q, k))
+        y = route.split(attend(self.layer, q, k, v))
         return {name: self.streams[name].leave(part, y[name]) for name, part in x.items()}
 
 

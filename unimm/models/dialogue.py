@@ -14,7 +14,6 @@ from unimm.flow import Branch
 from unimm.models.decoder import Decoder, Parts
 from unimm.sampling import Cache, Context, TextSampling, decode
 from unimm.sequence import Item, Layout, Pack, Segment, lay_out, pack
-from unimm.tokenizers.pixels import places
 
 CONTEXTS = ("main", "text", "image")
 
@@ -23,7 +22,6 @@ class Speaker(Protocol):
     """What a model brings to a dialogue."""
 
     decoder: Decoder
-    latent_side: int  # of the square table of latent positions
 
     @property
     def device(self) -> torch.device: ...
@@ -33,6 +31,9 @@ class Speaker(Protocol):
 
     def hidden(self, batch: Pack, attend: Any) -> Parts:
         """Last hidden states of every row of a pack, by stream."""
+
+    def latent_grid(self, height: int, width: int) -> Tensor:
+        """Places in the table of latent positions of a picture of that many latent tokens, [height * width]."""
 
     def latent_tokens(self, x: Tensor, times: Tensor, where: Tensor) -> Tensor:
         """Latent tokens [n, C] at times [n] or [1] and places [n] -> [n, D]."""
@@ -75,7 +76,7 @@ def _append(
     model: Speaker, dialogues: Sequence[Dialogue], items: Sequence[Sequence[Item]], names: Sequence[str]
 ) -> list[dict[str, Context]]:
     """Extend the named contexts of each dialogue by its items, equal ones once."""
-    jobs = {(i, id(context)): context for i, d in enumerate(dialogues) for name in names if (context := getattr(d, name))}
+    jobs = {(i, id(context)): context for i, d in enumerate(dialogues) for context in (getattr(d, name) for name in names)}
     done = dict(zip(jobs, extend(model, list(jobs.values()), [items[i] for i, _ in jobs]), strict=True))
     return [{name: done[i, id(getattr(d, name))] for name in names} for i, d in enumerate(dialogues)]
 
@@ -124,7 +125,7 @@ class Canvas:
     ):
         self.model, self.markers = model, torch.tensor(markers, device=model.device)
         self.lengths = [h * w for h, w in grids]
-        self.where = torch.cat([places(h, w, model.latent_side) for h, w in grids]).to(model.device)
+        self.where = torch.cat([model.latent_grid(h, w) for h, w in grids]).to(model.device)
         names: dict[tuple[int, int], Branch] = {}  # (sample, context) -> the first branch that has it
         same = {(i, name): names.setdefault((i, id(getattr(d, name))), (i, name)) for i, d in enumerate(dialogues) for name in CONTEXTS}
         self.canonical = same.__getitem__

@@ -88,6 +88,7 @@ NAMES = {
 
 
 def norm(width: int) -> nn.GroupNorm:
+    """The only norm of the autoencoder."""
     return nn.GroupNorm(N_GROUPS, width, eps=EPS)
 
 

@@ -14,6 +14,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def main() -> None:
+    """Read the arguments and train."""
     parser = argparse.ArgumentParser(prog="python -m unimm.training", description=__doc__)
     parser.add_argument("recipe", help=f"a YAML file, or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}")
     parser.add_argument("out", type=Path, help="folder for the log, samples, checkpoints and the release")

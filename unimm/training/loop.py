@@ -118,7 +118,8 @@ class Trainer:
         self.step = 0
         # sums since the last line of the log: loss name -> [sum, count]
         self.sums: dict[str, list[float]] = {}
-        self.clock = time.monotonic()
+        # since when, and from which step, the samples a second are counted: a resumed run counts its own
+        self.since = (time.monotonic(), 0)
 
     def update(self, batch: Any) -> None:
         """One step."""
@@ -150,16 +151,18 @@ class Trainer:
         """The sum that is minimised, in float32."""
         unknown = sorted(losses.keys() - self.recipe.loss_weights.keys())
         if unknown or not losses:
-            raise ValueError(f"{self.objective.name!r} returned the losses {sorted(losses)}, expected some of "
-                             f"{sorted(self.recipe.loss_weights)}: correct its loss_names")
+            raise ValueError(
+                f"{self.objective.name!r} returned the losses {sorted(losses)}, expected some of "
+                f"{sorted(self.recipe.loss_weights)}: correct its loss_names"
+            )
         return torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in losses.items()]).sum()
 
     def report(self) -> dict[str, Any]:
         """Means since the last report, as a line of the log."""
         means = {name: total / count for name, (total, count) in self.sums.items()}
-        seconds = time.monotonic() - self.clock
-        rate = self.sums["loss"][1] * self.recipe.batch / max(seconds, 1e-9)
-        self.sums, self.clock = {}, time.monotonic()
+        now, (then, first) = time.monotonic(), self.since
+        rate = (self.step - first) * self.recipe.batch / max(now - then, 1e-9)
+        self.sums, self.since = {}, (now, self.step)
         ends = {name: means.pop(name) for name in ("loss", "grad_norm")}
         lr = self.recipe.lr_at(self.step - 1)
         return {"step": self.step, **ends, "losses": means, "lr": lr, "samples_per_s": round(rate, 2)}
@@ -202,6 +205,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self.step, self.average.updates, self.sums = state["step"], state["updates"], state["sums"]
+        self.since = (time.monotonic(), self.step)
         restore_random_states(state["rng"], self.device)
 
     def start_from(self, folder: Path) -> None:
@@ -270,16 +274,19 @@ class Stop:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that dropout draws from."""
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def summary(line: dict[str, Any]) -> str:
+    """A line of the log, for people."""
     losses = "  ".join(f"{name} {value:.4f}" for name, value in line["losses"].items())
     return f"{losses}  norm {line['grad_norm']:.2f}  {line['samples_per_s']:.0f}/s"

@@ -42,7 +42,8 @@ class Objective(Protocol):
 def build(recipe: Recipe) -> Objective:
     """The objective that a recipe names, with the model that it describes."""
     if recipe.objective not in OBJECTIVES:
-        raise ValueError(f"got objective {recipe.objective!r}, expected one of {sorted(OBJECTIVES)}"
-                         f"{nearest(recipe.objective, OBJECTIVES)}")
+        raise ValueError(
+            f"got objective {recipe.objective!r}, expected one of {sorted(OBJECTIVES)}{nearest(recipe.objective, OBJECTIVES)}"
+        )
     module, name = OBJECTIVES[recipe.objective].split(":")
     return getattr(import_module(module), name).from_recipe(recipe)

@@ -68,6 +68,7 @@ class Recipe:
 
 
 def check(fine: bool, name: str, got: object, expected: str) -> None:
+    """Raise a ValueError about a field, unless it is fine."""
     if not fine:
         raise ValueError(f"got {name}: {got}, expected {expected}: correct the recipe")
 
@@ -130,8 +131,8 @@ def cast(value: object, kind: Any, *, where: str) -> Any:
             return number
     elif kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         return value
-    expected = f"one of {list(inner)}" if origin is Literal else getattr(kind, "__name__", str(kind))
-    raise ValueError(f"got {value!r} for {where}, expected {expected if origin is None or inner is None else kind}")
+    expected = f"one of {list(inner)}" if origin is Literal else str(kind) if origin else kind.__name__
+    raise ValueError(f"got {value!r} for {where}, expected {expected}: correct the recipe")
 
 
 def as_float(value: object) -> float | None:

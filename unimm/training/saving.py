@@ -23,6 +23,9 @@ WEIGHTS, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.pt"
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `folder` only if nothing went wrong inside."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    # a crash between the two renames below leaves the old folder stepped aside
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -39,9 +42,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def save_checkpoint(
-    out: Path, step: int, model: nn.Module, *, average: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(out: Path, step: int, model: nn.Module, *, average: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write out/checkpoints/<step>, then drop the older ones."""
     folder = out / "checkpoints" / f"{step:08d}"
     with replacing(folder) as fresh:

@@ -21,14 +21,14 @@ from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to
 from unimm.data.shapes import Example, example, vocabulary_text
 from unimm.flow import shift_time
 from unimm.models.bagel import Bagel, BagelConfig, Items, Markers
-from unimm.sequence import Item, Pack, image_item, pack
-from unimm.tokenizers.pixels import places
+from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.recipe import Recipe, strict
 
 # a loss for each kind of sample; reasoning has two, its text and its picture
 FLOWS = ("draw", "edit", "reason")
 TEXTS = ("caption", "answer", "think", "fact")
+ROUND_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Worlds:
         dropout = Dropout(**self.options.dropout)
         samples = [drop(self.plan(one, pictures, dice), dropout, dice.random) for one in examples]
         groups = [one.task.split(".")[0] for one in examples]
-        packed = pack(samples)
+        packed = pack([*samples, self.filler(samples, pictures)])
         text_groups = [TEXTS.index(g) if (g := "think" if group == "reason" else group) in TEXTS else -1 for group in groups]
         flow_groups = [FLOWS.index(group) if group in FLOWS else -1 for group in groups]
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
@@ -93,12 +93,20 @@ class Worlds:
         side = images.shape[1] // config.vae.stride
         return Batch(
             pack=packed,
-            images=rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1,
+            images=rearrange(images, "n h w c -> n c h w").contiguous().float() / 127.5 - 1,
             posterior=torch.randn(len(images), config.vae.latent_channels, side, side, generator=generator),
             noise=torch.randn(len(packed.times), config.latent_dim, generator=generator),
             text_groups=_repeat(text_groups, [sum(int((i.labels >= 0).sum()) for i in items) for items in samples]),
             flow_groups=_repeat(flow_groups, [sum(len(i.tokens) for i in items if i.noised and i.tokens is not None) for items in samples]),
         )
+
+    def filler(self, samples: Sequence[Sequence[Item]], pictures: Pictures) -> list[Item]:
+        """A sample without loss that rounds up the rows of each expert: new shapes cost a CPU more than these rows."""
+        drawn = sum(len(i.tokens) for items in samples for i in items if i.kind == "draw" and i.tokens is not None)
+        blank = pictures.repeated()
+        blanks = [blank] * (-drawn % ROUND_ROWS // len(blank.places))
+        others = sum(i.segment.length for items in samples for i in items) - drawn + 2 * len(blanks)
+        return [*blanks, self.items.text([0] * (-others % ROUND_ROWS - 2))] if -others % ROUND_ROWS > 2 else blanks
 
     def plan(self, one: Example, pictures: Pictures, dice: random.Random) -> list[Part]:
         """The released plan of an example: text to image, edit or answer; reasoning writes before it draws."""
@@ -138,22 +146,27 @@ class Pictures:
         return self.items.looked_at(torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1)
 
     def clean(self, image: np.ndarray) -> Item:
-        return self._named(image, time=0.0, noised=False)
+        return self._new(image, time=0.0, noised=False)
 
     def targets(self, image: np.ndarray) -> list[Item]:
         """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (facts/bagel.md section 5.3)."""
         normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.n_targets)])
         times = shift_time(normals.sigmoid(), self.items.cfg.train_shift)
-        first = self._named(image, time=float(times[0]), noised=True)
+        first = self._new(image, time=float(times[0]), noised=True)
         return [first, *(replace(first, time=float(t)) for t in times[1:])]
 
-    def _named(self, image: np.ndarray, *, time: float, noised: bool) -> Item:
-        cfg, markers = self.items.cfg, self.items.markers
-        h, w = image.shape[0] // cfg.stride, image.shape[1] // cfg.stride
-        names = torch.stack((torch.full((h * w,), len(self.seen)), torch.arange(h * w)), -1)
+    def repeated(self) -> Item:
+        """The first picture again, clean."""
+        return self._named(self.seen[0].shape, 0, time=0.0, noised=False)
+
+    def _new(self, image: np.ndarray, *, time: float, noised: bool) -> Item:
         self.seen.append(image)
-        where = places(h, w, cfg.latent_side)
-        return image_item("draw", names, where, markers=(markers.boi, markers.eoi), time=time, noised=noised)
+        return self._named(image.shape, len(self.seen) - 1, time=time, noised=noised)
+
+    def _named(self, shape: tuple[int, ...], picture: int, *, time: float, noised: bool) -> Item:
+        h, w = shape[0] // self.items.cfg.stride, shape[1] // self.items.cfg.stride
+        names = torch.stack((torch.full((h * w,), picture), torch.arange(h * w)), -1)
+        return self.items.named(names, h, w, time=time, noised=noised)
 
 
 class ShapesObjective:

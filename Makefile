@@ -1,0 +1,34 @@
+# make demo   sets up .venv and runs the main job on bagel-nano; saves demo.png
+# make test   sets up .venv and runs the tests
+# make lint   ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo.stamp
+	$(BIN)/unimm demo
+
+test: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy unimm
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python 3.10 or newer is needed: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# a stamp says what is installed already; packaging files newer than it install again
+.venv/demo.stamp: .venv/bin/python setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/test.stamp: .venv/bin/python setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ .venv/demo.stamp

@@ -1,0 +1,59 @@
+"""Packaging: the one place for metadata and dependencies. Tool settings are in pyproject.toml."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "unimm" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "nbclient",
+    "nbformat",
+    "ipykernel",
+    "matplotlib",
+]
+
+setup(
+    name="unimm",
+    version=VERSION,
+    description="Unified multimodal models that understand and draw: one library, one environment, one API",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["unimm", "unimm.*"]),
+    package_data={"unimm": ["py.typed", "nano/**", "training/recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.8",
+        "einops",
+        "huggingface_hub",
+        "numpy",
+        "pillow>=10.1",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sentencepiece",
+        "tokenizers",
+        "tqdm",
+        "typer",
+        "typing_extensions",
+    ],
+    extras_require={"test": TEST, "all": TEST},
+    entry_points={"console_scripts": ["unimm = unimm.cli:main"]},
+)

@@ -1,0 +1,125 @@
+"""The flow: times, the sampler, guidance and TaylorSeer, each against its formula."""
+import math
+
+import pytest
+import torch
+
+from unimm.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share, shift_time
+
+
+def test_knots():
+    times = knots(6, 3.0)
+    assert times[0] == 1 and times[-1] == 0 and len(times) == 7
+    expected = [3 * t / (1 + 2 * t) for t in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]
+    assert times.tolist() == pytest.approx(expected, abs=1e-6)
+    assert knots(4, 1.0).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert shift_time(torch.tensor(0.0), 4.0) == 0
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-3, 1.0), (4, 0.0), (4, -1.0)])
+def test_knots_refuse(steps, shift):
+    with pytest.raises(ValueError, match="expected"):
+        knots(steps, shift)
+
+
+def test_the_sampler_is_exact_on_a_straight_path():
+    data, noise = torch.randn(2, 5, 3)
+    for steps in (1, 7):
+        found = sample(lambda x, t: noise - data, noise, knots(steps, 3.0))
+        torch.testing.assert_close(found, data, rtol=1e-5, atol=1e-5)
+    middle = add_noise(data, noise, torch.full((5,), 0.25))
+    torch.testing.assert_close(middle, 0.75 * data + 0.25 * noise)
+
+
+def test_guidance_follows_the_formulas():
+    v, text, image = torch.randn(3, 4, 6, dtype=torch.float64)
+
+    def length(x, dims=-1):
+        return x.norm(dim=dims, keepdim=True) if dims == -1 else x.norm()
+
+    u = text + 4 * (v - text)
+    w = image + 2 * (u - image)
+    expected = {
+        "global": w * (length(v, None) / length(w, None)).clamp(0, 1),
+        "channel": w * (length(v) / length(w)).clamp(0, 1),
+    }
+    shrunk = u * (length(v) / length(u)).clamp(0, 1)
+    expected["text_channel"] = image + 2 * (shrunk - image)
+    for renorm, truth in expected.items():
+        found = Guidance(text=4, image=2, renorm=renorm).combine(v, text, image)
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(Guidance(text=4, image=2, renorm_min=1.0).combine(v, text, image), w)
+    # renormalisation only ever shrinks
+    small = Guidance(text=1.5).combine(v, v * 3)
+    torch.testing.assert_close(small, v * 3 + 1.5 * (v - v * 3))
+
+
+def test_guidance_interval_is_open_below():
+    guidance = Guidance(interval=(0.4, 0.9), image=1.0)
+    assert guidance.branches(0.4) == ("main",) and guidance.branches(0.9) == ("main", "text")
+    assert guidance.branches(0.91) == ("main",)
+    assert Guidance(interval=(0.0, 1.0)).branches(1.0) == ("main", "text", "image")
+    assert Guidance(text=1.0, image=2.0).branches(0.7) == ("main",)
+
+
+@pytest.mark.parametrize("options", [dict(renorm="local"), dict(renorm_min=1.5), dict(renorm_min=-0.1)])
+def test_guidance_refuses(options):
+    with pytest.raises(ValueError, match=r"expected"):
+        Guidance(**options)
+
+
+def test_a_batch_is_guided_sample_by_sample():
+    """The original takes one norm over the batch (trap 15); here each picture has its own."""
+    table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("main", "text", "image")}
+
+    def features(x, time, branches):
+        return [table[b] for b in branches]
+
+    guidance = [Guidance(text=3.0, image=1.0, interval=(0.0, 1.0)), Guidance(text=2.0, image=2.0, interval=(0.0, 1.0))]
+    both = guide(features, lambda h: h, guidance)(torch.zeros(7, 2), 0.5)
+    for i, g in enumerate(guidance):
+        alone = g.combine(*(table[i, name] for name in g.branches(0.5)))
+        torch.testing.assert_close(both[3 * i : 3 + 4 * i], alone, rtol=0, atol=0)
+
+
+def test_taylor_is_exact_on_a_line_and_counts_each_branch():
+    asked = []
+
+    def features(x, time, branches):
+        asked.append((time, tuple(branches)))
+        return [torch.full((2, 3), float(time)) for _ in branches]
+
+    seer = TaylorSeer(features)
+    calls = [torch.tensor(float(n)) for n in range(14)]
+    for n, time in enumerate(calls):
+        branches = [(0, "main")] + ([(0, "text")] if n < 8 else [])
+        found = seer(torch.zeros(1), float(time), branches)
+        # a feature that is linear in the call index is met exactly as soon as two orders are known
+        torch.testing.assert_close(found[0], torch.full((2, 3), float(time)), rtol=1e-6, atol=1e-6)
+    assert [time for time, _ in asked] == [0, 1, 2, 3, 4, 7, 10, 13]
+    assert asked[5][1] == ((0, "main"), (0, "text")) and asked[6][1] == ((0, "main"),)
+
+
+def test_taylor_series_is_the_formula():
+    values = [math.exp(0.3 * n) for n in range(9)]
+    seer = TaylorSeer(lambda x, time, branches: [torch.tensor([values[int(time)]], dtype=torch.float64)])
+    found = [float(seer(torch.zeros(1), float(n), [(0, "main")])[0]) for n in range(9)]
+    assert found[:5] == pytest.approx(values[:5])
+    # at call 4 the orders are F1 = v4 - v3 (the series before it, at call 3, held F0 alone), so F2 does not exist yet
+    assert found[5] == pytest.approx(values[4] + (values[4] - values[3]))
+    assert found[6] == pytest.approx(values[4] + 2 * (values[4] - values[3]))
+    first = (values[7] - values[4]) / 3
+    second = (first - (values[4] - values[3])) / 3
+    assert found[8] == pytest.approx(values[7] + first + second / 2)
+
+
+def test_share_asks_once():
+    asked = []
+
+    def features(x, time, branches):
+        asked.append(list(branches))
+        return [torch.tensor([float(i)]) for i, _ in branches]
+
+    same = share(features, lambda branch: (branch[0], "main" if branch[1] == "image" else branch[1]))
+    out = same(torch.zeros(1), 0.5, [(0, "main"), (0, "image"), (1, "image")])
+    assert asked == [[(0, "main"), (1, "main")]] and [float(one) for one in out] == [0, 0, 1]

@@ -1,0 +1,94 @@
+"""The families by name: which class loads a folder, and what is known to be released."""
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from unimm import hub
+from unimm.unified import Release, UnifiedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where a family's class is, and how its folders are told apart."""
+
+    home: str  # module:class, imported when needed
+    model_type: str
+    architectures: tuple[str, ...]
+    file: str | None = None  # a file that no other family has, for releases whose config.json is missing or says nothing
+
+    def load(self) -> type[UnifiedModel]:
+        """The family's class."""
+        module, name = self.home.split(":")
+        return getattr(import_module(module), name)
+
+    def owns(self, folder: Path, config: dict) -> bool:
+        """Whether a folder with this config.json (empty if missing) is of this family."""
+        if kind := config.get("model_type"):
+            return kind == self.model_type
+        if names := config.get("architectures"):
+            return any(name in self.architectures for name in names)
+        return self.file is not None and (folder / self.file).exists()
+
+
+FAMILIES = {
+    "Bagel": Family(
+        home="unimm.models.bagel:Bagel",
+        model_type="bagel",
+        architectures=("BagelForConditionalGeneration",),
+        file="llm_config.json",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed(Release):
+    """A release and its name."""
+
+    name: str
+
+    @property
+    def source(self) -> str:
+        """The hub id, or "bundled"."""
+        return self.hub or "bundled"
+
+
+def releases() -> list[Listed]:
+    """All releases of all families that are known by name; other checkpoints of their layouts load as well."""
+    return [
+        Listed(name=name, family=row.family, hub=row.hub, licence=row.licence, parameters=row.parameters, verbs=row.verbs)
+        for family in FAMILIES.values()
+        for name, row in family.load().RELEASES.items()
+    ]
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> UnifiedModel:
+    """Load a bundled name, a folder or a hub id, with the class that its config asks for.
+
+    Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
+    """
+    folder = hub.resolve(name, revision=revision, known=tuple(row.name for row in releases()))
+    return family_of(folder).from_pretrained(folder, dtype=dtype, device=device)
+
+
+def family_of(folder: Path) -> type[UnifiedModel]:
+    """The class for a folder, by its config. Raises ValueError where no family knows it."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
+    for family in FAMILIES.values():
+        if family.owns(folder, config):
+            return family.load()
+    found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
+    known = ", ".join(f"{name} (model_type {family.model_type!r})" for name, family in FAMILIES.items())
+    raise ValueError(f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}")
