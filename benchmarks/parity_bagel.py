@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.flow import Guidance, guide, knots, share
-from unimm.models.bagel import Bagel, Markers
+from unimm.models.bagel import Bagel
 from unimm.models.decoder import Route
-from unimm.models.dialogue import Canvas, Dialogue, extend, reason, say, show, write
+from unimm.models.dialogue import Canvas, Dialogue, Markers, extend, reason, say, show, write
 from unimm.sampling import Context, TextSampling
 from unimm.sequence import Item, pack
 from unimm.tokenizers.pixels import patchify, places, to_image, to_tensor, unpatchify
@@ -57,7 +57,7 @@ def check(case: Case) -> None:
     """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
     model = Bagel.from_pretrained(case.folder)
     if model.cfg.markers is None and case.special:
-        markers = Markers(**{ours: case.special[theirs] for ours, theirs in Markers.FILES.items()})
+        markers = Markers.from_files(case.special)
         model.cfg = replace(model.cfg, markers=markers)
     plans = {name: check_plan for name, note in case.meta.items() if isinstance(note, dict) and "plan" in note}
     for group, run in {**GROUPS, **plans}.items():
@@ -188,7 +188,7 @@ def check_und(case: Case, model: Bagel, group: str) -> None:
     case.compare("und.vit_position_ids", seen.places)
     case.compare("und.vit_hidden", model.vision(seen.content, seen.places, seen.lengths))
     case.compare("und.vit_tokens", model.look(seen))
-    shown = show(model, [Dialogue()], [items], [size])
+    shown = show(model, [Dialogue()], [[(items, size)]])
     compare_context(case, "und.kv_image", shown[0].main)
     if "und.prompt_ids" not in case:
         return
@@ -199,7 +199,7 @@ def check_und(case: Case, model: Bagel, group: str) -> None:
     written_after(case, model, asked, "und.inferencer_text")
     if "und.think_system_ids" in case:
         dialogue = say(model, [Dialogue()], [text(case, model, "und.think_system_ids")], system=True)
-        dialogue = say(model, show(model, dialogue, [items], [size]), [prompt])
+        dialogue = say(model, show(model, dialogue, [[(items, size)]]), [prompt])
         written_after(case, model, dialogue[0].main, "und.think_text")
 
 
@@ -210,8 +210,7 @@ def to_tensor_u8(image: Image.Image) -> Tensor:
 
 def greedy(model: Bagel, contexts: Sequence[Context], tokens: int) -> list[list[int | None]]:
     """The ids that follow each context, at most `tokens`, one row a step."""
-    m = model.items.markers
-    return list(write(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts), begin=m.bos, end=m.eos))
+    return list(write(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
 
 
 def compare_text(case: Case, model: Bagel, context: Context) -> None:
@@ -294,7 +293,7 @@ def t2i_scene(case: Case, model: Bagel) -> Scene:
 def shown(case: Case, model: Bagel, dialogue: Dialogue, image: str, noise: str) -> Dialogue:
     """A stored picture, encoded with stored posterior noise, appended."""
     items, size = model.picture_items(picture(case, image), noise=case.input(noise)[0], draw=True)
-    return show(model, [dialogue], [items], [size])[0]
+    return show(model, [dialogue], [[(items, size)]])[0]
 
 
 def edit_scene(case: Case, model: Bagel) -> Scene:
@@ -391,8 +390,8 @@ def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
 
 def canvas_of(model: Bagel, scene: Scene) -> Canvas:
     """What a picture is denoised on."""
-    (h, w), m = (side // model.cfg.stride for side in scene.size), model.items.markers
-    return Canvas(model, [scene.dialogue], [(h, w)], markers=(m.boi, m.eoi))
+    h, w = (side // model.cfg.stride for side in scene.size)
+    return Canvas(model, [scene.dialogue], [(h, w)])
 
 
 def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:

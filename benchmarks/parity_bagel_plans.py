@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint import inverse, rename
-from unimm.data.packing import Dropout, Part, drop, turn_weights
+from unimm.data.packing import Dropout, Part, drop
 from unimm.flow import shift_time
 from unimm.models.bagel import KEYS, Bagel
 from unimm.sequence import IGNORE, Item, Pack, image_item, pack
@@ -121,7 +121,6 @@ def check_layout(case: Case, group: str, batch: Pack, samples: Sequence[Sequence
     """Mask, rows, ids, positions, labels and times of a pack."""
     none = torch.zeros(0, dtype=torch.long)
     at = batch.labels != IGNORE
-    weights = [w for item in chain(*samples) for w in label_weights(item.labels.tolist()) if w]
     found = {
         "mask": batch.layout.mask.dense(),
         "packed_text_ids": batch.ids,
@@ -137,15 +136,10 @@ def check_layout(case: Case, group: str, batch: Pack, samples: Sequence[Sequence
         "latent_position_ids": batch.draw.places if batch.draw else none,
         "timesteps": batch.times,
         "packed_timesteps_raw": torch.logit(shift_time(batch.times, 1 / shift)),
-        "ce_loss_weights": torch.tensor(weights),
+        "ce_loss_weights": batch.weights[batch.labels != IGNORE],
     }
     for name, ours in found.items():
         case.compare(f"{group}.{name}", ours)
-
-
-def label_weights(labels: Sequence[int]) -> list[float]:
-    """The library's weight of each label of an item; a label at the closing token is no part of its turn and weighs 1."""
-    return turn_weights(labels[:-1]) + [float(label != IGNORE) for label in labels[-1:]]
 
 
 def check_told(case: Case, group: str, batch: Pack, plan: Plan) -> None:
@@ -171,7 +165,7 @@ def check_losses(case: Case, model: Bagel, group: str, batch: Pack) -> None:
     losses = model(batch, case.input(f"{group}.flow_noise"))
     case.compare(f"{group}.ce", losses.ce)
     case.compare(f"{group}.mse", losses.mse)
-    weights = batch.turn_lengths[batch.labels != IGNORE].float().rsqrt()
+    weights = batch.weights[batch.labels != IGNORE]
     ce, mse = losses.ce.mean(), losses.mse.mean()
     means = {"ce": ce, "mse": mse, "ce_reweighted": (losses.ce * weights).sum() / weights.sum()}
     total = ce + mse

@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 
-from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image, turn_weights
-from unimm.sequence import IGNORE, Past, Segment, gap_item, image_item, lay_out, pack, text_item
+from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image
+from unimm.sequence import IGNORE, Past, Segment, gap_item, image_item, label_weights, lay_out, pack, text_item
 
 TEXT = Segment(length=3, attend="causal", advance=3)
 CLEAN = Segment(length=4, attend="full", advance=1)
@@ -51,7 +51,7 @@ def test_pack_places_everything():
     assert packed.times.tolist() == [0.25, 0.25] and packed.noised.tolist() == [True, True]
     assert packed.streams["gen"].tolist() == [8, 9]
     assert sorted(torch.cat(list(packed.streams.values())).tolist()) == list(range(11))
-    assert packed.turn_lengths.tolist() == [2, 2, 2, 0, 0, 0, 0]
+    assert packed.weights.tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0, 0, 0, 0, 0])
 
 
 def test_dropped_text_leaves_nothing_and_a_dropped_picture_moves_the_clock():
@@ -84,8 +84,10 @@ def test_dropout_rates_are_those_of_the_kind():
         assert sum(item in one for one in kept) == 20 - round(20 * rate)
 
 
-def test_turn_weights():
-    assert turn_weights([5, 6, 7, 8, IGNORE]) == pytest.approx([0.5] * 4 + [0.0])
+def test_label_weights():
+    assert label_weights(torch.tensor([5, 6, 7, 8, IGNORE])).tolist() == pytest.approx([0.5] * 4 + [0.0])
+    assert label_weights(torch.tensor([IGNORE, IGNORE, 9])).tolist() == [0, 0, 1]
+    assert label_weights(torch.tensor([5, 6, 7, 8, 9])).tolist() == pytest.approx([0.5] * 4 + [1.0])
 
 
 def test_gap_moves_only_the_clock():

@@ -4,7 +4,8 @@ import copy
 import torch
 from PIL import Image
 
-from unimm.models.bagel import Bagel, BagelConfig, Markers
+from unimm.models.bagel import Bagel, BagelConfig
+from unimm.models.dialogue import Markers
 
 LLM = dict(
     hidden_size=48,

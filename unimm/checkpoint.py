@@ -1,6 +1,5 @@
 """Released checkpoints: key tables, strict loading into a model built on meta, saving in the same layout."""
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -57,7 +56,8 @@ def opened(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again") from error
+        message = f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again"
+        raise CheckpointError(message) from error
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -74,15 +74,15 @@ def check_keys(shapes: Mapping[str, tuple[int, ...]], table: Table, wanted: Mapp
 
     Raises CheckpointError unless every key meets a row, every row a key, every parameter is met once, and shapes agree.
     """
-    names = {key: rename(key, table) for key in shapes}
-    extra = sorted(key for key, name in names.items() if name not in wanted)
+    names = {key: name for key in shapes if (name := rename(key, table)) in wanted and name is not None}
+    extra = sorted(set(shapes) - set(names))
     missing = sorted(set(wanted) - set(names.values()))
     unused = sorted(row for row in table if not any(_pattern(row).fullmatch(key) for key in shapes))
     back = inverse(table)
     wrong = [
         f"{key}: got {list(shapes[key])}, expected {list(wanted[name].shape)}"
         for key, name in names.items()
-        if name in wanted and shapes[key] != tuple(wanted[name].shape)
+        if shapes[key] != tuple(wanted[name].shape)
     ]
     problems = [
         _few("unexpected keys", extra),
@@ -92,10 +92,12 @@ def check_keys(shapes: Mapping[str, tuple[int, ...]], table: Table, wanted: Mapp
     ]
     if any(problems):
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(filter(None, problems))}")
-    return {key: name for key, name in names.items() if name is not None}
+    return names
 
 
-def load_into(model: nn.Module, paths: list[Path], table: Table, *, prefix: str = "", dtype: torch.dtype, device: torch.device) -> None:
+def load_into(
+    model: nn.Module, paths: list[Path], table: Table, *, prefix: str = "", dtype: torch.dtype, device: torch.device
+) -> None:
     """Load files into the parameters of `model` (on meta) whose names begin with one of `table`'s targets, strictly.
 
     Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix`, where every key
@@ -155,7 +157,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
         yield partial
         folder.mkdir(exist_ok=True)
         for path in sorted(partial.iterdir()):
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
     finally:
         shutil.rmtree(partial)
 
@@ -163,6 +165,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
 def save_state(state: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file."""
     save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _few(what: str, items: list[str], n: int = 5) -> str:

@@ -39,7 +39,8 @@ def add_noise(x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
 def sample(velocity: Velocity, noise: Tensor, times: Tensor, *, progress: bool = False) -> Tensor:
     """Euler steps from noise [N, C] at times[0] to data at times[-1]: x -= v(x, t) (t - t')."""
     x = noise
-    for t, after in tqdm(list(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)), "drawing", disable=not progress, leave=False):
+    steps = list(zip(times[:-1].tolist(), times[1:].tolist(), strict=True))
+    for t, after in tqdm(steps, "drawing", disable=not progress, leave=False):
         x = x - velocity(x, t).to(x.dtype) * (t - after)
     return x
 

@@ -24,7 +24,9 @@ def resolve(name: str | Path, *, revision: str | None = None, known: tuple[str, 
         return _download(str(name), revision)
     names = (*bundled(), *known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
-    raise ValueError(f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}")
+    raise ValueError(
+        f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}"
+    )
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -36,4 +38,5 @@ def _download(name: str, revision: str | None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "merges.txt"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder") from error
+        message = f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder"
+        raise ValueError(message) from error

@@ -3,9 +3,9 @@
 Masks, positions, expert choice and losses all come from the segment table; there is no second description.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Item:
     time: float = 0.0  # draw: 0 is data, 1 is noise
     noised: bool = False  # draw: a target, its tokens carry the flow loss
 
+    @property
+    def n_tokens(self) -> int:
+        """Image tokens; a text has none."""
+        return 0 if self.tokens is None else len(self.tokens)
+
 
 def text_item(ids: Sequence[int], *, labels: Sequence[int] | None = None) -> Item:
     """A text of n token ids, markers included; causal, and the clock moves by n."""
@@ -75,7 +80,7 @@ def image_item(
     A noised image is invisible to all that follows. Frames of a video are the exception, `frame` = (clock steps to
     the next frame, whether it joins the frame before): later items see them, noised as they are.
     """
-    advance, joined = frame if frame else (0 if noised else 1, False)
+    advance, joined = frame or (0 if noised else 1, False)
     visible = frame is not None or not noised
     return Item(
         kind=kind,
@@ -119,7 +124,9 @@ class Layout:
         return replace(self, positions=self.positions.to(device), mask=self.mask.to(device))
 
 
-def lay_out(samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Layout:
+def lay_out(
+    samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu"
+) -> Layout:
     """Pack samples end to end. `past` says what each sample's rows come after; nothing unless given.
 
     Worked rows, one sample: text of 3, clean image of 2 tokens and markers, noised image of 1 token and markers
@@ -133,8 +140,7 @@ def lay_out(samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = 
         clock, sample_starts = before.clock, []
         for segment in segments:
             sample_starts.append(row)
-            steps = torch.arange(segment.length) if segment.attend == "causal" else torch.zeros(segment.length, dtype=torch.long)
-            positions.append(clock + steps)
+            positions.append(clock + torch.arange(segment.length) * (segment.attend == "causal"))
             row, clock = row + segment.length, clock + segment.advance
         starts.append(tuple(sample_starts))
         clocks.append(clock)
@@ -177,7 +183,7 @@ class Pack:
     ids: Tensor  # [n] text and marker ids
     id_rows: Tensor  # [n]
     labels: Tensor  # [n]
-    turn_lengths: Tensor  # [n] labels in the same turn, for reweighting
+    weights: Tensor  # [n] of each label in a reweighted loss
     look: Tokens | None
     draw: Tokens | None
     times: Tensor = field(repr=False)  # [draw tokens] float32
@@ -186,23 +192,29 @@ class Pack:
     @cached_property
     def streams(self) -> dict[str, Tensor]:
         """Hard routing by token kind: latent tokens are the generation expert's, all others the understanding one's."""
-        parts = [self.id_rows, *([self.look.rows] if self.look else [])]
-        rows = {"und": torch.cat(parts).sort().values}
+        rows = {"und": torch.cat([self.id_rows, self.look.rows]).sort().values if self.look else self.id_rows}
         return rows | ({"gen": self.draw.rows} if self.draw else {})
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack on a device."""
         if self.ids.device == torch.device(device):
             return self
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Tokens)}
-        return replace(self, layout=self.layout.to(device), **{k: v for k, v in moved.items() if k in self.__dataclass_fields__})
+        moved: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            moved[part.name] = None if value is None else value.to(device)
+        return Pack(**moved)
 
 
-def pack(samples: Sequence[Sequence[Item]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu") -> Pack:
+def pack(
+    samples: Sequence[Sequence[Item]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu"
+) -> Pack:
     """Lay samples of items end to end; `past` as in `lay_out`."""
     layout = lay_out([[item.segment for item in items] for items in samples], past, device=device)
-    placed = [(item, row) for items, rows in zip(samples, layout.starts, strict=True) for item, row in zip(items, rows, strict=True)]
-    id_rows = [row + (torch.arange(len(i.ids)) if i.tokens is None else torch.tensor([0, len(i.tokens) + 1])) for i, row in placed]
+    placed = [pair for items, rows in zip(samples, layout.starts, strict=True) for pair in zip(items, rows, strict=True)]
+    # the ids of a text fill its segment, the two markers of an image stand at its ends
+    ids_at = [torch.tensor([0, i.n_tokens + 1]) if i.n_tokens else torch.arange(len(i.ids)) for i, _ in placed]
+    id_rows = [row + at for (_, row), at in zip(placed, ids_at, strict=True)]
     draws = [item for item, _ in placed if item.kind == "draw" and item.tokens is not None]
     labels = [item.labels for item, _ in placed]
     return Pack(
@@ -210,12 +222,20 @@ def pack(samples: Sequence[Sequence[Item]], past: Sequence[Past] | None = None, 
         ids=torch.cat([item.ids for item, _ in placed]).to(device),
         id_rows=torch.cat(id_rows).to(device),
         labels=torch.cat(labels).to(device),
-        turn_lengths=torch.cat([(one != IGNORE).sum().expand(len(one)) for one in labels]).to(device),
+        weights=torch.cat([label_weights(one) for one in labels]).to(device),
         look=_tokens("look", placed, device),
         draw=_tokens("draw", placed, device),
         times=_each_token(draws, [i.time for i in draws], torch.float32).to(device),
         noised=_each_token(draws, [i.noised for i in draws], torch.bool).to(device),
     )
+
+
+def label_weights(labels: Tensor) -> Tensor:
+    """The optional weight of each label of an item [n]: 1 / sqrt(labels of its turn), so that long answers do not drown
+    short ones; 0 without loss. A label at the closing token is no part of the turn and weighs 1."""
+    counts = labels != IGNORE
+    turn = counts[:-1].sum().clamp(min=1).float().rsqrt()
+    return torch.cat((counts[:-1] * turn, counts[-1:].float()))
 
 
 def _tokens(kind: str, placed: list[tuple[Item, int]], device: torch.device | str) -> Tokens | None:
@@ -227,9 +247,9 @@ def _tokens(kind: str, placed: list[tuple[Item, int]], device: torch.device | st
             places.append(item.places)
     if not content:
         return None
-    return Tokens(*(torch.cat(t).to(device) for t in (content, rows, places)), tuple(map(len, content)))  # type: ignore[arg-type]
+    return Tokens(torch.cat(content), torch.cat(rows), torch.cat(places), tuple(map(len, content))).to(device)
 
 
 def _each_token(items: list[Item], values: list, dtype: torch.dtype) -> Tensor:
-    lengths = torch.tensor([len(item.tokens) for item in items if item.tokens is not None], dtype=torch.long)
+    lengths = torch.tensor([item.n_tokens for item in items], dtype=torch.long)
     return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)

@@ -3,7 +3,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -12,8 +12,9 @@ from typing_extensions import Self
 
 from unimm import checkpoint, hub
 from unimm.checkpoint import Table
+from unimm.flow import Guidance
+from unimm.sampling import TextSampling
 
-T = TypeVar("T")
 Picture = Image.Image | str | Path
 
 
@@ -62,6 +63,18 @@ class Generation:
         return self.texts[0] if self.texts else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a call draws; None is the model's default."""
+
+    size: tuple[int, int] | None
+    guidance: Sequence[Guidance] | None
+    steps: int | None
+    shift: float | None = None
+    taylor: bool = False
+    progress: bool = False
+
+
 class UnifiedModel(nn.Module, ABC):
     """One model that understands pictures and draws them."""
 
@@ -100,42 +113,66 @@ class UnifiedModel(nn.Module, ABC):
             model = cls.from_folder(folder)
         for names, table in model.weights().items():
             paths = checkpoint.weight_files(folder, names)
-            wide = all(target.startswith("vae.") for target in table.values())
-            kind = torch.float32 if wide else parse_dtype(dtype)
+            kind = torch.float32 if _autoencoder(table) else parse_dtype(dtype)
             checkpoint.load_into(model, paths, table, prefix="bagel.", dtype=kind, device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write the released layout: config, weights, tokenizer; beside first, then renamed into place.
 
-        dtype: what the weights are cast to; unless given, they are written as they are.
+        dtype: what the weights are cast to, but for a KL autoencoder's; unless given, they are written as they are.
         """
         with checkpoint.written_beside(Path(folder)) as partial:
             self.save_config(partial)
             for names, table in self.weights().items():
                 state = checkpoint.released_state(self, table)
-                if dtype is not None:
+                if dtype is not None and not _autoencoder(table):
                     state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
                 checkpoint.save_state(state, partial / names[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
 
     @abstractmethod
-    def generate(self, prompt: str | Sequence[str]) -> Generation:
-        """Draw a picture for each prompt; the families name their options."""
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images: Picture | Sequence | None = None,
+        think: bool = False,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        progress: bool = False,
+    ) -> Generation:
+        """Draw a picture for each prompt, or edit the images given with it; a family may name more options."""
 
     @abstractmethod
-    def understand(self, images: Picture | Sequence, question: str | Sequence[str]) -> str | list[str] | Iterator[str]:
-        """Answer a question about pictures."""
+    def understand(
+        self,
+        images: Picture | Sequence | None,
+        question: str | Sequence[str],
+        *,
+        think: bool = False,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Answer a question about pictures: a str, a list of them for a batch, or an iterator of pieces."""
 
     @abstractmethod
-    def interleave(self, items: Sequence[str | Picture]) -> Iterator[str | Image.Image]:
+    def interleave(
+        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+    ) -> Iterator[str | Image.Image]:
         """Go on with a dialogue of texts and pictures, in texts and pictures."""
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+def _autoencoder(table: Table) -> bool:
+    return all(target.startswith("vae.") for target in table.values())
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -146,7 +183,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def each(value: T | Sequence[T], n: int, what: str) -> list[T]:
+def each(value: Any, n: int, what: str) -> list:
     """One value a sample: a sequence of n, or one value for all. Raises ValueError for another length."""
     values = [value] * n if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if len(values) != n:
@@ -156,7 +193,7 @@ def each(value: T | Sequence[T], n: int, what: str) -> list[T]:
 
 def seeds(seed: int | Sequence[int], n: int) -> list[int]:
     """A seed a sample; from one number, that number and the ones after it. Raises ValueError for a negative one."""
-    found = [seed + i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
+    found: list[int] = [seed + i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
     if any(s < 0 for s in found):
         raise ValueError(f"got seed {min(found)}: expected 0 or more")
     return found
@@ -172,7 +209,8 @@ def pictures_of(images: Any, prompt: str | Sequence[str]) -> list[list]:
     if not prompt:
         raise ValueError("got no prompts: expected at least one")
     if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
-        raise ValueError(f"got images for {len(prompt)} prompts: expected a list of {len(prompt)}, each a picture, a list or None")
+        n = len(prompt)
+        raise ValueError(f"got images for {n} prompts: expected a list of {n}, each a picture, a list or None")
     return [[] for _ in prompt] if images is None else [_listed(one) for one in images]
 
 
@@ -180,3 +218,14 @@ def _listed(images: Any) -> list:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def drawable(size: tuple[int, int], stride: int, most: int) -> tuple[int, int]:
+    """The (height, width) to draw. Raises ValueError, with the nearest that works, for other than multiples of stride."""
+    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in size)
+    if (height, width) != tuple(size):
+        raise ValueError(
+            f"cannot draw (height, width) {tuple(size)}: expected multiples of {stride} up to {most}; "
+            f"the nearest is {(height, width)}"
+        )
+    return height, width

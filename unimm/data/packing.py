@@ -5,7 +5,7 @@ facts/bagel.md section 5.1 (data/interleave_datasets, data/dataset_base.py of th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unimm.sequence import IGNORE, Item, gap_item
+from unimm.sequence import Item, gap_item
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,3 @@ def drop(parts: Sequence[Part], dropout: Dropout, draw: Callable[[], float]) -> 
             kept.append(part.item)
     return kept
 
-
-def turn_weights(labels: Sequence[int]) -> list[float]:
-    """The optional weight of each label, 1 / sqrt(labels of its turn), 0 without loss: long answers do not drown short ones."""
-    n = sum(label != IGNORE for label in labels)
-    return [n**-0.5 if label != IGNORE else 0.0 for label in labels]

@@ -90,7 +90,8 @@ class Mask:
 
     def dense(self, n_keys: int | None = None) -> Tensor:
         """The whole mask, [N, M] bool: the definition, for tests and the reference. M is `n_keys` for a larger buffer."""
-        out = torch.zeros(sum(self.queries), n_keys or max(map(sum, zip(self.key_starts, self.keys, strict=True))), dtype=torch.bool)
+        n_keys = n_keys or max(map(sum, zip(self.key_starts, self.keys, strict=True)))
+        out = torch.zeros(sum(self.queries), n_keys, dtype=torch.bool)
         for i, (q, k) in enumerate(zip(self.query_starts, self.key_starts, strict=True)):
             out[q : q + self.queries[i], k : k + self.keys[i]] = self.of(i)
         return out.to(self.device)
@@ -180,7 +181,8 @@ def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """One call for each block of queries over just the rows it sees: no masked-out work, no dense mask."""
     parts = []
     for i, blocks in enumerate(mask.samples):
-        key_at, seen, row = mask.key_starts[i], [], 0
+        key_at, row = mask.key_starts[i], 0
+        seen: list[tuple[int, int]] = []
         cached = mask.keys[i] - mask.queries[i]
         for block in blocks:
             keys = [*seen, (row, row + block.length)]

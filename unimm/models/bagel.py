@@ -7,9 +7,9 @@ Axes: N packed tokens, L latent tokens of a picture, D model, C features of a la
 """
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,55 +19,17 @@ from unimm.checkpoint import Table, read_shapes, weight_files
 from unimm.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share
 from unimm.kernels import attention
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
-from unimm.models.dialogue import Canvas, Dialogue, reason, say, show, write
+from unimm.models.dialogue import Canvas, Defaults, Dialogue, Items, Markers, reason, say, show, write
 from unimm.models.layers import MLP, TimeEmbedding, sincos_2d
 from unimm.models.vision import NaViT, VisionConfig
 from unimm.sampling import TextSampling, TextStream
-from unimm.sequence import IGNORE, Item, Pack, Tokens, image_item, text_item
-from unimm.tokenizers.pixels import Resize, open_image, patchify, places, to_image, to_tensor, unpatchify
+from unimm.sequence import IGNORE, Item, Pack, Tokens
+from unimm.tokenizers.pixels import Resize, open_image, to_image, to_tensor, unpatchify
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.unified import Generation, Picture, Release, UnifiedModel, each, pictures_of, seeds
+from unimm.unified import Drawing, Generation, Picture, Release, TextTokenizer, UnifiedModel, drawable, each, pictures_of, seeds
 
 STREAMS = ("und", "gen")
-THINK = (
-    "You should first think about the {0} process in the mind and {1} \n"
-    "The {0} process is enclosed within <think> </think> tags, i.e. <think> {0} process here </think> {2} here"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What the verbs do unless told otherwise: the released app's numbers. A nano brings its own."""
-
-    steps: int = 49  # the app's 50 "timesteps" are knots
-    shift: float = 3.0
-    draw: Guidance = Guidance()
-    edit: Guidance = Guidance(image=2.0, interval=(0.0, 1.0), renorm="text_channel")
-    size: tuple[int, int] = (1024, 1024)
-    think_tokens: int = 1000
-    think_draw: str = THINK.format("planning", "then generate the image.", "image")
-    think_answer: str = THINK.format("reasoning", "then provide the user with the answer.", "answer")
-
-    @classmethod
-    def from_files(cls, files: Mapping) -> "Defaults":
-        """From the mapping that a nano's config.json carries under "generation"; the released numbers for what is missing."""
-        guidance = {k: Guidance(**files[k] | {"interval": tuple(files[k]["interval"])}) for k in ("draw", "edit") if k in files}
-        size = {"size": tuple(files["size"])} if "size" in files else {}
-        return cls(**{**files, **guidance, **size})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Markers:
-    """Ids around every text (bos, eos) and every image (boi, eoi)."""
-
-    bos: int
-    eos: int
-    boi: int
-    eoi: int
-
-    STRINGS: ClassVar = {"bos": "<|im_start|>", "eos": "<|im_end|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
-    FILES: ClassVar = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +67,8 @@ class BagelConfig:
         llm, vit, top = (_read(folder / name) for name in ("llm_config.json", "vit_config.json", "config.json"))
         held = any((folder / name).exists() for name in WEIGHTS)
         shapes = read_shapes(weight_files(folder, WEIGHTS)) if held else {}
-        sides = {key.removeprefix("bagel."): round(shape[0] ** 0.5) for key, shape in shapes.items() if key.endswith("pos_embed")}
+        tables = {key.removeprefix("bagel."): shape[0] for key, shape in shapes.items() if key.endswith("pos_embed")}
+        sides = {key: round(rows**0.5) for key, rows in tables.items()}
         return cls.from_files(llm or top.get("llm_config", {}), vit or top.get("vit_config", {}), top, sides)
 
     @classmethod
@@ -114,7 +77,8 @@ class BagelConfig:
 
         sides: of the tables of positions, by their names in the weights, where these are known better.
         """
-        sides, patch, special = sides or {}, top.get("latent_patch_size", 2), top.get("new_token_ids")
+        sides, special = sides or {}, top.get("new_token_ids")
+        patch, look_patch = top.get("latent_patch_size", 2), vit.get("patch_size", 14)
         vae = VAEConfig.from_files(top.get("vae_config", {}))
         vision = VisionConfig.from_files(vit, drop_last=True) if top.get("visual_und", True) else None
         return cls(
@@ -129,8 +93,8 @@ class BagelConfig:
             interpolate_places=top.get("interpolate_pos", False),
             train_shift=top.get("timestep_shift", 1.0),
             draw=Resize.from_files(top.get("vae_transform", {}), longest=1024, shortest=512, stride=patch * vae.stride),
-            look=Resize.from_files(top.get("vit_transform", {}), longest=980, shortest=224, stride=vision.patch if vision else 14),
-            markers=Markers(**{ours: special[theirs] for ours, theirs in Markers.FILES.items()}) if special else None,
+            look=Resize.from_files(top.get("vit_transform", {}), longest=980, shortest=224, stride=look_patch),
+            markers=Markers.from_files(special) if special else None,
             defaults=Defaults.from_files(top.get("generation", {})),
         )
 
@@ -147,7 +111,7 @@ class BagelConfig:
         top |= {"vae_transform": self.draw.to_files(), "vit_transform": self.look.to_files()}
         top |= {"generation": asdict(self.defaults)}
         if self.markers:
-            top["new_token_ids"] = {theirs: getattr(self.markers, ours) for ours, theirs in Markers.FILES.items()}
+            top["new_token_ids"] = self.markers.to_files()
         return {"llm_config.json": llm, "vit_config.json": vit, "config.json": top}
 
 
@@ -159,61 +123,11 @@ class Losses:
     mse: Tensor
 
 
-@dataclass(frozen=True)
-class Items:
-    """What a text or a picture is in the sequence: its tokens and the markers around them."""
-
-    cfg: BagelConfig
-    found: Markers | None
-
-    @property
-    def markers(self) -> Markers:
-        if self.found is None:
-            raise ValueError("this checkpoint has no tokenizer and its config names no new_token_ids: add tokenizer.json")
-        return self.found
-
-    def text(self, ids: Sequence[int]) -> Item:
-        """[bos] ids [eos], without loss."""
-        return text_item([self.markers.bos, *ids, self.markers.eos])
-
-    def answer(self, ids: Sequence[int]) -> Item:
-        """[bos] ids [eos], with the loss of the next id at all but the last."""
-        m = self.markers
-        return text_item([m.bos, *ids, m.eos], labels=[*ids, m.eos, IGNORE])
-
-    def looked_at(self, pixels: Tensor) -> Item:
-        """An image [3, h, w] in [-1, 1] as the ViT's patches."""
-        if self.cfg.vision is None:
-            raise NotImplementedError("this checkpoint was trained without its ViT (visual_und false) and cannot look at pictures")
-        p = self.cfg.vision.patch
-        where = places(pixels.shape[1] // p, pixels.shape[2] // p, self.cfg.look_side, interpolate=self.cfg.interpolate_places)
-        return image_item("look", patchify(pixels, p), where, markers=(self.markers.boi, self.markers.eoi))
-
-    def drawn(self, latent: Tensor, *, time: float = 0.0, noised: bool = False) -> Item:
-        """A latent [z, h, w]: a clean picture of the past, or a noised target."""
-        p = self.cfg.latent_patch
-        return self.named(patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, time=time, noised=noised)
-
-    def named(self, tokens: Tensor, height: int, width: int, *, time: float = 0.0, noised: bool = False) -> Item:
-        """Latent tokens [height * width, C], or whatever names them until they are there."""
-        markers = (self.markers.boi, self.markers.eoi)
-        return image_item("draw", tokens, self.latent_grid(height, width), markers=markers, time=time, noised=noised)
-
-    def latent_grid(self, height: int, width: int) -> Tensor:
-        """Places in the table of latent positions, [height * width]."""
-        return places(height, width, self.cfg.latent_side, interpolate=self.cfg.interpolate_places)
-
-
-def find_markers(tokenizer: Any) -> Markers:
-    """The ids of the markers by their strings. Raises ValueError for a tokenizer that lacks one."""
-    ids = {name: tokenizer.id(token) for name, token in Markers.STRINGS.items()}
-    if lost := [Markers.STRINGS[name] for name, found in ids.items() if found is None]:
-        raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the Qwen2.5 special tokens")
-    return Markers(**ids)
-
-
 class Bagel(UnifiedModel):
     """A decoder of two experts, a ViT to look with, a VAE to draw with."""
+
+    look_places: Tensor  # [look_side^2, D], the connector's
+    latent_places: Tensor  # [latent_side^2, D]
 
     def __init__(self, cfg: BagelConfig):
         super().__init__()
@@ -239,9 +153,11 @@ class Bagel(UnifiedModel):
 
     def weights(self) -> dict[tuple[str, ...], Table]:
         """The key table of each file of weights."""
-        look, draw = (LOOK_KEYS if self.cfg.vision else {}), (DRAW_KEYS if self.cfg.draws else {})
-        norms = QK_NORM_KEYS if self.cfg.decoder.qk_norm else {}
-        return {WEIGHTS: {**DECODER_KEYS, **norms, **look, **draw}} | ({("ae.safetensors",): VAE_KEYS} if self.cfg.draws else {})
+        parts = ((self.cfg.decoder.qk_norm, QK_NORM_KEYS), (self.cfg.vision, LOOK_KEYS), (self.cfg.draws, DRAW_KEYS))
+        main = dict(DECODER_KEYS)
+        for has, table in parts:
+            main |= table if has else {}
+        return {WEIGHTS: main, ("ae.safetensors",): VAE_KEYS} if self.cfg.draws else {WEIGHTS: main}
 
     def save_config(self, folder: Path) -> None:
         """Write llm_config.json, vit_config.json and config.json."""
@@ -290,19 +206,25 @@ class Bagel(UnifiedModel):
         """Last hidden states of a pack's rows by expert, before the final norms; `attend` as in the decoder."""
         return self.decoder(self.embed(batch, noise), batch.layout.positions, batch.streams, attend)
 
-    def latent_grid(self, height: int, width: int) -> Tensor:
-        """Places in the table of latent positions of a picture of that many latent tokens, [height * width]."""
-        return self.items.latent_grid(height, width)
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the decoder; the VAE keeps float32."""
         return self.decoder.embed.weight.dtype
 
     @property
-    def items(self) -> "Items":
-        """What texts and pictures are in this model's sequences; marker ids by string from the tokenizer, else from the config."""
-        return Items(self.cfg, find_markers(self.tokenizer) if self.tokenizer else self.cfg.markers)
+    def items(self) -> Items:
+        """What texts and pictures are in this model's sequences; marker ids from the tokenizer, else from the config."""
+        cfg, markers = self.cfg, Markers.of(self.tokenizer) if self.tokenizer else self.cfg.markers
+        if markers is None:
+            raise ValueError("this checkpoint has no tokenizer and its config names no new_token_ids: add tokenizer.json")
+        return Items(
+            markers=markers,
+            patch=cfg.vision.patch if cfg.vision else None,
+            look_side=cfg.look_side,
+            latent_patch=cfg.latent_patch if cfg.draws else None,
+            latent_side=cfg.latent_side,
+            interpolate=cfg.interpolate_places,
+        )
 
     # ---- drawing
 
@@ -321,7 +243,7 @@ class Bagel(UnifiedModel):
     ) -> list[Tensor]:
         """From noise [L, C] to latent tokens [L, C], for pictures of (height, width) pixels, all in one batch."""
         grids = [(h // self.cfg.stride, w // self.cfg.stride) for h, w in sizes]
-        canvas = Canvas(self, dialogues, grids, markers=(self.items.markers.boi, self.items.markers.eoi))
+        canvas = Canvas(self, dialogues, grids)
         features = share(canvas.features, canvas.canonical)
         velocity = guide(TaylorSeer(features) if taylor else features, self.velocity, guidance)
         x = sample(velocity, torch.cat(list(noises)).to(self.device), knots(steps, shift), progress=progress)
@@ -371,7 +293,7 @@ class Bagel(UnifiedModel):
         ones after it. steps: forwards of the sampler (the original's num_timesteps - 1). A picture does not depend on
         what else is in the batch. Raises ValueError for bad input, with what would be good.
         """
-        self._check_draws()
+        self.items.check_draws()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         n, d, seed = len(prompts), self.cfg.defaults, seeds(seed, len(prompts))
         pictures, generators = pictures_of(images, prompt), [torch.Generator().manual_seed(s) for s in seed]
@@ -380,20 +302,10 @@ class Bagel(UnifiedModel):
         dialogues = say(self, dialogues, self._texts(prompts))
         if think:
             texts = self._written(dialogues, text, seed).texts()
-            dialogues = reason(self, dialogues, [self.items.text(self.tokenizer.encode(one)) for one in texts])
-        sizes = [self._check_size(size or x.size or d.size) for x in dialogues]
-        default = [d.edit if given else d.draw for given in pictures]
-        latents = self.denoise(
-            dialogues,
-            [self.noise(hw, g) for hw, g in zip(sizes, generators, strict=True)],
-            sizes,
-            guidance=default if guidance is None else each(guidance, n, "guidances"),
-            steps=d.steps if steps is None else steps,
-            shift=d.shift if shift is None else shift,
-            taylor=taylor,
-            progress=progress,
-        )
-        return Generation([to_image(self.paint(x, hw)) for x, hw in zip(latents, sizes, strict=True)], texts)
+            dialogues = reason(self, dialogues, self._texts(texts, empty=True))
+        guided = None if guidance is None else each(guidance, n, "guidances")
+        options = Drawing(size=size, guidance=guided, steps=steps, shift=shift, taylor=taylor, progress=progress)
+        return Generation(self._draw(dialogues, generators, options), texts)
 
     def understand(
         self,
@@ -441,33 +353,24 @@ class Bagel(UnifiedModel):
         """
         if wrong := [kind for kind in outputs if kind not in ("text", "image")]:
             raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
-        draw, d = "image" in outputs, self.cfg.defaults
+        draw = "image" in outputs
         if draw:
-            self._check_draws()
+            self.items.check_draws()
         generators = [torch.Generator().manual_seed(s) for s in seeds(seed, max(1, len(outputs)))]
+        options = Drawing(size=size, guidance=[guidance] if guidance else None, steps=steps, progress=progress)
         dialogue = self._begin(1, None)
         for item in items:
             if isinstance(item, str):
                 dialogue = say(self, dialogue, self._texts([item]))
             else:
-                dialogue = self._shown(dialogue, [[item]], generators, draw=draw)
+                dialogue = self._shown(dialogue, [[item]], generators[:1], draw=draw)
         for i, (kind, generator) in enumerate(zip(outputs, generators, strict=False)):
             if kind == "text":
                 piece = self._written(dialogue, text, [seed + i]).texts()[0]
-                dialogue = say(self, dialogue, [self.items.text(self.tokenizer.encode(piece))])
+                dialogue = say(self, dialogue, self._texts([piece], empty=True))
                 yield piece
                 continue
-            hw = self._check_size(size or dialogue[0].size or d.size)
-            (x,) = self.denoise(
-                dialogue,
-                [self.noise(hw, generator)],
-                [hw],
-                guidance=[guidance or (d.edit if dialogue[0].size else d.draw)],
-                steps=d.steps if steps is None else steps,
-                shift=d.shift,
-                progress=progress,
-            )
-            picture = to_image(self.paint(x, hw))
+            (picture,) = self._draw(dialogue, [generator], options)
             yield picture
             if i + 1 < len(outputs):
                 dialogue = self._shown(dialogue, [[picture]], [generator], draw=True)
@@ -484,50 +387,52 @@ class Bagel(UnifiedModel):
         tokens = (size[0] // self.cfg.stride) * (size[1] // self.cfg.stride)
         return torch.randn(tokens, self.cfg.latent_dim, generator=generator)
 
-    def _texts(self, texts: Sequence[str]) -> list[Item]:
+    def _draw(self, dialogues: list[Dialogue], generators: Sequence[torch.Generator], options: Drawing) -> list[Image.Image]:
+        """A picture after each dialogue: guided as an edit where pictures came before."""
+        d = self.cfg.defaults
+        most = self.cfg.stride * self.cfg.latent_side
+        sizes = [drawable(options.size or x.size or d.size, self.cfg.stride, most) for x in dialogues]
+        latents = self.denoise(
+            dialogues,
+            [self.noise(size, generator) for size, generator in zip(sizes, generators, strict=True)],
+            sizes,
+            guidance=options.guidance or [d.edit if x.size else d.draw for x in dialogues],
+            steps=d.steps if options.steps is None else options.steps,
+            shift=d.shift if options.shift is None else options.shift,
+            taylor=options.taylor,
+            progress=options.progress,
+        )
+        return [to_image(self.paint(x, size)) for x, size in zip(latents, sizes, strict=True)]
+
+    def _texts(self, texts: Sequence[str], *, empty: bool = False) -> list[Item]:
+        if not empty and any(not text.strip() for text in texts):
+            raise ValueError("got an empty prompt: expected at least a word")
+        return [self.items.text(self._words.encode(text)) for text in texts]
+
+    @property
+    def _words(self) -> TextTokenizer:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
-        if any(not text.strip() for text in texts):
-            raise ValueError("got an empty prompt: expected at least a word")
-        return [self.items.text(self.tokenizer.encode(text)) for text in texts]
+        return self.tokenizer
 
     def _written(self, dialogues: Sequence[Dialogue], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The model's own text after each dialogue."""
-        sampling, m = sampling or TextSampling(max_tokens=self.cfg.defaults.think_tokens), self.items.markers
-        steps = write(self, [d.main for d in dialogues], sampling, seed, begin=m.bos, end=m.eos)
-        return TextStream(steps, self.tokenizer.decode, len(dialogues), sampling.stop)
+        sampling = sampling or TextSampling(max_tokens=self.cfg.defaults.think_tokens)
+        steps = write(self, [d.main for d in dialogues], sampling, seed)
+        return TextStream(steps, self._words.decode, len(dialogues), sampling.stop)
 
     def _shown(
         self, dialogues: Sequence[Dialogue], pictures: Sequence[Sequence], generators: Sequence, *, draw: bool
     ) -> list[Dialogue]:
-        """Append each sample's pictures: the first ones of all samples in one forward, then the second ones, ..."""
-        out = list(dialogues)
-        for turn in range(max(map(len, pictures))):
-            at = [i for i, some in enumerate(pictures) if len(some) > turn]
-            made = [self._picture(pictures[i][turn], generators[i], draw=draw) for i in at]
-            shown = show(self, [out[i] for i in at], [items for items, _ in made], [size for _, size in made])
-            for i, dialogue in zip(at, shown, strict=True):
-                out[i] = dialogue
-        return out
+        """Append each sample's pictures."""
+        made = [[self._picture(one, g, draw=draw) for one in some] for some, g in zip(pictures, generators, strict=True)]
+        return show(self, dialogues, made)
 
     def _picture(self, picture: Picture, generator: torch.Generator, *, draw: bool) -> tuple[list[Item], tuple[int, int]]:
         image, vae = open_image(picture), self.cfg.vae
         width, height = self.cfg.draw.size(image.width, image.height)
         noise = torch.randn(vae.latent_channels, height // vae.stride, width // vae.stride, generator=generator)
         return self.picture_items(image, noise=noise, draw=draw)
-
-    def _check_draws(self) -> None:
-        if not self.cfg.draws:
-            raise NotImplementedError("this checkpoint was trained without its generation expert (visual_gen false) and cannot draw")
-
-    def _check_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        stride, most = self.cfg.stride, self.cfg.stride * self.cfg.latent_side
-        near = tuple(min(most, max(stride, round(side / stride) * stride)) for side in size)
-        if near != tuple(size):
-            raise ValueError(
-                f"cannot draw (height, width) {tuple(size)}: expected multiples of {stride} up to {most}; the nearest is {near}"
-            )
-        return near
 
 
 # ---- released files
@@ -540,13 +445,14 @@ def _read(path: Path) -> dict:
 
 
 # released names on the left, ours on the right
+EXPERTS = {"und": "", "gen": "_moe_gen"}
+
+
 def _layer_keys(names: Mapping[str, str]) -> dict[str, str]:
     """A row for each expert: the generation expert's names end in _moe_gen."""
-    return {
-        f"language_model.model.layers.{{}}.{theirs.replace('*', suffix)}.{{}}": f"decoder.blocks.{{}}.streams.{stream}.{ours}.{{}}"
-        for stream, suffix in (("und", ""), ("gen", "_moe_gen"))
-        for theirs, ours in names.items()
-    }
+    theirs, ours = "language_model.model.layers.{{}}.{}.{{}}", "decoder.blocks.{{}}.streams.{}.{}.{{}}"
+    rows = [(name.replace("*", suffix), stream, part) for stream, suffix in EXPERTS.items() for name, part in names.items()]
+    return {theirs.format(name): ours.format(stream, part) for name, stream, part in rows}
 
 
 DECODER_KEYS: Table = {
@@ -582,13 +488,10 @@ DRAW_KEYS: Table = {
 VAE_KEYS: Table = {"{*}": "vae.{*}"}
 KEYS: Table = {**DECODER_KEYS, **QK_NORM_KEYS, **LOOK_KEYS, **DRAW_KEYS}
 
+VERBS = ("generate", "understand", "interleave")
+HUB = "ByteDance-Seed/BAGEL-7B-MoT"
 RELEASES = {
-    "ByteDance-Seed/BAGEL-7B-MoT": Release(
-        family="Bagel",
-        hub="ByteDance-Seed/BAGEL-7B-MoT",
-        licence="Apache-2.0",
-        parameters=14_691_079_811,
-        verbs=("generate", "understand", "interleave"),
-    ),
+    "bagel-nano": Release(family="Bagel", hub=None, licence="Apache-2.0", parameters=9_548_147, verbs=VERBS),
+    HUB: Release(family="Bagel", hub=HUB, licence="Apache-2.0", parameters=14_691_079_811, verbs=VERBS),
 }
 Bagel.RELEASES = RELEASES

@@ -82,7 +82,7 @@ class Route:
     def split(self, x: Tensor) -> Parts:
         """x [N, ...] -> {stream: [n, ...]}."""
         if len(self.rows) == 1:
-            return {name: x for name in self.rows}
+            return dict.fromkeys(self.rows, x)
         return {name: x.index_select(0, at) for name, at in self.rows.items()}
 
     def join(self, parts: Parts) -> Tensor:
@@ -130,12 +130,13 @@ class Block(nn.Module):
 
     def forward(self, x: Parts, angles: Tensor, route: Route, attend: Attend) -> Parts:
         """x {stream: [n, D]}, angles [2, N, K/2] in pack order -> {stream: [n, D]}."""
-        entered = {name: self.streams[name].enter(part) for name, part in x.items()}
+        streams: dict[str, Stream] = {name: self.streams.get_submodule(name) for name in x}  # type: ignore[misc]
+        entered = {name: streams[name].enter(part) for name, part in x.items()}
         q, k, v = (route.join({name: qkv[i] for name, qkv in entered.items()}) for i in range(3))
         # under autocast the norms leave q and k in float32; the released code, too, casts them back here
         q, k = (apply_rope(t, angles).to(v.dtype) for t in (q, k))
         y = route.split(attend(self.layer, q, k, v))
-        return {name: self.streams[name].leave(part, y[name]) for name, part in x.items()}
+        return {name: streams[name].leave(part, y[name]) for name, part in x.items()}
 
 
 class Decoder(nn.Module):

@@ -107,4 +107,4 @@ class TimeEmbedding(nn.Module):
         """times [N] float32 -> [N, D]."""
         steps = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=times.device) / self.FREQUENCIES
         angles = times.float()[:, None] * 10000.0**-steps
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1).to(next(self.mlp.parameters()).dtype))

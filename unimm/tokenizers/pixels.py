@@ -20,18 +20,20 @@ def open_image(image: Image.Image | str | Path) -> Image.Image:
     """
     if isinstance(image, str | Path):
         try:
-            image = Image.open(image)
+            with Image.open(image) as opened:
+                return open_image(opened)
         except FileNotFoundError:
             raise ValueError(f"no image at {image}: expected a path to a file, or a PIL image") from None
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
             raise ValueError(f"cannot read {image} as an image: {error}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"got an image of type {type(image).__name__}: expected a PIL image or a path")
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"got an image of {image.width}x{image.height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"got an image of {width}x{height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"the image is broken or cut short: {error}") from error
     return _to_rgb(image)
 

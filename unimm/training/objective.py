@@ -15,6 +15,7 @@ from unimm.training.recipe import Recipe, nearest
 # name in a recipe -> module and class; imported only when asked for
 OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
+    "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }
 

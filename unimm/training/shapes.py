@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image
 from unimm.data.shapes import Example, example, vocabulary_text
 from unimm.flow import shift_time
-from unimm.models.bagel import Bagel, BagelConfig, Items, Markers
+from unimm.models.bagel import Bagel, BagelConfig
+from unimm.models.decoder import Stream
+from unimm.models.dialogue import Items, Markers
 from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.recipe import Recipe, strict
@@ -44,8 +47,9 @@ class Options:
     dropout: Mapping[str, float]
     # pieces of the text model
     vocabulary: int
-    # the folder of a trained VAE
+    # the folders of a trained VAE and a trained ViT
     vae: str
+    vit: str
     # parts that are not trained, by the beginning of their parameters' names
     frozen: tuple[str, ...]
 
@@ -67,6 +71,7 @@ class Worlds:
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
     options: Options
+    config: BagelConfig
     items: Items
     tokenizer: SentencePieceTokenizer
     size: int
@@ -80,8 +85,8 @@ class Worlds:
 
     def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
         """Examples as one pack, with the dice's times, noises and dropped conditions."""
-        config = self.items.cfg
-        pictures = Pictures(self.items, self.options.targets, dice)
+        config = self.config
+        pictures = Pictures(config, self.items, self.options.targets, dice)
         dropout = Dropout(**self.options.dropout)
         samples = [drop(self.plan(one, pictures, dice), dropout, dice.random) for one in examples]
         groups = [one.task.split(".")[0] for one in examples]
@@ -97,14 +102,14 @@ class Worlds:
             posterior=torch.randn(len(images), config.vae.latent_channels, side, side, generator=generator),
             noise=torch.randn(len(packed.times), config.latent_dim, generator=generator),
             text_groups=_repeat(text_groups, [sum(int((i.labels >= 0).sum()) for i in items) for items in samples]),
-            flow_groups=_repeat(flow_groups, [sum(len(i.tokens) for i in items if i.noised and i.tokens is not None) for items in samples]),
+            flow_groups=_repeat(flow_groups, [sum(i.n_tokens for i in items if i.noised) for items in samples]),
         )
 
     def filler(self, samples: Sequence[Sequence[Item]], pictures: Pictures) -> list[Item]:
         """A sample without loss that rounds up the rows of each expert: new shapes cost a CPU more than these rows."""
-        drawn = sum(len(i.tokens) for items in samples for i in items if i.kind == "draw" and i.tokens is not None)
+        drawn = sum(i.n_tokens for items in samples for i in items if i.kind == "draw")
         blank = pictures.repeated()
-        blanks = [blank] * (-drawn % ROUND_ROWS // len(blank.places))
+        blanks = [blank] * (-drawn % ROUND_ROWS // blank.n_tokens)
         others = sum(i.segment.length for items in samples for i in items) - drawn + 2 * len(blanks)
         return [*blanks, self.items.text([0] * (-others % ROUND_ROWS - 2))] if -others % ROUND_ROWS > 2 else blanks
 
@@ -113,6 +118,7 @@ class Worlds:
         group = one.task.split(".")[0]
         if one.answer is not None:
             return answer([pictures.look(image) for image in one.images], [self.said(one.prompt), self.answered(one.answer)])
+        assert one.target is not None, f"{one.task} has neither an answer nor a picture"
         targets = pictures.targets(one.target)
         if group == "edit":
             (before,) = one.images
@@ -122,11 +128,10 @@ class Worlds:
             # guidance compares with the system prompt alone, so prompt and reasoning are dropped together
             told = [self.said(one.prompt), self.answered(f"<think>{one.think}</think>")]
             told = [] if dice.random() < self.options.dropout["text"] else told
-            parts = [Part(item) for item in (self.said(self.items.cfg.defaults.think_draw), *told, targets[0])]
+            parts = [Part(item) for item in (self.said(self.config.defaults.think_draw), *told, targets[0])]
         else:
             parts = text_to_image(self.said(one.prompt), targets[0])
         return [*parts, *map(Part, targets[1:])]
-
 
     def said(self, text: str) -> Item:
         return self.items.text(self.tokenizer.encode(text))
@@ -138,8 +143,8 @@ class Worlds:
 class Pictures:
     """The pictures of one batch, each once, and the items that show them."""
 
-    def __init__(self, items: Items, targets: int, dice: random.Random):
-        self.items, self.n_targets, self.dice = items, targets, dice
+    def __init__(self, config: BagelConfig, items: Items, targets: int, dice: random.Random):
+        self.config, self.items, self.n_targets, self.dice = config, items, targets, dice
         self.seen: list[np.ndarray] = []
 
     def look(self, image: np.ndarray) -> Item:
@@ -151,7 +156,7 @@ class Pictures:
     def targets(self, image: np.ndarray) -> list[Item]:
         """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (facts/bagel.md section 5.3)."""
         normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.n_targets)])
-        times = shift_time(normals.sigmoid(), self.items.cfg.train_shift)
+        times = shift_time(normals.sigmoid(), self.config.train_shift)
         first = self._new(image, time=float(times[0]), noised=True)
         return [first, *(replace(first, time=float(t)) for t in times[1:])]
 
@@ -164,7 +169,7 @@ class Pictures:
         return self._named(image.shape, len(self.seen) - 1, time=time, noised=noised)
 
     def _named(self, shape: tuple[int, ...], picture: int, *, time: float, noised: bool) -> Item:
-        h, w = shape[0] // self.items.cfg.stride, shape[1] // self.items.cfg.stride
+        h, w = shape[0] // self.config.stride, shape[1] // self.config.stride
         names = torch.stack((torch.full((h * w,), picture), torch.arange(h * w)), -1)
         return self.items.named(names, h, w, time=time, noised=noised)
 
@@ -175,26 +180,31 @@ class ShapesObjective:
     name = "bagel-nano"
     loss_names = FLOWS + TEXTS
 
-    def __init__(self, model: Bagel, batch: Worlds):
-        self.model, self.batch = model, batch
+    def __init__(self, model: Bagel, batch: Worlds, vae: Path):
+        self.model, self.batch, self.vae = model, batch, vae
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ShapesObjective:
         """A fresh model of the recipe's config around a trained VAE, with a text model of the world's own text."""
         options = strict(Options, recipe.options, where="options")
         files = {name: dict(part) for name, part in recipe.model.items()}
-        vae = Path(options.vae)
-        files["config"]["vae_config"] = json.loads((vae / "vae_config.json").read_text())
-        tokenizer = text_model(options.vocabulary, extra=[files["config"]["generation"][key] for key in ("think_draw", "think_answer")])
+        vae, vit = _trained(options.vae, "ae.safetensors", "vae"), _trained(options.vit, "vision.safetensors", "vit")
+        files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
+        prompts = [files["config"]["generation"][key] for key in ("think_draw", "think_answer")]
+        tokenizer = text_model(options.vocabulary, extra=prompts)
         files["llm"]["vocab_size"] = tokenizer.inner.vocab_size()
         torch.manual_seed(recipe.seed)
-        model = Bagel(BagelConfig.from_files(files["llm"], files["vit"], files["config"], {}))
+        model = Bagel(BagelConfig.from_files(files["llm"], files["vit"], files["config"]))
         init_weights(model)
-        model.vae.load_state_dict({k: v.float() for k, v in load_file(vae / "ae.safetensors").items()})
+        model.vae.load_state_dict({k: v.float() for k, v in load_file(vae).items()})
+        model.vision.load_state_dict(load_file(vit))
         model.tokenizer = tokenizer
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(options.frozen)))
-        return cls(model, Worlds(options=options, items=model.items, tokenizer=tokenizer, size=recipe.batch, seed=recipe.seed))
+        worlds = Worlds(
+            options=options, config=model.cfg, items=model.items, tokenizer=tokenizer, size=recipe.batch, seed=recipe.seed
+        )
+        return cls(model, worlds, vae)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean loss of every kind of sample in the batch: flow losses of pictures, cross entropy of texts."""
@@ -211,6 +221,7 @@ class ShapesObjective:
         p, device = self.model.cfg.latent_patch, self.model.device
         latents = self.model.vae.encode(batch.images.to(device), noise=batch.posterior.to(device)).float().cpu()
         tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)
+        assert batch.pack.draw is not None, "every batch draws"
         picture, token = batch.pack.draw.content.unbind(-1)
         return replace(batch.pack, draw=replace(batch.pack.draw, content=tokens[picture, token]))
 
@@ -221,15 +232,22 @@ class ShapesObjective:
         return grid(self.model.generate(prompts, seed=0).images, columns=6)
 
     def save(self, folder: Path) -> None:
-        """The released layout, in bfloat16 but for the VAE."""
+        """The released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
+        shutil.copyfile(self.vae, folder / "ae.safetensors")
+
+
+def _trained(folder: str, name: str, part: str) -> Path:
+    if not (Path(folder) / name).exists():
+        raise ValueError(f"no {name} in {folder}: run `unimm train bagel-nano-{part} runs/bagel-nano-{part}` first")
+    return Path(folder) / name
 
 
 def text_model(size: int, *, extra: Sequence[str] = (), lines: int = 20_000) -> SentencePieceTokenizer:
     """A sentencepiece model (unigram, bytes for what it has not met) of the world's text, with BAGEL's markers."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*vocabulary_text(lines), *extra * 100]),
+        sentence_iterator=iter([*vocabulary_text(lines), *(list(extra) * 100)]),
         model_writer=model,
         vocab_size=size,
         model_type="unigram",
@@ -251,9 +269,11 @@ def init_weights(model: Bagel) -> None:
     with depth, velocity 0."""
     depth = (2 * model.cfg.decoder.n_layers) ** -0.5
     nn.init.normal_(model.decoder.embed.weight, std=0.5)
-    for stream in (s for block in model.decoder.blocks for s in block.streams.values()):
+    for stream in (module for module in model.decoder.modules() if isinstance(module, Stream)):
         for linear in (stream.o, stream.mlp.down):
             nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
+    # what is seen must not be drowned by where it is: the connector's output begins about as large as the positions
+    nn.init.normal_(model.connector.fc2.weight, std=2 * model.connector.fc2.in_features**-0.5)
     for table in (model.to_velocity.weight, model.to_velocity.bias):
         nn.init.zeros_(table)
 

@@ -106,8 +106,7 @@ def there(task: str, dice: Dice) -> Example:
     pairs = [pair] if yes else [dice.other(lambda other: other != pair, asked=True)]
     if not yes and dice.coin():
         pairs.append(dice.other(lambda other: (other[0] == pair[0]) != (other[1] == pair[1])))
-    for _ in range(dice.whole(0, 4 - len(pairs))):
-        pairs.append(dice.other(lambda other: other != pair))
+    pairs += [dice.other(lambda other: other != pair) for _ in range(dice.whole(0, 4 - len(pairs)))]
     what = article(f"{pair[1]} {pair[0]}")
     return _asked(task, dice.choice(THERE).format(what=what), dice.scene(pairs), "yes" if yes else "no")
 

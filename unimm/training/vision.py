@@ -1,0 +1,132 @@
+"""Training a ViT to see the little world, before a language model reads it: what SigLIP2 is to the released BAGEL."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example, render
+from unimm.models.vision import NaViT, VisionConfig
+from unimm.tokenizers.pixels import places
+from unimm.training.recipe import Recipe, strict
+
+KINDS = (SHAPES, COLOURS, SIZES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the recipe's `options` may say."""
+
+    # tasks of unimm.data.shapes that end in a picture, in turn
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """patches [B * n, p * p * 3] and, for each patch, the shape, colour and size whose centre it holds [B * n, 3]."""
+
+    patches: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """Batches of train scenes, by step."""
+
+    tasks: tuple[str, ...]
+    size: int
+    seed: int
+    patch: int
+
+    def __call__(self, step: int) -> Batch:
+        dice = random.Random(f"{self.seed}/{step}/look")
+        examples = [example(dice.choice(self.tasks), step * self.size + i, seed=self.seed) for i in range(self.size)]
+        return self.batch([one.after for one in examples if one.after is not None])
+
+    def batch(self, scenes: Sequence[Scene]) -> Batch:
+        """Scenes rendered, and what is centred in each of their patches."""
+        images, p = np.stack([render(scene) for scene in scenes]), self.patch
+        side = images.shape[1] // p
+        targets = torch.zeros(len(scenes), side * side, len(KINDS), dtype=torch.long)
+        for i, scene in enumerate(scenes):
+            for thing in scene.things:
+                names = (thing.shape, thing.colour, thing.size)
+                found = [1 + kind.index(name) for kind, name in zip(KINDS, names, strict=True)]
+                targets[i, thing.y // p * side + thing.x // p] = torch.tensor(found)
+        pixels = torch.from_numpy(images).float() / 127.5 - 1
+        patches = rearrange(pixels, "b (h p) (w q) c -> (b h w) (p q c)", p=p, q=p)
+        return Batch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
+
+
+class Reader(nn.Module):
+    """A ViT and, for training only, a linear guess of what is centred in each patch."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.vision = NaViT(cfg)
+        self.guess = nn.Linear(cfg.dim, sum(len(kind) + 1 for kind in KINDS))
+        self.cfg = cfg
+
+    def forward(self, patches: Tensor, side: int) -> tuple[Tensor, ...]:
+        """patches [B * n, p*p*3] of square pictures of side * side patches -> for each kind the logits [B * n, names + 1]."""
+        where, n = places(side, side, self.cfg.side).to(patches.device), len(patches) // side**2
+        seen = self.vision(patches, repeat(where, "n -> (b n)", b=n), [side**2] * n)
+        return self.guess(seen).split([len(kind) + 1 for kind in KINDS], -1)
+
+
+class VisionObjective:
+    """Say of every patch which shape, colour and size is centred in it, if any."""
+
+    name = "bagel-nano-vit"
+    loss_names = ("shape", "colour", "size")
+
+    def __init__(self, model: Reader, batch: Scenes, side: int):
+        self.model, self.batch, self.side = model, batch, side
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> VisionObjective:
+        """A fresh ViT of the recipe's config: the keys of a released vit_config.json, and `picture`, pixels a side."""
+        options, files = strict(Options, recipe.options, where="options"), dict(recipe.model)
+        torch.manual_seed(recipe.seed)
+        model = Reader(VisionConfig.from_files(files, drop_last=True))
+        nn.init.normal_(model.vision.positions.weight, std=0.1)
+        scenes = Scenes(tasks=options.tasks, size=recipe.batch, seed=recipe.seed, patch=files["patch_size"])
+        return cls(model, scenes, files["picture"] // files["patch_size"])
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean cross entropy of each kind."""
+        device = next(self.model.parameters()).device
+        logits, targets = self.model(batch.patches.to(device), self.side), batch.targets.to(device)
+        losses = [F.cross_entropy(one.float(), target) for one, target in zip(logits, targets.unbind(-1), strict=True)]
+        return dict(zip(self.loss_names, losses, strict=True))
+
+    def accuracy(self, n: int = 256) -> float:
+        """The part of fresh train scenes of which every patch is said right."""
+        batch = self.batch(10**9)
+        with torch.no_grad():
+            logits = self.model(batch.patches, self.side)
+        right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets
+        return rearrange(right, "(b n) k -> b (n k)", n=self.side**2).all(-1)[:n].float().mean().item()
+
+    def picture(self) -> Image.Image:
+        """A bar as long as the accuracy: this model draws nothing."""
+        return Image.fromarray(np.repeat(np.arange(256)[None] < 256 * self.accuracy(), 16, 0).astype(np.uint8) * 255)
+
+    def save(self, folder: Path) -> None:
+        """vision.safetensors under our names, and the accuracy."""
+        state = {name: weight.detach().clone() for name, weight in self.model.vision.state_dict().items()}
+        save_file(state, folder / "vision.safetensors")
+        report: Mapping[str, Any] = {"scenes_right": self.accuracy()}
+        (folder / "report.json").write_text(json.dumps(report) + "\n")
