@@ -26,9 +26,9 @@ clean:
 
 # a stamp says what is installed already; packaging files newer than it install again
 .venv/demo.stamp: .venv/bin/python setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install -e .
 	@touch $@
 
 .venv/test.stamp: .venv/bin/python setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install -e '.[test]'
 	@touch $@ .venv/demo.stamp

@@ -11,6 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
+
+LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 Table = Mapping[str, str]  # a released name -> ours; `{}` is one dotted part or a piece of it, `{*}` is the rest
 
@@ -110,11 +113,13 @@ def load_into(
     names = check_keys({k[strip:]: s for k, s in shapes.items()}, table, wanted, str(paths[0]))
     needed = sum(v.numel() for v in wanted.values()) * dtype.itemsize
     check_memory(needed, device)
-    for path in paths:
-        with opened(path) as file:
-            state = {names[key[strip:]]: file.get_tensor(key).to(device=device, dtype=dtype, copy=True) for key in file.keys()}
-            for name, tensor in state.items():
-                _assign(model, name, tensor)
+    with tqdm(total=len(names), desc="loading", unit="tensor", disable=needed < LARGE, leave=False) as bar:
+        for path in paths:
+            with opened(path) as file:
+                for key in file.keys():
+                    tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                    _assign(model, names[key[strip:]], tensor)
+                    bar.update()
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,122 @@
+"""The nano recipes: what they read, what their batches hold, and that a few steps teach something."""
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from unimm.data.shapes import HELD_OUT, TASKS, example
+from unimm.models.vision import NaViT, VisionConfig
+from unimm.sequence import IGNORE
+from unimm.tokenizers.vae import VAE, VAEConfig
+from unimm.training.loop import Trainer
+from unimm.training.objective import build
+from unimm.training.recipe import read_recipe
+from unimm.training.shapes import FLOWS, TEXTS, text_model
+
+RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
+SMALL_LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+SMALL_VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """bagel-nano's recipe with small numbers, around an untrained VAE and ViT."""
+    folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "bagel-nano.yaml")
+    model = {name: dict(part) for name, part in full.model.items()}
+    model["llm"] |= SMALL_LLM
+    model["vit"] |= SMALL_VIT
+    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4, scale=1.0, shift=0.0)
+    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
+    save_file(NaViT(VisionConfig.from_files(model["vit"], drop_last=True)).state_dict(), folder / "vision.safetensors")
+    options = dict(full.options) | dict(vae=str(folder), vit=str(folder))
+    return dataclasses.replace(full, model=model, options=options, batch=100, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def objective(recipe):
+    return build(recipe)
+
+
+def test_every_recipe_is_read():
+    names = {path.stem: read_recipe(path).objective for path in RECIPES.glob("*.yaml")}
+    assert names == {"bagel-nano": "shapes", "bagel-nano-vae": "vae", "bagel-nano-vit": "vision"}
+
+
+def test_missing_parts_are_named(recipe):
+    with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
+        build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
+
+
+def test_batches_are_a_function_of_seed_and_step(objective):
+    a, b, other = objective.batch(3), objective.batch(3), objective.batch(4)
+    assert torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.noise, b.noise) and torch.equal(a.images, b.images)
+    assert a.pack.ids.shape != other.pack.ids.shape or not torch.equal(a.pack.ids, other.pack.ids)
+
+
+def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
+    batch = objective.batch(0)
+    assert set(batch.flow_groups.tolist()) == set(range(len(FLOWS)))
+    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
+    assert len(batch.flow_groups) == int(batch.pack.noised.sum())
+    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert all(len(rows) % 256 == 0 for rows in batch.pack.streams.values())
+    losses = objective.losses(batch)
+    assert set(losses) == set(FLOWS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_latents_are_those_of_each_picture_alone(objective):
+    batch = objective.batch(1)
+    encoded = objective.encoded(batch)
+    picture, token = batch.pack.draw.content[40].tolist()
+    alone = objective.model.vae.encode(batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1])
+    h, w = divmod(token, alone.shape[3] // 2)
+    expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
+    torch.testing.assert_close(encoded.draw.content[40], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_plan(objective, task):
+    batch = objective.batch.batch([example(task, 5), example("draw.one", 0)], random.Random(0))
+    assert len(batch.pack.layout.lengths) == 3  # two samples and the filler
+
+
+def test_steps_teach(recipe, objective):
+    trainer = Trainer(objective, dataclasses.replace(recipe, warmup=0, lr=3e-3), torch.device("cpu"))
+    batch = objective.batch(0)
+    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    frozen = objective.model.vision.patch.weight.clone()
+    for _ in range(12):
+        trainer.update(batch)
+    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    assert all(after[name] < before[name] for name in before), (before, after)
+    assert torch.equal(frozen, objective.model.vision.patch.weight)
+
+
+def test_the_vit_learns_to_see():
+    recipe = dataclasses.replace(read_recipe(RECIPES / "bagel-nano-vit.yaml"), batch=32, precision="float32", warmup=0)
+    objective = build(dataclasses.replace(recipe, model={**recipe.model, **SMALL_VIT}))
+    batch = objective.batch(0)
+    empty = (batch.targets == 0).all(-1)
+    assert batch.targets[~empty].min() >= 1 and 0 < (~empty).float().mean() < 0.4
+    trainer = Trainer(objective, recipe, torch.device("cpu"))
+    first = sum(loss.item() for loss in objective.losses(batch).values())
+    for step in range(25):
+        trainer.update(objective.batch(step))
+    assert sum(loss.item() for loss in objective.losses(batch).values()) < 0.5 * first
+    assert 0 <= objective.accuracy(16) <= 1
+
+
+def test_the_text_model_keeps_markers_out_of_reach():
+    tokenizer = text_model(512, lines=2000)
+    bos = tokenizer.id("<|im_start|>")
+    assert bos is not None and tokenizer.id("no such token") is None
+    assert bos not in tokenizer.encode("a <|im_start|> red circle")
+    for text in ("a red circle left of a blue square", "<think>3 - 2 = 1. draw one red circle.</think>", "caf\u00e9"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("three green stars")) <= 5
+    assert len(HELD_OUT) == 6
