@@ -77,6 +77,16 @@ def test_long_samples_are_not_padded(monkeypatch):
     torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask))
 
 
+def test_samples_may_be_empty_or_ask_nothing():
+    mask = Mask([[Block(3)], [], [Block(2, full=True)], [Block(4)]], queries=[3, 0, 2, 0])
+    q = torch.randn(5, 2, 4)
+    k, v = torch.randn(2, 9, 2, 4)
+    expected = attention_reference(q, k, v, mask)
+    assert torch.isfinite(expected).all()
+    for way in (_attention_padded, _attention_by_block):
+        torch.testing.assert_close(way(q, k, v, mask), expected)
+
+
 def test_unwritten_rows_do_not_leak():
     mask = Mask([[Block(2)], [Block(5)]], key_starts=[0, 4])
     q = torch.randn(7, 2, 4)

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unimm.kernels.dispatch import backend
 
-# up to this many key rows a sample, one padded call with a mask beats a call for each block (2 cores, float32:
-# 64 samples of 60 rows take 4 ms padded and 21 ms apart; one sample of 4,096 rows is 2.7 times faster apart)
+# samples up to this many key rows share padded calls with a mask: many small calls cost more than what they skip;
+# longer ones get a call a block, which computes nothing that is masked out
 PADDED_ROWS = 512
 BUCKET_ROWS, BUCKET_SAMPLES = 32, 8  # lengths and counts are rounded up to these before they share a call
 
@@ -84,6 +84,8 @@ class Mask:
 
     def of(self, sample: int) -> Tensor:
         """The mask of one sample, [N, M] bool."""
+        if not self.queries[sample]:
+            return torch.zeros(0, self.keys[sample], dtype=torch.bool)
         first, last = self.ranges(sample)
         rows = torch.arange(self.keys[sample] - self.queries[sample], self.keys[sample])[:, None]
         return (rows >= first) & (rows < last)
@@ -102,7 +104,8 @@ class Mask:
         [B, n, m] of each bucket; and where each packed row lies in the buckets' results end to end [N]."""
         groups: dict[int, list[int]] = {}
         for i, n_k in enumerate(self.keys):
-            groups.setdefault(_up(n_k, BUCKET_ROWS), []).append(i)
+            if self.queries[i]:  # a sample may be empty, or only looked at
+                groups.setdefault(_up(n_k, BUCKET_ROWS), []).append(i)
         out, back, total = [], torch.empty(sum(self.queries), dtype=torch.long), 0
         for samples in groups.values():
             # few different shapes: a matrix product compiles itself for each one (oneDNN), which costs more than padding
