@@ -1,4 +1,5 @@
 """The notebook runs, top to bottom, and the file that is shown keeps its pictures."""
+import re
 from pathlib import Path
 
 import nbformat
@@ -21,4 +22,4 @@ def test_notebook_is_kept_executed(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it, top to bottom, and save it"
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 6
-    assert "/home/" not in path.read_text() and "/work/" not in path.read_text() and "/root/" not in path.read_text()
+    assert not re.search(r"/(home|Users|root|tmp)/", path.read_text()), "a machine's path stands in an output"
