@@ -48,7 +48,7 @@ class Cache:
         ends = torch.tensor([c.length + n for c, n in zip(contexts, room, strict=True)]).cumsum(0).tolist()
         self.starts = [0, *ends[:-1]]
         layers, two, _, heads, head_dim = empty.shape
-        # zeros, not garbage: a padded call reads rows that nobody wrote, and 0 * nan is nan
+        # zeros, not garbage: the reference reads rows that nobody wrote, and 0 * nan is nan
         self.buffer = empty.new_zeros(layers, two, ends[-1], heads, head_dim)
         for start, context in zip(self.starts, contexts, strict=True):
             if context.chunks:

@@ -167,7 +167,7 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return torch.cat(parts).index_select(0, back)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     return scaled_dot_product_attention(q, k, v, allowed, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -204,7 +204,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     n, m = q.shape[0], k.shape[0]
     allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and n > 1 else None
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
-    return rearrange(scaled_dot_product_attention(q, k, v, allowed, enable_gqa=q.shape[1] != k.shape[1]), "1 h n k -> n h k")
+    return rearrange(_fused(q, k, v, allowed), "1 h n k -> n h k")
 
 
 def _rows(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:

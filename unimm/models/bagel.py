@@ -364,16 +364,16 @@ class Bagel(UnifiedModel):
                 dialogue = say(self, dialogue, self._texts([item]))
             else:
                 dialogue = self._shown(dialogue, [[item]], generators[:1], draw=draw)
-        for i, (kind, generator) in enumerate(zip(outputs, generators, strict=False)):
+        for i, kind in enumerate(outputs):
             if kind == "text":
                 piece = self._written(dialogue, text, [seed + i]).texts()[0]
                 dialogue = say(self, dialogue, self._texts([piece], empty=True))
                 yield piece
                 continue
-            (picture,) = self._draw(dialogue, [generator], options)
+            (picture,) = self._draw(dialogue, [generators[i]], options)
             yield picture
             if i + 1 < len(outputs):
-                dialogue = self._shown(dialogue, [[picture]], [generator], draw=True)
+                dialogue = self._shown(dialogue, [[picture]], [generators[i]], draw=True)
 
     # ---- what the verbs share
 

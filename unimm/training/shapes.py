@@ -123,7 +123,7 @@ class Worlds:
         if group == "edit":
             (before,) = one.images
             shown = Shown(clean=pictures.clean(before), look=pictures.look(before), noised=targets[0])
-            parts = edit(shown, [(self.said(one.prompt), replace(shown, noised=targets[0]))])
+            parts = edit(shown, [(self.said(one.prompt), shown)])
         elif one.think is not None and dice.random() < self.options.thinks:
             # guidance compares with the system prompt alone, so prompt and reasoning are dropped together
             told = [self.said(one.prompt), self.answered(f"<think>{one.think}</think>")]

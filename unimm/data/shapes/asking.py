@@ -160,7 +160,8 @@ def _larger(task: str, dice: Dice) -> Example:
     pairs = dice.pairs(dice.whole(2, 3))
     sizes = [*dice.mixed(SIZES), dice.choice(SIZES)]
     cells = dice.cells(len(pairs))
-    things = tuple(dice.thing(pair, cell, size=size) for pair, cell, size in zip(pairs, cells, sizes, strict=False))
+    placed = zip(pairs, cells, sizes[: len(pairs)], strict=True)
+    things = tuple(dice.thing(pair, cell, size=size) for pair, cell, size in placed)
     wordings, size = dice.choice(((LARGER, "large"), (SMALLER, "small")))
     named = dice.mixed([(f"the {thing.colour} {thing.shape}", thing.size) for thing in things[:2]])
     answer = next(words for words, thing_size in named if thing_size == size)

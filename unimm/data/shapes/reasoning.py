@@ -30,7 +30,7 @@ def arithmetic(task: str, dice: Dice) -> Example:
     total = " ".join([str(start), *(f"{sign} {operand}" for sign, operand, _ in steps)])
     prompt = dice.choice(DRAW_SUM).format(sum=total, what=plural(words))
     befores = [start, *(value for _, _, value in steps)]
-    told = zip(befores, steps, strict=False)
+    told = zip(befores[:-1], steps, strict=True)
     lines = [f"{before} {sign} {operand} = {value}." for before, (sign, operand, value) in told]
     scene = dice.scene([(shape, colour)] * result)
     think = " ".join([*lines, f"draw {numbered(result, words)}."])
@@ -60,10 +60,11 @@ def mapping(task: str, dice: Dice) -> Example:
     letters = dice.mixed(LETTERS)
     pairs = dice.pairs(3)
     phrases = [article(f"{colour} {shape}") for shape, colour in pairs]
-    chain = [f"{a} means {b}." for a, b in zip(letters, [*letters[1:level], phrases[0]], strict=False)]
+    chain = [f"{a} means {b}." for a, b in zip(letters[:level], [*letters[1:level], phrases[0]], strict=True)]
     rules = chain
     if level == 3:
-        spare = [f"{a} means {b}." for a, b in zip(letters[level:], phrases[1 : 1 + dice.whole(1, 2)], strict=False)]
+        others = phrases[1 : 1 + dice.whole(1, 2)]
+        spare = [f"{a} means {b}." for a, b in zip(letters[level : level + len(others)], others, strict=True)]
         rules = dice.mixed(chain + spare)
     told = [f"rule {number}: {rule}" for number, rule in enumerate(rules, start=1)]
     prompt = " ".join([*told, dice.choice(DRAW_LETTER).format(letter=letters[0])])
