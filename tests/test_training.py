@@ -22,7 +22,7 @@ from unimm.training.vae import to_image, to_pixels
 
 RECIPES = Path(loop.__file__).parent / "recipes"
 RECIPE = Recipe(
-    objective="toy", seed=3, steps=8, batch=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, warmup=2,
+    objective="toy", seed=3, steps=8, batch=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, muon=(), warmup=2,
     schedule="cosine", final=0.1, clip=1.0, average=0.9, precision="float32", loss_weights={"near": 1.0, "small": 0.5},
     save_every=4, sample_every=4, log_every=1,
 )  # fmt: skip
@@ -286,6 +286,26 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
         expected = p * (1 - lr * decay) - lr * clipped / (clipped.abs() + recipe.eps)
         torch.testing.assert_close(got, expected)
     assert trainer.report()["grad_norm"] == pytest.approx(norm.item())
+
+
+def test_muon_trains_the_matrices_it_is_given(tmp_path):
+    # a matrix of two dimensions by Muon, all else by AdamW; both continue from a checkpoint
+    recipe = dataclasses.replace(RECIPE, muon=("3.",), weight_decay=0.0, warmup=0)
+    trainer = Trainer(Toy(), recipe, torch.device("cpu"))
+    muon, adamw = trainer.optimizers
+    matrix, before = trainer.model[3].weight, trainer.model[3].weight.detach().clone()
+    assert [p for group in muon.param_groups for p in group["params"]] == [matrix]
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(trainer.params) - 1
+    trainer.update(trainer.objective.batch(0))
+    # an orthogonal step, scaled so that its root mean square is 0.2 lr (arXiv 2502.16982, equation 4); the five
+    # iterations leave singular values between about 0.7 and 1.2
+    values = torch.linalg.svdvals((matrix.detach() - before) / (recipe.lr * 0.2 * 5**0.5))
+    assert values.min() > 0.6 and values.max() < 1.3
+    run(tmp_path / "whole", recipe=recipe)
+    run(tmp_path / "parts", recipe=recipe, toy=Toy(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    run(tmp_path / "parts", recipe=recipe, resume=True)
+    path = "checkpoints/00000008/model.safetensors"
+    assert_same_files(tmp_path / "parts" / path, tmp_path / "whole" / path)
 
 
 def test_loss_names_and_weights_must_agree():

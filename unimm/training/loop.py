@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def prepare(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | Non
 
 
 class Trainer:
-    """A model, its optimiser and its averaged weights, and the step they have reached."""
+    """A model, its optimisers and its averaged weights, and the step they have reached."""
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
         if set(objective.loss_names) != set(recipe.loss_weights):
@@ -107,13 +107,7 @@ class Trainer:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError(f"every parameter of {objective.name!r} is frozen: train at least one part")
-        groups = [
-            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
-        )
+        self.optimizers = optimizers(self.model, recipe)
         self.average = Average(self.model, recipe.average)
         self.step = 0
         # sums since the last line of the log: loss name -> [sum, count]
@@ -125,8 +119,9 @@ class Trainer:
         """One step."""
         recipe = self.recipe
         lr = recipe.lr_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             losses = self.objective.losses(batch)
@@ -138,8 +133,9 @@ class Trainer:
             )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.average.update()
         self.step += 1
         for name, value in {**losses, "loss": loss, "grad_norm": norm}.items():
@@ -183,7 +179,7 @@ class Trainer:
         state = {
             "step": self.step,
             "updates": self.average.updates,
-            "optimizer": self.optimizer.state_dict()["state"],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "sums": self.sums,
             "rng": random_states(self.device),
             "recipe": dataclasses.asdict(self.recipe),
@@ -202,8 +198,8 @@ class Trainer:
             logger.warning("the recipe differs from that of %s in %s: the run goes on by the new one", folder, changed)
         read_into(folder / WEIGHTS, tensors(self.model))
         read_into(folder / AVERAGE, self.average.weights)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step, self.average.updates, self.sums = state["step"], state["updates"], state["sums"]
         self.since = (time.monotonic(), self.step)
         restore_random_states(state["rng"], self.device)
@@ -215,6 +211,23 @@ class Trainer:
         read_into(folder / WEIGHTS, tensors(self.model))
         read_into(folder / AVERAGE, self.average.live)
         self.average = Average(self.model, self.recipe.average)
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982 section 2.2, so that AdamW's learning rate serves) for the
+    matrices that the recipe names, AdamW for the rest; weight decay on matrices only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in trained.items() if p.ndim == 2 and name.startswith(recipe.muon)]
+    others = [p for p in trained.values() if not any(p is q for q in hidden)]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "fused": True}
+    muon = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    found: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden, **muon)] if hidden else []
+    groups = [group for group in groups if group["params"]]
+    return [*found, torch.optim.AdamW(groups, **adamw)] if groups else found
 
 
 class Batches(Dataset[Any]):

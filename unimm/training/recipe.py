@@ -31,6 +31,8 @@ class Recipe:
     eps: float
     # on matrices only: biases and gains of norms are left alone
     weight_decay: float
+    # matrices of parts that Muon trains, by the beginning of their parameters' names; AdamW trains the rest
+    muon: tuple[str, ...]
     warmup: int
     schedule: Literal["constant", "cosine"]
     # the cosine ends at this fraction of lr

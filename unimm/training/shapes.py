@@ -52,6 +52,8 @@ class Options:
     vit: str
     # parts that are not trained, by the beginning of their parameters' names
     frozen: tuple[str, ...]
+    # whether torch.compile fuses what a token meets before and after attention
+    compiled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,8 @@ class ShapesObjective:
         model.vae.load_state_dict({k: v.float() for k, v in load_file(vae).items()})
         model.vision.load_state_dict(load_file(vit))
         model.tokenizer = tokenizer
+        if options.compiled:
+            compile_streams(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(options.frozen)))
         worlds = Worlds(
@@ -276,6 +280,13 @@ def init_weights(model: Bagel) -> None:
     nn.init.normal_(model.connector.fc2.weight, std=2 * model.connector.fc2.in_features**-0.5)
     for table in (model.to_velocity.weight, model.to_velocity.bias):
         nn.init.zeros_(table)
+
+
+def compile_streams(model: Bagel) -> None:
+    """Fuse the row-wise parts of every block; the number of rows stays free."""
+    for stream in (module for module in model.decoder.modules() if isinstance(module, Stream)):
+        for name in ("enter", "leave"):
+            setattr(stream, name, torch.compile(getattr(stream, name), dynamic=True))
 
 
 def grid(images: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Image.Image:

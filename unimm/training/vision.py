@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example, render
+from unimm.data.shapes import COLOURS, PALETTE, SHAPES, SIZES, Scene, example, render
+from unimm.data.shapes.world import BACKGROUND, FULL, WIDTHS, coverage
 from unimm.models.vision import NaViT, VisionConfig
 from unimm.tokenizers.pixels import places
 from unimm.training.recipe import Recipe, strict
 
 KINDS = (SHAPES, COLOURS, SIZES)
+IGNORED = -100
+# colours closer than this, of 442 between black and white, may pass for each other
+FAR = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,12 @@ class Options:
 
     # tasks of unimm.data.shapes that end in a picture, in turn
     tasks: tuple[str, ...]
+    # the part of scenes whose things have colours of no name, and the part whose things have shapes of no name: so that
+    # a shape is known whatever its colour, and a colour whatever its shape, though some pairs are never shown
+    nameless_colours: float
+    nameless_shapes: float
+    # largest standard deviation of the noise on the pixels, which run from -1 to 1
+    noise: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +56,80 @@ class Batch:
 class Scenes:
     """Batches of train scenes, by step."""
 
-    tasks: tuple[str, ...]
+    options: Options
     size: int
     seed: int
     patch: int
 
     def __call__(self, step: int) -> Batch:
-        dice = random.Random(f"{self.seed}/{step}/look")
-        examples = [example(dice.choice(self.tasks), step * self.size + i, seed=self.seed) for i in range(self.size)]
-        return self.batch([one.after for one in examples if one.after is not None])
+        return self.batch(self.scenes(step), random.Random(f"{self.seed}/{step}/kinds"))
 
-    def batch(self, scenes: Sequence[Scene]) -> Batch:
-        """Scenes rendered, and what is centred in each of their patches."""
-        images, p = np.stack([render(scene) for scene in scenes]), self.patch
+    def scenes(self, step: int) -> list[Scene]:
+        """The scenes of a step."""
+        dice = random.Random(f"{self.seed}/{step}/look")
+        tasks = self.options.tasks
+        examples = [example(dice.choice(tasks), step * self.size + i, seed=self.seed) for i in range(self.size)]
+        return [one.after for one in examples if one.after is not None]
+
+    def batch(self, scenes: Sequence[Scene], dice: random.Random | None = None) -> Batch:
+        """Scenes, and what is centred in each of their patches; with dice, some of them nameless, all of them noisy."""
+        p = self.patch
+        kinds = [self.kind(dice) if dice else "named" for _ in scenes]
+        images = np.stack([
+            render(scene) if dice is None or kind == "named" else nameless(scene, kind, dice)
+            for scene, kind in zip(scenes, kinds, strict=True)
+        ])
         side = images.shape[1] // p
         targets = torch.zeros(len(scenes), side * side, len(KINDS), dtype=torch.long)
-        for i, scene in enumerate(scenes):
+        for i, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):
             for thing in scene.things:
                 names = (thing.shape, thing.colour, thing.size)
-                found = [1 + kind.index(name) for kind, name in zip(KINDS, names, strict=True)]
-                targets[i, thing.y // p * side + thing.x // p] = torch.tensor(found)
+                found = torch.tensor([1 + known.index(name) for known, name in zip(KINDS, names, strict=True)])
+                if kind != "named":
+                    found[{"shape": 0, "colour": 1}[kind]] = IGNORED
+                targets[i, thing.y // p * side + thing.x // p] = found
         pixels = torch.from_numpy(images).float() / 127.5 - 1
+        if dice:
+            generator = torch.Generator().manual_seed(dice.getrandbits(62))
+            sigma = self.options.noise * torch.rand(len(scenes), 1, 1, 1, generator=generator)
+            pixels = (pixels + sigma * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
         patches = rearrange(pixels, "b (h p) (w q) c -> (b h w) (p q c)", p=p, q=p)
         return Batch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
+
+
+    def kind(self, dice: random.Random) -> str:
+        """What of a scene shall have no name: its things' "colour", their "shape", or nothing ("named")."""
+        at, colours = dice.random(), self.options.nameless_colours
+        return "colour" if at < colours else "shape" if at < colours + self.options.nameless_shapes else "named"
+
+
+def nameless(scene: Scene, kind: str, dice: random.Random) -> np.ndarray:
+    """The scene with its things in colours, or shapes, that the world has no name for, uint8 [h, w, 3]."""
+    canvas = render(Scene(things=())).copy()
+    for thing in scene.things:
+        width = WIDTHS[thing.size]
+        cover = coverage(thing.shape, width) / FULL if kind == "colour" else blob(width, dice)
+        colour = nameless_colour(dice) if kind == "colour" else PALETTE[thing.colour]
+        rows, columns = (slice(at - width // 2, at + width // 2 + 1) for at in (thing.y, thing.x))
+        mixed = cover[:, :, None] * np.array(colour) + (1 - cover[:, :, None]) * canvas[rows, columns]
+        canvas[rows, columns] = mixed.round().astype(np.uint8)
+    return canvas
+
+
+def nameless_colour(dice: random.Random) -> tuple[int, ...]:
+    """A colour that is far from every named one and from the background."""
+    while True:
+        colour = tuple(dice.randrange(256) for _ in range(3))
+        if all(math.dist(colour, other) > FAR for other in (*PALETTE.values(), BACKGROUND)):
+            return colour
+
+
+def blob(width: int, dice: random.Random) -> np.ndarray:
+    """A random shape that fills between a third and all of its box, [width, width] from 0 to 1."""
+    grid = np.zeros((4, 4))
+    grid.flat[dice.sample(range(16), dice.randint(6, 16))] = 1
+    at = np.arange(width) * 4 // width
+    return grid[at][:, at]
 
 
 class Reader(nn.Module):
@@ -102,7 +164,7 @@ class VisionObjective:
         torch.manual_seed(recipe.seed)
         model = Reader(VisionConfig.from_files(files, drop_last=True))
         nn.init.normal_(model.vision.positions.weight, std=0.1)
-        scenes = Scenes(tasks=options.tasks, size=recipe.batch, seed=recipe.seed, patch=files["patch_size"])
+        scenes = Scenes(options=options, size=recipe.batch, seed=recipe.seed, patch=files["patch_size"])
         return cls(model, scenes, files["picture"] // files["patch_size"])
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -114,7 +176,7 @@ class VisionObjective:
 
     def accuracy(self) -> float:
         """The part of one batch of fresh train scenes of which every patch is said right."""
-        batch = self.batch(10**9)
+        batch = self.batch.batch(self.batch.scenes(10**9))
         with torch.no_grad():
             logits = self.model(batch.patches, self.side)
         right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets
