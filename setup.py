@@ -39,7 +39,7 @@ setup(
     packages=find_packages(include=["unimm", "unimm.*"]),
     package_data={"unimm": ["py.typed", "nano/**", "training/recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "einops",
         "huggingface_hub",
         "numpy",

@@ -1,46 +1,58 @@
-"""The mask against its definition, and every way of computing attention against the plain one."""
+"""Every way of computing attention, and its gradients, against the plain one."""
+import re
 from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from unimm.kernels import Block, Mask, attention, backend, use_kernels
-from unimm.kernels import attention as op
-from unimm.kernels.attention import _attention_by_block, _attention_padded, attention_reference
+from unimm.kernels.attention import (
+    _attention_by_block,
+    _attention_free,
+    _attention_padded,
+    _through_op,
+    attention_reference,
+)
+from unimm.kernels.dispatch import resolve, why_not
 
 blocks = st.lists(st.builds(Block, st.integers(0, 5), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6)
+N_HEADS, N_GROUPS, HEAD = 4, 2, 8
 
 
-def by_definition(sample: list[Block]) -> torch.Tensor:
-    """The rule of unimm.sequence, one pair at a time."""
-    of = [(i, block) for i, block in enumerate(sample) for _ in range(block.length)]
-    rows = [
-        [(b.visible or i == j) and (k <= q or (i == j and b.full)) for k, (j, b) in enumerate(of)]
-        for q, (i, _) in enumerate(of)
-    ]
-    return torch.tensor(rows, dtype=torch.bool).reshape(len(of), len(of))
+def op(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    return _through_op(q, k, v, mask, "sdpa")
 
 
-def test_the_rows_of_the_docstring():
-    mask = Mask([[Block(3), Block(2, full=True), Block(2, full=True, visible=False), Block(1)]])
-    lines = [line for line in Mask.__doc__.splitlines() if line.split()[:1] == ["row"] and "|" in line]
-    assert len(lines) == 8
-    for row, line in enumerate(lines):
-        cells = [word for word in line.split() if word in "x."]
-        assert [cell == "x" for cell in cells] == mask.of(0)[row].tolist()
-        first, last = map(int, line.split()[-2:])
-        assert mask.ranges(0)[:, row].tolist() == [first, last]
+def inputs(mask: Mask, *, extra: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
+    """q, k and v for a mask; `extra` rows of keys behind what it describes."""
+    sizes = ((mask.n_queries, N_HEADS), (mask.n_keys + extra, N_GROUPS), (mask.n_keys + extra, N_GROUPS))
+    return [torch.randn(*size, HEAD, dtype=dtype).requires_grad_(grad) for size in sizes]
 
 
-@given(st.lists(blocks, min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
-def test_mask_is_its_definition(samples):
-    samples = [sample if sum(b.length for b in sample) else [Block(1)] for sample in samples]
-    mask = Mask(samples)
-    expected = torch.block_diag(*(by_definition(sample).float() for sample in samples)).bool()
-    assert torch.equal(mask.dense(), expected)
+def packs() -> dict[str, Mask]:
+    """Masks of every shape that the ways tell apart."""
+    first = [Block(3), Block(4, full=True), Block(3, full=True, visible=False), Block(2)]
+    keys = torch.arange(30)
+    window = (keys, (keys + 7).clamp(max=28))  # row 0 sees key 0, and the last two keys are seen by nobody
+    blind = (torch.full((9,), 4), torch.full((9,), 7))  # rows 0 to 3 and 7 see nothing
+    return {
+        "one": Mask([first]),
+        "many": Mask([first, [Block(40), Block(3, full=True)]]),
+        "cached": Mask([first, [Block(9), Block(3, full=True)]], queries=[2, 3], key_starts=[2, 20]),
+        "empty": Mask([[Block(3)], [], [Block(2, full=True)], [Block(4)]], queries=[3, 0, 2, 0]),
+        "window": Mask.from_ranges(window[0].clamp(max=28), window[1], queries=28),
+        "blind": Mask.from_ranges(*blind, queries=8),
+        "two": Mask.from_ranges(torch.zeros(6), torch.full((6,), 2), (torch.arange(6) + 2, torch.full((6,), 9)), queries=9),
+    }
+
+
+def ways(mask: Mask) -> list:
+    if not mask.samples:
+        return [_attention_free, op]
+    return [_attention_padded, _attention_by_block, op]
 
 
 @given(st.lists(blocks, min_size=1, max_size=4), st.data())
@@ -52,50 +64,106 @@ def test_every_way_gives_the_same(samples, data):
     gaps = [data.draw(st.integers(0, 3)) for _ in totals]
     starts = [sum(totals[:i]) + sum(gaps[: i + 1]) for i in range(len(totals))]
     mask = Mask(samples, queries=queries, key_starts=starts)
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(sum(queries), 4, 8, generator=generator)
-    k, v = torch.randn(2, starts[-1] + totals[-1] + 2, 2, 8, generator=generator)
+    q, k, v = inputs(mask)
     expected = attention_reference(q, k, v, mask)
-    for way in (_attention_padded, _attention_by_block):
-        torch.testing.assert_close(way(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+    for way in ways(mask):
+        torch.testing.assert_close(way(q, k, v, mask), expected)
 
 
-def test_gradients_of_every_way():
-    first = [Block(3), Block(4, full=True), Block(3, full=True, visible=False), Block(2)]
-    mask = Mask([first, [Block(40), Block(3, full=True)]])
-    q, k, v = (torch.randn(sum(mask.keys), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    truth = torch.autograd.grad(attention_reference(q, k, v, mask).square().sum(), (q, k, v))
-    for way in (_attention_padded, _attention_by_block):
-        got = torch.autograd.grad(way(q, k, v, mask).square().sum(), (q, k, v))
-        torch.testing.assert_close(got, truth)
+@pytest.mark.parametrize("name", packs())
+@pytest.mark.parametrize("rows", [512, 5])
+def test_gradients_of_every_way(name, rows, monkeypatch):
+    monkeypatch.setattr(import_module("unimm.kernels.mask"), "CALL_ROWS", rows)
+    mask = packs()[name]
+    mask.padded &= rows == 512
+    x = inputs(mask, grad=True)
+    towards = torch.randn(mask.n_queries, N_HEADS, HEAD, dtype=torch.float64)
+    truth_y = attention_reference(*x, mask)
+    truth = torch.autograd.grad(truth_y, x, towards)
+    for way in ways(mask):
+        y = way(*x, mask)
+        torch.testing.assert_close(y, truth_y)
+        torch.testing.assert_close(torch.autograd.grad(y, x, towards), truth)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_rounding_is_that_of_the_dtype(dtype, bound):
+    """Values and gradients in a narrow dtype against float64, as a norm."""
+    mask = packs()["many"]
+    exact = inputs(mask, dtype=dtype)
+    towards = torch.randn(mask.n_queries, N_HEADS, HEAD, dtype=dtype)
+    wide = [t.double().requires_grad_() for t in exact]
+    y = attention_reference(*wide, mask)
+    truth = (y, *torch.autograd.grad(y, wide, towards.double()))
+    for way in ways(mask):
+        narrow = [t.clone().requires_grad_() for t in exact]
+        y = way(*narrow, mask)
+        for a, b in zip((y, *torch.autograd.grad(y, narrow, towards)), truth, strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference", "flex"])
+def test_rows_that_see_nothing_give_zero(kernels):
+    mask = packs()["blind"]
+    q, k, v = inputs(mask, dtype=torch.float32)
+    with use_kernels(kernels), torch.no_grad():
+        y = attention(q, k, v, mask)
+    blind = ~mask.dense().any(1)
+    assert blind.tolist() == [True] * 4 + [False] * 3 + [True]
+    assert (y[blind] == 0).all() and torch.isfinite(y).all() and (y[~blind] != 0).all()
+    o, lse = torch.ops.unimm.attention(q, k, v, mask.ranges, mask.table, [], [], "sdpa")
+    assert (o[blind] == 0).all() and (lse[:, blind] == float("-inf")).all() and torch.isfinite(lse[:, ~blind]).all()
+
+
+def test_the_logarithm_of_the_sum():
+    mask = packs()["many"]
+    q, k, v = inputs(mask)
+    scores = torch.einsum("nhk, mhk -> hnm", q, k.repeat_interleave(2, 1)) * HEAD**-0.5
+    expected = scores.masked_fill(~mask.dense(), float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(torch.ops.unimm.attention(q, k, v, mask.ranges, mask.table, [], [], "sdpa")[1], expected)
+
+
+@pytest.mark.parametrize("name", ["one", "many", "cached", "window", "two"])
+def test_flex_gives_the_same(name):
+    mask = packs()[name]
+    q, k, v = inputs(mask, dtype=torch.float32)
+    with use_kernels("flex"):
+        torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask))
 
 
 def test_long_samples_are_not_padded(monkeypatch):
-    monkeypatch.setattr(import_module("unimm.kernels.attention"), "PADDED_ROWS", 4)
+    monkeypatch.setattr(import_module("unimm.kernels.mask"), "PADDED_ROWS", 4)
     mask = Mask([[Block(6, full=True)], [Block(5)]])
-    q, k, v = torch.randn(3, 11, 2, 4)
+    assert not mask.padded
+    q, k, v = inputs(mask)
     torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask))
 
 
-def test_samples_may_be_empty_or_ask_nothing():
-    mask = Mask([[Block(3)], [], [Block(2, full=True)], [Block(4)]], queries=[3, 0, 2, 0])
-    q = torch.randn(5, 2, 4)
-    k, v = torch.randn(2, 9, 2, 4)
-    expected = attention_reference(q, k, v, mask)
-    assert torch.isfinite(expected).all()
-    for way in (_attention_padded, _attention_by_block):
-        torch.testing.assert_close(way(q, k, v, mask), expected)
+@pytest.mark.parametrize("kernels", ["auto", "reference", "flex"])
+def test_keys_may_go_on_behind_the_mask(kernels):
+    mask = packs()["many"]
+    q, k, v = inputs(mask, extra=3, dtype=torch.float32)
+    with use_kernels(kernels):
+        torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k[:-3], v[:-3], mask))
 
 
 def test_unwritten_rows_do_not_leak():
     mask = Mask([[Block(2)], [Block(5)]], key_starts=[0, 4])
-    q = torch.randn(7, 2, 4)
-    k, v = torch.randn(2, 10, 2, 4)
+    q, k, v = inputs(mask, extra=1)
     expected = attention_reference(q, k, v, mask)
     for t in (k, v):
         t[2:4], t[9:] = float("nan"), float("nan")
-    torch.testing.assert_close(attention(q, k, v, mask), expected)
-    torch.testing.assert_close(_attention_by_block(q, k, v, mask), expected)
+    for way in (attention, *ways(mask)):
+        torch.testing.assert_close(way(q, k, v, mask), expected)
+
+
+def test_autocast_reaches_every_backend():
+    mask = packs()["many"]
+    q, k, v = inputs(mask, dtype=torch.float32)
+    for kernels in ("auto", "reference", "flex"):
+        with use_kernels(kernels), torch.autocast("cpu", torch.bfloat16):
+            assert attention(q, k, v, mask).dtype == torch.bfloat16
 
 
 def test_backend_is_chosen_and_refused(monkeypatch):
@@ -103,10 +171,29 @@ def test_backend_is_chosen_and_refused(monkeypatch):
     q, k, v = torch.randn(3, 3, 2, 4)
     with use_kernels("reference"):
         assert backend() == "reference"
-        torch.testing.assert_close(op(q, k, v, mask), attention_reference(q, k, v, mask), rtol=0, atol=0)
+        torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask), rtol=0, atol=0)
     monkeypatch.setenv("UNIMM_KERNELS", "fast")
     with pytest.raises(ValueError, match="unknown kernel backend 'fast'.*reference"):
-        op(q, k, v, mask)
+        attention(q, k, v, mask)
+
+
+def test_what_cannot_be_met_is_an_error(monkeypatch):
+    dispatch = import_module("unimm.kernels.dispatch")
+    monkeypatch.setattr(dispatch, "interprets", lambda: False)
+    x = torch.randn(3, 2, 8)
+    assert resolve("attention", x) == "sdpa"
+    with use_kernels("triton"), pytest.raises(ValueError, match="backend 'triton' was asked for, but got cpu tensors"):
+        resolve("attention", x)
+    with use_kernels("triton"), pytest.raises(ValueError, match=re.escape("got torch.float64: cast")):
+        resolve("attention", x.double())
+    assert "up to 256" in why_not("attention", "triton", torch.randn(1, 1, 300))
+    with use_kernels("flex"), pytest.raises(ValueError, match="it has no gradient on cpu"):
+        resolve("attention", x, x.clone().requires_grad_(), x)
+    with use_kernels("flex"):
+        assert resolve("swiglu", x) == "sdpa"
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    with use_kernels("triton"), pytest.raises(ValueError, match="triton is not installed"):
+        resolve("attention", x)
 
 
 def test_shapes_are_checked():
@@ -115,5 +202,7 @@ def test_shapes_are_checked():
         attention(torch.ones(3, 3, 4), torch.ones(3, 2, 4), torch.ones(3, 2, 4), mask)
     with pytest.raises(ValueError, match="4 query rows, the mask describes 3"):
         attention(torch.ones(4, 2, 4), torch.ones(4, 2, 4), torch.ones(4, 2, 4), mask)
-    with pytest.raises(ValueError, match="more rows than it has"):
-        Mask([[Block(3)]], queries=[4])
+    with pytest.raises(ValueError, match="2 key rows, the mask describes 3"):
+        attention(torch.ones(3, 2, 4), torch.ones(2, 2, 4), torch.ones(2, 2, 4), mask)
+    with pytest.raises(ValueError, match=re.escape("a mask on meta: expected one device; use mask.to(q.device)")):
+        attention(torch.ones(3, 2, 4), torch.ones(3, 2, 4), torch.ones(3, 2, 4), mask.to("meta"))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from unimm.kernels.guidance import RENORMS, guided
+
 Velocity = Callable[[Tensor, float], Tensor]  # (x [N, C] packed, time) -> [N, C]
 Branch = tuple[int, str]  # a sample of the batch, and the context that it is seen under: "main", "text" or "image"
 Features = Callable[[Tensor, float, Sequence[Branch]], list[Tensor]]  # one hidden state a branch, all in one forward
@@ -62,8 +64,8 @@ class Guidance:
     renorm_min: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.renorm not in ("global", "channel", "text_channel"):
-            raise ValueError(f"unknown renorm {self.renorm!r}: expected global, channel or text_channel")
+        if self.renorm not in RENORMS:
+            raise ValueError(f"unknown renorm {self.renorm!r}: expected {', '.join(RENORMS)}")
         if not 0 <= self.renorm_min <= 1:
             raise ValueError(f"got renorm_min {self.renorm_min}: expected 0 to 1")
 
@@ -79,17 +81,7 @@ class Guidance:
         """The guided velocity of one picture, all [L, C]; facts/bagel.md section 4.4 (bagel.py:_forward_flow)."""
         if text is None:
             return v
-        u = text + self.text * (v - text)
-        if self.renorm == "text_channel":
-            u = self._shrink(u, v)
-        if image is not None:
-            u = image + self.image * (u - image)
-        return u if self.renorm == "text_channel" else self._shrink(u, v)
-
-    def _shrink(self, u: Tensor, v: Tensor) -> Tensor:
-        dims = (-2, -1) if self.renorm == "global" else (-1,)
-        lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (v, u)]
-        return u * (lengths[0] / (lengths[1] + 1e-8)).clamp(self.renorm_min, 1.0)
+        return guided(v, text, image, text_scale=self.text, image_scale=self.image, renorm=self.renorm, least=self.renorm_min)
 
 
 def guide(features: Features, head: Callable[[Tensor], Tensor], guidance: Sequence[Guidance]) -> Velocity:

@@ -1,155 +1,107 @@
 """Generalized causal attention over packed sequences: one mask, one call, for training, prefill and denoising.
 
-Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head.
+Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query
+and m key rows in a padded call.
 """
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 
-from unimm.kernels.dispatch import backend
+from unimm.kernels.common import autocasted
+from unimm.kernels.dispatch import resolve
+from unimm.kernels.mask import Call, Mask, Runs
 
-# samples up to this many key rows share padded calls with a mask: many small calls cost more than what they skip;
-# longer ones get a call a block, which computes nothing that is masked out
-PADDED_ROWS = 512
-BUCKET_ROWS, BUCKET_SAMPLES = 32, 8  # lengths and counts are rounded up to these before they share a call
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows of one sample under one rule: causal or full inside, visible or not to later rows."""
-
-    length: int
-    full: bool = False
-    visible: bool = True
-
-
-class Mask:
-    """Who sees whom, as one range of rows a key: query row q sees key row k when first[k] <= q < last[k].
-
-    `samples` lists the blocks of each sample in order. Inside a sample, q sees k when k's block is visible or is
-    q's own, and k stands before q (or is q), or both stand in one full block. For a key that means: from its own
-    row (causal) or its block's first row (full), to the end of its sample (visible) or of its block (not).
-
-        text(3) causal, image(2) full, noised(2) full and invisible, text(1) causal
-
-            key    0 1 2 | 3 4 | 5 6 | 7      as a key: first last
-            row 0  x . . | . . | . . | .                0     8
-            row 1  x x . | . . | . . | .                1     8
-            row 2  x x x | . . | . . | .                2     8
-            row 3  x x x | x x | . . | .                3     8
-            row 4  x x x | x x | . . | .                3     8
-            row 5  x x x | x x | x x | .                5     7
-            row 6  x x x | x x | x x | .                5     7
-            row 7  x x x | x x | . . | x                7     8
-
-    queries: how many rows at the end of each sample ask; all of them unless given (the rest is a cache).
-    key_starts: where each sample's keys begin in the key buffer; end to end unless given.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sequence[Block]],
-        *,
-        queries: Sequence[int] | None = None,
-        key_starts: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.samples = tuple(tuple(block for block in blocks if block.length) for blocks in samples)
-        self.keys = tuple(sum(block.length for block in blocks) for blocks in self.samples)
-        self.queries = self.keys if queries is None else tuple(queries)
-        self.query_starts = _starts(self.queries)
-        self.key_starts = _starts(self.keys) if key_starts is None else tuple(key_starts)
-        self.device = torch.device(device)
-        if any(n > m for n, m in zip(self.queries, self.keys, strict=True)):
-            raise ValueError(f"a sample asks with more rows than it has: queries {self.queries}, rows {self.keys}")
-
-    def to(self, device: torch.device | str) -> "Mask":
-        """The same mask on a device."""
-        return Mask(self.samples, queries=self.queries, key_starts=self.key_starts, device=device)
-
-    def ranges(self, sample: int) -> Tensor:
-        """The range of rows that sees each key of one sample, [2, M] int32, in rows of that sample."""
-        first, last, at = [], [], 0
-        for block in self.samples[sample]:
-            end = at + block.length
-            first.append(torch.full((block.length,), at) if block.full else torch.arange(at, end))
-            last.append(torch.full((block.length,), self.keys[sample] if block.visible else end))
-            at = end
-        return torch.stack((torch.cat(first), torch.cat(last))).int()
-
-    def of(self, sample: int) -> Tensor:
-        """The mask of one sample, [N, M] bool."""
-        if not self.queries[sample]:
-            return torch.zeros(0, self.keys[sample], dtype=torch.bool)
-        first, last = self.ranges(sample)
-        rows = torch.arange(self.keys[sample] - self.queries[sample], self.keys[sample])[:, None]
-        return (rows >= first) & (rows < last)
-
-    def dense(self, n_keys: int | None = None) -> Tensor:
-        """The whole mask, [N, M] bool: the definition, for tests and the reference. M is `n_keys` for a larger buffer."""
-        n_keys = n_keys or max(map(sum, zip(self.key_starts, self.keys, strict=True)))
-        out = torch.zeros(sum(self.queries), n_keys, dtype=torch.bool)
-        for i, (q, k) in enumerate(zip(self.query_starts, self.key_starts, strict=True)):
-            out[q : q + self.queries[i], k : k + self.keys[i]] = self.of(i)
-        return out.to(self.device)
-
-    @cached_property
-    def buckets(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """For one call a bucket of samples of like length, padded: query rows [B, n], key rows [B, m] and mask
-        [B, n, m] of each bucket; and where each packed row lies in the buckets' results end to end [N]."""
-        groups: dict[int, list[int]] = {}
-        for i, n_k in enumerate(self.keys):
-            if self.queries[i]:  # a sample may be empty, or only looked at
-                groups.setdefault(_up(n_k, BUCKET_ROWS), []).append(i)
-        out, back, total = [], torch.empty(sum(self.queries), dtype=torch.long), 0
-        for samples in groups.values():
-            # few different shapes: a matrix product compiles itself for each one (oneDNN), which costs more than padding
-            b, n = _up(len(samples), BUCKET_SAMPLES), max(self.queries[i] for i in samples)
-            n, m = n if n == 1 else _up(n, BUCKET_ROWS), _up(max(self.keys[i] for i in samples), BUCKET_ROWS)
-            q_rows, k_rows = torch.zeros(b, n, dtype=torch.long), torch.full((b, m), self.key_starts[samples[0]])
-            allowed = torch.zeros(b, n, m, dtype=torch.bool)
-            allowed[:, :, 0] = True  # a padding row looks at something, so that its softmax is a number
-            for row, i in enumerate(samples):
-                n_q, n_k = self.queries[i], self.keys[i]
-                asking = torch.arange(n_q)
-                q_rows[row, :n_q] = asking + self.query_starts[i]
-                k_rows[row] = self.key_starts[i]  # padding keys are a row that holds numbers: unwritten ones may not
-                k_rows[row, :n_k] += torch.arange(n_k)
-                allowed[row, :n_q, :n_k] = self.of(i)
-                back[self.query_starts[i] + asking] = total + row * n + asking
-            total += b * n
-            out.append((q_rows.to(self.device), k_rows.to(self.device), allowed.to(self.device)))
-        return out, back.to(self.device)
+if TYPE_CHECKING:
+    from unimm.kernels.configs import Config
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(K) under `mask`) v, grouped-query: q [N, H, K], k and v [M, G, K] -> [N, H, K].
 
-    Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v. Raises ValueError where
-    the shapes disagree with each other or with the mask.
+    Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v, which may go on behind
+    them. A row that sees nothing gets 0. Raises ValueError where the shapes disagree with each other or with the mask.
+    In a compiled graph, call `prepare(mask, q)` before it.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # a graph that asked the mask for its numbers would be compiled again for each
+        _check(q, k, v, mask)
+    q, k, v = autocasted(q, k, v)
+    n_keys = mask.ranges.shape[2] if compiling else mask.n_keys
+    k, v = k[:n_keys], v[:n_keys]
+    way = resolve("attention", q, k, v)
+    if way == "reference":
+        return attention_reference(q, k, v, mask)
+    if way == "flex":
+        return _attention_flex(q, k, v, mask)
+    if way == "triton" and mask.single and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        return _decode_op(q, k, v, *mask.single)
+    if way == "triton" or compiling:
+        return _through_op(q, k, v, mask, way)
+    # eager stays plain PyTorch, where fused calls know whether a gradient is wanted: 2.7 ms forward and 13.4 with
+    # backward against 11 and 28 through the op (40 samples of 50 rows, 4 heads of 64, bf16, one thread)
+    if not mask.samples:
+        return _attention_free(q, k, v, mask)
+    return (_attention_padded if mask.padded else _attention_by_block)(q, k, v, mask)
+
+
+def _through_op(q: Tensor, k: Tensor, v: Tensor, mask: Mask, way: str) -> Tensor:
+    by_row: list[Tensor] = []
+    by_key: list[Tensor] = []
+    if way == "triton":
+        by_row, by_key = (list(runs) for runs in mask.tiles(*_tile(q.device, q.shape[2], q.dtype))[:2])
+    return _op(q, k, v, mask.ranges, mask.table, by_row, by_key, way)[0]
+
+
+def prepare(mask: Mask, q: Tensor) -> Mask:
+    """Compute now all that `attention` will ask of a mask inside a compiled graph, for queries like q [N, H, K]."""
+    if resolve("attention", q) != "triton":
+        return mask.prepare()
+    return mask.prepare(*_tile(q.device, q.shape[2], q.dtype))
+
+
+def _config(device: torch.device, head_dim: int, dtype: torch.dtype) -> "Config":
+    """The configuration of Triton's kernels."""
+    from unimm.kernels.configs import arch, pick
+
+    fake = device.type == "cuda" and not torch.cuda.is_available()  # tracing for a GPU that is not here: any tiles do
+    return pick("sm_90" if fake else arch(device), head_dim, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and keys of a tile; a graph holds them as numbers."""
+    config = _config(device, head_dim, dtype)
+    return config.rows, config.keys
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"attention needs q [N, H, K], k = v [M, G, K], H % G == 0; got {[tuple(t.shape) for t in (q, k, v)]}")
-    if q.shape[0] != sum(mask.queries):
-        raise ValueError(f"attention got {q.shape[0]} query rows, the mask describes {sum(mask.queries)}")
-    if backend() == "reference":
-        return attention_reference(q, k, v, mask)
-    if max(mask.keys) <= PADDED_ROWS and len(mask.samples) > 1:
-        return _attention_padded(q, k, v, mask)
-    return _attention_by_block(q, k, v, mask)
+    if q.shape[0] != mask.n_queries:
+        raise ValueError(f"attention got {q.shape[0]} query rows, the mask describes {mask.n_queries}")
+    if k.shape[0] < mask.n_keys:
+        raise ValueError(f"attention got {k.shape[0]} key rows, the mask describes {mask.n_keys}")
+    if q.device.type != mask.device.type:
+        raise ValueError(f"attention got q on {q.device}, a mask on {mask.device}: expected one device; use mask.to(q.device)")
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """The definition, in plain operations, with a dense mask. Rows that nobody wrote must hold numbers."""
     k, v = (repeat(t, "m g k -> m (g r) k", r=q.shape[1] // k.shape[1]) for t in (k, v))
     scores = torch.einsum("nhk, mhk -> hnm", q, k) * q.shape[2] ** -0.5
-    scores = scores.masked_fill(~mask.dense(k.shape[0]), float("-inf"))
-    return torch.einsum("hnm, mhk -> nhk", scores.softmax(-1), v)
+    allowed = mask.dense(k.shape[0])
+    sees = allowed.any(-1, keepdim=True)  # a row that sees nothing looks at all, and then at none: softmax of no number is nan
+    p = scores.masked_fill(~allowed & sees, float("-inf")).softmax(-1).masked_fill(~sees, 0.0)
+    return torch.einsum("hnm, mhk -> nhk", p, v)
+
+
+# ---- eager, with PyTorch's fused attention and its gradients
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -157,6 +109,7 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     buckets, back = mask.buckets
     parts = []
     for q_rows, k_rows, allowed in buckets:
+        assert allowed is not None  # padding
         b = len(q_rows)
         q_pad = rearrange(q.index_select(0, q_rows.flatten()), "(b n) h k -> b h n k", b=b)
         k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
@@ -196,7 +149,7 @@ def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             if n > 0:
                 at = mask.query_starts[i] + row - cached - n
                 parts.append(_attend(q[at : at + n], *(_rows(t, key_at, keys) for t in (k, v)), causal=not block.full))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
@@ -219,13 +172,188 @@ def _rows(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _attention_free(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """A mask made from ranges: calls of some rows over the keys that some of them see."""
+    parts = []
+    for (q_rows,), (k_rows,), allowed in mask.calls[0]:
+        picked = ((q, q_rows), (k, k_rows), (v, k_rows))
+        x, keys, values = (rearrange(t.index_select(0, at), "n h k -> 1 h n k") for t, at in picked)
+        if allowed is None:
+            y = _fused(x, keys, values, None)
+        else:
+            sees = allowed.any(-1, keepdim=True)  # a row that sees nothing looks at all, and the result is dropped
+            y = _fused(x, keys, values, (allowed | ~sees)[:, None]).masked_fill(~sees, 0.0)
+        parts.append(rearrange(y, "1 h n k -> n h k"))
+    return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
-def _starts(lengths: Sequence[int]) -> tuple[int, ...]:
-    total, starts = 0, []
-    for n in lengths:
-        starts.append(total)
-        total += n
-    return tuple(starts)
+def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """PyTorch's FlexAttention, over the same tiles; compiled on a GPU. On a CPU it is dense, and says so in a warning."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _flex_compiled()
+    q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        y = run(q, k, v, block_mask=mask.flex, enable_gqa=q.shape[1] != k.shape[1])
+    return rearrange(y, "1 h n k -> n h k")
+
+
+# ---- the op: what compiled graphs, checkpointing and sharding see
+
+
+@custom_op("unimm::attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, table: Tensor, by_row: list[Tensor], by_key: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N] (-inf: sees nothing).
+
+    ranges, by_row and by_key: as the mask gives them, for Triton; table: the mask itself, for sdpa, which has no tiles.
+    """
+    if backend == "triton":
+        from unimm.kernels.attention_triton import forward
+
+        return forward(q, k, v, ranges, Runs(*by_row), _config(q.device, q.shape[2], q.dtype))
+    return _forward(q, k, v, _described(table, ranges, len(q)))
+
+
+@custom_op("unimm::attention_backward", mutates_args=())
+def _backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor, table: Tensor,
+    by_row: list[Tensor], by_key: list[Tensor], backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `_op`: do [N, H, K] -> dq [N, H, K], dk and dv [M, G, K]."""
+    if backend == "triton":
+        from unimm.kernels.attention_triton import backward
+
+        config = _config(q.device, q.shape[2], q.dtype)
+        dq, dk, dv = backward(do, q, k, v, o, lse, ranges, Runs(*by_row), Runs(*by_key), config)
+        return dq, dk, dv
+    return _backward(do, q, k, v, o, lse, _described(table, ranges, len(q)))
+
+
+@custom_op("unimm::decode", mutates_args=())
+def _decode_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """One row a sample, q [B, H, K], over its rows of k and v [M, G, K]: from `starts` on, `lengths` of them, [B] int32."""
+    from unimm.kernels.decode_triton import decode
+
+    return decode(q, k, v, starts, lengths)
+
+
+@_decode_op.register_fake
+def _(q, k, v, starts, lengths):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@_op.register_fake
+def _(q, k, v, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[1], q.shape[0]), dtype=_wide(q))
+
+
+@_backward_op.register_fake
+def _(do, q, k, v, o, lse, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, ranges, table, by_row, by_key, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, ranges, table, *by_row, *by_key)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, do, _):  # type: ignore[no-untyped-def]
+    q, k, v, o, lse, ranges, table, *runs = ctx.saved_tensors  # once: checkpointing computes them again when asked
+    half = len(runs) // 2
+    grads = _backward_op(do, q, k, v, o, lse, ranges, table, runs[:half], runs[half:], ctx.backend)
+    return *grads, None, None, [None] * half, [None] * half, None
+
+
+_op.register_autograd(_gradients, setup_context=_save)
+
+
+# ---- the op without Triton, written out: no gradient is recorded inside an op
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of softmax and of sums."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _described(table: Tensor, ranges: Tensor, n_queries: int) -> Mask:
+    """The mask of an op's arguments; the last ones are remembered, since every layer asks for the same."""
+    made_from_ranges = not table[0, 0]
+    content = ranges.cpu() if made_from_ranges else table
+    return _remembered(content.numpy().tobytes(), tuple(content.shape), n_queries if made_from_ranges else None, ranges.device)
+
+
+@lru_cache(maxsize=16)
+def _remembered(content: bytes, shape: tuple[int, ...], n_queries: int | None, device: torch.device) -> Mask:
+    if n_queries is None:
+        return Mask.from_table(torch.frombuffer(bytearray(content), dtype=torch.int64).reshape(shape), device)
+    pairs = torch.frombuffer(bytearray(content), dtype=torch.int32).reshape(shape)
+    return Mask.from_ranges(*pairs[0], *(map(tuple, pairs[1:])), queries=n_queries, device=device)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    calls, back = mask.calls
+    outs, sums = [], []
+    for call in calls:
+        qs, ks, vs = _gathered(q, call.q_rows, k), _gathered(k, call.k_rows), _gathered(v, call.k_rows)
+        scores = _scores(qs, ks, call)
+        lse = scores.logsumexp(-1, keepdim=True)
+        p = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp_().to(v.dtype)
+        outs.append(rearrange(p @ vs, "b g (r n) k -> (b n) (g r) k", n=call.q_rows.shape[1]))
+        sums.append(rearrange(lse, "b g (r n) 1 -> (b n) (g r)", n=call.q_rows.shape[1]))
+    if not calls:
+        return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=_wide(q))
+    return torch.cat(outs).index_select(0, back), torch.cat(sums).index_select(0, back).t().contiguous()
+
+
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention-2, algorithm 2 (arXiv 2307.08691), a call at a time: p from lse, ds = p * (dp - sum(o * do))."""
+    calls, back = mask.calls
+    wide = _wide(q)
+    dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    sizes = [call.q_rows.numel() for call in calls]
+    rows = sum(sizes)
+    # in the order of the calls; a padding row has lse inf and so p = 0, as has a row that sees nothing
+    lse = lse.t().masked_fill(lse.t() == float("-inf"), float("inf"))
+    lse = lse.new_full((rows, q.shape[1]), float("inf")).index_copy_(0, back, lse)
+    delta = lse.new_zeros(lse.shape).index_copy_(0, back, (o.to(wide) * do).sum(-1, dtype=wide))
+    do = do.new_zeros(rows, *do.shape[1:]).index_copy_(0, back, do)
+    for call, lse_, delta_, do_ in zip(calls, *(x.split(sizes) for x in (lse, delta, do)), strict=True):
+        b, n = call.q_rows.shape
+        qs, ks, vs = _gathered(q, call.q_rows, k), _gathered(k, call.k_rows), _gathered(v, call.k_rows)
+        shape = dict(b=b, g=k.shape[1])
+        lse_, delta_ = (rearrange(x, "(b n) (g r) -> b g (r n) 1", **shape) for x in (lse_, delta_))
+        do_ = rearrange(do_, "(b n) (g r) k -> b g (r n) k", **shape)
+        p = (_scores(qs, ks, call) - lse_).exp_()
+        ds = ((do_ @ vs.mT).to(wide).sub_(delta_).mul_(p) * q.shape[2] ** -0.5).to(q.dtype)
+        dqs.append(rearrange(ds @ ks, "b g (r n) k -> (b n) (g r) k", n=n))
+        at = call.k_rows.flatten()
+        for grad, part in ((dk, ds.mT @ qs), (dv, p.to(v.dtype).mT @ do_)):
+            grad.index_add_(0, at, rearrange(part.to(wide), "b g m k -> (b m) g k"))
+    dq = torch.cat(dqs).index_select(0, back) if dqs else torch.zeros_like(q)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _gathered(x: Tensor, rows: Tensor, like: Tensor | None = None) -> Tensor:
+    """Rows [B, n] of x [N, H, K] -> [B, G, r n, K]: the query heads of a group one after the other; r = 1 unless `like`."""
+    g = x.shape[1] if like is None else like.shape[1]
+    return rearrange(x.index_select(0, rows.flatten()), "(b n) (g r) k -> b g (r n) k", b=len(rows), g=g)
+
+
+def _scores(q: Tensor, k: Tensor, call: Call) -> Tensor:
+    """q [B, G, r n, K], k [B, G, m, K] -> [B, G, r n, m], -inf where nothing is seen."""
+    scores = (q @ k.mT * q.shape[3] ** -0.5).to(_wide(q))
+    if call.allowed is None:
+        return scores
+    hidden = repeat(~call.allowed, "b n m -> b 1 (r n) m", r=q.shape[2] // call.q_rows.shape[1])
+    return scores.masked_fill_(hidden, float("-inf"))
+
+
+@lru_cache(maxsize=1)
+def _flex_compiled():  # type: ignore[no-untyped-def]
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

@@ -3,8 +3,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
-CHOICES = ("auto", "reference", "sdpa")
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "sdpa", "triton", "flex")
+HAS_TRITON = find_spec("triton") is not None
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_HEAD = 256  # a wider head does not fit the registers
 
 _chosen: ContextVar[str | None] = ContextVar("unimm_kernels", default=None)
 
@@ -16,12 +23,61 @@ def backend() -> str:
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Run the body with one backend: "auto", "reference" (dense mask, the definition) or "sdpa"."""
+    """Run the body with one backend.
+
+    auto: Triton for CUDA tensors where it is installed, else sdpa. reference: plain operations, the definition.
+    sdpa: PyTorch's fused attention, split by sample and block, and plain operations for other ops. triton. flex:
+    PyTorch's FlexAttention, compiled; other ops as in auto.
+    A backend that cannot run is a ValueError with the reason, when an op is called.
+    """
     token = _chosen.set(_checked(name))
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+def resolve(op: str, *tensors: Tensor) -> str:
+    """The backend that runs `op` on these tensors, never "auto". Raises ValueError where one is asked for that cannot."""
+    name = backend()
+    if name == "auto" or (name == "flex" and op != "attention"):  # flex is a way of attention alone
+        return "triton" if tensors[0].is_cuda and why_not(op, "triton", *tensors) is None else "sdpa"
+    if reason := why_not(op, name, *tensors):
+        raise ValueError(f"{op}: backend {name!r} was asked for, but {reason}; or choose 'auto' (UNIMM_KERNELS, use_kernels)")
+    return name
+
+
+def why_not(op: str, name: str, *tensors: Tensor) -> str | None:
+    """Why a backend cannot run `op` on these tensors, and what to do; None where it can."""
+    return _no_triton(op, tensors[0]) if name == "triton" else _no_flex(tensors) if name == "flex" else None
+
+
+def _no_triton(op: str, x: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed: pip install triton"
+    if x.dtype not in TRITON_DTYPES:
+        return f"its kernels take float16, bfloat16 and float32, got {x.dtype}: cast"
+    if op == "attention" and x.shape[-1] > TRITON_HEAD:
+        return f"its kernels take heads up to {TRITON_HEAD} wide, got {x.shape[-1]}"
+    if not x.is_cuda and not interprets():
+        return f"got {x.device.type} tensors: move them to cuda, or set TRITON_INTERPRET=1 to interpret the kernels"
+    return None
+
+
+def _no_flex(tensors: tuple[Tensor, ...]) -> str | None:
+    if not tensors[0].is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return f"it has no gradient on {tensors[0].device.type}: use torch.no_grad(), or move the tensors to cuda"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def interprets() -> bool:
+    """Whether Triton runs kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before they are first imported."""
+    if not HAS_TRITON:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 def _checked(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint import Table, read_shapes, weight_files
 from unimm.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share
-from unimm.kernels import attention
+from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
 from unimm.models.dialogue import Canvas, Defaults, Dialogue, Items, Markers, reason, say, show, write
 from unimm.models.layers import MLP, TimeEmbedding, sincos_2d
@@ -194,8 +194,8 @@ class Bagel(UnifiedModel):
         hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), noise)
         at = (batch.labels != IGNORE).nonzero().squeeze(1)
         rows = torch.searchsorted(batch.streams["und"], batch.id_rows[at])
-        logits = self.decoder.logits(hidden["und"][rows])
-        ce = nn.functional.cross_entropy(logits.float(), batch.labels[at], reduction="none")
+        said = self.decoder.norms["und"](hidden["und"][rows])
+        ce = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
         if batch.draw is None:
             return Losses(ce, noise.new_zeros(0, self.cfg.latent_dim))
         target = noise - batch.draw.content

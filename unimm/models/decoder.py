@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from unimm.kernels import qk_norm_rope
 from unimm.models.layers import RMSNorm, SwiGLU, apply_rope, rope
 
 Parts = dict[str, Tensor]  # stream -> its tokens
@@ -108,11 +109,16 @@ class Stream(nn.Module):
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, cfg.act)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n, D] -> q [n, H, K], k and v [n, G, K], before the rotary turn."""
+    def enter(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, D], angles [2, n, K/2] -> q [n, H, K], k and v [n, G, K], q and k normed and turned."""
         h = self.attn_norm(x)
         q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, angles, self.q_norm.eps)
+        else:
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        # under autocast the angles are float32; the released code, too, casts back here
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream x [n, D] and attention's output y [n, H, K] -> [n, D]."""
@@ -128,13 +134,11 @@ class Block(nn.Module):
         self.layer = layer
         self.streams = nn.ModuleDict({name: Stream(cfg) for name in cfg.streams})
 
-    def forward(self, x: Parts, angles: Tensor, route: Route, attend: Attend) -> Parts:
-        """x {stream: [n, D]}, angles [2, N, K/2] in pack order -> {stream: [n, D]}."""
+    def forward(self, x: Parts, angles: Parts, route: Route, attend: Attend) -> Parts:
+        """x {stream: [n, D]}, angles {stream: [2, n, K/2]} -> {stream: [n, D]}."""
         streams: dict[str, Stream] = {name: self.streams.get_submodule(name) for name in x}  # type: ignore[misc]
-        entered = {name: streams[name].enter(part) for name, part in x.items()}
+        entered = {name: streams[name].enter(part, angles[name]) for name, part in x.items()}
         q, k, v = (route.join({name: qkv[i] for name, qkv in entered.items()}) for i in range(3))
-        # under autocast the norms leave q and k in float32; the released code, too, casts them back here
-        q, k = (apply_rope(t, angles).to(v.dtype) for t in (q, k))
         y = route.split(attend(self.layer, q, k, v))
         return {name: streams[name].leave(part, y[name]) for name, part in x.items()}
 
@@ -152,9 +156,10 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, rows: Parts, attend: Attend) -> Parts:
         """x [N, D], positions [N], rows {stream: [n]} -> {stream: [n, D]}, before the final norms."""
-        angles = rope(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         route = Route(rows)
         parts = route.split(x)
+        turns = route.split(positions)
+        angles = {name: rope(at, self.cfg.head_dim, self.cfg.rope_theta, x.dtype) for name, at in turns.items()}
         for block in self.blocks:
             parts = block(parts, angles, route, attend)
         return parts
