@@ -125,7 +125,7 @@ def test_quick(request, tmp_path):
     check(QUICK_JOBS, request, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_whole_table(request, tmp_path):
     check(TABLE_JOBS, request, tmp_path)
 

@@ -5,6 +5,7 @@ import torch
 from toys import picture, toy
 
 from unimm import Guidance
+from unimm.kernels import Block, Mask, attention, use_kernels
 from unimm.sequence import pack
 
 pytestmark = [
@@ -35,3 +36,33 @@ def test_bfloat16_draws():
     model = toy(0).to("cuda", torch.bfloat16)
     model.vae.float()
     assert model.generate("a b", images=picture(), steps=2).image.size[0] % 8 == 0
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_attention_kernels(dtype, allowed, width):
+    long = [Block(70), Block(300, full=True, visible=False), Block(300, full=True), Block(40)]
+    mask = Mask([long, [Block(129, full=True), Block(200)]], device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(mask.n_queries, heads, width, generator=generator).to("cuda", dtype) for heads in (6, 2, 2)]
+    grad = torch.randn(inputs[0].shape, generator=generator).to("cuda")
+
+    def run(name, to):
+        leaves = [x.to(to).requires_grad_() for x in inputs]
+        with use_kernels(name):
+            out = attention(*leaves, mask)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(to))]
+
+    for found, expected in zip(run("triton", dtype), run("reference", torch.float64), strict=True):
+        assert (found.double() - expected).norm() / expected.norm() < allowed
+
+
+def test_attention_in_a_captured_graph():
+    mask = Mask([[Block(40), Block(200, full=True, visible=False)]], device="cuda")
+    q, k, v = (torch.randn(mask.n_queries, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    expected = attention(q, k, v, mask)
+    graph, out = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph):
+        out = attention(q, k, v, mask)
+    graph.replay()
+    assert torch.equal(out, expected)

@@ -1,11 +1,13 @@
 """Ranges, tiles and pictures of masks against their definition, pair by pair."""
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from unimm.kernels import Block, Mask
@@ -146,7 +148,7 @@ def test_ranges_of_any_kind(case):
     agree(*case)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @given(layouts(), freely())
 @settings(max_examples=3000, deadline=None)
 def test_thousands(one, other):
@@ -235,3 +237,11 @@ def test_pictures():
     large = Mask([[Block(900), Block(1200, full=True)], [Block(900)]])
     assert large.show(size=300).size == (300, 300) and large.show(size=300, tiles=(128, 64)).size == (300, 300)
     assert Mask.from_ranges(torch.zeros(9), torch.full((9,), 3), queries=3).show(size=90).size == (90, 30)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("mask", None), ("tiles", (8, 8))])
+def test_the_pictures_of_the_guide_are_what_the_code_draws(name, tiles):
+    first = [Block(6), Block(9, full=True, visible=False), Block(9, full=True), Block(4)]
+    drawn = Mask([first, [Block(9, full=True), Block(5)]]).show(tiles=tiles)
+    kept = Image.open(Path(__file__).parents[1] / "unimm" / "kernels" / f"{name}.png")
+    assert np.array_equal(np.asarray(drawn), np.asarray(kept))

@@ -6,7 +6,7 @@ import pytest
 from triton_harness import HERE, run_cases
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 PACKAGE = HERE.parent / "unimm"
 CASES = HERE / "attention_triton_cases.py"
