@@ -223,11 +223,15 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "fused": True}
-    muon = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    found: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden, **muon)] if hidden else []
     groups = [group for group in groups if group["params"]]
-    return [*found, torch.optim.AdamW(groups, **adamw)] if groups else found
+    found: list[torch.optim.Optimizer] = []
+    if hidden:
+        found.append(
+            torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if groups:
+        found.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True))
+    return found
 
 
 class Batches(Dataset[Any]):
