@@ -136,10 +136,11 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
 def show(rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """A table of rows on the terminal."""
     table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name, justify="right" if isinstance(rows[0].get(name), (int, float)) else "left")
     for row in rows:
-        table.add_row(*(cell(value) for value in row.values()))
+        table.add_row(*(cell(row.get(name)) for name in names))
     Console(width=220).print(table)
 
 
