@@ -21,13 +21,12 @@ more than 2^31 numbers.
 """
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from unimm.kernels.common import dense_heads
 from unimm.kernels.configs import Config
 from unimm.kernels.schedule import Runs
 
@@ -278,16 +277,6 @@ def width(head_dim: int) -> int:
     return max(MIN_WIDTH, triton.next_power_of_2(head_dim))
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the device of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def dense_heads(x: Tensor) -> Tensor:
-    """x with neighbouring numbers of a head side by side; a gradient may come expanded from a single number."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, runs: Runs, config: Config, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +293,7 @@ def forward(
     if not lse.numel():
         return o, lse
     how = config.forward
-    with on_device(q):
+    with torch.cuda.device_of(q):
         forward_kernel[triton.cdiv(n, config.rows), h](
             q, k, v, o, lse, ranges, runs.full_ptr, runs.full, runs.part_ptr, runs.part,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *o.stride()[:2], n, m, h // g, scale or head**-0.5,
@@ -330,7 +319,7 @@ def backward(
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     scale = scale or head**-0.5
     shape = dict(HEAD=head, WIDTH=width(head), ROWS=config.rows, KEYS=config.keys, RANGES=len(ranges))
-    with on_device(q):
+    with torch.cuda.device_of(q):
         if dq.numel():
             how = config.dq
             dq_kernel[triton.cdiv(n, config.rows), h](

@@ -9,6 +9,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def dense_heads(x: Tensor) -> Tensor:
+    """x with neighbouring numbers of a head side by side; a gradient may come expanded from a single number."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def autocasted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in autocast's dtype where it is on: PyTorch does so for its own matrix products only."""
     device = tensors[0].device.type

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimm.kernels.attention_triton import LN2, LOG2E, dense_heads, load_rows, on_device, width
+from unimm.kernels.attention_triton import LN2, LOG2E, load_rows, width
+from unimm.kernels.common import dense_heads
 from unimm.kernels.configs import DECODE
 
 # the smallest number of rows of a matrix instruction: a smaller group is padded
@@ -119,7 +120,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, sca
     part = torch.empty(b, g, n_parts, rows, width(head), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(b, g, n_parts, rows, dtype=torch.float32, device=q.device)
     shape = dict(HEAD=head, WIDTH=width(head), ROWS=rows)
-    with on_device(q):
+    with torch.cuda.device_of(q):
         part_kernel[b, g, n_parts](
             q, k, v, part, part_lse, starts, lengths,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], n_parts, h // g, scale or head**-0.5,

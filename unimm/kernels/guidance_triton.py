@@ -14,16 +14,23 @@ BLOCK = 2048
 ENTRIES = 2048  # of a tile of whole tokens
 
 
-@triton.jit(do_not_specialize=["n"])
-def squares_kernel(v_ptr, text_ptr, image_ptr, sums_ptr, n, text_scale, image_scale, IMAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of squares of the plain and of the guided velocity over a block of numbers, to sums [2, blocks]."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def plain_and_guided(v_ptr, text_ptr, image_ptr, at, n, text_scale, image_scale, IMAGE: tl.constexpr):
+    """A block of the plain and of the guided velocity, not yet shrunk, in float32."""
     v = tl.load(v_ptr + at, mask=at < n, other=0.0).to(tl.float32)
     text = tl.load(text_ptr + at, mask=at < n, other=0.0).to(tl.float32)
     u = text + text_scale * (v - text)
     if IMAGE:
         image = tl.load(image_ptr + at, mask=at < n, other=0.0).to(tl.float32)
         u = image + image_scale * (u - image)
+    return v, u
+
+
+@triton.jit(do_not_specialize=["n"])
+def squares_kernel(v_ptr, text_ptr, image_ptr, sums_ptr, n, text_scale, image_scale, IMAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of squares of the plain and of the guided velocity over a block of numbers, to sums [2, blocks]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v, u = plain_and_guided(v_ptr, text_ptr, image_ptr, at, n, text_scale, image_scale, IMAGE)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(v * v))
     tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(u * u))
 
@@ -39,12 +46,7 @@ def shrink_kernel(
     guided = tl.sum(tl.load(sums_ptr + tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0.0))
     factor = tl.minimum(tl.maximum(tl.sqrt(plain) / (tl.sqrt(guided) + 1e-8), least), 1.0)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(v_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    text = tl.load(text_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    u = text + text_scale * (v - text)
-    if IMAGE:
-        image = tl.load(image_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-        u = image + image_scale * (u - image)
+    _, u = plain_and_guided(v_ptr, text_ptr, image_ptr, at, n, text_scale, image_scale, IMAGE)
     tl.store(out_ptr + at, (u * factor).to(out_ptr.dtype.element_ty), mask=at < n)
 
 

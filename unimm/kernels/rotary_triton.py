@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unimm.kernels.common import dense_heads
+
 ENTRIES = 2048  # of half a tile
 PROGRAMS = 512  # of the backward kernel, which leave as many sums of gradients to add
 
@@ -108,7 +110,7 @@ def norm_rope_backward_kernel(
 def norm_rope(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float) -> Tensor:
     """x [N, H, K], weight [E, K], expert [N] or None, angles [2, N, K/2] -> [N, H, K] in x's dtype."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = dense_heads(x)
     n, heads, width = x.shape
     rows, columns = tile(width // 2, 1)
     if x.numel():
@@ -126,7 +128,7 @@ def norm_rope_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx [N, H, K], dweight [E, K])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, grad = (t if t.stride(2) == 1 else t.contiguous() for t in (x, grad))
+    x, grad = dense_heads(x), dense_heads(grad)
     n, heads, width = x.shape
     experts = 1 if expert is None else len(weight)
     slots = triton.next_power_of_2(experts)

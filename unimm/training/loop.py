@@ -216,9 +216,11 @@ class Trainer:
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982 section 2.2, so that AdamW's learning rate serves) for the
     matrices that the recipe names, AdamW for the rest; weight decay on matrices only."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for name, p in trained.items() if p.ndim == 2 and name.startswith(recipe.muon)]
-    others = [p for p in trained.values() if not any(p is q for q in hidden)]
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (hidden if p.ndim == 2 and name.startswith(recipe.muon) else others).append(p)
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
