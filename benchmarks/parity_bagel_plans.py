@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unimm.checkpoint import inverse, rename
+from unimm.checkpoint import released_names
 from unimm.data.packing import Dropout, Part, drop
 from unimm.flow import shift_time
 from unimm.models.bagel import KEYS, Bagel
@@ -179,8 +179,7 @@ def check_losses(case: Case, model: Bagel, group: str, batch: Pack) -> None:
 
 def check_gradients(case: Case, model: Bagel, group: str, total: Tensor) -> None:
     """Gradients by their released names. A norm that the mathematics makes 0 (a key's bias) is held to the largest."""
-    back = inverse(KEYS)
-    parameters = {rename(name, back): p for name, p in model.named_parameters() if not name.startswith("vae.")}
+    parameters = {key: p for name, p in model.named_parameters() for key in released_names(name, KEYS)}
     names = [key for key, p in parameters.items() if p.requires_grad]
     found = torch.autograd.grad(total, [parameters[key] for key in names], allow_unused=True)
     grads = dict(zip(names, found, strict=True))

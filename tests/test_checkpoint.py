@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from toys import picture, toy
 
 from unimm import Bagel, checkpoint
-from unimm.checkpoint import CheckpointError, check_keys, inverse, rename
+from unimm.checkpoint import CheckpointError, Place, check_keys, load_into, released_names, released_state
 from unimm.models.bagel import VAE_KEYS, WEIGHTS, BagelConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel"
@@ -105,10 +105,9 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
         of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (table is VAE_KEYS)}
         found = check_keys(MANIFEST[names[0]], table, of_file, names[0])
         assert len(set(found.values())) == len(found) == len(MANIFEST[names[0]])
-        met |= set(found.values())
+        met |= {place.name for place in found.values()}
         # and back: every parameter of ours has the name that the manifest gives it
-        back = inverse(table)
-        assert {rename(name, back) for name in of_file} == set(MANIFEST[names[0]])
+        assert {key for name in of_file for key in released_names(name, table)} == set(MANIFEST[names[0]])
     assert met == set(state)
     assert sum(x.numel() for x in state.values()) == Bagel.RELEASES["ByteDance-Seed/BAGEL-7B-MoT"].parameters
 
@@ -130,6 +129,60 @@ def test_manifest_walk_can_fail(monkeypatch, tmp_path, key):
 def test_a_row_that_no_key_meets_is_an_error():
     with pytest.raises(CheckpointError, match="rows of the key table that no key meets: nothing"):
         check_keys({"a.x": (1,)}, {"a.{}": "b.{}", "nothing.{}": "c.{}"}, {"b.x": torch.zeros(1)}, "here")
+
+
+class Fused(torch.nn.Module):
+    """Projections in one matrix, and a table with an axis of length 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.table = torch.nn.Linear(4, 6), torch.nn.Parameter(torch.randn(1, 3, 4))
+
+
+FUSED_KEYS = {
+    "layer.q.{}": "qkv.{}[0/3]",
+    "layer.k.{}": "qkv.{}[1/3]",
+    "layer.v.{}": "qkv.{}[2/3]",
+    "table": "table[...]",
+    "{*}.old_buffer": None,
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
+    model, path = Fused(), tmp_path / f"model.{suffix}"
+    state = released_state(model, FUSED_KEYS)
+    assert {key: tuple(x.shape) for key, x in state.items()} == {
+        **{f"layer.{p}.weight": (2, 4) for p in "qkv"},
+        **{f"layer.{p}.bias": (2,) for p in "qkv"},
+        "table": (3, 4),
+    }
+    assert torch.equal(state["layer.k.weight"], model.qkv.weight[2:4])
+    state["layer.old_buffer"] = torch.zeros(5)
+    torch.save(state, path) if suffix == "bin" else save_file(state, path)
+    with torch.device("meta"):
+        loaded = Fused()
+    load_into(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+    assert same(model, loaded)
+    del state["layer.v.bias"]
+    torch.save(state, path) if suffix == "bin" else save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"missing keys: layer\.v\.bias"):
+        load_into(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_a_bin_of_code_is_refused(tmp_path):
+    torch.save({"x": Place("x")}, tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match="expected tensors alone"):
+        load_into(Fused(), [tmp_path / "model.bin"], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_fill_is_for_what_nothing_reads():
+    with torch.device("meta"):
+        model = Fused()
+    with pytest.raises(CheckpointError, match=r"no file holds table"):
+        checkpoint.fill(model, ("qkv.{}",), dtype=torch.float32, device=torch.device("cpu"))
+    checkpoint.fill(model, ("qkv.{}", "table"), dtype=torch.float32, device=torch.device("cpu"))
+    assert not model.table.is_meta and not model.table.any()
 
 
 # ---- saving and loading

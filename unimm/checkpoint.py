@@ -3,9 +3,12 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,26 +18,68 @@ from tqdm import tqdm
 
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
-Table = Mapping[str, str]  # a released name -> ours; `{}` is one dotted part or a piece of it, `{*}` is the rest
+# a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,
+# `{*}` is the rest. Ours may end in `[0/3]`: theirs holds the first third of its rows; or in `[...]`: theirs lacks its
+# axes of length 1
+Table = Mapping[str, str | None]
 
 
 class CheckpointError(ValueError):
     """A file of weights that cannot be loaded as it is: truncated, keys missing or too many, wrong shapes."""
 
 
-def rename(key: str, table: Table) -> str | None:
-    """The name that the first matching row of `table` gives a key, or None where no row matches."""
+@dataclass(frozen=True)
+class Place:
+    """Where a released tensor lies in ours: all of a parameter, one of `parts` equal shares of its rows, or its numbers
+    without the axes of length 1 (`squeezed`)."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    squeezed: bool = False
+
+    @classmethod
+    def of(cls, target: str) -> "Place":
+        """Read a target of a table, `name`, `name[0/3]` or `name[...]`."""
+        name, _, how = target.removesuffix("]").partition("[")
+        if "/" in how:
+            part, parts = map(int, how.split("/"))
+            return cls(name, part, parts)
+        return cls(name, squeezed=how == "...")
+
+    def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
+        """The shape that the released tensor has where ours has this one."""
+        if self.squeezed:
+            return tuple(n for n in ours if n != 1)
+        return (ours[0] // self.parts, *ours[1:]) if self.parts > 1 else tuple(ours)
+
+    def take(self, ours: Tensor) -> Tensor:
+        """The released tensor out of ours."""
+        return ours.chunk(self.parts)[self.part] if self.parts > 1 else ours.reshape(self.shape(ours.shape))
+
+
+def released_names(name: str, table: Table) -> dict[str, Place]:
+    """The released keys of one of our parameters, each with its place in it; none where no row knows the name."""
+    found: dict[str, Place] = {}
     for source, target in table.items():
-        if match := _pattern(source).fullmatch(key):
-            return target.replace("{*}", "{}").format(*match.groups())
-    return None
+        if target is not None and (match := _pattern(Place.of(target).name).fullmatch(name)):
+            place = Place.of(target)
+            found[_filled(source, match)] = replace(place, name=name)
+            if len(found) == place.parts:
+                break
+    return found
 
 
-def inverse(table: Table) -> dict[str, str]:
-    """The table that leads back. Placeholders keep their order, so a row can be read from either side."""
-    return {target: source for source, target in table.items()}
+def unread(key: str, table: Table) -> bool:
+    """Whether the table says that nothing reads a key."""
+    return any(target is None and _pattern(source).fullmatch(key) for source, target in table.items())
 
 
+def _filled(template: str, match: re.Match[str]) -> str:
+    return template.replace("{*}", "{}").format(*match.groups())
+
+
+@lru_cache(maxsize=4096)
 def _pattern(source: str) -> re.Pattern[str]:
     return re.compile(re.escape(source).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+?)"))
 
@@ -54,13 +99,41 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator:
-    """A safetensors file, open for reading tensor by tensor; a broken one raises CheckpointError."""
+    """A file of weights, safetensors or the older .bin, to be read tensor by tensor; CheckpointError for a broken one."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         message = f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again"
         raise CheckpointError(message) from error
+
+
+def _open(path: Path) -> AbstractContextManager:
+    if path.suffix != ".bin" or not path.exists():
+        return safe_open(path, framework="pt")
+    try:
+        return nullcontext(Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them") from error
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A state dict of torch.save, read as a safetensors file is."""
+
+    state: Mapping[str, Tensor]
+
+    def keys(self) -> list[str]:
+        return list(self.state)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self.state[key]
+
+    def get_slice(self, key: str) -> "Pickled":
+        return Pickled({"": self.state[key]})
+
+    def get_shape(self) -> list[int]:
+        return list(self.state[""].shape)
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -72,26 +145,27 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_keys(shapes: Mapping[str, tuple[int, ...]], table: Table, wanted: Mapping[str, Tensor], where: str) -> dict[str, str]:
-    """Match released keys with our parameters, strictly; {released: ours}.
+def check_keys(
+    shapes: Mapping[str, tuple[int, ...]], table: Table, wanted: Mapping[str, Tensor], where: str
+) -> dict[str, Place]:
+    """Match released keys with our parameters, strictly; {released: where it goes}. Keys that nothing reads are left out.
 
     Raises CheckpointError unless every key meets a row, every row a key, every parameter is met once, and shapes agree.
     """
-    names = {key: name for key in shapes if (name := rename(key, table)) in wanted and name is not None}
-    extra = sorted(set(shapes) - set(names))
-    missing = sorted(set(wanted) - set(names.values()))
-    unused = sorted(row for row in table if not any(_pattern(row).fullmatch(key) for key in shapes))
-    back = inverse(table)
-    wrong = [
-        f"{key}: got {list(shapes[key])}, expected {list(wanted[name].shape)}"
-        for key, name in names.items()
-        if shapes[key] != tuple(wanted[name].shape)
-    ]
+    expected: dict[str, Place] = {}
+    for name in wanted:
+        expected |= released_names(name, table)
+    names = {key: expected[key] for key in shapes if key in expected}
+    unused = [row for row, to in table.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)]
+    shaped = {key: place.shape(wanted[place.name].shape) for key, place in names.items()}
     problems = [
-        _few("unexpected keys", extra),
-        _few("missing keys", [str(rename(name, back)) for name in missing]),
-        _few("rows of the key table that no key meets", unused),
-        _few("wrong shapes", wrong),
+        _few("unexpected keys", sorted(key for key in shapes if key not in names and not unread(key, table))),
+        _few("missing keys", sorted(expected.keys() - names.keys())),
+        _few("rows of the key table that no key meets", sorted(unused)),
+        _few(
+            "wrong shapes",
+            [f"{key}: got {list(shapes[key])}, expected {list(to)}" for key, to in shaped.items() if shapes[key] != to],
+        ),
     ]
     if any(problems):
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(filter(None, problems))}")
@@ -108,8 +182,7 @@ def load_into(
     """
     shapes = read_shapes(paths)
     strip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
-    targets = [_pattern(target) for target in table.values()]
-    wanted = {k: v for k, v in model.state_dict().items() if any(t.fullmatch(k) for t in targets)}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if released_names(name, table)}
     names = check_keys({k[strip:]: s for k, s in shapes.items()}, table, wanted, str(paths[0]))
     needed = sum(v.numel() for v in wanted.values()) * dtype.itemsize
     check_memory(needed, device)
@@ -117,18 +190,41 @@ def load_into(
         for path in paths:
             with opened(path) as file:
                 for key in file.keys():
-                    tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                    _assign(model, names[key[strip:]], tensor)
-                    bar.update()
+                    if place := names.get(key[strip:]):
+                        tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                        _assign(model, place, tensor, wanted[place.name].shape)
+                        bar.update()
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, place: Place, tensor: Tensor, shape: torch.Size) -> None:
+    if place.parts > 1:
+        whole = model.get_parameter(place.name).data
+        whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device) if whole.is_meta else whole
+        whole.chunk(place.parts)[place.part].copy_(tensor)
+        tensor = whole
+    put(model, place.name, tensor.reshape(shape))
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the parameter, or the buffer, of that name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
+
+
+def fill(model: nn.Module, spare: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
+    """Zeros for the parameters of `spare` (name patterns) that no file held, since nothing reads them.
+
+    Raises CheckpointError where another parameter was not loaded.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            if not any(_pattern(pattern).fullmatch(name) for pattern in spare):
+                raise CheckpointError(f"no file holds {name}: the model's key tables leave it out")
+            put(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -148,9 +244,11 @@ def check_memory(needed: int, device: torch.device) -> None:
 
 def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
     """The parameters that `table` knows, under their released names."""
-    back = inverse(table)
-    named = {rename(name, back): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    return {key: tensor for key, tensor in named.items() if key is not None}
+    return {
+        key: place.take(tensor.detach()).contiguous()
+        for name, tensor in model.state_dict().items()
+        for key, place in released_names(name, table).items()
+    }
 
 
 @contextmanager

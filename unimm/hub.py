@@ -3,6 +3,7 @@ import difflib
 from pathlib import Path
 
 NANO = Path(__file__).parent / "nano"
+PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt"]
 
 
 def bundled() -> list[str]:
@@ -35,8 +36,10 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "merges.txt"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        if not any(folder.rglob("*.safetensors")):  # an older release, in torch.save's files
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, "*.bin"]))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         message = f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder"
         raise ValueError(message) from error

@@ -79,6 +79,9 @@ class UnifiedModel(nn.Module, ABC):
     """One model that understands pictures and draws them."""
 
     RELEASES: ClassVar[dict[str, Release]]
+    # what every key of some files begins with; and parameters that nothing reads, zeros where a file lacks them
+    PREFIX: ClassVar[str] = ""
+    SPARE: ClassVar[tuple[str, ...]] = ()
     tokenizer: TextTokenizer | None
 
     @classmethod
@@ -114,7 +117,8 @@ class UnifiedModel(nn.Module, ABC):
         for names, table in model.weights().items():
             paths = checkpoint.weight_files(folder, names)
             kind = torch.float32 if _autoencoder(table) else parse_dtype(dtype)
-            checkpoint.load_into(model, paths, table, prefix="bagel.", dtype=kind, device=torch.device(device))
+            checkpoint.load_into(model, paths, table, prefix=cls.PREFIX, dtype=kind, device=torch.device(device))
+        checkpoint.fill(model, cls.SPARE, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
@@ -172,7 +176,7 @@ class UnifiedModel(nn.Module, ABC):
 
 
 def _autoencoder(table: Table) -> bool:
-    return all(target.startswith("vae.") for target in table.values())
+    return all(target is not None and target.startswith("vae.") for target in table.values())
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
