@@ -1,13 +1,31 @@
 """Pictures in and out: resizing, modes, patches and places."""
 import io
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from unimm.tokenizers import pixels
-from unimm.tokenizers.pixels import Resize, open_image, patchify, places, to_image, to_tensor, unpatchify
+from unimm.tokenizers.pixels import (
+    CropSquare,
+    PadSquare,
+    Resize,
+    open_image,
+    patchify,
+    places,
+    to_image,
+    to_tensor,
+    unpatchify,
+)
+
+PREPROC = Path(__file__).parent / "golden" / "janus" / "preproc"
+NOTES = json.loads((PREPROC / "io.json").read_text())
+SIZES = {name: entry["desc"] for name, entry in NOTES.items() if "image_size" in entry["desc"]}
 
 
 def test_modes_become_rgb(tmp_path):
@@ -76,3 +94,42 @@ def test_resize_keeps_its_promises():
         w, h = rule.size(*size)
         assert w % 16 == h % 16 == 0 and 16 <= min(w, h) and max(w, h) <= 112
     assert rule(Image.new("RGB", (57, 91))).size == rule.size(57, 91)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_squares_equal_the_original(name):
+    stored, group = load_file(PREPROC / "io.safetensors"), name.removesuffix("/image")
+    size, least = map(int, re.findall(r"size=(\d+)", SIZES[name]))
+    rule, image = PadSquare(size=size, min_size=least), Image.fromarray(stored[name].numpy())
+    assert np.array_equal(np.asarray(rule(image)).transpose(2, 0, 1), stored[f"{group}/resized"].numpy())
+    # the same operations in the same precisions: equal, and one rounding is allowed
+    assert (rule.pixels(image)[None] - stored[f"{group}/pixel_values"]).abs().max() <= 1e-6
+    assert torch.equal(rule.pixels(rule(image)), rule.pixels(image)), "a square of the right size stays as it is"
+
+
+def test_square_config():
+    files = {"image_size": 96, "min_size": 8, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.3, 0.2, 0.1]}
+    rule = PadSquare.from_files(files | {"background_color": [0, 0, 0], "image_processor_type": "VLMImageProcessor"}, size=32)
+    assert rule == PadSquare(size=96, min_size=8, mean=(0.48, 0.46, 0.41), std=(0.3, 0.2, 0.1))
+    assert rule.fill == (122, 117, 104), "cut, not rounded"
+    assert PadSquare.from_files(json.loads(json.dumps(rule.to_files())), size=1) == rule
+    assert PadSquare.from_files({}, size=32) == PadSquare(size=32)
+    assert PadSquare(size=32).fill == (127, 127, 127)
+    assert rule.pixels(Image.new("RGB", (20, 40))).shape == (3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    "files", [{"image_size": 0}, {"image_mean": [0.5]}, {"image_std": [0.5, 0.0, 0.5]}, {"do_normalize": False}]
+)
+def test_wrong_square_configs(files):
+    with pytest.raises(ValueError, match=r"got .*expected .*"):
+        PadSquare.from_files(files, size=32)
+
+
+@pytest.mark.parametrize("size", [(48, 31), (31, 48), (16, 16), (7, 500), (33, 20)])
+def test_crop_keeps_the_middle(size):
+    rule = CropSquare(16)
+    assert rule(Image.new("RGB", size)).size == (16, 16)
+    mark = Image.new("RGB", (64, 32))
+    mark.paste((255, 255, 255), (16, 0, 48, 32))
+    assert np.asarray(rule(mark))[:, 1:-1].min() > 200 and np.asarray(CropSquare(32)(mark)).min() == 255

@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,6 +96,86 @@ class Resize:
     def __call__(self, image: Image.Image, *, images: int = 1) -> Image.Image:
         """The resized picture (PIL's bicubic, with its antialias)."""
         return image.resize(self.size(image.width, image.height, images=images), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadSquare:
+    """Janus's look at a picture: the long side to `size`, the short one padded, values normalised."""
+
+    size: int
+    min_size: int = 14
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    scale: float = 1 / 255
+
+    FILES: ClassVar = {
+        "size": "image_size",
+        "min_size": "min_size",
+        "mean": "image_mean",
+        "std": "image_std",
+        "scale": "rescale_factor",
+    }
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.min_size) < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"got {self}: expected positive sizes, and three means and deviations (above 0); "
+                "correct preprocessor_config.json"
+            )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any], *, size: int) -> "PadSquare":
+        """Read a preprocessor_config.json; `size`, that of the vision tower, where it names none.
+
+        background_color is not read: the original, too, computes it from the mean.
+        """
+        if not files.get("do_normalize", True):
+            raise ValueError("got do_normalize false in preprocessor_config.json: expected true, as in every release")
+        fields: dict[str, Any] = {"size": size}
+        fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "background_color": list(self.fill)}
+        return files | {"do_normalize": True, "image_processor_type": "VLMImageProcessor", "processor_class": "VLChatProcessor"}
+
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The colour of the padding: the mean, in whole levels."""
+        return tuple(int(255 * mean) for mean in self.mean)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """An RGB picture as a square. facts/janus.md section 5: sides are cut to whole pixels, in this order of operations."""
+        longest = max(image.size)
+        width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), self.fill)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((side - width) // 2, (side - height) // 2))
+        return square
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An RGB picture, squared, as normalised values [3, size, size] float32."""
+        # the product in float64, the rest in float32, as in the original
+        values = (np.asarray(self(image)).astype(np.float64) * self.scale).astype(np.float32)
+        normal = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(rearrange(normal, "h w c -> c h w").copy())
+
+
+@dataclass(frozen=True)
+class CropSquare:
+    """A picture to be drawn: the short side to `size`, the middle of the long one."""
+
+    size: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The square (PIL's bicubic)."""
+        shortest = min(image.size)
+        width, height = (round(side / shortest * self.size) for side in image.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self.size, top + self.size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
