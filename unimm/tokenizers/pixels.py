@@ -133,7 +133,8 @@ class PadSquare:
             raise ValueError("got do_normalize false in preprocessor_config.json: expected true, as in every release")
         fields: dict[str, Any] = {"size": size}
         fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
+        return cls(**fields)
 
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
