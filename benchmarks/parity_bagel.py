@@ -22,7 +22,8 @@ from torch import Tensor
 from unimm.flow import Guidance, guide, knots, share
 from unimm.models.bagel import Bagel
 from unimm.models.decoder import Route
-from unimm.models.dialogue import Canvas, Dialogue, Markers, extend, reason, say, show, write
+from unimm.models.dialogue import Canvas, Dialogue, Markers, reason, say, show, write
+from unimm.models.speaking import extend
 from unimm.sampling import Context, TextSampling
 from unimm.sequence import Item, pack
 from unimm.tokenizers.pixels import patchify, places, to_image, to_tensor, unpatchify

@@ -5,7 +5,7 @@ from PIL import Image
 from toys import picture, toy
 
 from unimm import Bagel, TextSampling
-from unimm.models.dialogue import extend
+from unimm.models.speaking import extend
 from unimm.sampling import Context
 
 

@@ -11,7 +11,8 @@ from unimm.data.packing import Shown, answer, edit, text_to_image
 from unimm.flow import share
 from unimm.kernels import attention, use_kernels
 from unimm.models.decoder import Decoder, DecoderConfig
-from unimm.models.dialogue import Canvas, Dialogue, extend, say, show, write
+from unimm.models.dialogue import Canvas, Dialogue, say, show, write
+from unimm.models.speaking import extend
 from unimm.sampling import Context
 from unimm.sequence import pack
 

@@ -36,13 +36,13 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A segment and what fills it: token ids alone (text), or two marker ids around an image's tokens."""
+    """A segment and what fills it: token ids alone (text), or marker ids around (one: before) an image's tokens."""
 
     kind: Literal["text", "look", "draw"]  # a text, an image looked at (ViT), an image drawn or drawn before (latents)
     segment: Segment
-    ids: Tensor  # [n] text, or [2] the markers around the tokens
-    labels: Tensor  # [n] or [2], the id that each row must predict, or IGNORE
-    tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean
+    ids: Tensor  # [n] text, or the markers: [2] around the tokens, [1] before them
+    labels: Tensor  # one for each of ids, the id that its row must predict, or IGNORE
+    tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean, or codes [n]
     places: Tensor | None = None  # [n], where each token lies in its table of positions
     time: float = 0.0  # draw: 0 is data, 1 is noise
     noised: bool = False  # draw: a target, its tokens carry the flow loss
@@ -69,24 +69,28 @@ def image_item(
     tokens: Tensor,
     places: Tensor,
     *,
-    markers: tuple[int, int],
+    markers: tuple[int, int] | tuple[int],
+    causal: bool = False,
     time: float = 0.0,
     noised: bool = False,
     frame: tuple[int, bool] | None = None,
     end_label: int = IGNORE,
 ) -> Item:
-    """An image of n tokens between its two markers; full, all rows at one clock, which moves by 1 (noised: by 0).
+    """An image of n tokens between its two markers, or behind one; full, all rows at one clock, which moves by 1
+    (noised: by 0). A `causal` image is read like a text: each row sees those before it, the clock counts every row.
 
     A noised image is invisible to all that follows. Frames of a video are the exception, `frame` = (clock steps to
     the next frame, whether it joins the frame before): later items see them, noised as they are.
     """
-    advance, joined = frame or (0 if noised else 1, False)
+    length, n = len(tokens) + len(markers), len(markers)
+    advance, joined = frame or (length if causal else 0 if noised else 1, False)
     visible = frame is not None or not noised
+    attend: Literal["causal", "full"] = "causal" if causal else "full"
     return Item(
         kind=kind,
-        segment=Segment(length=len(tokens) + 2, attend="full", visible=visible, advance=advance, joined=joined),
+        segment=Segment(length=length, attend=attend, visible=visible, advance=advance, joined=joined),
         ids=torch.tensor(markers, dtype=torch.long),
-        labels=torch.tensor((IGNORE, end_label)),
+        labels=torch.tensor((IGNORE, end_label)[:n]),
         tokens=tokens,
         places=places,
         time=time,
@@ -212,8 +216,8 @@ def pack(
     """Lay samples of items end to end; `past` as in `lay_out`."""
     layout = lay_out([[item.segment for item in items] for items in samples], past, device=device)
     placed = [pair for items, rows in zip(samples, layout.starts, strict=True) for pair in zip(items, rows, strict=True)]
-    # the ids of a text fill its segment, the two markers of an image stand at its ends
-    ids_at = [torch.tensor([0, i.n_tokens + 1]) if i.n_tokens else torch.arange(len(i.ids)) for i, _ in placed]
+    # the ids of a text fill its segment, the markers of an image stand at its ends
+    ids_at = [torch.tensor([0, i.n_tokens + 1][: len(i.ids)]) if i.n_tokens else torch.arange(len(i.ids)) for i, _ in placed]
     id_rows = [row + at for (_, row), at in zip(placed, ids_at, strict=True)]
     draws = [item for item, _ in placed if item.kind == "draw" and item.tokens is not None]
     labels = [item.labels for item, _ in placed]

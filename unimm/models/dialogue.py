@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from unimm.flow import Branch, Guidance
-from unimm.models.decoder import Decoder, Parts
-from unimm.sampling import Cache, Context, TextSampling, decode
-from unimm.sequence import IGNORE, Item, Layout, Pack, Segment, image_item, lay_out, pack, text_item
+from unimm.models.decoder import Parts
+from unimm.models.speaking import Speaker, cache_of, extend, speak
+from unimm.sampling import Context, TextSampling
+from unimm.sequence import IGNORE, Item, Layout, Segment, image_item, lay_out, text_item
 from unimm.tokenizers.pixels import patchify, places
 from unimm.unified import TextTokenizer
 
@@ -126,19 +127,8 @@ class Items:
         return self.latent_patch
 
 
-class Speaker(Protocol):
-    """What a model brings to a dialogue."""
-
-    decoder: Decoder
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def hidden(self, batch: Pack, attend: Any) -> Parts:
-        """Last hidden states of every row of a pack, by stream."""
+class Painter(Speaker, Protocol):
+    """A speaker that draws inside its language model."""
 
     @property
     def items(self) -> Items: ...
@@ -200,46 +190,19 @@ def _append(
     return [{name: done[i, id(getattr(d, name))] for name in names} for i, d in enumerate(dialogues)]
 
 
-@torch.inference_mode()
-def extend(model: Speaker, contexts: Sequence[Context], items: Sequence[Sequence[Item]]) -> list[Context]:
-    """Append items to each context, all in one packed forward; the contexts given stay as they are.
-
-    Raises ValueError where a context would outgrow the positions that the model knows.
-    """
-    lengths = [sum(item.segment.length for item in more) for more in items]
-    cache = _cache(model, contexts, lengths)
-    past = [cache.past(i) for i in range(len(contexts))]
-    batch = pack(items, past, device=model.device)
-    _check_position(model, max(batch.layout.clocks))
-    model.hidden(batch, cache.attend(past, batch.layout.mask))
-    return [c.extended(cache.chunk(i, lengths[i]), batch.layout.clocks[i]) for i, c in enumerate(contexts)]
-
-
 def write(
-    model: Speaker, contexts: Sequence[Context], sampling: TextSampling, seeds: Sequence[int]
+    model: Painter, contexts: Sequence[Context], sampling: TextSampling, seeds: Sequence[int]
 ) -> Iterator[list[int | None]]:
     """Text after each context, from bos to eos: one id a context at a time, None for those that have ended."""
-    n, markers = len(contexts), model.items.markers
-    _check_position(model, max(c.clock for c in contexts) + sampling.max_tokens)
-    cache = _cache(model, contexts, [sampling.max_tokens] * n)
-    one = [[Segment(length=1, attend="causal", advance=1)]] * n
-    rows = {model.decoder.cfg.streams[0]: torch.arange(n, device=model.device)}
-
-    @torch.inference_mode()
-    def step(ids: list[int], behind: int) -> Tensor:
-        past = [cache.past(i, behind=behind) for i in range(n)]
-        layout = lay_out(one, past, device=model.device)
-        x = model.decoder.embed(torch.tensor(ids, device=model.device))
-        hidden = model.decoder(x, layout.positions, rows, cache.attend(past, layout.mask))
-        return model.decoder.logits(*hidden.values())
-
-    return decode(step, [markers.bos] * n, end=markers.eos, sampling=sampling, seeds=seeds)
+    markers = model.items.markers
+    first = [markers.bos] * len(contexts)
+    return speak(model, contexts, first, end=markers.eos, sampling=sampling, seeds=seeds)
 
 
 class Canvas:
     """The block [boi] noised latents [eoi] of every branch of guidance, packed over [context; itself] in one buffer."""
 
-    def __init__(self, model: Speaker, dialogues: Sequence[Dialogue], grids: Sequence[tuple[int, int]]):
+    def __init__(self, model: Painter, dialogues: Sequence[Dialogue], grids: Sequence[tuple[int, int]]):
         items = model.items
         self.model, self.markers = model, torch.tensor([items.markers.boi, items.markers.eoi], device=model.device)
         self.lengths = [h * w for h, w in grids]
@@ -250,7 +213,7 @@ class Canvas:
         self.canonical = same.__getitem__
         self.slots = {branch: slot for slot, branch in enumerate(names.values())}
         contexts = [getattr(dialogues[i], name) for i, name in self.slots]
-        self.cache = _cache(model, contexts, [self.lengths[i] + 2 for i, _ in self.slots])
+        self.cache = cache_of(model, contexts, [self.lengths[i] + 2 for i, _ in self.slots])
         self.plans: dict[tuple[Branch, ...], tuple[Layout, Tensor, Parts, Any]] = {}
 
     def features(self, x: Tensor, time: float, branches: Sequence[Branch]) -> list[Tensor]:
@@ -275,15 +238,3 @@ class Canvas:
             rows = {"und": (source >= total).nonzero().squeeze(1), "gen": (source < total).nonzero().squeeze(1)}
             self.plans[branches] = (layout, source, rows, self.cache.attend(past, layout.mask))
         return self.plans[branches]
-
-
-def _cache(model: Speaker, contexts: Sequence[Context], room: Sequence[int]) -> Cache:
-    d = model.decoder.cfg
-    empty = torch.empty(d.n_layers, 2, 0, d.n_kv_heads, d.head_dim, dtype=model.dtype, device=model.device)
-    return Cache(contexts, room, empty=empty)
-
-
-def _check_position(model: Speaker, clock: int) -> None:
-    known = model.decoder.cfg.max_positions
-    if clock > known:
-        raise ValueError(f"the dialogue would reach position {clock}, the model knows {known}: shorten it, or max_tokens")
