@@ -18,6 +18,8 @@ TEST = [
     "nbformat",
     "ipykernel",
     "matplotlib",
+    "diffusers",
+    "transformers",
 ]
 
 setup(

@@ -23,7 +23,7 @@ CORE = ("sequence", "sampling", "flow", "checkpoint", "hub", "unified", "registr
 MAY_IMPORT = {
     "kernels": set(),
     "core": {"kernels"},
-    "tokenizers": {"kernels"},
+    "tokenizers": {"kernels", "core"},
     "data": {"kernels", "core"},
     "models": {"kernels", "core", "tokenizers"},
     "training": {"kernels", "core", "tokenizers", "models", "data"},

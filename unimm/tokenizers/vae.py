@@ -1,4 +1,4 @@
-"""The FLUX autoencoder: pictures to a grid of continuous latents and back."""
+"""The KL autoencoder of FLUX and of SDXL: pictures to a grid of continuous latents and back."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class VAEConfig:
     latent_channels: int = 16
     scale: float = 0.3611
     shift: float = 0.1159
+    quant_convs: bool = False  # 1x1 convolutions on both sides of the latent, as in Stable Diffusion up to XL
 
     def __post_init__(self) -> None:
         counts = (self.in_channels, self.out_channels, self.n_blocks, self.latent_channels, *self.multipliers)
@@ -70,8 +71,46 @@ class VAEConfig:
 
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()}
+        files = {theirs: value for ours, theirs in NAMES.items() if (value := getattr(self, ours)) is not False}
         return files | {"ch_mult": list(self.multipliers), "downsample": self.stride}
+
+    @classmethod
+    def from_diffusers(cls, files: Mapping[str, Any]) -> VAEConfig:
+        """Read the config.json of a diffusers AutoencoderKL, with that class's numbers for missing keys.
+
+        Raises ValueError for what the released ones do not have: other norms, activations, blocks, latent statistics.
+        """
+        for key, expected in FIXED.items():
+            if files.get(key, expected) != expected:
+                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in every released AutoencoderKL")
+        widths, quant_convs = files.get("block_out_channels", [64]), files.get("use_quant_conv", True)
+        if any(width % widths[0] for width in widths) or files.get("use_post_quant_conv", True) != quant_convs:
+            raise ValueError(
+                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv "
+                f"{files.get('use_post_quant_conv', True)}: expected multiples of the first width, and both "
+                "convolutions or none"
+            )
+        return cls(
+            in_channels=files.get("in_channels", 3),
+            out_channels=files.get("out_channels", 3),
+            width=widths[0],
+            multipliers=tuple(width // widths[0] for width in widths),
+            n_blocks=files.get("layers_per_block", 1),
+            latent_channels=files.get("latent_channels", 4),
+            scale=files.get("scaling_factor", 0.18215),
+            shift=files.get("shift_factor") or 0.0,
+            quant_convs=quant_convs,
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The mapping that `from_diffusers` reads, and that diffusers does."""
+        levels = len(self.multipliers)
+        files = {key: value for key, value in FIXED.items() if value is not None}
+        files |= {"in_channels": self.in_channels, "out_channels": self.out_channels, "latent_channels": self.latent_channels}
+        files |= {"block_out_channels": list(self.widths), "layers_per_block": self.n_blocks}
+        files |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        files |= {"scaling_factor": self.scale, "shift_factor": self.shift}
+        return files | {"use_quant_conv": self.quant_convs, "use_post_quant_conv": self.quant_convs}
 
 
 # our field -> the key of the released config
@@ -84,6 +123,17 @@ NAMES = {
     "latent_channels": "z_channels",
     "scale": "scale_factor",
     "shift": "shift_factor",
+    "quant_convs": "use_quant_conv",
+}
+
+# what a diffusers config could say and no release does
+FIXED = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "norm_num_groups": N_GROUPS,
+    "mid_block_add_attention": True,
+    "latents_mean": None,
+    "latents_std": None,
 }
 
 
@@ -242,13 +292,16 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder; parameters carry the names of the released ae.safetensors."""
+    """Encoder and decoder; parameters carry the names of FLUX's released ae.safetensors."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        channels = config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.quant_convs else nn.Identity()
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W] in [-1, 1] -> mean, log variance of the posterior, each [B, C, h, w], before scaling."""
@@ -258,7 +311,7 @@ class VAE(nn.Module):
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
                 f"multiples of {stride}: resize or crop it first"
             )
-        mean, logvar = rearrange(self.encoder(image), "B (two C) h w -> two B C h w", two=2)
+        mean, logvar = rearrange(self.quant_conv(self.encoder(image)), "B (two C) h w -> two B C h w", two=2)
         return mean, logvar
 
     def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
@@ -272,4 +325,4 @@ class VAE(nn.Module):
         channels = self.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
-        return self.decoder(latent / self.config.scale + self.config.shift)
+        return self.decoder(self.post_quant_conv(latent / self.config.scale + self.config.shift))
