@@ -51,6 +51,7 @@ setup(
         "safetensors",
         "scipy",
         "sentencepiece",
+        "timm>=1.0",
         "tokenizers",
         "tqdm",
         "typer",

@@ -5,19 +5,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unimm.flow import Guidance
     from unimm.models.bagel import Bagel, BagelConfig
+    from unimm.models.janus import Janus, JanusConfig
     from unimm.registry import load, releases
-    from unimm.sampling import TextSampling
+    from unimm.sampling import CodeSampling, TextSampling
     from unimm.unified import Generation, UnifiedModel
 
 __version__ = "0.1.0"
-__all__ = ["Bagel", "BagelConfig", "Generation", "Guidance", "TextSampling", "UnifiedModel", "__version__", "load", "releases"]
+__all__ = [
+    "Bagel",
+    "BagelConfig",
+    "CodeSampling",
+    "Generation",
+    "Guidance",
+    "Janus",
+    "JanusConfig",
+    "TextSampling",
+    "UnifiedModel",
+    "__version__",
+    "load",
+    "releases",
+]
 
 # imported when first asked for: `import unimm` costs next to nothing
 _HOMES = {
     "Bagel": "unimm.models.bagel",
     "BagelConfig": "unimm.models.bagel",
+    "CodeSampling": "unimm.sampling",
     "Generation": "unimm.unified",
     "Guidance": "unimm.flow",
+    "Janus": "unimm.models.janus",
+    "JanusConfig": "unimm.models.janus",
     "TextSampling": "unimm.sampling",
     "UnifiedModel": "unimm.unified",
     "load": "unimm.registry",

@@ -15,9 +15,11 @@ class Family:
     """Where a family's class is, and how its folders are told apart."""
 
     home: str  # module:class, imported when needed
-    model_type: str
+    model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     file: str | None = None  # a file that no other family has, for releases whose config.json is missing or says nothing
+    without: str | None = None  # a key of config.json that families of the same model_type have, and this one has not
+    has: str | None = None  # likewise, one that only this one has
 
     def load(self) -> type[UnifiedModel]:
         """The family's class."""
@@ -26,8 +28,10 @@ class Family:
 
     def owns(self, folder: Path, config: dict) -> bool:
         """Whether a folder with this config.json (empty if missing) is of this family."""
+        if (self.has is not None and self.has not in config) or (self.without is not None and self.without in config):
+            return False
         if kind := config.get("model_type"):
-            return kind == self.model_type
+            return kind in self.model_types
         if names := config.get("architectures"):
             return any(name in self.architectures for name in names)
         return self.file is not None and (folder / self.file).exists()
@@ -36,9 +40,15 @@ class Family:
 FAMILIES = {
     "Bagel": Family(
         home="unimm.models.bagel:Bagel",
-        model_type="bagel",
+        model_types=("bagel",),
         architectures=("BagelForConditionalGeneration",),
         file="llm_config.json",
+    ),
+    "Janus": Family(
+        home="unimm.models.janus:Janus",
+        model_types=("multi_modality", "janus"),
+        architectures=("MultiModalityCausalLM", "JanusForConditionalGeneration"),
+        without="vision_gen_enc_config",
     ),
 }
 
@@ -90,5 +100,5 @@ def family_of(folder: Path) -> type[UnifiedModel]:
         if family.owns(folder, config):
             return family.load()
     found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
-    known = ", ".join(f"{name} (model_type {family.model_type!r})" for name, family in FAMILIES.items())
+    known = ", ".join(f"{name} (model_type {' or '.join(map(repr, family.model_types))})" for name, family in FAMILIES.items())
     raise ValueError(f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}")

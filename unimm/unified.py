@@ -19,7 +19,10 @@ Picture = Image.Image | str | Path
 
 
 class TextTokenizer(Protocol):
-    """What a model needs of its tokenizer."""
+    """What a model needs of its tokenizer. markers: its special tokens by their strings."""
+
+    @property
+    def markers(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""

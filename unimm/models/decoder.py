@@ -63,6 +63,25 @@ class DecoderConfig:
             raise ValueError(f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json")
         return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()}, qkv_bias=qkv_bias, streams=streams)
 
+    @classmethod
+    def from_llama(cls, files: Mapping[str, Any], *, stream: str) -> "DecoderConfig":
+        """Read a Llama config.json: LlamaConfig's own values for what is missing. Raises ValueError for what is not built."""
+        files = {**LLAMA, **{key: value for key, value in files.items() if value is not None}}
+        files = {"num_key_value_heads": files.get("num_attention_heads"), "qk_norm": False, **files}
+        files |= {key: value for key, value in files.get("rope_parameters", {}).items() if key == "rope_theta"}
+        kind = files.get("rope_parameters", {}).get("rope_type", "default")
+        heads = files.get("num_attention_heads", 1)
+        refused = {
+            "rope_scaling": "rope_scaling" in files or kind != "default",
+            "attention_bias": files["attention_bias"],
+            "mlp_bias": files["mlp_bias"],
+            "tie_word_embeddings": files["tie_word_embeddings"],
+            "head_dim": "head_dim" in files and files["head_dim"] * heads != files["hidden_size"],
+        }
+        if wrong := [name for name, found in refused.items() if found]:
+            raise ValueError(f"the language model's config asks for {', '.join(wrong)}, which no release does and is not built")
+        return cls.from_files(files, qkv_bias=False, streams=(stream,))
+
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
         return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"tie_word_embeddings": False}
@@ -70,6 +89,18 @@ class DecoderConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+
+# facts/janus.md section 2.1: what LlamaConfig says where a config is silent
+LLAMA = {
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
 
 
 class Route:

@@ -13,13 +13,12 @@ from torch import Tensor
 from unimm.flow import Branch, Guidance
 from unimm.models.decoder import Parts
 from unimm.models.speaking import Speaker, cache_of, extend, speak
-from unimm.sampling import Context, TextSampling
+from unimm.sampling import EMPTY, Context, TextSampling
 from unimm.sequence import IGNORE, Item, Layout, Segment, image_item, lay_out, text_item
 from unimm.tokenizers.pixels import patchify, places
 from unimm.unified import TextTokenizer
 
 CONTEXTS = ("main", "text", "image")
-EMPTY = Context()
 
 
 THINK = (

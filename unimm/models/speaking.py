@@ -51,7 +51,7 @@ class Rows:
 
     def __init__(self, model: Speaker, contexts: Sequence[Context], room: int):
         check_position(model, max(c.clock for c in contexts) + room)
-        self.decoder, self.device = model.decoder, model.device
+        self.decoder, self.device, self.room = model.decoder, model.device, room
         self.cache = cache_of(model, contexts, [room] * len(contexts))
         self.segments = [[Segment(length=1, attend="causal", advance=1)]] * len(contexts)
         self.rows = {self.decoder.cfg.streams[0]: torch.arange(len(contexts), device=self.device)}

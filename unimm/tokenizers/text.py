@@ -1,6 +1,10 @@
 """Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
+import re
 import shutil
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 import tokenizers
@@ -26,6 +30,11 @@ class JsonTokenizer:
     def id(self, token: str) -> int | None:
         return self.inner.token_to_id(token)
 
+    @cached_property
+    def markers(self) -> dict[str, int]:
+        added = self.inner.get_added_tokens_decoder()
+        return {token.content: at for at, token in added.items() if token.special}
+
     def save(self, folder: Path) -> None:
         for name in self.FILES:
             if (self.folder / name).exists():
@@ -49,8 +58,48 @@ class SentencePieceTokenizer:
         found = self.inner.piece_to_id(token)
         return None if found == self.inner.unk_id() else found
 
+    @cached_property
+    def markers(self) -> dict[str, int]:
+        return {self.inner.id_to_piece(at): at for at in range(self.inner.vocab_size()) if self.inner.is_control(at)}
+
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self.data)
+
+
+class Marked(Protocol):
+    """A tokenizer that knows its markers."""
+
+    @property
+    def markers(self) -> dict[str, int]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def hide_markers(tokenizer: Marked, text: str, *, but: Sequence[str] = ()) -> str:
+    """A user's text in which markers, all but some, are not found by `encode_marked`, which encodes them as words."""
+    for token, hidden in _hidden(tokenizer).items():
+        text = text if token in but else text.replace(token, hidden)
+    return text
+
+
+def encode_marked(tokenizer: Marked, text: str) -> list[int]:
+    """Ids of a text in which markers are markers, as the originals encode their prompts."""
+    known, hidden = tokenizer.markers, _hidden(tokenizer)
+    ids: list[int] = []
+    for part in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text) if known else [text]:
+        if part in known:
+            ids.append(known[part])
+        elif part:
+            for token, stands in hidden.items():
+                part = part.replace(stands, token)
+            ids += tokenizer.encode(part)
+    return ids
+
+
+def _hidden(tokenizer: Marked) -> dict[str, str]:
+    """What stands for each marker, the longest first: characters of Unicode's private area, which nobody types."""
+    tokens = sorted(tokenizer.markers, key=len, reverse=True)
+    return {token: f"\ue000{chr(0xE100 + i)}\ue001" for i, token in enumerate(tokens)}
 
 
 def load_tokenizer(folder: Path) -> "JsonTokenizer | SentencePieceTokenizer | None":
