@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from unimm.flow import Guidance
     from unimm.models.bagel import Bagel, BagelConfig
     from unimm.models.janus import Janus, JanusConfig
+    from unimm.models.janusflow import JanusFlow, JanusFlowConfig
     from unimm.registry import load, releases
     from unimm.sampling import CodeSampling, TextSampling
     from unimm.unified import Generation, UnifiedModel
@@ -19,6 +20,8 @@ __all__ = [
     "Guidance",
     "Janus",
     "JanusConfig",
+    "JanusFlow",
+    "JanusFlowConfig",
     "TextSampling",
     "UnifiedModel",
     "__version__",
@@ -35,6 +38,8 @@ _HOMES = {
     "Guidance": "unimm.flow",
     "Janus": "unimm.models.janus",
     "JanusConfig": "unimm.models.janus",
+    "JanusFlow": "unimm.models.janusflow",
+    "JanusFlowConfig": "unimm.models.janusflow",
     "TextSampling": "unimm.sampling",
     "UnifiedModel": "unimm.unified",
     "load": "unimm.registry",

@@ -50,6 +50,12 @@ FAMILIES = {
         architectures=("MultiModalityCausalLM", "JanusForConditionalGeneration"),
         without="vision_gen_enc_config",
     ),
+    "JanusFlow": Family(
+        home="unimm.models.janusflow:JanusFlow",
+        model_types=("multi_modality",),
+        architectures=("MultiModalityCausalLM",),
+        has="vision_gen_enc_config",
+    ),
 }
 
 
