@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image
 from unimm.data.shapes import Example, example, vocabulary_text
+from unimm.data.shapes.nameless import unnamed
 from unimm.flow import shift_time
 from unimm.models.bagel import Bagel, BagelConfig
 from unimm.models.decoder import Stream
@@ -45,6 +46,9 @@ class Options:
     # the part of reasoning samples that write their reasoning
     thinks: float
     dropout: Mapping[str, float]
+    # how often a pair of shape and colour in a drawing or an edit has a colour, or a shape, that no prompt names
+    nameless_colours: float
+    nameless_shapes: float
     # pieces of the text model
     vocabulary: int
     # the folders of a trained VAE and a trained ViT
@@ -83,7 +87,14 @@ class Worlds:
         dice = random.Random(f"{self.seed}/{step}")
         tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
         tasks += dice.choices(tasks, k=self.size - len(tasks))
-        return self.batch([example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)], dice)
+        examples = [example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
+        return self.batch([self.unnamed(one, dice) for one in examples], dice)
+
+    def unnamed(self, one: Example, dice: random.Random) -> Example:
+        """The example, if it draws or edits with some things that have no name; facts stay as they are."""
+        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
+            return one
+        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
     def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
         """Examples as one pack, with the dice's times, noises and dropped conditions."""

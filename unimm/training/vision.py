@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unimm.data.shapes import COLOURS, PALETTE, SHAPES, SIZES, Scene, example, render
-from unimm.data.shapes.world import BACKGROUND, FULL, WIDTHS, coverage
+from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
+from unimm.data.shapes.nameless import kind_of, new_look, painted
 from unimm.models.vision import NaViT, VisionConfig
 from unimm.tokenizers.pixels import places
 from unimm.training.recipe import Recipe, strict
 
 KINDS = (SHAPES, COLOURS, SIZES)
 IGNORED = -100
-# colours closer than this, of 442 between black and white, may pass for each other
-FAR = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +71,9 @@ class Scenes:
     def batch(self, scenes: Sequence[Scene], dice: random.Random | None = None) -> Batch:
         """Scenes, and what is centred in each of their patches; with dice, some of them nameless, all of them noisy."""
         p = self.patch
-        kinds = [self.kind(dice) if dice else "named" for _ in scenes]
+        kinds = [self.kind(dice) if dice else None for _ in scenes]
         images = np.stack([
-            render(scene) if dice is None or kind == "named" else nameless(scene, kind, dice)
+            painted(scene, [new_look(kind, dice) if dice and kind else None for _ in scene.things])
             for scene, kind in zip(scenes, kinds, strict=True)
         ])
         side = images.shape[1] // p
@@ -85,7 +82,7 @@ class Scenes:
             for thing in scene.things:
                 names = (thing.shape, thing.colour, thing.size)
                 found = torch.tensor([1 + known.index(name) for known, name in zip(KINDS, names, strict=True)])
-                if kind != "named":
+                if kind:
                     found[{"shape": 0, "colour": 1}[kind]] = IGNORED
                 targets[i, thing.y // p * side + thing.x // p] = found
         pixels = torch.from_numpy(images).float() / 127.5 - 1
@@ -96,40 +93,9 @@ class Scenes:
         patches = rearrange(pixels, "b (h p) (w q) c -> (b h w) (p q c)", p=p, q=p)
         return Batch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
 
-
-    def kind(self, dice: random.Random) -> str:
-        """What of a scene shall have no name: its things' "colour", their "shape", or nothing ("named")."""
-        at, colours = dice.random(), self.options.nameless_colours
-        return "colour" if at < colours else "shape" if at < colours + self.options.nameless_shapes else "named"
-
-
-def nameless(scene: Scene, kind: str, dice: random.Random) -> np.ndarray:
-    """The scene with its things in colours, or shapes, that the world has no name for, uint8 [h, w, 3]."""
-    canvas = render(Scene(things=())).copy()
-    for thing in scene.things:
-        width = WIDTHS[thing.size]
-        cover = coverage(thing.shape, width) / FULL if kind == "colour" else blob(width, dice)
-        colour = nameless_colour(dice) if kind == "colour" else PALETTE[thing.colour]
-        rows, columns = (slice(at - width // 2, at + width // 2 + 1) for at in (thing.y, thing.x))
-        mixed = cover[:, :, None] * np.array(colour) + (1 - cover[:, :, None]) * canvas[rows, columns]
-        canvas[rows, columns] = mixed.round().astype(np.uint8)
-    return canvas
-
-
-def nameless_colour(dice: random.Random) -> tuple[int, ...]:
-    """A colour that is far from every named one and from the background."""
-    while True:
-        colour = tuple(dice.randrange(256) for _ in range(3))
-        if all(math.dist(colour, other) > FAR for other in (*PALETTE.values(), BACKGROUND)):
-            return colour
-
-
-def blob(width: int, dice: random.Random) -> np.ndarray:
-    """A random shape that fills between a third and all of its box, [width, width] from 0 to 1."""
-    grid = np.zeros((4, 4))
-    grid.flat[dice.sample(range(16), dice.randint(6, 16))] = 1
-    at = np.arange(width) * 4 // width
-    return grid[at][:, at]
+    def kind(self, dice: random.Random) -> str | None:
+        """What of a scene shall have no name: its things' "colour", their "shape", or nothing."""
+        return kind_of(dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
 
 class Reader(nn.Module):
