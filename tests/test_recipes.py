@@ -45,7 +45,12 @@ def objective(recipe):
 
 def test_every_recipe_is_read():
     names = {path.stem: read_recipe(path).objective for path in RECIPES.glob("*.yaml")}
-    assert names == {"bagel-nano": "shapes", "bagel-nano-vae": "vae", "bagel-nano-vit": "vision"}
+    assert names == {
+        "bagel-nano": "shapes",
+        "bagel-nano-vae": "vae",
+        "bagel-nano-vit": "vision",
+        "janus-nano-vq": "vq",
+    }
 
 
 def test_missing_parts_are_named(recipe):

@@ -1,16 +1,27 @@
-"""The VQ autoencoder: equal to the original's stored outputs and to a port of it, the released names, any grid."""
+"""The VQ autoencoder: equal to the original's stored outputs and to a port of it, the released names, any grid; training."""
 
+import dataclasses
 import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from unimm.data.shapes import HELD_OUT, Scene, render
 from unimm.tokenizers.vq import VQ, VQConfig
+from unimm.training.loop import train
+from unimm.training.objective import build
+from unimm.training.recipe import read_recipe
+from unimm.training.vae import to_image
+from unimm.training.vq import crowd, entropy, fresh, reads, remember, revive, scenes
 
+RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "janus"
 SMALL = {"width": 32, "multipliers": (1, 2), "n_blocks": 1, "latent_channels": 32, "n_codes": 24, "code_dim": 4}
 PREFIX = "gen_vision_model."
@@ -225,3 +236,130 @@ def test_wrong_ids(small, ids, grid, words):
 
 def test_no_pictures_at_all(small):
     assert small.decode(torch.zeros(0, 6).long(), grid=(2, 3)).shape == (0, 3, 4, 6)
+
+
+# training
+
+
+def tiny(**options):
+    recipe = read_recipe(RECIPES / "janus-nano-vq.yaml")
+    model = {**recipe.model, "width": 32, "multipliers": [1, 1, 1], "n_codes": 32, "latent_channels": 32}
+    options = {**recipe.options, "judged": 4, "free": 1, **options}
+    return dataclasses.replace(
+        recipe, model=model, options=options, steps=4, batch=2, precision="float32", warmup=0, lr=3e-3, average=0.0
+    )
+
+
+def test_batches_depend_on_seed_and_step_only():
+    one, other = build(tiny()).batch, build(tiny()).batch
+    other(0)
+    assert torch.equal(one(5).image, other(5).image) and not torch.equal(one(5).image, one(6).image)
+    assert one(5).image.shape == (2, 3, 64, 64) and one(5).image.min() >= -1 and one(5).image.max() <= 1
+    # with no nameless things, batches are the world's own pictures
+    usual = dict(nameless_colours=0.0, nameless_shapes=0.0, crowded=0.0)
+    plain = build(tiny(**usual)).batch(5).image
+    expected = scenes(("draw.scene", "draw.count", "draw.two", "draw.one"), range(10, 12), seed=0)
+    assert torch.equal(plain, to_image(np.stack([render(scene) for scene in expected])))
+    assert not torch.equal(plain, build(tiny(**usual | {"nameless_colours": 1.0})).batch(5).image)
+    things = [crowd(random.Random(i)).things for i in range(50)]
+    assert {len(some) for some in things} == {5, 6, 7, 8, 9}
+    assert {thing.pair for some in things for thing in some}.isdisjoint(HELD_OUT)
+
+
+def test_losses_are_means():
+    objective = build(dataclasses.replace(tiny(), loss_weights={**tiny().loss_weights, "entropy": 0.1}))
+    objective.model.eval()
+    batch = objective.batch(0)
+    losses = objective.losses(batch)
+    assert set(losses) == set(objective.loss_names) and "entropy" not in build(tiny()).losses(batch)
+    drawn = objective.model.decode(objective.model.ids(batch.image), grid=(16, 16))
+    torch.testing.assert_close(losses["l1"], (drawn - batch.image).abs().mean())
+    torch.testing.assert_close(losses["mse"], (drawn - batch.image).square().mean())
+
+
+def test_the_first_steps_are_free_of_the_codebook():
+    objective = build(tiny(free=2))
+    vq, batch = objective.model, objective.batch(1)
+    book = vq.quantize.embedding.weight.detach().clone()
+    losses = objective.losses(batch)
+    assert set(losses) == {"l1", "mse"}
+    drawn = vq.decode_codes(torch.nn.functional.normalize(vq.encode(batch.image), dim=1))
+    torch.testing.assert_close(losses["mse"], (drawn - batch.image).square().mean())
+    assert torch.equal(vq.quantize.embedding.weight, book) and (vq.quantize.codebook_used == -1).all()
+    # then every code moves to where a vector is
+    assert set(objective.losses(objective.batch(2))) == set(objective.loss_names) - {"entropy"}
+    assert not (vq.quantize.embedding.weight == book).all(1).any() and (vq.quantize.codebook_used >= 0).any()
+    vq.eval()
+    assert "codebook" in objective.losses(batch), "what is judged goes through the codebook"
+
+
+def test_entropy_is_small_where_choices_are_sure_and_even():
+    codebook = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    even = codebook.t().reshape(1, 4, 4, 4)
+    assert entropy(even, codebook, 1e-3).item() == pytest.approx(-np.log(16), abs=1e-3)
+    # sure, but always the same
+    assert entropy(even[:, :, :1, :1].expand(1, 4, 4, 4), codebook, 1e-3).item() == pytest.approx(0, abs=1e-3)
+    # even, but not at all sure
+    assert entropy(even, codebook, 1e6).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_codes_out_of_use_come_back():
+    torch.manual_seed(0)
+    vq = fresh(VQConfig(**SMALL))
+    z, book = torch.randn(2, 4, 8, 8), vq.quantize.embedding.weight
+    ids = vq.quantize.nearest(z)
+    remember(vq.quantize, ids[:1])
+    alive = ids[0].unique()
+    before = book.detach().clone()
+    assert 0 < revive(vq.quantize, z, torch.Generator().manual_seed(0)) == 24 - len(alive)
+    assert torch.equal(book[alive], before[alive])
+    moved = torch.tensor([i for i in range(24) if i not in alive])
+    vectors = torch.nn.functional.normalize(z, dim=1).permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.cdist(book[moved], vectors).min(1).values.max() < 1e-3
+    # the window holds the last ids in order, and one longer than it does not overflow it
+    assert vq.quantize.codebook_used[-64:].tolist() == ids[0].tolist() and vq.quantize.codebook_used[0] == -1
+    remember(vq.quantize, torch.full((1, 70000), 5))
+    assert (vq.quantize.codebook_used == 5).all()
+
+
+def test_a_trained_vq_is_written_as_released(tmp_path):
+    objective = build(tiny())
+    first = {name: x.item() for name, x in objective.losses(objective.batch(0)).items()}
+    train(objective, tiny(), tmp_path, workers=0)
+    losses = objective.losses(objective.batch(0))
+    assert losses["l1"] < first["l1"] and losses["mse"] < first["mse"]
+    with Image.open(tmp_path / "samples/00000004.png") as picture:
+        assert picture.size == (512, 256)
+    files = json.loads((tmp_path / "release/vq_config.json").read_text())
+    vq = VQ(VQConfig.from_files(files["params"], files["cls"]))
+    weights = load_file(tmp_path / "release/vq.safetensors")
+    assert {x.dtype for name, x in weights.items() if name != "quantize.codebook_used"} == {torch.float16}
+    vq.load_state_dict(weights)
+    assert (vq.quantize.codebook_used >= 0).sum() == 3 * 2 * 256  # of four steps the first is free
+    found = json.loads((tmp_path / "release/report.json").read_text())
+    assert found["scenes"] == 4 and 0 <= found["scenes_right"] <= 1 and found["codes"] == 32
+    assert 1 <= found["perplexity"] <= found["codes_used"] + 1e-3
+
+
+def test_a_scene_is_read_right_or_not():
+    (scene,) = scenes(("draw.two",), range(1), seed=0, split="test")
+    assert reads(render(scene), scene) and not reads(render(Scene(things=scene.things[:1])), scene)
+    assert not reads(render(Scene(things=())), scene)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"perceptual": "vgg"}, "perceptual loss is not available, since it needs pretrained VGG"),
+        ({"adversarial": True}, "adversarial loss is not available"),
+        ({"dtype": "int8"}, "got dtype 'int8'"),
+        ({"temperature": 0.0}, "got temperature 0.0"),
+    ],
+)
+def test_wrong_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        build(tiny(**options))
+
+
+def test_a_bare_off_is_off():
+    build(tiny(perceptual=False, adversarial="off"))

@@ -174,6 +174,8 @@ class Quantized:
 class Quantizer(nn.Module):
     """A codebook on the unit sphere: lengths count neither of what is quantised nor of the codes."""
 
+    codebook_used: Tensor
+
     def __init__(self, n_codes: int, code_dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_codes, code_dim)

@@ -15,6 +15,7 @@ from unimm.training.recipe import Recipe, nearest
 # name in a recipe -> module and class; imported only when asked for
 OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
+    "vq": "unimm.training.vq:VQObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }
