@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import parity_bagel
+import parity_janus
+import parity_janus_preproc
+import parity_janusflow
+import parity_vae
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,16 +50,23 @@ class Row:
         return f"{self.name:<88} {self.difference:9.2e} {self.allowed:9.2e} {verdict}  {self.note}".rstrip()
 
 
+def stored(folder: Path) -> Path:
+    """Where the outputs of a case are: with it, or for a case in transformers' layout with the case that it was made of."""
+    beside = folder.with_name(folder.name.removesuffix("_hf"))
+    return folder if (folder / "io.safetensors").is_file() else beside
+
+
 class Case:
     """A folder's stored tensors and notes, and an account of what was done with each."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tensors = load_file(folder / "io.safetensors")
-        notes = json.loads((folder / "io.json").read_text())
+        self.folder, self.outputs = folder, stored(folder)
+        self.tensors = load_file(self.outputs / "io.safetensors")
+        notes = json.loads((self.outputs / "io.json").read_text())
         self.meta: dict[str, Any] = notes.get("meta", {})
         self.special: dict[str, int] = notes.get("special_tokens", {})
-        self.described = {name: entry.get("desc") or "" for name, entry in notes.get("tensors", {}).items()}
+        # tensors stand under a name of their own, or alone
+        self.described = {name: entry.get("desc") or "" for name, entry in notes.get("tensors", notes).items()}
         self.rows: dict[str, Row] = {}
         self.given: set[str] = set()
 
@@ -135,7 +146,8 @@ def distance(ours: Tensor, stored: Tensor) -> tuple[float, float, str]:
         return 0.0, 0.0, ""
     if not stored.is_floating_point():
         difference = float((ours.long() - stored.long()).abs().max())
-        return difference, PIXEL if stored.dtype == torch.uint8 else 0.0, ""
+        # masks are stored in 8 bits, too, and are exact
+        return difference, PIXEL if stored.dtype == torch.uint8 and int(stored.max()) > 1 else 0.0, ""
     # the same infinity on both sides is no difference
     apart = torch.where(ours == stored, 0.0, (ours.double() - stored.double()).abs())
     finite = stored[stored.isfinite()].abs()
@@ -195,7 +207,14 @@ class Family:
     check: Callable[[Any], None]
 
 
-FAMILIES = {"bagel": Family(parity_bagel.EXPECTS, parity_bagel.recognise, parity_bagel.check)}
+MODULES = {
+    "bagel": parity_bagel,
+    "janus": parity_janus,
+    "janus's preprocessing": parity_janus_preproc,
+    "janusflow": parity_janusflow,
+    "autoencoder": parity_vae,
+}
+FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for name, module in MODULES.items()}
 
 
 def check(path: Path) -> list[Row]:
@@ -204,7 +223,7 @@ def check(path: Path) -> list[Row]:
     if table.name == "resize_table.json" and table.is_file() and not (path / "io.json").exists():
         return check_table(table)
     for family in FAMILIES.values():
-        if (path / "io.safetensors").is_file() and (path / "io.json").is_file() and family.recognise(path):
+        if all((stored(path) / name).is_file() for name in ("io.safetensors", "io.json")) and family.recognise(path):
             case = Case(path)
             family.check(case)
             return case.account()

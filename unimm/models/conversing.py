@@ -63,6 +63,7 @@ class Conversing(UnifiedModel):
     vision: Tower
     pixels: PadSquare  # the rule for pictures that the tower sees
     talk: Talk
+    special: Markers | None = None  # the markers of a checkpoint without tokenizer
 
     @abstractmethod
     def hidden(self, batch: Pack, attend: Any) -> Parts:
@@ -137,6 +138,8 @@ class Conversing(UnifiedModel):
     @property
     def markers(self) -> Markers:
         """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
+        if self.special:
+            return self.special
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
         ids = {name: found for name, token in Markers.STRINGS.items() if (found := self.tokenizer.id(token)) is not None}

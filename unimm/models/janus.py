@@ -252,16 +252,18 @@ class Janus(Conversing):
         *,
         guidance: Sequence[float],
         sampling: CodeSampling,
+        grid: tuple[int, int] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Codes [P, n] of a picture after each prompt, which ends with the marker before it.
+        """Codes [P, n] of a picture after each prompt, which ends with the marker before it; of the trained grid, or `grid`.
 
         Guidance w takes l = u + w (c - u), c the logits after the prompt and u those after a prompt of pads between its
         first and last id; at 1 there is no u. Equal prompts are read once, whatever follows them.
         """
         guided = [i for i, w in enumerate(guidance) if w != 1]
         asked = [*prompts, *(self.unconditional(prompts[i]) for i in guided)]
-        rows = Rows(self, self._read_once(asked), self.cfg.grid[0] * self.cfg.grid[1])
+        height, width = grid or self.cfg.grid
+        rows = Rows(self, self._read_once(asked), height * width)
         first = torch.stack([prompt[-1].ids[-1] for prompt in asked]).to(self.device)
         w = torch.tensor([guidance[i] for i in guided], device=self.device, dtype=self.dtype)[:, None]
         at, x, drawn = torch.tensor(guided, device=self.device, dtype=torch.long), self.decoder.embed(first), []
@@ -291,9 +293,9 @@ class Janus(Conversing):
         return [contexts[key(prompt)] for prompt in prompts]
 
     @torch.inference_mode()
-    def paint(self, codes: Tensor) -> Tensor:
-        """Codes [P, n] -> pixels [P, 3, height, width], about [-1, 1]."""
-        return self.vq.decode(codes, grid=self.cfg.grid).float()
+    def paint(self, codes: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes [P, n] of the trained grid, or of `grid` -> pixels [P, 3, height, width], about [-1, 1]."""
+        return self.vq.decode(codes, grid=grid or self.cfg.grid).float()
 
     def generate(
         self,
