@@ -127,7 +127,7 @@ def check_drawing(case: Case, model: JanusFlow, special: dict) -> None:
         final = model.denoise(prompts, noise, guidance=[float(special["cfg_weight"])] * n, steps=steps)
     entered = [made for _, made in calls["encoder"]]
     case.compare("gen/enc_out0", twice(entered[0][0]))
-    case.compare("gen/t_emb1", twice(entered[1][1]))
+    case.compare("gen/t_emb1", twice(entered[min(1, steps - 1)][1]))
     case.compare("gen/llm_hidden0", calls["norm"][0][0][0])
     case.compare("gen/dec_in0", calls["grid"][0][1])
     case.compare("gen/velocities", torch.stack([made for _, made in calls["painter"]]))
