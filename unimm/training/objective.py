@@ -16,6 +16,7 @@ from unimm.training.recipe import Recipe, nearest
 OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
     "vq": "unimm.training.vq:VQObjective",
+    "semantic": "unimm.training.semantic:SemanticObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }

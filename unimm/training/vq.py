@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unimm.data.shapes import SIZES, Scene, Thing, example, place_of, read
 from unimm.data.shapes.nameless import Look, kind_of, new_look, painted
 from unimm.data.shapes.world import TRAIN_PAIRS
-from unimm.tokenizers.vq import VQ, Quantized, Quantizer, VQConfig
+from unimm.tokenizers.vq import VQ, Quantizer, VQConfig
 from unimm.training.recipe import Recipe, strict
 from unimm.training.vae import DTYPES, to_image, to_pixels
 
@@ -187,10 +187,11 @@ class Terms:
         # the softmax over all codes is dear where there are 16384 of them
         self.entropy = recipe.loss_weights.get("entropy", 0.0) > 0
 
-    def __call__(self, image: Tensor, step: int) -> tuple[dict[str, Tensor], Quantized]:
-        """Every loss is a mean: over pixels for l1 and mse, over numbers of vectors for codebook and commitment.
+    def __call__(self, image: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """image [B, 3, H, W] -> losses, and the codes [B, E, h, w] that it was drawn from.
 
-        The first `free` steps have the first two only.
+        Every loss is a mean: over pixels for l1 and mse, over numbers of vectors for codebook and commitment. The first
+        `free` steps have the first two only.
         """
         vq, options = self.vq, self.options
         z = vq.encode(image)
@@ -208,7 +209,7 @@ class Terms:
                 remember(vq.quantize, found.ids)
         if self.entropy and not free:
             losses["entropy"] = entropy(z, vq.quantize.embedding.weight, options.temperature)
-        return losses, found
+        return losses, codes
 
 
 def fresh(config: VQConfig) -> VQ:
