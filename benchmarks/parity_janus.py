@@ -19,8 +19,9 @@ from torch import Tensor
 
 from unimm.checkpoint import released_state
 from unimm.kernels import attention
-from unimm.models.conversing import Conversing, Markers
+from unimm.models.conversing import Conversing
 from unimm.models.janus import Janus
+from unimm.models.prompts import Markers, unconditional
 from unimm.models.speaking import Rows
 from unimm.sampling import CodeSampling
 from unimm.sequence import IGNORE, Item, Pack, pack, text_item
@@ -87,7 +88,7 @@ def prompts_of(case: Case, model: Conversing, group: str, special: dict) -> list
         left, items = ids[mask[row]].tolist(), []
         while special["image"] in left:
             start = left.index(special["image"]) - 1
-            item = model.looked_at(next(pictures), (left[start], special["eoi"]))
+            item = model.prompts.looked_at(next(pictures), (left[start], special["eoi"]))
             items += [text_item(left[:start]), item]
             assert left[start + item.n_tokens + 1] == special["eoi"], "the marker behind a picture"
             left = left[start + item.n_tokens + 2 :]
@@ -154,7 +155,7 @@ def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
     """Guided codes of a whole picture, and the numbers of its first steps."""
     ids = case.input("gen/prompt_ids").tolist()
     prompt, w = [text_item(ids)], special["cfg_weight"]
-    free = model.unconditional(prompt)
+    free = unconditional(prompt, special["pad"])
     rows = torch.tensor([ids, free[0].ids.tolist()])
     case.compare("gen/tokens", rows)
     case.compare("gen/tokens_p2", rows.repeat(2, 1))

@@ -78,7 +78,7 @@ def row_items(model: JanusFlow, ids: Sequence[int], pictures: Sequence[Tensor], 
     for pixels in pictures:
         first = ids.index(image, at)
         items += [text_item(ids[at : first - 1])] if first - 1 > at else []
-        items.append(model.looked_at(pixels, (ids[first - 1], ids[first + n])))
+        items.append(model.prompts.looked_at(pixels, (ids[first - 1], ids[first + n])))
         at = first + n + 1
     return [*items, text_item(ids[at:])] if at < len(ids) else items
 

@@ -4,8 +4,7 @@ A prompt is text whose placeholders become pictures; everything is read causally
 """
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,47 +12,13 @@ from torch import Tensor
 
 from unimm.checkpoint import Table
 from unimm.models.decoder import Decoder, Parts
+from unimm.models.prompts import Markers, Prompts, Talk, Turn
 from unimm.models.speaking import extend, speak
 from unimm.models.tower import Tower
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
-from unimm.sequence import Item, Pack, Tokens, image_item, text_item
-from unimm.tokenizers.conversation import DEFAULT_SYSTEM, Message, format_conversation
-from unimm.tokenizers.pixels import PadSquare, open_image, patchify
-from unimm.tokenizers.text import encode_marked, hide_markers
+from unimm.sequence import Item, Pack, Tokens, text_item
+from unimm.tokenizers.pixels import PadSquare
 from unimm.unified import Picture, UnifiedModel, pictures_of, seeds
-
-PLACEHOLDER = "<image_placeholder>"
-# the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
-ROLES, OLD_ROLES = ("<|User|>", "<|Assistant|>"), ("User", "Assistant")
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": [...] or absent}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Markers:
-    """Ids that the format needs, looked up by their strings: they differ between the releases."""
-
-    bos: int
-    eos: int
-    pad: int
-    boi: int
-    eoi: int
-
-    STRINGS: ClassVar = {
-        "bos": "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-        "eos": "<\uff5cend\u2581of\u2581sentence\uff5c>",
-        "pad": "<\uff5c\u2581pad\u2581\uff5c>",
-        "boi": "<begin_of_image>",
-        "eoi": "<end_of_image>",
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Talk:
-    """How a checkpoint talks unless told otherwise: the released numbers. A nano brings its own."""
-
-    system: str = DEFAULT_SYSTEM
-    template: str = "deepseek"
-    max_tokens: int = 512
 
 
 class Conversing(UnifiedModel):
@@ -123,7 +88,7 @@ class Conversing(UnifiedModel):
         batch: list[Any] = [turns] if single else list(turns)
         if stream and not single:
             raise ValueError(f"got {len(batch)} conversations to stream: expected one")
-        items = [self.prompt(one, system=self.talk.system if system is None else system) for one in batch]
+        items = [self.prompts.conversation(one, system=system) for one in batch]
         written = self.written(items, text, seeds(seed, len(batch)))
         if stream:
             return written.pieces()
@@ -136,76 +101,16 @@ class Conversing(UnifiedModel):
     # ---- prompts
 
     @property
+    def prompts(self) -> Prompts:
+        """How this model's prompts are made."""
+        return Prompts(
+            tokenizer=self.tokenizer, pixels=self.pixels, patch=self.vision.patch, talk=self.talk, special=self.special
+        )
+
+    @property
     def markers(self) -> Markers:
         """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
-        if self.special:
-            return self.special
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
-        ids = {name: found for name, token in Markers.STRINGS.items() if (found := self.tokenizer.id(token)) is not None}
-        if lost := [token for name, token in Markers.STRINGS.items() if name not in ids]:
-            raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the files of a Janus checkpoint")
-        return Markers(**ids)
-
-    @property
-    def placeholder(self) -> int | None:
-        """The id of the placeholder of a picture; it never reaches the model, but files name it."""
-        return self.tokenizer.id(PLACEHOLDER) if self.tokenizer else None
-
-    @property
-    def roles(self) -> tuple[str, str]:
-        """What this checkpoint calls the user and the assistant."""
-        known = self.tokenizer is not None and self.tokenizer.id(ROLES[0]) is not None
-        return ROLES if known else OLD_ROLES
-
-    def prompt(self, turns: Sequence[Turn], *, system: str) -> list[Item]:
-        """A conversation up to where the assistant speaks: bos, texts, pictures."""
-        messages, shown = [], []
-        for turn in turns:
-            message, images = self._message(turn)
-            messages.append(message)
-            shown += images
-        if messages[-1].role != self.roles[0]:
-            raise ValueError("got a conversation that ends with the assistant: expected the user to have the last word")
-        messages.append(Message(self.roles[1], ""))
-        return self.composed(format_conversation(messages, system=system, template=self.talk.template), shown)
-
-    def _message(self, turn: Turn) -> tuple[Message, list[Picture]]:
-        names = dict(zip(("user", "assistant"), self.roles, strict=True))
-        unknown = turn.keys() - {"role", "content", "images"}
-        if turn.get("role") not in names or not isinstance(turn.get("content"), str) or unknown:
-            raise ValueError(f"got the turn {dict(turn)!r}: expected role 'user' or 'assistant', content, and perhaps images")
-        content, images = turn["content"], list(turn.get("images") or [])
-        if not content.strip():
-            raise ValueError(f"got an empty text from the {turn['role']}: expected at least a word")
-        assert self.tokenizer is not None, "roles are known, so a tokenizer is"
-        if PLACEHOLDER not in content:
-            content = f"{PLACEHOLDER}\n" * len(images) + content
-        if (places := content.count(PLACEHOLDER)) != len(images):
-            raise ValueError(
-                f"got {places} {PLACEHOLDER} for {len(images)} pictures: expected one for each, or none to have them in front"
-            )
-        return Message(names[turn["role"]], hide_markers(self.tokenizer, content, but=[PLACEHOLDER])), images
-
-    def composed(self, text: str, images: Sequence[Picture]) -> list[Item]:
-        """Formatted text, with a picture at each placeholder, as items: bos first."""
-        markers, items = self.markers, []
-        assert self.tokenizer is not None, "markers are known, so a tokenizer is"
-        pieces = text.split(PLACEHOLDER)
-        for i, piece in enumerate(pieces):
-            ids = encode_marked(self.tokenizer, piece)
-            if i == 0:
-                ids = [markers.bos, *ids]
-            if ids:
-                items.append(text_item(ids))
-            if i < len(images):
-                items.append(self.looked_at(self.pixels.pixels(open_image(images[i])), (markers.boi, markers.eoi)))
-        return items
-
-    def looked_at(self, pixels: Tensor, markers: tuple[int, int]) -> Item:
-        """A picture [3, S, S] between its markers."""
-        tokens = patchify(pixels, self.vision.patch)
-        return image_item("look", tokens, torch.arange(len(tokens)), markers=markers, causal=True)
+        return self.prompts.markers
 
     def seen(self, tokens: Tokens) -> Tensor:
         """Pictures of a pack -> the tower's features [n, D of the tower]."""
@@ -215,11 +120,10 @@ class Conversing(UnifiedModel):
 
     def written(self, prompts: Sequence[list[Item]], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The assistant's words after each prompt."""
-        assert self.tokenizer is not None, "prompts were encoded, so a tokenizer is there"
         sampling = sampling or TextSampling(max_tokens=self.talk.max_tokens)
         contexts, last = self.prefilled(prompts)
         steps = speak(self, contexts, last, end=self.markers.eos, sampling=sampling, seeds=seed)
-        return TextStream(steps, self.tokenizer.decode, len(prompts), sampling.stop)
+        return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
 
     def prefilled(self, prompts: Sequence[list[Item]]) -> tuple[list[Context], list[int]]:
         """Contexts of all but the last id of each prompt, and those last ids."""

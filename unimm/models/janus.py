@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from unimm.checkpoint import Table
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.conversing import Conversing, Talk, llama_keys
+from unimm.models.conversing import Conversing, llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
 from unimm.models.janus_layout import Layout, original_config, transformers_files, transformers_keys
 from unimm.models.layers import MLP
+from unimm.models.prompts import PLACEHOLDER, Talk, unconditional
 from unimm.models.speaking import Rows
 from unimm.models.tower import Tower, TowerConfig
 from unimm.sampling import CodeSampling, Context, next_codes
 from unimm.sequence import IGNORE, Item, Pack, image_item, text_item
-from unimm.tokenizers.conversation import Message, format_conversation
 from unimm.tokenizers.pixels import PadSquare, to_image
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vq import VQ, VQConfig
@@ -186,7 +186,8 @@ class Janus(Conversing):
         files = self.cfg.to_files()
         if self.layout == "transformers":
             known = self.markers if self.tokenizer else None
-            files = transformers_files(files, markers=known, image=self.placeholder)
+            image = self.tokenizer.id(PLACEHOLDER) if self.tokenizer else None
+            files = transformers_files(files, markers=known, image=image)
         for name, contents in files.items():
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
 
@@ -261,7 +262,8 @@ class Janus(Conversing):
         first and last id; at 1 there is no u. Equal prompts are read once, whatever follows them.
         """
         guided = [i for i, w in enumerate(guidance) if w != 1]
-        asked = [*prompts, *(self.unconditional(prompts[i]) for i in guided)]
+        pad = self.markers.pad if guided else 0
+        asked = [*prompts, *(unconditional(prompts[i], pad) for i in guided)]
         height, width = grid or self.cfg.grid
         rows = Rows(self, self._read_once(asked), height * width)
         first = torch.stack([prompt[-1].ids[-1] for prompt in asked]).to(self.device)
@@ -275,12 +277,6 @@ class Janus(Conversing):
             fed = self.code_rows(drawn[-1])
             x = torch.cat((fed, fed[at]))
         return torch.stack(drawn, 1)
-
-    def unconditional(self, prompt: Sequence[Item]) -> list[Item]:
-        """The prompt that guidance compares with: as long, pads between the first and the last id."""
-        length = sum(item.segment.length for item in prompt)
-        first, last = int(prompt[0].ids[0]), int(prompt[-1].ids[-1])
-        return [text_item([first, *[self.markers.pad] * (length - 2), last])]
 
     def _read_once(self, prompts: Sequence[Sequence[Item]]) -> list[Context]:
         """The context of all but the last id of each prompt; prompts that are one object, or equal texts, once."""
@@ -324,7 +320,8 @@ class Janus(Conversing):
         scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
         if n < 1 or any(w < 0 for w in scales):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
-        items = [self._asked(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
+        asked = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
+        items = [[*before, text_item([*last.ids.tolist(), self.markers.boi])] for *before, last in asked]
         first = seeds(seed, len(prompts)) if not isinstance(seed, int) else [seed + n * i for i in range(len(prompts))]
         seeded = seeds([s + i for s in first for i in range(n)], n * len(prompts))
         codes = self.codes(
@@ -343,13 +340,6 @@ class Janus(Conversing):
             raise NotImplementedError("Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps")
         if size is not None and tuple(size) != self.cfg.size:
             raise ValueError(f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone")
-
-    def _asked(self, prompt: str, images: Sequence[Picture]) -> list[Item]:
-        """A prompt to draw from, its pictures in front; ends with the marker of the picture to come."""
-        message, shown = self._message({"role": "user", "content": prompt, "images": images})
-        messages = [message, Message(self.roles[1], "")]
-        items = self.composed(format_conversation(messages, system=None, template=self.talk.template), shown)
-        return [*items[:-1], text_item([*items[-1].ids.tolist(), self.markers.boi])]
 
 
 # ---- released files

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from unimm.checkpoint import Table
-from unimm.models.conversing import Markers, llama_keys
+from unimm.models.conversing import llama_keys
+from unimm.models.prompts import Markers
 from unimm.models.tower import RELEASED, ViTNumbers
 
 Layout = Literal["original", "transformers"]

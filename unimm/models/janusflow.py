@@ -21,15 +21,15 @@ from unimm import hub
 from unimm.checkpoint import Table
 from unimm.flow import add_noise, knots, sample
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.conversing import Conversing, Talk, llama_keys
+from unimm.models.conversing import Conversing, llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
 from unimm.models.layers import RMSNorm
+from unimm.models.prompts import Talk
 from unimm.models.speaking import cache_of, check_position, extend
 from unimm.models.tower import Tower, TowerConfig
 from unimm.models.uvit import ShallowUViTDecoder, ShallowUViTEncoder, UViTDecoderConfig, UViTEncoderConfig
 from unimm.sampling import EMPTY, Context
 from unimm.sequence import IGNORE, Item, Pack, Segment, Tokens, gap_item, image_item, lay_out, text_item
-from unimm.tokenizers.conversation import Message, format_conversation
 from unimm.tokenizers.pixels import PadSquare, patchify, to_image
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vae import VAE, VAEConfig
@@ -366,7 +366,8 @@ class JanusFlow(Conversing):
         scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
         if n < 1 or any(w < 0 for w in scales):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
-        items = [self._asked(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
+        # the marker that the original appends is dropped by it again
+        items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
         first = seeds(seed, len(prompts)) if not isinstance(seed, int) else [seed + n * i for i in range(len(prompts))]
         seeded = seeds([s + i for s in first for i in range(n)], n * len(prompts))
         latents = self.denoise(
@@ -382,12 +383,6 @@ class JanusFlow(Conversing):
     def noise(self, generator: torch.Generator) -> Tensor:
         """What a picture is drawn from, [C, H, W]."""
         return torch.randn(self.cfg.encoder.in_channels, *self.cfg.latent, generator=generator)
-
-    def _asked(self, prompt: str, images: Sequence[Picture]) -> list[Item]:
-        """A prompt to draw from, its pictures in front. The marker that the original appends is dropped by it again."""
-        message, shown = self._message({"role": "user", "content": prompt, "images": images})
-        text = format_conversation([message, Message(self.roles[1], "")], system=None, template=self.talk.template)
-        return self.composed(text, shown)
 
 
 def starts(tokens: Tokens) -> Tensor:
