@@ -15,8 +15,8 @@ from unimm import Janus, JanusFlow, JanusFlowConfig, TextSampling
 from unimm.checkpoint import CheckpointError, check_keys, released_state
 from unimm.kernels import attention
 from unimm.models import janusflow
-from unimm.models.conversing import PLACEHOLDER, Markers
 from unimm.models.janusflow import KEYS, SDXL_VAE, STREAM, before
+from unimm.models.prompts import PLACEHOLDER, Markers
 from unimm.models.uvit import time_features
 from unimm.registry import family_of
 from unimm.sequence import pack, text_item
@@ -196,8 +196,8 @@ def test_times_rounded_as_in_bfloat16(model):
 @torch.inference_mode()
 def test_looking_starts_with_its_own_row(model):
     pixels = torch.randn(2, 3, 24, 24)
-    items = [[text_item([1, 2]), model.looked_at(pixels[0], (3, 4)), model.looked_at(pixels[1], (3, 4)), text_item([5])]]
-    batch = pack(items)
+    pictures = [model.prompts.looked_at(one, (3, 4)) for one in pixels]
+    batch = pack([[text_item([1, 2]), *pictures, text_item([5])]])
     assert before(batch.look).tolist() == [2, 13]
     x = model.embed(batch)
     seen = model.aligner(model.vision(pixels))
@@ -214,7 +214,7 @@ def training_pack(model, latent: torch.Tensor, *, time: float):
     asked = [text_item([markers.bos, 5, 6])]
     return pack([
         [*asked, model.drawn(latent[0], markers.boi, time=time)],
-        [text_item([4]), model.looked_at(torch.randn(3, 24, 24), (markers.boi, markers.eoi)), *word],
+        [text_item([4]), model.prompts.looked_at(torch.randn(3, 24, 24), (markers.boi, markers.eoi)), *word],
         [*model.unconditional(asked), model.drawn(latent[1], markers.boi, time=1 - time)],
     ])  # fmt: skip
 
