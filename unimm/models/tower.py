@@ -98,7 +98,7 @@ def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
     # two seconds to import, and only models that look through it need it
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    trunk = VisionTransformer(
         img_size=cfg.size,
         patch_size=vit.patch,
         embed_dim=vit.dim,
@@ -110,6 +110,10 @@ def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
         num_classes=0,
         weight_init="skip",
     )
+    # what timm leaves as it finds it when it skips the rest
+    for name in ("pos_embed", "attn_pool.latent"):
+        nn.init.normal_(trunk.get_parameter(name), std=0.02)
+    return trunk
 
 
 def _named(cfg: TowerConfig) -> Any:

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
     "vq": "unimm.training.vq:VQObjective",
     "semantic": "unimm.training.semantic:SemanticObjective",
+    "janus": "unimm.training.janus:JanusObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }

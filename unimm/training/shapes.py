@@ -23,7 +23,7 @@ from unimm.data.shapes import Example, example, vocabulary_text
 from unimm.data.shapes.nameless import unnamed
 from unimm.flow import shift_time
 from unimm.models.bagel import Bagel, BagelConfig
-from unimm.models.decoder import Stream
+from unimm.models.decoder import Decoder, Stream
 from unimm.models.dialogue import Items, Markers
 from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
@@ -33,6 +33,7 @@ from unimm.training.recipe import Recipe, strict
 FLOWS = ("draw", "edit", "reason")
 TEXTS = ("caption", "answer", "think", "fact")
 ROUND_ROWS = 256
+BAGEL_MARKERS = ("<|endoftext|>", *Markers.STRINGS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,8 @@ class ShapesObjective:
         """A fresh model of the recipe's config around a trained VAE, with a text model of the world's own text."""
         options = strict(Options, recipe.options, where="options")
         files = {name: dict(part) for name, part in recipe.model.items()}
-        vae, vit = _trained(options.vae, "ae.safetensors", "vae"), _trained(options.vit, "vision.safetensors", "vit")
+        vae = trained(options.vae, "ae.safetensors", "bagel-nano-vae")
+        vit = trained(options.vit, "vision.safetensors", "bagel-nano-vit")
         files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
         prompts = [files["config"]["generation"][key] for key in ("think_draw", "think_answer")]
         tokenizer = text_model(options.vocabulary, extra=prompts)
@@ -213,7 +215,7 @@ class ShapesObjective:
         model.vision.load_state_dict(load_file(vit))
         model.tokenizer = tokenizer
         if options.compiled:
-            compile_streams(model)
+            compile_streams(model.decoder)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(options.frozen)))
         worlds = Worlds(
@@ -252,14 +254,17 @@ class ShapesObjective:
         shutil.copyfile(self.vae, folder / "ae.safetensors")
 
 
-def _trained(folder: str, name: str, part: str) -> Path:
+def trained(folder: str, name: str, recipe: str) -> Path:
+    """A file that another recipe wrote. Raises ValueError, with the command that makes it, where it is not there."""
     if not (Path(folder) / name).exists():
-        raise ValueError(f"no {name} in {folder}: run `unimm train bagel-nano-{part} runs/bagel-nano-{part}` first")
+        raise ValueError(f"no {name} in {folder}: run `unimm train {recipe} runs/{recipe}` first")
     return Path(folder) / name
 
 
-def text_model(size: int, *, extra: Sequence[str] = (), lines: int = 20_000) -> SentencePieceTokenizer:
-    """A sentencepiece model (unigram, bytes for what it has not met) of the world's text, with BAGEL's markers."""
+def text_model(
+    size: int, *, extra: Sequence[str] = (), lines: int = 20_000, markers: Sequence[str] = BAGEL_MARKERS
+) -> SentencePieceTokenizer:
+    """A sentencepiece model (unigram, bytes for what it has not met) of the world's text, with a family's markers."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*vocabulary_text(lines), *(list(extra) * 100)]),
@@ -269,7 +274,7 @@ def text_model(size: int, *, extra: Sequence[str] = (), lines: int = 20_000) -> 
         byte_fallback=True,
         split_digits=True,
         hard_vocab_limit=False,
-        control_symbols=["<|endoftext|>", *Markers.STRINGS.values()],
+        control_symbols=list(markers),
         user_defined_symbols=["<think>", "</think>"],
         bos_id=-1,
         eos_id=-1,
@@ -282,20 +287,25 @@ def text_model(size: int, *, extra: Sequence[str] = (), lines: int = 20_000) -> 
 def init_weights(model: Bagel) -> None:
     """What training from scratch starts from: embeddings of half the size of positions, residual branches scaled down
     with depth, velocity 0."""
-    depth = (2 * model.cfg.decoder.n_layers) ** -0.5
-    nn.init.normal_(model.decoder.embed.weight, std=0.5)
-    for stream in (module for module in model.decoder.modules() if isinstance(module, Stream)):
-        for linear in (stream.o, stream.mlp.down):
-            nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
+    init_decoder(model.decoder)
     # what is seen must not be drowned by where it is: the connector's output begins about as large as the positions
     nn.init.normal_(model.connector.fc2.weight, std=2 * model.connector.fc2.in_features**-0.5)
     for table in (model.to_velocity.weight, model.to_velocity.bias):
         nn.init.zeros_(table)
 
 
-def compile_streams(model: Bagel) -> None:
+def init_decoder(decoder: Decoder) -> None:
+    """Embeddings of half the size of what enters beside them, residual branches scaled down with depth."""
+    depth = (2 * decoder.cfg.n_layers) ** -0.5
+    nn.init.normal_(decoder.embed.weight, std=0.5)
+    for stream in (module for module in decoder.modules() if isinstance(module, Stream)):
+        for linear in (stream.o, stream.mlp.down):
+            nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
+
+
+def compile_streams(decoder: Decoder) -> None:
     """Fuse the row-wise parts of every block; the number of rows stays free."""
-    for stream in (module for module in model.decoder.modules() if isinstance(module, Stream)):
+    for stream in (module for module in decoder.modules() if isinstance(module, Stream)):
         for name in ("enter", "leave"):
             setattr(stream, name, torch.compile(getattr(stream, name), dynamic=True))
 

@@ -1,0 +1,241 @@
+"""Training Janus on the little world: pictures as codes after their prompt, answers after pictures and questions.
+
+Plain next-token cross entropy, on codes for drawings, on the assistant's words for the rest; samples packed, all kinds in
+every batch (arXiv 2410.13848, sections 3.3 and 3.4; facts/janus.md section 7).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unimm.data.shapes import Example, example
+from unimm.data.shapes.nameless import unnamed
+from unimm.models.janus import Janus, JanusConfig
+from unimm.models.prompts import PLACEHOLDER, ROLES, Markers, Prompts, unconditional
+from unimm.models.tower import Tower
+from unimm.sequence import Item, Pack, image_item, pack, text_item
+from unimm.training.recipe import Recipe, strict
+from unimm.training.shapes import ROUND_ROWS, compile_streams, grid, init_decoder, text_model, trained
+
+# a loss for each kind of sample
+DRAWINGS = ("draw", "edit", "reason")
+TEXTS = ("caption", "answer", "fact")
+SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the recipe's `options` may say."""
+
+    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    tasks: Mapping[str, int]
+    # the part of drawings whose prompt is pads, so that guidance has something to compare with
+    dropout: float
+    # the part of things in drawings and edits whose colour, or whose shape, has no name
+    nameless_colours: float
+    nameless_shapes: float
+    # pieces of the text model
+    vocabulary: int
+    # the folders of a trained VQ tokenizer and of a trained ViT, which the tower begins from
+    vq: str
+    vit: str
+    # parts that are not trained, by the beginning of their parameters' names; the VQ tokenizer never is
+    frozen: tuple[str, ...]
+    # whether torch.compile fuses what a token meets before and after attention
+    compiled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A pack whose codes only name their picture and their place in it, until the VQ tokenizer has seen the pictures."""
+
+    pack: Pack
+    images: Tensor  # [P, 3, h, w], what is drawn
+    text_groups: Tensor  # [labels with loss], index into TEXTS
+    draw_groups: Tensor  # [codes], index into DRAWINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worlds:
+    """Batches by step: the same for a seed on every machine, and made without the model."""
+
+    options: Options
+    prompts: Prompts
+    n_codes: int  # of a picture
+    size: int
+    seed: int
+
+    def __call__(self, step: int) -> Batch:
+        dice = random.Random(f"{self.seed}/{step}")
+        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
+        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        examples = [example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
+        return self.batch([self.unnamed(one, dice) for one in examples], dice)
+
+    def unnamed(self, one: Example, dice: random.Random) -> Example:
+        """The example, if it draws or edits with some things that have no name; facts stay as they are."""
+        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
+            return one
+        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
+
+    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
+        """Examples as one pack; the dice drop conditions."""
+        drawn: list[np.ndarray] = []
+        samples = [self.sample(one, drawn, dice) for one in examples]
+        groups = [one.task.split(".")[0] for one in examples]
+        rows = sum(item.segment.length for items in samples for item in items)
+        # rounded up with a sample without loss: new shapes cost a CPU more than these rows
+        filler = [[text_item([self.prompts.markers.pad] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
+        labels = [sum(int((item.labels >= 0).sum()) for item in items) for items in samples]
+        codes = [sum(item.n_tokens for item in items if item.kind == "draw") for items in samples]
+        return Batch(
+            pack=pack([*samples, *filler]),
+            images=rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").contiguous().float() / 127.5 - 1,
+            text_groups=_repeat(TEXTS, groups, labels),
+            draw_groups=_repeat(DRAWINGS, groups, codes),
+        )
+
+    def sample(self, one: Example, drawn: list[np.ndarray], dice: random.Random) -> list[Item]:
+        """A question with its labelled answer, or a prompt, with a picture where it edits one, and the picture to draw."""
+        shown = [Image.fromarray(image) for image in one.images]
+        if one.answer is not None:
+            return self.prompts.answered([{"role": "user", "content": one.prompt, "images": shown}], one.answer)
+        assert one.target is not None, f"{one.task} has neither an answer nor a picture"
+        markers, prompt = self.prompts.markers, self.prompts.drawing(one.prompt, shown)
+        if dice.random() < self.options.dropout:
+            # all between the first id and the marker of the picture
+            *_, last = prompt
+            (pads,) = unconditional([*prompt[:-1], text_item([*last.ids.tolist(), markers.boi])], markers.pad)
+            prompt = [text_item(pads.ids[:-1].tolist())]
+        names = torch.stack((torch.full((self.n_codes,), len(drawn)), torch.arange(self.n_codes)), -1)
+        drawn.append(one.target)
+        return [*prompt, image_item("draw", names, torch.arange(self.n_codes), markers=(markers.boi,), causal=True)]
+
+
+class JanusObjective:
+    """Janus on the little world."""
+
+    name = "janus-nano"
+    loss_names = DRAWINGS + TEXTS
+
+    def __init__(self, model: Janus, batch: Worlds):
+        self.model, self.batch = model, batch
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> JanusObjective:
+        """A fresh model of the recipe's numbers around a trained VQ tokenizer and a trained ViT."""
+        options = strict(Options, recipe.options, where="options")
+        vq = trained(options.vq, "vq.safetensors", "janus-nano-vq")
+        tokenizer = text_model(options.vocabulary, markers=SYMBOLS)
+        files = config_files(recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size())
+        torch.manual_seed(recipe.seed)
+        model = Janus(JanusConfig.from_files(files, {}))
+        init_decoder(model.decoder)
+        init_ends(model)
+        model.vq.load_state_dict({name: x.float() for name, x in load_file(vq).items()})
+        load_tower(model.vision, load_file(trained(options.vit, "vision.safetensors", "bagel-nano-vit")))
+        # codes begin as what the VQ tokenizer takes them for
+        model.code_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
+        model.tokenizer = tokenizer
+        if options.compiled:
+            compile_streams(model.decoder)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("vq.", "vision.trunk.attn_pool.", *options.frozen)))
+        height, width = model.cfg.grid
+        worlds = Worlds(options=options, prompts=model.prompts, n_codes=height * width, size=recipe.batch, seed=recipe.seed)
+        return cls(model, worlds)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean cross entropy of every kind of sample in the batch."""
+        losses = self.model(self.encoded(batch).to(self.model.device))
+        drawn = {name: losses.codes[at].mean() for i, name in enumerate(DRAWINGS) if (at := batch.draw_groups == i).any()}
+        texts = {name: losses.text[at].mean() for i, name in enumerate(TEXTS) if (at := batch.text_groups == i).any()}
+        return drawn | texts
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Pack:
+        """The pack with real codes; every picture meets the VQ tokenizer once."""
+        codes = self.model.vq.ids(batch.images.to(self.model.device)).cpu()
+        assert batch.pack.draw is not None, "every batch draws"
+        picture, place = batch.pack.draw.content.unbind(-1)
+        return replace(batch.pack, draw=replace(batch.pack.draw, content=codes[picture, place]))
+
+    def picture(self) -> Image.Image:
+        """A sheet of test prompts drawn: four rows of six."""
+        tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
+        prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
+        return grid(self.model.generate(prompts, seed=0).images, columns=6)
+
+    def save(self, folder: Path) -> None:
+        """The released layout, in bfloat16."""
+        self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def config_files(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
+    """The contents of a config.json from the recipe's numbers: language, vision, code_head, generation."""
+    d = model["language"]["hidden_size"]
+    dims = {"aligner_config": model["vision"]["width"], "gen_aligner_config": vq["params"]["n_embed"]}
+    head = {"image_token_embed": model["code_head"], "image_token_size": vq["params"]["image_token_size"], "n_embed": d}
+    return {
+        "vision_config": {"params": dict(model["vision"])},
+        "gen_vision_config": dict(vq),
+        "gen_head_config": {"params": head},
+        "language_config": {**model["language"], "vocab_size": vocabulary},
+        "generation": dict(model["generation"]),
+        **{
+            name: {"params": {"projector_type": "mlp_gelu", "depth": 2, "input_dim": dim, "n_embed": d}}
+            for name, dim in dims.items()
+        },
+    }
+
+
+def init_ends(model: Janus) -> None:
+    """What enters beside words begins about as large as they are; the head of codes begins undecided."""
+    for projector in (model.aligner, model.code_aligner):
+        last = projector.layers[-1]
+        assert isinstance(last, nn.Linear), "aligners end with a linear"
+        nn.init.normal_(last.weight, std=last.in_features**-0.5)
+    nn.init.normal_(model.code_head.fc2.weight, std=0.02)
+    nn.init.zeros_(model.code_head.fc2.bias)
+
+
+def load_tower(tower: Tower, ours: Mapping[str, Tensor]) -> None:
+    """The weights of a NaViT (unimm.models.vision) in a tower of the same numbers: one image size, so one grid of places.
+
+    The ViT's table of places may be larger than the tower's grid, which then is its corner. Raises ValueError where the
+    numbers differ.
+    """
+    side, p = round(len(ours["positions.weight"]) ** 0.5), tower.patch
+    state = {name: x for name, x in tower.trunk.state_dict().items() if name.startswith("attn_pool.")}
+    places = rearrange(ours["positions.weight"], "(h w) d -> h w d", h=side)[: tower.side, : tower.side]
+    state["pos_embed"] = rearrange(places, "h w d -> 1 (h w) d")
+    state["patch_embed.proj.weight"] = rearrange(ours["patch.weight"], "d (p q c) -> d c p q", p=p, q=p)
+    state["patch_embed.proj.bias"] = ours["patch.bias"]
+    for name in ("weight", "bias"):
+        state[f"norm.{name}"] = ours[f"norm.{name}"]
+        for i in range(len(tower.trunk.blocks)):
+            block = f"blocks.{i}."
+            state[f"{block}attn.qkv.{name}"] = torch.cat([ours[f"{block}{part}.{name}"] for part in "qkv"])
+            renamed = {"attn.proj": "o", "norm1": "attn_norm", "norm2": "mlp_norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+            state |= {f"{block}{theirs}.{name}": ours[f"{block}{mine}.{name}"] for theirs, mine in renamed.items()}
+    try:
+        tower.trunk.load_state_dict({name: x.float() for name, x in state.items()})
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error
+
+
+def _repeat(names: Sequence[str], groups: Sequence[str], times: Sequence[int]) -> Tensor:
+    """The place of each group among the names (-1 for none), as often as said."""
+    return torch.tensor([names.index(g) if g in names else -1 for g in groups]).repeat_interleave(torch.tensor(times))
