@@ -18,7 +18,7 @@ from unimm.evaluation.shapes import TASKS
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 OPTIONS = {
-    "demo": "out seed",
+    "demo": "out model seed",
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours",

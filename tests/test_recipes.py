@@ -49,6 +49,7 @@ def test_every_recipe_is_read():
         "bagel-nano": "shapes",
         "bagel-nano-vae": "vae",
         "bagel-nano-vit": "vision",
+        "janus-nano": "janus",
         "janus-nano-semantic": "semantic",
         "janus-nano-vq": "vq",
     }

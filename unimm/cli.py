@@ -55,12 +55,13 @@ def main() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the sheet of pictures goes.")] = Path("demo.png"),
+    model: Model = "bagel-nano",
     seed: Seed = 0,
 ) -> None:
-    """Draw scenes with bagel-nano, ask about one, edit it, and draw one after thinking."""
+    """Draw scenes with a nano model, ask about one, edit it, and draw one after thinking, where the model thinks."""
     from unimm.demo import run
 
-    run(out, Console(), seed=seed)
+    run(out, Console(), model=model, seed=seed)
 
 
 @app.command()
@@ -153,9 +154,9 @@ def evaluate(
     if benchmark not in BENCHMARKS:
         near = difflib.get_close_matches(benchmark, BENCHMARKS, n=1) or list(BENCHMARKS)
         raise ValueError(f"unknown benchmark {benchmark!r}: expected {', '.join(near)}")
-    chosen = tasks.split(",") if tasks else None
-    module = import_module(BENCHMARKS[benchmark])
-    scores = module.evaluate(load_model(model, device, dtype), n=n, seed=seed, tasks=chosen, batch=batch)
+    module, loaded = import_module(BENCHMARKS[benchmark]), load_model(model, device, dtype)
+    chosen = tasks.split(",") if tasks else module.tasks_of(loaded)
+    scores = module.evaluate(loaded, n=n, seed=seed, tasks=chosen, batch=batch)
     if as_json:
         typer.echo(json.dumps({task: dataclasses.asdict(score) for task, score in scores.items()}))
         return

@@ -1,4 +1,4 @@
-"""The main job on bagel-nano: draw scenes, ask about one, edit it, draw one after thinking; all on one sheet."""
+"""The main job on a nano model: draw scenes, ask about one, edit it, draw one after thinking; all on one sheet."""
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unimm import Bagel
+from unimm.registry import load
 
-MODEL = "bagel-nano"
 # yellow circles, purple squares, cyan triangles, orange stars, red diamonds and green crosses were never trained on
 SCENES = (
     "a red circle left of a blue square",
@@ -53,30 +52,31 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def run(out: Path, console: Console, *, seed: int = 0) -> None:
-    """Do the main job, telling of it on the console, and save the sheet."""
+def run(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
+    """Do the main job with the model of that name, telling of it on the console, and save the sheet."""
     began = time.monotonic()
-    with console.status(f"loading {MODEL}"):
-        model = Bagel.from_pretrained(MODEL)
+    with console.status(f"loading {model}"):
+        loaded = load(model)
     with console.status(f"drawing {len(SCENES)} scenes"):
-        drawn = model.generate(SCENES, seed=seed)
+        drawn = loaded.generate(SCENES, seed=seed)
     scene = drawn.image
     _tell(console, "drawn", SCENES)
 
     with console.status(f"asking {len(QUESTIONS)} questions"):
-        answers = model.understand([scene] * len(QUESTIONS), QUESTIONS)
+        answers = loaded.understand([scene] * len(QUESTIONS), QUESTIONS)
     console.print(_answers(answers))
 
     with console.status("editing"):
-        edited = model.generate(EDIT, images=scene, seed=seed)
+        edited = loaded.generate(EDIT, images=scene, seed=seed)
     _tell(console, "edited", [EDIT])
 
-    with console.status("thinking, then drawing"):
-        thought = model.generate(THOUGHT, think=True, seed=seed)
-    _tell(console, "thought", [THOUGHT, thought.text])
-
     panels = list(zip(drawn.images, SCENES, strict=True))
-    panels += [(scene, "input"), (edited.image, EDIT), (thought.image, THOUGHT)]
+    panels += [(scene, "input"), (edited.image, EDIT)]
+    if loaded.THINKS:
+        with console.status("thinking, then drawing"):
+            thought = loaded.generate(THOUGHT, think=True, seed=seed)
+        _tell(console, "thought", [THOUGHT, thought.text])
+        panels.append((thought.image, THOUGHT))
     fresh = out.with_name(f"{out.stem}.new.png")
     sheet(panels).save(fresh)
     fresh.replace(out)

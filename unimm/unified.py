@@ -82,6 +82,7 @@ class UnifiedModel(nn.Module, ABC):
     """One model that understands pictures and draws them."""
 
     RELEASES: ClassVar[dict[str, Release]]
+    THINKS: ClassVar[bool] = False  # whether the verbs have a think mode
     # what every key of some files begins with; and parameters that nothing reads, zeros where a file lacks them
     PREFIX: ClassVar[str] = ""
     SPARE: ClassVar[tuple[str, ...]] = ()

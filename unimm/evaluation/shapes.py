@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from unimm.data.shapes import Example, example, judge
 from unimm.data.shapes.world import SIDE
-from unimm.unified import Generation
+from unimm.unified import Generation, UnifiedModel
 
 THINK = ".think"
 REASON = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
@@ -87,6 +87,11 @@ def evaluate(
                 bar.update(len(verdicts))
             scores[task] = Score.of(right, n)
     return scores
+
+
+def tasks_of(model: UnifiedModel) -> tuple[str, ...]:
+    """The tasks that a model's verbs can do: without think mode, reasoning tasks are drawn at once only."""
+    return tuple(task for task in TASKS if model.THINKS or not task.endswith(THINK))
 
 
 def checked(tasks: Sequence[str]) -> tuple[str, ...]:

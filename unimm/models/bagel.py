@@ -126,7 +126,7 @@ class Losses:
 class Bagel(UnifiedModel):
     """A decoder of two experts, a ViT to look with, a VAE to draw with."""
 
-    PREFIX = "bagel."
+    PREFIX, THINKS = "bagel.", True
     look_places: Tensor  # [look_side^2, D], the connector's
     latent_places: Tensor  # [latent_side^2, D]
 
