@@ -15,11 +15,11 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from unimm.data.shapes import HELD_OUT, Scene, render
 from unimm.tokenizers.vq import VQ, VQConfig
-from unimm.training.loop import train
+from unimm.training.loop import Trainer, train
 from unimm.training.objective import build
 from unimm.training.recipe import read_recipe
 from unimm.training.vae import to_image
-from unimm.training.vq import crowd, entropy, fresh, reads, remember, revive, scenes
+from unimm.training.vq import crowd, entropy, fresh, reads, remember, revive, save_vq, scenes
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "janus"
@@ -241,9 +241,12 @@ def test_no_pictures_at_all(small):
 # training
 
 
+FILES = {"image_token_size": 32, "n_embed": 8, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
+
+
 def tiny(**options):
     recipe = read_recipe(RECIPES / "janus-nano-vq.yaml")
-    model = {**recipe.model, "width": 32, "multipliers": [1, 1, 1], "n_codes": 32, "latent_channels": 32}
+    model = {**recipe.model, "multipliers": [1, 1, 1], "n_codes": 32}
     options = {**recipe.options, "judged": 4, "free": 1, **options}
     return dataclasses.replace(
         recipe, model=model, options=options, steps=4, batch=2, precision="float32", warmup=0, lr=3e-3, average=0.0
@@ -359,6 +362,27 @@ def test_a_scene_is_read_right_or_not():
 def test_wrong_options(options, words):
     with pytest.raises(ValueError, match=words):
         build(tiny(**options))
+
+
+def test_a_decoder_learns_to_draw_the_same_ids_better(tmp_path):
+    save_vq(fresh(VQConfig.from_files(FILES)), tmp_path, torch.float32)
+    recipe = tiny(start=str(tmp_path), frozen=["encoder", "quant_conv", "quantize"], free=0)
+    objective = build(recipe)
+    vq, batch = objective.model, objective.batch(0)
+    before, ids = {name: x.clone() for name, x in vq.state_dict().items()}, vq.ids(batch.image)
+    assert torch.equal(before["encoder.conv_in.weight"], load_file(tmp_path / "vq.safetensors")["encoder.conv_in.weight"])
+    trainer = Trainer(objective, recipe, torch.device("cpu"))
+    first = objective.losses(batch)["mse"].item()
+    for _ in range(3):
+        trainer.update(batch)
+    assert objective.losses(batch)["mse"].item() < first
+    assert torch.equal(vq.ids(batch.image), ids)
+    moved = {name.split(".")[0] for name, p in vq.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match=r"no vq.safetensors in .*run `unimm train janus-nano-vq"):
+        build(tiny(start=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="got frozen: head, which begins"):
+        build(tiny(frozen=["head"]))
 
 
 def test_a_bare_off_is_off():

@@ -90,12 +90,9 @@ def teacher(files: Mapping[str, Any], folder: Path) -> NaViTTeacher | TowerTeach
 
 @dataclass(frozen=True, kw_only=True)
 class Options(plain.Options):
-    """What the recipe's `options` may say: those of a VQ autoencoder, and two folders."""
+    """What the recipe's `options` may say: those of a VQ autoencoder, and the folder of the teacher's vision.safetensors."""
 
-    # holds the teacher's vision.safetensors
     teacher: str
-    # holds the vq.safetensors to start from; null: a fresh one
-    start: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +127,7 @@ class SemanticObjective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = SemanticVQ(config, branch)
-            model.vq = plain.fresh(config)
-        if options.start is not None:
-            model.vq.load_state_dict(load_file(Path(options.start) / "vq.safetensors"))
+        model.vq = plain.begin(config, options, recipe.seed)
         return cls(model, told, options, recipe)
 
     def losses(self, batch: plain.Batch) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.data.shapes import SIZES, Scene, Thing, example, place_of, read
@@ -53,6 +53,11 @@ class Options:
     judged: int
     # type of the released weights
     dtype: str
+    # holds the vq.safetensors to start from; null: a fresh one
+    start: str | None
+    # parts that stay as they are, by the beginning of their parameters' names: with encoder, quant_conv and quantize the
+    # ids of every picture stay, and a decoder learns to draw them better
+    frozen: tuple[str, ...]
     # "off" and nothing else
     perceptual: Any = "off"
     adversarial: Any = "off"
@@ -197,7 +202,7 @@ class Terms:
         z = vq.encode(image)
         free = vq.training and step < options.free
         due = step == options.free or (options.free < step < self.last and step % options.revive_every == 0)
-        if vq.training and due:
+        if vq.training and due and vq.quantize.embedding.weight.requires_grad:
             revive(vq.quantize, z, torch.Generator().manual_seed(self.seed * 2**32 + step))
         found = vq.quantize(z)
         codes = F.normalize(z, dim=1) if free else found.codes
@@ -227,24 +232,41 @@ def fresh(config: VQConfig) -> VQ:
     return vq
 
 
+def begin(config: VQConfig, options: Options, seed: int) -> VQ:
+    """The model that training starts with: fresh or from the folder that the options name, some parts frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vq = fresh(config)
+    if options.start is not None:
+        path = Path(options.start) / "vq.safetensors"
+        if not path.is_file():
+            raise ValueError(f"no vq.safetensors in {path.parent}: run `unimm train janus-nano-vq {path.parent.parent}`")
+        vq.load_state_dict(load_file(path))
+    for part in options.frozen:
+        found = [p for name, p in vq.named_parameters() if name.startswith(part)]
+        if not found:
+            raise ValueError(f"got frozen: {part}, which begins the name of no parameter: expected encoder, quantize, ...")
+        for p in found:
+            p.requires_grad_(False)
+    return vq
+
+
 class VQObjective:
     """Reconstruct through a codebook."""
 
     name = "vq"
     loss_names = ("l1", "mse", "codebook", "commitment", "entropy")
 
-    def __init__(self, config: VQConfig, options: Options, recipe: Recipe) -> None:
-        self.options, self.seed = options, recipe.seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            self.model = fresh(config)
+    def __init__(self, model: VQ, options: Options, recipe: Recipe) -> None:
+        self.model, self.options, self.seed = model, options, recipe.seed
         self.terms = Terms(self.model, options, recipe)
         self.batch = Scenes(options=options, size=recipe.batch, seed=recipe.seed)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> VQObjective:
         config = strict(Architecture, recipe.model, where="model of the recipe").config()
-        return cls(config, strict(Options, recipe.options, where="options of the recipe"), recipe)
+        options = strict(Options, recipe.options, where="options of the recipe")
+        return cls(begin(config, options, recipe.seed), options, recipe)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean losses by name; entropy only where it has a weight."""
