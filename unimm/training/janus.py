@@ -21,40 +21,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.data.shapes import Example, example
-from unimm.data.shapes.nameless import unnamed
 from unimm.models.janus import Janus, JanusConfig
-from unimm.models.prompts import PLACEHOLDER, ROLES, Markers, Prompts, unconditional
-from unimm.models.tower import Tower
-from unimm.sequence import Item, Pack, image_item, pack, text_item
+from unimm.models.prompts import unconditional
+from unimm.sequence import Item, Pack, image_item, text_item
+from unimm.training.conversing import (
+    DRAWINGS,
+    SYMBOLS,
+    TEXTS,
+    Common,
+    Conversations,
+    by_group,
+    drawn_tokens,
+    groups,
+    labels,
+    load_tower,
+)
 from unimm.training.recipe import Recipe, strict
-from unimm.training.shapes import ROUND_ROWS, compile_streams, grid, init_decoder, text_model, trained
-
-# a loss for each kind of sample
-DRAWINGS = ("draw", "edit", "reason")
-TEXTS = ("caption", "answer", "fact")
-SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
+from unimm.training.shapes import compile_streams, grid, init_decoder, text_model, trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Common):
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
-    tasks: Mapping[str, int]
-    # the part of drawings whose prompt is pads, so that guidance has something to compare with
-    dropout: float
-    # the part of things in drawings and edits whose colour, or whose shape, has no name
-    nameless_colours: float
-    nameless_shapes: float
-    # pieces of the text model
-    vocabulary: int
-    # the folders of a trained VQ tokenizer and of a trained ViT, which the tower begins from
+    # the folder of a trained VQ tokenizer
     vq: str
-    vit: str
-    # parts that are not trained, by the beginning of their parameters' names; the VQ tokenizer never is
-    frozen: tuple[str, ...]
-    # whether torch.compile fuses what a token meets before and after attention
-    compiled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,52 +59,27 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worlds:
-    """Batches by step: the same for a seed on every machine, and made without the model."""
+class Worlds(Conversations):
+    """Batches by step, with codes to draw."""
 
-    options: Options
-    prompts: Prompts
     n_codes: int  # of a picture
-    size: int
-    seed: int
-
-    def __call__(self, step: int) -> Batch:
-        dice = random.Random(f"{self.seed}/{step}")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
-        examples = [example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
-        return self.batch([self.unnamed(one, dice) for one in examples], dice)
-
-    def unnamed(self, one: Example, dice: random.Random) -> Example:
-        """The example, if it draws or edits with some things that have no name; facts stay as they are."""
-        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
-            return one
-        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
     def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
         """Examples as one pack; the dice drop conditions."""
         drawn: list[np.ndarray] = []
         samples = [self.sample(one, drawn, dice) for one in examples]
-        groups = [one.task.split(".")[0] for one in examples]
-        rows = sum(item.segment.length for items in samples for item in items)
-        # rounded up with a sample without loss: new shapes cost a CPU more than these rows
-        filler = [[text_item([self.prompts.markers.pad] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
-        labels = [sum(int((item.labels >= 0).sum()) for item in items) for items in samples]
-        codes = [sum(item.n_tokens for item in items if item.kind == "draw") for items in samples]
         return Batch(
-            pack=pack([*samples, *filler]),
+            pack=self.packed(samples),
             images=rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").contiguous().float() / 127.5 - 1,
-            text_groups=_repeat(TEXTS, groups, labels),
-            draw_groups=_repeat(DRAWINGS, groups, codes),
+            text_groups=groups(TEXTS, examples, labels(samples)),
+            draw_groups=groups(DRAWINGS, examples, drawn_tokens(samples)),
         )
 
     def sample(self, one: Example, drawn: list[np.ndarray], dice: random.Random) -> list[Item]:
         """A question with its labelled answer, or a prompt, with a picture where it edits one, and the picture to draw."""
-        shown = [Image.fromarray(image) for image in one.images]
-        if one.answer is not None:
-            return self.prompts.answered([{"role": "user", "content": one.prompt, "images": shown}], one.answer)
-        assert one.target is not None, f"{one.task} has neither an answer nor a picture"
-        markers, prompt = self.prompts.markers, self.prompts.drawing(one.prompt, shown)
+        markers, prompt = self.prompts.markers, self.asked(one)
+        if one.target is None:
+            return prompt
         if dice.random() < self.options.dropout:
             # all between the first id and the marker of the picture
             *_, last = prompt
@@ -160,9 +126,8 @@ class JanusObjective:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean cross entropy of every kind of sample in the batch."""
         losses = self.model(self.encoded(batch).to(self.model.device))
-        drawn = {name: losses.codes[at].mean() for i, name in enumerate(DRAWINGS) if (at := batch.draw_groups == i).any()}
-        texts = {name: losses.text[at].mean() for i, name in enumerate(TEXTS) if (at := batch.text_groups == i).any()}
-        return drawn | texts
+        drawn = by_group(DRAWINGS, batch.draw_groups, losses.codes)
+        return drawn | by_group(TEXTS, batch.text_groups, losses.text)
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Pack:
@@ -209,33 +174,3 @@ def init_ends(model: Janus) -> None:
         nn.init.normal_(last.weight, std=last.in_features**-0.5)
     nn.init.normal_(model.code_head.fc2.weight, std=0.02)
     nn.init.zeros_(model.code_head.fc2.bias)
-
-
-def load_tower(tower: Tower, ours: Mapping[str, Tensor]) -> None:
-    """The weights of a NaViT (unimm.models.vision) in a tower of the same numbers: one image size, so one grid of places.
-
-    The ViT's table of places may be larger than the tower's grid, which then is its corner. Raises ValueError where the
-    numbers differ.
-    """
-    side, p = round(len(ours["positions.weight"]) ** 0.5), tower.patch
-    state = {name: x for name, x in tower.trunk.state_dict().items() if name.startswith("attn_pool.")}
-    places = rearrange(ours["positions.weight"], "(h w) d -> h w d", h=side)[: tower.side, : tower.side]
-    state["pos_embed"] = rearrange(places, "h w d -> 1 (h w) d")
-    state["patch_embed.proj.weight"] = rearrange(ours["patch.weight"], "d (p q c) -> d c p q", p=p, q=p)
-    state["patch_embed.proj.bias"] = ours["patch.bias"]
-    for name in ("weight", "bias"):
-        state[f"norm.{name}"] = ours[f"norm.{name}"]
-        for i in range(len(tower.trunk.blocks)):
-            block = f"blocks.{i}."
-            state[f"{block}attn.qkv.{name}"] = torch.cat([ours[f"{block}{part}.{name}"] for part in "qkv"])
-            renamed = {"attn.proj": "o", "norm1": "attn_norm", "norm2": "mlp_norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-            state |= {f"{block}{theirs}.{name}": ours[f"{block}{mine}.{name}"] for theirs, mine in renamed.items()}
-    try:
-        tower.trunk.load_state_dict({name: x.float() for name, x in state.items()})
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error
-
-
-def _repeat(names: Sequence[str], groups: Sequence[str], times: Sequence[int]) -> Tensor:
-    """The place of each group among the names (-1 for none), as often as said."""
-    return torch.tensor([names.index(g) if g in names else -1 for g in groups]).repeat_interleave(torch.tensor(times))
