@@ -15,7 +15,7 @@ from unimm import Janus, JanusFlow, JanusFlowConfig, TextSampling
 from unimm.checkpoint import CheckpointError, check_keys, released_state
 from unimm.kernels import attention
 from unimm.models import janusflow
-from unimm.models.janusflow import KEYS, SDXL_VAE, STREAM, before
+from unimm.models.janusflow import KEYS, SDXL_VAE, STREAM, before, unconditional
 from unimm.models.prompts import PLACEHOLDER, Markers
 from unimm.models.uvit import time_features
 from unimm.registry import family_of
@@ -163,7 +163,7 @@ def test_a_cached_prompt_is_a_recomputed_one(model):
     ours = model.denoise([prompt], x, guidance=[2.0], steps=2)
     for time in (1.0, 0.5):
         entered, found = model.enter(x, torch.tensor([time])), []
-        for before_it in (prompt, model.unconditional(prompt)):
+        for before_it in (prompt, unconditional(prompt)):
             batch = pack([[*before_it, model.drawn(x[0], 0, time=time)]])
             hidden = model.hidden(batch, plain(batch), entered)[STREAM]
             found.append(model.leave(hidden[batch.draw.rows][None], entered))
@@ -215,7 +215,7 @@ def training_pack(model, latent: torch.Tensor, *, time: float):
     return pack([
         [*asked, model.drawn(latent[0], markers.boi, time=time)],
         [text_item([4]), model.prompts.looked_at(torch.randn(3, 24, 24), (markers.boi, markers.eoi)), *word],
-        [*model.unconditional(asked), model.drawn(latent[1], markers.boi, time=1 - time)],
+        [*unconditional(asked), model.drawn(latent[1], markers.boi, time=1 - time)],
     ])  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def test_losses(model):
         x = ((1 - time) * latent[i] + time * noise[i])[None]
         entered = model.enter(x, torch.tensor([time]))
         asked = [text_item([model.markers.bos, 5, 6])]
-        single = pack([[*(asked if prompt else model.unconditional(asked)), model.drawn(x[0], 0, time=0.0)]])
+        single = pack([[*(asked if prompt else unconditional(asked)), model.drawn(x[0], 0, time=0.0)]])
         hidden = model.hidden(single, plain(single), entered)[STREAM][single.draw.rows][None]
         expected = mse_loss(model.leave(hidden, entered)[0], noise[i] - latent[i])
         assert losses.mse[9 * i : 9 * i + 9].mean().item() == pytest.approx(expected.item(), rel=1e-4)

@@ -52,6 +52,7 @@ def test_every_recipe_is_read():
         "janus-nano": "janus",
         "janus-nano-semantic": "semantic",
         "janus-nano-vq": "vq",
+        "janusflow-nano": "janusflow",
     }
 
 

@@ -273,14 +273,8 @@ class JanusFlow(Conversing):
         return rearrange(tokens, "(B h w) (p q C) -> B C (h p) (w q)", h=height // p, w=width // p, p=p, q=p)
 
     def drawn(self, latent: Tensor, boi: int, *, time: float) -> Item:
-        """A latent [C, H, W] to be noised up to `time`, 0 data and 1 noise; the row of its marker holds the time."""
-        tokens = patchify(latent, self.cfg.patch)
-        return image_item("draw", tokens, torch.arange(len(tokens)), markers=(boi,), causal=True, time=time, noised=True)
-
-    def unconditional(self, prompt: Sequence[Item]) -> list[Item]:
-        """What guidance compares with, in place of a prompt: its first id, and nothing until where the prompt ends."""
-        length = sum(item.segment.length for item in prompt)
-        return [text_item([int(prompt[0].ids[0])]), gap_item(length - 1)]
+        """A latent [C, H, W] to be noised up to `time`, 0 data and 1 noise."""
+        return target(patchify(latent, self.cfg.patch), boi, time=time)
 
     # ---- drawing
 
@@ -303,7 +297,7 @@ class JanusFlow(Conversing):
         a little beyond the end.
         """
         guided = [i for i, w in enumerate(guidance) if w != 1]
-        contexts = self._read_once([*prompts, *(self.unconditional(prompts[i]) for i in guided)])
+        contexts = self._read_once([*prompts, *(unconditional(prompts[i]) for i in guided)])
         at = torch.tensor([*range(len(prompts)), *guided], device=self.device)
         w = torch.tensor([guidance[i] for i in guided], device=self.device)[:, None, None, None]
         grid = [self.encoder.config.grid(side) for side in noises.shape[2:]]
@@ -383,6 +377,21 @@ class JanusFlow(Conversing):
     def noise(self, generator: torch.Generator) -> Tensor:
         """What a picture is drawn from, [C, H, W]."""
         return torch.randn(self.cfg.encoder.in_channels, *self.cfg.latent, generator=generator)
+
+
+def target(tokens: Tensor, boi: int, *, time: float) -> Item:
+    """Tokens [n, ...] of a latent to be noised up to `time`, 0 data and 1 noise; the row of its marker holds the time.
+
+    Nothing sees them and the clock does not count them, so copies at other times may follow the same prompt, exactly.
+    """
+    item = image_item("draw", tokens, torch.arange(len(tokens)), markers=(boi,), causal=True, time=time, noised=True)
+    return replace(item, segment=replace(item.segment, advance=0))
+
+
+def unconditional(prompt: Sequence[Item]) -> list[Item]:
+    """What guidance compares with, in place of a prompt: its first id, and nothing until where the prompt ends."""
+    length = sum(item.segment.length for item in prompt)
+    return [text_item([int(prompt[0].ids[0])]), gap_item(length - 1)]
 
 
 def starts(tokens: Tokens) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.nameless import unnamed
@@ -26,6 +27,8 @@ from unimm.training.shapes import ROUND_ROWS
 # a loss for each kind of sample
 DRAWINGS = ("draw", "edit", "reason")
 TEXTS = ("caption", "answer", "fact")
+# a reasoning task's question and the thoughts about it, as a text without a picture: more text than the facts have
+THOUGHTS = {f"fact.{kind}{level}": f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3)}
 SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
 
 
@@ -67,7 +70,7 @@ class Conversations(ABC):
         dice = random.Random(f"{self.seed}/{step}")
         tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
         tasks += dice.choices(tasks, k=self.size - len(tasks))
-        examples = [example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
+        examples = [taken(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
         return self.batch([self.unnamed(one, dice) for one in examples], dice)
 
     def unnamed(self, one: Example, dice: random.Random) -> Example:
@@ -91,6 +94,22 @@ class Conversations(ABC):
         return pack([*samples, *filler])
 
 
+def taken(task: str, index: int, *, seed: int) -> Example:
+    """A training example of a task of the little world, or of THOUGHTS."""
+    one = example(THOUGHTS.get(task, task), index, seed=seed)
+    return replace(one, task=task, answer=one.think, target=None) if task in THOUGHTS else one
+
+
+def freeze(model: nn.Module, frozen: Sequence[str], *, always: Sequence[str]) -> None:
+    """Leave out of training what begins with one of these. Raises ValueError for a beginning that no parameter has."""
+    names = [name for name, _ in model.named_parameters()]
+    if lost := [beginning for beginning in frozen if not any(name.startswith(beginning) for name in names)]:
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+        raise ValueError(f"got frozen {lost}, expected beginnings of parameters: the model's parts are {parts}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith((*always, *frozen)))
+
+
 def labels(samples: Sequence[Sequence[Item]]) -> list[int]:
     """How many rows of each sample carry a label."""
     return [sum(int((item.labels >= 0).sum()) for item in items) for items in samples]
@@ -105,6 +124,13 @@ def groups(names: Sequence[str], examples: Sequence[Example], times: Sequence[in
     """The place of each example's group among the names (-1 for none), as often as said."""
     found = [names.index(g) if (g := one.task.split(".")[0]) in names else -1 for one in examples]
     return torch.tensor(found).repeat_interleave(torch.tensor(times))
+
+
+def to_images(drawn: Sequence[np.ndarray]) -> Tensor:
+    """Pictures uint8 [h, w, 3] -> [P, 3, h, w] in [-1, 1]; no pixels where there is no picture."""
+    if not drawn:
+        return torch.zeros(0, 3, 0, 0)
+    return rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").contiguous().float() / 127.5 - 1
 
 
 def by_group(names: Sequence[str], groups: Tensor, losses: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ OBJECTIVES = {
     "vq": "unimm.training.vq:VQObjective",
     "semantic": "unimm.training.semantic:SemanticObjective",
     "janus": "unimm.training.janus:JanusObjective",
+    "decoupling": "unimm.training.decoupling:DecouplingObjective",
+    "janusflow": "unimm.training.janusflow:JanusFlowObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }

@@ -27,7 +27,9 @@ from unimm.models.decoder import Decoder, Stream
 from unimm.models.dialogue import Items, Markers
 from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
+from unimm.tokenizers.vae import VAE
 from unimm.training.recipe import Recipe, strict
+from unimm.unified import UnifiedModel
 
 # a loss for each kind of sample; reasoning has two, its text and its picture
 FLOWS = ("draw", "edit", "reason")
@@ -232,26 +234,36 @@ class ShapesObjective:
         texts = {name: losses.ce[at].mean() for i, name in enumerate(TEXTS) if (at := batch.text_groups == i).any()}
         return flows | texts
 
-    @torch.no_grad()
     def encoded(self, batch: Batch) -> Pack:
         """The pack with real latent tokens; every picture meets the VAE once, apart from its neighbours' sizes."""
-        p, device = self.model.cfg.latent_patch, self.model.device
-        latents = self.model.vae.encode(batch.images.to(device), noise=batch.posterior.to(device)).float().cpu()
-        tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)
-        assert batch.pack.draw is not None, "every batch draws"
-        picture, token = batch.pack.draw.content.unbind(-1)
-        return replace(batch.pack, draw=replace(batch.pack.draw, content=tokens[picture, token]))
+        return encoded(batch.pack, self.model.vae, batch.images, batch.posterior, patch=self.model.cfg.latent_patch)
 
     def picture(self) -> Image.Image:
-        """A sheet of test prompts drawn: four rows of six."""
-        tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
-        prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
-        return grid(self.model.generate(prompts, seed=0).images, columns=6)
+        """A sheet of test prompts drawn."""
+        return sheet(self.model)
 
     def save(self, folder: Path) -> None:
         """The released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         shutil.copyfile(self.vae, folder / "ae.safetensors")
+
+
+@torch.no_grad()
+def encoded(pack: Pack, vae: VAE, images: Tensor, posterior: Tensor, *, patch: int) -> Pack:
+    """The pack with real latent tokens in place of (picture, token); images [P, 3, H, W], posterior [P, z, h, w]."""
+    device = next(vae.parameters()).device
+    latents = vae.encode(images.to(device), noise=posterior.to(device)).float().cpu()
+    tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
+    assert pack.draw is not None, "every batch draws"
+    picture, token = pack.draw.content.unbind(-1)
+    return replace(pack, draw=replace(pack.draw, content=tokens[picture, token]))
+
+
+def sheet(model: UnifiedModel) -> Image.Image:
+    """Test prompts drawn: four rows of six."""
+    tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
+    prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
+    return grid(model.generate(prompts, seed=0).images, columns=6)
 
 
 def trained(folder: str, name: str, recipe: str) -> Path:
