@@ -169,8 +169,22 @@ def test_init_takes_the_average(tmp_path):
     assert all(torch.equal(weights[name], x) for name, x in average.items())
     assert all(torch.equal(trainer.average.weights[name], x) for name, x in average.items())
     assert (trainer.step, trainer.average.updates) == (0, 0)
-    with pytest.raises(ValueError, match=r"model.safetensors"):
+    with pytest.raises(ValueError, match=r"folder of a run.*model.safetensors and average.safetensors"):
         trainer.start_from(tmp_path)
+
+
+def test_init_from_a_run_that_trained_other_parts(tmp_path):
+    run(tmp_path / "first")
+    toy = Toy()
+    toy.model[0].requires_grad_(True)
+    toy.model[2].requires_grad_(False)
+    trainer = Trainer(toy, RECIPE, torch.device("cpu"))
+    trainer.start_from(tmp_path / "first")
+    held, average = (load_file(tmp_path / f"first/checkpoints/00000008/{name}.safetensors") for name in ("model", "average"))
+    assert all(torch.equal(x, average.get(name, held[name])) for name, x in trainer.model.named_parameters())
+    # what is frozen now was trained then
+    assert "2.weight" in average and "2.weight" not in trainer.average.weights and "0.weight" in trainer.average.weights
+    assert all(torch.equal(x, trainer.model.get_parameter(name)) for name, x in trainer.average.weights.items())
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

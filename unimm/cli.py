@@ -119,7 +119,7 @@ def train(
     *,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest checkpoint in OUT.")] = False,
-    init: Annotated[Path | None, typer.Option(help="Start from the averaged weights of this checkpoint folder.")] = None,
+    init: Annotated[Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make batches ahead.")] = 1,
     hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
 ) -> None:

@@ -27,6 +27,7 @@ from unimm.training.saving import (
     Log,
     checkpoints,
     load_state,
+    names_in,
     read_into,
     save_checkpoint,
     save_release,
@@ -50,8 +51,9 @@ def train(
     """Train until recipe.steps, `hours`, SIGTERM or ctrl-C, and return the step reached.
 
     `out` receives log.jsonl, samples/, checkpoints/ and release/ (the objective's own files, of the averaged weights).
-    `resume` continues the newest checkpoint in `out`; `init` starts from the averaged weights of another run's
-    checkpoint. Batches are made by `workers` processes ahead of the loop, or in the loop where that is 0.
+    `resume` continues the newest checkpoint in `out`; `init` starts from the averaged weights of another run, which may
+    have trained other parts of the same model: its folder, or that of a checkpoint. Batches are made by `workers`
+    processes ahead of the loop, or in the loop where that is 0.
     """
     out = Path(out)
     trainer = Trainer(objective, recipe, torch.device(device))
@@ -205,11 +207,16 @@ class Trainer:
         restore_random_states(state["rng"], self.device)
 
     def start_from(self, folder: Path) -> None:
-        """Take over the averaged weights of another run's checkpoint."""
-        if not (folder / WEIGHTS).is_file():
-            raise ValueError(f"got init {folder}, expected the folder of a checkpoint, with a file {WEIGHTS}")
-        read_into(folder / WEIGHTS, tensors(self.model))
-        read_into(folder / AVERAGE, self.average.live)
+        """Take over the averaged weights of another run: of its newest checkpoint, or of the checkpoint that is given."""
+        folder = next(reversed(checkpoints(folder)), folder)
+        if not all((folder / name).is_file() for name in (WEIGHTS, AVERAGE)):
+            raise ValueError(
+                f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS} and {AVERAGE}"
+            )
+        ours = tensors(self.model)
+        read_into(folder / WEIGHTS, ours)
+        # the average holds what that run trained, which need not be what this one trains
+        read_into(folder / AVERAGE, {name: ours[name] for name in names_in(folder / AVERAGE)})
         self.average = Average(self.model, self.recipe.average)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,6 +63,12 @@ def checkpoints(out: Path) -> list[Path]:
 def load_state(folder: Path) -> dict[str, Any]:
     """Optimiser, counters and random states of a checkpoint."""
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+
+
+def names_in(path: Path) -> list[str]:
+    """What a safetensors file holds."""
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def read_into(path: Path, targets: Mapping[str, Tensor]) -> None:
