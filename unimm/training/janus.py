@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimm.data.shapes import Example, example
-from unimm.models.janus import Janus, JanusConfig
+from unimm.data.shapes import Example
+from unimm.models.janus import Janus, JanusConfig, Projector
 from unimm.models.prompts import unconditional
 from unimm.sequence import Item, Pack, image_item, text_item
 from unimm.training.conversing import (
@@ -32,12 +31,14 @@ from unimm.training.conversing import (
     Conversations,
     by_group,
     drawn_tokens,
+    freeze,
     groups,
     labels,
     load_tower,
+    to_images,
 )
 from unimm.training.recipe import Recipe, strict
-from unimm.training.shapes import compile_streams, grid, init_decoder, text_model, trained
+from unimm.training.shapes import compile_streams, init_decoder, sheet, text_model, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Worlds(Conversations):
         samples = [self.sample(one, drawn, dice) for one in examples]
         return Batch(
             pack=self.packed(samples),
-            images=rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").contiguous().float() / 127.5 - 1,
+            images=to_images(drawn),
             text_groups=groups(TEXTS, examples, labels(samples)),
             draw_groups=groups(DRAWINGS, examples, drawn_tokens(samples)),
         )
@@ -103,22 +104,14 @@ class JanusObjective:
     def from_recipe(cls, recipe: Recipe) -> JanusObjective:
         """A fresh model of the recipe's numbers around a trained VQ tokenizer and a trained ViT."""
         options = strict(Options, recipe.options, where="options")
-        vq = trained(options.vq, "vq.safetensors", "janus-nano-vq")
-        tokenizer = text_model(options.vocabulary, markers=SYMBOLS)
-        files = config_files(recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size())
-        torch.manual_seed(recipe.seed)
-        model = Janus(JanusConfig.from_files(files, {}))
-        init_decoder(model.decoder)
-        init_ends(model)
-        model.vq.load_state_dict({name: x.float() for name, x in load_file(vq).items()})
-        load_tower(model.vision, load_file(trained(options.vit, "vision.safetensors", "bagel-nano-vit")))
-        # codes begin as what the VQ tokenizer takes them for
-        model.code_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
-        model.tokenizer = tokenizer
+        return cls.of(fresh(recipe, options), recipe, options)
+
+    @classmethod
+    def of(cls, model: Janus, recipe: Recipe, options: Options) -> JanusObjective:
+        """For a model that is to be trained."""
         if options.compiled:
             compile_streams(model.decoder)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(("vq.", "vision.trunk.attn_pool.", *options.frozen)))
+        freeze(model, options.frozen, always=("vq.", "vision.trunk.attn_pool."))
         height, width = model.cfg.grid
         worlds = Worlds(options=options, prompts=model.prompts, n_codes=height * width, size=recipe.batch, seed=recipe.seed)
         return cls(model, worlds)
@@ -132,20 +125,36 @@ class JanusObjective:
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Pack:
         """The pack with real codes; every picture meets the VQ tokenizer once."""
+        if batch.pack.draw is None:
+            return batch.pack
         codes = self.model.vq.ids(batch.images.to(self.model.device)).cpu()
-        assert batch.pack.draw is not None, "every batch draws"
         picture, place = batch.pack.draw.content.unbind(-1)
         return replace(batch.pack, draw=replace(batch.pack.draw, content=codes[picture, place]))
 
     def picture(self) -> Image.Image:
-        """A sheet of test prompts drawn: four rows of six."""
-        tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
-        prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
-        return grid(self.model.generate(prompts, seed=0).images, columns=6)
+        """A sheet of test prompts drawn."""
+        return sheet(self.model)
 
     def save(self, folder: Path) -> None:
         """The released layout, in bfloat16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def fresh(recipe: Recipe, options: Options) -> Janus:
+    """An untrained model of the recipe's numbers, around a trained VQ tokenizer and a trained ViT."""
+    vq = trained(options.vq, "vq.safetensors", "janus-nano-vq")
+    tokenizer = text_model(options.vocabulary, markers=SYMBOLS)
+    files = config_files(recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size())
+    torch.manual_seed(recipe.seed)
+    model = Janus(JanusConfig.from_files(files, {}))
+    init_decoder(model.decoder)
+    init_ends(model)
+    model.vq.load_state_dict({name: x.float() for name, x in load_file(vq).items()})
+    load_tower(model.vision, load_file(trained(options.vit, "vision.safetensors", "bagel-nano-vit")))
+    # codes begin as what the VQ tokenizer takes them for
+    model.code_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
+    model.tokenizer = tokenizer
+    return model
 
 
 def config_files(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
@@ -168,9 +177,14 @@ def config_files(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
 
 def init_ends(model: Janus) -> None:
     """What enters beside words begins about as large as they are; the head of codes begins undecided."""
-    for projector in (model.aligner, model.code_aligner):
-        last = projector.layers[-1]
-        assert isinstance(last, nn.Linear), "aligners end with a linear"
-        nn.init.normal_(last.weight, std=last.in_features**-0.5)
+    for aligner in (model.aligner, model.code_aligner):
+        init_aligner(aligner)
     nn.init.normal_(model.code_head.fc2.weight, std=0.02)
     nn.init.zeros_(model.code_head.fc2.bias)
+
+
+def init_aligner(aligner: Projector) -> None:
+    """Its output begins about as large as its hidden rows."""
+    last = aligner.layers[-1]
+    assert isinstance(last, nn.Linear), "aligners end with a linear"
+    nn.init.normal_(last.weight, std=last.in_features**-0.5)
