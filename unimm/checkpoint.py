@@ -216,11 +216,16 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def fill(model: nn.Module, spare: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Zeros for the parameters of `spare` (name patterns) that no file held, since nothing reads them.
+    """Zeros for the parameters of `spare` (name patterns) that no file held, since nothing reads them; and to the device
+    what a module computes for itself.
 
     Raises CheckpointError where another parameter was not loaded.
     """
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, table in list(model.named_buffers()):
+        if name not in state:
+            put(model, name, table.to(device))
+    for name, tensor in state.items():
         if tensor.is_meta:
             if not any(_pattern(pattern).fullmatch(name) for pattern in spare):
                 raise CheckpointError(f"no file holds {name}: the model's key tables leave it out")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from unimm.models.conversing import Conversing, llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
 from unimm.models.janus_layout import Layout, original_config, transformers_files, transformers_keys
 from unimm.models.layers import MLP
-from unimm.models.prompts import PLACEHOLDER, Talk, unconditional
+from unimm.models.prompts import PLACEHOLDER, UNSPEAKABLE, Talk, unconditional
 from unimm.models.speaking import Rows
 from unimm.models.tower import Tower, TowerConfig
 from unimm.sampling import CodeSampling, Context, next_codes
@@ -89,6 +89,23 @@ class JanusConfig:
     sampling: CodeSampling
     talk: Talk
 
+    def __post_init__(self) -> None:
+        stride, d = self.vq.stride, self.decoder.dim
+        if len(self.size) != 2 or min(self.size) < 1 or any(side % stride for side in self.size):
+            raise ValueError(f"got the size {self.size} to draw: expected (height, width) in multiples of {stride}")
+        if self.pixels.size != self.tower.size:
+            raise ValueError(
+                f"got pictures of {self.pixels.size} pixels a side for a tower of {self.tower.size}: expected the same; "
+                "correct image_size in preprocessor_config.json or in the vision_config"
+            )
+        for name, got, expected in (
+            ("aligner", self.aligner.dim_out, d),
+            ("gen_aligner", self.code_aligner.dim_out, d),
+            ("gen_aligner's input", self.code_aligner.dim_in, self.vq.code_dim),
+        ):
+            if got != expected:
+                raise ValueError(f"got a width of {got} in the config of the {name}: expected {expected}, as what it meets has")
+
     @property
     def grid(self) -> tuple[int, int]:
         """Codes of a picture, (rows, columns)."""
@@ -102,7 +119,10 @@ class JanusConfig:
             raise ValueError(f"{folder} holds a JanusFlow, which draws by rectified flow: load it with unimm.JanusFlow")
         if "vision_config" not in files:
             raise ValueError(f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}")
-        return cls.from_files(original_config(files) if "text_config" in files else files, look)
+        files = original_config(files) if "text_config" in files else files
+        if lost := [part for part in PARTS if part not in files]:
+            raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: fetch it again")
+        return cls.from_files(files, look)
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any]) -> "JanusConfig":
@@ -164,6 +184,10 @@ class Janus(Conversing):
         d, codes = cfg.decoder.dim, cfg.vq.n_codes
         self.decoder = Decoder(cfg.decoder)
         self.vision, self.aligner = Tower(cfg.tower), Projector(cfg.aligner)
+        if (width := self.vision.trunk.num_features) != cfg.aligner.dim_in:
+            raise ValueError(
+                f"got an aligner_config with input_dim {cfg.aligner.dim_in} for {cfg.tower.name}: expected {width}, its width"
+            )
         self.vq = VQ(cfg.vq)
         self.code_embed, self.code_aligner = nn.Embedding(codes, cfg.vq.code_dim), Projector(cfg.code_aligner)
         self.code_head = MLP(d, cfg.code_head, codes, "gelu")
@@ -172,20 +196,23 @@ class Janus(Conversing):
     def from_folder(cls, folder: Path) -> "Janus":
         """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(JanusConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder)
+        model.tokenizer = load_tokenizer(folder, special=UNSPEAKABLE)
         model.layout = "transformers" if "text_config" in _read(folder / "config.json") else "original"
         return model
 
     def weights(self) -> dict[tuple[str, ...], Table]:
         """The key table of the layout that this model came in, or is saved in."""
         depths = self.cfg.aligner.depth, self.cfg.code_aligner.depth
-        return {WEIGHTS: KEYS if self.layout == "original" else transformers_keys(*depths)}
+        if self.layout == "transformers":
+            return {WEIGHTS: transformers_keys(*depths)}
+        without = tuple(name for name, depth in zip(("aligner.", "gen_aligner."), depths, strict=True) if not depth)
+        return {WEIGHTS: {row: ours for row, ours in KEYS.items() if not row.startswith(without)}}
 
     def save_config(self, folder: Path) -> None:
         """Write config.json and preprocessor_config.json."""
         files = self.cfg.to_files()
         if self.layout == "transformers":
-            known = self.markers if self.tokenizer else None
+            known = self.markers if self.tokenizer or self.special else None
             image = self.tokenizer.id(PLACEHOLDER) if self.tokenizer else None
             files = transformers_files(files, markers=known, image=image)
         for name, contents in files.items():
@@ -198,6 +225,8 @@ class Janus(Conversing):
 
         dtype: what the weights are cast to; unless given, they are written as they are.
         """
+        if layout not in (None, *get_args(Layout)):
+            raise ValueError(f"got layout {layout!r}: expected one of {', '.join(get_args(Layout))}")
         before, self.layout = self.layout, layout or self.layout
         try:
             super().save_pretrained(folder, dtype=dtype)
@@ -339,16 +368,22 @@ class Janus(Conversing):
         if steps is not None:
             raise NotImplementedError("Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps")
         if size is not None and tuple(size) != self.cfg.size:
-            raise ValueError(f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone")
+            raise ValueError(
+                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone; leave size out"
+            )
 
 
 # ---- released files
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
 
 
+PARTS = ("aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config", "language_config")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # released names on the left, ours on the right
 KEYS: Table = {

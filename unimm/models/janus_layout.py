@@ -8,11 +8,18 @@ from typing import Any, Literal
 from unimm.checkpoint import Table
 from unimm.models.conversing import llama_keys
 from unimm.models.prompts import Markers
-from unimm.models.tower import RELEASED, ViTNumbers
+from unimm.models.tower import RELEASED, TowerConfig, ViTNumbers
 
 Layout = Literal["original", "transformers"]
 Files = dict[str, dict[str, Any]]
 
+TEXT: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
 VISION: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -37,16 +44,19 @@ VQ: dict[str, Any] = {
     "projection_dim": 2048,
     "image_token_embed_dim": 2048,
     "num_hidden_layers": 2,
+    "hidden_act": "gelu",
+    "double_latent": False,
 }
-FIXED = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias")
+FIXED = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
 
 
 def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' config.json as the original's. Raises ValueError for what no release asks for and is not built."""
-    vision, vq = {**VISION, **files.get("vision_config", {})}, {**VQ, **files.get("vq_config", {})}
-    if wrong := [f"{key} {vision[key]!r}" for key in FIXED if vision[key] != VISION[key]]:
-        raise ValueError(f"the vision_config asks for {', '.join(wrong)}, which no release does and is not built")
-    d = files["text_config"]["hidden_size"]
+    llm, vision, vq = TEXT | files["text_config"], VISION | files["vision_config"], VQ | files.get("vq_config", {})
+    for name, asked, usual in (("vision_config", vision, VISION), ("vq_config", vq, VQ)):
+        if wrong := [f"{key} {asked[key]!r}" for key in FIXED if key in usual and asked[key] != usual[key]]:
+            raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
+    d = llm["hidden_size"]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mlp_ratio")
     vit = ViTNumbers(**dict(zip(("dim", "n_layers", "n_heads", "patch", "mlp_ratio"), (vision[k] for k in sizes), strict=True)))
     name = f"siglip_large_patch16_{vision['image_size']}"
@@ -57,7 +67,7 @@ def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
     codes |= {"ch_mult": vq["channel_multiplier"], "num_res_blocks": vq["num_res_blocks"], "z_channels": vq["latent_channels"]}
     look = {"projector_type": "mlp_gelu", "depth": vision["depth"], "input_dim": vit.dim, "n_embed": d}
     draw = {"projector_type": "mlp_gelu", "depth": vq["num_hidden_layers"], "input_dim": vq["embed_dim"], "n_embed": d}
-    head = {"image_token_embed": vq["image_token_embed_dim"], "image_token_size": vq["num_embeddings"], "n_embed": d}
+    head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": d}
     return {
         "vision_config": {"params": params},
         "aligner_config": {"params": look},
@@ -65,7 +75,7 @@ def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
         "gen_aligner_config": {"params": draw},
         "gen_head_config": {"params": head},
         # transformers ties the embeddings unless told, but no file of theirs has them tied
-        "language_config": files["text_config"] | {"tie_word_embeddings": False},
+        "language_config": llm | {"tie_word_embeddings": False},
         **({"generation": files["generation"]} if "generation" in files else {}),
     }
 
@@ -77,23 +87,26 @@ def transformers_files(files: Files, *, markers: Markers | None, image: int | No
     """
     top, look = files["config.json"], files["preprocessor_config.json"]
     llm, head, codes = top["language_config"], top["gen_head_config"]["params"], top["gen_vision_config"]["params"]
-    tower = top["vision_config"]["params"]
-    vit = RELEASED.get(tower["model_name"]) or ViTNumbers(**{k: tower[v] for k, v in ViTNumbers.FILES.items()})
-    d = llm["hidden_size"]
+    tower, aligners = TowerConfig.from_files(top["vision_config"]["params"]), ("aligner_config", "gen_aligner_config")
+    vit, d = tower.vit, llm["hidden_size"]
+    if vit is None:
+        raise ValueError(f'got the encoder {tower.name}: transformers knows SigLIP alone; save it with layout="original"')
+    if short := [name for name in aligners if top[name]["params"]["projector_type"] == "identity"]:
+        raise ValueError(f'got an identity as {short[0]}: transformers has a linear at least; save it with layout="original"')
     if head["image_token_embed"] != d:
         raise ValueError(
             f"got a code head of width {head['image_token_embed']} in a model of width {d}: transformers has one number "
             'for both; save it with layout="original"'
         )
-    vision = dict(VISION) | {"hidden_size": vit.dim, "num_hidden_layers": vit.n_layers, "num_attention_heads": vit.n_heads}
-    vision |= {"patch_size": vit.patch, "mlp_ratio": vit.mlp_ratio, "image_size": tower["image_size"], "projection_dim": d}
+    vision = dict(VISION) | {"hidden_size": vit.dim, "num_hidden_layers": tower.depth, "num_attention_heads": vit.n_heads}
+    vision |= {"patch_size": vit.patch, "mlp_ratio": vit.mlp_ratio, "image_size": tower.size, "projection_dim": d}
     vision |= {"depth": top["aligner_config"]["params"]["depth"], "model_type": "janus_vision_model"}
-    vision |= {"num_image_tokens": (tower["image_size"] // vit.patch) ** 2}
+    vision |= {"num_image_tokens": (tower.size // vit.patch) ** 2}
     vq = dict(VQ) | {"embed_dim": codes["n_embed"], "num_embeddings": codes["image_token_size"], "projection_dim": d}
     names = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks"}
     vq |= {theirs: codes[ours] for ours, theirs in {**names, "z_channels": "latent_channels"}.items() if ours in codes}
     vq |= {"image_token_embed_dim": d, "num_hidden_layers": top["gen_aligner_config"]["params"]["depth"]}
-    vq |= {"model_type": "janus_vqgan", "num_patches": tower["image_size"] // 2 ** (len(vq["channel_multiplier"]) - 1)}
+    vq |= {"model_type": "janus_vqgan", "num_patches": tower.size // 2 ** (len(vq["channel_multiplier"]) - 1)}
     config: dict[str, Any] = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
     config |= {"tie_word_embeddings": False}
     config |= {"text_config": llm, "vision_config": vision, "vq_config": vq, "generation": top["generation"]}

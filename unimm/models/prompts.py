@@ -13,12 +13,12 @@ from unimm.sequence import IGNORE, Item, image_item, text_item
 from unimm.tokenizers.conversation import DEFAULT_SYSTEM, Message, format_conversation
 from unimm.tokenizers.pixels import PadSquare, open_image, patchify
 from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.unified import Picture, TextTokenizer
+from unimm.unified import Picture, TextTokenizer, pictures_of
 
 PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
 ROLES, OLD_ROLES = ("<|User|>", "<|Assistant|>"), ("User", "Assistant")
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": [...] or absent}
+Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,10 @@ class Markers:
         "boi": "<begin_of_image>",
         "eoi": "<end_of_image>",
     }
+
+
+# what no user can say, whether or not a tokenizer.json calls it special
+UNSPEAKABLE = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,10 @@ class Prompts:
             return self.special
         ids = {name: found for name, token in Markers.STRINGS.items() if (found := self.words.id(token)) is not None}
         if lost := [token for name, token in Markers.STRINGS.items() if name not in ids]:
-            raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the files of a Janus checkpoint")
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(lost)}: expected the special tokens of a Janus checkpoint; "
+                "put the tokenizer.json that was released with the weights into the folder"
+            )
         return Markers(**ids)
 
     @property
@@ -88,9 +95,15 @@ class Prompts:
             message, images = self._message(turn)
             messages.append(message)
             shown += images
-        if messages[-1].role != self.roles[0]:
-            raise ValueError("got a conversation that ends with the assistant: expected the user to have the last word")
-        return self._composed(messages, shown, self.talk.system if system is None else system)
+        if not messages or messages[-1].role != self.roles[0]:
+            raise ValueError(
+                f"got a conversation that ends with {'the assistant' if messages else 'nothing'}: expected the user to have "
+                "the last word; add a turn of the user's"
+            )
+        system = self.talk.system if system is None else system
+        if PLACEHOLDER in system:
+            raise ValueError(f"got {PLACEHOLDER} in the system prompt: pictures belong to the turns; leave it out")
+        return self._composed(messages, shown, hide_markers(self.words, system))
 
     def answered(self, turns: Sequence[Turn], answer: str) -> list[Item]:
         """A conversation and the assistant's next words, whose ids, and the eos behind them, carry labels."""
@@ -106,22 +119,26 @@ class Prompts:
 
     def looked_at(self, pixels: Tensor, markers: tuple[int, int]) -> Item:
         """A picture [3, S, S] between its markers."""
-        tokens = patchify(pixels, self.patch)
+        seen = self.pixels.size // self.patch * self.patch  # what is left of a patch at the edges, no tower sees
+        tokens = patchify(pixels[:, :seen, :seen], self.patch)
         return image_item("look", tokens, torch.arange(len(tokens)), markers=markers, causal=True)
 
     def _message(self, turn: Turn) -> tuple[Message, list[Picture]]:
         names = dict(zip(("user", "assistant"), self.roles, strict=True))
-        unknown = turn.keys() - {"role", "content", "images"}
-        if turn.get("role") not in names or not isinstance(turn.get("content"), str) or unknown:
-            raise ValueError(f"got the turn {dict(turn)!r}: expected role 'user' or 'assistant', content, and perhaps images")
-        content, images = turn["content"], list(turn.get("images") or [])
+        known = isinstance(turn, Mapping) and turn.keys() <= {"role", "content", "images"}
+        if not known or turn.get("role") not in names or not isinstance(turn.get("content"), str):
+            raise ValueError(
+                f"got the turn {turn!r}: expected a dict of role ('user' or 'assistant'), content (a text), and perhaps images"
+            )
+        content, (images,) = turn["content"], pictures_of(turn.get("images"), "")
         if not content.strip():
-            raise ValueError(f"got an empty text from the {turn['role']}: expected at least a word")
+            raise ValueError(f"got an empty prompt: expected at least a word from the {turn['role']}")
         if PLACEHOLDER not in content:
             content = f"{PLACEHOLDER}\n" * len(images) + content
         if (places := content.count(PLACEHOLDER)) != len(images):
             raise ValueError(
-                f"got {places} {PLACEHOLDER} for {len(images)} pictures: expected one for each, or none to have them in front"
+                f"got {places} {PLACEHOLDER} for {len(images)} pictures: expected one for each; give as many pictures, or "
+                "leave the placeholders out to have the pictures in front"
             )
         return Message(names[turn["role"]], hide_markers(self.words, content, but=[PLACEHOLDER])), images
 

@@ -4,8 +4,10 @@ Axes: B pictures, S pixels a side, n features of a picture in raster order, D mo
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -85,13 +87,16 @@ class Tower(nn.Module):
         # pixels a feature, along each side
         self.patch: int = cfg.vit.patch if cfg.vit else self.trunk.feature_info[-1]["reduction"]
         self.side = cfg.size // self.patch
+        if not self.side:
+            raise ValueError(f"got pictures of {cfg.size} pixels for {cfg.name}: expected {self.patch} or more, one feature's")
+        # where an encoder that gives a grid has its features, and how many of a sequence belong to no place
+        self.grid = "b h w d" if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC" else "b d h w"
+        self.prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S], normalised -> [B, n, D]: after the final norm, without pooling."""
+        """images [B, 3, S, S], normalised -> [B, n, D]: after the final norm, without pooling. S: whole patches alone."""
         x = self.trunk.forward_features(images)
-        if x.ndim == 4:  # a convolutional encoder
-            return rearrange(x, "b d h w -> b (h w) d")
-        return x[:, self.trunk.num_prefix_tokens :]
+        return rearrange(x, f"{self.grid} -> b (h w) d") if x.ndim == 4 else x[:, self.prefix :]
 
 
 def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
@@ -99,7 +104,7 @@ def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = VisionTransformer(
-        img_size=cfg.size,
+        img_size=cfg.size // vit.patch * vit.patch,
         patch_size=vit.patch,
         embed_dim=vit.dim,
         depth=cfg.depth,
@@ -126,5 +131,14 @@ def _named(cfg: TowerConfig) -> Any:
         raise ValueError(f"got select_layer {cfg.select_layer} for {cfg.name}: only -1, the whole encoder, is known for it")
     known = timm.get_pretrained_cfg(cfg.name)
     fixed = known is not None and known.fixed_input_size  # of a table of positions; others take any size
-    more: dict[str, Any] = {"img_size": cfg.size} if fixed else {}
-    return timm.create_model(cfg.name, num_classes=0, pretrained=False, **more)
+    make: Any = partial(timm.create_model, cfg.name, num_classes=0, pretrained=False)
+    if fixed:
+        with torch.device("meta"):
+            patch = make().feature_info[-1]["reduction"]
+        make = partial(make, img_size=cfg.size // patch * patch)
+    trunk = make()
+    stored = trunk.state_dict().keys()
+    if any(table.is_meta and name not in stored for name, table in trunk.named_buffers()):
+        with torch.device("cpu"):  # tables that no file holds are made with the module
+            return make()
+    return trunk

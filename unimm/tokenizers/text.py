@@ -11,13 +11,17 @@ import tokenizers
 
 
 class JsonTokenizer:
-    """A released tokenizer.json, through the tokenizers library."""
+    """A released tokenizer.json, through the tokenizers library.
+
+    special: tokens that are markers even where the file does not call them special.
+    """
 
     FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, special: Sequence[str] = ()):
         self.folder = folder
         self.inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.inner.add_special_tokens([token for token in special if self.inner.token_to_id(token) is not None])
         self.inner.encode_special_tokens = True  # a marker typed by a user stays text
 
     def encode(self, text: str) -> list[int]:
@@ -102,10 +106,13 @@ def _hidden(tokenizer: Marked) -> dict[str, str]:
     return {token: f"\ue000{chr(0xE100 + i)}\ue001" for i, token in enumerate(tokens)}
 
 
-def load_tokenizer(folder: Path) -> "JsonTokenizer | SentencePieceTokenizer | None":
-    """The tokenizer in a model's folder, or None where the folder holds none (golden cases hold ids only)."""
+def load_tokenizer(folder: Path, *, special: Sequence[str] = ()) -> "JsonTokenizer | SentencePieceTokenizer | None":
+    """The tokenizer in a model's folder, or None where the folder holds none (golden cases hold ids only).
+
+    special: tokens that are markers even where tokenizer.json does not call them special.
+    """
     if (folder / "tokenizer.json").exists():
-        return JsonTokenizer(folder)
+        return JsonTokenizer(folder, special)
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
     return None
