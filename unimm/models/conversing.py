@@ -82,8 +82,8 @@ class Conversing(UnifiedModel):
         last one is the user's. system: instead of the model's own system prompt. Returns a str, a list of them for a
         batch, or (`stream`) pieces as they come. Raises ValueError for bad input.
         """
-        if not turns:
-            raise ValueError("got no turns: expected at least one, the user's")
+        if not turns or isinstance(turns, Mapping):
+            raise ValueError(f"got {turns!r} for a conversation: expected a list of turns, the last one the user's")
         single = isinstance(turns[0], Mapping)
         batch: list[Any] = [turns] if single else list(turns)
         if stream and not single:
