@@ -299,7 +299,7 @@ def test_bfloat16():
         ({"guidance": -1.0}, ValueError, "guidance -1.0"),
         ({"guidance": [1.0, 2.0]}, ValueError, "got 2 guidances for 1 prompts"),
         ({"seed": -1}, ValueError, "got seed -1"),
-        ({"prompt": " "}, ValueError, "got an empty text"),
+        ({"prompt": " "}, ValueError, "got an empty "),
         ({"prompt": []}, ValueError, "got no prompts"),
         ({"prompt": "w " * 200}, ValueError, "the model knows 160"),
     ],

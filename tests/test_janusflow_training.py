@@ -278,3 +278,8 @@ def test_a_target_is_behind_its_prompt_alone():
     assert layout.positions.tolist() == [0, 1, *range(2, 7), *range(2, 7)]
     sees = [[q >= k and not (q >= 7 and 2 <= k < 7) for k in range(12)] for q in range(12)]
     assert torch.equal(layout.mask.dense(), torch.tensor(sees))
+
+
+def test_texts_alone_make_a_batch(objective):
+    batch = objective.batch.batch([example("answer.count", 1), example("caption", 1)], random.Random(0))
+    assert batch.pack.draw is None and set(objective.losses(batch)) == {"answer", "caption"}
