@@ -1,5 +1,6 @@
 """Small recipes of Janus for the tests, around untrained parts of small numbers."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -43,10 +44,12 @@ def parts(folder: Path) -> Path:
 def small(name: str, folder: Path, *, options: dict | None = None, **changes) -> Recipe:
     """One of our recipes with small numbers, around the parts in a folder."""
     full = read_recipe(RECIPES / f"{name}.yaml")
-    model = {key: dict(part) if isinstance(part, dict) else part for key, part in full.model.items()}
+    model = copy.deepcopy(dict(full.model))
     model["language"] |= LANGUAGE
     model["vision"] |= VISION
     model["code_head"] = 32
+    # untrained models do not stop by themselves
+    model["generation"]["talk"] |= {"max_tokens": 4}
     # tasks once each: a recipe's ratios are tested as they are read
     tasks = dict.fromkeys(full.options["tasks"], 1)
     ours = {"tasks": tasks, "vq": str(folder), "vit": str(folder), "compiled": False}

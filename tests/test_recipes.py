@@ -50,7 +50,11 @@ def test_every_recipe_is_read():
         "bagel-nano-vae": "vae",
         "bagel-nano-vit": "vision",
         "janus-nano": "janus",
+        "janus-nano-decoupling": "decoupling",
         "janus-nano-semantic": "semantic",
+        "janus-nano-stage1": "janus",
+        "janus-nano-stage2": "janus",
+        "janus-nano-stage3": "janus",
         "janus-nano-vq": "vq",
         "janusflow-nano": "janusflow",
     }
