@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unimm import Janus
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "bagel"
 DEV = GOLDEN / "dev"
+JANUS = GOLDEN.parent / "janus"
 CASES = sorted(path.parent for path in GOLDEN.parent.rglob("io.safetensors"))
 # a parameter of every part, and a table: what no stored output depended on could be wrong unseen
 PARTS = [
@@ -25,6 +28,22 @@ PARTS = [
     "latent_places",
     "vae.encoder.conv_out.bias",
     "vae.decoder.mid.block_1.conv1.weight",
+]
+
+JANUS_PARTS = [
+    "decoder.embed.weight",
+    "decoder.blocks.1.streams.all.k.weight",
+    "decoder.norms.all.weight",
+    "vision.trunk.pos_embed",
+    "vision.trunk.blocks.2.attn.qkv.bias",
+    "vision.trunk.attn_pool.q.weight",
+    "aligner.layers.2.bias",
+    "code_embed.weight",
+    "code_aligner.layers.0.weight",
+    "code_head.fc1.bias",
+    "vq.encoder.conv_out.bias",
+    "vq.decoder.mid.0.conv1.weight",
+    "vq.quantize.embedding.weight",
 ]
 
 
@@ -68,6 +87,15 @@ def test_equals_the_original(parity, path):
     assert sum(row.kind == "compared" for row in rows) > len(tensors) / 2
 
 
+def test_equals_the_original_in_transformers_layout(parity, tmp_path):
+    shutil.copytree(JANUS / "dev", tmp_path / "dev")
+    Janus.from_pretrained(JANUS / "dev").save_pretrained(tmp_path / "dev_hf", layout="transformers")
+    shutil.copytree(JANUS / "dev_hf", tmp_path / "dev_hf", dirs_exist_ok=True)  # its own config, and the keys that it has
+    rows = parity.check(tmp_path / "dev_hf")
+    assert not bad(rows) and "keys.json: names and shapes as saved" in {row.name for row in rows}
+    assert sum(row.kind == "compared" for row in rows) > 40
+
+
 def test_sizes_after_the_resize(parity, tmp_path):
     rows = parity.check(GOLDEN / "resize_table.json")
     assert len(rows) == 6 and not bad(rows)
@@ -85,8 +113,12 @@ def test_a_wrong_size_fails(parity, tmp_path):
     assert len(bad(parity.check(path))) == 6
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [*PARTS, *(f"janus: {name}" for name in JANUS_PARTS)])
 def test_a_changed_weight_fails(parity, monkeypatch, name):
+    family, _, name = name.rpartition(": ")
+    module = getattr(parity, f"parity_{family or 'bagel'}")
+    loaded = module.Janus if family else module.Bagel
+
     def load(folder):
         model = original(folder)
         with torch.no_grad():
@@ -94,17 +126,19 @@ def test_a_changed_weight_fails(parity, monkeypatch, name):
             x.add_(1e-2 * x.abs().mean() * torch.randn(x.shape))
         return model
 
-    original = parity.parity_bagel.Bagel.from_pretrained
-    monkeypatch.setattr(parity.parity_bagel.Bagel, "from_pretrained", load)
-    case = parity.Case(DEV)
-    parity.FAMILIES["bagel"].check(case)
+    original = loaded.from_pretrained
+    monkeypatch.setattr(loaded, "from_pretrained", load)
+    case = parity.Case(JANUS / "dev" if family else DEV)
+    module.check(case)
     assert bad(case.account())
 
 
-def test_every_compared_row_can_fail(parity, case):
+@pytest.mark.parametrize("source", [DEV, JANUS / "dev"], ids=["bagel", "janus"])
+def test_every_compared_row_can_fail(parity, tmp_path, source):
     """A stored output that is a little off is seen, whichever it is."""
+    case = Path(shutil.copytree(source, tmp_path / "case"))
     tensors = load_file(case / "io.safetensors")
-    compared = {row.name for row in parity.check(DEV) if row.kind == "compared"}
+    compared = {row.name for row in parity.check(source) if row.kind == "compared"}
     changed = [name for name in compared & tensors.keys() if tensors[name].numel()]
     for name in changed:
         x = tensors[name].view(-1)
