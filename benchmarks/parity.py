@@ -2,7 +2,8 @@
 
 A case is a folder (released layout, io.safetensors, io.json) or a resize_table.json. One line a stored output: name,
 largest absolute difference, allowed, ok. Fails, too, where a stored output was not compared. Allowed in float32: 1e-4
-of the largest value stored; ids, masks and counts are exact; 8-bit pixels may be off by 1.
+of the largest value stored (twice that for logits of Qwen2.5-VL); ids, masks and counts are exact; 8-bit pixels may be
+off by 1.
 """
 import argparse
 import json
@@ -17,6 +18,7 @@ import parity_bagel
 import parity_janus
 import parity_janus_preproc
 import parity_janusflow
+import parity_qwen_vl
 import parity_vae
 import torch
 from safetensors.torch import load_file
@@ -91,10 +93,10 @@ class Case:
         self.given.add(name)
         return self.meta.get(name, default)
 
-    def compare(self, name: str, ours: Tensor, *, note: str = "") -> None:
-        """Compare with a stored tensor; nothing where none is stored under the name."""
+    def compare(self, name: str, ours: Tensor, *, note: str = "", share: float = FLOAT) -> None:
+        """Compare with a stored tensor; nothing where none is stored under the name. share: allowed, of its largest value."""
         if name in self.tensors:
-            difference, allowed, why = distance(ours, self.tensors[name])
+            difference, allowed, why = distance(ours, self.tensors[name], share)
             self._add(Row(name=name, kind="compared", difference=difference, allowed=allowed, note=why or note))
 
     def compare_note(self, name: str, ours: Any, stored: Any) -> None:
@@ -137,7 +139,7 @@ class Case:
         return sorted(self.rows.values(), key=lambda row: order.get(row.name.partition(": ")[0], len(order)))
 
 
-def distance(ours: Tensor, stored: Tensor) -> tuple[float, float, str]:
+def distance(ours: Tensor, stored: Tensor, share: float = FLOAT) -> tuple[float, float, str]:
     """Largest absolute difference, what is allowed, and what is wrong with the shape."""
     ours = ours.detach().cpu()
     if ours.shape != stored.shape:
@@ -151,7 +153,7 @@ def distance(ours: Tensor, stored: Tensor) -> tuple[float, float, str]:
     # the same infinity on both sides is no difference
     apart = torch.where(ours == stored, 0.0, (ours.double() - stored.double()).abs())
     finite = stored[stored.isfinite()].abs()
-    return float(apart.max()), FLOAT * float(finite.max()) if len(finite) else 0.0, ""
+    return float(apart.max()), share * float(finite.max()) if len(finite) else 0.0, ""
 
 
 # ---- the table of resized sizes
@@ -213,6 +215,7 @@ MODULES = {
     "janus's preprocessing": parity_janus_preproc,
     "janusflow": parity_janusflow,
     "autoencoder": parity_vae,
+    "qwen2.5-vl": parity_qwen_vl,
 }
 FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for name, module in MODULES.items()}
 

@@ -43,7 +43,8 @@ class Item:
     ids: Tensor  # [n] text, or the markers: [2] around the tokens, [1] before them
     labels: Tensor  # one for each of ids, the id that its row must predict, or IGNORE
     tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean, or codes [n]
-    places: Tensor | None = None  # [n], where each token lies in its table of positions
+    # [n], where each token lies in its table of positions; or [n, 3], its time, row and column from where the image begins
+    places: Tensor | None = None
     time: float = 0.0  # draw: 0 is data, 1 is noise
     noised: bool = False  # draw: a target, its tokens carry the flow loss
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -35,11 +36,17 @@ class DecoderConfig:
     qkv_bias: bool
     qk_norm: bool
     streams: tuple[str, ...]  # who owns weights in a block
+    rope_sections: tuple[int, ...] = ()  # rotary frequencies of each axis, where positions have several
+    tied: bool = False  # the language head is the table of embeddings
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"dim {self.dim} must be a multiple of n_heads {self.n_heads}, and that of n_kv_heads {self.n_kv_heads}"
+            )
+        if self.rope_sections and sum(self.rope_sections) != self.head_dim // 2:
+            raise ValueError(
+                f"got rotary sections {self.rope_sections} in the config: expected a sum of {self.head_dim // 2}, half a head"
             )
 
     FILES: ClassVar = {
@@ -57,11 +64,20 @@ class DecoderConfig:
     }
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], *, qkv_bias: bool, streams: tuple[str, ...]) -> "DecoderConfig":
+    def from_files(
+        cls,
+        files: Mapping[str, Any],
+        *,
+        qkv_bias: bool,
+        streams: tuple[str, ...],
+        rope_sections: tuple[int, ...] = (),
+        tied: bool = False,
+    ) -> "DecoderConfig":
         """Read a Llama- or Qwen2-like config.json. Raises ValueError where a number is missing."""
         if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
             raise ValueError(f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json")
-        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()}, qkv_bias=qkv_bias, streams=streams)
+        known = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
+        return cls(**known, qkv_bias=qkv_bias, streams=streams, rope_sections=rope_sections, tied=tied)
 
     @classmethod
     def from_llama(cls, files: Mapping[str, Any], *, stream: str) -> "DecoderConfig":
@@ -84,7 +100,7 @@ class DecoderConfig:
 
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"tie_word_embeddings": False}
+        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"tie_word_embeddings": self.tied}
 
     @property
     def head_dim(self) -> int:
@@ -174,6 +190,33 @@ class Block(nn.Module):
         return {name: streams[name].leave(part, y[name]) for name, part in x.items()}
 
 
+class TiedHead(nn.Module):
+    """A language head whose weight is the table of embeddings; it holds no parameter of its own."""
+
+    def __init__(self, embed: nn.Embedding):
+        super().__init__()
+        self.table = (embed,)  # no part of this module: its weight would have two names
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self.table[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def turns(positions: Tensor, cfg: DecoderConfig, dtype: torch.dtype) -> Tensor:
+    """Rotary angles [2, N, K/2] of positions [N]; or of [N, A], where each axis turns the frequencies of its section.
+
+    M-RoPE, arXiv 2409.12191, section 2.1: with equal axes it is the rotation of one.
+    """
+    if positions.ndim == 1:
+        return rope(positions, cfg.head_dim, cfg.rope_theta, dtype)
+    axes = [rope(at, cfg.head_dim, cfg.rope_theta, dtype).split(cfg.rope_sections, -1) for at in positions.unbind(1)]
+    return torch.cat([parts[i] for i, parts in enumerate(axes)], -1)
+
+
 class Decoder(nn.Module):
     """Token embedding, blocks, a final norm for each stream, and the language head."""
 
@@ -183,14 +226,13 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(cfg.vocab, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norms = nn.ModuleDict({name: RMSNorm(cfg.dim, cfg.norm_eps) for name in cfg.streams})
-        self.head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
+        self.head = TiedHead(self.embed) if cfg.tied else nn.Linear(cfg.dim, cfg.vocab, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, rows: Parts, attend: Attend) -> Parts:
-        """x [N, D], positions [N], rows {stream: [n]} -> {stream: [n, D]}, before the final norms."""
+        """x [N, D], positions [N] or [N, axes], rows {stream: [n]} -> {stream: [n, D]}, before the final norms."""
         route = Route(rows)
         parts = route.split(x)
-        turns = route.split(positions)
-        angles = {name: rope(at, self.cfg.head_dim, self.cfg.rope_theta, x.dtype) for name, at in turns.items()}
+        angles = {name: turns(at, self.cfg, x.dtype) for name, at in route.split(positions).items()}
         for block in self.blocks:
             parts = block(parts, angles, route, attend)
         return parts

@@ -1,0 +1,185 @@
+"""What a conversation with pictures is in Qwen2.5-VL's sequence: texts in its chat template, pictures behind a marker.
+
+Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md sections 1.2 and 3.1.
+"""
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from unimm.models.qwen_vision import QwenVisionConfig, cells
+from unimm.sequence import IGNORE, Item, Segment, text_item
+from unimm.tokenizers.pixels import open_image
+from unimm.tokenizers.smart_resize import Grid, SmartResize
+from unimm.tokenizers.text import encode_marked, hide_markers
+from unimm.unified import Picture, TextTokenizer, pictures_of
+
+START, END = "<|im_start|>", "<|im_end|>"
+PLACEHOLDER = "<|image_pad|>"  # where a picture belongs
+SHOWN = f"<|vision_start|>{PLACEHOLDER}<|vision_end|>"
+SYSTEM = "You are a helpful assistant."  # what the released chat template says where nobody else does
+ROLES = ("user", "assistant")
+Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenMarkers:
+    """Ids that the format needs; the released ones where a config is silent."""
+
+    end: int = 151645
+    look: int = 151652
+    looked: int = 151653
+    image: int = 151655
+    video: int = 151656
+
+    FILES: ClassVar = {
+        "end": "eos_token_id",
+        "look": "vision_start_token_id",
+        "looked": "vision_end_token_id",
+        "image": "image_token_id",
+        "video": "video_token_id",
+    }
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any]) -> "QwenMarkers":
+        """Read a released config.json."""
+        found = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
+        return cls(**{name: value[0] if isinstance(value, list) else value for name, value in found.items()})
+
+    def to_files(self) -> dict[str, int]:
+        """The mapping that `from_files` reads."""
+        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenPrompts:
+    """Conversations to items."""
+
+    tokenizer: TextTokenizer | None
+    pixels: SmartResize
+    vision: QwenVisionConfig
+    markers: QwenMarkers
+
+    @property
+    def words(self) -> TextTokenizer:
+        """The tokenizer. Raises ValueError for a checkpoint without one."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
+        return self.tokenizer
+
+    def conversation(self, turns: Sequence[Turn], *, system: str | None = None) -> list[Item]:
+        """A conversation up to where the assistant speaks. system: instead of the released system prompt; "" for no turn.
+
+        Pictures stand in front of their turn's text, or where it says `PLACEHOLDER`. Raises ValueError for bad input.
+        """
+        text, shown = self.template(turns, system=system)
+        return self.composed(text, shown)
+
+    def answered(self, turns: Sequence[Turn], answer: str, *, system: str | None = None) -> list[Item]:
+        """A conversation and the assistant's next words, whose ids, and the end behind them, carry labels."""
+        *before, last = self.conversation(turns, system=system)
+        said, ids = [*self.words.encode(answer), self.markers.end], last.ids.tolist()
+        return [*before, text_item([*ids, *said], labels=[*[IGNORE] * (len(ids) - 1), *said, IGNORE])]
+
+    def template(self, turns: Sequence[Turn], *, system: str | None = None) -> tuple[str, list[Picture]]:
+        """The text of a conversation, for `composed`, and its pictures; a caller may add to the text."""
+        system = SYSTEM if system is None else system
+        text = f"{START}system\n{hide_markers(self.words, system)}{END}\n" if system else ""
+        shown: list[Picture] = []
+        for turn in turns:
+            content, images = self._content(turn)
+            text += f"{START}{turn['role']}\n{content}{END}\n"
+            shown += images
+        if not turns or turns[-1]["role"] != "user":
+            raise ValueError("got a conversation that does not end with the user: expected the user to have the last word")
+        return text + f"{START}assistant\n", shown
+
+    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
+        """A text in which markers are markers, with a `PLACEHOLDER` for each picture, as items."""
+        shown = [self.pixels.patches([open_image(picture)]) for picture in pictures]
+        return self.items(encode_marked(self.words, text), shown)
+
+    def items(self, ids: Sequence[int], shown: Sequence[tuple[Tensor, Grid]], *, seconds: Sequence[float] = ()) -> list[Item]:
+        """Ids with runs of placeholders, each a picture's or a video's, as items. shown: patches and grid of each run.
+
+        A run may be a single id or as long as the picture has cells. seconds: of each of `shown`, what a step of its grid
+        in time lasts; a still picture's is 0, and so are all unless given. Raises ValueError where runs and pictures differ.
+        """
+        left = iter(zip(shown, seconds or [0.0] * len(shown), strict=True))
+        out: list[Item] = []
+        text: list[int] = []
+        for one, length in _runs(ids, (self.markers.image, self.markers.video)):
+            if not length:
+                text.append(one)
+                continue
+            if not text or text.pop() != self.markers.look:
+                raise ValueError("got a picture's placeholder without the marker <|vision_start|> before it: add the marker")
+            found = next(left, None)
+            item = None if found is None else self.looked_at(*found[0], seconds=found[1])
+            if item is None or length not in (1, item.n_tokens):
+                n = "no picture" if item is None else f"a picture of {item.n_tokens} cells"
+                raise ValueError(f"got {length} placeholders for {n}: expected one for each picture, or one a cell")
+            out += [text_item(text), item] if text else [item]
+            text = []
+        if next(left, None) is not None:
+            raise ValueError(f"got {len(shown)} pictures and fewer placeholders: write {PLACEHOLDER} where each belongs")
+        return [*out, text_item(text)] if text else out
+
+    def looked_at(self, patches: Tensor, grid: Grid, *, seconds: float = 0.0) -> Item:
+        """A picture's patches [N, C*T*p*p] behind the marker <|vision_start|>; its tokens are cells.
+
+        Places [n, 3] are (time, row, column) from where the picture begins; the text behind it starts past the largest.
+        """
+        places = cells(grid, self.vision.merge)
+        places[:, 0] = (places[:, 0] * seconds * self.vision.ticks).long()  # truncated, as in the original
+        n = len(places)
+        return Item(
+            kind="look",
+            segment=Segment(length=n + 1, attend="causal", advance=int(places.max()) + 2),
+            ids=torch.tensor([self.markers.look]),
+            labels=torch.tensor([IGNORE]),
+            tokens=rearrange(patches, "(n s) f -> n (s f)", n=n),
+            places=places,
+        )
+
+    def _content(self, turn: Turn) -> tuple[str, list[Picture]]:
+        known = isinstance(turn, Mapping) and turn.keys() <= {"role", "content", "images"}
+        if not known or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            raise ValueError(
+                f"got the turn {turn!r}: expected a dict of role ('user' or 'assistant'), content (a text), and perhaps images"
+            )
+        content, (images,) = turn["content"], pictures_of(turn.get("images"), "")
+        if not content.strip():
+            raise ValueError(f"got an empty prompt: expected at least a word from the {turn['role']}")
+        if PLACEHOLDER not in content:
+            content = PLACEHOLDER * len(images) + content
+        if (places := content.count(PLACEHOLDER)) != len(images):
+            raise ValueError(
+                f"got {places} {PLACEHOLDER} for {len(images)} pictures: expected one for each; give as many pictures, or "
+                "leave the placeholders out to have the pictures in front"
+            )
+        return hide_markers(self.words, content, but=[PLACEHOLDER]).replace(PLACEHOLDER, SHOWN), images
+
+
+def _runs(ids: Sequence[int], pads: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each id that is no pad, with 0; each run of equal pads once, with its length."""
+    run = 0
+    for i, one in enumerate(ids):
+        run = run + 1 if one in pads else 0
+        if not run:
+            yield one, 0
+        elif i + 1 == len(ids) or ids[i + 1] != one:
+            yield one, run
+            run = 0
+
+
+def frames(pictures: Sequence[Picture]) -> list[Image.Image]:
+    """Pictures of one size as the frames of a video. Raises ValueError where the sizes differ."""
+    opened = [open_image(picture) for picture in pictures]
+    if len({picture.size for picture in opened}) != 1:
+        raise ValueError(f"got frames of sizes {[picture.size for picture in opened]}: expected some, of one size; resize them")
+    return opened
