@@ -296,10 +296,11 @@ class Janus(Conversing):
         height, width = grid or self.cfg.grid
         rows = Rows(self, self._read_once(asked), height * width)
         first = torch.stack([prompt[-1].ids[-1] for prompt in asked]).to(self.device)
-        w = torch.tensor([guidance[i] for i in guided], device=self.device, dtype=self.dtype)[:, None]
+        w = torch.tensor([guidance[i] for i in guided], device=self.device)[:, None]
         at, x, drawn = torch.tensor(guided, device=self.device, dtype=torch.long), self.decoder.embed(first), []
         for n in tqdm(range(rows.room), "drawing", disable=not progress, leave=False):
-            logits, free = self.code_logits(rows(x, n)).split([len(prompts), len(guided)])
+            # scales are not rounded to the model's dtype
+            logits, free = self.code_logits(rows(x, n)).float().split([len(prompts), len(guided)])
             if guided:
                 logits = logits.index_copy(0, at, free + w * (logits[at] - free))
             drawn.append(next_codes(logits, sampling, generators))

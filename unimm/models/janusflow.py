@@ -24,7 +24,7 @@ from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.conversing import Conversing, llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
 from unimm.models.layers import RMSNorm
-from unimm.models.prompts import Talk
+from unimm.models.prompts import UNSPEAKABLE, Talk
 from unimm.models.speaking import cache_of, check_position, extend
 from unimm.models.tower import Tower, TowerConfig
 from unimm.models.uvit import ShallowUViTDecoder, ShallowUViTEncoder, UViTDecoderConfig, UViTEncoderConfig
@@ -170,7 +170,7 @@ class JanusFlow(Conversing):
     def from_folder(cls, folder: Path) -> "JanusFlow":
         """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(JanusFlowConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder)
+        model.tokenizer = load_tokenizer(folder, special=UNSPEAKABLE)
         return model
 
     @classmethod
