@@ -65,12 +65,17 @@ class Cache:
     def attend(self, past: Sequence[Past], mask: Mask) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         """An attention for one forward: writes each sample's new keys and values behind its past, then attends."""
         rows = [p.length + (p.start or 0) + torch.arange(n) for p, n in zip(past, mask.queries, strict=True)]
-        at = torch.cat(rows).to(self.buffer.device)
+        return self.attend_at(torch.cat(rows).to(self.buffer.device), mask)
+
+    def attend_at(self, at: Tensor, mask: Mask) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """The same, the new rows' places in the buffer given [N]."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffer[layer]
             keys.index_copy_(0, at, k.to(keys.dtype))
             values.index_copy_(0, at, v.to(values.dtype))
+            if keys.dtype.itemsize > q.dtype.itemsize:  # a wider cache, which is not to be narrowed at every row
+                return attention(q.to(keys.dtype), keys, values, mask).to(q.dtype)
             return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
 
         return attend

@@ -3,6 +3,7 @@ from unimm.kernels.attention import attention, prepare
 from unimm.kernels.codes import nearest_code
 from unimm.kernels.cross_entropy import linear_cross_entropy
 from unimm.kernels.dispatch import backend, use_kernels
+from unimm.kernels.few_rows import linear_few_rows
 from unimm.kernels.guidance import guided
 from unimm.kernels.mask import Block, Mask
 from unimm.kernels.modulate import modulate
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "guided",
     "linear_cross_entropy",
+    "linear_few_rows",
     "modulate",
     "nearest_code",
     "prepare",

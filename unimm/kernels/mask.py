@@ -5,7 +5,7 @@ Axes: N query rows, M key rows, R ranges a key (1 or 2), B samples of a padded c
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -149,11 +149,26 @@ class Mask:
     def single(self) -> tuple[Tensor, Tensor] | None:
         """Decoding: where each sample's keys begin and how many there are, [B] int32 each, if every sample asks with one
         row, which sees them all. None for any other mask."""
-        hides = any(not block.visible for blocks in self.samples for block in blocks[:-1])
-        if hides or not self.samples or set(self.queries) != {1}:
+        if not self.one_row:
             return None
         starts, lengths = (torch.tensor(x, dtype=torch.int32).to(self.device) for x in (self.key_starts, self.keys))
         return starts, lengths
+
+    @cached_property
+    def one_row(self) -> bool:
+        """Whether every sample asks with one row, which sees all its keys."""
+        hides = any(not block.visible for blocks in self.samples for block in blocks[:-1])
+        return not hides and bool(self.samples) and set(self.queries) == {1}
+
+    @cached_property
+    def even(self) -> tuple[int, int, int] | None:
+        """Decoding samples of one length: where the first one's keys begin, how far the next begin after it, and how many
+        keys each has. None for any other mask."""
+        if not self.one_row or len(set(self.keys)) > 1:
+            return None
+        n = self.keys[0]
+        steps = {b - a for a, b in pairwise(self.key_starts)} or {n}
+        return (self.key_starts[0], steps.pop(), n) if len(steps) == 1 and min(steps) >= n else None
 
     @cached_property
     def table(self) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.kernels import rms_norm, swiglu
+from unimm.kernels import linear_few_rows, rms_norm, swiglu
+from unimm.kernels.few_rows import Half, Int8, Pair
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -66,6 +67,33 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weights, which it shares with the one given, stand in a second order for few rows."""
+
+    def __init__(self, linear: nn.Linear, packed: Half | Pair):
+        super().__init__()
+        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_few_rows(x, self.weight, self.bias, self.packed)
+
+
+class Int8Linear(nn.Module):
+    """A linear with weights in int8 alone: no gradient, and a ValueError for who would save them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = Int8(linear.weight, linear.bias)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(x)
+
+
+def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise ValueError(f"{prefix.rstrip('.')} is in int8, which no file holds: save the model that was prepared")
 
 
 def rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
