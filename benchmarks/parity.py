@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import parity_bagel
+import parity_dc_ae
 import parity_janus
 import parity_janus_preproc
 import parity_janusflow
 import parity_qwen_vl
+import parity_sana
 import parity_vae
 import torch
 from safetensors.torch import load_file
@@ -215,6 +217,8 @@ MODULES = {
     "janus's preprocessing": parity_janus_preproc,
     "janusflow": parity_janusflow,
     "autoencoder": parity_vae,
+    "dc-ae": parity_dc_ae,
+    "sana": parity_sana,
     "qwen2.5-vl": parity_qwen_vl,
 }
 FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for name, module in MODULES.items()}

@@ -4,7 +4,22 @@ import math
 import pytest
 import torch
 
-from unimm.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share, shift_time
+from unimm.flow import (
+    Guidance,
+    TaylorSeer,
+    add_noise,
+    dynamic_shift,
+    guide,
+    in_whole_steps,
+    knots,
+    reshifted_knots,
+    sample,
+    sample_dpm,
+    share,
+    shift_time,
+    solver_knots,
+    whole_times,
+)
 
 
 def test_knots():
@@ -123,3 +138,63 @@ def test_share_asks_once():
     same = share(features, lambda branch: (branch[0], "main" if branch[1] == "image" else branch[1]))
     out = same(torch.zeros(1), 0.5, [(0, "main"), (0, "image"), (1, "image")])
     assert asked == [[(0, "main"), (1, "main")]] and [float(one) for one in out] == [0, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with a newer numpy
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (4, 3.0), (14, 1.0), (30, 3.0), (51, 2.0)])
+def test_solver_equals_diffusers(steps, shift):
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True)
+    theirs.set_timesteps(steps)
+    times, x = solver_knots(steps, shift=shift), torch.randn(2, 3)
+    assert torch.allclose(times.float(), theirs.sigmas.float(), atol=1e-6)
+    told, noise = [], x
+
+    def velocity(x: torch.Tensor, time: float) -> torch.Tensor:
+        told.append(round(1000 * time))
+        return (x + 0.3) * (1 + time) ** -0.5 - x.sin()
+
+    ours = sample_dpm(in_whole_steps(velocity), noise, times)
+    for t in theirs.timesteps:
+        x = theirs.step(velocity(x, t.item() / 1000), t, x).prev_sample
+    assert told[:steps] == theirs.timesteps.tolist() == told[steps:]
+    # their logarithms are in float32, near 1 - t = 3e-4
+    assert torch.allclose(ours, x, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_euler_times_equal_diffusers(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(steps)
+    assert torch.allclose(reshifted_knots(steps, 3.0).float(), theirs.sigmas, atol=1e-6)
+    even = torch.linspace(1, 1 / steps, steps).tolist()
+    theirs.set_timesteps(sigmas=even)
+    assert torch.allclose(knots(steps, 3.0), theirs.sigmas, atol=1e-6)
+    flux = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    flux.set_timesteps(sigmas=even, mu=math.log(dynamic_shift(4096)))
+    assert math.log(dynamic_shift(4096)) == pytest.approx(1.15)
+    assert torch.allclose(knots(steps, dynamic_shift(4096)), flux.sigmas, atol=1e-6)
+
+
+def test_the_solver_is_exact_where_data_is_constant():
+    data, noise = torch.randn(5), torch.randn(5)
+    # at time 1 itself, too, where nothing is known of the data
+    for times in (knots(6, 2.0), solver_knots(6)):
+        found = sample_dpm(lambda x, t: (x - data) / t, noise, times)
+        assert torch.allclose(found, data, atol=1e-5)
+    # of second order: the error falls by four where the steps double
+    truth = sample(lambda x, t: x.cos(), noise.double(), knots(20000, 1.0))
+    off = [(sample_dpm(lambda x, t: x.cos(), noise.double(), knots(n, 1.0)) - truth).abs().max() for n in (40, 80)]
+    assert off[1] < 0.4 * off[0]
+
+
+def test_whole_times():
+    assert whole_times(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx([1, 1, 0.999, 0.5, 0.001])
+    for make in (lambda n, s: solver_knots(n, shift=s), reshifted_knots):
+        with pytest.raises(ValueError, match="got steps 0"):
+            make(0, 3.0)
+        with pytest.raises(ValueError, match="got shift 0"):
+            make(4, 0.0)

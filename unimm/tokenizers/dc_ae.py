@@ -1,0 +1,383 @@
+"""DC-AE, the deep compression autoencoder of Sana: pictures to a small grid of wide latents and back.
+
+Chen et al. 2024, arXiv 2410.10733; facts/metaquery_uniworld.md, section 3.5. Parameters carry the released names, but
+for the queries, keys and values, which are one projection.
+
+Axes: B batch, C channels, h w grid, H heads, K head, r rows of a linear attention.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from unimm.checkpoint import Table, load_into, weight_files
+from unimm.kernels import rms_norm, swiglu
+from unimm.tokenizers.vae_layouts import DIFFUSERS_WEIGHTS
+
+EPS = 1e-5  # of the norms
+EXPANSION = 4  # of the feed-forward
+TINY = 1e-15  # keeps a row that sees nothing from 0 / 0
+
+CONVOLUTIONS: Table = {"{*}": "{*}"}
+ATTENTION: Table = {
+    **{f"{{*}}.attn.to_{name}.weight": f"{{*}}.attn.to_qkv.weight[{i}/3]" for i, name in enumerate("qkv")},
+    "{*}.conv_out.norm.{}": "{*}.conv_norm.{}",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One size of the grid: blocks of one width. kernels: of the attention's wider scales; None for blocks of convolutions."""
+
+    width: int
+    n_blocks: int
+    kernels: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCAEConfig:
+    """Numbers of the autoencoder. Levels go from the finest to the coarsest, in the decoder too.
+
+    Pixels lie in [-1, 1]; a latent is `scale` times what the encoder gives.
+    """
+
+    in_channels: int
+    latent_channels: int
+    head_dim: int
+    scale: float
+    encoder: tuple[Level, ...]
+    decoder: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        levels = (*self.encoder, *self.decoder)
+        if len(self.encoder) != len(self.decoder) or len(self.encoder) < 1:
+            raise ValueError(f"got {len(self.encoder)} levels down, {len(self.decoder)} up: expected as many, at least one")
+        if min(self.in_channels, self.latent_channels, self.head_dim, *(min(x.width, x.n_blocks) for x in levels)) < 1:
+            raise ValueError(f"got {self}: expected positive numbers")
+        if not self.scale > 0:
+            raise ValueError(f"got scaling_factor {self.scale}: expected a positive number; 1 leaves latents as they are")
+        for side in (self.encoder, self.decoder):
+            for fine, coarse in pairwise(side):
+                if 4 * fine.width % coarse.width:
+                    raise ValueError(f"got widths {fine.width}, {coarse.width}: four of the first must divide by the second")
+            if side[-1].width % self.latent_channels:
+                raise ValueError(f"got a last width {side[-1].width}: expected a multiple of {self.latent_channels} latents")
+        for level in levels:
+            if level.kernels is not None and (level.width % self.head_dim or any(k % 2 == 0 for k in level.kernels)):
+                raise ValueError(f"got {level}: expected a multiple of the heads' {self.head_dim}, and odd kernels")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent, along each side."""
+        return 2 ** (len(self.encoder) - 1)
+
+    # what a config could say and no release of Sana's does
+    FIXED: ClassVar = {
+        "_class_name": "AutoencoderDC",
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "encoder_out_shortcut": True,
+        "decoder_in_shortcut": True,
+        "decoder_conv_act_fn": "relu",
+    }
+    KINDS: ClassVar = {"ResBlock": False, "EfficientViTBlock": True}  # whether a kind of block attends
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any]) -> DCAEConfig:
+        """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks, shortcuts."""
+        for key, expected in cls.FIXED.items():
+            got = files.get(key, expected)
+            if any(one != expected for one in (got if isinstance(got, list) else [got])):
+                raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in Sana's autoencoder")
+        if lost := [key for key in ("latent_channels", "attention_head_dim", "scaling_factor") if key not in files]:
+            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC")
+        return cls(
+            in_channels=files.get("in_channels", 3),
+            latent_channels=files["latent_channels"],
+            head_dim=files["attention_head_dim"],
+            scale=files["scaling_factor"],
+            encoder=cls._levels(files, "encoder"),
+            decoder=cls._levels(files, "decoder"),
+        )
+
+    @classmethod
+    def _levels(cls, files: Mapping[str, Any], side: str) -> tuple[Level, ...]:
+        names = [f"{side}_{name}" for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")]
+        if lost := [name for name in names if name not in files]:
+            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC")
+        widths, counts, kinds, kernels = (files[name] for name in names)
+        kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
+        if unknown := sorted(set(kinds) - set(cls.KINDS)):
+            raise ValueError(f"got {side} blocks {', '.join(unknown)}: expected {' or '.join(cls.KINDS)}")
+        if not len(widths) == len(counts) == len(kinds) == len(kernels):
+            raise ValueError(f"got {', '.join(names)} of different lengths: expected one entry a level")
+        return tuple(
+            Level(width=width, n_blocks=n, kernels=tuple(scales) if cls.KINDS[kind] else None)
+            for width, n, kind, scales in zip(widths, counts, kinds, kernels, strict=True)
+        )
+
+    def to_files(self) -> dict[str, Any]:
+        """The config.json that `from_files` reads, and that diffusers does."""
+        files = self.FIXED | {"in_channels": self.in_channels, "latent_channels": self.latent_channels}
+        files |= {"attention_head_dim": self.head_dim, "scaling_factor": self.scale}
+        kinds = {attends: kind for kind, attends in self.KINDS.items()}
+        for side, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
+            files[f"{side}_block_out_channels"] = [level.width for level in levels]
+            files[f"{side}_layers_per_block"] = [level.n_blocks for level in levels]
+            files[f"{side}_block_types"] = [kinds[level.kernels is not None] for level in levels]
+            files[f"{side}_qkv_multiscales"] = [list(level.kernels or ()) for level in levels]
+        return files
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """relu(q) relu(k)^T v, each row over the sum of its scores: q, k, v [..., L, K] -> [..., L, K] float32.
+
+    The products are taken from the right, so the cost grows with L and not with its square: EfficientViT, arXiv
+    2205.14756, section 3.1.
+    """
+    q, k, v = F.relu(q).float(), F.relu(k).float(), v.float()
+    return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + TINY)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h, w, C]"""
+    return rearrange(x, "B C h w -> B h w C")
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[B, h, w, C] -> [B, C, h, w]"""
+    return rearrange(x, "B h w C -> B C h w")
+
+
+class Norm(nn.Module):
+    """RMS norm over the channels, with a bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, h, w, C]"""
+        return rms_norm(x, self.weight, EPS) + self.bias
+
+
+class MixFFN(nn.Module):
+    """1x1 convolution, SiLU, depthwise 3x3, half of the channels gated by the other, 1x1 convolution. Of Sana's blocks, too."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, h, w, C] -> the same; the 1x1 convolutions are products of matrices in this layout."""
+        y = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))
+        y, gate = channels_last(self.conv_depth(channels_first(y))).chunk(2, -1)
+        return F.linear(swiglu(gate, y), self.conv_point.weight.flatten(1))
+
+
+class ResBlock(nn.Module):
+    """Convolution, SiLU, convolution, norm; and its input added."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.norm = Norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w]"""
+        return x + channels_first(self.norm(channels_last(self.conv2(F.silu(self.conv1(x))))))
+
+
+class Scale(nn.Module):
+    """Queries, keys and values of a wider neighbourhood: a depthwise convolution, then 1x1 inside each group of K."""
+
+    def __init__(self, dim: int, kernel: int, head_dim: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
+        self.proj_out = nn.Conv2d(dim, dim, 1, groups=dim // head_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.proj_in(x))
+
+
+class Attention(nn.Module):
+    """Linear attention at several scales, normed, and its input added.
+
+    Each run of 3 K channels is the query, key and value of one head: so `to_q`, `to_k` and `to_v` of the released file
+    are thirds of the list of channels, and not the three roles.
+    """
+
+    def __init__(self, dim: int, head_dim: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList(Scale(3 * dim, kernel, head_dim) for kernel in kernels)
+        self.to_out = nn.Linear((1 + len(kernels)) * dim, dim, bias=False)
+        self.norm_out = Norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w]"""
+        y = channels_first(self.to_qkv(channels_last(x)))
+        y = torch.cat((y, *(scale(y) for scale in self.to_qkv_multiscale)), 1)
+        q, k, v = rearrange(y, "B (H r K) h w -> r B H (h w) K", r=3, K=self.head_dim)
+        y = rearrange(linear_attention(q, k, v), "B H (h w) K -> B h w (H K)", h=x.shape[2]).to(x.dtype)
+        return x + channels_first(self.norm_out(self.to_out(y)))
+
+
+class ViTBlock(nn.Module):
+    """Attention, then the feed-forward, normed, and its input added. arXiv 2205.14756, figure 2."""
+
+    def __init__(self, dim: int, head_dim: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        self.attn = Attention(dim, head_dim, kernels)
+        self.conv_out = MixFFN(dim, EXPANSION * dim)
+        self.conv_norm = Norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w]"""
+        x = self.attn(x)
+        return x + channels_first(self.conv_norm(self.conv_out(channels_last(x))))
+
+
+class Down(nn.Module):
+    """Half the size: a convolution, beside the means of the channels that the four pixels make."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C', h/2, w/2]"""
+        y = self.conv(x)
+        return y + gathered(F.pixel_unshuffle(x, 2), y.shape[1])
+
+
+class Up(nn.Module):
+    """Twice the size: a convolution of repeated pixels, beside channels that become the four pixels."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C', 2h, 2w]"""
+        y = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y + F.pixel_shuffle(spread(x, 4 * y.shape[1]), 2)
+
+
+def gathered(x: Tensor, channels: int) -> Tensor:
+    """x [B, C, h, w] -> [B, channels, h, w], the means of neighbouring channels."""
+    return reduce(x, "B (C g) h w -> B C h w", "mean", C=channels)
+
+
+def spread(x: Tensor, channels: int) -> Tensor:
+    """x [B, C, h, w] -> [B, channels, h, w], each channel repeated."""
+    return x.repeat_interleave(channels // x.shape[1], 1)
+
+
+def blocks(level: Level, head_dim: int) -> list[nn.Module]:
+    """The blocks of a level."""
+    if level.kernels is None:
+        return [ResBlock(level.width) for _ in range(level.n_blocks)]
+    return [ViTBlock(level.width, head_dim, level.kernels) for _ in range(level.n_blocks)]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        levels = config.encoder
+        self.conv_in = nn.Conv2d(config.in_channels, levels[0].width, 3, padding=1)
+        downs = [[Down(fine.width, coarse.width)] for fine, coarse in pairwise(levels)]
+        self.down_blocks = nn.ModuleList(
+            nn.Sequential(*blocks(level, config.head_dim), *down) for level, down in zip(levels, [*downs, []], strict=True)
+        )
+        self.conv_out = nn.Conv2d(levels[-1].width, config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] -> [B, C, h, w]"""
+        x = self.conv_in(image)
+        for level in self.down_blocks:
+            x = level(x)
+        y = self.conv_out(x)
+        return y + gathered(x, y.shape[1])
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror. Levels are numbered as the encoder's: `up_blocks.0` is the finest."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        levels = config.decoder
+        self.conv_in = nn.Conv2d(config.latent_channels, levels[-1].width, 3, padding=1)
+        ups = [[Up(coarse.width, fine.width)] for fine, coarse in pairwise(levels)]
+        self.up_blocks = nn.ModuleList(
+            nn.Sequential(*up, *blocks(level, config.head_dim)) for level, up in zip(levels, [*ups, []], strict=True)
+        )
+        self.norm_out = Norm(levels[0].width)
+        self.conv_out = nn.Conv2d(levels[0].width, config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, C, h, w] -> image [B, 3, H, W]"""
+        x = self.conv_in(z)
+        x = x + spread(z, x.shape[1])
+        for level in reversed(self.up_blocks):
+            x = level(x)
+        return self.conv_out(F.relu(channels_first(self.norm_out(channels_last(x)))))
+
+
+class DCAE(nn.Module):
+    """Encoder and decoder; no noise in between."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w], scaled."""
+        stride, channels = self.config.stride, self.config.in_channels
+        if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
+            raise ValueError(
+                f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
+                f"multiples of {stride}: resize or crop it first"
+            )
+        return self.config.scale * self.encoder(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent [B, C, h, w] -> image [B, 3, H, W], about [-1, 1] and not clamped."""
+        channels = self.config.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
+        return self.decoder(latent / self.config.scale)
+
+
+def keys(config: DCAEConfig) -> Table:
+    """The key table of the released layout; without the rows that no key would meet."""
+    attends = any(level.kernels is not None for level in (*config.encoder, *config.decoder))
+    return {**ATTENTION, **CONVOLUTIONS} if attends else CONVOLUTIONS
+
+
+def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
+    """An autoencoder from a released folder, strictly, in evaluation mode.
+
+    Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
+    """
+    with torch.device("meta"):
+        model = DCAE(DCAEConfig.from_files(json.loads((folder / "config.json").read_text())))
+    load_into(model, weight_files(folder, DIFFUSERS_WEIGHTS), keys(model.config), dtype=dtype, device=torch.device(device))
+    return model.eval()
