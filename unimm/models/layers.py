@@ -44,12 +44,12 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(act(gate(x)) * up(x)), no biases. Shazeer 2020, arXiv 2002.05202, equation 6."""
+    """down(act(gate(x)) * up(x)), without biases unless asked. Shazeer 2020, arXiv 2002.05202, equation 6."""
 
-    def __init__(self, dim: int, hidden: int, act: str = "silu"):
+    def __init__(self, dim: int, hidden: int, act: str = "silu", *, bias: bool = False):
         super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate, self.up = nn.Linear(dim, hidden, bias=bias), nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
         self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:

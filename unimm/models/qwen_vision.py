@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unimm.checkpoint import Table
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask, attention
-from unimm.models.layers import MLP, RMSNorm, activation, apply_rope, rope
+from unimm.models.layers import MLP, RMSNorm, SwiGLU, apply_rope, rope
 from unimm.tokenizers.smart_resize import Grid
 
 EPS, THETA = 1e-6, 10000.0
@@ -120,18 +120,6 @@ def windows(places: Sequence[Tensor], span: int) -> tuple[Tensor, list[int]]:
     return torch.cat(orders), lengths
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), biased."""
-
-    def __init__(self, dim: int, hidden: int, act: str):
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.act = activation(act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
 class QwenVisionBlock(nn.Module):
     """Pre-norm attention under a mask, then the feed-forward."""
 
@@ -141,7 +129,7 @@ class QwenVisionBlock(nn.Module):
         self.attn_norm = RMSNorm(cfg.dim, EPS)
         self.qkv, self.o = nn.Linear(cfg.dim, 3 * cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         self.mlp_norm = RMSNorm(cfg.dim, EPS)
-        self.mlp = GatedMLP(cfg.dim, cfg.mlp_dim, cfg.act)
+        self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, cfg.act, bias=True)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Mask) -> Tensor:
         """x [N, D], angles [2, N, K/2] float32 -> [N, D]."""

@@ -21,6 +21,7 @@ from unimm.checkpoint import Table
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.conversing import llama_keys
 from unimm.models.decoder import Attend, Decoder, DecoderConfig, Parts, Route
+from unimm.models.preparing import prepared
 from unimm.models.qwen_prompts import QwenMarkers, QwenPrompts, Turn
 from unimm.models.qwen_vision import QwenVision, QwenVisionConfig, vision_keys
 from unimm.models.speaking import cache_of, check_position, extend, speak
@@ -162,6 +163,14 @@ class QwenVL(nn.Module):
             checkpoint.save_state({key: x.to(kind or x.dtype) for key, x in state.items()}, partial / WEIGHTS[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
+
+    def prepared(self, *, int8: bool = False) -> Self:
+        """This model made ready to write on a CPU, over the same weights; the tower stays as it is.
+
+        int8: the decoder's blocks are rounded to int8, a byte a weight; such a model neither trains nor saves. Weights
+        that change later are not packed again. Raises ValueError for int8 where the CPU, or PyTorch, has none.
+        """
+        return prepared(self, but=("vision",), int8=("decoder.blocks",) if int8 else ())
 
     # ---- reading
 
