@@ -154,7 +154,7 @@ class Captured:
 
         model = self.model
         (hidden,) = model.decoder(self.x, self.at.expand(len(self.x)), self.rows, attend).values()
-        logits, free = model.code_logits(hidden).split(self.pictures)
+        logits, free = model.code_logits(hidden).float().split(self.pictures)
         self.code.copy_((free + GUIDANCE * (logits - free)).argmax(-1))
         self.x.copy_(model.code_rows(self.code).repeat(2, 1))
         self.at += 1
