@@ -132,6 +132,7 @@ def test_pixels_equal_transformers():
     )
     rule = SmartResize.from_files({"size": {"shortest_edge": 640, "longest_edge": 1600}}, patch=4, merge=2, frames=2)
     assert (rule.min_pixels, rule.max_pixels, rule.cell) == (640, 1600, 8)
+    assert SmartResize.from_files({"size": {"min_pixels": 640, "max_pixels": 1600}}, patch=4, merge=2, frames=2) == rule
     for i, (h, w) in enumerate([*SIZES, (200, 31)]):
         image = picture(w, h, seed=i)
         expected = theirs(image, return_tensors="pt")

@@ -59,8 +59,9 @@ class SmartResize:
                 f"says, {tower}, and normalised values"
             )
         size = files.get("size") or {}
-        # newer files name the two limits, which are numbers of pixels, after edges
-        named = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        named = {ours: size.get(edge, size.get(ours)) for ours, edge in edges.items()}
         fields: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
