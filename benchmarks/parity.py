@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import parity_bagel
 import parity_dc_ae
+import parity_editweight
 import parity_janus
 import parity_janus_preproc
 import parity_janusflow
@@ -219,6 +220,7 @@ MODULES = {
     "autoencoder": parity_vae,
     "dc-ae": parity_dc_ae,
     "sana": parity_sana,
+    "edit weights": parity_editweight,
     "qwen2.5-vl": parity_qwen_vl,
 }
 FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for name, module in MODULES.items()}
