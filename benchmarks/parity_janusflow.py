@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unimm.kernels import attention
-from unimm.models.janusflow import STREAM, JanusFlow
+from unimm.models.janusflow import STREAM, JanusFlow, unconditional
 from unimm.sequence import Item, Pack, pack, text_item
 from unimm.tokenizers.pixels import patchify
 
@@ -120,7 +120,7 @@ def check_drawing(case: Case, model: JanusFlow, special: dict) -> None:
     height, width = (model.cfg.encoder.grid(side) for side in noise.shape[2:])
     seen = torch.ones(len(tokens), tokens.shape[1] + height * width)
     for row, prompt in enumerate(prompts):
-        first, gap = model.unconditional(prompt)
+        first, gap = unconditional(prompt)
         seen[n + row, first.segment.length : first.segment.length + gap.segment.advance] = 0
     case.compare("gen/attention_mask", seen.int())
     with watched(encoder=model.encoder, norm=model.to_grid_norm, grid=model.to_grid, painter=model.painter) as calls:
