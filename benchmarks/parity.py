@@ -1,9 +1,9 @@
 """Compare the library with stored outputs of the originals: `python benchmarks/parity.py CASE...`.
 
-A case is a folder (released layout, io.safetensors, io.json) or a resize_table.json. One line a stored output: name,
-largest absolute difference, allowed, ok. Fails, too, where a stored output was not compared. Allowed in float32: 1e-4
-of the largest value stored (twice that for logits of Qwen2.5-VL); ids, masks and counts are exact; 8-bit pixels may be
-off by 1.
+A case is a folder (released layout, io.safetensors, io.json), a resize_table.json or a tables.json. One line a stored
+output: name, largest absolute difference, allowed, ok. Fails, too, where a stored output was not compared. Allowed in
+float32: 1e-4 of the largest value stored (twice that for logits of Qwen2.5-VL); ids, masks and counts are exact; 8-bit
+pixels may be off by 1.
 """
 import argparse
 import json
@@ -22,6 +22,7 @@ import parity_janus_preproc
 import parity_janusflow
 import parity_qwen_vl
 import parity_sana
+import parity_tables
 import parity_vae
 import torch
 from safetensors.torch import load_file
@@ -228,6 +229,9 @@ FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for nam
 
 def check(path: Path) -> list[Row]:
     """Every row of a case. Raises ValueError for a path that is none."""
+    if path.name == "tables.json" and path.is_file():
+        lists = parity_tables.check_tables(path).items()
+        return [Row(name=f"tables: {name}", kind="compared", difference=n, note=note) for name, (n, note) in lists]
     table = path / "resize_table.json" if path.is_dir() else path
     if table.name == "resize_table.json" and table.is_file() and not (path / "io.json").exists():
         return check_table(table)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
+def ramp(updates: int, most: float) -> float:
+    """The decay after n updates by UniWorld's published schedule: the first copies, then (1 + n) / (10 + n), at most `most`."""
+    return min(most, (1 + updates) / (10 + updates)) if updates else 0.0
+
+
 class Average:
     """Exponential average, in float32, of the parameters that are trained."""
 
