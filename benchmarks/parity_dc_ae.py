@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +35,10 @@ def check(case: Case) -> None:
     for i, level in enumerate(model.encoder.down_blocks):
         x = level(x)
         case.compare(f"stage.encoder_down{i}", x)
-    if up := case.names(r"stage\.decoder_up\d+"):
+    if case.names(r"stage\.decoder_up\d+"):
         z = case.tensors["z"]
         x = model.decoder.conv_in(z)
         x = x + z.repeat_interleave(x.shape[1] // z.shape[1], 1)
         for i in reversed(range(len(model.decoder.up_blocks))):
             x = model.decoder.up_blocks[i](x)
             case.compare(f"stage.decoder_up{i}", x)
-        assert all(re.search(r"\d+$", name) for name in up)
