@@ -10,7 +10,7 @@ from unimm.checkpoint import CheckpointError, check_keys, released_state
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, Level, keys, linear_attention, load_dc_ae
 
 GOLDEN = Path(__file__).parent / "golden" / "blocks"
-FILES = json.loads((GOLDEN / "dcae" / "dev" / "config.json").read_text())
+FILES = json.loads((GOLDEN / "dcae" / "config.json").read_text())
 WIDTHS = [128, 256, 512, 512, 1024, 1024]
 RELEASED = FILES | {
     "encoder_block_out_channels": WIDTHS, "decoder_block_out_channels": WIDTHS, "latent_channels": 32,

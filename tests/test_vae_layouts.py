@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import found
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint import CheckpointError, check_keys, released_state
 from unimm.tokenizers.vae import VAE, VAEConfig
 from unimm.tokenizers.vae_layouts import ATTENTION, OLD_ATTENTION, diffusers_keys, load_vae
 
-STORED = Path(__file__).parent / "golden" / "blocks" / "fluxvae" / "dev"
 SMALL = {"width": 32, "multipliers": (1, 2, 2), "n_blocks": 1, "latent_channels": 4, "scale": 0.13025, "shift": 0.0}
 SDXL = {
     "_class_name": "AutoencoderKL",
@@ -49,7 +49,8 @@ def write(folder: Path, vae: VAE, *, attention=ATTENTION) -> Path:
 
 @torch.inference_mode()
 def test_stored_outputs():
-    vae, stored = load_vae(STORED), load_file(STORED / "io.safetensors")
+    case = found("blocks/fluxvae/dev")
+    vae, stored = load_vae(case), load_file(case / "io.safetensors")
     assert_equal(torch.cat(vae.moments(stored["image"]), 1), stored["moments"])
     assert_equal(vae.encode(stored["image"]), stored["latent"])
     assert_equal(vae.encode(stored["image"], noise=stored["posterior_noise"]), stored["latent_sampled"])
