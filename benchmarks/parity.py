@@ -22,6 +22,7 @@ import parity_janus_preproc
 import parity_janusflow
 import parity_qwen_vl
 import parity_sana
+import parity_siglip
 import parity_tables
 import parity_vae
 import torch
@@ -221,6 +222,7 @@ MODULES = {
     "autoencoder": parity_vae,
     "dc-ae": parity_dc_ae,
     "sana": parity_sana,
+    "siglip2": parity_siglip,
     "edit weights": parity_editweight,
     "qwen2.5-vl": parity_qwen_vl,
 }

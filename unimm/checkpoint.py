@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# where transformers and the hub keep a model's weights, the first that is there
+HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 # a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.kernels import linear_few_rows, rms_norm, swiglu
+from unimm.kernels import Mask, attention, linear_few_rows, rms_norm, swiglu
 from unimm.kernels.few_rows import Half, Int8, Pair
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,6 +67,25 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention under a mask, then the feed-forward; biases everywhere: SigLIP's block, and that of CLIP's texts."""
+
+    def __init__(self, dim: int, n_heads: int, hidden: int, act: str, eps: float):
+        super().__init__()
+        self.head_dim = dim // n_heads
+        self.attn_norm = nn.LayerNorm(dim, eps)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.mlp_norm = nn.LayerNorm(dim, eps)
+        self.mlp = MLP(dim, hidden, dim, act)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """x [N, D] -> [N, D]."""
+        h = self.attn_norm(x)
+        q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
+        x = x + self.o(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class PackedLinear(nn.Module):

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.kernels import Block as Span
-from unimm.kernels import Mask, attention
-from unimm.models.layers import MLP
+from unimm.kernels import Mask
+from unimm.models.layers import EncoderBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +56,6 @@ class VisionConfig:
             raise ValueError(f"vision dim {self.dim} must be a multiple of its heads {self.n_heads}")
 
 
-class VisionBlock(nn.Module):
-    """Pre-norm attention inside each image, then the feed-forward."""
-
-    def __init__(self, cfg: VisionConfig):
-        super().__init__()
-        self.head_dim = cfg.dim // cfg.n_heads
-        self.attn_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.mlp_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = MLP(cfg.dim, cfg.mlp_dim, cfg.dim, cfg.act)
-
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        """x [N, D] -> [N, D]."""
-        h = self.attn_norm(x)
-        q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
-        x = x + self.o(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
-        return x + self.mlp(self.mlp_norm(x))
-
-
 class NaViT(nn.Module):
     """Patches and their places in the table of positions -> features; images in a pack do not see each other."""
 
@@ -83,7 +63,9 @@ class NaViT(nn.Module):
         super().__init__()
         self.patch = nn.Linear(cfg.channels * cfg.patch**2, cfg.dim)
         self.positions = nn.Embedding(cfg.side**2, cfg.dim)
-        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(cfg.dim, cfg.n_heads, cfg.mlp_dim, cfg.act, cfg.norm_eps) for _ in range(cfg.n_layers)
+        )
         self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
 
     def forward(self, patches: Tensor, places: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
+
+from unimm.tokenizers.pixels import normalised
 
 Grid = tuple[int, int, int]  # patches of a picture in time, down and across
 LONGEST = 200  # sides this many times as long as the other are refused, as in the original
@@ -89,10 +90,7 @@ class SmartResize:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An RGB picture, resized, as normalised values [3, h, w] float32."""
-        # the product in float64, the rest in float32, as in the original
-        values = (np.asarray(self(image)).astype(np.float64) * self.scale).astype(np.float32)
-        normal = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return torch.from_numpy(rearrange(normal, "h w c -> c h w").copy())
+        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
 
     def patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, Grid]:
         """Frames of one size, a still picture is one -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
