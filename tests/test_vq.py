@@ -18,8 +18,9 @@ from unimm.tokenizers.vq import VQ, VQConfig
 from unimm.training.loop import Trainer, train
 from unimm.training.objective import build
 from unimm.training.recipe import read_recipe
+from unimm.training.scenes import crowd, reads, scenes
 from unimm.training.vae import to_image
-from unimm.training.vq import crowd, entropy, fresh, reads, remember, revive, save_vq, scenes
+from unimm.training.vq import entropy, fresh, remember, revive, save_vq
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "janus"

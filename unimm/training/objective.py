@@ -15,6 +15,7 @@ from unimm.training.recipe import Recipe, nearest
 # name in a recipe -> module and class; imported only when asked for
 OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
+    "dcae": "unimm.training.dc_ae:DCAEObjective",
     "vq": "unimm.training.vq:VQObjective",
     "semantic": "unimm.training.semantic:SemanticObjective",
     "janus": "unimm.training.janus:JanusObjective",

@@ -21,6 +21,7 @@ from unimm.tokenizers.pixels import places
 from unimm.tokenizers.semantic import BranchConfig, SemanticVQ
 from unimm.training import vq as plain
 from unimm.training.recipe import Recipe, strict
+from unimm.training.scenes import JUDGED_AT_ONCE, unseen
 from unimm.training.vae import DTYPES
 
 WEIGHTS = "vision.safetensors"
@@ -162,9 +163,9 @@ class SemanticObjective:
 
     def report(self) -> dict[str, float]:
         """Mean cosine of what is said and seen on test scenes; the same for a guess that does not look: the mean feature."""
-        image = plain.unseen(self.options, self.options.judged, self.seed)[1]
+        image = unseen(self.options.tasks, self.options.judged, self.seed)[1]
         said, seen = [], []
-        for part in image.split(plain.JUDGED_AT_ONCE):
+        for part in image.split(JUDGED_AT_ONCE):
             at = part.to(next(self.model.parameters()).device)
             ids = self.model.vq.ids(at)
             grid = (at.shape[2] // self.model.vq.config.stride, at.shape[3] // self.model.vq.config.stride)

@@ -11,23 +11,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unimm.data.shapes import SIZES, Scene, Thing, example, place_of, read
-from unimm.data.shapes.nameless import Look, kind_of, new_look, painted
-from unimm.data.shapes.world import TRAIN_PAIRS
 from unimm.tokenizers.vq import VQ, Quantizer, VQConfig
 from unimm.training.recipe import Recipe, strict
-from unimm.training.vae import DTYPES, to_image, to_pixels
-
-JUDGED_AT_ONCE = 50
+from unimm.training.scenes import returned, scenes, strange, unseen
+from unimm.training.vae import DTYPES, to_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,30 +111,9 @@ class Scenes:
     def __call__(self, step: int) -> Batch:
         dice = Random(f"{self.seed}/{step}/vq")
         chosen = scenes(self.options.tasks, range(step * self.size, (step + 1) * self.size), seed=self.seed)
-        chosen = [crowd(dice) if dice.random() < self.options.crowded else scene for scene in chosen]
-        images = [painted(scene, [self.look(dice) for _ in scene.things]) for scene in chosen]
-        return Batch(image=to_image(np.stack(images)), step=step)
-
-    def look(self, dice: Random) -> Look | None:
-        """What a thing has in place of its colour or shape, or None."""
-        kind = kind_of(dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
-        return new_look(kind, dice) if kind else None
-
-
-def scenes(tasks: tuple[str, ...], indices: range, *, seed: int, split: str = "train") -> list[Scene]:
-    """Scenes number `indices` of the tasks in turn."""
-    examples = [example(tasks[i % len(tasks)], i // len(tasks), seed=seed, split=split) for i in indices]
-    return [one.after for one in examples if one.after is not None]
-
-
-def crowd(dice: Random) -> Scene:
-    """Five to nine things of pairs that are not held out."""
-    things = []
-    for cell in dice.sample(range(9), dice.randint(5, 9)):
-        shape, colour = dice.choice(TRAIN_PAIRS)
-        dx, dy = dice.randint(-1, 1), dice.randint(-1, 1)
-        things.append(Thing(shape=shape, colour=colour, size=dice.choice(SIZES), cell=cell, dx=dx, dy=dy))
-    return Scene(things=tuple(things))
+        part = self.options
+        image = strange(chosen, dice, colours=part.nameless_colours, shapes=part.nameless_shapes, crowded=part.crowded)
+        return Batch(image=image, step=step)
 
 
 def entropy(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
@@ -291,12 +264,6 @@ def save_vq(vq: VQ, folder: Path, dtype: torch.dtype) -> None:
     (folder / "vq_config.json").write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
 
 
-def unseen(options: Options, n: int, seed: int) -> tuple[list[Scene], Tensor]:
-    """n test scenes and their pictures [n, 3, H, W] in [-1, 1]."""
-    found = scenes(options.tasks, range(n), seed=seed, split="test")
-    return found, to_image(np.stack([painted(scene, [None] * len(scene.things)) for scene in found]))
-
-
 def reconstructed(vq: VQ, image: Tensor) -> tuple[Tensor, Tensor]:
     """image [B, 3, H, W] -> its ids [B, n], and the image that they stand for."""
     ids = vq.ids(image)
@@ -306,9 +273,9 @@ def reconstructed(vq: VQ, image: Tensor) -> tuple[Tensor, Tensor]:
 
 def sheet(vq: VQ, options: Options, batch: Scenes, seed: int) -> Image.Image:
     """Rows of pictures: test scenes, what comes of them, train scenes with nameless things, what comes of them."""
-    plain, strange = unseen(options, 8, seed)[1], Scenes(options=options, size=8, seed=seed)(batch.size).image
+    plain, odd = unseen(options.tasks, 8, seed)[1], Scenes(options=options, size=8, seed=seed)(batch.size).image
     device = next(vq.parameters()).device
-    rows = [part for image in (plain, strange) for part in (image, reconstructed(vq, image.to(device))[1].cpu())]
+    rows = [part for image in (plain, odd) for part in (image, reconstructed(vq, image.to(device))[1].cpu())]
     return Image.fromarray(rearrange(to_pixels(torch.cat(rows)), "(row column) H W C -> (row H) (column W) C", column=8))
 
 
@@ -317,30 +284,18 @@ def report(vq: VQ, options: Options, seed: int) -> dict[str, float]:
 
     `perplexity` is the number of codes that, chosen evenly, would be as hard to guess.
     """
-    found, image = unseen(options, options.judged, seed)
-    device, right, square, counts = next(vq.parameters()).device, 0, 0.0, torch.zeros(vq.config.n_codes, dtype=torch.long)
-    for part, scenes_of_part in zip(image.split(JUDGED_AT_ONCE), parts(found, JUDGED_AT_ONCE), strict=True):
+    found, image = unseen(options.tasks, options.judged, seed)
+    device, counts = next(vq.parameters()).device, torch.zeros(vq.config.n_codes, dtype=torch.long)
+
+    def redrawn(part: Tensor) -> Tensor:
         ids, drawn = reconstructed(vq, part.to(device))
-        counts += torch.bincount(ids.flatten().cpu(), minlength=len(counts))
-        square += (drawn.cpu().clamp(-1, 1) - part).square().sum().item()
-        right += sum(reads(pixels, scene) for pixels, scene in zip(to_pixels(drawn), scenes_of_part, strict=True))
+        counts.add_(torch.bincount(ids.flatten().cpu(), minlength=len(counts)))
+        return drawn
+
+    back = returned(redrawn, found, image)
     share = counts[counts > 0] / counts.sum()
-    return {
-        "scenes": len(found),
-        "scenes_right": right / len(found),
-        "psnr": -10 * float(np.log10(square / image.numel() / 4)),
+    return back | {
         "codes": len(counts),
         "codes_used": int((counts > 0).sum()),
         "perplexity": float((-share * share.log()).sum().exp()),
     }
-
-
-def parts(found: list[Scene], n: int) -> list[list[Scene]]:
-    """The list in pieces of n."""
-    return [found[i : i + n] for i in range(0, len(found), n)]
-
-
-def reads(pixels: NDArray[np.uint8], scene: Scene) -> bool:
-    """Whether exactly the scene's things are read from the picture: shape, colour, size and cell."""
-    seen = sorted((one.shape, one.colour, one.size, place_of(one.x, one.y)) for one in read(pixels))
-    return seen == sorted((one.shape, one.colour, one.size, one.place) for one in scene.things)
