@@ -21,8 +21,9 @@ HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_mod
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 # a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,
-# `{*}` is the rest. Ours may end in `[0/3]`: theirs holds the first third of its rows; or in `[...]`: theirs lacks its
-# axes of length 1
+# `{*}` is the rest. Ours may end in `[0/3]`: theirs holds the first third of its rows; in `[1:3/3]`: the other two; in
+# `[...]`: theirs lacks its axes of length 1; in `[swap]`: theirs has the second half of its rows first. Ours may be
+# `a + b`: theirs holds the rows of several of ours, one above the other
 Table = Mapping[str, str | None]
 
 
@@ -32,42 +33,58 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a released tensor lies in ours: all of a parameter, one of `parts` equal shares of its rows, or its numbers
-    without the axes of length 1 (`squeezed`)."""
+    """Where a released tensor lies in ours: all of a parameter, `length` of `parts` equal shares of its rows from `part` on,
+    its numbers without the axes of length 1 (`squeezed`), its rows with the halves the other way round (`swapped`), or
+    the rows of a `stack` of parameters, one above the other."""
 
     name: str
     part: int = 0
     parts: int = 1
+    length: int = 1
     squeezed: bool = False
+    swapped: bool = False
+    stack: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, target: str) -> "Place":
-        """Read a target of a table, `name`, `name[0/3]` or `name[...]`."""
+        """Read a target of a table, `name`, `name[0/3]`, `name[1:3/3]`, `name[...]`, `name[swap]` or `name + name`."""
+        if " + " in target:
+            return cls(target, stack=tuple(target.split(" + ")))
         name, _, how = target.removesuffix("]").partition("[")
         if "/" in how:
-            part, parts = map(int, how.split("/"))
-            return cls(name, part, parts)
-        return cls(name, squeezed=how == "...")
+            share, _, parts = how.partition("/")
+            first, _, stop = share.partition(":")
+            return cls(name, int(first), int(parts), int(stop) - int(first) if stop else 1)
+        return cls(name, squeezed=how == "...", swapped=how == "swap")
 
     def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The shape that the released tensor has where ours has this one."""
         if self.squeezed:
             return tuple(n for n in ours if n != 1)
-        return (ours[0] // self.parts, *ours[1:]) if self.parts > 1 else tuple(ours)
+        return (ours[0] // self.parts * self.length, *ours[1:]) if self.parts > 1 else tuple(ours)
 
     def take(self, ours: Tensor) -> Tensor:
         """The released tensor out of ours."""
-        return ours.chunk(self.parts)[self.part] if self.parts > 1 else ours.reshape(self.shape(ours.shape))
+        if self.swapped:
+            return torch.cat(ours.chunk(2)[::-1])
+        return self.share(ours) if self.parts > 1 else ours.reshape(self.shape(ours.shape))
+
+    def share(self, ours: Tensor) -> Tensor:
+        """The rows of ours that the released tensor holds."""
+        rows = len(ours) // self.parts
+        return ours[self.part * rows : (self.part + self.length) * rows]
 
 
 def released_names(name: str, table: Table) -> dict[str, Place]:
     """The released keys of one of our parameters, each with its place in it; none where no row knows the name."""
     found: dict[str, Place] = {}
     for source, target in table.items():
-        if target is not None and (match := _pattern(Place.of(target).name).fullmatch(name)):
-            place = Place.of(target)
+        if target is None:
+            continue
+        place = Place.of(target)
+        if match := next(filter(None, (_pattern(one).fullmatch(name) for one in place.stack or (place.name,))), None):
             found[_filled(source, match)] = replace(place, name=name)
-            if len(found) == place.parts:
+            if sum(place.length for place in found.values()) == place.parts:
                 break
     return found
 
@@ -159,7 +176,7 @@ def check_keys(
         expected |= released_names(name, table)
     names = {key: expected[key] for key in shapes if key in expected}
     unused = [row for row, to in table.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)]
-    shaped = {key: place.shape(wanted[place.name].shape) for key, place in names.items()}
+    shaped = {key: _shape(place, wanted) for key, place in names.items()}
     problems = [
         _few("unexpected keys", sorted(key for key in shapes if key not in names and not unread(key, table))),
         _few("missing keys", sorted(expected.keys() - names.keys())),
@@ -172,6 +189,12 @@ def check_keys(
     if any(problems):
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(filter(None, problems))}")
     return names
+
+
+def _shape(place: Place, wanted: Mapping[str, Tensor]) -> tuple[int, ...]:
+    if not place.stack:
+        return place.shape(wanted[place.name].shape)
+    return (sum(len(wanted[name]) for name in place.stack), *wanted[place.name].shape[1:])
 
 
 def load_into(
@@ -194,16 +217,23 @@ def load_into(
                 for key in file.keys():
                     if place := names.get(key[strip:]):
                         tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                        _assign(model, place, tensor, wanted[place.name].shape)
+                        _assign(model, place, tensor, wanted)
                         bar.update()
 
 
-def _assign(model: nn.Module, place: Place, tensor: Tensor, shape: torch.Size) -> None:
+def _assign(model: nn.Module, place: Place, tensor: Tensor, wanted: Mapping[str, Tensor]) -> None:
+    if place.stack:
+        for name, rows in zip(place.stack, tensor.split([len(wanted[name]) for name in place.stack]), strict=True):
+            put(model, name, rows.clone())  # parameters that share memory could not be saved
+        return
+    shape = wanted[place.name].shape
     if place.parts > 1:
         whole = model.get_parameter(place.name).data
         whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device) if whole.is_meta else whole
-        whole.chunk(place.parts)[place.part].copy_(tensor)
+        place.share(whole).copy_(tensor)
         tensor = whole
+    elif place.swapped:
+        tensor = place.take(tensor)
     put(model, place.name, tensor.reshape(shape))
 
 
@@ -251,11 +281,14 @@ def check_memory(needed: int, device: torch.device) -> None:
 
 def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
     """The parameters that `table` knows, under their released names."""
-    return {
-        key: place.take(tensor.detach()).contiguous()
-        for name, tensor in model.state_dict().items()
-        for key, place in released_names(name, table).items()
-    }
+    ours, found = model.state_dict(), {}
+    for name, tensor in ours.items():
+        for key, place in released_names(name, table).items():
+            if place.stack and key not in found:
+                found[key] = torch.cat([ours[one].detach() for one in place.stack])
+            elif not place.stack:
+                found[key] = place.take(tensor.detach()).contiguous()
+    return found
 
 
 @contextmanager
@@ -266,8 +299,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         folder.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
-            path.replace(folder / path.name)
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            place = folder / path.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
     finally:
         shutil.rmtree(partial)
 
