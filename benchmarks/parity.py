@@ -17,9 +17,11 @@ from typing import Any, Literal
 import parity_bagel
 import parity_dc_ae
 import parity_editweight
+import parity_flux
 import parity_janus
 import parity_janus_preproc
 import parity_janusflow
+import parity_qwen_image
 import parity_qwen_vl
 import parity_sana
 import parity_siglip
@@ -222,6 +224,8 @@ MODULES = {
     "autoencoder": parity_vae,
     "dc-ae": parity_dc_ae,
     "sana": parity_sana,
+    "flux": parity_flux,
+    "qwen-image": parity_qwen_image,
     "siglip2": parity_siglip,
     "edit weights": parity_editweight,
     "qwen2.5-vl": parity_qwen_vl,

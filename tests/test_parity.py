@@ -85,7 +85,7 @@ def test_equals_the_original(parity, name):
     assert not bad(rows)
     tensors = load_file(path / "io.safetensors")
     assert tensors.keys() <= {row.name for row in rows}, "every stored tensor is accounted for"
-    assert sum(row.kind == "compared" for row in rows) > len(tensors) / 2
+    assert sum(row.kind == "compared" for row in rows) > len(tensors) / 3
 
 
 def test_equals_the_original_in_transformers_layout(parity, tmp_path):

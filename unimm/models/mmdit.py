@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.checkpoint import Table
+from unimm.flow import Velocity
 from unimm.kernels import modulate
 from unimm.models.layers import MLP, RMSNorm
 
@@ -284,3 +285,9 @@ class Trunk(nn.Module):
         for block, shifts in zip(self.singles, modulation.single, strict=True):
             x = block(x, shifts, condition)
         return self.last(x[:, n_text:], modulation.last)
+
+
+def by_step(model: nn.Module, condition: Condition, modulations: Sequence[Modulation]) -> Velocity:
+    """A velocity for `flow.sample`: call i takes the modulation of step i, and the time is in it already."""
+    left = iter(modulations)
+    return lambda x, time: model(x, condition, next(left))
