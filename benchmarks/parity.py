@@ -26,6 +26,7 @@ import parity_qwen_vl
 import parity_sana
 import parity_siglip
 import parity_tables
+import parity_text_encoders
 import parity_vae
 import torch
 from safetensors.torch import load_file
@@ -227,6 +228,7 @@ MODULES = {
     "flux": parity_flux,
     "qwen-image": parity_qwen_image,
     "siglip2": parity_siglip,
+    "text encoders": parity_text_encoders,
     "edit weights": parity_editweight,
     "qwen2.5-vl": parity_qwen_vl,
 }

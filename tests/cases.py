@@ -3,6 +3,7 @@
 tests/golden stays under 25 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is skipped
 where it is absent.
 """
+import json
 import os
 from pathlib import Path
 
@@ -27,3 +28,13 @@ def cases() -> list[str]:
     """The names of all stored cases, those beside the tests and the larger ones."""
     beside = {path.parent.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("io.safetensors")}
     return sorted(beside | set(LARGER))
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released file's tensors, as blocks/manifests.json keeps them: `{20}` stands for 0 to 19."""
+    whole = {}
+    for key, shape in json.loads((GOLDEN / "blocks" / "manifests.json").read_text())[name].items():
+        head, brace, rest = key.partition("{")
+        count, _, tail = rest.partition("}")
+        whole |= {f"{head}{i}{tail}": tuple(shape) for i in range(int(count))} if brace else {key: tuple(shape)}
+    return whole

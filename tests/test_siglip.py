@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import manifest
 from safetensors.torch import load_file, save_file
 from toys import picture
 
@@ -11,7 +12,6 @@ from unimm.checkpoint import CheckpointError, check_keys, released_state
 from unimm.models.siglip import Siglip, SiglipConfig, keys, load_siglip
 from unimm.tokenizers.pixels import Stretch
 
-MANIFESTS = json.loads((Path(__file__).parent / "golden" / "blocks" / "manifests.json").read_text())
 # so400m; what is missing is as in the class
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 TOY = dict(
@@ -54,19 +54,9 @@ def write(folder: Path, model: Siglip, **changes) -> Path:
     return folder
 
 
-def named(manifest: dict) -> dict[str, tuple[int, ...]]:
-    """A stored manifest's keys and shapes: `{27}` stands for 0 to 26."""
-    whole = {}
-    for key, shape in manifest.items():
-        head, brace, rest = key.partition("{")
-        count, _, tail = rest.partition("}")
-        whole |= {f"{head}{i}{tail}": tuple(shape) for i in range(int(count))} if brace else {key: tuple(shape)}
-    return whole
-
-
 @pytest.mark.parametrize(("patch", "size"), [(14, 224), (14, 384), (16, 512)])
 def test_manifests_fit_the_released_towers(patch, size):
-    shapes = named(MANIFESTS[f"siglip2_so400m_patch{patch}_{size}_vision"])
+    shapes = manifest(f"siglip2_so400m_patch{patch}_{size}_vision")
     with torch.device("meta"):
         model = Siglip(SiglipConfig.from_files({"vision_config": SO400M | {"patch_size": patch, "image_size": size}}))
     assert len(shapes) == 448 and model.cfg.side**2 == {224: 256, 384: 729, 512: 1024}[size]

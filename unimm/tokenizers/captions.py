@@ -1,0 +1,119 @@
+"""Captions to rows of ids of one length, as CLIP's and T5's text encoders read them.
+
+facts/metaquery_uniworld.md section 3.7.
+"""
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer
+
+CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_LENGTH, T5_LENGTH = 77, 512  # of FLUX's captions
+LONGEST = 100_000  # a model_max_length above this stands for none
+# words, digits one by one, the rest in runs; of English, what follows an apostrophe
+CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class ClipTokenizer(JsonTokenizer):
+    """CLIP's byte pairs: a tokenizer.json, or what vocab.json and merges.txt say."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        whole = folder / "tokenizer.json"
+        self.inner = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else byte_pairs(folder)
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True  # a marker typed by a user stays text
+
+
+def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer out of vocab.json and merges.txt. Raises ValueError where one is missing."""
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    if lost := [path.name for path in files if not path.exists()]:
+        raise ValueError(f"no {' and no '.join(lost)} in {folder}: expected those of CLIP's tokenizer, or its tokenizer.json")
+    vocab, merges = models.BPE.read_file(*map(str, files))
+    pairs = models.BPE(vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>")
+    inner = tokenizers.Tokenizer(pairs)
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(CLIP_SPLIT), behavior="removed", invert=True)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([CLIP_BEGIN, CLIP_END])
+    return inner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Begin, the words, cut to fit, the end, and padding up to `length`."""
+
+    tokenizer: JsonTokenizer | SentencePieceTokenizer
+    begin: int | None
+    end: int
+    pad: int
+    length: int
+
+    def __call__(self, texts: str | Sequence[str], *, length: int | None = None) -> Tensor:
+        """Texts, which may be empty -> ids [B, length]. length: instead of the released one."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        n, first = self.length if length is None else length, [] if self.begin is None else [self.begin]
+        if n <= len(first) + 1 or not texts:
+            raise ValueError(f"got {len(texts)} captions of length {n}: expected one or more, of {len(first) + 2} ids or more")
+        rows = [[*first, *self.tokenizer.encode(text)[: n - len(first) - 1], self.end] for text in texts]
+        return torch.tensor([ids + [self.pad] * (n - len(ids)) for ids in rows])
+
+
+def clip_captions(folder: Path) -> Captions:
+    """What makes CLIP's captions from a released tokenizer's folder (FLUX's tokenizer).
+
+    Raises ValueError where files or markers are missing.
+    """
+    tokenizer, told = ClipTokenizer(folder), _config(folder)
+    begin, end, pad = (_id(tokenizer, told, *name) for name in (("bos", CLIP_BEGIN), ("eos", CLIP_END), ("pad", CLIP_END)))
+    return Captions(tokenizer=tokenizer, begin=begin, end=end, pad=pad, length=_length(told, CLIP_LENGTH))
+
+
+def t5_captions(folder: Path) -> Captions:
+    """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or spiece.model.
+
+    Raises ValueError where files or markers are missing.
+    """
+    tokenizer: JsonTokenizer | SentencePieceTokenizer
+    if (folder / "tokenizer.json").exists():
+        tokenizer = JsonTokenizer(folder)
+        tokenizer.inner.no_truncation()
+        tokenizer.inner.no_padding()
+    elif (folder / "spiece.model").exists():
+        tokenizer = SentencePieceTokenizer((folder / "spiece.model").read_bytes())
+    else:
+        raise ValueError(f"no tokenizer in {folder}: expected T5's tokenizer.json or spiece.model")
+    told = _config(folder)
+    end, pad = (_id(tokenizer, told, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
+    return Captions(tokenizer=tokenizer, begin=None, end=end, pad=pad, length=_length(told, T5_LENGTH))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    names = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+    return {key: value for path in names if path.exists() for key, value in json.loads(path.read_text()).items()}
+
+
+def _length(told: dict[str, Any], otherwise: int) -> int:
+    length = told.get("model_max_length") or otherwise
+    return int(length) if length < LONGEST else otherwise
+
+
+def _id(tokenizer: JsonTokenizer | SentencePieceTokenizer, told: dict[str, Any], role: str, otherwise: str) -> int:
+    token = told.get(f"{role}_token") or otherwise
+    token = token["content"] if isinstance(token, dict) else token
+    found = tokenizer.id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token!r}, its {role}_token: fetch the released files again")
+    return found
