@@ -16,11 +16,13 @@ from unimm.training.recipe import Recipe, nearest
 OBJECTIVES = {
     "vae": "unimm.training.vae:VAEObjective",
     "dcae": "unimm.training.dc_ae:DCAEObjective",
+    "reader": "unimm.training.reader:ReaderObjective",
     "vq": "unimm.training.vq:VQObjective",
     "semantic": "unimm.training.semantic:SemanticObjective",
     "janus": "unimm.training.janus:JanusObjective",
     "decoupling": "unimm.training.decoupling:DecouplingObjective",
     "janusflow": "unimm.training.janusflow:JanusFlowObjective",
+    "metaquery": "unimm.training.metaquery:MetaQueryObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }
