@@ -3,7 +3,8 @@ import difflib
 from pathlib import Path
 
 NANO = Path(__file__).parent / "nano"
-PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt"]
+WEIGHTS = "*.safetensors"
+PATTERNS = ["*.json", WEIGHTS, "*.model", "merges.txt"]
 
 
 def bundled() -> list[str]:
@@ -11,10 +12,13 @@ def bundled() -> list[str]:
     return sorted(path.name for path in NANO.iterdir() if (path / "config.json").exists()) if NANO.exists() else []
 
 
-def resolve(name: str | Path, *, revision: str | None = None, known: tuple[str, ...] = ()) -> Path:
+def resolve(
+    name: str | Path, *, revision: str | None = None, known: tuple[str, ...] = (), weights: bool = True
+) -> Path:
     """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`).
 
-    Raises ValueError for a name that is none of them, with the nearest of `known` and the bundled ones.
+    weights: whether they are downloaded, too; configs and tokenizers always are. Raises ValueError for a name that is
+    none of them, with the nearest of `known` and the bundled ones.
     """
     if str(name) in bundled():
         return NANO / str(name)
@@ -22,7 +26,7 @@ def resolve(name: str | Path, *, revision: str | None = None, known: tuple[str, 
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return _download(str(name), revision)
+        return _download(str(name), revision, weights)
     names = (*bundled(), *known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
@@ -30,14 +34,15 @@ def resolve(name: str | Path, *, revision: str | None = None, known: tuple[str, 
     )
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     # costs half a second to import, and only hub ids need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
-        if not any(folder.rglob("*.safetensors")):  # an older release, in torch.save's files
+        wanted = PATTERNS if weights else [pattern for pattern in PATTERNS if pattern != WEIGHTS]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if weights and not any(folder.rglob("*.safetensors")):  # an older release, in torch.save's files
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, "*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -17,7 +17,8 @@ from unimm.sequence import Item, Pack, pack
 class Speaker(Protocol):
     """What a model brings to a context."""
 
-    decoder: Decoder
+    @property
+    def decoder(self) -> Decoder: ...
 
     @property
     def device(self) -> torch.device: ...

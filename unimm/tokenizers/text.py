@@ -1,4 +1,5 @@
 """Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,10 +9,21 @@ from typing import Protocol
 
 import sentencepiece
 import tokenizers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as Sequenced
+
+QWEN_FILES = ("vocab.json", "merges.txt")
+# contractions; a word with what stands before it; one digit; signs; ends of lines; blanks
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class JsonTokenizer:
-    """A released tokenizer.json, through the tokenizers library.
+    """A released tokenizer.json, or the older files that Qwen2's is made from, through the tokenizers library.
 
     special: tokens that are markers even where the file does not call them special.
     """
@@ -20,7 +32,8 @@ class JsonTokenizer:
 
     def __init__(self, folder: Path, special: Sequence[str] = ()):
         self.folder = folder
-        self.inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        self.inner = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else qwen_tokenizer(folder)
         self.inner.add_special_tokens([token for token in special if self.inner.token_to_id(token) is not None])
         self.inner.encode_special_tokens = True  # a marker typed by a user stays text
 
@@ -43,6 +56,28 @@ class JsonTokenizer:
         for name in self.FILES:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, folder / name)
+
+
+def qwen_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """Qwen2's tokenizer from vocab.json and merges.txt, its added tokens from tokenizer_config.json: bytes in pairs."""
+    vocab, merges = (str(folder / name) for name in QWEN_FILES)
+    inner = tokenizers.Tokenizer(BPE.from_file(vocab, merges))
+    inner.normalizer = NFC()
+    inner.pre_tokenizer = Sequenced(
+        [Split(tokenizers.Regex(QWEN_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    inner.decoder = ByteLevelDecoder()
+    path = folder / "tokenizer_config.json"
+    added = json.loads(path.read_text()).get("added_tokens_decoder", {}) if path.exists() else {}
+    for _, token in sorted(added.items(), key=lambda entry: int(entry[0])):
+        made = tokenizers.AddedToken(token["content"], normalized=False, special=token.get("special", True))
+        (inner.add_special_tokens if made.special else inner.add_tokens)([made])
+    wrong = [token["content"] for at, token in added.items() if inner.token_to_id(token["content"]) != int(at)]
+    if wrong:
+        raise ValueError(
+            f"{path} gives {', '.join(wrong[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files again"
+        )
+    return inner
 
 
 class SentencePieceTokenizer:
@@ -111,7 +146,7 @@ def load_tokenizer(folder: Path, *, special: Sequence[str] = ()) -> "JsonTokeniz
 
     special: tokens that are markers even where tokenizer.json does not call them special.
     """
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in QWEN_FILES):
         return JsonTokenizer(folder, special)
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())

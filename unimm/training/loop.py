@@ -222,15 +222,16 @@ class Trainer:
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982 section 2.2, so that AdamW's learning rate serves) for the
-    matrices that the recipe names, AdamW for the rest; weight decay on matrices only."""
+    matrices that the recipe names, AdamW for the rest; weight decay on matrices only, but for those it leaves out."""
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (hidden if p.ndim == 2 and name.startswith(recipe.muon) else others).append(p)
+    kept = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.startswith(recipe.undecayed)}
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if id(p) not in kept], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in others if id(p) in kept], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     found: list[torch.optim.Optimizer] = []

@@ -46,6 +46,8 @@ class Recipe:
     save_every: int
     sample_every: int
     log_every: int
+    # parts whose matrices are not decayed either, by the beginning of their parameters' names
+    undecayed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every", "sample_every", "log_every"):

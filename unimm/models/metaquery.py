@@ -1,0 +1,421 @@
+"""MetaQuery: learned queries ask a frozen reader what to draw; a connector hands its answer to a diffusion transformer.
+
+Pan et al. 2025, arXiv 2504.06256. Released code: github.com/facebookresearch/metaquery; no weights were released.
+The queries are further rows of the reader's table of embeddings, read causally behind the prompt; the reader's last
+hidden states at their places become the caption of a Sana. facts/metaquery_uniworld.md section 1. Time 0 is data.
+
+Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures, C channels, h w grid of latents.
+"""
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from unimm import hub
+from unimm.checkpoint import CheckpointError, Table, load_into, read_shapes, weight_files
+from unimm.flow import add_noise, in_whole_steps, sample_dpm, solver_knots
+from unimm.kernels import attention
+from unimm.models import connector, sana
+from unimm.models.connector import Connector
+from unimm.models.decoder import Attend, Decoder, Parts
+from unimm.models.metaquery_config import PAINTER, READER, MetaQueryConfig, home
+from unimm.models.query_prompts import MARKERS, QWEN, QueryPrompts, black
+from unimm.models.qwen_prompts import Turn
+from unimm.models.qwen_vl import WEIGHTS, QwenVL, nested, qwen_keys
+from unimm.models.sana import Condition, Sana
+from unimm.models.speaking import cache_of, check_position, extend
+from unimm.sampling import EMPTY, TextSampling
+from unimm.sequence import Item, Pack, pack, text_item
+from unimm.tokenizers import dc_ae
+from unimm.tokenizers.dc_ae import DCAE
+from unimm.tokenizers.pixels import open_image, to_image
+from unimm.tokenizers.text import load_tokenizer
+from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, each, pictures_of, seeds
+
+LARGEST = 4096  # pixels a side of what is drawn
+TABLE = READER + "model.embed_tokens.weight"
+HEAD = READER + "lm_head.weight"
+TINY_SPREAD = 1e-9  # of new rows of a table, of the covariance of the old ones
+
+
+@dataclass
+class Asked:
+    """What the reader is asked in one call, each sample once, and what each picture takes of the answers.
+
+    A branch is a sample and the weight of the velocity under it; the weights of a picture's branches add up to 1.
+    """
+
+    prompts: QueryPrompts
+    samples: list[list[Item]] = field(default_factory=list)
+    known: dict[tuple, int] = field(default_factory=dict)
+
+    def sample(self, caption: str, pictures: Sequence[Image.Image], *, kind: str) -> int:
+        """The place of a sample. kind: what is shown, "black" in place of the pictures, or the pictures."""
+        look = [black(picture) for picture in pictures] if kind == "black" else list(pictures)
+        # black pictures are equal where their sizes are; others are where they are one object
+        key = (caption, *(one.size if kind == "black" else id(one) for one in look))
+        if key not in self.known:
+            self.known[key] = len(self.samples)
+            self.samples.append(self.prompts.drawing(caption, look))
+        return self.known[key]
+
+    def branches(
+        self, caption: str, pictures: Sequence[Image.Image], *, negative: str, text: float, image: float
+    ) -> list[tuple[int, float]]:
+        """The branches of a picture under its scales of guidance; a branch of weight 0 is not read.
+
+        Without pictures v = u + text (c - u). With them v = u + image (i - u) + text (c - i), where u sees the negative
+        prompt and black pictures, i the negative prompt and the pictures; at an image scale of 1 or less
+        v = i + text (c - i).
+        """
+        told = (caption, "shown", text)
+        if not pictures or image <= 1:
+            found = [(negative, "shown", 1 - text), told]
+        else:
+            found = [(negative, "black", 1 - image), (negative, "shown", image - text), told]
+        return [(self.sample(words, pictures, kind=kind), weight) for words, kind, weight in found if weight]
+
+
+class LostHead(nn.Module):
+    """In place of a language head that a checkpoint does not hold: MetaQuery draws without one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("this checkpoint holds no language head: ask its `understand`, which takes the reader's own")
+
+
+class MetaQuery(UnifiedModel):
+    """A reader with queries beside its table, a connector, a painter and its autoencoder."""
+
+    def __init__(self, cfg: MetaQueryConfig):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, None
+        self.reader = QwenVL(cfg.reader)
+        # <begin_of_img>, <end_of_img>, then the queries; apart from the reader's table, which never changes
+        self.queries = nn.Parameter(torch.zeros(MARKERS + cfg.n_queries, cfg.reader.decoder.dim))
+        self.connector = Connector(cfg.connector)
+        self.painter, self.vae = Sana(cfg.painter), DCAE(cfg.vae)
+        self.reader_source: str | Path | None = None
+        self._speaker: tuple[QwenVL, ...] = ()
+
+    # ---- files
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The model of a folder's config files, with its reader's tokenizer, without weights.
+
+        Raises CheckpointError where the folder's weights are for another number of queries.
+        """
+        model = cls(MetaQueryConfig.from_folder(folder))
+        name = model.cfg.homes["mllm_id"]
+        model.reader.tokenizer = load_tokenizer(home(folder, name))
+        below = home(folder, name)
+        model.reader_source = below if any((below / one).exists() for one in WEIGHTS) else name
+        model.fit(shapes_in(folder))
+        return model
+
+    def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Leave out the language head where files of these shapes hold none. Raises CheckpointError for other queries."""
+        rows = shapes.get(TABLE, (self.cfg.n_rows,))[0]
+        if rows != self.cfg.n_rows:
+            vocab, n = self.cfg.reader.decoder.vocab, self.cfg.n_queries
+            raise CheckpointError(
+                f"{TABLE} has {rows} rows, for {rows - vocab - MARKERS} queries behind {vocab} ids and {MARKERS} markers; "
+                f"config.json says num_metaqueries {n}, {self.cfg.n_rows} rows: correct it, or fetch the files that go together"
+            )
+        if shapes and HEAD not in shapes and not self.cfg.reader.decoder.tied:
+            self.reader.decoder.head = LostHead()  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        reader: str | Path | None = None,
+    ) -> Self:
+        """As every family's; reader: the folder or hub id of the reader's own release, which then answers in `understand`.
+
+        The original's training shrinks the old rows of the reader's table, which decay though they have no gradient, and
+        its files hold no language head. Unless given, the reader's release is fetched when a lost head is needed.
+        """
+        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
+        if reader is not None:
+            model.reader_source = reader
+            model._speaker = (model._own_reader(),)
+        return model
+
+    def weights(self) -> dict[tuple[str, ...], Table]:
+        """The key table of the one file of weights."""
+        held = not self.cfg.reader.decoder.tied and not isinstance(self.reader.decoder.head, LostHead)
+        return {WEIGHTS: keys(self.cfg, head=held)}
+
+    def save_config(self, folder: Path) -> None:
+        """Write config.json, and below the folder the configs of the parts, and the reader's tokenizer."""
+        for name, contents in self.cfg.to_files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+        if self.reader.tokenizer is not None:
+            self.reader.tokenizer.save(home(folder, self.cfg.homes["mllm_id"]))
+
+    # ---- reading
+
+    @property
+    def decoder(self) -> Decoder:
+        """The reader's."""
+        return self.reader.decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.reader.dtype
+
+    @property
+    def prompts(self) -> QueryPrompts:
+        """How this model's prompts are made."""
+        cfg, reader = self.cfg, self.reader.prompts
+        pixels = replace(reader.pixels, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        return QueryPrompts(
+            replace(reader, pixels=pixels), QWEN, cfg.system, cfg.n_queries, cfg.reader.decoder.vocab,
+            cfg.reader.markers.end, cfg.max_text,
+        )  # fmt: skip
+
+    def embed(self, batch: Pack) -> Tensor:
+        """Every row of a pack, in its order [n, D]: the reader's, and the queries."""
+        vocab = self.cfg.reader.decoder.vocab
+        new = batch.ids >= vocab
+        x = self.reader.embed(replace(batch, ids=batch.ids.masked_fill(new, 0)))
+        return x.index_copy(0, batch.id_rows[new], F.embedding(batch.ids[new] - vocab, self.queries).to(x.dtype))
+
+    def hidden(self, batch: Pack, attend: Attend) -> Parts:
+        """Last hidden states of a pack's rows, before the final norm."""
+        x = self.embed(batch)
+        (stream,) = self.decoder.cfg.streams
+        return self.decoder(x, self.reader.positions(batch), {stream: torch.arange(len(x), device=x.device)}, attend)
+
+    def answers(self, batch: Pack, attend: Attend) -> Tensor:
+        """The reader's last hidden states at the queries of each sample that has them, after the final norm [R, N, D]."""
+        (hidden,), (stream,) = self.hidden(batch, attend).values(), self.decoder.cfg.streams
+        first = self.cfg.reader.decoder.vocab + MARKERS
+        at = batch.id_rows[batch.ids >= first]
+        return self.decoder.norms[stream](hidden[at]).unflatten(0, (-1, self.cfg.n_queries))
+
+    @torch.inference_mode()
+    def ask(self, samples: Sequence[Sequence[Item]]) -> Tensor:
+        """The reader's answers [R, N, D] to samples that `prompts` made; what all begin with is read once."""
+        prompts = self.prompts
+        (begun,) = extend(self, [EMPTY], [[text_item(prompts.opening)]])
+        rest = [prompts.rest(sample) for sample in samples]
+        contexts = [begun.fork() for _ in rest]
+        cache = cache_of(self, contexts, [sum(item.segment.length for item in items) for items in rest])
+        past = [cache.past(i) for i in range(len(contexts))]
+        batch = pack(rest, past, device=self.device)
+        check_position(self, max(batch.layout.clocks))
+        return self.answers(batch, cache.attend(past, batch.layout.mask))
+
+    def told(self, answers: Tensor) -> Condition:
+        """Answers [R, N, D] -> what the painter is told: its keys and values, computed once a picture."""
+        return self.painter.condition(self.connector(answers))
+
+    # ---- training
+
+    def forward(self, batch: Pack, latents: Tensor, noise: Tensor, times: Tensor, samples: Tensor) -> Tensor:
+        """Training: the squared error of the velocity of each noised picture [B]; gradients reach the queries, not the reader.
+
+        latents and noise [B, C, h, w], times [B], samples [B]: which sample of the pack each is drawn from.
+        """
+        answers = self.answers(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))
+        condition = self.told(answers).rows(samples)
+        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
+        v = self.painter(noised, times, condition)
+        return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def reset_queries(self, generator: torch.Generator | None = None) -> None:
+        """New rows of a table as they begin: around the mean of the old rows, spread as they are, by next to nothing."""
+        old = self.decoder.embed.weight.float()
+        off = (old - old.mean(0)) * (TINY_SPREAD / len(old)) ** 0.5
+        draws = torch.randn(len(self.queries), len(old), generator=generator).to(old.device)
+        self.queries.copy_(old.mean(0) + draws @ off)
+
+    # ---- drawing
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        condition: Condition,
+        branches: Sequence[Sequence[tuple[int, float]]],
+        noises: Tensor,
+        *,
+        steps: int,
+        progress: bool = False,
+    ) -> Tensor:
+        """From noise [B, C, h, w] to latents. branches: of each picture, rows of the condition and their weights."""
+        owners = torch.tensor([i for i, some in enumerate(branches) for _ in some], device=self.device)
+        weights = torch.tensor([w for some in branches for _, w in some], device=self.device)[:, None, None, None]
+        seen = condition.rows(torch.tensor([row for some in branches for row, _ in some], device=self.device))
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            v = self.painter(x[owners].to(self.dtype), torch.full((len(owners),), time, device=x.device), seen)
+            return torch.zeros_like(x).index_add(0, owners, weights * v.float())
+
+        solver = self.cfg.solver
+        times = solver_knots(steps, shift=solver.shift, trained=solver.trained)
+        told = in_whole_steps(velocity, trained=solver.trained)
+        return sample_dpm(told, noises.to(self.device), times, progress=progress)
+
+    @torch.inference_mode()
+    def paint(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pixels [B, 3, height, width], about [-1, 1]."""
+        return self.vae.decode(latents.to(self.dtype)).float()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images: Picture | Sequence | None = None,
+        think: bool = False,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        n: int = 1,
+        guidance: float | Sequence[float] | None = None,
+        image_guidance: float | Sequence[float] | None = None,
+        negative: str | Sequence[str] = "",
+        progress: bool = False,
+    ) -> Generation:
+        """Draw `n` pictures for each prompt, in the order of the prompts, or from the images given with it.
+
+        prompt: one text or a batch; with images it may be empty, which asks for the picture again. images: for one
+        prompt a picture or several, for a batch one of these each. size: (height, width) of what is drawn. seed: one, or
+        one a prompt; from one number, that number and the ones after it, picture by picture. steps: of the sampler.
+        guidance, image_guidance: 1 is none; one, or one a prompt. negative: what guidance leads away from. A picture does
+        not depend on what else is in the batch. Raises ValueError for bad input, NotImplementedError for `think`.
+        """
+        if think:
+            raise NotImplementedError("MetaQuery does not think before it draws: Bagel does")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
+        cfg, many = self.cfg, len(prompts)
+        scales = each(cfg.guidance if guidance is None else guidance, many, "guidances")
+        image_scales = each(cfg.image_guidance if image_guidance is None else image_guidance, many, "image guidances")
+        if n < 1 or min(*scales, *image_scales) < 0:
+            raise ValueError(f"got n {n}, guidance {guidance}, {image_guidance}: expected a picture, and scales of 0 or more")
+        if any(not (words.strip() or some) for words, some in zip(prompts, shown, strict=True)):
+            raise ValueError("got an empty prompt: expected at least a word, or a picture to draw from")
+        height, width = drawable(size or cfg.size, cfg.vae.stride * cfg.painter.patch, LARGEST)
+        first = seeds(seed, many) if not isinstance(seed, int) else [seed + n * i for i in range(many)]
+        seeded = seeds([s + i for s in first for i in range(n)], n * many)
+        asked = Asked(self.prompts)
+        named = zip(prompts, shown, each(negative, many, "negative prompts"), scales, image_scales, strict=True)
+        branches = [asked.branches(a, b, negative=c, text=float(d), image=float(e)) for a, b, c, d, e in named]
+        shape = cfg.painter.in_channels, height // cfg.vae.stride, width // cfg.vae.stride
+        with torch.inference_mode():
+            condition = self.told(self.ask(asked.samples))
+        latents = self.denoise(
+            condition,
+            [some for some in branches for _ in range(n)],
+            torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeded]),
+            steps=cfg.steps if steps is None else steps,
+            progress=progress,
+        )
+        return Generation([to_image(self.paint(one[None])[0]) for one in latents])
+
+    # ---- speaking
+
+    @property
+    def speaker(self) -> QwenVL:
+        """The frozen reader, as it was before it was asked to draw. Raises ValueError where a lost head cannot be had."""
+        if not self._speaker and not isinstance(self.decoder.head, LostHead):
+            return self.reader
+        if not self._speaker:
+            self._speaker = (self._own_reader(),)
+        return self._speaker[0].to(self.device)
+
+    def _own_reader(self) -> QwenVL:
+        """This model's blocks and tower with the table and the head of the reader's own release."""
+        source = self.reader_source
+        if source is None:
+            raise ValueError("this model's files hold no language head: give from_pretrained the reader's release, `reader`")
+        folder = hub.resolve(source)
+        try:
+            paths = weight_files(folder, WEIGHTS)
+        except CheckpointError as error:
+            raise ValueError(
+                f"MetaQuery's files hold no language head, and {source} has no weights to take one from: give "
+                "from_pretrained the folder or hub id of the reader's own release, `reader`"
+            ) from error
+        with torch.device("meta"):
+            model = QwenVL(self.cfg.reader)
+        model.tokenizer, model.vision = self.reader.tokenizer, self.reader.vision
+        model.decoder.blocks, model.decoder.norms = self.decoder.blocks, self.decoder.norms
+        language = "model.language_model." if nested(read_shapes(paths)) else "model."
+        table = {language + "embed_tokens.weight": "decoder.embed.weight"}
+        table |= {} if self.cfg.reader.decoder.tied else {"lm_head.weight": "decoder.head.weight"}
+        rows: Table = {**table, "{*}": None}
+        load_into(model, paths, rows, dtype=self.dtype, device=self.device)
+        return model.eval()
+
+    def understand(
+        self,
+        images: Picture | Sequence | None,
+        question: str | Sequence[str],
+        *,
+        think: bool = False,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
+        if think:
+            raise NotImplementedError("MetaQuery does not think before it answers: Bagel does")
+        return self.speaker.understand(images, question, stream=stream, text=text, seed=seed)
+
+    def chat(
+        self,
+        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
+        return self.speaker.chat(turns, system=system, stream=stream, text=text, seed=seed)
+
+    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
+        """Not for this family."""
+        raise NotImplementedError("MetaQuery gives one text or one picture a call: Bagel interleaves")
+
+
+# ---- released files
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a folder's weights; nothing where it has none."""
+    return read_shapes(weight_files(folder, WEIGHTS)) if any((folder / name).exists() for name in WEIGHTS) else {}
+
+
+def keys(cfg: MetaQueryConfig, *, head: bool) -> Table:
+    """Released names on the left, ours on the right. head: whether the files hold a language head, which is untied."""
+    rows: dict[str, str | None] = dict(qwen_keys(head=head, prefix=READER, ours="reader."))
+    del rows[READER + "model.embed_tokens.{}"]
+    rows[TABLE] = "reader.decoder.embed.weight + queries"
+    rows |= {theirs: f"connector.{ours}" for theirs, ours in connector.KEYS.items()}
+    rows |= {PAINTER + theirs: f"painter.{ours}" for theirs, ours in sana.KEYS.items()}
+    rows |= {f"vae.{theirs}": f"vae.{ours}" for theirs, ours in dc_ae.keys(cfg.vae).items()}
+    return rows
+
+
+VERBS = ("generate", "understand", "chat")
+# no official weights exist: https://github.com/facebookresearch/metaquery/issues/1
+RELEASES: dict[str, Release] = {}
+MetaQuery.RELEASES = RELEASES

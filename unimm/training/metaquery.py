@@ -1,0 +1,211 @@
+"""Training MetaQuery: queries, connector and painter learn to draw what a frozen reader answers.
+
+Rectified flow at whole, unshifted thousandths of time; pre-training on captions, then instruction tuning on pictures with
+instructions, by one objective: facts/metaquery_uniworld.md sections 1.5 to 1.7.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unimm import hub
+from unimm.data.shapes import Example, example
+from unimm.data.shapes.nameless import unnamed
+from unimm.flow import whole_times
+from unimm.models.metaquery import MetaQuery
+from unimm.models.metaquery_config import MetaQueryConfig, read_config
+from unimm.models.query_prompts import QueryPrompts, black
+from unimm.models.qwen_vl import QwenVL
+from unimm.models.sana import Sana, SanaBlock, load_sana
+from unimm.sequence import Item, Pack, pack, text_item
+from unimm.tokenizers.dc_ae import load_dc_ae
+from unimm.training.conversing import DRAWINGS, by_group, freeze, groups, to_images
+from unimm.training.recipe import Recipe, strict
+from unimm.training.shapes import ROUND_ROWS, compile_streams, sheet
+from unimm.unified import parse_dtype
+
+AGAIN = "again"  # a task: the picture that is shown, without a word
+SCENES = "draw.scene"  # whose pictures it shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the recipe's `options` may say."""
+
+    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    tasks: Mapping[str, int]
+    # noised copies of a picture, each at its own time: cheaper than as many samples
+    targets: int
+    # the part of samples whose text is dropped, without pictures; with them, the part of each of: text, both, pictures
+    dropout: float
+    # the part of things in drawings and edits whose colour, or whose shape, has no name
+    nameless_colours: float
+    nameless_shapes: float
+    # folders or hub ids: of a Qwen2.5-VL, an AutoencoderDC, and a Sana, or "" for one of the recipe's numbers
+    reader: str
+    dcae: str
+    painter: str
+    # of the reader's weights, which never change
+    reader_dtype: str
+    # parts that are not trained, by the beginning of their parameters' names; the reader and the autoencoder never are
+    frozen: tuple[str, ...]
+    # whether torch.compile fuses what a token meets between products
+    compiled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples to be read, and noised copies of the pictures to be drawn after them, a picture a sample."""
+
+    pack: Pack
+    images: Tensor  # [P, 3, h, w], what is drawn
+    noise: Tensor  # [B, C, h, w]
+    times: Tensor  # [B]
+    samples: Tensor  # [B], index into the pack's samples and into images
+    draw_groups: Tensor  # [B], index into DRAWINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worlds:
+    """Batches by step: the same for a seed on every machine, and made without the model."""
+
+    options: Options
+    prompts: QueryPrompts
+    latent: tuple[int, int, int]  # (channels, height, width)
+    size: int
+    seed: int
+
+    def __call__(self, step: int) -> Batch:
+        dice = random.Random(f"{self.seed}/{step}")
+        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
+        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        examples = [self.taken(task, step * self.size + i, dice) for i, task in enumerate(tasks)]
+        return self.batch(examples, dice)
+
+    def taken(self, task: str, index: int, dice: random.Random) -> Example:
+        """A training example; some of its things have no name, if it draws or edits. Raises ValueError for a text task."""
+        one = example(SCENES if task == AGAIN else task, index, seed=self.seed)
+        if one.target is None:
+            raise ValueError(f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits")
+        if task == AGAIN:
+            return replace(one, task="edit.again", prompt="", images=(one.target,))
+        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
+            return one
+        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
+
+    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
+        """Examples with the dice's times, noises and dropped conditions."""
+        samples = [self.sample(one, dice) for one in examples]
+        generator = torch.Generator().manual_seed(dice.getrandbits(62))
+        n = self.options.targets
+        return Batch(
+            pack=self.packed(samples),
+            images=to_images([one.target for one in examples if one.target is not None]),
+            noise=torch.randn(n * len(samples), *self.latent, generator=generator),
+            times=whole_times(torch.rand(n * len(samples), generator=generator)),
+            samples=torch.arange(len(samples)).repeat_interleave(n),
+            draw_groups=groups(DRAWINGS, examples, [n] * len(samples)),
+        )
+
+    def sample(self, one: Example, dice: random.Random) -> list[Item]:
+        """What a picture is drawn from, some of it dropped."""
+        shown, draw, p = [Image.fromarray(image) for image in one.images], dice.random(), self.options.dropout
+        text, look = draw < (2 * p if shown else p), p <= draw < 3 * p
+        pictures = [black(picture) for picture in shown] if look else shown
+        return self.prompts.drawing("" if text else one.prompt, pictures)
+
+    def packed(self, samples: Sequence[Sequence[Item]]) -> Pack:
+        """One pack, rounded up with a sample that asks for nothing: new shapes cost a CPU more than these rows."""
+        rows = sum(item.segment.length for items in samples for item in items)
+        filler = [[text_item([self.prompts.end] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
+        return pack([*samples, *filler])
+
+
+class MetaQueryObjective:
+    """MetaQuery on the little world."""
+
+    name = "metaquery"
+    loss_names = DRAWINGS
+
+    def __init__(self, model: MetaQuery, batch: Worlds):
+        self.model, self.batch = model, batch
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> MetaQueryObjective:
+        """Queries, a connector and a painter, fresh or trained, around a trained reader and autoencoder."""
+        options = strict(Options, recipe.options, where="options")
+        torch.manual_seed(recipe.seed)
+        model = built(options, recipe.model)
+        if options.compiled:
+            compile_streams(model.decoder)
+            for block in (module for module in model.painter.modules() if isinstance(module, SanaBlock)):
+                block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+        freeze(model, options.frozen, always=("reader.", "vae."))
+        cfg = model.cfg
+        latent = (cfg.painter.in_channels, cfg.side, cfg.side)
+        return cls(
+            model, Worlds(options=options, prompts=model.prompts, latent=latent, size=recipe.batch, seed=recipe.seed)
+        )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean flow loss of every kind of sample in the batch."""
+        device = self.model.device
+        with torch.no_grad():
+            latents = self.model.vae.encode(batch.images.to(device)).float()
+        samples = batch.samples.to(device)
+        noise, times = batch.noise.to(device), batch.times.to(device)
+        errors = self.model(batch.pack.to(device), latents[samples], noise, times, samples)
+        return by_group(DRAWINGS, batch.draw_groups, errors)
+
+    def picture(self) -> Image.Image:
+        """A sheet of test prompts drawn."""
+        return sheet(self.model)
+
+    def save(self, folder: Path) -> None:
+        """The released layout, in bfloat16."""
+        self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def built(options: Options, numbers: Mapping[str, Any]) -> MetaQuery:
+    """The model of a recipe's numbers: `config` is a config.json, `painter` and `scheduler` are a Sana's."""
+    reader = QwenVL.from_pretrained(options.reader, dtype=parse_dtype(options.reader_dtype))
+    vae = load_dc_ae(below(options.dcae, "vae"))
+    painter, scheduler = numbers.get("painter", {}), numbers.get("scheduler", {})
+    if options.painter:
+        painter = read_config(below(options.painter, "transformer") / "config.json")
+        scheduler = read_config(below(options.painter, "scheduler") / "scheduler_config.json")
+    files = numbers["config"]
+    homes = {name: files.get(name, files["diffusion_model_id"]) for name in MetaQueryConfig.HOMES}
+    cfg = MetaQueryConfig.from_files(files, reader.cfg, painter, vae.config.to_files(), scheduler, homes=homes)
+    model = MetaQuery(cfg)
+    model.reader, model.vae = reader, vae
+    model.reset_queries()
+    model.connector.reset()
+    if options.painter:
+        model.painter = load_sana(below(options.painter, "transformer"))
+    else:
+        init_painter(model.painter)
+    return model
+
+
+def below(name: str, part: str) -> Path:
+    """The folder of a part of a release: its own, or the one around it."""
+    folder = hub.resolve(name)
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def init_painter(painter: Sana) -> None:
+    """A painter from scratch: residual branches that the time gates begin small, the velocity 0."""
+    for table in (painter.modulation.weight, painter.modulation.bias, painter.out.weight, painter.out.bias):
+        nn.init.zeros_(table)
+    for name, table in painter.named_parameters():
+        if name.endswith("table"):
+            nn.init.normal_(table, std=painter.config.dim**-0.5)
