@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.models.qwen_vision import QwenVisionConfig, cells
+from unimm.models.reader_prompts import END, ROLES, START, ReaderPrompts, Turn, user_is_last
 from unimm.sequence import IGNORE, Item, Segment, text_item
 from unimm.tokenizers.pixels import open_image
 from unimm.tokenizers.smart_resize import Grid, SmartResize
 from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.unified import Picture, TextTokenizer, pictures_of
+from unimm.unified import Picture
 
-START, END = "<|im_start|>", "<|im_end|>"
+__all__ = ["END", "PLACEHOLDER", "ROLES", "SHOWN", "START", "SYSTEM", "QwenMarkers", "QwenPrompts", "Turn"]
+
 PLACEHOLDER = "<|image_pad|>"  # where a picture belongs
 SHOWN = f"<|vision_start|>{PLACEHOLDER}<|vision_end|>"
 SYSTEM = "You are a helpful assistant."  # what the released chat template says where nobody else does
-ROLES = ("user", "assistant")
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,34 +56,14 @@ class QwenMarkers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenPrompts:
+class QwenPrompts(ReaderPrompts):
     """Conversations to items."""
 
-    tokenizer: TextTokenizer | None
     pixels: SmartResize
     vision: QwenVisionConfig
     markers: QwenMarkers
 
-    @property
-    def words(self) -> TextTokenizer:
-        """The tokenizer. Raises ValueError for a checkpoint without one."""
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
-        return self.tokenizer
-
-    def conversation(self, turns: Sequence[Turn], *, system: str | None = None) -> list[Item]:
-        """A conversation up to where the assistant speaks. system: instead of the released system prompt; "" for no turn.
-
-        Pictures stand in front of their turn's text, or where it says `PLACEHOLDER`. Raises ValueError for bad input.
-        """
-        text, shown = self.template(turns, system=system)
-        return self.composed(text, shown)
-
-    def answered(self, turns: Sequence[Turn], answer: str, *, system: str | None = None) -> list[Item]:
-        """A conversation and the assistant's next words, whose ids, and the end behind them, carry labels."""
-        *before, last = self.conversation(turns, system=system)
-        said, ids = [*self.words.encode(answer), self.markers.end], last.ids.tolist()
-        return [*before, text_item([*ids, *said], labels=[*[IGNORE] * (len(ids) - 1), *said, IGNORE])]
+    PLACEHOLDER: ClassVar[str] = PLACEHOLDER
 
     def template(self, turns: Sequence[Turn], *, system: str | None = None) -> tuple[str, list[Picture]]:
         """The text of a conversation, for `composed`, and its pictures; a caller may add to the text."""
@@ -91,11 +71,10 @@ class QwenPrompts:
         text = f"{START}system\n{hide_markers(self.words, system)}{END}\n" if system else ""
         shown: list[Picture] = []
         for turn in turns:
-            content, images = self._content(turn)
-            text += f"{START}{turn['role']}\n{content}{END}\n"
+            content, images = self.content(turn)
+            text += f"{START}{turn['role']}\n{content.replace(PLACEHOLDER, SHOWN)}{END}\n"
             shown += images
-        if not turns or turns[-1]["role"] != "user":
-            raise ValueError("got a conversation that does not end with the user: expected the user to have the last word")
+        user_is_last(turns)
         return text + f"{START}assistant\n", shown
 
     def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
@@ -145,24 +124,6 @@ class QwenPrompts:
             tokens=rearrange(patches, "(n s) f -> n (s f)", n=n),
             places=places,
         )
-
-    def _content(self, turn: Turn) -> tuple[str, list[Picture]]:
-        known = isinstance(turn, Mapping) and turn.keys() <= {"role", "content", "images"}
-        if not known or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise ValueError(
-                f"got the turn {turn!r}: expected a dict of role ('user' or 'assistant'), content (a text), and perhaps images"
-            )
-        content, (images,) = turn["content"], pictures_of(turn.get("images"), "")
-        if not content.strip():
-            raise ValueError(f"got an empty prompt: expected at least a word from the {turn['role']}")
-        if PLACEHOLDER not in content:
-            content = PLACEHOLDER * len(images) + content
-        if (places := content.count(PLACEHOLDER)) != len(images):
-            raise ValueError(
-                f"got {places} {PLACEHOLDER} for {len(images)} pictures: expected one for each; give as many pictures, or "
-                "leave the placeholders out to have the pictures in front"
-            )
-        return hide_markers(self.words, content, but=[PLACEHOLDER]).replace(PLACEHOLDER, SHOWN), images
 
 
 def _runs(ids: Sequence[int], pads: Sequence[int]) -> Iterator[tuple[int, int]]:
