@@ -57,6 +57,8 @@ def test_every_recipe_is_read():
         "janus-nano-stage3": "janus",
         "janus-nano-vq": "vq",
         "janusflow-nano": "janusflow",
+        "metaquery-nano-dcae": "dcae",
+        "metaquery-nano-reader": "reader",
     }
 
 

@@ -25,6 +25,7 @@ from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, joined, phrase
 from unimm.models.qwen_prompts import END, PLACEHOLDER, ROLES, START, SYSTEM, QwenMarkers, QwenPrompts, Turn
 from unimm.models.qwen_vl import QwenVL, QwenVLConfig
+from unimm.sampling import TextSampling
 from unimm.sequence import Item, Pack, pack, text_item
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.conversing import by_group, groups, labels, taken
@@ -39,6 +40,7 @@ SEEN = ("shape", "colour", "size")
 # in the order of QwenMarkers
 MARKERS = (END, "<|vision_start|>", "<|vision_end|>", PLACEHOLDER, "<|video_pad|>")
 PLAN = "plan."
+ANSWER = 12  # ids, more than any judged answer has
 JUDGED = ("answer.count", "answer.colour", "answer.shape", "answer.relation", "fact.forward", "fact.inverse")
 
 
@@ -202,7 +204,7 @@ class ReaderObjective:
         right = {}
         for task in JUDGED:
             examples = [example(task, i, seed=self.batch.seed, split="test") for i in range(n)]
-            answers = reader.chat([[turn(one)] for one in examples])
+            answers = reader.chat([[turn(one)] for one in examples], text=TextSampling(max_tokens=ANSWER))
             right[task] = sum(judge(one, answer) for one, answer in zip(examples, answers, strict=True)) / n
         return right
 
