@@ -40,11 +40,12 @@ class Item:
 
     kind: Literal["text", "look", "draw"]  # a text, an image looked at (ViT), an image drawn or drawn before (latents)
     segment: Segment
-    ids: Tensor  # [n] text, or the markers: [2] around the tokens, [1] before them
+    ids: Tensor  # [n] text, or the markers: [2] around the tokens, [1] before them, [0] none
     labels: Tensor  # one for each of ids, the id that its row must predict, or IGNORE
     tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean, or codes [n]
     # [n], where each token lies in its table of positions; or [n, 3], its time, row and column from where the image begins
     places: Tensor | None = None
+    tiles: Tensor | None = None  # look: the pixels [T, C, S, S] behind tokens that are no patches
     time: float = 0.0  # draw: 0 is data, 1 is noise
     noised: bool = False  # draw: a target, its tokens carry the flow loss
 
@@ -174,10 +175,12 @@ class Tokens:
     rows: Tensor
     places: Tensor
     lengths: tuple[int, ...]
+    tiles: Tensor | None = None  # of all images, where tokens are no patches
 
     def to(self, device: torch.device | str) -> "Tokens":
         """The same tokens on a device."""
-        return Tokens(self.content.to(device), self.rows.to(device), self.places.to(device), self.lengths)
+        tiles = None if self.tiles is None else self.tiles.to(device)
+        return Tokens(self.content.to(device), self.rows.to(device), self.places.to(device), self.lengths, tiles)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,8 @@ def pack(
     layout = lay_out([[item.segment for item in items] for items in samples], past, device=device)
     placed = [pair for items, rows in zip(samples, layout.starts, strict=True) for pair in zip(items, rows, strict=True)]
     # the ids of a text fill its segment, the markers of an image stand at its ends
-    ids_at = [torch.tensor([0, i.n_tokens + 1][: len(i.ids)]) if i.n_tokens else torch.arange(len(i.ids)) for i, _ in placed]
+    ends = [torch.tensor([0, i.n_tokens + 1])[: len(i.ids)] for i, _ in placed]
+    ids_at = [at if i.n_tokens else torch.arange(len(i.ids)) for (i, _), at in zip(placed, ends, strict=True)]
     id_rows = [row + at for (_, row), at in zip(placed, ids_at, strict=True)]
     draws = [item for item, _ in placed if item.kind == "draw" and item.tokens is not None]
     labels = [item.labels for item, _ in placed]
@@ -244,15 +248,17 @@ def label_weights(labels: Tensor) -> Tensor:
 
 
 def _tokens(kind: str, placed: list[tuple[Item, int]], device: torch.device | str) -> Tokens | None:
-    content, rows, places = [], [], []
+    content, rows, places, tiles = [], [], [], []
     for item, row in placed:
         if item.kind == kind and item.tokens is not None and item.places is not None:
             content.append(item.tokens)
-            rows.append(row + 1 + torch.arange(len(item.tokens)))
+            rows.append(row + min(1, len(item.ids)) + torch.arange(len(item.tokens)))
             places.append(item.places)
+            tiles += [] if item.tiles is None else [item.tiles]
     if not content:
         return None
-    return Tokens(torch.cat(content), torch.cat(rows), torch.cat(places), tuple(map(len, content))).to(device)
+    pixels = torch.cat(tiles) if tiles else None
+    return Tokens(torch.cat(content), torch.cat(rows), torch.cat(places), tuple(map(len, content)), pixels).to(device)
 
 
 def _each_token(items: list[Item], values: list, dtype: torch.dtype) -> Tensor:
