@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from unimm.checkpoint import CheckpointError, Place, check_keys, released_state
 from unimm.flow import knots, sample
 from unimm.models.flux import BFL_WEIGHTS, Flux, FluxConfig, bfl_keys, grid, keys, load_flux
-from unimm.models.mmdit import by_step, pack, turns, unpack
+from unimm.models.mmdit import by_step, pack, turn, turns, unpack
 
 CASE = found("blocks/flux/dev")
 FILES = json.loads((CASE / "config.json").read_text())
@@ -213,6 +213,14 @@ def test_turns_are_exact_far_away():
     table = turns(torch.tensor([[0.0, 4000.0, 1.0]]), (2, 4, 2), dtype=torch.float64)
     assert table[0].angle()[[0, 3]].tolist() == [0.0, 1.0]
     assert torch.allclose(table[0, 2], torch.polar(torch.tensor(1.0), torch.tensor(40.0)), atol=1e-6)
+
+
+@torch.inference_mode()
+def test_compiled_turns_are_the_turns():
+    table, x = turns(torch.randint(0, 9, (5, 2)), (4, 8), dtype=torch.float64), torch.randn(2, 5, 3, 12)
+    assert_equal(torch.compile(turn, backend="eager", fullgraph=True)(x, table), turn(x, table))
+    assert turn(x.bfloat16(), table).dtype == torch.bfloat16
+    assert_equal(turn(x, table).square().sum(-1), x.square().sum(-1))
 
 
 @pytest.mark.parametrize("target", ["x[swap]", "x[2:5/5]", "x[0/5]"])
