@@ -5,7 +5,7 @@ Radford et al. 2021, arXiv 2103.00020, section 2.4; facts/metaquery_uniworld.md 
 Axes: B captions, L ids of a caption, D model.
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, weight_files
+from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask
 from unimm.models.layers import EncoderBlock
@@ -36,7 +36,7 @@ class ClipTextConfig:
     act: str
     end: int  # id whose first place is pooled; LEGACY_END: the place of the largest id
 
-    FILES: ClassVar = {
+    FILES: ClassVar[dict[str, str]] = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
@@ -48,7 +48,7 @@ class ClipTextConfig:
         "end": "eos_token_id",
     }
     # what CLIPTextConfig says where a config is silent
-    SILENT: ClassVar = {
+    SILENT: ClassVar[dict[str, Any]] = {
         "hidden_size": 512,
         "num_hidden_layers": 12,
         "num_attention_heads": 8,
@@ -114,24 +114,26 @@ class ClipText(nn.Module):
         return states[torch.arange(len(ids), device=ids.device), ends.argmax(1)]
 
 
-KEYS: Table = {
-    "text_model.embeddings.token_embedding.weight": "embed.weight",
-    "text_model.embeddings.position_embedding.weight": "positions",
-    "text_model.embeddings.position_ids": None,  # a buffer that older files hold
-    "text_model.encoder.layers.{}.layer_norm1.{}": "blocks.{}.attn_norm.{}",
-    "text_model.encoder.layers.{}.layer_norm2.{}": "blocks.{}.mlp_norm.{}",
-    "text_model.encoder.layers.{}.self_attn.q_proj.{}": "blocks.{}.q.{}",
-    "text_model.encoder.layers.{}.self_attn.k_proj.{}": "blocks.{}.k.{}",
-    "text_model.encoder.layers.{}.self_attn.v_proj.{}": "blocks.{}.v.{}",
-    "text_model.encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.o.{}",
-    "text_model.encoder.layers.{}.mlp.{}.{}": "blocks.{}.mlp.{}.{}",
-    "text_model.final_layer_norm.{}": "norm.{}",
-    # a whole CLIP looks at pictures, too
-    "vision_model.{*}": None,
-    "visual_projection.weight": None,
-    "text_projection.weight": None,
-    "logit_scale": None,
-}
+def keys(shapes: Collection[str] = ()) -> Table:
+    """The table of files of these names (none: the released ones), which may hold the rest of a CLIP beside the encoder."""
+    # what transformers writes of an encoder alone today has no name around it
+    theirs = "" if any(key.startswith("embeddings.") for key in shapes) else "text_model."
+    block = theirs + "encoder.layers.{}."
+    return {
+        theirs + "embeddings.token_embedding.weight": "embed.weight",
+        theirs + "embeddings.position_embedding.weight": "positions",
+        theirs + "embeddings.position_ids": None,  # a buffer that older files hold
+        block + "layer_norm1.{}": "blocks.{}.attn_norm.{}",
+        block + "layer_norm2.{}": "blocks.{}.mlp_norm.{}",
+        **{block + f"self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
+        block + "self_attn.out_proj.{}": "blocks.{}.o.{}",
+        block + "mlp.{}.{}": "blocks.{}.mlp.{}.{}",
+        theirs + "final_layer_norm.{}": "norm.{}",
+        **dict.fromkeys(("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")),
+    }
+
+
+KEYS = keys()  # of the released names
 
 
 def load_clip_text(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> ClipText:
@@ -141,5 +143,6 @@ def load_clip_text(folder: Path, *, dtype: torch.dtype = torch.float32, device: 
     """
     with torch.device("meta"):
         model = ClipText(ClipTextConfig.from_files(json.loads((folder / "config.json").read_text())))
-    load_into(model, weight_files(folder, HUB_WEIGHTS), KEYS, dtype=dtype, device=torch.device(device))
+    paths = weight_files(folder, HUB_WEIGHTS)
+    load_into(model, paths, keys(read_shapes(paths)), dtype=dtype, device=torch.device(device))
     return model.eval()

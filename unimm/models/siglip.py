@@ -6,7 +6,7 @@ facts/metaquery_uniworld.md section 3.2.
 Axes: B pictures, S pixels a side, n patches of a picture in raster order, D model.
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, weight_files
+from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask
 from unimm.models.layers import MLP, EncoderBlock
@@ -37,7 +37,7 @@ class SiglipConfig:
     act: str
     head: bool  # whether a picture's features can be pooled to one
 
-    FILES: ClassVar = {
+    FILES: ClassVar[dict[str, str]] = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
@@ -50,7 +50,7 @@ class SiglipConfig:
         "head": "vision_use_head",
     }
     # what SiglipVisionConfig says where a config is silent: the base model at 224 pixels
-    SILENT: ClassVar = {
+    SILENT: ClassVar[dict[str, Any]] = {
         "hidden_size": 768,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
@@ -184,10 +184,12 @@ def tower_keys(theirs: str, ours: str, *, head: bool) -> Table:
     }
 
 
-def keys(cfg: SiglipConfig) -> Table:
-    """The table of a release, which may hold the tower of texts beside this one."""
+def keys(cfg: SiglipConfig, shapes: Collection[str] = ()) -> Table:
+    """The table of files of these names (none: the released ones), which may hold the tower of texts beside this one."""
     unread = {"text_model.{*}": None, "logit_scale": None, "logit_bias": None}
-    return {**tower_keys("vision_model.", "", head=cfg.head), **unread}
+    # what transformers writes of a tower alone today has no name around it
+    theirs = "" if any(key.startswith("embeddings.") for key in shapes) else "vision_model."
+    return {**tower_keys(theirs, "", head=cfg.head), **unread}
 
 
 def load_siglip(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Siglip:
@@ -200,5 +202,6 @@ def load_siglip(folder: Path, *, dtype: torch.dtype = torch.float32, device: str
     pixels = Stretch.from_files(json.loads(rule.read_text()) if rule.exists() else {}, size=cfg.size)
     with torch.device("meta"):
         model = Siglip(cfg, pixels)
-    load_into(model, weight_files(folder, HUB_WEIGHTS), keys(cfg), dtype=dtype, device=torch.device(device))
+    paths = weight_files(folder, HUB_WEIGHTS)
+    load_into(model, paths, keys(cfg, read_shapes(paths)), dtype=dtype, device=torch.device(device))
     return model.eval()

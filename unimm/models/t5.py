@@ -38,7 +38,7 @@ class T5Config:
     norm_eps: float
     feed_forward: str
 
-    FILES: ClassVar = {
+    FILES: ClassVar[dict[str, str]] = {
         "dim": "d_model",
         "n_layers": "num_layers",
         "n_heads": "num_heads",
@@ -51,7 +51,7 @@ class T5Config:
         "feed_forward": "feed_forward_proj",
     }
     # what T5Config says where a config is silent
-    SILENT: ClassVar = {
+    SILENT: ClassVar[dict[str, Any]] = {
         "d_model": 512,
         "num_layers": 6,
         "num_heads": 8,
