@@ -27,6 +27,7 @@ import parity_sana
 import parity_siglip
 import parity_tables
 import parity_text_encoders
+import parity_uniworld
 import parity_vae
 import torch
 from safetensors.torch import load_file
@@ -230,6 +231,7 @@ MODULES = {
     "siglip2": parity_siglip,
     "text encoders": parity_text_encoders,
     "edit weights": parity_editweight,
+    "uniworld": parity_uniworld,
     "qwen2.5-vl": parity_qwen_vl,
 }
 FAMILIES = {name: Family(module.EXPECTS, module.recognise, module.check) for name, module in MODULES.items()}

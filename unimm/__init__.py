@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from unimm.models.bagel import Bagel, BagelConfig
     from unimm.models.janus import Janus, JanusConfig
     from unimm.models.janusflow import JanusFlow, JanusFlowConfig
+    from unimm.models.uniworld import UniWorld
+    from unimm.models.uniworld_config import UniWorldConfig
     from unimm.registry import load, releases
     from unimm.sampling import CodeSampling, TextSampling
     from unimm.unified import Generation, UnifiedModel
@@ -23,6 +25,8 @@ __all__ = [
     "JanusFlow",
     "JanusFlowConfig",
     "TextSampling",
+    "UniWorld",
+    "UniWorldConfig",
     "UnifiedModel",
     "__version__",
     "load",
@@ -41,6 +45,8 @@ _HOMES = {
     "JanusFlow": "unimm.models.janusflow",
     "JanusFlowConfig": "unimm.models.janusflow",
     "TextSampling": "unimm.sampling",
+    "UniWorld": "unimm.models.uniworld",
+    "UniWorldConfig": "unimm.models.uniworld_config",
     "UnifiedModel": "unimm.unified",
     "load": "unimm.registry",
     "releases": "unimm.registry",

@@ -112,13 +112,13 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
         if not name.endswith(".index.json"):
             return [path]
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return [folder / shard for shard in shards]
+        return [path.parent / shard for shard in shards]
     raise CheckpointError(f"no weights in {folder}: expected {' or '.join(names)}")
 
 
 @contextmanager
 def opened(path: Path) -> Iterator:
-    """A file of weights, safetensors or the older .bin, to be read tensor by tensor; CheckpointError for a broken one."""
+    """A file of weights, safetensors or the older .bin and .pt, read tensor by tensor; CheckpointError for a broken one."""
     try:
         with _open(path) as file:
             yield file
@@ -128,7 +128,7 @@ def opened(path: Path) -> Iterator:
 
 
 def _open(path: Path) -> AbstractContextManager:
-    if path.suffix != ".bin" or not path.exists():
+    if path.suffix not in (".bin", ".pt") or not path.exists():
         return safe_open(path, framework="pt")
     try:
         return nullcontext(Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "*.safetensors"
-PATTERNS = ["*.json", WEIGHTS, "*.model", "merges.txt"]
+# the last is a part of UniWorld
+PATTERNS = ["*.json", WEIGHTS, "*.model", "merges.txt", "task_head_final.pt"]
 
 
 def bundled() -> list[str]:
@@ -13,12 +14,18 @@ def bundled() -> list[str]:
 
 
 def resolve(
-    name: str | Path, *, revision: str | None = None, known: tuple[str, ...] = (), weights: bool = True
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    known: tuple[str, ...] = (),
+    weights: bool = True,
+    parts: tuple[str, ...] = (),
 ) -> Path:
     """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`).
 
-    weights: whether they are downloaded, too; configs and tokenizers always are. Raises ValueError for a name that is
-    none of them, with the nearest of `known` and the bundled ones.
+    weights: whether they are downloaded, too; configs and tokenizers always are. parts: the folders of a repository that
+    are wanted, all unless given. Raises ValueError for a name that is none of them, with the nearest of `known` and the
+    bundled ones.
     """
     if str(name) in bundled():
         return NANO / str(name)
@@ -26,7 +33,7 @@ def resolve(
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return _download(str(name), revision, weights)
+        return _download(str(name), revision, weights, parts)
     names = (*bundled(), *known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
@@ -34,13 +41,14 @@ def resolve(
     )
 
 
-def _download(name: str, revision: str | None, weights: bool) -> Path:
+def _download(name: str, revision: str | None, weights: bool, parts: tuple[str, ...]) -> Path:
     # costs half a second to import, and only hub ids need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         wanted = PATTERNS if weights else [pattern for pattern in PATTERNS if pattern != WEIGHTS]
+        wanted = [f"{part}/{pattern}" for part in parts for pattern in wanted] or wanted
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.rglob("*.safetensors")):  # an older release, in torch.save's files
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, "*.bin"]))

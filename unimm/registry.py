@@ -56,6 +56,11 @@ FAMILIES = {
         architectures=("MultiModalityCausalLM",),
         has="vision_gen_enc_config",
     ),
+    "UniWorld": Family(
+        home="unimm.models.uniworld:UniWorld",
+        model_types=("univa_qwen2p5vl",),
+        architectures=("UnivaQwen2p5VLForConditionalGeneration",),
+    ),
 }
 
 

@@ -86,6 +86,8 @@ class UnifiedModel(nn.Module, ABC):
     # what every key of some files begins with; and parameters that nothing reads, zeros where a file lacks them
     PREFIX: ClassVar[str] = ""
     SPARE: ClassVar[tuple[str, ...]] = ()
+    # parts that stay in float32, as released, by the beginning of their parameters' names
+    FLOAT32: ClassVar[tuple[str, ...]] = ("vae.",)
     tokenizer: TextTokenizer | None
 
     @classmethod
@@ -120,7 +122,7 @@ class UnifiedModel(nn.Module, ABC):
             model = cls.from_folder(folder)
         for names, table in model.weights().items():
             paths = checkpoint.weight_files(folder, names)
-            kind = torch.float32 if _autoencoder(table) else parse_dtype(dtype)
+            kind = torch.float32 if _within(table, cls.FLOAT32) else parse_dtype(dtype)
             checkpoint.load_into(model, paths, table, prefix=cls.PREFIX, dtype=kind, device=torch.device(device))
         checkpoint.fill(model, cls.SPARE, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
@@ -134,7 +136,7 @@ class UnifiedModel(nn.Module, ABC):
             self.save_config(partial)
             for names, table in self.weights().items():
                 state = checkpoint.released_state(self, table)
-                if dtype is not None and not _autoencoder(table):
+                if dtype is not None and not _within(table, self.FLOAT32):
                     state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
                 checkpoint.save_state(state, partial / names[0])
             if self.tokenizer is not None:
@@ -179,8 +181,8 @@ class UnifiedModel(nn.Module, ABC):
         return next(self.parameters()).device
 
 
-def _autoencoder(table: Table) -> bool:
-    return all(target is not None and target.startswith("vae.") for target in table.values())
+def _within(table: Table, beginnings: tuple[str, ...]) -> bool:
+    return all(target is not None and target.startswith(beginnings) for target in table.values())
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

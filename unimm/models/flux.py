@@ -226,15 +226,18 @@ class Flux(nn.Module):
         self.pooled = MLP(config.pooled_dim, dim, dim, "silu")
         self.trunk = Trunk(config.sizes)
 
-    def condition(self, text: Tensor, places: Tensor, *, text_places: Tensor | None = None) -> Condition:
-        """text [B, M, C], the picture's places [L, 3] (see `grid`), the text's [M, 3], all 0 unless given.
+    def condition(
+        self, text: Tensor, places: Tensor, *, text_places: Tensor | None = None, seen: Tensor | None = None
+    ) -> Condition:
+        """text [B, M, C], the picture's places [L, 3] (see `grid`), the text's [M, 3], all 0 unless given; seen [B, M]: 0
+        where a token is padding.
 
         Once a picture. Raises ValueError for other shapes.
         """
         if text_places is None:
             text_places = places.new_zeros(text.shape[1], places.shape[-1])
         angles = turns(torch.cat((text_places.to(places), places)), self.config.axes, dtype=torch.float64)
-        return self.trunk.condition(text, angles.to(text.device))
+        return self.trunk.condition(text, angles.to(text.device), seen)
 
     def modulations(self, times: Tensor, pooled: Tensor, *, guidance: float | Tensor | None = None) -> list[Modulation]:
         """times [S] of all steps, or [S, B], in [0, 1]; pooled [B, C]; guidance, or one a row [B] -> a modulation a step.

@@ -1,0 +1,513 @@
+"""UniWorld-V1: what a frozen reader makes of a prompt, and what SigLIP2 sees in its pictures, told to FLUX.
+
+Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1.
+The reader's last hidden states of all of a prompt's tokens are projected to the painter's width; each picture's features
+stand between its cells and the marker behind it. facts/metaquery_uniworld.md section 2. Time 0 is data, 1 is noise.
+
+Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the reader's width, C channels, h w latents.
+"""
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from unimm import hub
+from unimm.checkpoint import HUB_WEIGHTS, Table
+from unimm.flow import add_noise, dynamic_shift, knots, sample
+from unimm.models import flux
+from unimm.models.flux import Flux, grid
+from unimm.models.layers import MLP
+from unimm.models.mmdit import SIDE, by_step, pack, unpack
+from unimm.models.qwen_prompts import PLACEHOLDER, Turn
+from unimm.models.qwen_vl import QwenVL, qwen_keys
+from unimm.models.reading import STREAM
+from unimm.models.speaking import cache_of, check_position, speak
+from unimm.models.uniworld_config import DECIDER, TOWER, UniWorldConfig
+from unimm.models.uniworld_parts import FLUX, FLUX_FOLDERS, SIGLIP, SIGLIP_FOLDER, Parts, needed
+from unimm.sampling import EMPTY, Context, TextSampling, TextStream
+from unimm.sequence import Item
+from unimm.sequence import pack as packed
+from unimm.tokenizers.any_ratio import any_ratio
+from unimm.tokenizers.pixels import open_image, to_image
+from unimm.tokenizers.text import load_tokenizer
+from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, each, parse_dtype, pictures_of, seeds
+
+LARGEST = 4096  # pixels a side of what is drawn
+ANSWERER = "assistant"  # the head that decides looks at the last token that says so
+References = Literal["tokens", "condition"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the reader made of a sample: states after its final norm [n, D], and how to go on behind it."""
+
+    items: Sequence[Item]
+    states: Tensor
+    context: Context  # of all rows but the last
+    last: int  # the last row's id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painting:
+    """How pictures are painted; sizes, guidances and seeds are one a picture, (height, width) None for the pictures' own."""
+
+    steps: int
+    sizes: Sequence[tuple[int, int] | None] = ()
+    seeds: Sequence[int] = ()
+    guidances: Sequence[float] = ()
+    t5: bool | None = None
+    clip: bool | None = None
+    references: References | None = None
+    progress: bool = False
+
+
+class UniWorld(UnifiedModel):
+    """A reader, a painter, what leads from one to the other, and the parts that lie apart."""
+
+    FLOAT32 = ("parts.vae.", "decide.")
+
+    def __init__(self, cfg: UniWorldConfig):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, None
+        self.reader, self.painter, self.parts = QwenVL(cfg.reader), Flux(cfg.painter), Parts()
+        wide = cfg.painter.text_dim
+        self.from_reader = MLP(cfg.reader.decoder.dim, cfg.read_hidden, wide, "silu")
+        self.from_look = MLP(cfg.look_dim, cfg.look_hidden, wide, "silu")
+        self.from_latents = MLP(cfg.painter.in_channels, cfg.latent_hidden, wide, "silu")
+        self.decide = MLP(cfg.reader.decoder.dim, cfg.decide_hidden, 2, "silu") if cfg.decide_hidden else None
+
+    # ---- files
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The model of a folder's config files, with its reader's tokenizer, without weights and without parts."""
+        model = cls(UniWorldConfig.from_folder(folder))
+        model.reader.tokenizer = load_tokenizer(folder)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        siglip: str | Path | None = None,
+        flux: str | Path | None = None,
+        t5: bool = True,
+    ) -> Self:
+        """As every family's; siglip, flux: folders or hub ids of SigLIP2, and of FLUX.1-dev for VAE, CLIP and T5.
+
+        Unless given, these parts lie below the checkpoint's folder, or are absent; those of a hub id come from the
+        repositories that the original names (FLUX.1-dev's non-commercial licence has to be accepted first). t5: whether
+        T5, more than half as large as the reader, is loaded where it is.
+        """
+        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
+        folder = hub.resolve(name, revision=revision)
+        if not Path(name).expanduser().is_dir() and str(name) not in hub.bundled():  # a hub id
+            siglip, flux = siglip or SIGLIP, flux or FLUX
+        wanted = tuple(part for part in FLUX_FOLDERS if t5 or not part.endswith("_2"))
+        around = folder if flux is None else hub.resolve(flux, parts=wanted)
+        homes = {part: around / part for part in wanted}
+        homes[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
+        homes = {part: at for part, at in homes.items() if at.is_dir()}
+        model.parts.take(homes, dtype=parse_dtype(dtype), device=device)
+        model.parts.check(model.cfg)
+        return model.eval()
+
+    def weights(self) -> dict[tuple[str, ...], Table]:
+        """The key table of each file of weights that there is a part for."""
+        tables: dict[tuple[str, ...], Table] = {HUB_WEIGHTS: keys(self.cfg)}
+        if self.decide is not None:
+            tables[DECIDER] = {"0.{}": "decide.fc1.{}", "3.{}": "decide.fc2.{}"}
+        return tables | self.parts.weights("parts.")
+
+    def save_config(self, folder: Path) -> None:
+        """Write config.json and preprocessor_config.json, those of the parts below, and all tokenizers."""
+        for name, contents in (self.cfg.to_files() | self.parts.to_files()).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+        for name, tokenizer in ({".": self.reader.tokenizer} | self.parts.tokenizers()).items():
+            if tokenizer is not None:
+                (folder / name).mkdir(exist_ok=True)
+                tokenizer.save(folder / name)
+
+    # ---- reading
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.reader.dtype
+
+    def asked(self, prompt: str, pictures: Sequence[Image.Image] = (), *, system: str = "") -> list[Item]:
+        """A prompt as it is read: the text, then its pictures, unless it says where they belong.
+
+        A picture is resized twice, as in the original, whose size the second time is not that of the first. Raises
+        ValueError for an empty prompt.
+        """
+        content = prompt if PLACEHOLDER in prompt or not prompt.strip() else prompt + PLACEHOLDER * len(pictures)
+        resize = self.cfg.reader.pixels
+        turn = {"role": "user", "content": content, "images": [resize(picture) for picture in pictures]}
+        return self.reader.prompts.conversation([turn], system=system)
+
+    @torch.no_grad()
+    def read(self, samples: Sequence[Sequence[Item]], *, residual: float = 0.0) -> list[Reading]:
+        """The reader's one pass over samples that `asked` made, all in one pack.
+
+        residual: how much of a picture's cells is what the tower gave for them, in place of the reader's state.
+        """
+        reader, lengths = self.reader, [sum(item.segment.length for item in items) for items in samples]
+        cache = cache_of(reader, [EMPTY] * len(samples), lengths)
+        past = [cache.past(i) for i in range(len(samples))]
+        batch = packed(samples, past, device=self.device)
+        check_position(reader, max(batch.layout.clocks))
+        x, rows = reader.embed(batch), torch.arange(sum(lengths), device=self.device)
+        attend = cache.attend(past, batch.layout.mask)
+        hidden = reader.decoder(x, reader.positions(batch), {STREAM: rows}, attend)[STREAM]
+        states = reader.decoder.norms[STREAM](hidden)
+        if residual and batch.look:
+            at = batch.look.rows
+            states = states.index_copy(0, at, torch.lerp(states[at], x[at], residual))
+        return [
+            Reading(items, some, EMPTY.extended(cache.chunk(i, n - 1), batch.layout.clocks[i] - 1), int(items[-1].ids[-1]))
+            for i, (items, some, n) in enumerate(zip(samples, states.split(lengths), lengths, strict=True))
+        ]
+
+    def told(self, readings: Sequence[Reading], looks: Tensor | None = None) -> list[Tensor]:
+        """What the painter is told of each sample [m, C]; looks [k, patches, C]: features of all pictures, in order."""
+        projected = self.from_reader(torch.cat([reading.states for reading in readings]))
+        # from_look sees every picture once, wherever it stands
+        left = iter(()) if looks is None else iter(self.from_look(looks))
+        told = []
+        for reading, tokens in zip(readings, projected.split([len(one.states) for one in readings]), strict=True):
+            parts = []
+            for item, rows in zip(reading.items, tokens.split([one.segment.length for one in reading.items]), strict=True):
+                parts += [rows, next(left)] if item.kind == "look" else [rows]
+            told.append(torch.cat(parts))
+        return told
+
+    def decision(self, reading: Reading) -> Tensor:
+        """The logits [2] of answering and of drawing; it draws where the second is larger. Raises ValueError without a head."""
+        head = needed(self.decide, "head that decides", "a folder with task_head_final.pt or .safetensors")
+        ids = self.reader.prompts.words.encode(ANSWERER)
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer makes {len(ids)} ids of {ANSWERER!r}: expected one, where the head looks")
+        said = reading.items[-1].ids.tolist()  # a prompt ends with whose turn it is
+        behind = said[::-1].index(ids[0]) + 1
+        return head(reading.states[-behind].float())
+
+    # ---- drawing
+
+    def velocity(
+        self, told: Sequence[Tensor], noised: Tensor, times: Tensor, *, pooled: Tensor, guidance: float | Tensor
+    ) -> Tensor:
+        """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w]."""
+        h, w = noised.shape[2:]
+        text, seen = padded(told)
+        condition = self.painter.condition(text, grid(h // SIDE, w // SIDE).to(text.device), seen=seen)
+        (step,) = self.painter.modulations(times[None], pooled, guidance=guidance if self.cfg.painter.guided else None)
+        return unpack(self.painter(pack(noised).to(text.dtype), condition, step), height=h, width=w)
+
+    def forward(
+        self,
+        told: Sequence[Tensor],
+        latents: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        *,
+        pooled: Tensor,
+        weights: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Training: the squared error of the velocity of each picture [B]; weights [B, 1, h, w]: of its places."""
+        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
+        v = self.velocity(told, noised, times, pooled=pooled, guidance=guidance)
+        off = (v.float() - (noise - latents).float()).square()
+        return (off if weights is None else weights * off).flatten(1).mean(1)
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        told: Sequence[Tensor],
+        noises: Tensor,
+        *,
+        pooled: Tensor,
+        guidance: float | Tensor,
+        times: Tensor,
+        references: Tensor | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """From noise [B, C, h, w] to latents, at times [steps + 1]. references [B, C, r h, w]: pictures below the one drawn.
+
+        What depends on the time alone is computed for all steps before the first.
+        """
+        h, w = noises.shape[2:]
+        text, seen = padded([one.to(self.dtype) for one in told])
+        below = None if references is None else pack(references.to(self.device, self.dtype))
+        rows = h // SIDE * (1 if references is None else 1 + references.shape[2] // h)
+        condition = self.painter.condition(text, grid(rows, w // SIDE).to(self.device), seen=seen)
+        scale = guidance if self.cfg.painter.guided else None
+        steps = self.painter.modulations(times[:-1].to(self.device), pooled.to(self.dtype), guidance=scale)
+        inner, n = by_step(self.painter, condition, steps), h * w // SIDE**2
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            # a reference is the same at every step, and nothing asks how it would move
+            tokens = x.to(self.dtype)
+            return inner(tokens if below is None else torch.cat((tokens, below), 1), time)[:, :n].float()
+
+        return unpack(sample(velocity, pack(noises.to(self.device)), times, progress=progress), height=h, width=w)
+
+    def times(self, size: tuple[int, int], steps: int, *, references: int = 0) -> Tensor:
+        """FLUX's times for a picture of (height, width), and references of its size."""
+        tokens = size[0] * size[1] // self.stride**2
+        return knots(steps, dynamic_shift(tokens * (1 + references)))
+
+    def noise(self, size: tuple[int, int], seed: int) -> Tensor:
+        """What a picture of (height, width) begins from [C, h, w]."""
+        height, width = (side * SIDE // self.stride for side in size)
+        return torch.randn(self.cfg.latent_channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a token, a side."""
+        return SIDE * self.parts.autoencoder.config.stride
+
+    def pooled(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
+        """CLIP's vector of each text [B, C]; zeros where the model was trained without, or `clip` is False."""
+        if self.cfg.captioned if clip is None else clip:
+            return self.parts.pooled(texts)
+        return torch.zeros(len(texts), self.cfg.painter.pooled_dim, dtype=self.dtype, device=self.device)
+
+    def beside(self, latents: Tensor) -> Tensor:
+        """Latents of references [k, C, h, w] as what the painter is told [m, C]: half as fine, projected."""
+        return self.from_latents(pack(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
+
+    def size_of(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
+        """(height, width) of what is drawn from pictures: the ratio nearest to that of their mean height and width."""
+        height, width = sum(one.height for one in pictures), sum(one.width for one in pictures)
+        return any_ratio(height or 1, width or 1, pixels=self.cfg.pixels, ratios=self.cfg.ratios)
+
+    @torch.inference_mode()
+    def painted(
+        self, readings: Sequence[Reading], prompts: Sequence[str], shown: Sequence[Sequence[Image.Image]], how: Painting
+    ) -> list[Image.Image]:
+        """A picture for each reading, told with its pictures and captioned with its prompt."""
+        pictures = [picture for some in shown for picture in some]
+        told = self.told(readings, self.parts.look(pictures) if pictures else None)
+        texts = [prompt.replace(PLACEHOLDER, "") for prompt in prompts]
+        joined = self.parts.t5 is not None if how.t5 is None else how.t5
+        if joined:
+            captions = self.parts.captions(texts, self.cfg.t5_length)
+            told = [torch.cat((one, caption)) for one, caption in zip(told, captions, strict=True)]
+        # the original, too, gives CLIP no text where T5 has none
+        pooled = self.pooled(texts if joined else [""] * len(texts), clip=how.clip)
+        sizes = [size or self.size_of(some) for size, some in zip(how.sizes, shown, strict=True)]
+        sizes = [drawable(size, self.stride, LARGEST) for size in sizes]
+        below: dict[int, Tensor] = {}
+        for i, (size, some) in enumerate(zip(sizes, shown, strict=True)):
+            if how.references and some:
+                latents = self.parts.latents(some, size)
+                if how.references == "tokens":
+                    below[i] = rearrange(latents, "k c h w -> c (k h) w")
+                else:
+                    told[i] = torch.cat((told[i], self.beside(latents)))
+        return self.together(told, pooled, sizes, below, how)
+
+    def together(
+        self,
+        told: Sequence[Tensor],
+        pooled: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        below: Mapping[int, Tensor],
+        how: Painting,
+    ) -> list[Image.Image]:
+        """Pictures of one size, and of as many references, are painted as one batch; below [C, k h, w]: references."""
+        alike: dict[tuple, list[int]] = {}
+        for i, size in enumerate(sizes):
+            alike.setdefault((size, below[i].shape[1] if i in below else 0), []).append(i)
+        found: dict[int, Image.Image] = {}
+        for (size, rows_below), rows in alike.items():
+            noises = torch.stack([self.noise(size, how.seeds[i]) for i in rows])
+            latents = self.denoise(
+                [told[i] for i in rows],
+                noises,
+                pooled=pooled[rows],
+                guidance=torch.tensor([how.guidances[i] for i in rows], device=self.device),
+                times=self.times(size, how.steps, references=rows_below // noises.shape[2]),
+                references=torch.stack([below[i] for i in rows]) if rows_below else None,
+                progress=how.progress,
+            )
+            found |= {i: to_image(self.parts.paint(one[None])[0]) for i, one in zip(rows, latents, strict=True)}
+        return [found[i] for i in range(len(sizes))]
+
+    def how(
+        self,
+        many: int,
+        *,
+        n: int,
+        size: tuple[int, int] | None,
+        seed: int | Sequence[int],
+        guidance: float | Sequence[float] | None,
+        painting: Painting,
+    ) -> Painting:
+        """A call's options, one a picture, `n` a prompt. Raises ValueError for what cannot be done, before anything is read."""
+        guidances = [float(g) for g in each(self.cfg.guidance if guidance is None else guidance, many, "guidances")]
+        if n < 1 or min(guidances) < 0 or painting.steps < 1:
+            raise ValueError(f"got n {n}, guidance {guidance}, steps {painting.steps}: expected at least 1, 0 and 1")
+        if painting.references not in (None, *get_args(References)):
+            raise ValueError(f"got references {painting.references!r}: expected None, 'tokens' or 'condition'")
+        stride = self.stride  # a call without a VAE ends here
+        fits = None if size is None else drawable(size, stride, LARGEST)
+        first = seeds(seed, many) if not isinstance(seed, int) else [seed + n * i for i in range(many)]
+        return replace(
+            painting,
+            sizes=[fits] * (n * many),
+            seeds=seeds([s + i for s in first for i in range(n)], n * many),
+            guidances=[g for g in guidances for _ in range(n)],
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images: Picture | Sequence | None = None,
+        think: bool = False,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        n: int = 1,
+        guidance: float | Sequence[float] | None = None,
+        t5: bool | None = None,
+        clip: bool | None = None,
+        references: References | None = None,
+        residual: float = 0.0,
+        progress: bool = False,
+    ) -> Generation:
+        """Draw `n` pictures for each prompt, in the order of the prompts, or edit the images given with it.
+
+        prompt: one text or a batch. images: for one prompt a picture or several, for a batch one of these each; they are
+        read behind the text, or where it says <|image_pad|>. size: (height, width), unless given the nearest ratio to the
+        images'. seed: one, or one a prompt; from one number, that number and the ones after it, picture by picture.
+        guidance: what FLUX embeds; one, or one a prompt. t5, clip: whether they are told the prompt, too; unless given,
+        where they are. references: whether the painter sees the images' latents, too: as "tokens" beside the picture, or
+        among what it is told, the "condition". residual: how much of what is read of the images is what the reader's tower
+        gave. A picture does not depend on what else is in the batch. Raises ValueError for bad input, NotImplementedError
+        for `think`.
+        """
+        if think:
+            raise NotImplementedError("UniWorld does not think before it draws: Bagel does")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
+        if not 0 <= residual <= 1:
+            raise ValueError(f"got residual {residual}: expected 0 to 1")
+        given = Painting(
+            steps=self.cfg.steps if steps is None else steps, t5=t5, clip=clip, references=references, progress=progress
+        )
+        how = self.how(len(prompts), n=n, size=size, seed=seed, guidance=guidance, painting=given)
+        asked = [self.asked(words, some) for words, some in zip(prompts, shown, strict=True)]
+        readings = self.read(asked, residual=residual)
+        each_n = [i for i in range(len(prompts)) for _ in range(n)]
+        many = [readings[i] for i in each_n], [prompts[i] for i in each_n], [shown[i] for i in each_n]
+        return Generation(self.painted(*many, how))
+
+    def respond(
+        self,
+        prompt: str,
+        *,
+        images: Picture | Sequence | None = None,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        text: TextSampling | None = None,
+        progress: bool = False,
+    ) -> str | Generation:
+        """Answer a prompt, or draw it, as the head decides that read it: a str or a Generation. The prompt is read once.
+
+        Raises ValueError for bad input, and for a checkpoint without the head.
+        """
+        (some,) = pictures_of(images, prompt)
+        shown = [open_image(picture) for picture in some]
+        given = Painting(steps=self.cfg.steps if steps is None else steps, progress=progress)
+        how = self.how(1, n=1, size=size, seed=seed, guidance=guidance, painting=given)
+        (reading,) = self.read([self.asked(prompt, shown)])
+        answers, draws = self.decision(reading).tolist()
+        if answers < draws:
+            return Generation(self.painted([reading], [prompt], [shown], how))
+        sampling = text or TextSampling(max_tokens=self.cfg.max_tokens)
+        end, words = self.reader.cfg.markers.end, self.reader.prompts.words
+        steps_of = speak(self.reader, [reading.context], [reading.last], end=end, sampling=sampling, seeds=how.seeds)
+        return TextStream(steps_of, words.decode, 1, sampling.stop).texts()[0]
+
+    # ---- speaking
+
+    def understand(
+        self,
+        images: Picture | Sequence | None,
+        question: str | Sequence[str],
+        *,
+        think: bool = False,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
+        if think:
+            raise NotImplementedError("UniWorld does not think before it answers: Bagel does")
+        return self.reader.understand(images, question, stream=stream, text=text, seed=seed)
+
+    def chat(
+        self,
+        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
+        return self.reader.chat(turns, system=system, stream=stream, text=text, seed=seed)
+
+    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
+        """Not for this family."""
+        raise NotImplementedError("UniWorld gives one text or one picture a call: Bagel interleaves")
+
+
+def padded(told: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What samples are told [m, C] as one batch [B, M, C], and which of it is no padding [B, M]; None where all is."""
+    lengths = torch.tensor([len(one) for one in told])
+    batch = nn.utils.rnn.pad_sequence(list(told), batch_first=True)
+    if lengths.unique().numel() == 1:
+        return batch, None
+    return batch, (torch.arange(batch.shape[1]) < lengths[:, None]).to(batch.device)
+
+
+# ---- released files
+
+
+def keys(cfg: UniWorldConfig) -> Table:
+    """Released names on the left, ours on the right."""
+    rows = dict(qwen_keys(head=not cfg.reader.decoder.tied, ours="reader."))
+    for name, ours in {"denoise": "from_reader", "siglip": "from_look", "vae": "from_latents"}.items():
+        rows |= {f"{TOWER}{name}_projector.{i}.{{}}": f"{ours}.fc{fc}.{{}}" for i, fc in ((0, 1), (2, 2))}
+    painter = {f"{TOWER}denoiser.{theirs}": f"painter.{target}" for theirs, target in flux.keys(cfg.painter).items()}
+    return rows | painter
+
+
+VERBS = ("generate", "understand", "chat", "respond")
+LICENCE = "MIT; its painter is FLUX.1-dev's: FLUX.1 [dev] non-commercial"
+RELEASES = {
+    "LanguageBind/UniWorld-V1": Release(
+        family="UniWorld", hub="LanguageBind/UniWorld-V1", licence=LICENCE, parameters=20_365_253_696, verbs=VERBS
+    ),
+}
+UniWorld.RELEASES = RELEASES
