@@ -360,7 +360,7 @@ def test_average_formula():
         with torch.no_grad():
             model.weight += n + 1
         average.update()
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(average.weights["weight"].double(), expected, rtol=1e-6, atol=0)
     assert average.updates == 20

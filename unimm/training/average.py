@@ -25,9 +25,8 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) after n updates."""
-        # the ramp lets the random start be forgotten soon
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        """average <- d * average + (1 - d) * weight, with d = ramp(n, decay) after n updates: the start is forgotten."""
+        decay = ramp(self.updates, self.decay)
         live = [p.detach().float() for p in self.live.values()]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
         self.updates += 1
