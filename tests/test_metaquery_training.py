@@ -59,7 +59,7 @@ def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     a, b, other = worlds(3), objective.batch(3), worlds(4)
     for name in ("images", "noise", "times", "samples"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert torch.equal(a.pack.ids, b.pack.ids) and not torch.equal(a.noise, other.noise)
+    assert torch.equal(a.asking.prompts.ids, b.asking.prompts.ids) and not torch.equal(a.noise, other.noise)
     assert not torch.equal(a.images, dataclasses.replace(worlds, seed=1)(3).images)
 
 
@@ -67,8 +67,8 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
     n = objective.model.cfg.n_queries
     assert set(batch.draw_groups.tolist()) == {0, 1, 2} and batch.samples.tolist() == [i // 2 for i in range(18)]
-    assert int((batch.pack.ids >= objective.model.cfg.reader.decoder.vocab + 2).sum()) == 9 * n
-    assert len(batch.pack.layout.positions) % 256 == 0 and len(batch.images) == 9
+    assert batch.asking.queries.layout.lengths == (n + 3,) * 9
+    assert len(batch.asking.prompts.layout.positions) % 256 == 0 and len(batch.images) == 9
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 

@@ -26,7 +26,7 @@ from unimm.models import connector, sana
 from unimm.models.connector import Connector
 from unimm.models.decoder import Attend, Decoder, Parts
 from unimm.models.metaquery_config import PAINTER, READER, MetaQueryConfig, home
-from unimm.models.query_prompts import MARKERS, QWEN, QueryPrompts, black
+from unimm.models.query_prompts import MARKERS, QWEN, Asking, QueryPrompts, black
 from unimm.models.qwen_prompts import Turn
 from unimm.models.qwen_vl import WEIGHTS, QwenVL, nested, qwen_keys
 from unimm.models.sana import Condition, Sana
@@ -227,16 +227,34 @@ class MetaQuery(UnifiedModel):
 
     # ---- training
 
-    def forward(self, batch: Pack, latents: Tensor, noise: Tensor, times: Tensor, samples: Tensor) -> Tensor:
+    def forward(self, asking: Asking, latents: Tensor, noise: Tensor, times: Tensor, samples: Tensor) -> Tensor:
         """Training: the squared error of the velocity of each noised picture [B]; gradients reach the queries, not the reader.
 
-        latents and noise [B, C, h, w], times [B], samples [B]: which sample of the pack each is drawn from.
+        latents and noise [B, C, h, w], times [B], samples [B]: which of those asked each is drawn from.
         """
-        answers = self.answers(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))
-        condition = self.told(answers).rows(samples)
+        condition = self.told(self.learning(asking)).rows(samples)
         noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
         v = self.painter(noised, times, condition)
         return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
+
+    def learning(self, asking: Asking) -> Tensor:
+        """Answers [R, N, D] that carry gradients to the queries; nothing before these depends on what they learn."""
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept.append((k, v))
+            return attention(q, k, v, asking.prompts.layout.mask)
+
+        with torch.no_grad():
+            self.hidden(asking.prompts, keep)
+        order = asking.order()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            past = kept[layer]
+            keys, values = (torch.cat((old, new)).index_select(0, order) for old, new in zip(past, (k, v), strict=True))
+            return attention(q, keys, values, asking.queries.layout.mask)
+
+        return self.answers(asking.queries, attend)
 
     @torch.no_grad()
     def reset_queries(self, generator: torch.Generator | None = None) -> None:

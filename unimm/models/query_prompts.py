@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from PIL import Image
 
-from unimm.sequence import Item, text_item
+from unimm.sequence import Item, Pack, Past, pack, text_item
 from unimm.tokenizers.text import encode_marked, hide_markers
 from unimm.unified import Picture, TextTokenizer
 
@@ -85,6 +86,15 @@ class QueryPrompts:
         *before, last = self.reader.composed(self._opening + turn, pictures)
         return [*before, text_item([*last.ids.tolist(), *self.queries])]
 
+    def asking(self, samples: Sequence[Sequence[Item]], *, multiple: int = 1) -> "Asking":
+        """Samples for training; the prompts' rows rounded up to a multiple, with a text that nobody asks about."""
+        prompts = [[*before, text_item(last.ids[: -len(self.queries)].tolist())] for *before, last in samples]
+        rows = sum(item.segment.length for items in prompts for item in items)
+        packed = pack([*prompts, *([[text_item([self.end] * (-rows % multiple))]] if rows % multiple else [])])
+        ends = list(zip(packed.layout.lengths, packed.layout.clocks, strict=True))[: len(prompts)]
+        past = [Past(length=length, clock=clock) for length, clock in ends]
+        return Asking(packed, pack([[text_item(self.queries)]] * len(prompts), past))
+
     def rest(self, items: Sequence[Item]) -> list[Item]:
         """A sample without its opening, to be read behind it."""
         first, *others = items
@@ -95,6 +105,27 @@ class QueryPrompts:
     @property
     def _opening(self) -> str:
         return self.template.opening.format(hide_markers(self.words, self.system))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Samples in two packs: all before the queries, which learns nothing while the reader is frozen, and the queries."""
+
+    prompts: Pack
+    queries: Pack
+
+    def to(self, device: torch.device | str) -> "Asking":
+        """The same on a device."""
+        return Asking(self.prompts.to(device), self.queries.to(device))
+
+    def order(self) -> torch.Tensor:
+        """Which of all rows, the prompts' first, stand before one another in each sample: its prompt's, then its queries'."""
+        first = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
+        old, new, found = 0, sum(self.prompts.layout.lengths), []
+        for before, behind in zip(first, self.queries.layout.lengths, strict=True):
+            found += [torch.arange(old, old + before), torch.arange(new, new + behind)]
+            old, new = old + before, new + behind
+        return torch.cat(found).to(self.queries.ids.device)
 
 
 def black(picture: Image.Image) -> Image.Image:

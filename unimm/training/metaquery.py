@@ -22,10 +22,10 @@ from unimm.data.shapes.nameless import unnamed
 from unimm.flow import whole_times
 from unimm.models.metaquery import MetaQuery
 from unimm.models.metaquery_config import MetaQueryConfig, read_config
-from unimm.models.query_prompts import QueryPrompts, black
+from unimm.models.query_prompts import Asking, QueryPrompts, black
 from unimm.models.qwen_vl import QwenVL
 from unimm.models.sana import Sana, SanaBlock, load_sana
-from unimm.sequence import Item, Pack, pack, text_item
+from unimm.sequence import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.conversing import DRAWINGS, by_group, freeze, groups, to_images
 from unimm.training.recipe import Recipe, strict
@@ -65,11 +65,11 @@ class Options:
 class Batch:
     """Samples to be read, and noised copies of the pictures to be drawn after them, a picture a sample."""
 
-    pack: Pack
+    asking: Asking
     images: Tensor  # [P, 3, h, w], what is drawn
     noise: Tensor  # [B, C, h, w]
     times: Tensor  # [B]
-    samples: Tensor  # [B], index into the pack's samples and into images
+    samples: Tensor  # [B], index into the samples asked and into images
     draw_groups: Tensor  # [B], index into DRAWINGS
 
 
@@ -107,7 +107,7 @@ class Worlds:
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
         n = self.options.targets
         return Batch(
-            pack=self.packed(samples),
+            asking=self.prompts.asking(samples, multiple=ROUND_ROWS),
             images=to_images([one.target for one in examples if one.target is not None]),
             noise=torch.randn(n * len(samples), *self.latent, generator=generator),
             times=whole_times(torch.rand(n * len(samples), generator=generator)),
@@ -121,12 +121,6 @@ class Worlds:
         text, look = draw < (2 * p if shown else p), p <= draw < 3 * p
         pictures = [black(picture) for picture in shown] if look else shown
         return self.prompts.drawing("" if text else one.prompt, pictures)
-
-    def packed(self, samples: Sequence[Sequence[Item]]) -> Pack:
-        """One pack, rounded up with a sample that asks for nothing: new shapes cost a CPU more than these rows."""
-        rows = sum(item.segment.length for items in samples for item in items)
-        filler = [[text_item([self.prompts.end] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
-        return pack([*samples, *filler])
 
 
 class MetaQueryObjective:
@@ -162,7 +156,7 @@ class MetaQueryObjective:
             latents = self.model.vae.encode(batch.images.to(device)).float()
         samples = batch.samples.to(device)
         noise, times = batch.noise.to(device), batch.times.to(device)
-        errors = self.model(batch.pack.to(device), latents[samples], noise, times, samples)
+        errors = self.model(batch.asking.to(device), latents[samples], noise, times, samples)
         return by_group(DRAWINGS, batch.draw_groups, errors)
 
     def picture(self) -> Image.Image:
