@@ -89,25 +89,26 @@ def flux_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
     rows = (args.rows, side * side, config.in_channels), (args.rows, args.text, config.text_dim)
     latents, text = (torch.randn(shape, device=device, dtype=dtype) for shape in rows)
     pooled, places = torch.randn(args.rows, config.pooled_dim, device=device, dtype=dtype), grid(side, side).to(device)
-    times, guidance = torch.linspace(1, 0, args.steps + 1)[:-1].to(device), torch.full((args.rows,), 3.5, device=device)
-    condition, modulation = ours.condition(text, places), ours.modulations(times[3:4], pooled, guidance=3.5)[0]
-    now, text_places = times[3].expand(args.rows), torch.zeros(args.text, 3, device=device)
+    # diffusers rounds times and guidance, both times 1000, to the weights' dtype: numbers that bfloat16 holds
+    now, guidance = torch.tensor([0.5], device=device), torch.tensor([4.0], device=device).expand(args.rows)
+    times, text_places = torch.linspace(1, 0, args.steps + 1)[:-1].to(device), torch.zeros(args.text, 3, device=device)
+    condition, modulation = ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0]
     run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
 
-    def whole(times: Tensor) -> Tensor:
-        made = ours.condition(text, places), ours.modulations(times, pooled, guidance=3.5)[0]
-        return run(latents, *made)
+    def whole() -> Tensor:
+        return run(latents, ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0])
 
     def once() -> Tensor:
         ours.condition(text, places)
-        return ours.modulations(times, pooled, guidance=3.5)[0].last
+        return ours.modulations(times, pooled, guidance=guidance)[0].last
 
     def diffusers() -> Tensor:
-        return other(latents, text, pooled, now, places, text_places, guidance, return_dict=False)[0]
+        time = now.expand(args.rows)
+        return other(latents, text, pooled, time, places, text_places, guidance, return_dict=False)[0]
 
     steps = {
         "ours": lambda: run(latents, condition, modulation),
-        "nothing kept": lambda: whole(times[3:4]),
+        "nothing kept": whole,
         "diffusers": diffusers,
     }
     kept = sum(m.weight.numel() for name, m in ours.named_modules() if name.endswith("modulation"))
@@ -131,7 +132,7 @@ def sana_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
     side, tokens = args.sana_side // 32, args.caption
     latents = torch.randn(args.rows, config.in_channels, side, side, device=device, dtype=dtype)
     caption = torch.randn(args.rows, tokens, config.caption_dim, device=device, dtype=dtype)
-    times, condition = torch.full((args.rows,), 0.7, device=device), ours.condition(caption)
+    times, condition = torch.full((args.rows,), 0.5, device=device), ours.condition(caption)
     run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
     steps = {
         "ours": lambda: run(latents, times, condition),
