@@ -21,6 +21,7 @@ import parity_flux
 import parity_janus
 import parity_janus_preproc
 import parity_janusflow
+import parity_metaquery
 import parity_qwen_image
 import parity_qwen_vl
 import parity_sana
@@ -223,6 +224,7 @@ MODULES = {
     "janus": parity_janus,
     "janus's preprocessing": parity_janus_preproc,
     "janusflow": parity_janusflow,
+    "metaquery": parity_metaquery,
     "autoencoder": parity_vae,
     "dc-ae": parity_dc_ae,
     "sana": parity_sana,

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from unimm import hub
 from unimm.checkpoint import CheckpointError, Table, load_into, read_shapes, weight_files
-from unimm.flow import add_noise, in_whole_steps, sample_dpm, solver_knots
+from unimm.flow import Velocity, add_noise, in_whole_steps, sample_dpm, solver_knots
 from unimm.kernels import attention
 from unimm.models import connector, sana
 from unimm.models.connector import Connector
@@ -266,17 +266,8 @@ class MetaQuery(UnifiedModel):
 
     # ---- drawing
 
-    @torch.inference_mode()
-    def denoise(
-        self,
-        condition: Condition,
-        branches: Sequence[Sequence[tuple[int, float]]],
-        noises: Tensor,
-        *,
-        steps: int,
-        progress: bool = False,
-    ) -> Tensor:
-        """From noise [B, C, h, w] to latents. branches: of each picture, rows of the condition and their weights."""
+    def guided(self, condition: Condition, branches: Sequence[Sequence[tuple[int, float]]]) -> Velocity:
+        """The velocity of latents [B, C, h, w] under each picture's rows of the condition, and their weights."""
         owners = torch.tensor([i for i, some in enumerate(branches) for _ in some], device=self.device)
         weights = torch.tensor([w for some in branches for _, w in some], device=self.device)[:, None, None, None]
         seen = condition.rows(torch.tensor([row for some in branches for row, _ in some], device=self.device))
@@ -285,6 +276,11 @@ class MetaQuery(UnifiedModel):
             v = self.painter(x[owners].to(self.dtype), torch.full((len(owners),), time, device=x.device), seen)
             return torch.zeros_like(x).index_add(0, owners, weights * v.float())
 
+        return velocity
+
+    @torch.inference_mode()
+    def denoise(self, velocity: Velocity, noises: Tensor, *, steps: int, progress: bool = False) -> Tensor:
+        """From noise [B, C, h, w] to latents."""
         solver = self.cfg.solver
         times = solver_knots(steps, shift=solver.shift, trained=solver.trained)
         told = in_whole_steps(velocity, trained=solver.trained)
@@ -339,8 +335,7 @@ class MetaQuery(UnifiedModel):
         with torch.inference_mode():
             condition = self.told(self.ask(asked.samples))
         latents = self.denoise(
-            condition,
-            [some for some in branches for _ in range(n)],
+            self.guided(condition, [some for some in branches for _ in range(n)]),
             torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeded]),
             steps=cfg.steps if steps is None else steps,
             progress=progress,
