@@ -54,7 +54,7 @@ def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image],
     """One prompt: its ids and patches, what is read and told, and the way from noise."""
     run = notes["runs"][name]
     shown = images[: run["images"]]
-    (reading,) = model.read([model.asked(run["text"], shown)])
+    (reading,) = model.read([model.prompts.drawing(run["text"], shown)])
     looks = model.parts.look(shown) if shown else None
     case.compare(f"{name}.input_ids", ids(model, reading)[None])
     resize = model.cfg.reader.pixels
@@ -68,7 +68,7 @@ def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image],
     case.compare(f"{name}.vlm_hidden", reading.states[None])
     case.compare(f"{name}.task_vector", reading.states[-behind(model, reading)][None])
     case.compare(f"{name}.task_logits", model.decision(reading))
-    (told,) = model.told([reading], looks)
+    (told,) = model.told([reading.items], [reading.states], looks)
     case.compare(f"{name}.condition", told[None])
     check_drawing(case, model, name, told, notes)
     return reading
@@ -140,7 +140,7 @@ def check_batch(case: Case, model: UniWorld, runs: dict[str, Reading]) -> None:
         rows.append(same[0])
     readings = model.read([runs[name].items for name in rows])
     looks = [case.tensors[f"{name}.siglip_hidden"] for name in rows if f"{name}.siglip_hidden" in case]
-    told = model.told(readings, torch.cat(looks) if looks else None)
+    told = model.told([one.items for one in readings], [one.states for one in readings], torch.cat(looks) if looks else None)
     alone = [case.tensors[f"{name}.condition"][0] for name in rows]
     longest = max(len(one) for one in alone)
     for name, ours, apart in (
@@ -188,7 +188,7 @@ def check_loss(case: Case, model: UniWorld, runs: dict[str, Reading], notes: dic
     run = "edit" if "edit" in runs else [*runs][-1]
     looks = case.tensors.get(f"{run}.siglip_hidden")
     pooled = case.input("pooled")
-    told = model.told([runs[run]], None if looks is None else looks)
+    told = model.told([runs[run].items], [runs[run].states], looks)
     noised = (1 - times) * x0 + times * noise
     case.compare("loss.pred", model.velocity(told, noised, times, pooled=pooled, guidance=1.0))
     loss = model(told, x0, noise, times, pooled=pooled, weights=weights).mean()

@@ -32,6 +32,7 @@ from unimm.models.reading import STREAM
 from unimm.models.speaking import cache_of, check_position, speak
 from unimm.models.uniworld_config import DECIDER, TOWER, UniWorldConfig
 from unimm.models.uniworld_parts import FLUX, FLUX_FOLDERS, SIGLIP, SIGLIP_FOLDER, Parts, needed
+from unimm.models.uniworld_prompts import UniWorldPrompts
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
 from unimm.sequence import Item
 from unimm.sequence import pack as packed
@@ -63,6 +64,7 @@ class Painting:
     sizes: Sequence[tuple[int, int] | None] = ()
     seeds: Sequence[int] = ()
     guidances: Sequence[float] = ()
+    text_guidances: Sequence[float] = ()
     t5: bool | None = None
     clip: bool | None = None
     references: References | None = None
@@ -148,20 +150,14 @@ class UniWorld(UnifiedModel):
         """The dtype of the weights."""
         return self.reader.dtype
 
-    def asked(self, prompt: str, pictures: Sequence[Image.Image] = (), *, system: str = "") -> list[Item]:
-        """A prompt as it is read: the text, then its pictures, unless it says where they belong.
-
-        A picture is resized twice, as in the original, whose size the second time is not that of the first. Raises
-        ValueError for an empty prompt.
-        """
-        content = prompt if PLACEHOLDER in prompt or not prompt.strip() else prompt + PLACEHOLDER * len(pictures)
-        resize = self.cfg.reader.pixels
-        turn = {"role": "user", "content": content, "images": [resize(picture) for picture in pictures]}
-        return self.reader.prompts.conversation([turn], system=system)
+    @property
+    def prompts(self) -> UniWorldPrompts:
+        """How this model's prompts are made."""
+        return UniWorldPrompts(reader=self.reader.prompts, system=self.cfg.system, in_front=self.cfg.in_front)
 
     @torch.no_grad()
     def read(self, samples: Sequence[Sequence[Item]], *, residual: float = 0.0) -> list[Reading]:
-        """The reader's one pass over samples that `asked` made, all in one pack.
+        """The reader's one pass over samples that `prompts` made, all in one pack.
 
         residual: how much of a picture's cells is what the tower gave for them, in place of the reader's state.
         """
@@ -182,15 +178,17 @@ class UniWorld(UnifiedModel):
             for i, (items, some, n) in enumerate(zip(samples, states.split(lengths), lengths, strict=True))
         ]
 
-    def told(self, readings: Sequence[Reading], looks: Tensor | None = None) -> list[Tensor]:
-        """What the painter is told of each sample [m, C]; looks [k, patches, C]: features of all pictures, in order."""
-        projected = self.from_reader(torch.cat([reading.states for reading in readings]))
-        # from_look sees every picture once, wherever it stands
+    def told(
+        self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor], looks: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the painter is told of each sample [m, C], of what was read of it [n, D]; its pictures' features are put
+        between their cells and the marker behind them. looks [k, patches, C]: of all pictures, in order."""
+        projected = self.from_reader(torch.cat(list(states))).split([len(one) for one in states])
         left = iter(()) if looks is None else iter(self.from_look(looks))
         told = []
-        for reading, tokens in zip(readings, projected.split([len(one.states) for one in readings]), strict=True):
+        for items, tokens in zip(samples, projected, strict=True):
             parts = []
-            for item, rows in zip(reading.items, tokens.split([one.segment.length for one in reading.items]), strict=True):
+            for item, rows in zip(items, tokens.split([one.segment.length for one in items]), strict=True):
                 parts += [rows, next(left)] if item.kind == "look" else [rows]
             told.append(torch.cat(parts))
         return told
@@ -243,13 +241,20 @@ class UniWorld(UnifiedModel):
         pooled: Tensor,
         guidance: float | Tensor,
         times: Tensor,
+        text_guidance: Tensor | None = None,
         references: Tensor | None = None,
         progress: bool = False,
     ) -> Tensor:
         """From noise [B, C, h, w] to latents, at times [steps + 1]. references [B, C, r h, w]: pictures below the one drawn.
 
-        What depends on the time alone is computed for all steps before the first.
+        text_guidance [B]: how far away from a picture of which nothing is told; 1, or None, is no such guidance. What
+        depends on the time alone is computed for all steps before the first.
         """
+        guided = text_guidance is not None and bool((text_guidance != 1).any())
+        if guided:
+            nothing = [told[0][:0]] * len(told)
+            told, pooled = [*told, *nothing], torch.cat((pooled, pooled))
+            guidance = guidance.repeat(2) if isinstance(guidance, Tensor) and guidance.ndim else guidance
         h, w = noises.shape[2:]
         text, seen = padded([one.to(self.dtype) for one in told])
         below = None if references is None else pack(references.to(self.device, self.dtype))
@@ -261,8 +266,11 @@ class UniWorld(UnifiedModel):
 
         def velocity(x: Tensor, time: float) -> Tensor:
             # a reference is the same at every step, and nothing asks how it would move
-            tokens = x.to(self.dtype)
-            return inner(tokens if below is None else torch.cat((tokens, below), 1), time)[:, :n].float()
+            tokens = x.to(self.dtype) if below is None else torch.cat((x.to(self.dtype), below), 1)
+            if text_guidance is None or not guided:
+                return inner(tokens, time)[:, :n].float()
+            v, plain = inner(torch.cat((tokens, tokens)), time)[:, :n].float().chunk(2)
+            return torch.lerp(plain, v, text_guidance[:, None, None])
 
         return unpack(sample(velocity, pack(noises.to(self.device)), times, progress=progress), height=h, width=w)
 
@@ -302,7 +310,8 @@ class UniWorld(UnifiedModel):
     ) -> list[Image.Image]:
         """A picture for each reading, told with its pictures and captioned with its prompt."""
         pictures = [picture for some in shown for picture in some]
-        told = self.told(readings, self.parts.look(pictures) if pictures else None)
+        looks = self.parts.look(pictures) if pictures else None
+        told = self.told([one.items for one in readings], [one.states for one in readings], looks)
         texts = [prompt.replace(PLACEHOLDER, "") for prompt in prompts]
         joined = self.parts.t5 is not None if how.t5 is None else how.t5
         if joined:
@@ -342,6 +351,7 @@ class UniWorld(UnifiedModel):
                 noises,
                 pooled=pooled[rows],
                 guidance=torch.tensor([how.guidances[i] for i in rows], device=self.device),
+                text_guidance=torch.tensor([how.text_guidances[i] for i in rows], device=self.device),
                 times=self.times(size, how.steps, references=rows_below // noises.shape[2]),
                 references=torch.stack([below[i] for i in rows]) if rows_below else None,
                 progress=how.progress,
@@ -357,12 +367,18 @@ class UniWorld(UnifiedModel):
         size: tuple[int, int] | None,
         seed: int | Sequence[int],
         guidance: float | Sequence[float] | None,
+        text_guidance: float | Sequence[float] | None,
         painting: Painting,
     ) -> Painting:
         """A call's options, one a picture, `n` a prompt. Raises ValueError for what cannot be done, before anything is read."""
-        guidances = [float(g) for g in each(self.cfg.guidance if guidance is None else guidance, many, "guidances")]
-        if n < 1 or min(guidances) < 0 or painting.steps < 1:
-            raise ValueError(f"got n {n}, guidance {guidance}, steps {painting.steps}: expected at least 1, 0 and 1")
+        cfg = self.cfg
+        guidances = each(cfg.guidance if guidance is None else guidance, many, "guidances")
+        text_guidances = each(cfg.text_guidance if text_guidance is None else text_guidance, many, "text guidances")
+        if n < 1 or min(*guidances, *text_guidances) < 0 or painting.steps < 1:
+            raise ValueError(
+                f"got n {n}, guidance {guidance}, {text_guidance}, steps {painting.steps}: expected at least 1, scales of 0 or "
+                "more, and a step"
+            )
         if painting.references not in (None, *get_args(References)):
             raise ValueError(f"got references {painting.references!r}: expected None, 'tokens' or 'condition'")
         stride = self.stride  # a call without a VAE ends here
@@ -372,7 +388,8 @@ class UniWorld(UnifiedModel):
             painting,
             sizes=[fits] * (n * many),
             seeds=seeds([s + i for s in first for i in range(n)], n * many),
-            guidances=[g for g in guidances for _ in range(n)],
+            guidances=[float(g) for g in guidances for _ in range(n)],
+            text_guidances=[float(g) for g in text_guidances for _ in range(n)],
         )
 
     def generate(
@@ -386,6 +403,7 @@ class UniWorld(UnifiedModel):
         steps: int | None = None,
         n: int = 1,
         guidance: float | Sequence[float] | None = None,
+        text_guidance: float | Sequence[float] | None = None,
         t5: bool | None = None,
         clip: bool | None = None,
         references: References | None = None,
@@ -397,7 +415,8 @@ class UniWorld(UnifiedModel):
         prompt: one text or a batch. images: for one prompt a picture or several, for a batch one of these each; they are
         read behind the text, or where it says <|image_pad|>. size: (height, width), unless given the nearest ratio to the
         images'. seed: one, or one a prompt; from one number, that number and the ones after it, picture by picture.
-        guidance: what FLUX embeds; one, or one a prompt. t5, clip: whether they are told the prompt, too; unless given,
+        guidance: what FLUX embeds; text_guidance: classifier-free, away from nothing told, 1 is none; one, or one a prompt.
+        t5, clip: whether they are told the prompt, too; unless given,
         where they are. references: whether the painter sees the images' latents, too: as "tokens" beside the picture, or
         among what it is told, the "condition". residual: how much of what is read of the images is what the reader's tower
         gave. A picture does not depend on what else is in the batch. Raises ValueError for bad input, NotImplementedError
@@ -412,8 +431,10 @@ class UniWorld(UnifiedModel):
         given = Painting(
             steps=self.cfg.steps if steps is None else steps, t5=t5, clip=clip, references=references, progress=progress
         )
-        how = self.how(len(prompts), n=n, size=size, seed=seed, guidance=guidance, painting=given)
-        asked = [self.asked(words, some) for words, some in zip(prompts, shown, strict=True)]
+        how = self.how(
+            len(prompts), n=n, size=size, seed=seed, guidance=guidance, text_guidance=text_guidance, painting=given
+        )
+        asked = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
         readings = self.read(asked, residual=residual)
         each_n = [i for i in range(len(prompts)) for _ in range(n)]
         many = [readings[i] for i in each_n], [prompts[i] for i in each_n], [shown[i] for i in each_n]
@@ -438,8 +459,8 @@ class UniWorld(UnifiedModel):
         (some,) = pictures_of(images, prompt)
         shown = [open_image(picture) for picture in some]
         given = Painting(steps=self.cfg.steps if steps is None else steps, progress=progress)
-        how = self.how(1, n=1, size=size, seed=seed, guidance=guidance, painting=given)
-        (reading,) = self.read([self.asked(prompt, shown)])
+        how = self.how(1, n=1, size=size, seed=seed, guidance=guidance, text_guidance=None, painting=given)
+        (reading,) = self.read([self.prompts.drawing(prompt, shown)])
         answers, draws = self.decision(reading).tolist()
         if answers < draws:
             return Generation(self.painted([reading], [prompt], [shown], how))

@@ -43,12 +43,18 @@ class UniWorldConfig:
     ratios: int = len(RATIOS)
     steps: int = 28
     guidance: float = 3.5
+    text_guidance: float = 1.0  # classifier-free; the release was trained without
+    system: str = ""  # of prompts to draw
+    in_front: bool = False  # whether pictures stand before the text
     t5_length: int = 256  # ids of a caption
     max_tokens: int = 128  # of an answer in place of a picture
     captioned: bool = True  # whether it was trained beside CLIP's pooled vector of the text
 
     # of our own making: no released config has the section
-    OURS: ClassVar = ("pixels", "ratios", "steps", "guidance", "t5_length", "max_tokens", "captioned")
+    OURS: ClassVar = (
+        *("pixels", "ratios", "steps", "guidance", "text_guidance", "system", "in_front", "t5_length", "max_tokens"),
+        "captioned",
+    )
     # what a config could say and the released one does not
     FIXED: ClassVar = {"shortcut_image_embeds": False, "shortcut_projector_type": None}
     FIXED_TOWER: ClassVar = {

@@ -23,6 +23,7 @@ OBJECTIVES = {
     "decoupling": "unimm.training.decoupling:DecouplingObjective",
     "janusflow": "unimm.training.janusflow:JanusFlowObjective",
     "metaquery": "unimm.training.metaquery:MetaQueryObjective",
+    "uniworld": "unimm.training.uniworld:UniWorldObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }
