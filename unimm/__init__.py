@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from unimm.models.bagel import Bagel, BagelConfig
     from unimm.models.janus import Janus, JanusConfig
     from unimm.models.janusflow import JanusFlow, JanusFlowConfig
+    from unimm.models.metaquery import MetaQuery
+    from unimm.models.metaquery_config import MetaQueryConfig
     from unimm.models.uniworld import UniWorld
     from unimm.models.uniworld_config import UniWorldConfig
     from unimm.registry import load, releases
@@ -24,6 +26,8 @@ __all__ = [
     "JanusConfig",
     "JanusFlow",
     "JanusFlowConfig",
+    "MetaQuery",
+    "MetaQueryConfig",
     "TextSampling",
     "UniWorld",
     "UniWorldConfig",
@@ -44,6 +48,8 @@ _HOMES = {
     "JanusConfig": "unimm.models.janus",
     "JanusFlow": "unimm.models.janusflow",
     "JanusFlowConfig": "unimm.models.janusflow",
+    "MetaQuery": "unimm.models.metaquery",
+    "MetaQueryConfig": "unimm.models.metaquery_config",
     "TextSampling": "unimm.sampling",
     "UniWorld": "unimm.models.uniworld",
     "UniWorldConfig": "unimm.models.uniworld_config",

@@ -56,6 +56,11 @@ FAMILIES = {
         architectures=("MultiModalityCausalLM",),
         has="vision_gen_enc_config",
     ),
+    "MetaQuery": Family(
+        home="unimm.models.metaquery:MetaQuery",
+        model_types=("metaquery",),
+        architectures=("MetaQuery",),
+    ),
     "UniWorld": Family(
         home="unimm.models.uniworld:UniWorld",
         model_types=("univa_qwen2p5vl",),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm import hub
-from unimm.checkpoint import CheckpointError, Table, load_into, read_shapes, weight_files
+from unimm.checkpoint import HUB_WEIGHTS, CheckpointError, Table, load_into, read_shapes, weight_files
 from unimm.flow import Velocity, add_noise, in_whole_steps, sample_dpm, solver_knots
 from unimm.kernels import attention
 from unimm.models import connector, sana
 from unimm.models.connector import Connector
 from unimm.models.decoder import Attend, Decoder, Parts
-from unimm.models.metaquery_config import PAINTER, READER, MetaQueryConfig, home
-from unimm.models.query_prompts import MARKERS, QWEN, Asking, QueryPrompts, black
-from unimm.models.qwen_prompts import Turn
-from unimm.models.qwen_vl import WEIGHTS, QwenVL, nested, qwen_keys
+from unimm.models.metaquery_config import MetaQueryConfig, home
+from unimm.models.query_prompts import MARKERS, Asking, QueryPrompts, black
+from unimm.models.query_readers import Kind, composer, kind_of
+from unimm.models.reader_prompts import Turn
+from unimm.models.reading import Reader
 from unimm.models.sana import Condition, Sana
 from unimm.models.speaking import cache_of, check_position, extend
 from unimm.sampling import EMPTY, TextSampling
@@ -40,8 +41,7 @@ from unimm.tokenizers.text import load_tokenizer
 from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, each, pictures_of, seeds
 
 LARGEST = 4096  # pixels a side of what is drawn
-TABLE = READER + "model.embed_tokens.weight"
-HEAD = READER + "lm_head.weight"
+PAINTER = "model.transformer."  # what the released names of the painter's weights begin with
 TINY_SPREAD = 1e-9  # of new rows of a table, of the covariance of the old ones
 
 
@@ -96,13 +96,14 @@ class MetaQuery(UnifiedModel):
     def __init__(self, cfg: MetaQueryConfig):
         super().__init__()
         self.cfg, self.tokenizer = cfg, None
-        self.reader = QwenVL(cfg.reader)
+        self.kind = kind_of(cfg.reader)
+        self.reader: Reader = self.kind.home(cfg.reader)
         # <begin_of_img>, <end_of_img>, then the queries; apart from the reader's table, which never changes
         self.queries = nn.Parameter(torch.zeros(MARKERS + cfg.n_queries, cfg.reader.decoder.dim))
         self.connector = Connector(cfg.connector)
         self.painter, self.vae = Sana(cfg.painter), DCAE(cfg.vae)
-        self.reader_source: str | Path | None = None
-        self._speaker: tuple[QwenVL, ...] = ()
+        self.reader_source: str | Path = cfg.homes["mllm_id"]
+        self._speaker: tuple[Reader, ...] = ()
 
     # ---- files
 
@@ -114,22 +115,24 @@ class MetaQuery(UnifiedModel):
         """
         model = cls(MetaQueryConfig.from_folder(folder))
         name = model.cfg.homes["mllm_id"]
-        model.reader.tokenizer = load_tokenizer(home(folder, name))
+        model.reader.tokenizer = load_tokenizer(home(folder, name), special=model.reader.SPECIAL)
         below = home(folder, name)
-        model.reader_source = below if any((below / one).exists() for one in WEIGHTS) else name
+        model.reader_source = below if any((below / one).exists() for one in HUB_WEIGHTS) else name
         model.fit(shapes_in(folder))
         return model
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Leave out the language head where files of these shapes hold none. Raises CheckpointError for other queries."""
-        rows = shapes.get(TABLE, (self.cfg.n_rows,))[0]
+        table = self.kind.table(self.cfg.reader)
+        rows = shapes.get(table, (self.cfg.n_rows,))[0]
         if rows != self.cfg.n_rows:
             vocab, n = self.cfg.reader.decoder.vocab, self.cfg.n_queries
             raise CheckpointError(
-                f"{TABLE} has {rows} rows, for {rows - vocab - MARKERS} queries behind {vocab} ids and {MARKERS} markers; "
+                f"{table} has {rows} rows, for {rows - vocab - MARKERS} queries behind {vocab} ids and {MARKERS} markers; "
                 f"config.json says num_metaqueries {n}, {self.cfg.n_rows} rows: correct it, or fetch the files that go together"
             )
-        if shapes and HEAD not in shapes and not self.cfg.reader.decoder.tied:
+        head = self.kind.head(self.cfg.reader) + "weight"
+        if shapes and head not in shapes and not self.cfg.reader.decoder.tied:
             self.reader.decoder.head = LostHead()  # type: ignore[assignment]
 
     @classmethod
@@ -156,7 +159,7 @@ class MetaQuery(UnifiedModel):
     def weights(self) -> dict[tuple[str, ...], Table]:
         """The key table of the one file of weights."""
         held = not self.cfg.reader.decoder.tied and not isinstance(self.reader.decoder.head, LostHead)
-        return {WEIGHTS: keys(self.cfg, head=held)}
+        return {HUB_WEIGHTS: keys(self.cfg, self.kind, head=held)}
 
     def save_config(self, folder: Path) -> None:
         """Write config.json, and below the folder the configs of the parts, and the reader's tokenizer."""
@@ -181,10 +184,12 @@ class MetaQuery(UnifiedModel):
     @property
     def prompts(self) -> QueryPrompts:
         """How this model's prompts are made."""
-        cfg, reader = self.cfg, self.reader.prompts
-        pixels = replace(reader.pixels, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        cfg, reader = self.cfg, cast("Any", self.reader.prompts)
+        if self.kind.pixels:
+            pixels = replace(reader.pixels, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+            reader = replace(reader, pixels=pixels)
         return QueryPrompts(
-            replace(reader, pixels=pixels), QWEN, cfg.system, cfg.n_queries, cfg.reader.decoder.vocab,
+            composer(reader), self.kind.template, cfg.system, cfg.n_queries, cfg.reader.decoder.vocab,
             cfg.reader.markers.end, cfg.max_text,
         )  # fmt: skip
 
@@ -345,7 +350,7 @@ class MetaQuery(UnifiedModel):
     # ---- speaking
 
     @property
-    def speaker(self) -> QwenVL:
+    def speaker(self) -> Reader:
         """The frozen reader, as it was before it was asked to draw. Raises ValueError where a lost head cannot be had."""
         if not self._speaker and not isinstance(self.decoder.head, LostHead):
             return self.reader
@@ -353,28 +358,27 @@ class MetaQuery(UnifiedModel):
             self._speaker = (self._own_reader(),)
         return self._speaker[0].to(self.device)
 
-    def _own_reader(self) -> QwenVL:
+    def _own_reader(self) -> Reader:
         """This model's blocks and tower with the table and the head of the reader's own release."""
-        source = self.reader_source
-        if source is None:
-            raise ValueError("this model's files hold no language head: give from_pretrained the reader's release, `reader`")
-        folder = hub.resolve(source)
         try:
-            paths = weight_files(folder, WEIGHTS)
-        except CheckpointError as error:
+            paths = weight_files(hub.resolve(self.reader_source), HUB_WEIGHTS)
+        except ValueError as error:
             raise ValueError(
-                f"MetaQuery's files hold no language head, and {source} has no weights to take one from: give "
+                f"MetaQuery's files hold no language head, and {self.reader_source} has none to give ({error}): give "
                 "from_pretrained the folder or hub id of the reader's own release, `reader`"
             ) from error
         with torch.device("meta"):
-            model = QwenVL(self.cfg.reader)
-        model.tokenizer, model.vision = self.reader.tokenizer, self.reader.vision
+            model = self.kind.home(self.cfg.reader)
+        for name, part in self.reader.named_children():
+            if name != "decoder":
+                setattr(model, name, part)
+        for name, table in self.reader.named_parameters(recurse=False):
+            setattr(model, name, table)
+        model.tokenizer = self.reader.tokenizer
         model.decoder.blocks, model.decoder.norms = self.decoder.blocks, self.decoder.norms
-        language = "model.language_model." if nested(read_shapes(paths)) else "model."
-        table = {language + "embed_tokens.weight": "decoder.embed.weight"}
-        table |= {} if self.cfg.reader.decoder.tied else {"lm_head.weight": "decoder.head.weight"}
-        rows: Table = {**table, "{*}": None}
-        load_into(model, paths, rows, dtype=self.dtype, device=self.device)
+        wanted = ("decoder.embed.", "decoder.head.")
+        rows = {theirs: ours for theirs, ours in model.keys(read_shapes(paths)).items() if (ours or "").startswith(wanted)}
+        load_into(model, paths, {**rows, "{*}": None}, dtype=self.dtype, device=self.device)
         return model.eval()
 
     def understand(
@@ -414,14 +418,12 @@ class MetaQuery(UnifiedModel):
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a folder's weights; nothing where it has none."""
-    return read_shapes(weight_files(folder, WEIGHTS)) if any((folder / name).exists() for name in WEIGHTS) else {}
+    return read_shapes(weight_files(folder, HUB_WEIGHTS)) if any((folder / name).exists() for name in HUB_WEIGHTS) else {}
 
 
-def keys(cfg: MetaQueryConfig, *, head: bool) -> Table:
+def keys(cfg: MetaQueryConfig, kind: Kind, *, head: bool) -> Table:
     """Released names on the left, ours on the right. head: whether the files hold a language head, which is untied."""
-    rows: dict[str, str | None] = dict(qwen_keys(head=head, prefix=READER, ours="reader."))
-    del rows[READER + "model.embed_tokens.{}"]
-    rows[TABLE] = "reader.decoder.embed.weight + queries"
+    rows = kind.keys(cfg.reader, head=head)
     rows |= {theirs: f"connector.{ours}" for theirs, ours in connector.KEYS.items()}
     rows |= {PAINTER + theirs: f"painter.{ours}" for theirs, ours in sana.KEYS.items()}
     rows |= {f"vae.{theirs}": f"vae.{ours}" for theirs, ours in dc_ae.keys(cfg.vae).items()}

@@ -13,12 +13,11 @@ from typing_extensions import Self
 from unimm import hub
 from unimm.models.connector import ConnectorConfig
 from unimm.models.query_prompts import MARKERS
-from unimm.models.qwen_vl import QwenVLConfig
+from unimm.models.query_readers import READER, kind_in, kind_of
 from unimm.models.sana import SanaConfig
 from unimm.tokenizers.dc_ae import DCAEConfig
 
 SYSTEM = "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
-READER, PAINTER = "model.mllm_backbone.", "model.transformer."  # what the released names of the two begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class Solver:
 class MetaQueryConfig:
     """homes: the folders below a checkpoint, or hub ids, of the parts whose configs lie apart, by their ids in config.json."""
 
-    reader: QwenVLConfig
+    reader: Any  # of one of the readers in query_readers
     connector: ConnectorConfig
     painter: SanaConfig
     vae: DCAEConfig
@@ -143,14 +142,15 @@ class MetaQueryConfig:
         if lost := [theirs for theirs in (*cls.FILES.values(), "mllm_id", "diffusion_model_id") if theirs not in files]:
             raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: expected the released config.json of a MetaQuery")
         reader = home(folder, homes["mllm_id"])
+        known = kind_in(read_config(reader / "config.json")).home.Config
         parts = [read_config(home(folder, homes[name]) / at) for name, at in list(cls.HOMES.items())[1:4]]
-        return cls.from_files(files, QwenVLConfig.from_folder(reader), *parts, homes=homes)
+        return cls.from_files(files, known.from_folder(reader), *parts, homes=homes)
 
     @classmethod
     def from_files(
         cls,
         files: Mapping[str, Any],
-        reader: QwenVLConfig,
+        reader: Any,
         painter: Mapping[str, Any],
         vae: Mapping[str, Any],
         scheduler: Mapping[str, Any],
@@ -182,7 +182,7 @@ class MetaQueryConfig:
         top |= {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         top |= {"in_channels": self.vae.latent_channels, "vae_downsample_f": self.vae.stride, "loss_type": "flow"}
         top |= {"connector_num_hidden_layers": self.connector.n_layers, "modules_to_freeze": ["vae", READER[:-1]]}
-        top |= {"modules_to_unfreeze": [READER + "model.embed_tokens"]}
+        top |= {"modules_to_unfreeze": [kind_of(self.reader).table(self.reader).removesuffix(".weight")]}
         top |= {"generation": {name: getattr(self, name) for name in self.OURS}}
         parts = {f"{homes['mllm_id']}/{name}": contents for name, contents in self.reader.to_files().items()}
         apart: dict[str, Any] = {"diffusion_model_id": self.painter, "vae_id": self.vae, "scheduler_id": self.solver}

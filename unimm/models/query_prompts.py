@@ -17,7 +17,7 @@ from unimm.unified import Picture, TextTokenizer
 MARKERS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
 
 
-class ReaderPrompts(Protocol):
+class Composer(Protocol):
     """What a reader makes of texts and pictures."""
 
     @property
@@ -36,13 +36,6 @@ class Template:
     shown: str  # a picture
 
 
-QWEN = Template(
-    opening="<|im_start|>system\n{}<|im_end|>\n<|im_start|>",
-    turn="user\n{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n\n",
-    shown="<|vision_start|><|image_pad|><|vision_end|>",
-)
-
-
 @dataclass(frozen=True)
 class QueryPrompts:
     """Captions and pictures to items that end with the queries.
@@ -50,7 +43,7 @@ class QueryPrompts:
     first: the id of <begin_of_img>, which is how many rows the reader's own table has; end: of the marker after all.
     """
 
-    reader: ReaderPrompts
+    reader: Composer
     template: Template
     system: str
     n_queries: int

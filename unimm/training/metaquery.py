@@ -23,7 +23,7 @@ from unimm.flow import whole_times
 from unimm.models.metaquery import MetaQuery
 from unimm.models.metaquery_config import MetaQueryConfig, read_config
 from unimm.models.query_prompts import Asking, QueryPrompts, black
-from unimm.models.qwen_vl import QwenVL
+from unimm.models.query_readers import kind_in
 from unimm.models.sana import Sana, SanaBlock, load_sana
 from unimm.sequence import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
@@ -49,7 +49,7 @@ class Options:
     # the part of things in drawings and edits whose colour, or whose shape, has no name
     nameless_colours: float
     nameless_shapes: float
-    # folders or hub ids: of a Qwen2.5-VL, an AutoencoderDC, and a Sana, or "" for one of the recipe's numbers
+    # folders or hub ids: of a reader, an AutoencoderDC, and a Sana, or "" for a fresh one of the recipe's numbers
     reader: str
     dcae: str
     painter: str
@@ -170,7 +170,8 @@ class MetaQueryObjective:
 
 def built(options: Options, numbers: Mapping[str, Any]) -> MetaQuery:
     """The model of a recipe's numbers: `config` is a config.json, `painter` and `scheduler` are a Sana's."""
-    reader = QwenVL.from_pretrained(options.reader, dtype=parse_dtype(options.reader_dtype))
+    known = kind_in(read_config(hub.resolve(options.reader, weights=False) / "config.json")).home
+    reader = known.from_pretrained(options.reader, dtype=parse_dtype(options.reader_dtype))
     vae = load_dc_ae(below(options.dcae, "vae"))
     painter, scheduler = numbers.get("painter", {}), numbers.get("scheduler", {})
     if options.painter:
