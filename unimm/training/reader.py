@@ -1,7 +1,8 @@
 """Training a small Qwen2.5-VL on the little world: it answers, describes, knows who likes what, and says what a drawing holds.
 
-It is the reader that metaquery-nano is built around, where it stays as it is. Beside its words, what the tower gives for a
-cell is asked what is centred there, and only here: a tower that begins with noise is hardly looked through without that.
+It is the reader that metaquery-nano is built around, where it stays as it is. Its tower is trained first and alone, to say
+what is centred in each cell of a picture, and then frozen, as BAGEL's nano does it. Trained together with the words it came
+to see the pairs of shape and colour that there are: of questions about others the reader answered half as many right.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Options:
     planned: tuple[str, ...]
     # pieces of the text model
     vocabulary: int
-    # pictures a batch that only the tower sees, and what is in them
+    # steps that train the tower alone, before it is frozen; pictures in a batch of those, and what is in them
+    sighted: int
     looked: int
     looks: Mapping[str, Any]
     # test examples of each task that the report is about
@@ -76,10 +78,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A pack of conversations, and pictures of the tower alone: patches [N, F] and what is centred in each cell [n, 3]."""
+    """A pack of conversations with the group of each label, index into TEXTS."""
 
     pack: Pack
-    text_groups: Tensor  # [labels with loss], index into TEXTS
+    text_groups: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sights:
+    """Pictures for the tower alone: patches [N, F] and what is centred in each cell [n, 3]."""
+
     patches: Tensor
     targets: Tensor
 
@@ -93,24 +101,20 @@ class Lessons:
     size: int
     seed: int
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> Batch | Sights:
+        if step < self.options.sighted:
+            return self.looked(step)
         dice = random.Random(f"{self.seed}/{step}/reader")
         tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
         tasks += dice.choices(tasks, k=self.size - len(tasks))
-        return self.batch([self.taken(task, step * self.size + i) for i, task in enumerate(tasks)], step)
+        return self.batch([self.taken(task, step * self.size + i) for i, task in enumerate(tasks)])
 
-    def batch(self, examples: Sequence[Example], step: int) -> Batch:
-        """Examples as one pack, beside the step's pictures of the tower."""
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Examples as one pack, rounded up with a sample without loss: new shapes cost a CPU more than these rows."""
         samples = [self.asked(one) for one in examples]
         rows = sum(item.segment.length for items in samples for item in items)
         filler = [[text_item([self.prompts.markers.end] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
-        patches, targets = self.looked(step)
-        return Batch(
-            pack=pack([*samples, *filler]),
-            text_groups=groups(TEXTS, examples, labels(samples)),
-            patches=patches,
-            targets=targets,
-        )
+        return Batch(pack=pack([*samples, *filler]), text_groups=groups(TEXTS, examples, labels(samples)))
 
     def taken(self, task: str, index: int) -> Example:
         """A training example of a task."""
@@ -132,8 +136,8 @@ class Lessons:
         """The system prompt of a task; None for the usual one."""
         return self.options.plan if task.startswith(PLAN) else None
 
-    def looked(self, step: int) -> tuple[Tensor, Tensor]:
-        """Patches [N, F] in the tower's order of pictures that are seen by it alone, and what each cell holds [n, 3]."""
+    def looked(self, step: int) -> Sights:
+        """Pictures of a step, as the tower takes them."""
         look, cell = self.prompts.pixels, self.prompts.pixels.cell
         options = strict(Looks, self.options.looks, where="looks of the options")
         scenes = Scenes(options=options, size=self.options.looked, seed=self.seed, patch=cell)(step)
@@ -142,7 +146,8 @@ class Lessons:
         mean, std = (torch.tensor(values)[:, None, None] for values in (look.mean, look.std))
         frames = repeat(((pixels + 1) / 2 - mean) / std, "b c h w -> b c f h w", f=look.frames)
         order = "b c f (h m p) (w k q) -> (b h w m k) (c f p q)"
-        return rearrange(frames, order, m=look.merge, k=look.merge, p=look.patch, q=look.patch), scenes.targets
+        patches = rearrange(frames, order, m=look.merge, k=look.merge, p=look.patch, q=look.patch)
+        return Sights(patches=patches, targets=scenes.targets)
 
 
 def turn(one: Example) -> Turn:
@@ -172,7 +177,7 @@ class Taught(nn.Module):
 
 
 class ReaderObjective:
-    """Say the assistant's words, and what is centred in each cell."""
+    """Say what is centred in each cell, then the assistant's words."""
 
     name = "metaquery-nano-reader"
     loss_names = TEXTS + SEEN
@@ -189,14 +194,16 @@ class ReaderObjective:
             compile_streams(reader.decoder)
         return cls(Taught(reader), Lessons(options=options, prompts=reader.prompts, size=recipe.batch, seed=recipe.seed))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean cross entropy of every kind of text in the batch, and of every kind of thing in a cell."""
+    def losses(self, batch: Batch | Sights) -> dict[str, Tensor]:
+        """Mean cross entropy of every kind of thing in a cell, or of every kind of text in the batch."""
         reader = self.model.reader
-        said = by_group(TEXTS, batch.text_groups, reader(batch.pack.to(reader.device)))
+        reader.vision.requires_grad_(isinstance(batch, Sights))
+        if isinstance(batch, Batch):
+            return by_group(TEXTS, batch.text_groups, reader(batch.pack.to(reader.device)))
         targets = batch.targets.to(reader.device)
         logits = self.model.seen(batch.patches.to(reader.device), len(targets) // self.batch.options.looked)
         pairs = zip(SEEN, logits, targets.unbind(-1), strict=True)
-        return said | {name: F.cross_entropy(guess.float(), target) for name, guess, target in pairs}
+        return {name: F.cross_entropy(guess.float(), target) for name, guess, target in pairs}
 
     def report(self) -> dict[str, float]:
         """The part of test questions that are answered right, by task."""
