@@ -8,15 +8,15 @@ Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the
 """
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from unimm import hub
@@ -31,6 +31,7 @@ from unimm.models.qwen_vl import QwenVL, qwen_keys
 from unimm.models.reading import STREAM
 from unimm.models.speaking import cache_of, check_position, speak
 from unimm.models.uniworld_config import DECIDER, TOWER, UniWorldConfig
+from unimm.models.uniworld_painting import LARGEST, Painting, References, padded
 from unimm.models.uniworld_parts import FLUX, FLUX_FOLDERS, SIGLIP, SIGLIP_FOLDER, Parts, needed
 from unimm.models.uniworld_prompts import UniWorldPrompts
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
@@ -39,11 +40,9 @@ from unimm.sequence import pack as packed
 from unimm.tokenizers.any_ratio import any_ratio
 from unimm.tokenizers.pixels import open_image, to_image
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, each, parse_dtype, pictures_of, seeds
+from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, parse_dtype, pictures_of
 
-LARGEST = 4096  # pixels a side of what is drawn
 ANSWERER = "assistant"  # the head that decides looks at the last token that says so
-References = Literal["tokens", "condition"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,6 @@ class Reading:
     states: Tensor
     context: Context  # of all rows but the last
     last: int  # the last row's id
-
-
-@dataclass(frozen=True, kw_only=True)
-class Painting:
-    """How pictures are painted; sizes, guidances and seeds are one a picture, (height, width) None for the pictures' own."""
-
-    steps: int
-    sizes: Sequence[tuple[int, int] | None] = ()
-    seeds: Sequence[int] = ()
-    guidances: Sequence[float] = ()
-    text_guidances: Sequence[float] = ()
-    t5: bool | None = None
-    clip: bool | None = None
-    references: References | None = None
-    progress: bool = False
 
 
 class UniWorld(UnifiedModel):
@@ -308,7 +292,7 @@ class UniWorld(UnifiedModel):
     def painted(
         self, readings: Sequence[Reading], prompts: Sequence[str], shown: Sequence[Sequence[Image.Image]], how: Painting
     ) -> list[Image.Image]:
-        """A picture for each reading, told with its pictures and captioned with its prompt."""
+        """Pictures for each reading, told with its pictures and captioned with its prompt; as many a reading as `how` says."""
         pictures = [picture for some in shown for picture in some]
         looks = self.parts.look(pictures) if pictures else None
         told = self.told([one.items for one in readings], [one.states for one in readings], looks)
@@ -319,17 +303,18 @@ class UniWorld(UnifiedModel):
             told = [torch.cat((one, caption)) for one, caption in zip(told, captions, strict=True)]
         # the original, too, gives CLIP no text where T5 has none
         pooled = self.pooled(texts if joined else [""] * len(texts), clip=how.clip)
-        sizes = [size or self.size_of(some) for size, some in zip(how.sizes, shown, strict=True)]
-        sizes = [drawable(size, self.stride, LARGEST) for size in sizes]
+        n = len(how.sizes) // len(readings)
         below: dict[int, Tensor] = {}
-        for i, (size, some) in enumerate(zip(sizes, shown, strict=True)):
+        sizes = [drawable(how.sizes[n * i] or self.size_of(some), self.stride, LARGEST) for i, some in enumerate(shown)]
+        for i, some in enumerate(shown):
             if how.references and some:
-                latents = self.parts.latents(some, size)
+                latents = self.parts.latents(some, sizes[i])
                 if how.references == "tokens":
-                    below[i] = rearrange(latents, "k c h w -> c (k h) w")
+                    below |= {n * i + copy: rearrange(latents, "k c h w -> c (k h) w") for copy in range(n)}
                 else:
                     told[i] = torch.cat((told[i], self.beside(latents)))
-        return self.together(told, pooled, sizes, below, how)
+        rows = [i for i in range(len(told)) for _ in range(n)]
+        return self.together([told[i] for i in rows], pooled[rows], [sizes[i] for i in rows], below, how)
 
     def together(
         self,
@@ -358,39 +343,6 @@ class UniWorld(UnifiedModel):
             )
             found |= {i: to_image(self.parts.paint(one[None])[0]) for i, one in zip(rows, latents, strict=True)}
         return [found[i] for i in range(len(sizes))]
-
-    def how(
-        self,
-        many: int,
-        *,
-        n: int,
-        size: tuple[int, int] | None,
-        seed: int | Sequence[int],
-        guidance: float | Sequence[float] | None,
-        text_guidance: float | Sequence[float] | None,
-        painting: Painting,
-    ) -> Painting:
-        """A call's options, one a picture, `n` a prompt. Raises ValueError for what cannot be done, before anything is read."""
-        cfg = self.cfg
-        guidances = each(cfg.guidance if guidance is None else guidance, many, "guidances")
-        text_guidances = each(cfg.text_guidance if text_guidance is None else text_guidance, many, "text guidances")
-        if n < 1 or min(*guidances, *text_guidances) < 0 or painting.steps < 1:
-            raise ValueError(
-                f"got n {n}, guidance {guidance}, {text_guidance}, steps {painting.steps}: expected at least 1, scales of 0 or "
-                "more, and a step"
-            )
-        if painting.references not in (None, *get_args(References)):
-            raise ValueError(f"got references {painting.references!r}: expected None, 'tokens' or 'condition'")
-        stride = self.stride  # a call without a VAE ends here
-        fits = None if size is None else drawable(size, stride, LARGEST)
-        first = seeds(seed, many) if not isinstance(seed, int) else [seed + n * i for i in range(many)]
-        return replace(
-            painting,
-            sizes=[fits] * (n * many),
-            seeds=seeds([s + i for s in first for i in range(n)], n * many),
-            guidances=[float(g) for g in guidances for _ in range(n)],
-            text_guidances=[float(g) for g in text_guidances for _ in range(n)],
-        )
 
     def generate(
         self,
@@ -431,14 +383,18 @@ class UniWorld(UnifiedModel):
         given = Painting(
             steps=self.cfg.steps if steps is None else steps, t5=t5, clip=clip, references=references, progress=progress
         )
-        how = self.how(
-            len(prompts), n=n, size=size, seed=seed, guidance=guidance, text_guidance=text_guidance, painting=given
+        how = given.of(
+            len(prompts),
+            n,
+            stride=self.stride,
+            size=size,
+            seed=seed,
+            guidance=self.cfg.guidance if guidance is None else guidance,
+            text_guidance=self.cfg.text_guidance if text_guidance is None else text_guidance,
         )
         asked = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
         readings = self.read(asked, residual=residual)
-        each_n = [i for i in range(len(prompts)) for _ in range(n)]
-        many = [readings[i] for i in each_n], [prompts[i] for i in each_n], [shown[i] for i in each_n]
-        return Generation(self.painted(*many, how))
+        return Generation(self.painted(readings, prompts, shown, how))
 
     def respond(
         self,
@@ -459,7 +415,8 @@ class UniWorld(UnifiedModel):
         (some,) = pictures_of(images, prompt)
         shown = [open_image(picture) for picture in some]
         given = Painting(steps=self.cfg.steps if steps is None else steps, progress=progress)
-        how = self.how(1, n=1, size=size, seed=seed, guidance=guidance, text_guidance=None, painting=given)
+        scales = {"guidance": self.cfg.guidance if guidance is None else guidance, "text_guidance": self.cfg.text_guidance}
+        how = given.of(1, 1, stride=self.stride, size=size, seed=seed, **scales)
         (reading,) = self.read([self.prompts.drawing(prompt, shown)])
         answers, draws = self.decision(reading).tolist()
         if answers < draws:
@@ -501,15 +458,6 @@ class UniWorld(UnifiedModel):
     def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
         """Not for this family."""
         raise NotImplementedError("UniWorld gives one text or one picture a call: Bagel interleaves")
-
-
-def padded(told: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What samples are told [m, C] as one batch [B, M, C], and which of it is no padding [B, M]; None where all is."""
-    lengths = torch.tensor([len(one) for one in told])
-    batch = nn.utils.rnn.pad_sequence(list(told), batch_first=True)
-    if lengths.unique().numel() == 1:
-        return batch, None
-    return batch, (torch.arange(batch.shape[1]) < lengths[:, None]).to(batch.device)
 
 
 # ---- released files
