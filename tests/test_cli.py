@@ -74,7 +74,8 @@ def test_releases():
     shown = "".join(fine("releases").stdout.split())
     assert "bagel-nano" in shown and "bundled" in shown and "Apache-2.0" in shown and "14.7G" in shown
     rows = {row.name: row for row in unimm.releases()}
-    assert rows["bagel-nano"].source == "bundled"
+    assert rows["bagel-nano"].source == "bundled" and rows["bagel-nano"].commercial
+    assert not rows["LanguageBind/UniWorld-V1"].commercial and "non-commercial" in rows["LanguageBind/UniWorld-V1"].licence
     assert rows["ByteDance-Seed/BAGEL-7B-MoT"].source == "ByteDance-Seed/BAGEL-7B-MoT"
 
 

@@ -1,11 +1,26 @@
 """A model's name to a local folder: bundled with the package, a path, or a hub id."""
 import difflib
+import logging
+from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 NANO = Path(__file__).parent / "nano"
 WEIGHTS = "*.safetensors"
 # the last is a part of UniWorld
 PATTERNS = ["*.json", WEIGHTS, "*.model", "merges.txt", "task_head_final.pt"]
+
+# hub ids whose licence, as their pages stated it in 2025, forbids commercial use of the weights, or of a part of them
+_FLUX, _SANA = "FLUX.1 [dev] Non-Commercial License", "NVIDIA License (NSCL v2-custom)"
+NON_COMMERCIAL = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License",
+    "black-forest-labs/FLUX.1-dev": _FLUX,
+    "LanguageBind/UniWorld-V1": f"{_FLUX}, which its painter was trained from",
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": _SANA,
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": _SANA,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": _SANA,
+}
 
 
 def bundled() -> list[str]:
@@ -33,12 +48,21 @@ def resolve(
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        if weights:
+            remind(str(name))
         return _download(str(name), revision, weights, parts)
     names = (*bundled(), *known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
         f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}"
     )
+
+
+@cache
+def remind(name: str) -> None:
+    """Log a warning, once, for a hub id whose licence forbids commercial use."""
+    if name in NON_COMMERCIAL:
+        logger.warning("%s is not for commercial use: %s", name, NON_COMMERCIAL[name])
 
 
 def _download(name: str, revision: str | None, weights: bool, parts: tuple[str, ...]) -> Path:

@@ -47,6 +47,11 @@ class Release:
     parameters: int
     verbs: tuple[str, ...]
 
+    @property
+    def commercial(self) -> bool:
+        """Whether the licence allows commercial use, in some form: it may name conditions."""
+        return self.hub not in hub.NON_COMMERCIAL
+
 
 @dataclass(frozen=True)
 class Generation:
