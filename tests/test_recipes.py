@@ -57,8 +57,17 @@ def test_every_recipe_is_read():
         "janus-nano-stage3": "janus",
         "janus-nano-vq": "vq",
         "janusflow-nano": "janusflow",
+        "metaquery-instruct": "metaquery",
+        "metaquery-nano": "metaquery",
+        "metaquery-pretrain": "metaquery",
         "metaquery-nano-dcae": "dcae",
         "metaquery-nano-reader": "reader",
+        "metaquery-nano": "metaquery",
+        "metaquery-pretrain": "metaquery",
+        "metaquery-instruct": "metaquery",
+        "uniworld-nano": "uniworld",
+        "uniworld-stage1": "uniworld",
+        "uniworld-stage2": "uniworld",
     }
 
 

@@ -165,15 +165,17 @@ class UniWorld(UnifiedModel):
     def told(
         self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor], looks: Tensor | None = None
     ) -> list[Tensor]:
-        """What the painter is told of each sample [m, C], of what was read of it [n, D]; its pictures' features are put
-        between their cells and the marker behind them. looks [k, patches, C]: of all pictures, in order."""
+        """What the painter is told of each sample [m, C], of what was read of it [n, D].
+
+        looks [k, patches, C]: features of all pictures, in order, each put between its cells and the marker behind them.
+        """
         projected = self.from_reader(torch.cat(list(states))).split([len(one) for one in states])
         left = iter(()) if looks is None else iter(self.from_look(looks))
         told = []
         for items, tokens in zip(samples, projected, strict=True):
             parts = []
             for item, rows in zip(items, tokens.split([one.segment.length for one in items]), strict=True):
-                parts += [rows, next(left)] if item.kind == "look" else [rows]
+                parts += [rows, next(left)] if item.kind == "look" and looks is not None else [rows]
             told.append(torch.cat(parts))
         return told
 

@@ -39,8 +39,8 @@ from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, sheet
 from unimm.unified import parse_dtype
 
-# never trained, in any stage
-READ = ("reader.", "decide.", "parts.vae.", "parts.clip.", "parts.t5.")
+# never trained, in any stage: the released data shows no references, whose latents are projected
+READ = ("reader.", "decide.", "from_latents.", "parts.vae.", "parts.clip.", "parts.t5.")
 # of a double block's picture stream, and of a single block, what stage 2 trains: attention and modulation, no feed-forward
 ATTENDS = ("qkv.", "q_norm.", "k_norm.", "out.", "modulation.")
 
@@ -51,13 +51,16 @@ class Options:
 
     # samples of each task in a batch; what is left of the batch is drawn from them by these weights
     tasks: Mapping[str, int]
-    # the published stages: what leads from the reader; that, what leads from SigLIP2, and the painter's attention to and
-    # modulation of the picture. "all": everything but the reader and the autoencoder, for a painter that begins with noise
+    # the published stages: what leads from the reader, without features; that, what leads from SigLIP2, and the painter's
+    # attention to and modulation of the picture. "all": everything but the reader and the autoencoder, for a painter that
+    # begins with noise
     trained: Literal["stage 1", "stage 2", "all"]
     # noised copies of a picture, each at its own time: cheaper than as many samples
     targets: int
     # the part of samples of which nothing is told
     dropout: float
+    # whether a prompt ends with the marker that pictures stand behind, as in the original's training and not in its sampling
+    begun: bool
     # how much more an edit's loss counts where it changed the picture: log, linear, exp, quadratic; "" for evenly
     weights: str
     # the guidance that the painter is told, where it embeds one
@@ -65,10 +68,12 @@ class Options:
     # the part of things in drawings and edits whose colour, or whose shape, has no name
     nameless_colours: float
     nameless_shapes: float
-    # folders or hub ids: of a Qwen2.5-VL; of a VAE; of a FLUX transformer, or "" for one of the recipe's numbers; of a
-    # SigLIP2, or "" for one of the recipe's numbers that begins from the trained ViT in the folder `vit`
+    # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer below FLUX's, or "" where `captioned` is false;
+    # of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's numbers that
+    # begins from the trained ViT in the folder `vit`
     reader: str
     vae: str
+    captions: str
     painter: str
     siglip: str
     vit: str
@@ -125,7 +130,7 @@ class Worlds:
         options, n, many = self.options, self.options.targets, len(examples)
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
         shown = [[Image.fromarray(image) for image in one.images] for one in examples]
-        samples = [self.prompts.drawing(one.prompt, some) for one, some in zip(examples, shown, strict=True)]
+        samples = [self.asked(one.prompt, some) for one, some in zip(examples, shown, strict=True)]
         looks = [self.look.pixels(picture) for some in shown for picture in some]
         shift = dynamic_shift(self.latent[1] * self.latent[2] // SIDE**2)
         return Batch(
@@ -140,6 +145,12 @@ class Worlds:
             owners=torch.arange(many).repeat_interleave(n),
             draw_groups=groups(DRAWINGS, examples, [n] * many),
         )
+
+    def asked(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Item]:
+        """A prompt as it is read in training."""
+        *before, last = self.prompts.drawing(prompt, pictures)
+        ids = last.ids.tolist()
+        return [*before, text_item([*ids, self.prompts.reader.markers.look] if self.options.begun else ids)]
 
     def rounded(self, samples: list[list[Item]]) -> list[list[Item]]:
         """With one more, so that all rows fill a round number: new shapes cost a CPU more than these rows."""
@@ -199,7 +210,8 @@ class UniWorldObjective:
         latents = self.encoded(batch)
         with torch.no_grad():
             states = model.reader.read(batch.samples)[: len(batch.told)]
-        looks = model.parts.tower(batch.looks.to(device)) if len(batch.looks) and model.parts.tower else None
+        seen = len(batch.looks) and self.batch.options.trained != "stage 1"
+        looks = model.parts.tower(batch.looks.to(device)) if seen and model.parts.tower is not None else None
         whole = model.told(batch.samples[: len(states)], [x.to(model.from_reader.fc1.weight.dtype) for x in states], looks)
         told = [one if some else one[:0] for one, some in zip(whole, batch.told.tolist(), strict=True)]
         # those of which more is told, with pictures, are drawn apart: half of the others' text would be padding
@@ -217,7 +229,7 @@ class UniWorldObjective:
             latents[owners.to(device)],
             batch.noise[rows].to(device),
             batch.times[rows].to(device),
-            pooled=self.model.pooled([""] * len(rows)),
+            pooled=self.model.pooled([""]).expand(len(rows), -1),
             weights=batch.weights[owners].to(device),
             guidance=self.batch.options.guidance,
         )
@@ -256,6 +268,9 @@ def built(options: Options, numbers: Mapping[str, Any], vae: Path) -> UniWorld:
         model.painter = painter
     else:
         init_painter(model.painter)
+    if options.captions:
+        homes = {part: below(options.captions, part) for part in ("text_encoder", "tokenizer")}
+        model.parts.take(homes, dtype=torch.float32, device="cpu")
     model.parts.check(model.cfg)
     return model
 
