@@ -1,6 +1,7 @@
 """Training MetaQuery on the little world: batches, dropped conditions, what learns and what does not, steps, the release."""
 import dataclasses
 import functools
+import json
 import pickle
 import random
 from pathlib import Path
@@ -12,11 +13,13 @@ from PIL import Image
 
 from unimm.data.shapes import example
 from unimm.models.metaquery import MetaQuery
+from unimm.models.metaquery_config import SYSTEM
 from unimm.sampling import TextSampling
 from unimm.training.loop import Trainer, optimizers, train
-from unimm.training.metaquery import AGAIN
+from unimm.training.metaquery import Options
 from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
+from unimm.training.pairs import AGAIN, FilePairs
+from unimm.training.recipe import read_recipe, strict
 from unimm.training.shapes import text_model
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
@@ -54,6 +57,17 @@ def dropping(objective, part: float):
     return dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=part))
 
 
+@pytest.mark.parametrize(("name", "warmup", "batch"), [("pretrain", 5000, 32), ("instruct", 2000, 1)])
+def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
+    """facts/metaquery_uniworld.md section 1.7, the row of Qwen2.5-VL-3B."""
+    full = read_recipe(RECIPES / f"metaquery-{name}.yaml")
+    assert (full.lr, full.lr * full.final, full.warmup, full.batch) == (1e-4, pytest.approx(1e-5), warmup, batch)
+    assert (full.betas, full.eps, full.weight_decay, full.clip, full.seed) == ((0.9, 0.95), 1e-8, 0.1, 0.5, 42)
+    config = full.model["config"]
+    assert (config["num_metaqueries"], config["connector_num_hidden_layers"], config["system_prompt"]) == (256, 24, SYSTEM)
+    assert strict(Options, full.options, where="options").dropout == 0.1
+
+
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
@@ -81,14 +95,13 @@ def test_times_are_whole_thousandths_and_even(objective):
 
 def test_texts_and_pictures_are_dropped_as_published(objective):
     def kinds(task, p):
-        found = []
+        found, one = [], objective.batch.pairs.pair(example(task, 1))
         for i in range(400):
-            one = example(task, 1)
             items = dropping(objective, p).sample(one, random.Random(i))
             look = [item.tokens for item in items if item.kind == "look"]
             # a black picture is one colour in every channel
             dark = bool(look) and all(x.unique().numel() == 3 for x in look)
-            found.append((bytes(one.prompt, "utf8") not in said(objective, items), dark))
+            found.append((bytes(one.words, "utf8") not in said(objective, items), dark))
         return {kind: found.count(kind) / 400 for kind in set(found)}
 
     # four deviations of 400 draws
@@ -105,10 +118,28 @@ def said(objective, items) -> bytes:
 
 
 def test_again_shows_the_picture_that_it_draws(objective):
-    one = objective.batch.taken(AGAIN, 0, random.Random(0))
-    assert one.prompt == "" and (one.images[0] == one.target).all() and one.task.startswith("edit.")
+    one = objective.batch.pairs.taken(AGAIN, 0, random.Random(0))
+    assert one.words == "" and one.shown == (one.target,) and one.kind == "edit"
     with pytest.raises(ValueError, match=r"the task caption, which draws nothing: the reader is frozen"):
-        objective.batch.taken("caption", 0, random.Random(0))
+        objective.batch.pairs.taken("caption", 0, random.Random(0))
+
+
+def test_pictures_of_ones_own(recipe, tmp_path):
+    for name, colour, size in (("a.png", "red", (90, 70)), ("b.png", "blue", (64, 100))):
+        Image.new("RGB", size, colour).save(tmp_path / name)
+    lines = [{"target": "a.png", "text": "red"}, {"target": "b.png", "text": "blue", "images": ["a.png"]}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    objective = build(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
+    batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
+    assert batch.images.shape == (9, 3, 64, 64) and set(batch.draw_groups.tolist()) == {0, 1}
+    assert set(objective.losses(batch)) == {"draw", "edit"}
+    for line, match in (("{", "line 3 of .* is no JSON"), ('{"text": "a"}', "expected target"), ('{"target": "a"}', "neither")):
+        path.write_text("\n".join([*map(json.dumps, lines), line]))
+        with pytest.raises(ValueError, match=match):
+            FilePairs(path=path, side=64)(0, 1, random.Random(0))
+    with pytest.raises(ValueError, match="expected a file of JSON lines"):
+        FilePairs(path=tmp_path / "none", side=64)(0, 1, random.Random(0))
 
 
 def test_only_new_rows_connector_and_painter_learn_and_old_rows_keep_every_bit(recipe):

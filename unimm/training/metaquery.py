@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm import hub
-from unimm.data.shapes import Example, example
-from unimm.data.shapes.nameless import unnamed
 from unimm.flow import whole_times
 from unimm.models.metaquery import MetaQuery
 from unimm.models.metaquery_config import MetaQueryConfig, read_config
@@ -27,13 +25,12 @@ from unimm.models.query_readers import kind_in
 from unimm.models.sana import Sana, SanaBlock, load_sana
 from unimm.sequence import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
-from unimm.training.conversing import DRAWINGS, by_group, freeze, groups, to_images
+from unimm.tokenizers.pixels import to_tensor
+from unimm.training.conversing import DRAWINGS, by_group, freeze
+from unimm.training.pairs import FilePairs, Pair, Pairs, WorldPairs
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, compile_streams, sheet
 from unimm.unified import parse_dtype
-
-AGAIN = "again"  # a task: the picture that is shown, without a word
-SCENES = "draw.scene"  # whose pictures it shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +56,8 @@ class Options:
     frozen: tuple[str, ...]
     # whether torch.compile fuses what a token meets between products
     compiled: bool
+    # a list of pictures of one's own (see FilePairs), in place of the tasks
+    data: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +77,7 @@ class Worlds:
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
     options: Options
+    pairs: Pairs
     prompts: QueryPrompts
     latent: tuple[int, int, int]  # (channels, height, width)
     size: int
@@ -85,42 +85,28 @@ class Worlds:
 
     def __call__(self, step: int) -> Batch:
         dice = random.Random(f"{self.seed}/{step}")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
-        examples = [self.taken(task, step * self.size + i, dice) for i, task in enumerate(tasks)]
-        return self.batch(examples, dice)
+        return self.batch(self.pairs(step, self.size, dice), dice)
 
-    def taken(self, task: str, index: int, dice: random.Random) -> Example:
-        """A training example; some of its things have no name, if it draws or edits. Raises ValueError for a text task."""
-        one = example(SCENES if task == AGAIN else task, index, seed=self.seed)
-        if one.target is None:
-            raise ValueError(f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits")
-        if task == AGAIN:
-            return replace(one, task="edit.again", prompt="", images=(one.target,))
-        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
-            return one
-        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
-
-    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
-        """Examples with the dice's times, noises and dropped conditions."""
-        samples = [self.sample(one, dice) for one in examples]
+    def batch(self, pairs: Sequence[Pair], dice: random.Random) -> Batch:
+        """Pairs with the dice's times, noises and dropped conditions."""
+        samples = [self.sample(one, dice) for one in pairs]
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
         n = self.options.targets
         return Batch(
             asking=self.prompts.asking(samples, multiple=ROUND_ROWS),
-            images=to_images([one.target for one in examples if one.target is not None]),
+            images=torch.stack([to_tensor(one.target) for one in pairs]),
             noise=torch.randn(n * len(samples), *self.latent, generator=generator),
             times=whole_times(torch.rand(n * len(samples), generator=generator)),
             samples=torch.arange(len(samples)).repeat_interleave(n),
-            draw_groups=groups(DRAWINGS, examples, [n] * len(samples)),
+            draw_groups=torch.tensor([DRAWINGS.index(one.kind) for one in pairs]).repeat_interleave(n),
         )
 
-    def sample(self, one: Example, dice: random.Random) -> list[Item]:
+    def sample(self, one: Pair, dice: random.Random) -> list[Item]:
         """What a picture is drawn from, some of it dropped."""
-        shown, draw, p = [Image.fromarray(image) for image in one.images], dice.random(), self.options.dropout
-        text, look = draw < (2 * p if shown else p), p <= draw < 3 * p
-        pictures = [black(picture) for picture in shown] if look else shown
-        return self.prompts.drawing("" if text else one.prompt, pictures)
+        draw, p = dice.random(), self.options.dropout
+        text, look = draw < (2 * p if one.shown else p), p <= draw < 3 * p
+        shown = [black(picture) for picture in one.shown] if look else one.shown
+        return self.prompts.drawing("" if text else one.words, shown)
 
 
 class MetaQueryObjective:
@@ -145,9 +131,18 @@ class MetaQueryObjective:
         freeze(model, options.frozen, always=("reader.", "vae."))
         cfg = model.cfg
         latent = (cfg.painter.in_channels, cfg.side, cfg.side)
-        return cls(
-            model, Worlds(options=options, prompts=model.prompts, latent=latent, size=recipe.batch, seed=recipe.seed)
+        pairs: Pairs = WorldPairs(
+            tasks=options.tasks,
+            nameless_colours=options.nameless_colours,
+            nameless_shapes=options.nameless_shapes,
+            seed=recipe.seed,
         )
+        if options.data:
+            pairs = FilePairs(path=Path(options.data), side=cfg.size[0])
+        worlds = Worlds(
+            options=options, pairs=pairs, prompts=model.prompts, latent=latent, size=recipe.batch, seed=recipe.seed
+        )
+        return cls(model, worlds)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean flow loss of every kind of sample in the batch."""
@@ -192,9 +187,9 @@ def built(options: Options, numbers: Mapping[str, Any]) -> MetaQuery:
 
 
 def below(name: str, part: str) -> Path:
-    """The folder of a part of a release: its own, or the one around it."""
-    folder = hub.resolve(name)
-    return folder / part if (folder / part).is_dir() else folder
+    """The folder of a part of a release: its own, or where a release is that part alone, the whole."""
+    folder = hub.resolve(name, parts=(part,))
+    return folder / part if (folder / part).is_dir() else hub.resolve(name)
 
 
 def init_painter(painter: Sana) -> None:
