@@ -140,9 +140,25 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").parts.t5 is not None
 
 
+def test_a_part_may_be_another_model_s(tmp_path, model):
+    """As the bundled model's VAE is bagel-nano's, whose config is a section of a BAGEL's."""
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "vae").rename(tmp_path / "other")
+    section = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bagel", "vae_config": section}))
+    assert UniWorld.from_pretrained(tmp_path / "whole").parts.vae is None
+    path = tmp_path / "whole" / "config.json"
+    files = json.loads(path.read_text())
+    files["generation"]["parts"] = {"vae": str(tmp_path / "other")}
+    path.write_text(json.dumps(files))
+    again = UniWorld.from_pretrained(tmp_path / "whole")
+    assert apart(again.generate("a cat").image, model.generate("a cat").image) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"generation": {"parts": {"sight": "here"}}}, "got parts sight: expected some of siglip, vae"),
         ({"model_type": "qwen2_5_vl"}, "describes no UniWorld"),
         ({"shortcut_image_embeds": True}, "got shortcut_image_embeds True"),
         ({"denoise_tower": FILES["denoise_tower"] | {"denoiser_type": "sd3"}}, "got denoiser_type 'sd3'"),

@@ -30,9 +30,9 @@ from unimm.models.qwen_prompts import PLACEHOLDER, Turn
 from unimm.models.qwen_vl import QwenVL, qwen_keys
 from unimm.models.reading import STREAM
 from unimm.models.speaking import cache_of, check_position, speak
-from unimm.models.uniworld_config import DECIDER, TOWER, UniWorldConfig
+from unimm.models.uniworld_config import DECIDER, FLUX_FOLDERS, SIGLIP_FOLDER, TOWER, UniWorldConfig
 from unimm.models.uniworld_painting import LARGEST, Painting, References, padded
-from unimm.models.uniworld_parts import FLUX, FLUX_FOLDERS, SIGLIP, SIGLIP_FOLDER, Parts, needed
+from unimm.models.uniworld_parts import FLUX, SIGLIP, Parts, needed
 from unimm.models.uniworld_prompts import UniWorldPrompts
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
 from unimm.sequence import Item
@@ -105,6 +105,7 @@ class UniWorld(UnifiedModel):
         around = folder if flux is None else hub.resolve(flux, parts=wanted)
         homes = {part: around / part for part in wanted}
         homes[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
+        homes |= {part: hub.resolve(at) for part, at in model.cfg.parts.items() if part in homes and not homes[part].is_dir()}
         homes = {part: at for part, at in homes.items() if at.is_dir()}
         model.parts.take(homes, dtype=parse_dtype(dtype), device=device)
         model.parts.check(model.cfg)

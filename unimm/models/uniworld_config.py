@@ -3,7 +3,7 @@
 facts/metaquery_uniworld.md section 2.9.
 """
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,8 @@ from unimm.tokenizers.any_ratio import RATIOS
 Shapes = Mapping[str, tuple[int, ...]]
 
 TOWER = "denoise_tower."  # what the released names of all but the reader begin with
+# parts of repositories of their own, by the folders below a checkpoint that may hold them
+SIGLIP_FOLDER, FLUX_FOLDERS = "siglip", ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DECIDER = ("task_head_final.safetensors", "task_head_final.pt")
 LOOKED = 448 * 448  # pixels of a picture as the released app shows it to the reader
 # widths between the two layers of the projectors and of the head that decides, and of SigLIP2: hard-coded in the original,
@@ -49,11 +51,13 @@ class UniWorldConfig:
     t5_length: int = 256  # ids of a caption
     max_tokens: int = 128  # of an answer in place of a picture
     captioned: bool = True  # whether it was trained beside CLIP's pooled vector of the text
+    # folders, hub ids or bundled names of parts that lie neither below the checkpoint nor where the original has them
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     # of our own making: no released config has the section
     OURS: ClassVar = (
         *("pixels", "ratios", "steps", "guidance", "text_guidance", "system", "in_front", "t5_length", "max_tokens"),
-        "captioned",
+        *("captioned", "parts"),
     )
     # what a config could say and the released one does not
     FIXED: ClassVar = {"shortcut_image_embeds": False, "shortcut_projector_type": None}
@@ -71,6 +75,8 @@ class UniWorldConfig:
             raise ValueError(
                 f"got {', '.join(wrong) or f'ratios {self.ratios}'}: expected positive numbers, at most {len(RATIOS)} ratios"
             )
+        if lost := sorted({*self.parts} - {SIGLIP_FOLDER, *FLUX_FOLDERS}):
+            raise ValueError(f"got parts {', '.join(lost)}: expected some of {', '.join((SIGLIP_FOLDER, *FLUX_FOLDERS))}")
         if self.painter.in_channels % SIDE**2 or self.painter.out_channels != self.painter.in_channels:
             raise ValueError(
                 f"got a painter from {self.painter.in_channels} channels to {self.painter.out_channels}: expected as many, and "

@@ -27,7 +27,6 @@ from unimm.unified import TextTokenizer
 
 T = TypeVar("T")
 
-SIGLIP_FOLDER, FLUX_FOLDERS = "siglip", ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 SIGLIP, FLUX = "google/siglip2-so400m-patch16-512", "black-forest-labs/FLUX.1-dev"
 
 

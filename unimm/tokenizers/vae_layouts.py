@@ -56,11 +56,12 @@ def _level_keys(theirs: str, ours: str, way: str, *, shortcut: bool, scales: boo
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
     """An autoencoder from its folder in either layout, strictly, in evaluation mode.
 
-    The config is vae_config.json or config.json, in FLUX's words or in diffusers'; without one the folder holds FLUX.1's
-    ae.safetensors. Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
+    The config is vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; without one the
+    folder holds FLUX.1's ae.safetensors. Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
     """
     named = [path for name in ("vae_config.json", "config.json") if (path := folder / name).exists()]
     files = json.loads(named[0].read_text()) if named else {}
+    files = files.get("vae_config", files)
     foreign = "block_out_channels" in files or "_class_name" in files
     config = VAEConfig.from_diffusers(files) if foreign else VAEConfig.from_files(files)
     with torch.device("meta"):
