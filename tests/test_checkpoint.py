@@ -170,6 +170,31 @@ def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
         load_into(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
 
 
+def test_tables_stack_rows(tmp_path):
+    """One released table is two of our parameters, which share no memory once loaded."""
+    keys = {"table": "old.weight + new", "norm.{}": "norm.{}"}
+
+    class Stacked(torch.nn.Module):
+        def __init__(self, n: int = 2):
+            super().__init__()
+            self.old, self.norm = torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4)
+            self.new = torch.nn.Parameter(torch.randn(n, 4))
+
+    model, path = Stacked(), tmp_path / "model.safetensors"
+    state = released_state(model, keys)
+    assert torch.equal(state["table"], torch.cat((model.old.weight, model.new))) and set(state) == {
+        "table", "norm.weight", "norm.bias",
+    }  # fmt: skip
+    save_file(state, path)
+    with torch.device("meta"):
+        loaded, other = Stacked(), Stacked(3)
+    load_into(loaded, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+    assert same(model, loaded)
+    assert loaded.old.weight.untyped_storage().data_ptr() != loaded.new.untyped_storage().data_ptr()
+    with pytest.raises(CheckpointError, match=r"wrong shapes: table: got \[7, 4\], expected \[8, 4\]"):
+        load_into(other, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+
+
 def test_a_bin_of_code_is_refused(tmp_path):
     torch.save({"x": Place("x")}, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match="expected tensors alone"):

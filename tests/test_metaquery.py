@@ -123,6 +123,17 @@ def test_the_condition_is_computed_once_a_picture(model):
     assert len(calls) == 2
 
 
+def test_bfloat16(model, pictures):
+    """Eight bits of each weight: a fifth as far from the exact picture as another seed's is, at most."""
+    half = MetaQuery.from_pretrained(toys.GOLDEN, dtype="bfloat16")
+    half.cfg = model.cfg
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    named = {"images": pictures[0], "steps": 1}
+    drawn, exact = (one.generate("make it blue", seed=2, **named) for one in (half, model))
+    other = model.generate("make it blue", seed=3, **named)
+    assert np.abs(levels(drawn) - levels(exact)).mean() < 0.2 * np.abs(levels(other) - levels(exact)).mean()
+
+
 # ---- prompts
 
 
