@@ -107,7 +107,9 @@ def test_every_task_has_a_plan(objective, task):
 
 
 def test_steps_teach(recipe, objective):
-    trainer = Trainer(objective, dataclasses.replace(recipe, warmup=0, lr=3e-3), torch.device("cpu"))
+    # a loss of small weight may rise for some steps while the others fall
+    even = dict.fromkeys(recipe.loss_weights, 1.0)
+    trainer = Trainer(objective, dataclasses.replace(recipe, warmup=0, lr=3e-3, loss_weights=even), torch.device("cpu"))
     batch = objective.batch(0)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
     frozen = objective.model.vision.patch.weight.clone()
