@@ -80,7 +80,9 @@ def begin(model: DCAE) -> DCAE:
         elif isinstance(module, ViTBlock):
             nn.init.zeros_(module.conv_norm.weight)
         elif isinstance(module, Down | Up):
-            nn.init.zeros_(module.conv.bias)
+            bias = module.conv.bias
+            assert bias is not None, "both have one"
+            nn.init.zeros_(bias)
     return model
 
 
