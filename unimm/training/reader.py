@@ -1,8 +1,8 @@
 """Training a small Qwen2.5-VL on the little world: it answers, describes, knows who likes what, and says what a drawing holds.
 
 It is the reader that metaquery-nano is built around, where it stays as it is. Its tower is trained first and alone, to say
-what is centred in each cell of a picture, and then frozen, as BAGEL's nano does it. Trained together with the words it came
-to see the pairs of shape and colour that there are: of questions about others the reader answered half as many right.
+what is centred in each cell of a picture, and then frozen, as BAGEL's nano does it. Trained together with the words it comes
+to see the pairs of shape and colour that there are, and others are taken for them: examples/metaquery-nano.md has numbers.
 """
 
 from __future__ import annotations
