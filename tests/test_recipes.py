@@ -63,6 +63,7 @@ def test_every_recipe_is_read():
         "metaquery-nano-dcae": "dcae",
         "metaquery-nano-reader": "reader",
         "uniworld-nano": "uniworld",
+        "uniworld-nano-decider": "deciding",
         "uniworld-stage1": "uniworld",
         "uniworld-stage2": "uniworld",
     }

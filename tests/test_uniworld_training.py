@@ -32,7 +32,7 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 @functools.cache
 def words():
-    return text_model(400, lines=2000, markers=toys.MARKERS)
+    return text_model(400, lines=2000, markers=toys.MARKERS, extra=["system user assistant"], kind="bpe")
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,26 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
     edited = model.generate("make the circle blue", images=image, seed=3)
     assert edited.images[0].size == (64, 64)
     assert isinstance(model.understand(image, "how many?", text=TextSampling(max_tokens=3)), str)
+
+
+def test_the_head_learns_who_answers(recipe, tmp_path):
+    """On a model of the recipe, whose other parts stay as they are."""
+    model = build(recipe).model
+    model.save_pretrained(tmp_path / "model")
+    full = read_recipe(RECIPES / "uniworld-nano-decider.yaml")
+    options = {"model": str(tmp_path / "model"), "hidden": 16, "tasks": {"draw.one": 2, "edit.add": 1, "answer.count": 3}}
+    deciding = dataclasses.replace(full, options=options, batch=12, steps=40, save_every=40, sample_every=40, warmup=0)
+    objective = build(deciding)
+    batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
+    assert sorted(batch.wanted.tolist()[:6]) == [0, 0, 0, 1, 1, 1]
+    before = {name: p.clone() for name, p in objective.model.named_parameters()}
+    train(objective, deciding, tmp_path / "run", workers=0)
+    moved = {name.split(".")[0] for name, p in objective.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"decide"}
+    again = UniWorld.from_pretrained(tmp_path / "run" / "release")
+    test = objective.batch.batch([example(task, i, split="test") for i in range(6) for task in ("draw.one", "answer.count")])
+    votes = torch.stack([again.decision(one) for one in again.read(test.samples)])
+    assert votes.argmax(1).tolist() == test.wanted.tolist() and again.decide.fc1.weight.dtype == torch.float32
 
 
 def test_numbers_of_the_recipes_and_their_stages():

@@ -183,12 +183,15 @@ class UniWorld(UnifiedModel):
     def decision(self, reading: Reading) -> Tensor:
         """The logits [2] of answering and of drawing; it draws where the second is larger. Raises ValueError without a head."""
         head = needed(self.decide, "head that decides", "a folder with task_head_final.pt or .safetensors")
+        return head(self.asker([reading.items], [reading.states])[0].float())
+
+    def asker(self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor]) -> Tensor:
+        """The state of the last word that says whose turn it is, of each sample [B, D]: what the head decides by."""
         ids = self.reader.prompts.words.encode(ANSWERER)
         if len(ids) != 1:
             raise ValueError(f"the tokenizer makes {len(ids)} ids of {ANSWERER!r}: expected one, where the head looks")
-        said = reading.items[-1].ids.tolist()  # a prompt ends with whose turn it is
-        behind = said[::-1].index(ids[0]) + 1
-        return head(reading.states[-behind].float())
+        behind = [items[-1].ids.tolist()[::-1].index(ids[0]) + 1 for items in samples]
+        return torch.stack([some[-n] for some, n in zip(states, behind, strict=True)])
 
     # ---- drawing
 

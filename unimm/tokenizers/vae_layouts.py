@@ -57,7 +57,8 @@ def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | 
     """An autoencoder from its folder in either layout, strictly, in evaluation mode.
 
     The config is vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; without one the
-    folder holds FLUX.1's ae.safetensors. Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
+    folder holds FLUX.1's ae.safetensors. Raises ValueError for another class's config, CheckpointError for weights that do
+    not fit it.
     """
     named = [path for name in ("vae_config.json", "config.json") if (path := folder / name).exists()]
     files = json.loads(named[0].read_text()) if named else {}

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "janusflow": "unimm.training.janusflow:JanusFlowObjective",
     "metaquery": "unimm.training.metaquery:MetaQueryObjective",
     "uniworld": "unimm.training.uniworld:UniWorldObjective",
+    "deciding": "unimm.training.deciding:DecidingObjective",
     "vision": "unimm.training.vision:VisionObjective",
     "shapes": "unimm.training.shapes:ShapesObjective",
 }
