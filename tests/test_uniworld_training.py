@@ -32,7 +32,7 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 @functools.cache
 def words():
-    return text_model(400, lines=2000, markers=toys.MARKERS, extra=["system user assistant"], kind="bpe")
+    return text_model(640, lines=2000, markers=toys.MARKERS, extra=["system user assistant"], kind="bpe")
 
 
 @pytest.fixture(scope="module")
