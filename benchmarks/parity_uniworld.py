@@ -14,7 +14,7 @@ from torch import Tensor
 from unimm.flow import dynamic_shift, knots, shift_time
 from unimm.models.flux import grid
 from unimm.models.mmdit import SIDE, pack
-from unimm.models.uniworld import Reading, UniWorld
+from unimm.models.uniworld import ANSWERER, Reading, UniWorld
 
 if TYPE_CHECKING:
     from parity import Case
@@ -41,12 +41,27 @@ def check(case: Case) -> None:
     model.cfg = replace(model.cfg, reader=replace(reader, pixels=replace(reader.pixels, **limits)))
     model.reader.cfg = model.cfg.reader
     images = [Image.fromarray(case.input(name).numpy()) for name in sorted(case.names(r"image\d+\.raw_uint8"))]
+    check_notes(case, model, notes)
     runs = {name: check_run(case, model, name, images, notes) for name in notes["runs"]}
     if "batch.input_ids" in case:
         check_batch(case, model, runs)
     check_references(case, model, runs, notes)
     if "loss.x0" in case:
         check_loss(case, model, runs, notes)
+
+
+def check_notes(case: Case, model: UniWorld, notes: dict[str, Any]) -> None:
+    """Ids that are looked up by their strings, and the widths that no config says."""
+    words = model.reader.prompts.words
+    case.compare_note("assistant_token_id", words.encode(ANSWERER), [notes["assistant_token_id"]])
+    for string, stored in notes.get("special_ids", {}).items():
+        case.compare_note(f"special_ids: {string}", words.id(string), stored)
+    linears = {"siglip_projector": model.from_look, "denoise_projector": model.from_reader,
+               "vae_projector": model.from_latents, "task_head": model.decide}  # fmt: skip
+    for name, stored in notes.get("tiny_widths", {}).items():
+        one = linears[name]
+        ours = [] if one is None else [one.fc1.in_features, one.fc1.out_features, one.fc2.out_features]
+        case.compare_note(f"tiny_widths: {name}", ours, stored)
 
 
 @torch.inference_mode()
@@ -66,7 +81,7 @@ def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image],
         case.compare(f"{name}.image_grid_thw", torch.tensor(grids))
         case.compare(f"{name}.siglip_hidden", looks)
     case.compare(f"{name}.vlm_hidden", reading.states[None])
-    case.compare(f"{name}.task_vector", reading.states[-behind(model, reading)][None])
+    case.compare(f"{name}.task_vector", model.asker([reading.items], [reading.states]))
     case.compare(f"{name}.task_logits", model.decision(reading))
     (told,) = model.told([reading.items], [reading.states], looks)
     case.compare(f"{name}.condition", told[None])
@@ -78,12 +93,6 @@ def ids(model: UniWorld, reading: Reading) -> Tensor:
     """A sample's ids as the original has them: a placeholder for each of a picture's cells."""
     image = model.cfg.reader.markers.image
     return torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), image))) for one in reading.items])
-
-
-def behind(model: UniWorld, reading: Reading) -> int:
-    """How far from the end the head looks."""
-    (word,) = model.reader.prompts.words.encode("assistant")
-    return len(reading.states) - int((ids(model, reading) == word).nonzero()[-1])
 
 
 def check_drawing(case: Case, model: UniWorld, name: str, told: Tensor, notes: dict[str, Any]) -> None:
