@@ -37,3 +37,11 @@ def test_configs_alone(asked, caplog):
         hub.resolve("Qwen/Qwen2.5-VL-3B-Instruct", weights=False)
     ((_, patterns),) = asked
     assert "*.json" in patterns and not any("safetensors" in pattern for pattern in patterns) and not caplog.messages
+
+
+def test_folders_of_a_repository_alone(asked):
+    """FLUX.1-dev holds its transformer twice, 48 GB that UniWorld has no use for."""
+    hub.resolve("black-forest-labs/FLUX.1-dev", parts=("vae", "tokenizer"))
+    ((_, patterns),) = asked
+    assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= {*patterns}
+    assert all(pattern.startswith(("vae/", "tokenizer/")) for pattern in patterns)

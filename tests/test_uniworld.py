@@ -324,6 +324,16 @@ def test_references(model):
     assert apart(both.images[1], model.generate("none", seed=1).image) <= 1, "without a picture there is no reference"
 
 
+@torch.inference_mode()
+def test_latents_among_what_is_told_are_half_as_fine(model):
+    latents = torch.randn(2, 4, 8, 12)
+    told = model.beside(latents)
+    assert told.shape == (2 * 2 * 3, 40)
+    # the second picture's token at row 1, column 2: means of four latents each, channel by channel
+    means = [latents[1, c, 4 + 2 * y : 6 + 2 * y, 8 + 2 * x : 10 + 2 * x].mean() for c in range(4) for y in (0, 1) for x in (0, 1)]
+    assert torch.allclose(told[-1], model.from_latents(torch.stack(means)), atol=1e-5)
+
+
 def test_captions(model):
     whole, without = model.generate("a cat").image, model.generate("a cat", t5=False).image
     assert apart(whole, without) > 0
