@@ -117,14 +117,33 @@ def test_losses_are_those_of_each_copy_alone(objective):
             shown = [next(left) for item in items if item.kind == "look"]
             looks = model.parts.tower(torch.stack(shown)) if shown else None
             (told,) = model.told([items], model.reader.read([items]), looks)
+            at = int(batch.shown[i])
+            below = model.parts.vae.encode(batch.below[at : at + 1]) if at >= 0 else None
+            assert (at >= 0) == bool(shown)
             for row in (batch.owners == i).nonzero().squeeze(1).tolist():
                 loss = model(
                     [told if batch.told[i] else told[:0]], latents[i : i + 1], batch.noise[row : row + 1],
                     batch.times[row : row + 1], pooled=torch.zeros(1, 6), weights=batch.weights[i : i + 1],
+                    references=below,
                 )  # fmt: skip
                 found.setdefault(int(batch.draw_groups[row]), []).append(loss)
     for group, name in enumerate(("draw", "edit", "reason")):
         torch.testing.assert_close(losses[name], torch.cat(found[group]).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_painter_may_be_shown_the_pictures(recipe):
+    """As the release has them or not: latents of an edit's picture beside the one that is drawn."""
+    generation = recipe.model["generation"] | {"references": None}
+    plain = build(dataclasses.replace(recipe, model={**recipe.model, "generation": generation}))
+    batch = plain.batch(0)
+    assert plain.references(batch, batch.owners[batch.draw_groups == 1]) is None
+    shown = build(recipe)
+    edits, draws = (batch.owners[batch.draw_groups == group] for group in (1, 0))
+    assert shown.references(batch, draws) is None
+    found = shown.references(batch, edits)
+    first = int(edits[0])
+    expected = shown.model.parts.vae.encode(batch.below[batch.shown[first]][None])
+    assert found.shape == (len(edits), 4, 8, 8) and torch.allclose(found[:1], expected, atol=1e-5)
 
 
 def test_dropped_prompts_tell_nothing(recipe):
@@ -245,7 +264,7 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
     model = UniWorld.from_pretrained(release)
     cfg = model.cfg
     assert (cfg.pixels, cfg.ratios, cfg.steps, cfg.text_guidance, cfg.captioned) == (4096, 1, 2, 3.0, False)
-    assert (cfg.system, cfg.in_front) == ("say what to draw.", True)
+    assert (cfg.system, cfg.in_front, cfg.references) == ("say what to draw.", True, "tokens")
     (image,) = model.generate("a red circle", seed=3).images
     assert image.size == (64, 64) and image.tobytes() == model.generate("a red circle", seed=3).images[0].tobytes()
     edited = model.generate("make the circle blue", images=image, seed=3)

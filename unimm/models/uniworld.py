@@ -196,14 +196,26 @@ class UniWorld(UnifiedModel):
     # ---- drawing
 
     def velocity(
-        self, told: Sequence[Tensor], noised: Tensor, times: Tensor, *, pooled: Tensor, guidance: float | Tensor
+        self,
+        told: Sequence[Tensor],
+        noised: Tensor,
+        times: Tensor,
+        *,
+        pooled: Tensor,
+        guidance: float | Tensor,
+        references: Tensor | None = None,
     ) -> Tensor:
-        """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w]."""
+        """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w].
+
+        references [B, C, k h, w]: latents that stand below those drawn.
+        """
         h, w = noised.shape[2:]
         text, seen = padded(told)
-        condition = self.painter.condition(text, grid(h // SIDE, w // SIDE).to(text.device), seen=seen)
+        whole = noised if references is None else torch.cat((noised, references.to(noised)), 2)
+        condition = self.painter.condition(text, grid(whole.shape[2] // SIDE, w // SIDE).to(text.device), seen=seen)
         (step,) = self.painter.modulations(times[None], pooled, guidance=guidance if self.cfg.painter.guided else None)
-        return unpack(self.painter(pack(noised).to(text.dtype), condition, step), height=h, width=w)
+        v = self.painter(pack(whole).to(text.dtype), condition, step)
+        return unpack(v[:, : h * w // SIDE**2], height=h, width=w)
 
     def forward(
         self,
@@ -215,10 +227,11 @@ class UniWorld(UnifiedModel):
         pooled: Tensor,
         weights: Tensor | None = None,
         guidance: float = 1.0,
+        references: Tensor | None = None,
     ) -> Tensor:
         """Training: the squared error of the velocity of each picture [B]; weights [B, 1, h, w]: of its places."""
         noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
-        v = self.velocity(told, noised, times, pooled=pooled, guidance=guidance)
+        v = self.velocity(told, noised, times, pooled=pooled, guidance=guidance, references=references)
         off = (v.float() - (noise - latents).float()).square()
         return (off if weights is None else weights * off).flatten(1).mean(1)
 
@@ -386,6 +399,7 @@ class UniWorld(UnifiedModel):
         shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
         if not 0 <= residual <= 1:
             raise ValueError(f"got residual {residual}: expected 0 to 1")
+        references = references or self.cfg.references
         given = Painting(
             steps=self.cfg.steps if steps is None else steps, t5=t5, clip=clip, references=references, progress=progress
         )
@@ -420,7 +434,8 @@ class UniWorld(UnifiedModel):
         """
         (some,) = pictures_of(images, prompt)
         shown = [open_image(picture) for picture in some]
-        given = Painting(steps=self.cfg.steps if steps is None else steps, progress=progress)
+        number = self.cfg.steps if steps is None else steps
+        given = Painting(steps=number, references=self.cfg.references, progress=progress)
         scales = {"guidance": self.cfg.guidance if guidance is None else guidance, "text_guidance": self.cfg.text_guidance}
         how = given.of(1, 1, stride=self.stride, size=size, seed=seed, **scales)
         (reading,) = self.read([self.prompts.drawing(prompt, shown)])

@@ -5,7 +5,7 @@ facts/metaquery_uniworld.md section 2.9.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
@@ -51,13 +51,14 @@ class UniWorldConfig:
     t5_length: int = 256  # ids of a caption
     max_tokens: int = 128  # of an answer in place of a picture
     captioned: bool = True  # whether it was trained beside CLIP's pooled vector of the text
+    references: Literal["tokens", "condition"] | None = None  # how the painter sees the pictures' latents, if it does
     # folders, hub ids or bundled names of parts that lie neither below the checkpoint nor where the original has them
     parts: Mapping[str, str] = field(default_factory=dict)
 
     # of our own making: no released config has the section
     OURS: ClassVar = (
         *("pixels", "ratios", "steps", "guidance", "text_guidance", "system", "in_front", "t5_length", "max_tokens"),
-        *("captioned", "parts"),
+        *("captioned", "references", "parts"),
     )
     # what a config could say and the released one does not
     FIXED: ClassVar = {"shortcut_image_embeds": False, "shortcut_projector_type": None}

@@ -90,6 +90,8 @@ class Batch:
     samples: list[list[Item]]
     told: Tensor  # [P] bool: whether anything is told of a sample
     looks: Tensor  # [k, 3, S, S], the tower's pictures, sample by sample
+    below: Tensor  # [k, 3, h, w], the same for the VAE, one a sample that has one
+    shown: Tensor  # [P], index into them, -1 for none
     images: Tensor  # [P, 3, h, w], what is drawn
     posterior: Tensor  # [P, C, h / 8, w / 8]
     weights: Tensor  # [P, 1, h / 8, w / 8]
@@ -132,11 +134,15 @@ class Worlds:
         shown = [[Image.fromarray(image) for image in one.images] for one in examples]
         samples = [self.asked(one.prompt, some) for one, some in zip(examples, shown, strict=True)]
         looks = [self.look.pixels(picture) for some in shown for picture in some]
+        firsts = [some[0] for some in (one.images for one in examples) if some]
+        shown_at = torch.tensor([bool(one.images) for one in examples])
         shift = dynamic_shift(self.latent[1] * self.latent[2] // SIDE**2)
         return Batch(
             samples=self.rounded(samples),
             told=torch.tensor([dice.random() >= options.dropout for _ in examples]),
             looks=torch.stack(looks) if looks else torch.zeros(0, 3, self.look.size, self.look.size),
+            below=to_images(firsts),
+            shown=torch.where(shown_at, shown_at.cumsum(0) - 1, -1),
             images=to_images([one.target for one in examples if one.target is not None]),
             posterior=torch.randn(many, *self.latent, generator=generator),
             weights=torch.stack([self.weights(one) for one in examples]),
@@ -214,10 +220,9 @@ class UniWorldObjective:
         looks = model.parts.tower(batch.looks.to(device)) if seen and model.parts.tower is not None else None
         whole = model.told(batch.samples[: len(states)], [x.to(model.from_reader.fc1.weight.dtype) for x in states], looks)
         told = [one if some else one[:0] for one, some in zip(whole, batch.told.tolist(), strict=True)]
-        # those of which more is told, with pictures, are drawn apart: half of the others' text would be padding
-        lengths = torch.tensor([len(one) for one in told])[batch.owners]
-        middle = (lengths.min() + lengths.max()) / 2
-        parts = [rows for some in (lengths <= middle, lengths > middle) if len(rows := some.nonzero().squeeze(1))]
+        # those that are shown pictures are drawn apart: half of the others' text would be padding
+        shown = batch.shown[batch.owners] >= 0
+        parts = [rows for some in (~shown, shown) if len(rows := some.nonzero().squeeze(1))]
         errors = [self.errors(batch, rows, told, latents) for rows in parts]
         return by_group(DRAWINGS, batch.draw_groups[torch.cat(parts)], torch.cat(errors))
 
@@ -232,7 +237,16 @@ class UniWorldObjective:
             pooled=self.model.pooled([""]).expand(len(rows), -1),
             weights=batch.weights[owners].to(device),
             guidance=self.batch.options.guidance,
+            references=self.references(batch, owners),
         )
+
+    @torch.no_grad()
+    def references(self, batch: Batch, owners: Tensor) -> Tensor | None:
+        """The latents of each sample's picture [n, C, h, w], where the model is shown them."""
+        if self.model.cfg.references != "tokens" or int(batch.shown[owners[0]]) < 0:
+            return None
+        vae, device = self.model.parts.autoencoder, self.model.device
+        return vae.encode(batch.below.to(device))[batch.shown[owners].to(device)]
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Tensor:
