@@ -407,6 +407,7 @@ def _release(hub: str, parameters: int) -> Release:
 
 
 Janus.RELEASES = {
+    "janus-nano": Release(family="Janus", hub=None, licence="Apache-2.0", parameters=7_396_843, verbs=VERBS),
     "deepseek-ai/Janus-1.3B": _release("deepseek-ai/Janus-1.3B", 2_089_297_547),
     "deepseek-ai/Janus-Pro-1B": _release("deepseek-ai/Janus-Pro-1B", 2_089_297_547),
     "deepseek-ai/Janus-Pro-7B": _release("deepseek-ai/Janus-Pro-7B", 7_420_434_059),
