@@ -35,13 +35,15 @@ TEXT = """`python examples/query_transfer.py --model {model} --n {n}`, {date}, t
 Does what a frozen reader knows reach the picture? The painter of this MetaQuery was never trained on anybody's favourite. Its
 reader was told facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
 it was also taught to say what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
-four wordings, and six names that nobody was told about. A picture is right where exactly one thing is read from it, of the
-favourite's shape and colour. Chance is how often the same pictures show the favourites of the other characters. "The reader's
-own words" are what it says under the painter's system prompt, given to the same model as a prompt: what the queries could say.
-Intervals take pictures for independent, which those of one name are not.
+four wordings, and six names that nobody was told about. Counted are pictures that hold the favourite and nothing else; pictures
+of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same pictures
+show the favourites of the other characters: that is chance, for this painter. "The reader's own words" are what it says under
+the painter's system prompt, given to the same model as a prompt: what the queries could say. Intervals (95 %) take pictures for
+independent, which those of one name are not.
 """
 BATCH = 48
 Pair = tuple[str, str]  # shape, colour
+AXES = ("shape", "colour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +63,12 @@ class Asked:
         return noise_seed(1, self.prompt, self.time)
 
 
-def drawn(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[Pair | None]:
-    """What each prompt's picture holds; None where it is not one thing."""
-    found: list[Pair | None] = []
+def drawn(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Pair]]:
+    """The things that each prompt's picture holds."""
+    found: list[list[Pair]] = []
     for at in range(0, len(prompts), BATCH):
-        for image in model.generate(prompts[at : at + BATCH], seed=seeds[at : at + BATCH]).images:
-            seen = read(pixels(image))
-            found.append((seen[0].shape, seen[0].colour) if len(seen) == 1 else None)
+        images = model.generate(prompts[at : at + BATCH], seed=seeds[at : at + BATCH]).images
+        found += [[(one.shape, one.colour) for one in read(pixels(image))] for image in images]
     return found
 
 
@@ -85,25 +86,23 @@ def known(model: MetaQuery, names: Sequence[str]) -> Score:
     return Score.of(right, len(asked))
 
 
-def held(found: Sequence[Pair | None], asked: Sequence[Asked]) -> dict[str, Any]:
-    """How often pictures show a favourite: its pair, its shape, its colour; and how often those of the others."""
+def right(found: Sequence[Pair], pair: Pair) -> dict[str, bool]:
+    """Whether a picture shows a favourite: it alone; things of its shape and no other; things of its colour and no other."""
+    alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
+    return {"pair": list(found) == [pair], **alike}
+
+
+def held(found: Sequence[Sequence[Pair]], asked: Sequence[Asked]) -> dict[str, Any]:
+    """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
     pairs = list(zip(found, asked, strict=True))
-    if asked[0].name in FAVOURITES:
-        own = {
-            "pair": Score.of(sum(one == FAVOURITES[a.name] for one, a in pairs), len(pairs)),
-            "shape": Score.of(sum(one is not None and one[0] == FAVOURITES[a.name][0] for one, a in pairs), len(pairs)),
-            "colour": Score.of(sum(one is not None and one[1] == FAVOURITES[a.name][1] for one, a in pairs), len(pairs)),
-        }
-    else:
-        own = {}
-    others = [(one, pair) for one, a in pairs for name, pair in FAVOURITES.items() if name != a.name]
-    chance = {
-        "pair": mean(one == pair for one, pair in others),
-        "shape": mean(one is not None and one[0] == pair[0] for one, pair in others),
-        "colour": mean(one is not None and one[1] == pair[1] for one, pair in others),
+    own = [right(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
+    others = [right(one, pair) for one, a in pairs for name, pair in FAVOURITES.items() if name != a.name]
+    return {
+        "n": len(found),
+        "empty": sum(not one for one in found) / len(found),
+        "own": {key: asdict(Score.of(sum(one[key] for one in own), len(own))) for key in ("pair", *AXES) if own},
+        "others": {key: mean(one[key] for one in others) for key in ("pair", *AXES)},
     }
-    alone = Score.of(sum(one is not None for one in found), len(found))
-    return {"n": len(found), "one thing": asdict(alone), "own": {k: asdict(s) for k, s in own.items()}, "others": chance}
 
 
 def measure(model: MetaQuery, n: int) -> dict[str, Any]:
@@ -134,25 +133,28 @@ def table(results: dict[str, Any]) -> str:
     """What was measured, in markdown."""
     ways = {"queries": "name, through the queries", "words": "the reader's own words", "named": "`draw a red star`"}
     lines = [
-        "| characters | asked for by | pictures | pair right | 95 % interval | shape right | colour right | pair by chance |",
-        "|---|---|---|---|---|---|---|---|",
+        "| characters | asked for by | pictures | alone in the picture | its shape | its colour | empty |",
+        "|---|---|---|---|---|---|---|",
     ]
     for group, row in results.items():
         for way in (way for way in ways if way in row):
-            got, own = row[way], row[way]["own"]
-            pair = "- | - | - | -"
-            if own:
-                parts = (own["pair"]["accuracy"], own["pair"]["low"], own["pair"]["high"])
-                accuracy, low, high = (f"{100 * part:.1f}" for part in parts)
-                alone = (f"{100 * own[axis]['accuracy']:.1f} %" for axis in ("shape", "colour"))
-                pair = f"{accuracy} % | {low} - {high} | {' | '.join(alone)}"
-            lines.append(f"| {group} | {ways[way]} | {got['n']} | {pair} | {100 * got['others']['pair']:.1f} % |")
+            cells = [counted(row[way], key) for key in ("pair", *AXES)]
+            lines.append(f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |")
     lines += ["", "| characters | facts answered right by the reader | favourites in the reader's plans |", "|---|---|---|"]
     for group, row in results.items():
         if "facts" in row:
             cells = (f"{100 * row[name]['accuracy']:.1f} % of {row[name]['n']}" for name in ("facts", "planned"))
             lines.append(f"| {group} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def counted(got: dict[str, Any], key: str) -> str:
+    """A cell: the part that is right with its interval, and that of the other characters' favourites."""
+    others = f"others' {100 * got['others'][key]:.1f} %"
+    if key not in got["own"]:
+        return others
+    accuracy, low, high = (100 * got["own"][key][name] for name in ("accuracy", "low", "high"))
+    return f"**{accuracy:.1f} %** ({low:.1f} - {high:.1f}), {others}"
 
 
 def main() -> None:

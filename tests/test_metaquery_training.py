@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from unimm.data.shapes import example
+from unimm.flow import shift_time
 from unimm.models.metaquery import MetaQuery
 from unimm.models.metaquery_config import SYSTEM
 from unimm.sampling import TextSampling
@@ -88,7 +89,9 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
 
 
 def test_times_are_whole_thousandths_and_even(objective):
-    times = 1000 * torch.cat([objective.batch(step).times for step in range(20)])
+    unshifted = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, shift=1.0))
+    times = 1000 * torch.cat([unshifted(step).times for step in range(20)])
+    torch.testing.assert_close(objective.batch(3).times, shift_time(unshifted(3).times, objective.batch.options.shift))
     assert (times - times.round()).abs().max() < 1e-3 and times.round().min() >= 1 and times.max() <= 1000
     assert abs(times.mean() - 500) < 3 * 1000 / (12 * len(times)) ** 0.5
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm import hub
-from unimm.flow import whole_times
+from unimm.flow import shift_time, whole_times
 from unimm.models.metaquery import MetaQuery
 from unimm.models.metaquery_config import MetaQueryConfig, read_config
 from unimm.models.query_prompts import Asking, QueryPrompts, black
@@ -56,6 +56,8 @@ class Options:
     frozen: tuple[str, ...]
     # whether torch.compile fuses what a token meets between products
     compiled: bool
+    # of the times towards noise; the released code trains unshifted, though it samples at 3
+    shift: float = 1.0
     # a list of pictures of one's own (see FilePairs), in place of the tasks
     data: str = ""
 
@@ -96,7 +98,7 @@ class Worlds:
             asking=self.prompts.asking(samples, multiple=ROUND_ROWS),
             images=torch.stack([to_tensor(one.target) for one in pairs]),
             noise=torch.randn(n * len(samples), *self.latent, generator=generator),
-            times=whole_times(torch.rand(n * len(samples), generator=generator)),
+            times=shift_time(whole_times(torch.rand(n * len(samples), generator=generator)), self.options.shift),
             samples=torch.arange(len(samples)).repeat_interleave(n),
             draw_groups=torch.tensor([DRAWINGS.index(one.kind) for one in pairs]).repeat_interleave(n),
         )
