@@ -399,19 +399,11 @@ class UniWorld(UnifiedModel):
         shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
         if not 0 <= residual <= 1:
             raise ValueError(f"got residual {residual}: expected 0 to 1")
-        references = references or self.cfg.references
-        given = Painting(
-            steps=self.cfg.steps if steps is None else steps, t5=t5, clip=clip, references=references, progress=progress
-        )
-        how = given.of(
-            len(prompts),
-            n,
-            stride=self.stride,
-            size=size,
-            seed=seed,
-            guidance=self.cfg.guidance if guidance is None else guidance,
-            text_guidance=self.cfg.text_guidance if text_guidance is None else text_guidance,
-        )
+        cfg, many = self.cfg, len(prompts)
+        number, references = cfg.steps if steps is None else steps, references or cfg.references
+        given = Painting(steps=number, t5=t5, clip=clip, references=references, progress=progress)
+        scales = (cfg.guidance if guidance is None else guidance, cfg.text_guidance if text_guidance is None else text_guidance)
+        how = given.of(many, n, stride=self.stride, size=size, seed=seed, guidance=scales[0], text_guidance=scales[1])
         asked = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
         readings = self.read(asked, residual=residual)
         return Generation(self.painted(readings, prompts, shown, how))
@@ -434,9 +426,9 @@ class UniWorld(UnifiedModel):
         """
         (some,) = pictures_of(images, prompt)
         shown = [open_image(picture) for picture in some]
-        number = self.cfg.steps if steps is None else steps
-        given = Painting(steps=number, references=self.cfg.references, progress=progress)
-        scales = {"guidance": self.cfg.guidance if guidance is None else guidance, "text_guidance": self.cfg.text_guidance}
+        cfg = self.cfg
+        given = Painting(steps=cfg.steps if steps is None else steps, references=cfg.references, progress=progress)
+        scales = {"guidance": cfg.guidance if guidance is None else guidance, "text_guidance": cfg.text_guidance}
         how = given.of(1, 1, stride=self.stride, size=size, seed=seed, **scales)
         (reading,) = self.read([self.prompts.drawing(prompt, shown)])
         answers, draws = self.decision(reading).tolist()
@@ -493,11 +485,11 @@ def keys(cfg: UniWorldConfig) -> Table:
     return rows | painter
 
 
+HUB = "LanguageBind/UniWorld-V1"
 VERBS = ("generate", "understand", "chat", "respond")
 LICENCE = "MIT; its painter is FLUX.1-dev's: FLUX.1 [dev] non-commercial"
 RELEASES = {
-    "LanguageBind/UniWorld-V1": Release(
-        family="UniWorld", hub="LanguageBind/UniWorld-V1", licence=LICENCE, parameters=20_365_253_696, verbs=VERBS
-    ),
+    "uniworld-nano": Release(family="UniWorld", hub=None, licence="Apache-2.0", parameters=3_922_461, verbs=VERBS),
+    HUB: Release(family="UniWorld", hub=HUB, licence=LICENCE, parameters=20_365_253_696, verbs=VERBS),
 }
 UniWorld.RELEASES = RELEASES

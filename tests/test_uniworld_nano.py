@@ -1,0 +1,54 @@
+"""The bundled uniworld-nano: its size, the VAE that it shares, what it decides, and that its release row tells the truth."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import unimm
+from unimm import UniWorld
+from unimm.data.shapes import example
+from unimm.hub import NANO
+from unimm.unified import Generation
+
+FOLDER = NANO / "uniworld-nano"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UniWorld.from_pretrained("uniworld-nano")
+
+
+def test_it_is_small_and_shares_its_vae(model):
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6.4e6, "all nano models together have 60 MB"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files), "whoever installs it may not own it"
+    assert json.loads((FOLDER / "config.json").read_text())["generation"]["parts"] == {"vae": "bagel-nano"}
+    theirs = unimm.Bagel.from_pretrained("bagel-nano").vae.state_dict()
+    ours = model.parts.autoencoder.state_dict()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def test_its_row_says_what_it_is(model):
+    row = UniWorld.RELEASES["uniworld-nano"]
+    assert row.parameters == sum(p.numel() for p in model.parameters())
+    assert (row.hub, row.licence) == (None, "Apache-2.0")
+    assert isinstance(unimm.load("uniworld-nano"), UniWorld)
+
+
+def test_every_verb(model):
+    drawn = model.generate(["a red circle", "two blue squares"], seed=0)
+    assert [image.size for image in drawn.images] == [(64, 64)] * 2
+    assert model.generate("make it blue", images=drawn.image, seed=0).image.size == (64, 64)
+    assert isinstance(model.respond("draw a red circle"), Generation)
+    one = example("answer.count", 0, split="test")
+    assert isinstance(model.respond(one.prompt, images=Image.fromarray(one.images[0])), str)
+
+
+def test_the_head_tells_questions_from_prompts(model):
+    tasks = {"draw.one": 1, "draw.two": 1, "edit.remove": 1, "answer.count": 0, "answer.colour": 0, "answer.where": 0}
+    examples = [(example(task, i, split="test"), wanted) for task, wanted in tasks.items() for i in range(10)]
+    shown = [[Image.fromarray(image) for image in one.images] for one, _ in examples]
+    asked = [model.prompts.drawing(one.prompt, some) for (one, _), some in zip(examples, shown, strict=True)]
+    votes = [int(model.decision(reading).argmax()) for reading in model.read(asked)]
+    assert sum(vote == wanted for vote, (_, wanted) in zip(votes, examples, strict=True)) >= 57
