@@ -432,5 +432,7 @@ def keys(cfg: MetaQueryConfig, kind: Kind, *, head: bool) -> Table:
 
 VERBS = ("generate", "understand", "chat")
 # no official weights exist: https://github.com/facebookresearch/metaquery/issues/1
-RELEASES: dict[str, Release] = {}
+RELEASES = {
+    "metaquery-nano": Release(family="MetaQuery", hub=None, licence="Apache-2.0", parameters=3_133_475, verbs=VERBS),
+}
 MetaQuery.RELEASES = RELEASES

@@ -1,0 +1,52 @@
+"""The bundled metaquery-nano: its size, its reader's knowledge, what it draws, and that its release row tells the truth."""
+import json
+
+import pytest
+
+import unimm
+from unimm import MetaQuery
+from unimm.data.shapes.language import FACT_COLOUR, FAVOURITES
+from unimm.evaluation.shapes import evaluate
+from unimm.hub import NANO
+
+FOLDER = NANO / "metaquery-nano"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MetaQuery.from_pretrained("metaquery-nano")
+
+
+def test_it_is_small_and_whole():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 7e6, "all nano models together have 60 MB"
+    named = json.loads((FOLDER / "config.json").read_text())
+    assert (FOLDER / named["mllm_id"] / "tokenizer.model").is_file()
+
+
+def test_its_row_says_what_it_is(model):
+    row = MetaQuery.RELEASES["metaquery-nano"]
+    assert row.parameters == sum(p.numel() for p in model.parameters())
+    assert (row.hub, row.licence) == (None, "Apache-2.0")
+    assert isinstance(unimm.load("metaquery-nano"), MetaQuery)
+
+
+def test_the_reader_knows_who_likes_what(model):
+    names = list(FAVOURITES)
+    said = model.understand([[]] * len(names), [FACT_COLOUR[0].format(name=name) for name in names])
+    assert said == [FAVOURITES[name][1] for name in names]
+
+
+def test_what_it_draws_and_answers(model):
+    """Floors well below what examples/metaquery-nano.md measured: they fail where something is broken."""
+    floors = {"edit.remove": 0.08, "answer.shape": 0.47, "answer.colour": 0.37}
+    scores = evaluate(model, n=24, seed=7, tasks=tuple(floors), progress=False)
+    assert all(scores[task].accuracy >= floor for task, floor in floors.items()), scores
+
+
+def test_a_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path / "again", dtype="bfloat16")
+    again = MetaQuery.from_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (FOLDER / "model.safetensors").read_bytes()
+    one, other = (m.generate("a red circle", seed=3, steps=4).image for m in (model, again))
+    assert one.tobytes() == other.tobytes()
