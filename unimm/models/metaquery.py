@@ -7,7 +7,7 @@ hidden states at their places become the caption of a Sana. facts/metaquery_uniw
 Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures, C channels, h w grid of latents.
 """
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,22 +23,22 @@ from unimm.checkpoint import HUB_WEIGHTS, CheckpointError, Table, load_into, rea
 from unimm.flow import Velocity, add_noise, in_whole_steps, sample_dpm, solver_knots
 from unimm.kernels import attention
 from unimm.models import connector, sana
+from unimm.models.around_reader import AroundReader
 from unimm.models.connector import Connector
 from unimm.models.decoder import Attend, Decoder, Parts
 from unimm.models.metaquery_config import MetaQueryConfig, home
 from unimm.models.query_prompts import MARKERS, Asking, QueryPrompts, black
 from unimm.models.query_readers import Kind, composer, kind_of
-from unimm.models.reader_prompts import Turn
 from unimm.models.reading import Reader
 from unimm.models.sana import Condition, Sana
 from unimm.models.speaking import cache_of, check_position, extend
-from unimm.sampling import EMPTY, TextSampling
+from unimm.sampling import EMPTY
 from unimm.sequence import Item, Pack, pack, text_item
 from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.tokenizers.pixels import open_image, to_image
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, each, pictures_of, seeds
+from unimm.unified import Generation, Picture, Release, drawable, each, pictures_of, seeds
 
 LARGEST = 4096  # pixels a side of what is drawn
 PAINTER = "model.transformer."  # what the released names of the painter's weights begin with
@@ -90,7 +90,7 @@ class LostHead(nn.Module):
         raise ValueError("this checkpoint holds no language head: ask its `understand`, which takes the reader's own")
 
 
-class MetaQuery(UnifiedModel):
+class MetaQuery(AroundReader):
     """A reader with queries beside its table, a connector, a painter and its autoencoder."""
 
     def __init__(self, cfg: MetaQueryConfig):
@@ -380,37 +380,6 @@ class MetaQuery(UnifiedModel):
         rows = {theirs: ours for theirs, ours in model.keys(read_shapes(paths)).items() if (ours or "").startswith(wanted)}
         load_into(model, paths, {**rows, "{*}": None}, dtype=self.dtype, device=self.device)
         return model.eval()
-
-    def understand(
-        self,
-        images: Picture | Sequence | None,
-        question: str | Sequence[str],
-        *,
-        think: bool = False,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
-        if think:
-            raise NotImplementedError("MetaQuery does not think before it answers: Bagel does")
-        return self.speaker.understand(images, question, stream=stream, text=text, seed=seed)
-
-    def chat(
-        self,
-        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
-        *,
-        system: str | None = None,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
-        return self.speaker.chat(turns, system=system, stream=stream, text=text, seed=seed)
-
-    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
-        """Not for this family."""
-        raise NotImplementedError("MetaQuery gives one text or one picture a call: Bagel interleaves")
 
 
 # ---- released files

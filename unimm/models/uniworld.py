@@ -7,10 +7,9 @@ stand between its cells and the marker behind it. facts/metaquery_uniworld.md se
 Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the reader's width, C channels, h w latents.
 """
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,11 @@ from unimm import hub
 from unimm.checkpoint import HUB_WEIGHTS, Table
 from unimm.flow import add_noise, dynamic_shift, knots, sample
 from unimm.models import flux
+from unimm.models.around_reader import AroundReader
 from unimm.models.flux import Flux, grid
 from unimm.models.layers import MLP
 from unimm.models.mmdit import SIDE, by_step, pack, unpack
-from unimm.models.qwen_prompts import PLACEHOLDER, Turn
+from unimm.models.qwen_prompts import PLACEHOLDER
 from unimm.models.qwen_vl import QwenVL, qwen_keys
 from unimm.models.reading import STREAM
 from unimm.models.speaking import cache_of, check_position, speak
@@ -40,7 +40,7 @@ from unimm.sequence import pack as packed
 from unimm.tokenizers.any_ratio import any_ratio
 from unimm.tokenizers.pixels import open_image, to_image
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Generation, Picture, Release, UnifiedModel, drawable, parse_dtype, pictures_of
+from unimm.unified import Generation, Picture, Release, drawable, parse_dtype, pictures_of
 
 ANSWERER = "assistant"  # the head that decides looks at the last token that says so
 
@@ -55,7 +55,7 @@ class Reading:
     last: int  # the last row's id
 
 
-class UniWorld(UnifiedModel):
+class UniWorld(AroundReader):
     """A reader, a painter, what leads from one to the other, and the parts that lie apart."""
 
     FLOAT32 = ("parts.vae.", "decide.")
@@ -441,36 +441,10 @@ class UniWorld(UnifiedModel):
 
     # ---- speaking
 
-    def understand(
-        self,
-        images: Picture | Sequence | None,
-        question: str | Sequence[str],
-        *,
-        think: bool = False,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
-        if think:
-            raise NotImplementedError("UniWorld does not think before it answers: Bagel does")
-        return self.reader.understand(images, question, stream=stream, text=text, seed=seed)
-
-    def chat(
-        self,
-        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
-        *,
-        system: str | None = None,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
-        return self.reader.chat(turns, system=system, stream=stream, text=text, seed=seed)
-
-    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
-        """Not for this family."""
-        raise NotImplementedError("UniWorld gives one text or one picture a call: Bagel interleaves")
+    @property
+    def speaker(self) -> QwenVL:
+        """The reader."""
+        return self.reader
 
 
 # ---- released files
