@@ -316,3 +316,11 @@ def save_state(state: dict[str, Tensor], path: Path) -> None:
 def _few(what: str, items: list[str], n: int = 5) -> str:
     more = f" and {len(items) - n} more" if len(items) > n else ""
     return f"{what}: {', '.join(items[:n])}{more}" if items else ""
+
+
+def read_json(path: Path) -> dict:
+    """A config, or nothing where there is no file. Raises ValueError for a file that is no JSON."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error

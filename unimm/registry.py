@@ -1,5 +1,4 @@
 """The families by name: which class loads a folder, and what is known to be released."""
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import torch
 
 from unimm import hub
+from unimm.checkpoint import read_json
 from unimm.unified import Release, UnifiedModel
 
 
@@ -107,11 +107,7 @@ def load(
 
 def family_of(folder: Path) -> type[UnifiedModel]:
     """The class for a folder, by its config. Raises ValueError where no family knows it."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
+    config = read_json(folder / "config.json")
     for family in FAMILIES.values():
         if family.owns(folder, config):
             return family.load()

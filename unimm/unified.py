@@ -206,9 +206,13 @@ def each(value: Any, n: int, what: str) -> list:
     return values
 
 
-def seeds(seed: int | Sequence[int], n: int) -> list[int]:
-    """A seed a sample; from one number, that number and the ones after it. Raises ValueError for a negative one."""
-    found: list[int] = [seed + i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
+def seeds(seed: int | Sequence[int], n: int, *, copies: int = 1) -> list[int]:
+    """A seed a sample, and for `copies` of each the ones after it; from one number, that number and the ones after it.
+
+    Raises ValueError for a negative one.
+    """
+    first: list[int] = [seed + copies * i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
+    found = [one + i for one in first for i in range(copies)]
     if any(s < 0 for s in found):
         raise ValueError(f"got seed {min(found)}: expected 0 or more")
     return found

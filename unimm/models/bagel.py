@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint import Table, read_shapes, weight_files
+from unimm.checkpoint import Table, read_json, read_shapes, weight_files
 from unimm.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
@@ -64,7 +64,7 @@ class BagelConfig:
 
         config.json came later than the weights, may be missing, and says 32 where the latent table has side 64.
         """
-        llm, vit, top = (_read(folder / name) for name in ("llm_config.json", "vit_config.json", "config.json"))
+        llm, vit, top = (read_json(folder / name) for name in ("llm_config.json", "vit_config.json", "config.json"))
         held = any((folder / name).exists() for name in WEIGHTS)
         shapes = read_shapes(weight_files(folder, WEIGHTS)) if held else {}
         tables = {key.removeprefix("bagel."): shape[0] for key, shape in shapes.items() if key.endswith("pos_embed")}
@@ -439,10 +439,6 @@ class Bagel(UnifiedModel):
 # ---- released files
 
 WEIGHTS = ("ema.safetensors", "model.safetensors", "model.safetensors.index.json")
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # released names on the left, ours on the right

@@ -3,7 +3,7 @@
 A prompt is text whose placeholders become pictures; everything is read causally. facts/janus.md, sections 4 and 5.
 """
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,19 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import Table
+from unimm.models.chatting import Chatting
 from unimm.models.decoder import Decoder, Parts
 from unimm.models.preparing import prepared
-from unimm.models.prompts import Markers, Prompts, Talk, Turn
-from unimm.models.speaking import extend, speak
+from unimm.models.prompts import Markers, Prompts, Talk
+from unimm.models.speaking import speak
 from unimm.models.tower import Tower
-from unimm.sampling import EMPTY, Context, TextSampling, TextStream
-from unimm.sequence import Item, Pack, Tokens, text_item
+from unimm.sampling import TextSampling, TextStream
+from unimm.sequence import Item, Pack, Tokens
 from unimm.tokenizers.pixels import PadSquare
-from unimm.unified import Picture, UnifiedModel, pictures_of, seeds
+from unimm.unified import Picture, UnifiedModel
 
 
-class Conversing(UnifiedModel):
+class Conversing(Chatting, UnifiedModel):
     """A decoder that is shown pictures through a tower and an aligner, and asked about them."""
 
     decoder: Decoder
@@ -77,41 +78,9 @@ class Conversing(UnifiedModel):
         """
         if think:
             raise NotImplementedError(f"{type(self).__name__} was not trained to think first: Bagel was")
-        questions = [question] if isinstance(question, str) else list(question)
-        shown = pictures_of(images, question)
-        talks = [[{"role": "user", "content": q, "images": some}] for q, some in zip(questions, shown, strict=True)]
-        if isinstance(question, str):
-            return self.chat(talks[0], stream=stream, text=text, seed=seed)
-        if stream:
-            raise ValueError(f"got {len(questions)} questions to stream: expected one")
-        return self.chat(talks, text=text, seed=seed)
-
-    def chat(
-        self,
-        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
-        *,
-        system: str | None = None,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Go on with a conversation of several turns, or with a batch of conversations: the assistant's next words.
-
-        A turn is {"role": "user" or "assistant", "content": str, "images": [pictures]}, images where there are some; the
-        last one is the user's. system: instead of the model's own system prompt. Returns a str, a list of them for a
-        batch, or (`stream`) pieces as they come. Raises ValueError for bad input.
-        """
-        if not turns or isinstance(turns, Mapping):
-            raise ValueError(f"got {turns!r} for a conversation: expected a list of turns, the last one the user's")
-        single = isinstance(turns[0], Mapping)
-        batch: list[Any] = [turns] if single else list(turns)
-        if stream and not single:
-            raise ValueError(f"got {len(batch)} conversations to stream: expected one")
-        items = [self.prompts.conversation(one, system=system) for one in batch]
-        written = self.written(items, text, seeds(seed, len(batch)))
-        if stream:
-            return written.pieces()
-        return written.texts()[0] if single else written.texts()
+        if stream and not isinstance(question, str):
+            raise ValueError(f"got {len(question)} questions to stream: expected one")
+        return super().understand(images, question, stream=stream, text=text, seed=seed)
 
     def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
         """Not for this family."""
@@ -143,11 +112,6 @@ class Conversing(UnifiedModel):
         contexts, last = self.prefilled(prompts)
         steps = speak(self, contexts, last, end=self.markers.eos, sampling=sampling, seeds=seed)
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
-
-    def prefilled(self, prompts: Sequence[list[Item]]) -> tuple[list[Context], list[int]]:
-        """Contexts of all but the last id of each prompt, and those last ids."""
-        before = [[*items[:-1], *(text_item(ids) for ids in [items[-1].ids[:-1].tolist()] if ids)] for items in prompts]
-        return extend(self, [EMPTY] * len(before), before), [int(items[-1].ids[-1]) for items in prompts]
 
 
 def llama_keys(prefix: str, head: str, stream: str) -> Table:

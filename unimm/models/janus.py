@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unimm.checkpoint import Table
+from unimm.checkpoint import Table, read_json
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.conversing import Conversing, llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig, Parts, Route
@@ -114,7 +114,7 @@ class JanusConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusConfig":
         """Read config.json, of either layout, and preprocessor_config.json, if it is there."""
-        files, look = (_read(folder / name) for name in ("config.json", "preprocessor_config.json"))
+        files, look = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
         if "vision_gen_enc_config" in files:
             raise ValueError(f"{folder} holds a JanusFlow, which draws by rectified flow: load it with unimm.JanusFlow")
         if "vision_config" not in files:
@@ -197,7 +197,7 @@ class Janus(Conversing):
         """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(JanusConfig.from_folder(folder))
         model.tokenizer = load_tokenizer(folder, special=UNSPEAKABLE)
-        model.layout = "transformers" if "text_config" in _read(folder / "config.json") else "original"
+        model.layout = "transformers" if "text_config" in read_json(folder / "config.json") else "original"
         return model
 
     def weights(self) -> dict[tuple[str, ...], Table]:
@@ -352,8 +352,7 @@ class Janus(Conversing):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
         asked = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
         items = [[*before, text_item([*last.ids.tolist(), self.markers.boi])] for *before, last in asked]
-        first = seeds(seed, len(prompts)) if not isinstance(seed, int) else [seed + n * i for i in range(len(prompts))]
-        seeded = seeds([s + i for s in first for i in range(n)], n * len(prompts))
+        seeded = seeds(seed, len(prompts), copies=n)
         codes = self.codes(
             [one for one in items for _ in range(n)],
             [torch.Generator().manual_seed(s) for s in seeded],
@@ -375,13 +374,6 @@ class Janus(Conversing):
 
 
 # ---- released files
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
 
 
 PARTS = ("aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config", "language_config")

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm import hub
-from unimm.checkpoint import Table
+from unimm.checkpoint import Table, read_json
 from unimm.flow import add_noise, knots, sample
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.conversing import Conversing, llama_keys
@@ -78,7 +78,7 @@ class JanusFlowConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusFlowConfig":
         """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
-        files, look, vae = (_read(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
+        files, look, vae = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
         if "gen_vision_config" in files or "vq_config" in files:
             raise ValueError(f"{folder} holds a Janus, which draws codes: load it with unimm.Janus")
         if "vision_gen_enc_config" not in files:
@@ -362,8 +362,7 @@ class JanusFlow(Conversing):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
         # the marker that the original appends is dropped by it again
         items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
-        first = seeds(seed, len(prompts)) if not isinstance(seed, int) else [seed + n * i for i in range(len(prompts))]
-        seeded = seeds([s + i for s in first for i in range(n)], n * len(prompts))
+        seeded = seeds(seed, len(prompts), copies=n)
         latents = self.denoise(
             [one for one in items for _ in range(n)],
             torch.stack([self.noise(torch.Generator().manual_seed(s)) for s in seeded]),
@@ -406,10 +405,6 @@ def before(tokens: Tokens) -> Tensor:
 
 
 # ---- released files
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint import Table
+from unimm.checkpoint import Table, read_json
 from unimm.models.conversing import llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig
 from unimm.models.layers import MLP
 from unimm.models.llava_prompts import PLACEHOLDER, LlavaMarkers, LlavaPrompts
-from unimm.models.reading import STREAM, Reader, given, read_json
+from unimm.models.reading import STREAM, Reader, given
 from unimm.models.siglip import Siglip, SiglipConfig, tower_keys
 from unimm.sequence import Tokens
 from unimm.tokenizers.any_res import AnyRes, Size

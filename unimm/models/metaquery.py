@@ -331,8 +331,7 @@ class MetaQuery(AroundReader):
         if any(not (words.strip() or some) for words, some in zip(prompts, shown, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or a picture to draw from")
         height, width = drawable(size or cfg.size, cfg.vae.stride * cfg.painter.patch, LARGEST)
-        first = seeds(seed, many) if not isinstance(seed, int) else [seed + n * i for i in range(many)]
-        seeded = seeds([s + i for s in first for i in range(n)], n * many)
+        seeded = seeds(seed, many, copies=n)
         asked = Asked(self.prompts)
         named = zip(prompts, shown, each(negative, many, "negative prompts"), scales, image_scales, strict=True)
         branches = [asked.branches(a, b, negative=c, text=float(d), image=float(e)) for a, b, c, d, e in named]

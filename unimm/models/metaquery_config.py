@@ -2,7 +2,6 @@
 
 facts/metaquery_uniworld.md section 1.8.
 """
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from unimm import hub
+from unimm.checkpoint import read_json
 from unimm.models.connector import ConnectorConfig
 from unimm.models.query_prompts import MARKERS
 from unimm.models.query_readers import READER, kind_in, kind_of
@@ -206,7 +206,4 @@ def read_config(path: Path) -> dict:
     """A config file's contents. Raises ValueError where it is not there, or is no JSON."""
     if not path.exists():
         raise ValueError(f"no {path}: expected a MetaQuery's config.json, and the configs of the parts that it names")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
+    return read_json(path)

@@ -14,12 +14,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from unimm.checkpoint import HUB_WEIGHTS, Table
+from unimm.checkpoint import HUB_WEIGHTS, Table, read_json
 from unimm.models.conversing import llama_keys
 from unimm.models.decoder import Decoder, DecoderConfig
 from unimm.models.qwen_prompts import QwenMarkers, QwenPrompts
 from unimm.models.qwen_vision import QwenVision, QwenVisionConfig, vision_keys
-from unimm.models.reading import STREAM, Reader, given, read_json
+from unimm.models.reading import STREAM, Reader, given
 from unimm.sequence import Pack, Tokens
 from unimm.tokenizers.smart_resize import SmartResize
 

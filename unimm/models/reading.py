@@ -17,19 +17,20 @@ from typing_extensions import Self
 from unimm import checkpoint, hub
 from unimm.checkpoint import HUB_WEIGHTS, Table
 from unimm.kernels import attention, linear_cross_entropy
+from unimm.models.chatting import Chatting
 from unimm.models.decoder import Attend, Decoder, Parts, Route
 from unimm.models.preparing import prepared
-from unimm.models.reader_prompts import ReaderPrompts, Turn
-from unimm.models.speaking import cache_of, check_position, extend, speak
-from unimm.sampling import EMPTY, Context, TextSampling, TextStream
-from unimm.sequence import IGNORE, Item, Pack, Tokens, pack, text_item
+from unimm.models.reader_prompts import ReaderPrompts
+from unimm.models.speaking import cache_of, check_position, speak
+from unimm.sampling import Context, TextSampling, TextStream
+from unimm.sequence import IGNORE, Item, Pack, Tokens, pack
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Picture, TextTokenizer, parse_dtype, pictures_of, seeds
+from unimm.unified import TextTokenizer, parse_dtype
 
 STREAM = "all"
 
 
-class Reader(nn.Module):
+class Reader(Chatting, nn.Module):
     """A decoder and a tower to look with."""
 
     Config: ClassVar[Any]  # of the family; its `from_folder` reads what is released
@@ -158,52 +159,6 @@ class Reader(nn.Module):
 
     # ---- speaking
 
-    def understand(
-        self,
-        images: Picture | Sequence | None,
-        question: str | Sequence[str],
-        *,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Answer a question about pictures: a str; for a batch of questions a list; with `stream`, pieces as they come.
-
-        images: for one question a picture, several, or None; for a batch one of these each. They stand before the
-        question, or where it says the placeholder of the model's prompts. Raises ValueError for bad input.
-        """
-        questions = [question] if isinstance(question, str) else list(question)
-        shown = pictures_of(images, question)
-        talks = [[{"role": "user", "content": q, "images": some}] for q, some in zip(questions, shown, strict=True)]
-        return self.chat(talks[0] if isinstance(question, str) else talks, stream=stream, text=text, seed=seed)
-
-    def chat(
-        self,
-        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
-        *,
-        system: str | None = None,
-        stream: bool = False,
-        text: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Go on with a conversation of several turns, or with a batch of conversations: the assistant's next words.
-
-        A turn is {"role": "user" or "assistant", "content": str, "images": [pictures]}, images where there are some; the
-        last one is the user's. system: instead of the released system prompt. Returns a str, a list of them for a batch,
-        or (`stream`) pieces as they come. Raises ValueError for bad input.
-        """
-        if not turns or isinstance(turns, Mapping):
-            raise ValueError(f"got {turns!r} for a conversation: expected a list of turns, the last one the user's")
-        single = isinstance(turns[0], Mapping)
-        batch: list[Any] = [turns] if single else list(turns)
-        if stream and not single:
-            raise ValueError(f"got {len(batch)} conversations to stream: expected one")
-        items = [self.prompts.conversation(one, system=system) for one in batch]
-        written = self.written(items, text, seeds(seed, len(batch)))
-        if stream:
-            return written.pieces()
-        return written.texts()[0] if single else written.texts()
-
     def written(self, prompts: Sequence[list[Item]], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The assistant's words after each prompt, which ends with a text."""
         sampling = sampling or TextSampling()
@@ -211,20 +166,7 @@ class Reader(nn.Module):
         steps = speak(self, contexts, last, end=self.cfg.markers.end, sampling=sampling, seeds=seed)
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
 
-    def prefilled(self, prompts: Sequence[list[Item]]) -> tuple[list[Context], list[int]]:
-        """Contexts of all but the last id of each prompt, which ends with a text, and those last ids."""
-        before = [[*items[:-1], *(text_item(ids) for ids in [items[-1].ids[:-1].tolist()] if ids)] for items in prompts]
-        return extend(self, [EMPTY] * len(before), before), [int(items[-1].ids[-1]) for items in prompts]
-
 
 def given(files: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says; null says nothing."""
     return {key: value for key, value in files.items() if value is not None}
-
-
-def read_json(path: Path) -> dict:
-    """A config, or nothing where there is no file. Raises ValueError for a file that is no JSON."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error

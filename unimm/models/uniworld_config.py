@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from unimm.checkpoint import HUB_WEIGHTS, read_shapes, weight_files
+from unimm.checkpoint import HUB_WEIGHTS, read_json, read_shapes, weight_files
 from unimm.models.flux import FluxConfig
 from unimm.models.mmdit import SIDE
 from unimm.models.qwen_vl import QwenVLConfig
-from unimm.models.reading import read_json
 from unimm.tokenizers.any_ratio import RATIOS
 
 Shapes = Mapping[str, tuple[int, ...]]

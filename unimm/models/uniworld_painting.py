@@ -60,13 +60,12 @@ class Painting:
         if n < 1:
             raise ValueError(f"got n {n}: expected a picture of each prompt, or more")
         fits = None if size is None else drawable(size, stride, LARGEST)
-        first = seeds(seed, prompts) if not isinstance(seed, int) else [seed + n * i for i in range(prompts)]
         scales = [each(guidance, prompts, "guidances"), each(text_guidance, prompts, "text guidances")]
         guidances, text_guidances = ([float(one) for one in some for _ in range(n)] for some in scales)
         return replace(
             self,
             sizes=[fits] * (n * prompts),
-            seeds=seeds([one + i for one in first for i in range(n)], n * prompts),
+            seeds=seeds(seed, prompts, copies=n),
             guidances=guidances,
             text_guidances=text_guidances,
         )

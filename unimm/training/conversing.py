@@ -75,8 +75,6 @@ class Conversations(ABC):
 
     def unnamed(self, one: Example, dice: random.Random) -> Example:
         """The example, if it draws or edits with some things that have no name; facts stay as they are."""
-        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
-            return one
         return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
     def asked(self, one: Example) -> list[Item]:

@@ -59,13 +59,7 @@ class WorldPairs:
         if task == AGAIN:
             picture = Image.fromarray(one.target)
             return Pair(kind="edit", words="", shown=(picture,), target=picture)
-        return self.pair(self.unnamed(one, dice))
-
-    def unnamed(self, one: Example, dice: random.Random) -> Example:
-        """The example with some things that have no name; facts stay as they are."""
-        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
-            return one
-        return unnamed(one, dice, colours=self.nameless_colours, shapes=self.nameless_shapes)
+        return self.pair(unnamed(one, dice, colours=self.nameless_colours, shapes=self.nameless_shapes))
 
     def pair(self, one: Example) -> Pair:
         """An example with a target."""

@@ -123,8 +123,6 @@ class Worlds:
         one = example(task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits")
-        if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
-            return one
         return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
     def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:

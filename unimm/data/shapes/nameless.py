@@ -88,8 +88,11 @@ def unnamed(one: Example, dice: Random, *, colours: float, shapes: float) -> Exa
     """A drawing or an edit in which some things have no name: of the pairs in it, so many lose colour or shape.
 
     The prompt says what is left: "a square", "a purple thing". Goal and scenes stay as they were. Of an example of the
-    train split none comes that shows or names a pair that is held out.
+    train split none comes that shows or names a pair that is held out. Facts, and what neither draws nor edits, stay as
+    they are.
     """
+    if one.task == "draw.favourite" or not one.task.startswith(("draw.", "edit.")):
+        return one
     before, after = ([thing.pair for thing in scene.things] if scene else [] for scene in (one.before, one.after))
     recoloured = [pair for pair in after if pair not in before] if one.task == "edit.recolour" else []
     if one.task == "edit.recolour" and not recoloured:
