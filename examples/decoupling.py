@@ -75,8 +75,9 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if steps < recipe.steps and (plan.minutes is None or seconds < 60 * plan.minutes):
         raise KeyboardInterrupt(f"stopped at step {steps}")
     scores = {task: asdict(score) for task, score in scored(plan, recipe, folder).items()}
-    seen = samples(recipe, steps)
-    result = {"experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds), **seen, "scores": scores}
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["losses"]
+    result = {"experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds), **samples(recipe, steps)}
+    result |= {"losses": {kind: last[kind] for kind in ("answer", "draw") if kind in last}, "scores": scores}
     done.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -121,11 +122,12 @@ def table(plan: Plan, found: Sequence[dict[str, Any]]) -> str:
     """The table in markdown: a row for each run, and where there are several seeds a row of their means."""
     made = about(plan)
     tasks = [*SAID, "mean answer", *DRAWN, "mean drawing"]
-    names = ["", "what it is", "seed", "steps", "samples understood / drawn", *tasks]
+    names = ["", "what it is", "seed", "steps", "samples understood / drawn", "loss of answers / codes", *tasks]
     lines = [
         f"Budget: {made['budget']}, seeds {', '.join(map(str, plan.seeds))}. {made['device']}, torch {made['torch']}.",
         f"{made['date']}. Accuracy on {plan.n} unseen examples a task (seed {plan.judged_by}), with 95 % intervals.",
-        "A dash: not learned.",
+        f"A dash: not learned. Losses are means of the last {plan.recipe.log_every} steps or fewer, in nats a token.",
+        "B draws other codes than the rest: its loss of codes is not to be compared with theirs.",
         "",
         f"| {' | '.join(names)} |",
         "|---" * len(names) + "|",
@@ -142,6 +144,8 @@ def row(begins: list[str], runs: Sequence[dict[str, Any]], *, spread: bool) -> s
     """Means over runs; with their intervals, where there is one run."""
     cells = [*begins, f"{mean(one['steps'] for one in runs):.0f}"]
     cells.append(" / ".join(f"{mean(one[part] for one in runs):.0f}" for part in ("understood", "drawn")))
+    losses = {kind: [one["losses"][kind] for one in runs if kind in one["losses"]] for kind in ("answer", "draw")}
+    cells.append(" / ".join(f"{mean(found):.3f}" if found else "-" for found in losses.values()))
     for tasks in (SAID, DRAWN):
         known = [[one["scores"][task] for one in runs] for task in tasks if task in runs[0]["scores"]]
         if not known:

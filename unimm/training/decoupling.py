@@ -132,7 +132,10 @@ class DecouplingObjective:
         model = fresh(recipe, options)
         if experiment.looks is not None:
             exchange(model, experiment.looks(model.vq, model.cfg.tower.size, options))
-        return cls(JanusObjective.of(model, recipe, options), experiment)
+        janus = JanusObjective.of(model, recipe, options)
+        # at the rate of a fresh decoder, a trained encoder forgets what it sees: in no experiment is it trained
+        model.vision.requires_grad_(False)
+        return cls(janus, experiment)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mean cross entropy of every kind of sample in the batch."""
