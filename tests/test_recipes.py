@@ -16,6 +16,7 @@ from unimm.training.loop import Trainer
 from unimm.training.objective import build
 from unimm.training.recipe import read_recipe
 from unimm.training.shapes import FLOWS, TEXTS, compile_streams, text_model
+from unimm.training.tasks import dealt
 from unimm.training.vision import IGNORED
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
@@ -67,6 +68,18 @@ def test_every_recipe_is_read():
         "uniworld-stage1": "uniworld",
         "uniworld-stage2": "uniworld",
     }
+
+
+def test_tasks_fill_a_batch():
+    tasks = {"a": 5, "b": 2, "c": 1}
+    few = [dealt(tasks, 8 + 3, random.Random(i)) for i in range(2000)]
+    assert all(len(batch) == 11 and all(batch[:8].count(task) == n for task, n in tasks.items()) for batch in few)
+    # a hand of a deck: never more of a task than the deck holds, and its share on average
+    many = [dealt(tasks, 4, random.Random(i)) for i in range(2000)]
+    assert all(len(batch) == 4 and all(batch.count(task) <= n for task, n in tasks.items()) for batch in many)
+    for hands in ([batch[8:] for batch in few], many):
+        drawn = [task for hand in hands for task in hand]
+        assert all(abs(drawn.count(task) / len(drawn) - n / 8) < 0.03 for task, n in tasks.items())
 
 
 def test_missing_parts_are_named(recipe):

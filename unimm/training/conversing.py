@@ -23,6 +23,7 @@ from unimm.models.prompts import PLACEHOLDER, ROLES, Markers, Prompts
 from unimm.models.tower import Tower
 from unimm.sequence import Item, Pack, pack, text_item
 from unimm.training.shapes import ROUND_ROWS
+from unimm.training.tasks import dealt
 
 # a loss for each kind of sample
 DRAWINGS = ("draw", "edit", "reason")
@@ -36,7 +37,7 @@ SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
 class Common:
     """What the `options` of both recipes may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    # samples of each task in a batch, or their weights (training/tasks.py)
     tasks: Mapping[str, int]
     # the part of drawings whose prompt is dropped, so that guidance has something to compare with
     dropout: float
@@ -68,8 +69,7 @@ class Conversations(ABC):
 
     def __call__(self, step: int) -> Any:
         dice = random.Random(f"{self.seed}/{step}")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        tasks = dealt(self.options.tasks, self.size, dice)
         examples = [taken(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
         return self.batch([self.unnamed(one, dice) for one in examples], dice)
 

@@ -24,6 +24,7 @@ from unimm.models.uniworld_prompts import UniWorldPrompts
 from unimm.sequence import Item
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import sheet
+from unimm.training.tasks import dealt
 
 DROPOUT = 0.3  # between the head's layers, as released
 ANSWERS, DRAWS = range(2)
@@ -33,7 +34,7 @@ ANSWERS, DRAWS = range(2)
 class Options:
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    # samples of each task in a batch, or their weights (training/tasks.py)
     tasks: Mapping[str, int]
     # the folder of a UniWorld, which stays as it is but for the head
     model: str
@@ -60,8 +61,7 @@ class Requests:
 
     def __call__(self, step: int) -> Batch:
         dice = random.Random(f"{self.seed}/{step}/requests")
-        tasks = [task for task, n in self.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        tasks = dealt(self.tasks, self.size, dice)
         return self.batch([example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)])
 
     def batch(self, examples: Sequence[Example]) -> Batch:

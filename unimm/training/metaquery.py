@@ -37,7 +37,7 @@ from unimm.unified import parse_dtype
 class Options:
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    # samples of each task in a batch, or their weights (training/tasks.py)
     tasks: Mapping[str, int]
     # noised copies of a picture, each at its own time: cheaper than as many samples
     targets: int

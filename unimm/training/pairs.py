@@ -15,6 +15,7 @@ from PIL import Image
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.nameless import unnamed
 from unimm.tokenizers.pixels import CropSquare, open_image
+from unimm.training.tasks import dealt
 
 AGAIN = "again"  # a task: the picture that is shown, without a word
 SCENES = "draw.scene"  # whose pictures it shows
@@ -47,8 +48,7 @@ class WorldPairs:
     seed: int
 
     def __call__(self, step: int, size: int, dice: random.Random) -> list[Pair]:
-        tasks = [task for task, n in self.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=size - len(tasks))
+        tasks = dealt(self.tasks, size, dice)
         return [self.taken(task, step * size + i, dice) for i, task in enumerate(tasks)]
 
     def taken(self, task: str, index: int, dice: random.Random) -> Pair:

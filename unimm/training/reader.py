@@ -32,6 +32,7 @@ from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.conversing import by_group, groups, labels, taken
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, compile_streams, init_decoder, text_model
+from unimm.training.tasks import dealt
 from unimm.training.vision import KINDS, Scenes
 from unimm.training.vision import Options as Looks
 
@@ -49,7 +50,7 @@ JUDGED = ("answer.count", "answer.colour", "answer.shape", "answer.relation", "f
 class Options:
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights. plan.X asks of the
+    # samples of each task in a batch, or their weights (training/tasks.py). plan.X asks of the
     # prompt of draw.X, edit.X or reason.X what the picture holds, in words
     tasks: Mapping[str, int]
     # the system prompt of plans; that of the painter that will be built around the reader should say the same
@@ -105,8 +106,7 @@ class Lessons:
         if step < self.options.sighted:
             return self.looked(step)
         dice = random.Random(f"{self.seed}/{step}/reader")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        tasks = dealt(self.options.tasks, self.size, dice)
         return self.batch([self.taken(task, step * self.size + i) for i, task in enumerate(tasks)])
 
     def batch(self, examples: Sequence[Example]) -> Batch:

@@ -29,6 +29,7 @@ from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.tokenizers.vae import VAE
 from unimm.training.recipe import Recipe, strict
+from unimm.training.tasks import dealt
 from unimm.unified import UnifiedModel
 
 # a loss for each kind of sample; reasoning has two, its text and its picture
@@ -42,7 +43,7 @@ BAGEL_MARKERS = ("<|endoftext|>", *Markers.STRINGS.values())
 class Options:
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    # samples of each task in a batch, or their weights (training/tasks.py)
     tasks: Mapping[str, int]
     # noised copies of a picture to draw, each at its own time: cheaper than as many samples
     targets: int
@@ -88,8 +89,7 @@ class Worlds:
 
     def __call__(self, step: int) -> Batch:
         dice = random.Random(f"{self.seed}/{step}")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        tasks = dealt(self.options.tasks, self.size, dice)
         examples = [example(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
         return self.batch([self.unnamed(one, dice) for one in examples], dice)
 

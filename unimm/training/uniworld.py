@@ -37,6 +37,7 @@ from unimm.training.conversing import DRAWINGS, by_group, freeze, groups, to_ima
 from unimm.training.edit_weights import EditWeights, SmallEditError
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, sheet
+from unimm.training.tasks import dealt
 from unimm.unified import parse_dtype
 
 # never trained, in any stage: the released data shows no references, whose latents are projected
@@ -49,7 +50,7 @@ ATTENDS = ("qkv.", "q_norm.", "k_norm.", "out.", "modulation.")
 class Options:
     """What the recipe's `options` may say."""
 
-    # samples of each task in a batch; what is left of the batch is drawn from them by these weights
+    # samples of each task in a batch, or their weights (training/tasks.py)
     tasks: Mapping[str, int]
     # the published stages: what leads from the reader, without features; that, what leads from SigLIP2, and the painter's
     # attention to and modulation of the picture. "all": everything but the reader and the autoencoder, for a painter that
@@ -114,8 +115,7 @@ class Worlds:
 
     def __call__(self, step: int) -> Batch:
         dice = random.Random(f"{self.seed}/{step}")
-        tasks = [task for task, n in self.options.tasks.items() for _ in range(n)]
-        tasks += dice.choices(tasks, k=self.size - len(tasks))
+        tasks = dealt(self.options.tasks, self.size, dice)
         return self.batch([self.taken(task, step * self.size + i, dice) for i, task in enumerate(tasks)], dice)
 
     def taken(self, task: str, index: int, dice: random.Random) -> Example:
