@@ -1,6 +1,6 @@
 """The contract of every family: loading, saving, and the verbs; what they return."""
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ from unimm.flow import Guidance
 from unimm.sampling import TextSampling
 
 Picture = Image.Image | str | Path
+Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
 
 
 class TextTokenizer(Protocol):

@@ -3,10 +3,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from unimm.models.reader_prompts import Turn
 from unimm.models.reading import Reader
 from unimm.sampling import TextSampling
-from unimm.unified import Picture, UnifiedModel
+from unimm.unified import Picture, Turn, UnifiedModel
 
 
 class AroundReader(UnifiedModel):

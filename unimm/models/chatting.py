@@ -2,11 +2,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from unimm.models.reader_prompts import Turn
 from unimm.models.speaking import Speaker, extend
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
 from unimm.sequence import Item, text_item
-from unimm.unified import Picture, pictures_of, seeds
+from unimm.unified import Picture, Turn, pictures_of, seeds
 
 
 class Chatting:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from unimm.models.reader_prompts import END, START, ReaderPrompts, Turn, user_is_last
+from unimm.models.reader_prompts import END, START, ReaderPrompts, user_is_last
 from unimm.sequence import Item, Segment, text_item
 from unimm.tokenizers.any_res import AnyRes
 from unimm.tokenizers.pixels import open_image
 from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.unified import Picture
+from unimm.unified import Picture, Turn
 
 PLACEHOLDER = "<image>"
 

@@ -4,7 +4,7 @@ Made without the model, so that training can make its batches ahead. facts/janus
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from unimm.sequence import IGNORE, Item, image_item, text_item
 from unimm.tokenizers.conversation import DEFAULT_SYSTEM, Message, format_conversation
 from unimm.tokenizers.pixels import PadSquare, open_image, patchify
 from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.unified import Picture, TextTokenizer, pictures_of
+from unimm.unified import Picture, TextTokenizer, Turn, pictures_of
 
 PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
 ROLES, OLD_ROLES = ("<|User|>", "<|Assistant|>"), ("User", "Assistant")
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.models.qwen_vision import QwenVisionConfig, cells
-from unimm.models.reader_prompts import END, ROLES, START, ReaderPrompts, Turn, user_is_last
+from unimm.models.reader_prompts import END, ROLES, START, ReaderPrompts, user_is_last
 from unimm.sequence import IGNORE, Item, Segment, text_item
 from unimm.tokenizers.pixels import open_image
 from unimm.tokenizers.smart_resize import Grid, SmartResize
 from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.unified import Picture
+from unimm.unified import Picture, Turn
 
-__all__ = ["END", "PLACEHOLDER", "ROLES", "SHOWN", "START", "SYSTEM", "QwenMarkers", "QwenPrompts", "Turn"]
+__all__ = ["END", "PLACEHOLDER", "ROLES", "SHOWN", "START", "SYSTEM", "QwenMarkers", "QwenPrompts"]
 
 PLACEHOLDER = "<|image_pad|>"  # where a picture belongs
 SHOWN = f"<|vision_start|>{PLACEHOLDER}<|vision_end|>"

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 from unimm.sequence import IGNORE, Item, text_item
 from unimm.tokenizers.text import hide_markers
-from unimm.unified import Picture, TextTokenizer, pictures_of
+from unimm.unified import Picture, TextTokenizer, Turn, pictures_of
 
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("user", "assistant")
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
 
 
 @dataclass(frozen=True, kw_only=True)

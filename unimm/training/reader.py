@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, joined, phrase
-from unimm.models.qwen_prompts import END, PLACEHOLDER, ROLES, START, SYSTEM, QwenMarkers, QwenPrompts, Turn
+from unimm.models.qwen_prompts import END, PLACEHOLDER, ROLES, START, SYSTEM, QwenMarkers, QwenPrompts
 from unimm.models.qwen_vl import QwenVL, QwenVLConfig
 from unimm.sampling import TextSampling
 from unimm.sequence import Item, Pack, pack, text_item
@@ -35,6 +35,7 @@ from unimm.training.shapes import ROUND_ROWS, compile_streams, init_decoder, tex
 from unimm.training.tasks import dealt
 from unimm.training.vision import KINDS, Scenes
 from unimm.training.vision import Options as Looks
+from unimm.unified import Turn
 
 # a loss for each kind of text, and for each thing that is asked about a cell
 TEXTS = ("caption", "answer", "fact", "plan")
