@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -64,10 +65,16 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """One experiment with one seed: its steps, its seconds, its scores."""
     folder = plan.out / f"{name}-{seed}"
     done = folder / "scores.json"
-    if done.is_file():
-        return json.loads(done.read_text())
     recipe = replace(plan.recipe, seed=seed, options={**plan.recipe.options, "experiment": name})
-    recipe = recipe if plan.steps is None else replace(recipe, steps=plan.steps)
+    if plan.steps is not None:
+        recipe = replace(recipe, steps=plan.steps, log_every=min(recipe.log_every, plan.steps))
+    asked = {key: value for key, value in about(plan).items() if key not in ("seeds", "date")}
+    asked["recipe"] = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    if done.is_file():
+        result = json.loads(done.read_text())
+        if result["asked"] != asked:
+            raise ValueError(f"{done} was made under {result['asked']}, not {asked}: choose another folder, or delete it")
+        return result
     began = time.monotonic()
     hours = None if plan.minutes is None else plan.minutes / 60
     steps = train(build(recipe), recipe, folder, device=plan.device, hours=hours, workers=plan.workers)
@@ -75,9 +82,13 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if steps < recipe.steps and (plan.minutes is None or seconds < 60 * plan.minutes):
         raise KeyboardInterrupt(f"stopped at step {steps}")
     scores = {task: asdict(score) for task, score in scored(plan, recipe, folder).items()}
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["losses"]
-    result = {"experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds), **samples(recipe, steps)}
-    result |= {"losses": {kind: last[kind] for kind in ("answer", "draw") if kind in last}, "scores": scores}
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    if not lines:
+        raise ValueError(f"{folder} reached step {steps} in {plan.minutes} minutes: expected {recipe.log_every} or more")
+    last = json.loads(lines[-1])["losses"]
+    result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds)}
+    losses = {kind: last[kind] for kind in ("answer", "draw") if kind in last}
+    result |= samples(recipe, steps) | {"losses": losses, "scores": scores}
     done.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -126,7 +137,7 @@ def table(plan: Plan, found: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"Budget: {made['budget']}, seeds {', '.join(map(str, plan.seeds))}. {made['device']}, torch {made['torch']}.",
         f"{made['date']}. Accuracy on {plan.n} unseen examples a task (seed {plan.judged_by}), with 95 % intervals.",
-        f"A dash: not learned. Losses are means of the last {plan.recipe.log_every} steps or fewer, in nats a token.",
+        f"A dash: not learned. Losses are means of the last {plan.recipe.log_every} steps that were logged, in nats a token.",
         "B draws other codes than the rest: its loss of codes is not to be compared with theirs.",
         "",
         f"| {' | '.join(names)} |",

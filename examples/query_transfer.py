@@ -37,9 +37,9 @@ reader was told facts about twelve characters (`which colour does Tom like?`, `w
 it was also taught to say what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
 four wordings, and six names that nobody was told about. Counted are pictures that hold the favourite and nothing else; pictures
 of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same pictures
-show the favourites of the other characters: that is chance, for this painter. "The reader's own words" are what it says under
-the painter's system prompt, given to the same model as a prompt: what the queries could say. Intervals (95 %) take pictures for
-independent, which those of one name are not.
+show the favourites of the other characters, where these differ: that is chance, for this painter. "The reader's own words" are
+what it says under the painter's system prompt, given to the same model as a prompt: what the queries could say. Intervals
+(95 %) take pictures for independent, which those of one name are not.
 """
 BATCH = 48
 Pair = tuple[str, str]  # shape, colour
@@ -92,16 +92,23 @@ def right(found: Sequence[Pair], pair: Pair) -> dict[str, bool]:
     return {"pair": list(found) == [pair], **alike}
 
 
+def unlike(name: str, what: str) -> list[Pair]:
+    """The favourites of other characters that differ from this one's: in the pair, or in its shape or its colour."""
+    own = FAVOURITES.get(name)
+    at = {"pair": slice(0, 2), "shape": slice(0, 1), "colour": slice(1, 2)}[what]
+    return [pair for other, pair in FAVOURITES.items() if other != name and (own is None or pair[at] != own[at])]
+
+
 def held(found: Sequence[Sequence[Pair]], asked: Sequence[Asked]) -> dict[str, Any]:
     """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
     pairs = list(zip(found, asked, strict=True))
     own = [right(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
-    others = [right(one, pair) for one, a in pairs for name, pair in FAVOURITES.items() if name != a.name]
+    others = {key: [right(one, pair)[key] for one, a in pairs for pair in unlike(a.name, key)] for key in ("pair", *AXES)}
     return {
         "n": len(found),
         "empty": sum(not one for one in found) / len(found),
         "own": {key: asdict(Score.of(sum(one[key] for one in own), len(own))) for key in ("pair", *AXES) if own},
-        "others": {key: mean(one[key] for one in others) for key in ("pair", *AXES)},
+        "others": {key: mean(some) for key, some in others.items()},
     }
 
 

@@ -134,6 +134,7 @@ def test_think(tmp_path):
         (("--seed", -1), "expected 0 or more"),
         (("-n", 0), "expected at least 1"),
         (("--out", "picture.txt"), "picture's suffix"),
+        (("--out", "picture.cur"), "picture's suffix"),
         (("--out", "nowhere/out.png"), "no folder nowhere"),
         (("--dtype", "int8"), "got dtype"),
         (("--image", "no.png"), "no.png"),

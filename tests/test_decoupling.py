@@ -140,6 +140,9 @@ def test_one_command_for_all(script, folder, tmp_path):
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))]
     script.run(plan)
     assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))] and len(before) == 5
+    # and stands for no other question
+    with pytest.raises(ValueError, match="was made under"):
+        script.run(dataclasses.replace(plan, n=2))
 
 
 def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):

@@ -16,7 +16,11 @@ def asked(monkeypatch, tmp_path):
 
     def snapshot_download(name: str, *, revision, allow_patterns) -> Path:
         found.append((name, tuple(allow_patterns)))
-        (tmp_path / "model.safetensors").touch()
+        for pattern in allow_patterns:
+            if pattern.endswith("*.safetensors"):
+                made = tmp_path / pattern.replace("*", "model")
+                made.parent.mkdir(exist_ok=True)
+                made.touch()
         return tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -45,3 +49,18 @@ def test_folders_of_a_repository_alone(asked):
     ((_, patterns),) = asked
     assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= {*patterns}
     assert all(pattern.startswith(("vae/", "tokenizer/")) for pattern in patterns)
+
+
+def test_older_files_of_a_part(monkeypatch, tmp_path):
+    """Without safetensors below a part, its .bin are fetched, and nothing of the other parts."""
+    import huggingface_hub
+
+    found = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, *, revision, allow_patterns: found.append(allow_patterns) or tmp_path
+    )
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "model.safetensors").touch()
+    hub.resolve("a/b", parts=("vae",))
+    first, second = found
+    assert set(second) - set(first) == {"vae/*.bin"} and all(pattern.startswith("vae/") for pattern in second)

@@ -367,7 +367,7 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     given = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "vae"))
     assert given.vae is None, "not before it is needed"
     given.tokenizer = model.tokenizer
-    assert given.generate("a circle").image.size == (24, 24) and given.vae is not None
+    assert given.generate("a circle").image.size == (24, 24)
     given.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / "ae.safetensors").exists()
     wrong = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "wide", z_channels=4))

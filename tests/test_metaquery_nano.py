@@ -1,5 +1,7 @@
 """The bundled metaquery-nano: its size, its reader's knowledge, what it draws, and that its release row tells the truth."""
+import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -50,3 +52,15 @@ def test_a_round_trip(model, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (FOLDER / "model.safetensors").read_bytes()
     one, other = (m.generate("a red circle", seed=3, steps=4).image for m in (model, again))
     assert one.tobytes() == other.tobytes()
+
+
+def test_chance_is_what_differs():
+    """Others' favourites that have the asked one's colour are no chance for its colour: a perfect painter shows none."""
+    spec = importlib.util.spec_from_file_location("query_transfer", NANO.parents[1] / "examples" / "query_transfer.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    asked = [script.Asked(name=name, wording="draw what {name} likes", time=0) for name in FAVOURITES]
+    shown = script.held([[FAVOURITES[one.name]] for one in asked], asked)
+    assert {key: score["accuracy"] for key, score in shown["own"].items()} == {"pair": 1, "shape": 1, "colour": 1}
+    assert shown["others"] == {"pair": 0, "shape": 0, "colour": 0}

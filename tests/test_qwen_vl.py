@@ -414,7 +414,7 @@ def test_verbs(ours):
     ("call", "words"),
     [
         (lambda m: m.chat([]), "expected a list of turns"),
-        (lambda m: m.chat([[{"role": "user", "content": "a"}]], stream=True), "1 conversations to stream"),
+        (lambda m: m.chat([[{"role": "user", "content": "a"}]] * 2, stream=True), "2 conversations to stream"),
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "does not end with the user"),
         (lambda m: m.chat([{"role": "model", "content": "a"}]), "expected a dict of role"),
         (lambda m: m.understand(None, " "), "got an empty prompt"),

@@ -82,6 +82,11 @@ def test_tasks_fill_a_batch():
         assert all(abs(drawn.count(task) / len(drawn) - n / 8) < 0.03 for task, n in tasks.items())
 
 
+def test_frozen_parts_are_parts(recipe):
+    with pytest.raises(ValueError, match=r"got frozen \['visoin'\], expected beginnings"):
+        build(dataclasses.replace(recipe, options={**recipe.options, "frozen": ["visoin"]}))
+
+
 def test_missing_parts_are_named(recipe):
     with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
         build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
@@ -102,6 +107,13 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert all(len(rows) % 256 == 0 for rows in batch.pack.streams.values())
     losses = objective.losses(batch)
     assert set(losses) == set(FLOWS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_a_batch_that_draws_nothing(objective):
+    batch = objective.batch.batch([example("answer.count", 5), example("fact.forward", 0)], random.Random(0))
+    assert batch.pack.draw is None
+    losses = objective.losses(batch)
+    assert set(losses) == {"answer", "fact"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_latents_are_those_of_each_picture_alone(objective):
@@ -146,6 +158,10 @@ def test_the_vit_learns_to_see():
         trainer.update(objective.batch(step))
     assert sum(loss.item() for loss in objective.losses(batch).values()) < 0.5 * first
     assert 0 <= objective.accuracy() <= 1
+    # on another device, too: there its pictures have to be brought to it
+    objective.model.to("meta")
+    with pytest.raises(RuntimeError, match=r"item\(\)"):
+        objective.accuracy()
 
 
 def test_nameless_things_teach_what_has_a_name():

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,61 @@ def test_batches_of_a_worker_equal_those_of_the_loop(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert len(made) == 5
     assert all(torch.equal(x, Draw(1)(step)) for step, x in enumerate(made, start=2))
+
+
+SPOILT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import Toy, run
+
+def spoil():
+    raise ValueError("got no such task")
+
+run({out!r}, toy=Toy(5, spoil), workers=1)
+"""
+
+
+def test_what_a_worker_raises_ends_the_run(tmp_path):
+    """In its own words, and without a worker left behind that nobody can stop: in a process of its own, to its very end."""
+    code = SPOILT.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: got no such task"), done.stderr
+
+
+def test_a_gradient_that_is_no_number_spoils_nothing(tmp_path):
+    class Steep(Toy):
+        def losses(self, batch):
+            losses = super().losses(batch)
+            # sqrt has no slope at 0
+            near = (losses["near"] * 0).sqrt() if self.spoilt else losses["near"]
+            return losses | {"near": near}
+
+        spoilt = False
+
+    toy = Steep()
+    toy.batch = Draw(RECIPE.seed, 4, lambda: setattr(toy, "spoilt", True))
+    with pytest.raises(FloatingPointError, match="norm is nan at step 4: lower lr or clip and resume"):
+        run(tmp_path, toy=toy)
+    kept = load_file(tmp_path / "checkpoints/00000004/model.safetensors")
+    assert all(x.isfinite().all() for x in (*kept.values(), *toy.model.parameters()))
+
+
+def test_parts_that_no_parameter_has():
+    for name in ("muon", "undecayed"):
+        with pytest.raises(ValueError, match=rf"got {name} \['decodr'\], expected beginnings of parameters"):
+            loop.optimizers(Toy().model, dataclasses.replace(RECIPE, **{name: ("decodr",)}))
+
+
+def test_what_is_not_decayed_is_not_decayed_by_muon_either():
+    recipe = dataclasses.replace(RECIPE, muon=("3.",), undecayed=("3.",), weight_decay=0.5)
+    model = Toy().model
+    before = model[3].weight.clone()
+    for optimizer in loop.optimizers(model, recipe):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert torch.equal(model[3].weight, before)
 
 
 def test_a_run_is_not_overwritten(tmp_path):

@@ -18,6 +18,12 @@ from tqdm import tqdm
 
 # where transformers and the hub keep a model's weights, the first that is there
 HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# files that a folder may hold or not, and a model is another one with them
+OPTIONAL = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("vae_config.json", "ae.safetensors", "vit_config.json", "llm_config.json", "preprocessor_config.json"),
+    *("task_head_final.pt", "task_head_final.safetensors"),
+)
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 # a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,
@@ -293,11 +299,21 @@ def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
 
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; its files move into `folder` only when the body has ended well."""
+    """A folder to write into; its files move into `folder` only when the body has ended well.
+
+    Raises ValueError where `folder` holds files of another model that would be read together with these.
+    """
+    folder = folder.expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
+        found = {path.relative_to(folder) for path in folder.rglob("*") if path.name in OPTIONAL}
+        if stale := [str(name) for name in sorted(found) if not (partial / name).exists()]:
+            raise ValueError(
+                f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
+                "save into another folder, or remove them first"
+            )
         folder.mkdir(exist_ok=True)
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             place = folder / path.relative_to(partial)

@@ -207,7 +207,7 @@ def writable(path: Path) -> None:
     from PIL import Image
 
     known = Image.registered_extensions()
-    if path.suffix.lower() not in known:
+    if known.get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"got --out {path}: expected a picture's suffix, as in out.png")
     if not path.parent.is_dir():
         raise ValueError(f"got --out {path}: there is no folder {path.parent}")

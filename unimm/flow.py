@@ -3,9 +3,9 @@
 Time 0 is data, 1 is noise; velocity = noise - data. (Liu et al. 2022, arXiv 2209.03003, with the ends named this way.)
 """
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, expm1, factorial, inf, log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def shift_time(times: Tensor, shift: float) -> Tensor:
 def knots(steps: int, shift: float) -> Tensor:
     """The times of `steps` steps from noise to data, [steps + 1] float32 from 1 to 0. Raises ValueError below 1 step."""
     _check_knots(steps, shift)
-    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift)
 
 
 def dynamic_shift(tokens: int, *, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
@@ -45,6 +45,7 @@ def solver_knots(steps: int, *, shift: float = 3.0, trained: int = 1000) -> Tens
     """
     _check_knots(steps, shift)
     data = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / trained - 1) / steps)
+    data[-1] = 1 / trained  # to the bit: the first time may lie on a cut
     times = shift_time(1 - data, shift).flip(0)
     times[-1] = 0
     return times
@@ -64,7 +65,7 @@ def reshifted_knots(steps: int, shift: float, *, trained: int = 1000) -> Tensor:
 def _check_knots(steps: int, shift: float) -> None:
     if steps < 1:
         raise ValueError(f"got steps {steps}: expected at least 1")
-    if shift <= 0:
+    if not 0 < shift < inf:
         raise ValueError(f"got shift {shift}: expected a positive number (1 is none)")
 
 
@@ -142,8 +143,21 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.renorm not in RENORMS:
             raise ValueError(f"unknown renorm {self.renorm!r}: expected {', '.join(RENORMS)}")
+        if not (self.text >= 0 and self.image >= 0 and self.interval[0] <= self.interval[1]):
+            raise ValueError(
+                f"got text {self.text}, image {self.image}, interval {self.interval}: expected scales of 0 or more, low <= high"
+            )
         if not 0 <= self.renorm_min <= 1:
             raise ValueError(f"got renorm_min {self.renorm_min}: expected 0 to 1")
+
+    @classmethod
+    def of(cls, given: Any, default: "Guidance") -> "Guidance":
+        """A guidance as it is, or `default` with another scale of the text. Raises ValueError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise ValueError(f"got guidance {given!r}: expected a Guidance, or the scale of the text")
+        return replace(default, text=float(given))
 
     def branches(self, time: float) -> tuple[str, ...]:
         """The contexts needed at a time."""

@@ -36,15 +36,17 @@ def resolve(
     weights: bool = True,
     parts: tuple[str, ...] = (),
 ) -> Path:
-    """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`).
+    """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a path.
 
     weights: whether they are downloaded, too; configs and tokenizers always are. parts: the folders of a repository that
     are wanted, all unless given. Raises ValueError for a name that is none of them, with the nearest of `known` and the
     bundled ones.
     """
-    if str(name) in bundled():
-        return NANO / str(name)
     path = Path(name).expanduser()
+    if isinstance(name, str) and name in bundled():
+        if path.is_dir():
+            remind_of_folder(name)
+        return NANO / name
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
@@ -56,6 +58,12 @@ def resolve(
     raise ValueError(
         f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}"
     )
+
+
+@cache
+def remind_of_folder(name: str) -> None:
+    """Log a warning, once, that a bundled name is taken although the working folder holds a folder of that name."""
+    logger.warning("%s is the bundled model: for the folder of that name write ./%s", name, name)
 
 
 @cache
@@ -74,8 +82,11 @@ def _download(name: str, revision: str | None, weights: bool, parts: tuple[str, 
         wanted = PATTERNS if weights else [pattern for pattern in PATTERNS if pattern != WEIGHTS]
         wanted = [f"{part}/{pattern}" for part in parts for pattern in wanted] or wanted
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-        if weights and not any(folder.rglob("*.safetensors")):  # an older release, in torch.save's files
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, "*.bin"]))
+        places = parts or ("",)
+        if weights and not any(any((folder / place).rglob(WEIGHTS)) for place in places):
+            # an older release, in torch.save's files
+            older = [f"{place}/*.bin".removeprefix("/") for place in places]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, *older]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         message = f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder"

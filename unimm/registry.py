@@ -102,15 +102,21 @@ def load(
     Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
     """
     folder = hub.resolve(name, revision=revision, known=tuple(row.name for row in releases()))
-    return family_of(folder).from_pretrained(folder, dtype=dtype, device=device)
+    # by its name, which says more than the folder: where a family's other parts lie
+    return family_of(folder).from_pretrained(name, dtype=dtype, device=device, revision=revision)
+
+
+def owner(folder: Path) -> str | None:
+    """The name of the family that a folder is of, by its config; None where none knows it."""
+    config = read_json(folder / "config.json")
+    return next((name for name, family in FAMILIES.items() if family.owns(folder, config)), None)
 
 
 def family_of(folder: Path) -> type[UnifiedModel]:
     """The class for a folder, by its config. Raises ValueError where no family knows it."""
+    if name := owner(folder):
+        return FAMILIES[name].load()
     config = read_json(folder / "config.json")
-    for family in FAMILIES.values():
-        if family.owns(folder, config):
-            return family.load()
     found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
     known = ", ".join(f"{name} (model_type {' or '.join(map(repr, family.model_types))})" for name, family in FAMILIES.items())
     raise ValueError(f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}")

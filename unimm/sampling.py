@@ -4,6 +4,8 @@ Axes: B contexts, M cached rows, G key/value heads, K head, V vocabulary.
 """
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +101,17 @@ class TextSampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < inf:
             raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
         if self.max_tokens < 1:
             raise ValueError(f"got max_tokens {self.max_tokens}: expected at least 1")
+        given: Any = self.stop
+        stop = (given,) if isinstance(given, str) else given
+        if not isinstance(stop, Sequence) or not all(isinstance(one, str) and one for one in stop):
+            raise ValueError(f"got stop {self.stop!r}: expected strings of a letter or more")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 def next_ids(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
@@ -128,7 +135,7 @@ class CodeSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < inf:
             raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"got top_k {self.top_k}: expected at least 1, or None")
@@ -149,23 +156,28 @@ def next_codes(logits: Tensor, sampling: CodeSampling, generators: Sequence[torc
         ordered[:, sampling.top_k or p.shape[1] :] = 0
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p * ordered.sum(-1, keepdim=True)] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
-    e = torch.stack([torch.empty(p.shape[1]).exponential_(generator=g) for g in generators])
+    e = torch.stack([torch.empty(p.shape[1], dtype=torch.float32).exponential_(generator=g) for g in generators])
     return (p / e.to(p.device)).argmax(-1)
 
 
 def decode(
-    step: Callable[[list[int], int], Tensor], first: list[int], *, end: int, sampling: TextSampling, seeds: Sequence[int]
+    step: Callable[[list[int], int], Tensor],
+    first: list[int],
+    *,
+    end: int | Sequence[int],
+    sampling: TextSampling,
+    seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:
-    """Feed ids, choose the next, until every row has chosen `end` or max_tokens are out; yields one id a row, or None.
+    """Feed ids, choose the next, until every row has chosen `end` (one of several) or max_tokens are out.
 
-    step(ids [B], n) -> logits [B, V] after feeding the n-th id of every row. A row that has ended yields None; the
-    caller may stop early by closing the iterator.
+    Yields one id a row, None for a row that has ended; the caller may stop early by closing the iterator.
+    step(ids [B], n) -> logits [B, V] after feeding the n-th id of every row.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    ids, done = first, [False] * len(first)
+    ids, done, ends = first, [False] * len(first), {end} if isinstance(end, int) else set(end)
     for n in range(sampling.max_tokens):
         ids = next_ids(step(ids, n), sampling, generators)
-        done = [was or chosen == end for was, chosen in zip(done, ids, strict=True)]
+        done = [was or chosen in ends for was, chosen in zip(done, ids, strict=True)]
         if all(done):
             return
         yield [None if over else chosen for over, chosen in zip(done, ids, strict=True)]

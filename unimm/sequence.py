@@ -4,13 +4,13 @@ Masks, positions, expert choice and losses all come from the segment table; ther
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unimm.kernels import Block, Mask
+from unimm.kernels.mask import kept
 
 IGNORE = -100  # a label without loss; torch.nn.functional.cross_entropy's own default
 
@@ -197,7 +197,7 @@ class Pack:
     times: Tensor = field(repr=False)  # [draw tokens] float32
     noised: Tensor = field(repr=False)  # [draw tokens] bool: which carry the flow loss
 
-    @cached_property
+    @kept
     def streams(self) -> dict[str, Tensor]:
         """Hard routing by token kind: latent tokens are the generation expert's, all others the understanding one's."""
         rows = {"und": torch.cat([self.id_rows, self.look.rows]).sort().values if self.look else self.id_rows}

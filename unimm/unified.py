@@ -2,9 +2,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -77,11 +79,15 @@ class Drawing:
     """How a call draws; None is the model's default."""
 
     size: tuple[int, int] | None
-    guidance: Sequence[Guidance] | None
+    guidance: Sequence[Guidance | float] | None
     steps: int | None
     shift: float | None = None
     taylor: bool = False
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", sides(self.size))
 
 
 class UnifiedModel(nn.Module, ABC):
@@ -110,6 +116,18 @@ class UnifiedModel(nn.Module, ABC):
         """Write the released config files."""
 
     @classmethod
+    def described(cls, folder: Path) -> Self:
+        """`from_folder`, whose errors say whose folder it is if it is another family's."""
+        from unimm.registry import owner  # which knows the families, and so this file
+
+        try:
+            return cls.from_folder(folder)
+        except (ValueError, KeyError) as error:
+            if (family := owner(folder)) not in (None, cls.__name__):
+                raise ValueError(f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load") from error
+            raise
+
+    @classmethod
     def from_pretrained(
         cls,
         name: str | Path,
@@ -125,7 +143,7 @@ class UnifiedModel(nn.Module, ABC):
         """
         folder = hub.resolve(name, revision=revision, known=tuple(cls.RELEASES))
         with torch.device("meta"):
-            model = cls.from_folder(folder)
+            model = cls.described(folder)
         for names, table in model.weights().items():
             paths = checkpoint.weight_files(folder, names)
             kind = torch.float32 if _within(table, cls.FLOAT32) else parse_dtype(dtype)
@@ -194,13 +212,36 @@ def _within(table: Table, beginnings: tuple[str, ...]) -> bool:
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating dtype from itself or its name. Raises ValueError for another."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"got dtype {dtype!r}: expected float32, bfloat16 or float16")
     return found
 
 
+def texts_of(given: Any) -> list[str]:
+    """A text, or a list of them, as a list. Raises ValueError for anything else, and for halves of characters."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"got {given!r:.80} for a prompt: expected a text, or a list of texts")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"got a prompt that is no text: {error}; decode it with errors='replace'") from error
+    return list(texts)
+
+
+def asked(prompt: Any, images: Any) -> tuple[list[str], list[list]]:
+    """Texts, and the pictures of each. Raises ValueError as `texts_of` and `pictures_of` do."""
+    return texts_of(prompt), pictures_of(images, prompt)
+
+
+def plain(value: Any) -> Any:
+    """A number, or lists of them, in place of numpy's and torch's; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+
+
 def each(value: Any, n: int, what: str) -> list:
-    """One value a sample: a sequence of n, or one value for all. Raises ValueError for another length."""
+    """One value a sample: a sequence, or an array, of n, or one value for all. Raises ValueError for another length."""
+    value = plain(value)
     values = [value] * n if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if len(values) != n:
         raise ValueError(f"got {len(values)} {what} for {n} prompts: give one, or one for each")
@@ -210,12 +251,17 @@ def each(value: Any, n: int, what: str) -> list:
 def seeds(seed: int | Sequence[int], n: int, *, copies: int = 1) -> list[int]:
     """A seed a sample, and for `copies` of each the ones after it; from one number, that number and the ones after it.
 
-    Raises ValueError for a negative one.
+    Raises ValueError for a negative one, one of more than 63 bits, and for what is no whole number.
     """
-    first: list[int] = [seed + copies * i for i in range(n)] if isinstance(seed, int) else each(seed, n, "seeds")
+    given = plain(seed)
+    single = not isinstance(given, Sequence)
+    try:
+        first = [index(one) + copies * i * single for i, one in enumerate(each(given, n, "seeds"))]
+    except TypeError:
+        raise ValueError(f"got seed {seed!r}: expected a whole number, or one for each prompt") from None
     found = [one + i for one in first for i in range(copies)]
-    if any(s < 0 for s in found):
-        raise ValueError(f"got seed {min(found)}: expected 0 or more")
+    if wrong := [one for one in found if not 0 <= one < 2**63]:
+        raise ValueError(f"got seed {wrong[0]}: expected 0 or more, and below 2^63")
     return found
 
 
@@ -240,12 +286,22 @@ def _listed(images: Any) -> list:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def sides(size: Any) -> tuple[int, int]:
+    """(height, width) in pixels. Raises ValueError for anything else."""
+    try:
+        height, width = map(index, plain(size))
+    except (TypeError, ValueError):
+        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all pictures") from None
+    return height, width
+
+
 def drawable(size: tuple[int, int], stride: int, most: int) -> tuple[int, int]:
     """The (height, width) to draw. Raises ValueError, with the nearest that works, for other than multiples of stride."""
-    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in size)
-    if (height, width) != tuple(size):
+    asked = sides(size)
+    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in asked)
+    if (height, width) != asked:
         raise ValueError(
-            f"cannot draw (height, width) {tuple(size)}: expected multiples of {stride} up to {most}; "
+            f"cannot draw (height, width) {asked}: expected multiples of {stride} up to {most}; "
             f"the nearest is {(height, width)}"
         )
     return height, width

@@ -2,11 +2,11 @@
 
 Axes: N query rows, M key rows, R ranges a key (1 or 2), B samples of a padded call, n and m their rows.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["Block", "Call", "Mask", "Runs", "Tiles"]
+__all__ = ["Block", "Call", "Mask", "Runs", "Tiles", "kept"]
+T = TypeVar("T")
 
 # samples up to this many key rows share padded calls with a mask: many small calls cost more than what they skip;
 # longer ones get a call a block, which computes nothing that is masked out
@@ -27,6 +28,17 @@ PADDED_ROWS = 512
 BUCKET_ROWS, BUCKET_SAMPLES = 32, 8  # lengths and counts are rounded up to these before they share a call
 TABLE_ROWS = 16  # and the rows of a mask's table to this, before the next power of two
 CALL_ROWS = 512  # a plain call of a long sample takes at most this many rows, which bounds its scores
+
+
+def kept(make: Callable[[Any], T]) -> "cached_property[T]":
+    """A cached_property whose tensors serve training, too, where they are first asked for in inference mode."""
+
+    @wraps(make)
+    def made(self: Any) -> T:
+        with torch.inference_mode(False):
+            return make(self)
+
+    return cached_property(made)
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Mask:
 
     # ---- for kernels
 
-    @cached_property
+    @kept
     def ranges(self) -> Tensor:
         """The rows that see each key, [R, 2, M] int32, in rows of the packed q; nobody's: (0, 0)."""
         return torch.from_numpy(self.spans.ranges()).to(self.device)
@@ -142,10 +154,11 @@ class Mask:
     def tiles(self, rows: int, keys: int) -> Tiles:
         """The tiles of rows x keys that are fully and partly visible, on the device; computed once for each size."""
         if (rows, keys) not in self._tiles:
-            self._tiles[rows, keys] = self.spans.tiles(rows, keys).to(self.device)
+            with torch.inference_mode(False):  # as `kept` does
+                self._tiles[rows, keys] = self.spans.tiles(rows, keys).to(self.device)
         return self._tiles[rows, keys]
 
-    @cached_property
+    @kept
     def single(self) -> tuple[Tensor, Tensor] | None:
         """Decoding: where each sample's keys begin and how many there are, [B] int32 each, if every sample asks with one
         row, which sees them all. None for any other mask."""
@@ -246,12 +259,12 @@ class Mask:
         rows = torch.arange(q, q + n, device=self.device)[:, None]
         return (rows >= first) & (rows < last)
 
-    @cached_property
+    @kept
     def calls(self) -> tuple[list[Call], Tensor]:
         """The mask as plain calls on gathered rows; and where each packed row lies in their results end to end, [N]."""
         return self.buckets if self.padded else self._long_calls()
 
-    @cached_property
+    @kept
     def buckets(self) -> tuple[list[Call], Tensor]:
         """A call for each bucket of samples of like length, padded; and where each packed row lies in their results [N]."""
         groups: dict[int, list[int]] = {}

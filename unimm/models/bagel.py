@@ -27,7 +27,7 @@ from unimm.sequence import IGNORE, Item, Pack, Tokens
 from unimm.tokenizers.pixels import Resize, open_image, to_image, to_tensor, unpatchify
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.unified import Drawing, Generation, Picture, Release, TextTokenizer, UnifiedModel, drawable, each, pictures_of, seeds
+from unimm.unified import Drawing, Generation, Picture, Release, TextTokenizer, UnifiedModel, asked, drawable, each, seeds
 
 STREAMS = ("und", "gen")
 
@@ -281,7 +281,7 @@ class Bagel(UnifiedModel):
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
         shift: float | None = None,
-        guidance: Guidance | Sequence[Guidance] | None = None,
+        guidance: Guidance | float | Sequence[Guidance | float] | None = None,
         text: TextSampling | None = None,
         taylor: bool = False,
         progress: bool = False,
@@ -291,13 +291,14 @@ class Bagel(UnifiedModel):
         prompt: one text or a batch of them. images: for one prompt a picture or several, for a batch one of these (or
         None) each. size: (height, width) in pixels, multiples of the stride; unless given, that of the last input
         picture after its resize, or the default. seed: one, or one a prompt; from one number, that number and the
-        ones after it. steps: forwards of the sampler (the original's num_timesteps - 1). A picture does not depend on
-        what else is in the batch. Raises ValueError for bad input, with what would be good.
+        ones after it. steps: forwards of the sampler (the original's num_timesteps - 1). guidance: one, or one a prompt; a
+        number is the text's scale, the rest as by default. A picture does not depend on what else is in the batch. Raises
+        ValueError for bad input, with what would be good.
         """
         self.items.check_draws()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, pictures = asked(prompt, images)
         n, d, seed = len(prompts), self.cfg.defaults, seeds(seed, len(prompts))
-        pictures, generators = pictures_of(images, prompt), [torch.Generator().manual_seed(s) for s in seed]
+        generators = [torch.Generator().manual_seed(s) for s in seed]
         dialogues, texts = self._begin(n, d.think_draw if think else None), []
         dialogues = self._shown(dialogues, pictures, generators, draw=True)
         dialogues = say(self, dialogues, self._texts(prompts))
@@ -323,17 +324,16 @@ class Bagel(UnifiedModel):
         images: for one question a picture, several, or None; for a batch one of these each. Raises ValueError for bad
         input.
         """
-        questions = [question] if isinstance(question, str) else list(question)
+        questions, pictures = asked(question, images)
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
         n, d, seed = len(questions), self.cfg.defaults, seeds(seed, len(questions))
         dialogues = self._begin(n, d.think_answer if think else None)
-        dialogues = self._shown(dialogues, pictures_of(images, question), [torch.Generator()] * n, draw=False)
+        dialogues = self._shown(dialogues, pictures, [torch.Generator()] * n, draw=False)
         written = self._written(say(self, dialogues, self._texts(questions)), text, seed)
         if stream:
             return written.pieces()
-        answers = written.texts()
-        return answers[0] if isinstance(question, str) else answers
+        return written.texts()[0] if isinstance(question, str) else written.texts()
 
     def interleave(
         self,
@@ -343,22 +343,29 @@ class Bagel(UnifiedModel):
         size: tuple[int, int] | None = None,
         seed: int = 0,
         steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | float | None = None,
         text: TextSampling | None = None,
         progress: bool = False,
     ) -> Iterator[str | Image.Image]:
         """Go on from texts and pictures with texts and pictures, in the order of `outputs` ("text" or "image").
 
         Yields each piece as it is made; it enters the context (a picture by its pixels, through VAE and ViT), so the
-        next piece knows it. A file is given as a Path; a str is always text. Picture i is drawn from seed + i.
+        next piece knows it. A file is given as a Path; a str is always text. Picture i is drawn from seed + i. Raises
+        ValueError for bad input, at once.
         """
+        items = [items] if isinstance(items, str | Path | Image.Image) else items
+        outputs = [outputs] if isinstance(outputs, str) else outputs
         if wrong := [kind for kind in outputs if kind not in ("text", "image")]:
             raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
-        draw = "image" in outputs
-        if draw:
+        if "image" in outputs:
             self.items.check_draws()
-        generators = [torch.Generator().manual_seed(s) for s in seeds(seed, max(1, len(outputs)))]
-        options = Drawing(size=size, guidance=[guidance] if guidance else None, steps=steps, progress=progress)
+        options = Drawing(size=size, guidance=None if guidance is None else [guidance], steps=steps, progress=progress)
+        return self._interleaved(items, outputs, seeds(seed, max(1, len(outputs))), options, text)
+
+    def _interleaved(
+        self, items: Sequence, outputs: Sequence[str], seed: Sequence[int], options: Drawing, text: TextSampling | None
+    ) -> Iterator[str | Image.Image]:
+        draw, generators = "image" in outputs, [torch.Generator().manual_seed(s) for s in seed]
         dialogue = self._begin(1, None)
         for item in items:
             if isinstance(item, str):
@@ -367,7 +374,7 @@ class Bagel(UnifiedModel):
                 dialogue = self._shown(dialogue, [[item]], generators[:1], draw=draw)
         for i, kind in enumerate(outputs):
             if kind == "text":
-                piece = self._written(dialogue, text, [seed + i]).texts()[0]
+                piece = self._written(dialogue, text, [seed[i]]).texts()[0]
                 dialogue = say(self, dialogue, self._texts([piece], empty=True))
                 yield piece
                 continue
@@ -386,18 +393,19 @@ class Bagel(UnifiedModel):
     def noise(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Where a picture of (height, width) begins, [L, C]: drawn on the CPU in float32."""
         tokens = (size[0] // self.cfg.stride) * (size[1] // self.cfg.stride)
-        return torch.randn(tokens, self.cfg.latent_dim, generator=generator)
+        return torch.randn(tokens, self.cfg.latent_dim, generator=generator, dtype=torch.float32)
 
     def _draw(self, dialogues: list[Dialogue], generators: Sequence[torch.Generator], options: Drawing) -> list[Image.Image]:
         """A picture after each dialogue: guided as an edit where pictures came before."""
         d = self.cfg.defaults
         most = self.cfg.stride * self.cfg.latent_side
         sizes = [drawable(options.size or x.size or d.size, self.cfg.stride, most) for x in dialogues]
+        defaults = [d.edit if x.size else d.draw for x in dialogues]
         latents = self.denoise(
             dialogues,
             [self.noise(size, generator) for size, generator in zip(sizes, generators, strict=True)],
             sizes,
-            guidance=options.guidance or [d.edit if x.size else d.draw for x in dialogues],
+            guidance=[Guidance.of(one, its) for one, its in zip(options.guidance or defaults, defaults, strict=True)],
             steps=d.steps if options.steps is None else options.steps,
             shift=d.shift if options.shift is None else options.shift,
             taylor=options.taylor,
@@ -432,15 +440,14 @@ class Bagel(UnifiedModel):
     def _picture(self, picture: Picture, generator: torch.Generator, *, draw: bool) -> tuple[list[Item], tuple[int, int]]:
         image, vae = open_image(picture), self.cfg.vae
         width, height = self.cfg.draw.size(image.width, image.height)
-        noise = torch.randn(vae.latent_channels, height // vae.stride, width // vae.stride, generator=generator)
+        grid = height // vae.stride, width // vae.stride
+        noise = torch.randn(vae.latent_channels, *grid, generator=generator, dtype=torch.float32)
         return self.picture_items(image, noise=noise, draw=draw)
 
 
 # ---- released files
 
 WEIGHTS = ("ema.safetensors", "model.safetensors", "model.safetensors.index.json")
-
-
 # released names on the left, ours on the right
 EXPERTS = {"und": "", "gen": "_moe_gen"}
 
@@ -487,8 +494,7 @@ KEYS: Table = {**DECODER_KEYS, **QK_NORM_KEYS, **LOOK_KEYS, **DRAW_KEYS}
 
 VERBS = ("generate", "understand", "interleave")
 HUB = "ByteDance-Seed/BAGEL-7B-MoT"
-RELEASES = {
+Bagel.RELEASES = {
     "bagel-nano": Release(family="Bagel", hub=None, licence="Apache-2.0", parameters=9_548_147, verbs=VERBS),
     HUB: Release(family="Bagel", hub=HUB, licence="Apache-2.0", parameters=14_691_079_811, verbs=VERBS),
 }
-Bagel.RELEASES = RELEASES

@@ -5,7 +5,7 @@ from typing import Any, cast
 from unimm.models.speaking import Speaker, extend
 from unimm.sampling import EMPTY, Context, TextSampling, TextStream
 from unimm.sequence import Item, text_item
-from unimm.unified import Picture, Turn, pictures_of, seeds
+from unimm.unified import Picture, Turn, asked, seeds
 
 
 class Chatting:
@@ -31,8 +31,7 @@ class Chatting:
         images: for one question a picture, several, or None; for a batch one of these each. They stand before the
         question, or where it says the placeholder of the model's prompts. Raises ValueError for bad input.
         """
-        questions = [question] if isinstance(question, str) else list(question)
-        shown = pictures_of(images, question)
+        questions, shown = asked(question, images)
         talks = [[{"role": "user", "content": q, "images": some}] for q, some in zip(questions, shown, strict=True)]
         return self.chat(talks[0] if isinstance(question, str) else talks, stream=stream, text=text, seed=seed)
 
@@ -55,7 +54,7 @@ class Chatting:
             raise ValueError(f"got {turns!r} for a conversation: expected a list of turns, the last one the user's")
         single = isinstance(turns[0], Mapping)
         batch: list[Any] = [turns] if single else list(turns)
-        if stream and not single:
+        if stream and len(batch) != 1:
             raise ValueError(f"got {len(batch)} conversations to stream: expected one")
         items = [self.prompts.conversation(one, system=system) for one in batch]
         written = self.written(items, text, seeds(seed, len(batch)))

@@ -78,7 +78,7 @@ class Conversing(Chatting, UnifiedModel):
         """
         if think:
             raise NotImplementedError(f"{type(self).__name__} was not trained to think first: Bagel was")
-        if stream and not isinstance(question, str):
+        if stream and not isinstance(question, str) and len(question) > 1:
             raise ValueError(f"got {len(question)} questions to stream: expected one")
         return super().understand(images, question, stream=stream, text=text, seed=seed)
 

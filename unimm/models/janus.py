@@ -32,7 +32,7 @@ from unimm.sequence import IGNORE, Item, Pack, image_item, text_item
 from unimm.tokenizers.pixels import PadSquare, to_image
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vq import VQ, VQConfig
-from unimm.unified import Generation, Picture, Release, each, pictures_of, seeds
+from unimm.unified import Generation, Picture, Release, asked, each, seeds, sides
 
 STREAM = "all"
 
@@ -292,11 +292,11 @@ class Janus(Conversing):
         """
         guided = [i for i, w in enumerate(guidance) if w != 1]
         pad = self.markers.pad if guided else 0
-        asked = [*prompts, *(unconditional(prompts[i], pad) for i in guided)]
+        every = [*prompts, *(unconditional(prompts[i], pad) for i in guided)]
         height, width = grid or self.cfg.grid
-        rows = Rows(self, self._read_once(asked), height * width)
-        first = torch.stack([prompt[-1].ids[-1] for prompt in asked]).to(self.device)
-        w = torch.tensor([guidance[i] for i in guided], device=self.device)[:, None]
+        rows = Rows(self, self._read_once(every), height * width)
+        first = torch.stack([prompt[-1].ids[-1] for prompt in every]).to(self.device)
+        w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None]
         at, x, drawn = torch.tensor(guided, device=self.device, dtype=torch.long), self.decoder.embed(first), []
         for n in tqdm(range(rows.room), "drawing", disable=not progress, leave=False):
             # scales are not rounded to the model's dtype
@@ -346,12 +346,12 @@ class Janus(Conversing):
         bad input, NotImplementedError for `think` and `steps`, which other families have.
         """
         self._check_options(think=think, steps=steps, size=size)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, pictures = asked(prompt, images)
         scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
-        if n < 1 or any(w < 0 for w in scales):
+        if n < 1 or not all(w >= 0 for w in scales):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
-        asked = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
-        items = [[*before, text_item([*last.ids.tolist(), self.markers.boi])] for *before, last in asked]
+        told = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures, strict=True)]
+        items = [[*before, text_item([*last.ids.tolist(), self.markers.boi])] for *before, last in told]
         seeded = seeds(seed, len(prompts), copies=n)
         codes = self.codes(
             [one for one in items for _ in range(n)],
@@ -367,7 +367,7 @@ class Janus(Conversing):
             raise NotImplementedError("Janus does not think before it draws: Bagel does")
         if steps is not None:
             raise NotImplementedError("Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps")
-        if size is not None and tuple(size) != self.cfg.size:
+        if size is not None and sides(size) != self.cfg.size:
             raise ValueError(
                 f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone; leave size out"
             )

@@ -34,7 +34,7 @@ from unimm.tokenizers.pixels import PadSquare, patchify, to_image
 from unimm.tokenizers.text import load_tokenizer
 from unimm.tokenizers.vae import VAE, VAEConfig
 from unimm.tokenizers.vae_layouts import load_vae
-from unimm.unified import Generation, Picture, Release, each, pictures_of, seeds
+from unimm.unified import Generation, Picture, Release, asked, each, seeds, sides
 
 STREAM = "all"
 SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
@@ -165,6 +165,8 @@ class JanusFlow(Conversing):
         self.to_grid_norm, self.to_grid = RMSNorm(dim, cfg.decoder.norm_eps), nn.Linear(dim, cfg.painter.in_channels)
         self.vae: VAE | None = VAE(cfg.vae) if cfg.vae else None
         self.vae_source: str | Path = SDXL_VAE
+        # one from elsewhere, once it is loaded: no part of the model, whose parameters stay what they were
+        self._elsewhere: tuple[VAE, ...] = ()
 
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusFlow":
@@ -205,15 +207,19 @@ class JanusFlow(Conversing):
     @property
     def autoencoder(self) -> VAE:
         """The autoencoder; one from elsewhere is loaded now. Raises ValueError where it cannot be had or does not fit."""
-        if self.vae is None:
-            vae = load_vae(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
+        if self.vae is not None:
+            return self.vae
+        if not self._elsewhere:
+            # whoever draws first may do so in inference mode, where tensors are made that nothing can change later
+            with torch.inference_mode(False):
+                vae = load_vae(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
             if vae.config.latent_channels != self.cfg.encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
                     f"{self.cfg.encoder.in_channels}, as the model draws; give from_pretrained another `vae`"
                 )
-            self.vae = vae
-        return self.vae
+            self._elsewhere = (vae,)
+        return self._elsewhere[0].to(self.device)
 
     # ---- the model
 
@@ -299,7 +305,7 @@ class JanusFlow(Conversing):
         guided = [i for i, w in enumerate(guidance) if w != 1]
         contexts = self._read_once([*prompts, *(unconditional(prompts[i]) for i in guided)])
         at = torch.tensor([*range(len(prompts)), *guided], device=self.device)
-        w = torch.tensor([guidance[i] for i in guided], device=self.device)[:, None, None, None]
+        w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None, None, None]
         grid = [self.encoder.config.grid(side) for side in noises.shape[2:]]
         room = 1 + grid[0] * grid[1]
         check_position(self, max(c.clock for c in contexts) + room)
@@ -310,7 +316,7 @@ class JanusFlow(Conversing):
         pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            entered = self.enter(x, torch.full((len(x),), time, device=x.device), bf16_time=bf16_time)[at]
+            entered = self.enter(x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time)[at]
             block = torch.cat((entered.time[:, None], entered.rows), 1)
             hidden = self._decode(block.flatten(0, 1), layout.positions, attend)[STREAM]
             v = self.leave(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
@@ -354,14 +360,14 @@ class JanusFlow(Conversing):
         """
         if think:
             raise NotImplementedError("JanusFlow does not think before it draws: Bagel does")
-        if size is not None and tuple(size) != self.cfg.size:
+        if size is not None and sides(size) != self.cfg.size:
             raise ValueError(f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, pictures = asked(prompt, images)
         scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
-        if n < 1 or any(w < 0 for w in scales):
+        if n < 1 or not all(w >= 0 for w in scales):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
         # the marker that the original appends is dropped by it again
-        items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures_of(images, prompt), strict=True)]
+        items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures, strict=True)]
         seeded = seeds(seed, len(prompts), copies=n)
         latents = self.denoise(
             [one for one in items for _ in range(n)],
@@ -375,7 +381,7 @@ class JanusFlow(Conversing):
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """What a picture is drawn from, [C, H, W]."""
-        return torch.randn(self.cfg.encoder.in_channels, *self.cfg.latent, generator=generator)
+        return torch.randn(self.cfg.encoder.in_channels, *self.cfg.latent, generator=generator, dtype=torch.float32)
 
 
 def target(tokens: Tensor, boi: int, *, time: float) -> Item:

@@ -26,7 +26,13 @@ from unimm.sequence import Tokens
 from unimm.tokenizers.any_res import AnyRes, Size
 
 # what Qwen2Config says where a text_config is silent
-SILENT = {"max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+SILENT = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
 GRIDS = tuple((384 * h, 384 * w) for h in range(1, 7) for w in range(1, 7))  # of every release
 ASPECT = "anyres_max_"
 
@@ -97,7 +103,7 @@ def _decoder(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
     if kinds or text.get("use_sliding_window") or text.get("model_type", "qwen2") != "qwen2":
         asked = {name: text.get(name) for name in ("model_type", "rope_scaling", "use_sliding_window") if name in text}
         raise ValueError(f"the text_config asks for {asked}: expected a plain Qwen2, as every release up to 72B has")
-    files = {"num_key_value_heads": text.get("num_attention_heads"), "qk_norm": False, **SILENT, **text}
+    files = {"qk_norm": False, **SILENT, **text}
     files |= {"rope_theta": turning.get("rope_theta", files["rope_theta"])}
     # older files tie by the text_config's word, newer ones by that of the whole
     return DecoderConfig.from_files(

@@ -35,6 +35,11 @@ class LlavaMarkers:
         known = {name: value for name, value in found.items() if value is not None}
         return cls(end=end[0] if isinstance(end, list) else end, **known)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return (self.end,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaPrompts(ReaderPrompts):

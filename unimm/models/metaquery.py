@@ -38,7 +38,7 @@ from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.tokenizers.pixels import open_image, to_image
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Generation, Picture, Release, drawable, each, pictures_of, seeds
+from unimm.unified import Generation, Picture, Release, asked, drawable, each, seeds
 
 LARGEST = 4096  # pixels a side of what is drawn
 PAINTER = "model.transformer."  # what the released names of the painter's weights begin with
@@ -274,11 +274,13 @@ class MetaQuery(AroundReader):
     def guided(self, condition: Condition, branches: Sequence[Sequence[tuple[int, float]]]) -> Velocity:
         """The velocity of latents [B, C, h, w] under each picture's rows of the condition, and their weights."""
         owners = torch.tensor([i for i, some in enumerate(branches) for _ in some], device=self.device)
-        weights = torch.tensor([w for some in branches for _, w in some], device=self.device)[:, None, None, None]
+        every = [w for some in branches for _, w in some]
+        weights = torch.tensor(every, dtype=torch.float32, device=self.device)[:, None, None, None]
         seen = condition.rows(torch.tensor([row for some in branches for row, _ in some], device=self.device))
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            v = self.painter(x[owners].to(self.dtype), torch.full((len(owners),), time, device=x.device), seen)
+            times = torch.full((len(owners),), time, dtype=torch.float32, device=x.device)
+            v = self.painter(x[owners].to(self.dtype), times, seen)
             return torch.zeros_like(x).index_add(0, owners, weights * v.float())
 
         return velocity
@@ -321,26 +323,26 @@ class MetaQuery(AroundReader):
         """
         if think:
             raise NotImplementedError("MetaQuery does not think before it draws: Bagel does")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
+        prompts, pictures = asked(prompt, images)
+        shown = [[open_image(picture) for picture in some] for some in pictures]
         cfg, many = self.cfg, len(prompts)
         scales = each(cfg.guidance if guidance is None else guidance, many, "guidances")
         image_scales = each(cfg.image_guidance if image_guidance is None else image_guidance, many, "image guidances")
-        if n < 1 or min(*scales, *image_scales) < 0:
+        if n < 1 or not all(w >= 0 for w in (*scales, *image_scales)):
             raise ValueError(f"got n {n}, guidance {guidance}, {image_guidance}: expected a picture, and scales of 0 or more")
         if any(not (words.strip() or some) for words, some in zip(prompts, shown, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or a picture to draw from")
-        height, width = drawable(size or cfg.size, cfg.vae.stride * cfg.painter.patch, LARGEST)
+        height, width = drawable(cfg.size if size is None else size, cfg.vae.stride * cfg.painter.patch, LARGEST)
         seeded = seeds(seed, many, copies=n)
-        asked = Asked(self.prompts)
+        reading = Asked(self.prompts)
         named = zip(prompts, shown, each(negative, many, "negative prompts"), scales, image_scales, strict=True)
-        branches = [asked.branches(a, b, negative=c, text=float(d), image=float(e)) for a, b, c, d, e in named]
+        branches = [reading.branches(a, b, negative=c, text=float(d), image=float(e)) for a, b, c, d, e in named]
         shape = cfg.painter.in_channels, height // cfg.vae.stride, width // cfg.vae.stride
         with torch.inference_mode():
-            condition = self.told(self.ask(asked.samples))
+            condition = self.told(self.ask(reading.samples))
         latents = self.denoise(
             self.guided(condition, [some for some in branches for _ in range(n)]),
-            torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeded]),
+            torch.stack([_noise(shape, s) for s in seeded]),
             steps=cfg.steps if steps is None else steps,
             progress=progress,
         )
@@ -355,7 +357,7 @@ class MetaQuery(AroundReader):
             return self.reader
         if not self._speaker:
             self._speaker = (self._own_reader(),)
-        return self._speaker[0].to(self.device)
+        return self._speaker[0].to(self.device, self.dtype)
 
     def _own_reader(self) -> Reader:
         """This model's blocks and tower with the table and the head of the reader's own release."""
@@ -379,6 +381,11 @@ class MetaQuery(AroundReader):
         rows = {theirs: ours for theirs, ours in model.keys(read_shapes(paths)).items() if (ours or "").startswith(wanted)}
         load_into(model, paths, {**rows, "{*}": None}, dtype=self.dtype, device=self.device)
         return model.eval()
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """What a picture begins from, drawn on the CPU."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 # ---- released files

@@ -79,6 +79,14 @@ def composer(prompts: Any) -> Composer:
     return Squares(prompts) if isinstance(prompts, LlavaPrompts) else prompts
 
 
+def _qwen(cfg: Any, head: bool) -> Table:
+    return qwen_keys(head=head, prefix=READER, ours=OURS)
+
+
+def _llava(cfg: Any, head: bool) -> Table:
+    return llava_keys(cfg, {}, head=head, prefix=READER, ours=OURS)
+
+
 # by the model_type of the reader's config.json
 READERS = {
     "qwen2_5_vl": Kind(
@@ -88,7 +96,7 @@ READERS = {
             turn="user\n{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n\n",
             shown="<|vision_start|><|image_pad|><|vision_end|>",
         ),
-        named=lambda cfg, head: qwen_keys(head=head, prefix=READER, ours=OURS),
+        named=_qwen,
         pixels=True,
     ),
     "llava_onevision": Kind(
@@ -98,7 +106,7 @@ READERS = {
             turn="user {pictures}\n{caption}<|im_end|><|im_start|>assistant\n\n",
             shown="<image>",
         ),
-        named=lambda cfg, head: llava_keys(cfg, {}, head=head, prefix=READER, ours=OURS),
+        named=_llava,
         pixels=False,
     ),
 }

@@ -30,11 +30,12 @@ SYSTEM = "You are a helpful assistant."  # what the released chat template says 
 class QwenMarkers:
     """Ids that the format needs; the released ones where a config is silent."""
 
-    end: int = 151645
+    end: int = 151645  # behind every turn
     look: int = 151652
     looked: int = 151653
     image: int = 151655
     video: int = 151656
+    others: tuple[int, ...] = ()  # that end an answer, too
 
     FILES: ClassVar = {
         "end": "eos_token_id",
@@ -46,13 +47,25 @@ class QwenMarkers:
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any]) -> "QwenMarkers":
-        """Read a released config.json."""
+        """Read a released config.json; "generation_ends" are those that generation_config.json names."""
         found = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        return cls(**{name: value[0] if isinstance(value, list) else value for name, value in found.items()})
+        ends = [one for key in ("eos_token_id", "generation_ends") for one in _listed(files.get(key))]
+        found |= {"end": ends[0]} if ends else {}
+        return cls(**found, others=tuple(dict.fromkeys(one for one in ends if one != ends[0])))
 
-    def to_files(self) -> dict[str, int]:
+    def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        files: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        return files | ({"eos_token_id": [self.end, *self.others]} if self.others else {})
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return self.end, *self.others
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from unimm.kernels import Mask, attention
 from unimm.models.layers import MLP, RMSNorm, SwiGLU, apply_rope, rope
 from unimm.tokenizers.smart_resize import Grid
 
-EPS, THETA = 1e-6, 10000.0
+EPS, THETA, AXIAL = 1e-6, 10000.0, "axial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class QwenVisionConfig:
         "ticks": "tokens_per_second",
         "act": "hidden_act",
     }
-    # what every release says
-    RELEASED: ClassVar = {
+    # what transformers takes where a config is silent
+    SILENT: ClassVar = {
         "depth": 32,
         "num_heads": 16,
         "intermediate_size": 3420,
@@ -65,7 +65,7 @@ class QwenVisionConfig:
         "spatial_merge_size": 2,
         "window_size": 112,
         "fullatt_block_indexes": (7, 15, 23, 31),
-        "tokens_per_second": 2,
+        "tokens_per_second": 4,
         "hidden_act": "silu",
     }
 
@@ -80,9 +80,12 @@ class QwenVisionConfig:
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any]) -> "QwenVisionConfig":
-        """Read a released vision_config; what every release says for what is missing."""
+        """Read a released vision_config. Raises ValueError for one that lacks a number, or that turns by another theta."""
+        turning = files.get("rope_parameters") or {}
+        if turning.get("rope_theta", THETA) != THETA or turning.get("rope_type", AXIAL) not in (AXIAL, "default"):
+            raise ValueError(f"got rope_parameters {turning} in the vision_config: expected a rope_theta of {THETA:g}")
         channels = files.get("in_channels", files.get("in_chans", 3))
-        files = {**cls.RELEASED, **files, "in_channels": channels}
+        files = {**cls.SILENT, **files, "in_channels": channels}
         if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
             raise ValueError(f"the vision_config lacks {', '.join(lost)}: expected that of a Qwen2.5-VL")
         fields = {ours: files[theirs] for ours, theirs in cls.FILES.items()}

@@ -24,13 +24,20 @@ from unimm.sequence import Pack, Tokens
 from unimm.tokenizers.smart_resize import SmartResize
 
 SECTIONS = (16, 24, 24)
-# what both releases say
-RELEASED = {
-    "max_position_embeddings": 128000,
+# what transformers takes where a config is silent, which is not what the releases say
+SILENT = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
     "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+
+
+def with_ends(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, in which generation_config.json has its say about the ids that end an answer."""
+    files, ends = read_json(folder / "config.json"), read_json(folder / "generation_config.json").get("eos_token_id")
+    return files if ends is None else {**files, "generation_ends": ends}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +55,21 @@ class QwenVLConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "QwenVLConfig":
-        """Read config.json, and preprocessor_config.json, if it is there."""
-        return cls.from_files(*(read_json(folder / name) for name in ("config.json", "preprocessor_config.json")))
+        """Read config.json, and preprocessor_config.json and generation_config.json, if they are there."""
+        return cls.from_files(with_ends(folder), read_json(folder / "preprocessor_config.json"))
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any]) -> "QwenVLConfig":
         """From the contents of the released files, the text's numbers at the top of config.json or in its text_config."""
         if "vision_config" not in files:
             raise ValueError(f"config.json describes no Qwen2.5-VL: expected a vision_config; found {', '.join(files)}")
-        text = {**RELEASED, **given(files), **given(files.get("text_config", {}))}
+        text = {**SILENT, **given(files), **given(files.get("text_config", {}))}
         turning = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
         kinds = {turning.get(name, "default") for name in ("type", "rope_type")} - {"default", "mrope"}
         if kinds or text.get("use_sliding_window"):
             asked = f"rope_scaling of type {', '.join(kinds)}" if kinds else "use_sliding_window"
             raise ValueError(f"the config asks for {asked}, which no release does and is not built")
-        text = {"num_key_value_heads": text.get("num_attention_heads"), "qk_norm": False, **text}
+        text = {"qk_norm": False, **text}
         text |= {"rope_theta": turning.get("rope_theta", text["rope_theta"])}
         vision = QwenVisionConfig.from_files(files["vision_config"])
         return cls(

@@ -163,7 +163,7 @@ class Reader(Chatting, nn.Module):
         """The assistant's words after each prompt, which ends with a text."""
         sampling = sampling or TextSampling()
         contexts, last = self.prefilled(prompts)
-        steps = speak(self, contexts, last, end=self.cfg.markers.end, sampling=sampling, seeds=seed)
+        steps = speak(self, contexts, last, end=self.cfg.markers.ends, sampling=sampling, seeds=seed)
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
 
 

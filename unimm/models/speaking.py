@@ -37,6 +37,8 @@ def extend(model: Speaker, contexts: Sequence[Context], items: Sequence[Sequence
     Raises ValueError where a context would outgrow the positions that the model knows.
     """
     lengths = [sum(item.segment.length for item in more) for more in items]
+    if not any(lengths):
+        return list(contexts)
     cache = cache_of(model, contexts, lengths)
     past = [cache.past(i) for i in range(len(contexts))]
     batch = pack(items, past, device=model.device)
@@ -80,7 +82,7 @@ def speak(
     contexts: Sequence[Context],
     first: Sequence[int],
     *,
-    end: int,
+    end: int | Sequence[int],
     sampling: TextSampling,
     seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, weight_files
+from unimm.checkpoint import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
 from unimm.models.layers import RMSNorm, SwiGLU
 
 # how a released config names a feed-forward that is gated, and what the gate goes through
@@ -83,6 +83,10 @@ class T5Config:
         if (kind := files.get("model_type", "t5")) != "t5":
             raise ValueError(f"got model_type {kind!r}: expected 't5', as FLUX's text_encoder_2/config.json says")
         known = cls.SILENT | {key: value for key, value in files.items() if value is not None}
+        kind = known["feed_forward_proj"]
+        told = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+        if (act := known.get("dense_act_fn", told)) != told:
+            raise ValueError(f"got dense_act_fn {act!r} beside feed_forward_proj {kind!r}: expected {told!r}")
         return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
 
     def to_files(self) -> dict[str, Any]:
@@ -169,6 +173,12 @@ KEYS: Table = {
 }
 
 
+def keys(shapes: Mapping[str, Any]) -> Table:
+    """The key table for files of these names: some hold the table of embeddings under its other name alone."""
+    table, other = "shared.weight", "encoder.embed_tokens.weight"
+    return KEYS if table in shapes or other not in shapes else {**KEYS, table: None, other: KEYS[table]}
+
+
 def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> T5Encoder:
     """The encoder of a released folder (FLUX's text_encoder_2, or a whole T5 v1.1), strictly, in evaluation mode.
 
@@ -176,5 +186,6 @@ def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | t
     """
     with torch.device("meta"):
         model = T5Encoder(T5Config.from_files(json.loads((folder / "config.json").read_text())))
-    load_into(model, weight_files(folder, HUB_WEIGHTS), KEYS, dtype=dtype, device=torch.device(device))
+    paths = weight_files(folder, HUB_WEIGHTS)
+    load_into(model, paths, keys(read_shapes(paths)), dtype=dtype, device=torch.device(device))
     return model.eval()

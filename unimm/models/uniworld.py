@@ -40,7 +40,7 @@ from unimm.sequence import pack as packed
 from unimm.tokenizers.any_ratio import any_ratio
 from unimm.tokenizers.pixels import open_image, to_image
 from unimm.tokenizers.text import load_tokenizer
-from unimm.unified import Generation, Picture, Release, drawable, parse_dtype, pictures_of
+from unimm.unified import Generation, Picture, Release, asked, drawable, parse_dtype, pictures_of
 
 ANSWERER = "assistant"  # the head that decides looks at the last token that says so
 
@@ -183,7 +183,7 @@ class UniWorld(AroundReader):
     def decision(self, reading: Reading) -> Tensor:
         """The logits [2] of answering and of drawing; it draws where the second is larger. Raises ValueError without a head."""
         head = needed(self.decide, "head that decides", "a folder with task_head_final.pt or .safetensors")
-        return head(self.asker([reading.items], [reading.states])[0].float())
+        return head(self.asker([reading.items], [reading.states])[0].to(next(head.parameters()).dtype))
 
     def asker(self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor]) -> Tensor:
         """The state of the last word that says whose turn it is, of each sample [B, D]: what the head decides by."""
@@ -285,7 +285,8 @@ class UniWorld(AroundReader):
     def noise(self, size: tuple[int, int], seed: int) -> Tensor:
         """What a picture of (height, width) begins from [C, h, w]."""
         height, width = (side * SIDE // self.stride for side in size)
-        return torch.randn(self.cfg.latent_channels, height, width, generator=torch.Generator().manual_seed(seed))
+        shape = self.cfg.latent_channels, height, width
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
     @property
     def stride(self) -> int:
@@ -348,14 +349,18 @@ class UniWorld(AroundReader):
         for i, size in enumerate(sizes):
             alike.setdefault((size, below[i].shape[1] if i in below else 0), []).append(i)
         found: dict[int, Image.Image] = {}
+
+        def scales(of: Sequence[float], rows: Sequence[int]) -> Tensor:
+            return torch.tensor([of[i] for i in rows], dtype=torch.float32, device=self.device)
+
         for (size, rows_below), rows in alike.items():
             noises = torch.stack([self.noise(size, how.seeds[i]) for i in rows])
             latents = self.denoise(
                 [told[i] for i in rows],
                 noises,
                 pooled=pooled[rows],
-                guidance=torch.tensor([how.guidances[i] for i in rows], device=self.device),
-                text_guidance=torch.tensor([how.text_guidances[i] for i in rows], device=self.device),
+                guidance=scales(how.guidances, rows),
+                text_guidance=scales(how.text_guidances, rows),
                 times=self.times(size, how.steps, references=rows_below // noises.shape[2]),
                 references=torch.stack([below[i] for i in rows]) if rows_below else None,
                 progress=how.progress,
@@ -395,8 +400,8 @@ class UniWorld(AroundReader):
         """
         if think:
             raise NotImplementedError("UniWorld does not think before it draws: Bagel does")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        shown = [[open_image(picture) for picture in some] for some in pictures_of(images, prompt)]
+        prompts, pictures = asked(prompt, images)
+        shown = [[open_image(picture) for picture in some] for some in pictures]
         if not 0 <= residual <= 1:
             raise ValueError(f"got residual {residual}: expected 0 to 1")
         cfg, many = self.cfg, len(prompts)
@@ -404,8 +409,8 @@ class UniWorld(AroundReader):
         given = Painting(steps=number, t5=t5, clip=clip, references=references, progress=progress)
         scales = (cfg.guidance if guidance is None else guidance, cfg.text_guidance if text_guidance is None else text_guidance)
         how = given.of(many, n, stride=self.stride, size=size, seed=seed, guidance=scales[0], text_guidance=scales[1])
-        asked = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
-        readings = self.read(asked, residual=residual)
+        samples = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
+        readings = self.read(samples, residual=residual)
         return Generation(self.painted(readings, prompts, shown, how))
 
     def respond(
@@ -435,7 +440,7 @@ class UniWorld(AroundReader):
         if answers < draws:
             return Generation(self.painted([reading], [prompt], [shown], how))
         sampling = text or TextSampling(max_tokens=self.cfg.max_tokens)
-        end, words = self.reader.cfg.markers.end, self.reader.prompts.words
+        end, words = self.reader.cfg.markers.ends, self.reader.prompts.words
         steps_of = speak(self.reader, [reading.context], [reading.last], end=end, sampling=sampling, seeds=how.seeds)
         return TextStream(steps_of, words.decode, 1, sampling.stop).texts()[0]
 

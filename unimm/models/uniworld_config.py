@@ -12,7 +12,7 @@ from typing_extensions import Self
 from unimm.checkpoint import HUB_WEIGHTS, read_json, read_shapes, weight_files
 from unimm.models.flux import FluxConfig
 from unimm.models.mmdit import SIDE
-from unimm.models.qwen_vl import QwenVLConfig
+from unimm.models.qwen_vl import QwenVLConfig, with_ends
 from unimm.tokenizers.any_ratio import RATIOS
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -90,10 +90,10 @@ class UniWorldConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read config.json, preprocessor_config.json, and the headers of the weights that are there."""
+        """Read config.json, what preprocessor_config.json and generation_config.json add, and the headers of the weights."""
         held = [_shapes(folder, HUB_WEIGHTS), _shapes(folder, DECIDER)]
-        files = [read_json(folder / name) for name in ("config.json", "preprocessor_config.json")]
-        return cls.from_files(files[0], files[1], shapes=held[0], head=held[1])
+        look = read_json(folder / "preprocessor_config.json")
+        return cls.from_files(with_ends(folder), look, shapes=held[0], head=held[1])
 
     @classmethod
     def from_files(

@@ -34,7 +34,7 @@ class Painting:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or min([*self.guidances, *self.text_guidances], default=0) < 0:
+        if self.steps < 1 or not all(scale >= 0 for scale in (*self.guidances, *self.text_guidances)):
             raise ValueError(
                 f"got steps {self.steps}, guidances {[*self.guidances]}, text guidances {[*self.text_guidances]}: expected a "
                 "step, and scales of 0 or more"

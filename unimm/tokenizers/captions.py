@@ -13,7 +13,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer
+from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, files_in
 
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH, T5_LENGTH = 77, 512  # of FLUX's captions
@@ -26,7 +26,7 @@ class ClipTokenizer(JsonTokenizer):
     """CLIP's byte pairs: a tokenizer.json, or what vocab.json and merges.txt say."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.files = files_in(folder, self.FILES)
         whole = folder / "tokenizer.json"
         self.inner = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else byte_pairs(folder)
         self.inner.no_truncation()

@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
 
 
 def open_image(image: Image.Image | str | Path) -> Image.Image:
-    """An RGB picture from a picture or a path: transparency on white, 16 bits to 8.
+    """An RGB picture from a picture or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
 
-    Raises ValueError for a missing, broken or unknown file and for more than MAX_PIXELS pixels.
+    Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing, broken or unknown
+    file, for more than MAX_PIXELS pixels or none, and for a picture of floats, whose range nobody knows.
     """
     if isinstance(image, str | Path):
         try:
@@ -31,16 +32,22 @@ def open_image(image: Image.Image | str | Path) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"got an image of {width}x{height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
+    if not width * height:
+        raise ValueError(f"got an image of {width}x{height}: expected a pixel or more")
     try:
         image.load()
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image is broken or cut short: {error}") from error
-    return _to_rgb(image)
+    if image.mode == "F":
+        raise ValueError("got an image of floats (mode F): expected 8 or 16 bits; scale it to 0..255 and make it uint8")
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # PIL's own conversion clips at 255
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        levels = levels // 257 if image.mode != "I" or levels.max() > 255 else levels
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -15,6 +15,7 @@ from torch import Tensor
 from unimm.tokenizers.pixels import normalised
 
 Grid = tuple[int, int, int]  # patches of a picture in time, down and across
+SILENT_MAX = 28 * 28 * 1280  # where a preprocessor_config.json is silent
 LONGEST = 200  # sides this many times as long as the other are refused, as in the original
 
 
@@ -27,6 +28,7 @@ class SmartResize:
     frames: int  # a patch spans as many; a still picture is repeated
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 16384
+    resample: int = 3  # PIL's number of a filter
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     scale: float = 1 / 255
@@ -34,6 +36,7 @@ class SmartResize:
     FILES: ClassVar = {
         "min_pixels": "min_pixels",
         "max_pixels": "max_pixels",
+        "resample": "resample",
         "mean": "image_mean",
         "std": "image_std",
         "scale": "rescale_factor",
@@ -42,6 +45,8 @@ class SmartResize:
 
     def __post_init__(self) -> None:
         sizes = (self.patch, self.merge, self.frames, self.min_pixels)
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json")
         if min(sizes) < 1 or self.max_pixels < self.min_pixels or not len(self.mean) == len(self.std) or min(self.std) <= 0:
             raise ValueError(
                 f"got {self}: expected positive sizes, no fewer max_pixels than min_pixels, and a mean and a deviation (above "
@@ -50,20 +55,25 @@ class SmartResize:
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any], *, patch: int, merge: int, frames: int) -> "SmartResize":
-        """Read a preprocessor_config.json; the released numbers for what is missing. patch, merge, frames: the tower's."""
+        """Read a preprocessor_config.json. patch, merge, frames: the tower's.
+
+        Without a file the released numbers are taken; where a file names no max_pixels, that of transformers, a 13th.
+        """
         tower: dict[str, Any] = {"patch": patch, "merge": merge, "frames": frames}
         asked = {theirs: (files.get(theirs, tower[ours]), tower[ours]) for ours, theirs in cls.SHARED.items()}
         wrong = [f"{theirs} {got}" for theirs, (got, expected) in asked.items() if got != expected]
-        if wrong or not files.get("do_normalize", True):
+        wrong += [f"{name} false" for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
+        if wrong:
             raise ValueError(
-                f"got {', '.join(wrong) or 'do_normalize false'} in preprocessor_config.json: expected what the vision_config "
-                f"says, {tower}, and normalised values"
+                f"got {', '.join(wrong)} in preprocessor_config.json: expected what the vision_config says, {tower}, and "
+                "nothing switched off"
             )
         size = files.get("size") or {}
         # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
         edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         named = {ours: size.get(edge, size.get(ours)) for ours, edge in edges.items()}
-        fields: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        fields: dict[str, Any] = {"max_pixels": SILENT_MAX} if files else {}
+        fields |= {name: value for name, value in named.items() if value is not None}
         fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
         return cls(**tower, **fields)
@@ -84,9 +94,9 @@ class SmartResize:
         return smart_size(height, width, self.cell, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The resized picture (PIL's bicubic, with its antialias)."""
+        """The resized picture (by PIL, with its antialias)."""
         height, width = self.size(image.height, image.width)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.resize((width, height), Image.Resampling(self.resample))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An RGB picture, resized, as normalised values [3, h, w] float32."""

@@ -1,11 +1,10 @@
 """Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
@@ -31,11 +30,16 @@ class JsonTokenizer:
     FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
     def __init__(self, folder: Path, special: Sequence[str] = ()):
-        self.folder = folder
+        self.files = files_in(folder, self.FILES)
         path = folder / "tokenizer.json"
         self.inner = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else qwen_tokenizer(folder)
         self.inner.add_special_tokens([token for token in special if self.inner.token_to_id(token) is not None])
         self.inner.encode_special_tokens = True  # a marker typed by a user stays text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copying and pickling keep all but this of `inner`."""
+        self.__dict__.update(state)
+        self.inner.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no markers added."""
@@ -53,9 +57,13 @@ class JsonTokenizer:
         return {token.content: at for at, token in added.items() if token.special}
 
     def save(self, folder: Path) -> None:
-        for name in self.FILES:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
+        for name, contents in self.files.items():
+            (folder / name).write_bytes(contents)
+
+
+def files_in(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """What some files of a folder hold, those that are there: the folder may be gone when they are written again."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
 def qwen_tokenizer(folder: Path) -> tokenizers.Tokenizer:

@@ -311,7 +311,7 @@ class VAE(nn.Module):
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
                 f"multiples of {stride}: resize or crop it first"
             )
-        mean, logvar = rearrange(self.quant_conv(self.encoder(image)), "B (two C) h w -> two B C h w", two=2)
+        mean, logvar = rearrange(self.quant_conv(self.encoder(image.to(self.dtype))), "B (two C) h w -> two B C h w", two=2)
         return mean, logvar
 
     def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:
@@ -325,4 +325,10 @@ class VAE(nn.Module):
         channels = self.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
-        return self.decoder(self.post_quant_conv(latent / self.config.scale + self.config.shift))
+        z = (latent / self.config.scale + self.config.shift).to(self.dtype)
+        return self.decoder(self.post_quant_conv(z))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, which pictures and latents are cast to."""
+        return self.decoder.conv_in.weight.dtype

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.nameless import unnamed
@@ -96,16 +96,6 @@ def taken(task: str, index: int, *, seed: int) -> Example:
     """A training example of a task of the little world, or of THOUGHTS."""
     one = example(THOUGHTS.get(task, task), index, seed=seed)
     return replace(one, task=task, answer=one.think, target=None) if task in THOUGHTS else one
-
-
-def freeze(model: nn.Module, frozen: Sequence[str], *, always: Sequence[str]) -> None:
-    """Leave out of training what begins with one of these. Raises ValueError for a beginning that no parameter has."""
-    names = [name for name, _ in model.named_parameters()]
-    if lost := [beginning for beginning in frozen if not any(name.startswith(beginning) for name in names)]:
-        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-        raise ValueError(f"got frozen {lost}, expected beginnings of parameters: the model's parts are {parts}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith((*always, *frozen)))
 
 
 def labels(samples: Sequence[Sequence[Item]]) -> list[int]:

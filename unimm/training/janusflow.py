@@ -30,12 +30,12 @@ from unimm.training.conversing import (
     Conversations,
     by_group,
     drawn_tokens,
-    freeze,
     groups,
     labels,
     load_tower,
     to_images,
 )
+from unimm.training.freezing import freeze
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import compile_streams, encoded, init_decoder, sheet, text_model, trained
 

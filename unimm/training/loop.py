@@ -8,7 +8,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unimm.training.average import Average
+from unimm.training.freezing import check_beginnings
 from unimm.training.objective import Objective
 from unimm.training.recipe import Recipe
 from unimm.training.saving import (
@@ -61,8 +63,10 @@ def train(
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = Log(out / "log.jsonl", after=trainer.step)
     deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-    with Stop() as stop, tqdm(total=recipe.steps, initial=trainer.step, desc=objective.name, disable=None) as bar:
-        for batch in batches(objective.batch, trainer.step, recipe.steps, workers=workers):
+    ahead = closing(batches(objective.batch, trainer.step, recipe.steps, workers=workers))
+    bars = tqdm(total=recipe.steps, initial=trainer.step, desc=objective.name, disable=None)
+    with Stop() as stop, ahead as made, bars as bar:
+        for batch in made:
             trainer.update(batch)
             bar.update()
             stopping = stop.asked or time.monotonic() > deadline or trainer.step == recipe.steps
@@ -135,6 +139,10 @@ class Trainer:
             )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.params, recipe.clip)
+        if not math.isfinite(norm.item()):  # a step would spoil every weight, and the next checkpoint
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()} at step {self.step}: lower lr or clip and resume the last checkpoint"
+            )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -225,23 +233,30 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices that the recipe names, AdamW for the rest; weight decay on matrices only, but for those it leaves out."""
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    check_beginnings(model, recipe.muon, where="muon")
+    check_beginnings(model, recipe.undecayed, where="undecayed")
     for name, p in model.named_parameters():
         if p.requires_grad:
             (hidden if p.ndim == 2 and name.startswith(recipe.muon) else others).append(p)
     kept = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.startswith(recipe.undecayed)}
-    groups = [
-        {"params": [p for p in others if id(p) not in kept], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in others if id(p) in kept], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        parts = (([p for p in params if id(p) not in kept], recipe.weight_decay), ([p for p in params if id(p) in kept], 0.0))
+        return [{"params": part, "weight_decay": decay} for part, decay in parts if part]
+
     found: list[torch.optim.Optimizer] = []
     if hidden:
-        found.append(
-            torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    if groups:
-        found.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True))
+        found.append(torch.optim.Muon(groups(hidden), lr=recipe.lr, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        found.append(torch.optim.AdamW(groups(others), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """What a batch's maker raised, for whoever asked for the batch."""
+
+    error: Exception
 
 
 class Batches(Dataset[Any]):
@@ -251,11 +266,18 @@ class Batches(Dataset[Any]):
         self.batch = batch
 
     def __getitem__(self, step: int) -> Any:
-        return self.batch(step)
+        try:
+            return self.batch(step)
+        except (ValueError, TypeError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
+            # raised again in `batches`: the loader would wrap its words in a worker's trace
+            return Failed(error)
 
 
-def batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Iterator[Any]:
-    """batch(start) ... batch(stop - 1), in order, made ahead by worker processes."""
+def batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
+    """batch(start) ... batch(stop - 1), in order, made ahead by worker processes; close it to be rid of these.
+
+    Raises what `batch` raises.
+    """
     loader = DataLoader(
         Batches(batch),
         batch_size=None,
@@ -266,7 +288,10 @@ def batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int)
         # its own generator, so that starting workers does not move the global one and with it a resumed run
         generator=torch.Generator(),
     )
-    return iter(loader)
+    for made in loader:
+        if isinstance(made, Failed):
+            raise made.error
+        yield made
 
 
 def deafen(worker: int) -> None:

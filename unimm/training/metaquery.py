@@ -26,7 +26,8 @@ from unimm.models.sana import Sana, SanaBlock, load_sana
 from unimm.sequence import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.tokenizers.pixels import to_tensor
-from unimm.training.conversing import DRAWINGS, by_group, freeze
+from unimm.training.conversing import DRAWINGS, by_group
+from unimm.training.freezing import freeze
 from unimm.training.pairs import FilePairs, Pair, Pairs, WorldPairs
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, compile_streams, sheet

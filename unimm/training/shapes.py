@@ -28,6 +28,7 @@ from unimm.models.dialogue import Items, Markers
 from unimm.sequence import Item, Pack, pack
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.tokenizers.vae import VAE
+from unimm.training.freezing import freeze
 from unimm.training.recipe import Recipe, strict
 from unimm.training.tasks import dealt
 from unimm.unified import UnifiedModel
@@ -108,7 +109,8 @@ class Worlds:
         text_groups = [TEXTS.index(g) if (g := "think" if group == "reason" else group) in TEXTS else -1 for group in groups]
         flow_groups = [FLOWS.index(group) if group in FLOWS else -1 for group in groups]
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
-        images = torch.from_numpy(np.stack(pictures.seen))
+        # a small batch may draw nothing
+        images = torch.from_numpy(np.stack(pictures.seen) if pictures.seen else np.zeros((0, 0, 0, 3), np.uint8))
         side = images.shape[1] // config.vae.stride
         return Batch(
             pack=packed,
@@ -122,8 +124,10 @@ class Worlds:
     def filler(self, samples: Sequence[Sequence[Item]], pictures: Pictures) -> list[Item]:
         """A sample without loss that rounds up the rows of each expert: new shapes cost a CPU more than these rows."""
         drawn = sum(i.n_tokens for items in samples for i in items if i.kind == "draw")
-        blank = pictures.repeated()
-        blanks = [blank] * (-drawn % ROUND_ROWS // blank.n_tokens)
+        blanks: list[Item] = []
+        if drawn:
+            blank = pictures.repeated()
+            blanks = [blank] * (-drawn % ROUND_ROWS // blank.n_tokens)
         others = sum(i.segment.length for items in samples for i in items) - drawn + 2 * len(blanks)
         return [*blanks, self.items.text([0] * (-others % ROUND_ROWS - 2))] if -others % ROUND_ROWS > 2 else blanks
 
@@ -216,8 +220,7 @@ class ShapesObjective:
         model.tokenizer = tokenizer
         if options.compiled:
             compile_streams(model.decoder)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(tuple(options.frozen)))
+        freeze(model, options.frozen)
         worlds = Worlds(
             options=options, config=model.cfg, items=model.items, tokenizer=tokenizer, size=recipe.batch, seed=recipe.seed
         )
@@ -249,10 +252,11 @@ class ShapesObjective:
 @torch.no_grad()
 def encoded(pack: Pack, vae: VAE, images: Tensor, posterior: Tensor, *, patch: int) -> Pack:
     """The pack with real latent tokens in place of (picture, token); images [P, 3, H, W], posterior [P, z, h, w]."""
+    if pack.draw is None:
+        return pack
     device = next(vae.parameters()).device
     latents = vae.encode(images.to(device), noise=posterior.to(device)).float().cpu()
     tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
-    assert pack.draw is not None, "every batch draws"
     picture, token = pack.draw.content.unbind(-1)
     return replace(pack, draw=replace(pack.draw, content=tokens[picture, token]))
 

@@ -33,8 +33,9 @@ from unimm.models.uniworld_prompts import UniWorldPrompts
 from unimm.sequence import Item, text_item
 from unimm.tokenizers.pixels import Stretch
 from unimm.tokenizers.vae_layouts import load_vae
-from unimm.training.conversing import DRAWINGS, by_group, freeze, groups, to_images
+from unimm.training.conversing import DRAWINGS, by_group, groups, to_images
 from unimm.training.edit_weights import EditWeights, SmallEditError
+from unimm.training.freezing import freeze
 from unimm.training.recipe import Recipe, strict
 from unimm.training.shapes import ROUND_ROWS, sheet
 from unimm.training.tasks import dealt

@@ -143,9 +143,10 @@ class VisionObjective:
     def accuracy(self) -> float:
         """The part of one batch of fresh train scenes of which every patch is said right."""
         batch = self.batch.batch(self.batch.scenes(10**9))
+        device = next(self.model.parameters()).device
         with torch.no_grad():
-            logits = self.model(batch.patches, self.side)
-        right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets
+            logits = self.model(batch.patches.to(device), self.side)
+        right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets.to(device)
         return rearrange(right, "(b n) k -> b (n k)", n=self.side**2).all(-1).float().mean().item()
 
     def picture(self) -> Image.Image:
