@@ -104,6 +104,8 @@ def test_a_family_is_loaded_by_its_name(monkeypatch):
 def test_saving_over_another_model(tmp_path, janus):
     (tmp_path / "README.md").write_text("mine")
     janus.save_pretrained(tmp_path)
+    janus.save_pretrained(tmp_path / "step 100")
+    (tmp_path / "step 100" / "tokenizer.json").write_text("{}")  # nobody's business
     janus.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     before = (tmp_path / "config.json").stat().st_mtime_ns
@@ -272,3 +274,9 @@ def test_a_pack_that_was_looked_at_serves_training(bagel):
     losses = model(batch, noise)
     (losses.ce.sum() + losses.mse.sum()).backward()
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_saving_a_uniworld_without_what_was_there_before(tmp_path):
+    uniworld().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds text_encoder/config.json, .*tokenizer_2.* of another model"):
+        uniworld(clip=False, t5=False).save_pretrained(tmp_path)

@@ -24,6 +24,7 @@ OPTIONAL = (
     *("vae_config.json", "ae.safetensors", "vit_config.json", "llm_config.json", "preprocessor_config.json"),
     *("task_head_final.pt", "task_head_final.safetensors"),
 )
+OPTIONAL_FOLDERS = ("siglip", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 # a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,
@@ -308,8 +309,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
-        found = {path.relative_to(folder) for path in folder.rglob("*") if path.name in OPTIONAL}
-        if stale := [str(name) for name in sorted(found) if not (partial / name).exists()]:
+        if stale := leftovers(folder, partial):
             raise ValueError(
                 f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
                 "save into another folder, or remove them first"
@@ -321,6 +321,15 @@ def written_beside(folder: Path) -> Iterator[Path]:
             path.replace(place)
     finally:
         shutil.rmtree(partial)
+
+
+def leftovers(folder: Path, fresh: Path) -> list[str]:
+    """What a folder holds that would be read together with the files of `fresh`, which do not replace it."""
+    written = [path for path in fresh.rglob("*") if path.is_dir()]
+    beside = [folder / path.relative_to(fresh) / name for path in (fresh, *written) for name in OPTIONAL]
+    below = [path for name in OPTIONAL_FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
+    found = sorted({path.relative_to(folder) for path in (*beside, *below) if path.exists()})
+    return [str(name) for name in found if not (fresh / name).exists()]
 
 
 def save_state(state: dict[str, Tensor], path: Path) -> None:

@@ -254,9 +254,11 @@ def seeds(seed: int | Sequence[int], n: int, *, copies: int = 1) -> list[int]:
     Raises ValueError for a negative one, one of more than 63 bits, and for what is no whole number.
     """
     given = plain(seed)
-    single = not isinstance(given, Sequence)
     try:
-        first = [index(one) + copies * i * single for i, one in enumerate(each(given, n, "seeds"))]
+        if isinstance(given, Sequence):
+            first = [index(one) for one in each(given, n, "seeds")]
+        else:
+            first = [index(given) + copies * i for i in range(n)]
     except TypeError:
         raise ValueError(f"got seed {seed!r}: expected a whole number, or one for each prompt") from None
     found = [one + i for one in first for i in range(copies)]
