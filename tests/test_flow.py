@@ -141,7 +141,7 @@ def test_share_asks_once():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with a newer numpy
-@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (4, 3.0), (14, 1.0), (30, 3.0), (51, 2.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (4, 3.0), (11, 1.0), (13, 1.0), (14, 1.0), (30, 3.0), (51, 2.0)])
 def test_solver_equals_diffusers(steps, shift):
     from diffusers import DPMSolverMultistepScheduler
 

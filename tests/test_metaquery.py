@@ -259,6 +259,12 @@ def test_parts_that_do_not_fit(folder):
     with pytest.raises(ValueError, match="expected 'DPMSolverMultistepScheduler'"):
         MetaQuery.from_pretrained(changed(folder, "Sana-tiny/scheduler/scheduler_config.json", _class_name="Other"))
     shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
+    scheduler = folder / "Sana-tiny/scheduler/scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({key: value for key, value in said.items() if key != "prediction_type"}))
+    with pytest.raises(ValueError, match="the scheduler's config lacks prediction_type"):
+        MetaQuery.from_pretrained(folder)
+    shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="reader of model_type 'llama': MetaQuery asks qwen2_5_vl or llava_onevision"):
         MetaQuery.from_pretrained(changed(folder, "Qwen2.5-VL-tiny/config.json", model_type="llama"))
 

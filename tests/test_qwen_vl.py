@@ -20,7 +20,7 @@ from unimm.models.qwen_prompts import PLACEHOLDER, SHOWN, QwenMarkers, frames
 from unimm.models.qwen_vision import QwenVisionConfig, cells, windows
 from unimm.models.qwen_vl import QwenVL, QwenVLConfig, nested, qwen_keys
 from unimm.models.speaking import extend, speak
-from unimm.sampling import EMPTY, TextSampling
+from unimm.sampling import EMPTY, TextSampling, decode
 from unimm.sequence import IGNORE, pack, text_item
 from unimm.tokenizers.smart_resize import SmartResize, smart_size
 
@@ -456,3 +456,51 @@ def test_a_given_attention_is_used(ours):
 def test_vision_config_says_what_it_lacks():
     with pytest.raises(ValueError, match="lacks hidden_size, out_hidden_size"):
         QwenVisionConfig.from_files({})
+
+
+def test_where_a_config_is_silent():
+    """As transformers has it: a config that was written as differences from its class means those numbers."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+
+    said = files()
+    for name in ("rms_norm_eps", "max_position_embeddings"):
+        said.pop(name, None)
+    vision = {key: value for key, value in said["vision_config"].items() if key != "tokens_per_second"}
+    config = QwenVLConfig.from_files(said | {"vision_config": vision}, {})
+    text, tower = Qwen2_5_VLTextConfig(), Qwen2_5_VLVisionConfig()
+    assert config.decoder.norm_eps == text.rms_norm_eps and config.decoder.max_positions == text.max_position_embeddings
+    assert config.vision.ticks == tower.tokens_per_second
+    with pytest.raises(ValueError, match="expected a rope_theta of 10000"):
+        QwenVLConfig.from_files(files(vision_config=said["vision_config"] | {"rope_parameters": {"rope_theta": 500.0}}), {})
+
+
+def test_several_ids_end_an_answer(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ours.cfg.markers.end, 7]}))
+    both = QwenVL.from_pretrained(tmp_path)
+    assert both.cfg.markers.end == ours.cfg.markers.end and both.cfg.markers.ends == (ours.cfg.markers.end, 7)
+    both.save_pretrained(tmp_path / "again")
+    assert QwenVL.from_pretrained(tmp_path / "again").cfg == both.cfg
+    step = lambda ids, n: torch.nn.functional.one_hot(torch.tensor([[3, 7], [4, 9]][n]), 10).float()  # noqa: E731
+    short = TextSampling(max_tokens=2)
+    assert list(decode(step, [1, 1], end=(9, 7), sampling=short, seeds=[0, 0])) == [[3, None], [4, None]]
+    assert list(decode(step, [1, 1], end=9, sampling=short, seeds=[0, 0])) == [[3, 7], [4, None]]
+
+
+def test_a_prompt_of_one_id(ours):
+    contexts, last = ours.prefilled([[text_item([5])]])
+    assert contexts[0].length == 0 and last == [5]
+
+
+def test_what_a_preprocessor_says_is_done():
+    rule = SmartResize.from_files({"resample": 2}, patch=4, merge=2, frames=2)
+    assert rule.resample == 2 and rule.max_pixels == 28 * 28 * 1280
+    assert SmartResize.from_files(rule.to_files(), patch=4, merge=2, frames=2) == rule
+    image = picture(64, 48)
+    expected = image.resize(rule.size(image.height, image.width)[::-1], Image.Resampling.BILINEAR)
+    assert np.array_equal(np.asarray(rule(image)), np.asarray(expected))
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        with pytest.raises(ValueError, match=f"got {name} false"):
+            SmartResize.from_files({name: False}, patch=4, merge=2, frames=2)
+    with pytest.raises(ValueError, match="got resample 9"):
+        SmartResize.from_files({"resample": 9}, patch=4, merge=2, frames=2)

@@ -212,3 +212,20 @@ def test_wrong_inputs():
         small("clip")(torch.zeros(1, 12, dtype=torch.long))
     with pytest.raises(ValueError, match=r"got ids \[3\]: expected \[B, L\]"):
         small("t5")(torch.zeros(3, dtype=torch.long))
+
+
+def test_a_t5_whose_table_goes_by_its_other_name(tmp_path):
+    model = small("t5")
+    write(tmp_path, model, t5.KEYS)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(load_t5(tmp_path)(ids), model(ids))
+
+
+def test_an_activation_beside_the_feed_forwards_own():
+    T5Config.from_files(T5 | {"dense_act_fn": "gelu_new"})
+    with pytest.raises(ValueError, match="got dense_act_fn 'relu' beside feed_forward_proj 'gated-gelu': expected 'gelu_new'"):
+        T5Config.from_files(T5 | {"dense_act_fn": "relu"})

@@ -46,7 +46,7 @@ class Solver:
         "use_lu_lambdas": False,
         "use_dynamic_shifting": False,
     }
-    # where a config is silent, diffusers takes something else
+    # where a file of diffusers' is silent, it means something else
     SPOKEN: ClassVar = ("prediction_type", "use_flow_sigmas")
 
     def __post_init__(self) -> None:
@@ -59,7 +59,8 @@ class Solver:
         for key, expected in cls.FIXED.items():
             if files.get(key, expected) != expected:
                 raise ValueError(f"got {key} {files[key]!r} in the scheduler's config, expected {expected!r}, as Sana's says")
-        if lost := [name for name in (*cls.FILES.values(), *cls.SPOKEN) if name not in files]:
+        wanted = (*cls.FILES.values(), *(cls.SPOKEN if "_class_name" in files else ()))
+        if lost := [name for name in wanted if name not in files]:
             raise ValueError(f"the scheduler's config lacks {', '.join(lost)}: expected Sana's scheduler_config.json")
         return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
 
