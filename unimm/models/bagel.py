@@ -426,7 +426,7 @@ class Bagel(UnifiedModel):
 
     def _written(self, dialogues: Sequence[Dialogue], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The model's own text after each dialogue."""
-        sampling = sampling or TextSampling(max_tokens=self.cfg.defaults.think_tokens)
+        sampling = (sampling or TextSampling()).within(self.cfg.defaults.think_tokens)
         steps = write(self, [d.main for d in dialogues], sampling, seed)
         return TextStream(steps, self._words.decode, len(dialogues), sampling.stop)
 

@@ -108,7 +108,7 @@ class Conversing(Chatting, UnifiedModel):
 
     def written(self, prompts: Sequence[list[Item]], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The assistant's words after each prompt."""
-        sampling = sampling or TextSampling(max_tokens=self.talk.max_tokens)
+        sampling = (sampling or TextSampling()).within(self.talk.max_tokens)
         contexts, last = self.prefilled(prompts)
         steps = speak(self, contexts, last, end=self.markers.eos, sampling=sampling, seeds=seed)
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)

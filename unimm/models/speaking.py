@@ -87,7 +87,7 @@ def speak(
     seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:
     """Text after each context and a `first` id, until `end`: one id a context at a time, None for those that have ended."""
-    rows = Rows(model, contexts, sampling.max_tokens)
+    rows = Rows(model, contexts, sampling.tokens)
 
     @torch.inference_mode()
     def step(ids: list[int], behind: int) -> Tensor:

@@ -439,7 +439,7 @@ class UniWorld(AroundReader):
         answers, draws = self.decision(reading).tolist()
         if answers < draws:
             return Generation(self.painted([reading], [prompt], [shown], how))
-        sampling = text or TextSampling(max_tokens=self.cfg.max_tokens)
+        sampling = (text or TextSampling()).within(self.cfg.max_tokens)
         end, words = self.reader.cfg.markers.ends, self.reader.prompts.words
         steps_of = speak(self.reader, [reading.context], [reading.last], end=end, sampling=sampling, seeds=how.seeds)
         return TextStream(steps_of, words.decode, 1, sampling.stop).texts()[0]
