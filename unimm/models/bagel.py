@@ -393,7 +393,7 @@ class Bagel(UnifiedModel):
     def noise(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Where a picture of (height, width) begins, [L, C]: drawn on the CPU in float32."""
         tokens = (size[0] // self.cfg.stride) * (size[1] // self.cfg.stride)
-        return torch.randn(tokens, self.cfg.latent_dim, generator=generator, dtype=torch.float32)
+        return torch.randn(tokens, self.cfg.latent_dim, generator=generator, dtype=torch.float32, device="cpu")
 
     def _draw(self, dialogues: list[Dialogue], generators: Sequence[torch.Generator], options: Drawing) -> list[Image.Image]:
         """A picture after each dialogue: guided as an edit where pictures came before."""
@@ -441,7 +441,7 @@ class Bagel(UnifiedModel):
         image, vae = open_image(picture), self.cfg.vae
         width, height = self.cfg.draw.size(image.width, image.height)
         grid = height // vae.stride, width // vae.stride
-        noise = torch.randn(vae.latent_channels, *grid, generator=generator, dtype=torch.float32)
+        noise = torch.randn(vae.latent_channels, *grid, generator=generator, dtype=torch.float32, device="cpu")
         return self.picture_items(image, noise=noise, draw=draw)
 
 

@@ -381,7 +381,8 @@ class JanusFlow(Conversing):
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """What a picture is drawn from, [C, H, W]."""
-        return torch.randn(self.cfg.encoder.in_channels, *self.cfg.latent, generator=generator, dtype=torch.float32)
+        shape = self.cfg.encoder.in_channels, *self.cfg.latent
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def target(tokens: Tensor, boi: int, *, time: float) -> Item:

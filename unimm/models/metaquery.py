@@ -385,7 +385,7 @@ class MetaQuery(AroundReader):
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """What a picture begins from, drawn on the CPU."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
 # ---- released files

@@ -286,7 +286,7 @@ class UniWorld(AroundReader):
         """What a picture of (height, width) begins from [C, h, w]."""
         height, width = (side * SIDE // self.stride for side in size)
         shape = self.cfg.latent_channels, height, width
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
     @property
     def stride(self) -> int:
