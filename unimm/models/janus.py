@@ -115,8 +115,6 @@ class JanusConfig:
     def from_folder(cls, folder: Path) -> "JanusConfig":
         """Read config.json, of either layout, and preprocessor_config.json, if it is there."""
         files, look = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-        if "vision_gen_enc_config" in files:
-            raise ValueError(f"{folder} holds a JanusFlow, which draws by rectified flow: load it with unimm.JanusFlow")
         if "vision_config" not in files:
             raise ValueError(f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}")
         files = original_config(files) if "text_config" in files else files

@@ -79,8 +79,6 @@ class JanusFlowConfig:
     def from_folder(cls, folder: Path) -> "JanusFlowConfig":
         """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
         files, look, vae = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
-        if "gen_vision_config" in files or "vq_config" in files:
-            raise ValueError(f"{folder} holds a Janus, which draws codes: load it with unimm.Janus")
         if "vision_gen_enc_config" not in files:
             found = ", ".join(files) or "nothing"
             raise ValueError(f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}")
