@@ -132,8 +132,8 @@ def _attention_even(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n: i
     return rearrange(_fused(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, allowed, enable_gqa=q.shape[1] != k.shape[1])
+def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: bool = False) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -167,9 +167,11 @@ def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Plain attention of n queries that are the last n of m keys."""
     n, m = q.shape[0], k.shape[0]
-    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and n > 1 else None
+    # where all rows ask, no mask is needed: it takes SDPA off its fast path
+    square, masked = causal and n == m, causal and 1 < n < m
+    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if masked else None
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
-    return rearrange(_fused(q, k, v, allowed), "1 h n k -> n h k")
+    return rearrange(_fused(q, k, v, allowed, causal=square), "1 h n k -> n h k")
 
 
 def _rows(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
