@@ -11,6 +11,7 @@ NANO = GOLDEN.parents[1] / "unimm" / "nano"
 FLOORS = {
     "bagel-nano": {"draw.one": 0.8, "answer.colour": 0.85, "answer.relation": 0.85},
     "janus-nano": {"draw.one": 0.25, "answer.count": 0.6},
+    "janusflow-nano": {"draw.one": 0.1, "answer.shape": 0.8},
 }
 
 

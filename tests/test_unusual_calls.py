@@ -59,7 +59,7 @@ def test_a_prepared_model_reads_the_same_prompt():
     assert torch.equal(*(one.prompts.conversation(asked)[-1].ids for one in (reader, ready)))
 
 
-@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "metaquery-nano", "uniworld-nano"])
+@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "janusflow-nano", "metaquery-nano", "uniworld-nano"])
 def test_models_are_pickled(name):
     model = unimm.load(name)
     again = pickled(model)
@@ -243,7 +243,7 @@ def test_pictures_stand_upright(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "metaquery-nano", "uniworld-nano"])
+@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "janusflow-nano", "metaquery-nano", "uniworld-nano"])
 def test_other_default_dtypes(name, dtype):
     model = unimm.load(name)
     expected = pixels(model.generate("a red circle"))
@@ -255,7 +255,7 @@ def test_other_default_dtypes(name, dtype):
     assert np.abs(found - expected).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "metaquery-nano", "uniworld-nano"])
+@pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "janusflow-nano", "metaquery-nano", "uniworld-nano"])
 def test_a_model_that_is_cast(name):
     model = unimm.load(name).to(torch.bfloat16)
     assert model.generate("make it red", images=picture(64, 64)).image.size == (64, 64)

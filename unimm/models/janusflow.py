@@ -430,5 +430,6 @@ VAE_KEYS: Table = {"{*}": "vae.{*}"}
 HUB = "deepseek-ai/JanusFlow-1.3B"
 VERBS = ("generate", "understand", "chat")
 JanusFlow.RELEASES = {
-    HUB: Release(family="JanusFlow", hub=HUB, licence="DeepSeek Model License", parameters=2_046_367_504, verbs=VERBS)
+    "janusflow-nano": Release(family="JanusFlow", hub=None, licence="Apache-2.0", parameters=6_147_955, verbs=VERBS),
+    HUB: Release(family="JanusFlow", hub=HUB, licence="DeepSeek Model License", parameters=2_046_367_504, verbs=VERBS),
 }
