@@ -14,11 +14,13 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD = 256  # a wider head does not fit the registers
 
 _chosen: ContextVar[str | None] = ContextVar("unimm_kernels", default=None)
+_traced: str | None = None  # the same for graphs, which not every PyTorch lets look into a ContextVar; of all threads
 
 
 def backend() -> str:
     """The backend asked for: the innermost `use_kernels`, else UNIMM_KERNELS, else "auto"."""
-    return _checked(_chosen.get() or os.environ.get("UNIMM_KERNELS", "auto"))
+    asked = _traced if torch.compiler.is_compiling() else _chosen.get()
+    return _checked(asked or os.environ.get("UNIMM_KERNELS", "auto"))
 
 
 @contextmanager
@@ -30,11 +32,14 @@ def use_kernels(name: str) -> Iterator[None]:
     PyTorch's FlexAttention, compiled; other ops as in auto.
     A backend that cannot run is a ValueError with the reason, when an op is called.
     """
-    token = _chosen.set(_checked(name))
+    global _traced  # noqa: PLW0603 - a graph is guarded by a global alone
+    token, before = _chosen.set(_checked(name)), _traced
+    _traced = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _traced = before
 
 
 def resolve(op: str, *tensors: Tensor) -> str:
