@@ -367,7 +367,10 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     given = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "vae"))
     assert given.vae is None, "not before it is needed"
     given.tokenizer = model.tokenizer
+    before = set(given.state_dict())
     assert given.generate("a circle").image.size == (24, 24)
+    # no part of the model, and no tensors of the inference mode that it was first needed in
+    assert set(given.state_dict()) == before and not any(p.is_inference() for p in given.autoencoder.parameters())
     given.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / "ae.safetensors").exists()
     wrong = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "wide", z_channels=4))
