@@ -299,11 +299,11 @@ def sides(size: Any) -> tuple[int, int]:
 
 def drawable(size: tuple[int, int], stride: int, most: int) -> tuple[int, int]:
     """The (height, width) to draw. Raises ValueError, with the nearest that works, for other than multiples of stride."""
-    asked = sides(size)
-    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in asked)
-    if (height, width) != asked:
+    given = sides(size)
+    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in given)
+    if (height, width) != given:
         raise ValueError(
-            f"cannot draw (height, width) {asked}: expected multiples of {stride} up to {most}; "
+            f"cannot draw (height, width) {given}: expected multiples of {stride} up to {most}; "
             f"the nearest is {(height, width)}"
         )
     return height, width

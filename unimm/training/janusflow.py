@@ -144,8 +144,6 @@ class JanusFlowObjective:
 
     def encoded(self, batch: Batch) -> Pack:
         """The pack with real latent tokens; every picture meets the VAE once."""
-        if batch.pack.draw is None:
-            return batch.pack
         return encoded(batch.pack, self.model.autoencoder, batch.images, batch.posterior, patch=self.batch.patch)
 
     def picture(self) -> Image.Image:
