@@ -251,7 +251,7 @@ class ShapesObjective:
 
 @torch.no_grad()
 def encoded(pack: Pack, vae: VAE, images: Tensor, posterior: Tensor, *, patch: int) -> Pack:
-    """A pack, if it draws with real latent tokens in place of (picture, token); images [P, 3, H, W], posterior [P, z, h, w]."""
+    """The pack; if it draws, with latent tokens in place of (picture, token). images [P, 3, H, W], posterior [P, z, h, w]."""
     if pack.draw is None:
         return pack
     device = next(vae.parameters()).device
