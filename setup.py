@@ -39,7 +39,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["unimm", "unimm.*"]),
-    package_data={"unimm": ["py.typed", "nano/**", "training/recipes/*.yaml"]},
+    package_data={"unimm": ["py.typed", "pretrained/**", "training/recipes/*.yaml"]},
     install_requires=[
         "torch>=2.9",
         "einops",
@@ -58,5 +58,5 @@ setup(
         "typing_extensions",
     ],
     extras_require={"test": TEST, "all": TEST},
-    entry_points={"console_scripts": ["unimm = unimm.cli:main"]},
+    entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )

@@ -20,8 +20,10 @@ from timing import Machine, measure, peak_megabytes, relative_error, save, show
 from torch import Tensor
 
 from unimm.kernels import (
+    adaln as modulate,
+)
+from unimm.kernels import (
     linear_cross_entropy,
-    modulate,
     nearest_code,
     qk_norm_rope,
     rms_norm,

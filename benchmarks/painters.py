@@ -24,9 +24,9 @@ import torch
 from timing import Machine, show
 from torch import Tensor, nn
 
-from unimm.checkpoint import released_state
-from unimm.models.flux import Flux, FluxConfig, grid, keys
-from unimm.models.sana import KEYS, TIMESTEPS, Sana, SanaConfig
+from unimm.checkpoint.load import released_state
+from unimm.denoisers.flux import Flux, FluxConfig, grid, keys
+from unimm.denoisers.sana import KEYS, TIMESTEPS, Sana, SanaConfig
 
 # of the released config files; the layers are an option
 FLUX = dict(

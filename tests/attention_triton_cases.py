@@ -15,10 +15,10 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton_harness import in_child, mend_bfloat16, poisoned, red_zone, red_zone_intact
 
-from unimm.kernels.attention_triton import backward, forward
-from unimm.kernels.configs import Config, Loop
-from unimm.kernels.decode_triton import decode
-from unimm.kernels.schedule import Runs
+from unimm.kernels.attention.attention_triton import backward, forward
+from unimm.kernels.attention.decode_triton import decode
+from unimm.kernels.attention.tile_configs import Config, Loop
+from unimm.kernels.attention.tile_schedule import Runs
 
 if not in_child():
     pytest.skip("Triton interprets only in a child: run test_attention_triton.py", allow_module_level=True)

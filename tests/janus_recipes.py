@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unimm.models.vision import NaViT, VisionConfig
-from unimm.tokenizers.semantic import Branch, BranchConfig
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.tokenizers.semantic_vq import Branch, BranchConfig
 from unimm.tokenizers.vq import VQ, VQConfig
-from unimm.training import shapes
-from unimm.training.recipe import Recipe, read_recipe
-from unimm.training.vq import save_vq
+from unimm.training.config import Recipe, read_recipe
+from unimm.training.tasks import bagel as shapes
+from unimm.training.tasks.vq import save_vq
 
-RECIPES = Path(shapes.__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 LANGUAGE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
 VISION = dict(width=32, layers=2, heads=2, mlp_ratio=1.5)
 VIT = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint import released_state
-from unimm.models.qwen_vl import QwenVL, QwenVLConfig
+from unimm.checkpoint.load import released_state
 from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig
 from unimm.tokenizers.text import SentencePieceTokenizer
+from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "metaquery" / "dev"
 STRINGS = {"eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",

@@ -10,12 +10,12 @@ from torch import Tensor
 from triton_harness import in_child, mend_bfloat16, poisoned, red_zone
 
 from unimm.kernels import use_kernels
-from unimm.kernels.codes import _nearest_code, nearest_code
-from unimm.kernels.guidance import RENORMS, _guided, guided
-from unimm.kernels.modulate import _modulate, _modulate_backward, modulate
-from unimm.kernels.norm import _rms_norm, _rms_norm_backward, rms_norm
-from unimm.kernels.rotary import _norm_rope, _norm_rope_backward, qk_norm_rope
+from unimm.kernels.adaln import _modulate, _modulate_backward, modulate
+from unimm.kernels.cfg_combine import RENORMS, _guided, guided
+from unimm.kernels.qk_norm_rope import _norm_rope, _norm_rope_backward, qk_norm_rope
+from unimm.kernels.rms_norm import _rms_norm, _rms_norm_backward, rms_norm
 from unimm.kernels.swiglu import _swiglu, _swiglu_backward, swiglu
+from unimm.kernels.vq_lookup import _nearest_code, nearest_code
 
 EPS = 1e-6
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # an error below this is none

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unimm.tokenizers.any_ratio import any_ratio
+from unimm.models.uniworld.any_ratio import any_ratio
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "tests" / "golden" / "blocks" / "tables.json"
@@ -14,7 +14,7 @@ TABLES = ROOT / "tests" / "golden" / "blocks" / "tables.json"
 @pytest.fixture
 def parity(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("parity")
+    return importlib.import_module("parity.runner")
 
 
 def test_tables(parity, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from triton_harness import FLAVOUR, SHARED, Report, child, compile_ahead, in_child
 
-from unimm.kernels.configs import DECODE, TABLE, Config
+from unimm.kernels.attention.tile_configs import DECODE, TABLE, Config
 
 pytest.importorskip("triton")
 
@@ -59,7 +59,7 @@ QUICK_JOBS = [
 
 def compiled(job: Job) -> Report:
     """In the child: the report of one compile."""
-    from unimm.kernels import attention_triton, decode_triton
+    from unimm.kernels.attention import attention_triton, decode_triton
 
     constants = dict(HEAD=job.head_dim, WIDTH=attention_triton.width(job.head_dim))
     if job.kernel in ATTENTION:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unimm.kernels import Block, Mask, attention, backend, use_kernels
-from unimm.kernels.attention import (
+from unimm.kernels.attention.attention import (
     _attention_by_block,
     _attention_free,
     _attention_padded,
@@ -73,7 +73,7 @@ def test_every_way_gives_the_same(samples, data):
 @pytest.mark.parametrize("name", packs())
 @pytest.mark.parametrize("rows", [512, 5])
 def test_gradients_of_every_way(name, rows, monkeypatch):
-    monkeypatch.setattr(import_module("unimm.kernels.mask"), "CALL_ROWS", rows)
+    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "CALL_ROWS", rows)
     mask = packs()[name]
     mask.padded &= rows == 512
     x = inputs(mask, grad=True)
@@ -133,7 +133,7 @@ def test_flex_gives_the_same(name):
 
 
 def test_long_samples_are_not_padded(monkeypatch):
-    monkeypatch.setattr(import_module("unimm.kernels.mask"), "PADDED_ROWS", 4)
+    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "PADDED_ROWS", 4)
     mask = Mask([[Block(6, full=True)], [Block(5)]])
     assert not mask.padded
     q, k, v = inputs(mask)

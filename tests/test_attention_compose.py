@@ -16,7 +16,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from unimm.kernels import Block, Mask, attention, prepare, use_kernels
-from unimm.kernels.attention import _through_op
+from unimm.kernels.attention.attention import _through_op
 
 D, H, G = 16, 4, 2
 op = partial(_through_op, way="sdpa")
@@ -115,7 +115,7 @@ def test_opcheck(from_ranges):
 @pytest.mark.parametrize("keep", [False, True], ids=["all again", "attention kept"])
 @pytest.mark.filterwarnings("default")
 def test_checkpointing(keep, monkeypatch):
-    home = import_module("unimm.kernels.attention")
+    home = import_module("unimm.kernels.attention.attention")
     forward, runs = home._forward, []
     monkeypatch.setattr(home, "_forward", lambda *args: runs.append(1) or forward(*args))
     layer, mask = Layer(op).double(), layout(0)

@@ -5,8 +5,8 @@ from PIL import Image
 from toys import picture, toy
 
 from unimm import Bagel, TextSampling
-from unimm.models.speaking import extend
-from unimm.sampling import Context
+from unimm.generation.decode import extend
+from unimm.generation.kv_cache import Context
 
 
 @pytest.fixture(scope="module")

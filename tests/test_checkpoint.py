@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import picture, toy
 
-from unimm import Bagel, checkpoint
-from unimm.checkpoint import CheckpointError, Place, check_keys, load_into, released_names, released_state
-from unimm.models.bagel import VAE_KEYS, WEIGHTS, BagelConfig
+from unimm import Bagel
+from unimm.checkpoint import load as checkpoint
+from unimm.checkpoint.load import CheckpointError, Place, check_keys, load_into, released_names, released_state
+from unimm.models.bagel.model import VAE_KEYS, WEIGHTS, BagelConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel"
 DEV = GOLDEN / "dev"
@@ -90,7 +91,7 @@ def full_size(monkeypatch, folder: Path, top: dict | None) -> Bagel:
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     (folder / "ema.safetensors").touch()
-    monkeypatch.setattr("unimm.models.bagel.read_shapes", lambda paths: MANIFEST[paths[0].name])
+    monkeypatch.setattr("unimm.models.bagel.model.read_shapes", lambda paths: MANIFEST[paths[0].name])
     with torch.device("meta"):
         return Bagel.from_folder(folder)
 

@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import unimm
-from unimm.cli import amount, app, parse_size
-from unimm.demo import sheet
-from unimm.evaluation.shapes import TASKS
+from unimm.cli.demo import sheet
+from unimm.cli.main import amount, app, parse_size
+from unimm.evaluation.benchmarks.shapes import TASKS
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 OPTIONS = {
@@ -66,7 +66,7 @@ def test_options_are_those_pinned_here():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys, unimm.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, unimm.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint import check_keys, load_into, released_state
-from unimm.models.connector import KEYS, SANA_SCALE, Connector, ConnectorConfig
+from unimm.checkpoint.load import check_keys, load_into, released_state
+from unimm.models.metaquery.connector import KEYS, SANA_SCALE, Connector, ConnectorConfig
 
 MANIFESTS = Path(__file__).parent / "golden" / "blocks" / "manifests.json"
 SMALL = ConnectorConfig(dim=24, out=10, n_layers=2, head_dim=8)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unimm.tokenizers.conversation import DEFAULT_SYSTEM, Message, expand_images, format_conversation
+from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, expand_images, format_conversation
 
 STORED = json.loads((Path(__file__).parent / "golden" / "janus" / "preproc" / "prompts.json").read_text())
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"

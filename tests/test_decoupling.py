@@ -12,15 +12,15 @@ from janus_recipes import BRANCH, CODES, parts, small, text_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from experiments.decoupling.task import EXPERIMENTS
 from unimm import Janus
-from unimm.tokenizers.semantic import SemanticVQ
-from unimm.training import janus
-from unimm.training.decoupling import EXPERIMENTS
-from unimm.training.loop import Trainer
-from unimm.training.objective import build
+from unimm.tokenizers.semantic_vq import SemanticVQ
+from unimm.training.tasks import janus
+from unimm.training.tasks.base import build
+from unimm.training.trainer import Trainer
 
 NAME = "janus-nano-decoupling"
-SCRIPT = Path(__file__).parents[1] / "examples" / "decoupling.py"
+SCRIPT = Path(__file__).parents[1] / "experiments" / "decoupling" / "run.py"
 
 
 @pytest.fixture(scope="module", autouse=True)

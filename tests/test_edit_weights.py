@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from unimm.training.edit_weights import WEIGHTS, EditWeights, SmallEditError, ellipse
+from unimm.training.tasks.edit_weights import WEIGHTS, EditWeights, SmallEditError, ellipse
 
 TABLES = Path(__file__).parent / "golden" / "blocks" / "tables.json"
 

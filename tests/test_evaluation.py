@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from unimm.data.shapes import example
-from unimm.evaluation.shapes import REASON, TASKS, Score, checked, evaluate, noise_seed, pixels
-from unimm.unified import Generation
+from unimm.evaluation.benchmarks.shapes import REASON, TASKS, Score, checked, evaluate, noise_seed, pixels
+from unimm.models.base import Generation
 
 N, SEED = 6, 3
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from unimm.generation.decode import Rows
+from unimm.generation.kv_cache import EMPTY
 from unimm.kernels import Block, Mask, attention, linear_few_rows, use_kernels
-from unimm.kernels.few_rows import SMALL, Half, Int8, Pair, can_pack, pack
-from unimm.models.speaking import Rows
-from unimm.sampling import EMPTY
+from unimm.nn.few_rows import SMALL, Half, Int8, Pair, can_pack, pack
 
 packs = pytest.mark.skipif(not can_pack(), reason="PyTorch has packed products on x86 alone")
 OUT, IN = 576, 600  # no multiples of what a product takes at once
@@ -174,7 +174,7 @@ def test_an_int8_model(bench, model, tmp_path):
 
 
 def test_int8_needs_the_products(model, monkeypatch):
-    monkeypatch.setattr("unimm.models.preparing.can_pack", lambda: False)
+    monkeypatch.setattr("unimm.nn.packed_linear.can_pack", lambda: False)
     with pytest.raises(ValueError, match="int8 needs PyTorch's x86 engine"):
         model.prepared(int8=True)
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from unimm.flow import (
+from unimm.generation.flow import (
     Guidance,
     TaylorSeer,
     add_noise,

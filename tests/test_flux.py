@@ -6,10 +6,10 @@ import torch
 from cases import found, manifest
 from safetensors.torch import load_file
 
-from unimm.checkpoint import CheckpointError, Place, check_keys, released_state
-from unimm.flow import knots, sample
-from unimm.models.flux import BFL_WEIGHTS, Flux, FluxConfig, bfl_keys, grid, keys, load_flux
-from unimm.models.mmdit import by_step, pack, turn, turns, unpack
+from unimm.checkpoint.load import CheckpointError, Place, check_keys, released_state
+from unimm.denoisers.flux import BFL_WEIGHTS, Flux, FluxConfig, bfl_keys, grid, keys, load_flux
+from unimm.denoisers.mmdit import by_step, pack, turn, turns, unpack
+from unimm.generation.flow import knots, sample
 
 CASE = found("blocks/flux/dev")
 FILES = json.loads((CASE / "config.json").read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unimm import hub
+from unimm.checkpoint import hub
 
 
 @pytest.fixture

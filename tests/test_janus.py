@@ -10,13 +10,13 @@ from toys import byte_tokenizer, janus, picture, user
 from transformers import PreTrainedTokenizerFast
 
 from unimm import CodeSampling, Janus, TextSampling
+from unimm.generation.decode import Rows
+from unimm.generation.kv_cache import next_codes
 from unimm.kernels import attention
-from unimm.models.janus import STREAM
-from unimm.models.prompts import PLACEHOLDER, ROLES, Markers, unconditional
-from unimm.models.speaking import Rows
-from unimm.sampling import next_codes
-from unimm.sequence import IGNORE, Item, pack, text_item
-from unimm.tokenizers.conversation import DEFAULT_SYSTEM, expand_images
+from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES, Markers, unconditional
+from unimm.models.janus.model import STREAM
+from unimm.processing.chat_templates import DEFAULT_SYSTEM, expand_images
+from unimm.sequence.segments import IGNORE, Item, pack, text_item
 from unimm.tokenizers.text import load_tokenizer
 
 GREEDY = CodeSampling(temperature=0.0)

@@ -6,7 +6,7 @@ import pytest
 from toys import byte_tokenizer, janus, picture, user
 
 from unimm import Janus, TextSampling
-from unimm.models.prompts import PLACEHOLDER, Markers
+from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
 
 EOS = Markers.STRINGS["eos"]
 

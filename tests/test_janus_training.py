@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from unimm import Janus
 from unimm.data.shapes import HELD_OUT, example, read
-from unimm.sequence import IGNORE
-from unimm.training import janus
-from unimm.training.conversing import DRAWINGS, TEXTS, THOUGHTS, taken
-from unimm.training.loop import Trainer, train
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
+from unimm.sequence.segments import IGNORE
+from unimm.training.config import read_recipe
+from unimm.training.tasks import janus
+from unimm.training.tasks.base import build
+from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS, THOUGHTS, taken
+from unimm.training.trainer import Trainer, train
 
 STAGES = ("janus-nano-stage1", "janus-nano-stage2", "janus-nano-stage3")
 TABLE = {  # facts/janus.md, section 7: lr, schedule, weight decay, understanding : text : drawing

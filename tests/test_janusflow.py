@@ -12,16 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unimm
 from unimm import Janus, JanusFlow, JanusFlowConfig, TextSampling
-from unimm.checkpoint import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys, released_state
 from unimm.kernels import attention
-from unimm.models import janusflow
-from unimm.models.janusflow import KEYS, SDXL_VAE, STREAM, before, unconditional
-from unimm.models.prompts import PLACEHOLDER, Markers
-from unimm.models.uvit import time_features
-from unimm.registry import family_of
-from unimm.sequence import pack, text_item
-from unimm.tokenizers.pixels import patchify, to_image
-from unimm.tokenizers.vae import VAE, VAEConfig
+from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
+from unimm.models.janusflow import model as janusflow
+from unimm.models.janusflow.model import KEYS, SDXL_VAE, STREAM, before, unconditional
+from unimm.models.janusflow.uvit import time_features
+from unimm.models.registry import family_of
+from unimm.processing.images.io import patchify, to_image
+from unimm.sequence.segments import pack, text_item
+from unimm.tokenizers.kl import VAE, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "janus"
 LLM = dict(

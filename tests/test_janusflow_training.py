@@ -15,18 +15,18 @@ from torch.nn.functional import cross_entropy
 
 from unimm import JanusFlow
 from unimm.data.shapes import TASKS, example
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
 from unimm.kernels import attention
-from unimm.models.janusflow import STREAM, JanusFlowConfig, target, unconditional
-from unimm.models.vision import NaViT, VisionConfig
-from unimm.sequence import IGNORE, pack, text_item
-from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.training import janusflow
-from unimm.training.conversing import DRAWINGS, TEXTS
-from unimm.training.janusflow import config_files
-from unimm.training.loop import Trainer, train
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
-from unimm.training.shapes import text_model
+from unimm.models.janusflow.model import STREAM, JanusFlowConfig, target, unconditional
+from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training.config import read_recipe
+from unimm.training.tasks import janusflow
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
+from unimm.training.tasks.janusflow import config_files
+from unimm.training.trainer import Trainer, train
 
 RECIPE = Path(__file__).parents[1] / "unimm" / "training" / "recipes" / "janusflow-nano.yaml"
 LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)

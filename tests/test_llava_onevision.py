@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys import picture
 
-from unimm.checkpoint import CheckpointError, check_keys, released_state
-from unimm.models.llava_onevision import GRIDS, LlavaConfig, LlavaOneVision, llava_keys
-from unimm.models.llava_prompts import PLACEHOLDER
-from unimm.models.speaking import extend, speak
-from unimm.sampling import EMPTY, TextSampling
-from unimm.sequence import IGNORE, pack, text_item
-from unimm.tokenizers.any_res import AnyRes
+from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.generation.decode import extend, speak
+from unimm.generation.kv_cache import EMPTY, TextSampling
+from unimm.processing.images.llava_onevision import AnyRes
+from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.vlms.llava_onevision.model import GRIDS, LlavaConfig, LlavaOneVision, llava_keys
+from unimm.vlms.llava_onevision.processor import PLACEHOLDER
 
 SIZE, SIDE, MOST = 14, 3, 2  # a rest of 2 pixels fills no patch; features of more than 2 tiles are shrunk
 PINS = [[SIZE * h, SIZE * w] for h in range(1, 4) for w in range(1, 4)]

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.kernels import Block, Mask
-from unimm.kernels.picture import CAUSAL, FULL, HIDDEN, INVISIBLE, PAPER
-from unimm.kernels.schedule import RUNS, Runs, Spans
+from unimm.kernels.attention.mask_plot import CAUSAL, FULL, HIDDEN, INVISIBLE, PAPER
+from unimm.kernels.attention.tile_schedule import RUNS, Runs, Spans
 
 blocks = st.lists(st.builds(Block, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6)
 SIZES = ((1, 1), (4, 4), (8, 3), (16, 16))
 
 
 def by_definition(sample: list[Block]) -> Tensor:
-    """The rule of unimm.sequence, one pair at a time."""
+    """The rule of unimm.sequence.segments, one pair at a time."""
     of = [(i, block) for i, block in enumerate(sample) for _ in range(block.length)]
     rows = [
         [(b.visible or i == j) and (k <= q or (i == j and b.full)) for k, (j, b) in enumerate(of)]
@@ -243,5 +243,5 @@ def test_pictures():
 def test_the_pictures_of_the_guide_are_what_the_code_draws(name, tiles):
     first = [Block(6), Block(9, full=True, visible=False), Block(9, full=True), Block(4)]
     drawn = Mask([first, [Block(9, full=True), Block(5)]]).show(tiles=tiles)
-    kept = Image.open(Path(__file__).parents[1] / "unimm" / "kernels" / f"{name}.png")
+    kept = Image.open(Path(__file__).parents[1] / "unimm" / "kernels" / "attention" / f"{name}.png")
     assert np.array_equal(np.asarray(drawn), np.asarray(kept))

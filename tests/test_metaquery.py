@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unimm import MetaQuery, load
-from unimm.checkpoint import CheckpointError
-from unimm.models.metaquery import Asked
-from unimm.models.query_prompts import black
-from unimm.models.qwen_vl import QwenVL
-from unimm.sampling import TextSampling
+from unimm.checkpoint.load import CheckpointError
+from unimm.generation.kv_cache import TextSampling
+from unimm.models.metaquery.model import Asked
+from unimm.models.metaquery.processor import black
+from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 BRIEF = TextSampling(max_tokens=4)
 
@@ -153,7 +153,7 @@ def trained(tmp_path):
     """A toy with a reader of its own, tied, in a folder; and that reader."""
     from test_metaquery_training import PAINTER, words
 
-    from unimm.training.metaquery import Options, built
+    from unimm.training.tasks.metaquery import Options, built
 
     reader, dcae = toys.save_reader(tmp_path / "reader", words()), toys.save_dcae(tmp_path / "dcae")
     config = dict(mllm_id="parts/Qwen2.5-VL-toy", diffusion_model_id="Sana-toy", num_metaqueries=3, max_input_text_tokens=20,

@@ -7,9 +7,9 @@ import pytest
 
 import unimm
 from unimm import MetaQuery
+from unimm.checkpoint.hub import NANO
 from unimm.data.shapes.language import FACT_COLOUR, FAVOURITES
-from unimm.evaluation.shapes import evaluate
-from unimm.hub import NANO
+from unimm.evaluation.benchmarks.shapes import evaluate
 
 FOLDER = NANO / "metaquery-nano"
 
@@ -56,7 +56,8 @@ def test_a_round_trip(model, tmp_path):
 
 def test_chance_is_what_differs():
     """Others' favourites that have the asked one's colour are no chance for its colour: a perfect painter shows none."""
-    spec = importlib.util.spec_from_file_location("query_transfer", NANO.parents[1] / "examples" / "query_transfer.py")
+    place = NANO.parents[1] / "experiments" / "query_transfer" / "run.py"
+    spec = importlib.util.spec_from_file_location("query_transfer", place)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)

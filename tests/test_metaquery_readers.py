@@ -14,15 +14,15 @@ from cases import manifest
 from PIL import Image
 
 from unimm import MetaQuery
-from unimm.checkpoint import CheckpointError, check_keys
-from unimm.models.llava_onevision import LlavaConfig, LlavaOneVision
-from unimm.models.metaquery import keys
-from unimm.models.metaquery_config import MetaQueryConfig
-from unimm.models.query_readers import READERS, Squares
-from unimm.models.qwen_vl import QwenVLConfig
-from unimm.sampling import TextSampling
-from unimm.training.metaquery import init_painter
-from unimm.training.shapes import text_model
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.generation.kv_cache import TextSampling
+from unimm.models.metaquery.config import MetaQueryConfig
+from unimm.models.metaquery.mllms import READERS, Squares
+from unimm.models.metaquery.model import keys
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.metaquery import init_painter
+from unimm.vlms.llava_onevision.model import LlavaConfig, LlavaOneVision
+from unimm.vlms.qwen2_5_vl.model import QwenVLConfig
 
 QWEN = json.loads((Path(__file__).parent / "golden" / "blocks" / "qwen2p5vl" / "manifests.json").read_text())
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")

@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from unimm.data.image_text_pairs import AGAIN, FilePairs
 from unimm.data.shapes import example
-from unimm.flow import shift_time
-from unimm.models.metaquery import MetaQuery
-from unimm.models.metaquery_config import SYSTEM
-from unimm.sampling import TextSampling
-from unimm.training.loop import Trainer, optimizers, train
-from unimm.training.metaquery import Options
-from unimm.training.objective import build
-from unimm.training.pairs import AGAIN, FilePairs
-from unimm.training.recipe import read_recipe, strict
-from unimm.training.shapes import text_model
+from unimm.generation.flow import shift_time
+from unimm.generation.kv_cache import TextSampling
+from unimm.models.metaquery.config import SYSTEM
+from unimm.models.metaquery.model import MetaQuery
+from unimm.training.config import read_recipe, strict
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.metaquery import Options
+from unimm.training.trainer import Trainer, optimizers, train
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 PAINTER = dict(

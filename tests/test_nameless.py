@@ -9,7 +9,7 @@ import pytest
 
 from unimm.data.shapes import HELD_OUT, PALETTE, TASKS, Scene, example, read, render
 from unimm.data.shapes.language import plural
-from unimm.data.shapes.nameless import FAR, nameless_colour, new_look, painted, reworded, unnamed
+from unimm.data.shapes.novel_attributes import FAR, nameless_colour, new_look, painted, reworded, unnamed
 from unimm.data.shapes.world import BACKGROUND
 
 CHANGED = tuple(task for task in TASKS if task.startswith(("draw.", "edit.")) and task != "draw.favourite")

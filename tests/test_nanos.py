@@ -3,10 +3,10 @@ import pytest
 from cases import GOLDEN
 
 import unimm
-from unimm.evaluation.shapes import evaluate
-from unimm.hub import bundled
+from unimm.checkpoint.hub import bundled
+from unimm.evaluation.benchmarks.shapes import evaluate
 
-NANO = GOLDEN.parents[1] / "unimm" / "nano"
+NANO = GOLDEN.parents[1] / "unimm" / "pretrained"
 # well below what examples/*.md report, at 24 examples a task: a broken model draws and answers next to nothing right
 FLOORS = {
     "bagel-nano": {"draw.one": 0.8, "draw.relation": 0.6, "answer.colour": 0.85, "answer.relation": 0.85, "edit.remove": 0.75},

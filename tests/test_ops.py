@@ -7,16 +7,16 @@ from torch import nn
 from triton_harness import compile_ahead, run_cases
 
 from unimm.kernels import use_kernels
-from unimm.kernels.codes import nearest_code
+from unimm.kernels.adaln import modulate
+from unimm.kernels.cfg_combine import guided
 from unimm.kernels.cross_entropy import _gradients, _loss, linear_cross_entropy, linear_cross_entropy_reference
 from unimm.kernels.dispatch import HAS_TRITON
-from unimm.kernels.guidance import guided
-from unimm.kernels.modulate import modulate
-from unimm.kernels.norm import rms_norm
-from unimm.kernels.rotary import qk_norm_rope
+from unimm.kernels.qk_norm_rope import qk_norm_rope
+from unimm.kernels.rms_norm import rms_norm
 from unimm.kernels.routed import _sliced, _weight_gradients, routed_linear, routed_linear_reference
 from unimm.kernels.swiglu import swiglu
-from unimm.models.layers import RMSNorm, apply_rope, rope
+from unimm.kernels.vq_lookup import nearest_code
+from unimm.nn.layers import RMSNorm, apply_rope, rope
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
@@ -227,7 +227,21 @@ def test_kernels_in_the_interpreter():
 
 def programs():
     """Every kernel at the sizes of a released model: (kernel, constants, warps)."""
-    from unimm.kernels import codes_triton, guidance_triton, norm_triton, rotary_triton, swiglu_triton
+    from unimm.kernels import (
+        cfg_combine_triton as guidance_triton,
+    )
+    from unimm.kernels import (
+        qk_norm_rope_triton as rotary_triton,
+    )
+    from unimm.kernels import (
+        rms_norm_triton as norm_triton,
+    )
+    from unimm.kernels import (
+        swiglu_triton,
+    )
+    from unimm.kernels import (
+        vq_lookup_triton as codes_triton,
+    )
 
     for d in (1536, 3584, 8192):
         rows, columns, warps = norm_triton.tile(d)

@@ -51,7 +51,7 @@ JANUS_PARTS = [
 def parity():
     """The runner, which is a script and no part of the package."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("parity")
+    yield importlib.import_module("parity.runner")
     sys.path.remove(str(ROOT / "benchmarks"))
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from unimm.tokenizers import pixels
-from unimm.tokenizers.pixels import (
+from unimm.processing.images import io as pixels
+from unimm.processing.images.io import (
     CropSquare,
     PadSquare,
     Resize,

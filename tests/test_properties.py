@@ -7,14 +7,14 @@ import torch
 from toys import picture, toy
 
 from unimm import Guidance, TextSampling
-from unimm.data.packing import Shown, answer, edit, text_to_image
-from unimm.flow import share
+from unimm.generation.decode import extend
+from unimm.generation.flow import share
+from unimm.generation.kv_cache import Context
 from unimm.kernels import attention, use_kernels
-from unimm.models.decoder import Decoder, DecoderConfig
-from unimm.models.dialogue import Canvas, Dialogue, say, show, write
-from unimm.models.speaking import extend
-from unimm.sampling import Context
-from unimm.sequence import pack
+from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, say, show, write
+from unimm.nn.decoder import Decoder, DecoderConfig
+from unimm.sequence.segments import pack
+from unimm.training.tasks.bagel_plans import Shown, answer, edit, text_to_image
 
 SIZES = [
     dict(),

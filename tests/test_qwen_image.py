@@ -5,9 +5,9 @@ import pytest
 import torch
 from cases import found, manifest
 
-from unimm.checkpoint import CheckpointError, check_keys
-from unimm.models.mmdit import by_step
-from unimm.models.qwen_image import KEYS, QwenImage, QwenImageConfig, load_qwen_image, places
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.denoisers.mmdit import by_step
+from unimm.denoisers.qwen_image import KEYS, QwenImage, QwenImageConfig, load_qwen_image, places
 
 FILES = json.loads((found("blocks/qwenimage/dev") / "config.json").read_text())
 RELEASED = FILES | {

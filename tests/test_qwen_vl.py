@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import picture
 
-from unimm.checkpoint import CheckpointError, check_keys
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.generation.decode import extend, speak
+from unimm.generation.kv_cache import EMPTY, TextSampling, decode
 from unimm.kernels import attention
-from unimm.models.decoder import Decoder, DecoderConfig, turns
-from unimm.models.layers import rope
-from unimm.models.qwen_prompts import PLACEHOLDER, SHOWN, QwenMarkers, frames
-from unimm.models.qwen_vision import QwenVisionConfig, cells, windows
-from unimm.models.qwen_vl import QwenVL, QwenVLConfig, nested, qwen_keys
-from unimm.models.speaking import extend, speak
-from unimm.sampling import EMPTY, TextSampling, decode
-from unimm.sequence import IGNORE, pack, text_item
-from unimm.tokenizers.smart_resize import SmartResize, smart_size
+from unimm.nn.decoder import Decoder, DecoderConfig, turns
+from unimm.nn.layers import rope
+from unimm.processing.images.qwen2_vl import SmartResize, smart_size
+from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig, nested, qwen_keys
+from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, SHOWN, QwenMarkers, frames
+from unimm.vlms.qwen2_5_vl.vision import QwenVisionConfig, cells, windows
 
 MANIFESTS = Path(__file__).parent / "golden" / "blocks" / "qwen2p5vl" / "manifests.json"
 @pytest.fixture(scope="module")

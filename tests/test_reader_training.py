@@ -12,18 +12,18 @@ from PIL import Image
 
 from unimm.data.shapes import HELD_OUT, example
 from unimm.data.shapes.language import FAVOURITES
-from unimm.models.qwen_vl import QwenVL
-from unimm.sequence import IGNORE, pack
+from unimm.data.shapes.scenes import scenes
+from unimm.sequence.segments import IGNORE, pack
 from unimm.tokenizers.dc_ae import load_dc_ae
-from unimm.training import reader
-from unimm.training.loop import Trainer, train
-from unimm.training.objective import build
-from unimm.training.reader import SEEN, TEXTS, plan, turn
-from unimm.training.recipe import read_recipe
-from unimm.training.scenes import scenes
-from unimm.training.shapes import text_model
+from unimm.training.config import read_recipe
+from unimm.training.tasks import qwen2_5_vl as reader
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.qwen2_5_vl import SEEN, TEXTS, plan, turn
+from unimm.training.trainer import Trainer, train
+from unimm.vlms.qwen2_5_vl.model import QwenVL
 
-RECIPES = Path(reader.__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
 TOWER = dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=24, fullatt_block_indexes=[1])
 TURNS = {"type": "mrope", "mrope_section": [2, 3, 3]}

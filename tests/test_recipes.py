@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from unimm.data.batching import dealt
 from unimm.data.shapes import HELD_OUT, TASKS, example
-from unimm.models.vision import NaViT, VisionConfig
-from unimm.sequence import IGNORE
-from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.training.loop import Trainer
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
-from unimm.training.shapes import FLOWS, TEXTS, compile_streams, text_model
-from unimm.training.tasks import dealt
-from unimm.training.vision import IGNORED
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.sequence.segments import IGNORE
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training.config import read_recipe
+from unimm.training.tasks.bagel import FLOWS, TEXTS, compile_streams, text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.vit import IGNORED
+from unimm.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 SMALL_LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from unimm.sampling import Cache, Context, TextSampling, TextStream, decode, next_ids
+from unimm.generation.kv_cache import Cache, Context, TextSampling, TextStream, decode, next_ids
 
 
 def generators(*seeds):

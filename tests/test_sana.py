@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint import CheckpointError, check_keys, released_state
-from unimm.models.sana import KEYS, Sana, SanaConfig, load_sana
+from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.denoisers.sana import KEYS, Sana, SanaConfig, load_sana
 
 GOLDEN = Path(__file__).parent / "golden" / "blocks"
 FILES = json.loads((GOLDEN / "sana" / "dev" / "config.json").read_text())

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unimm.models.tower import Tower, TowerConfig
-from unimm.models.vision import NaViT, VisionConfig
-from unimm.tokenizers.semantic import BranchConfig, SemanticVQ
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.encoders.timm_vit import Tower, TowerConfig
+from unimm.tokenizers.semantic_vq import BranchConfig, SemanticVQ
 from unimm.tokenizers.vq import VQConfig
-from unimm.training.loop import train
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
-from unimm.training.semantic import teacher
-from unimm.training.vq import fresh, save_vq
+from unimm.training.config import read_recipe
+from unimm.training.tasks.base import build
+from unimm.training.tasks.semantic_vq import teacher
+from unimm.training.tasks.vq import fresh, save_vq
+from unimm.training.trainer import train
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)

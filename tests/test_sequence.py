@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 
-from unimm.data.packing import Dropout, Part, Shown, answer, drop, edit, text_to_image
-from unimm.sequence import IGNORE, Past, Segment, gap_item, image_item, label_weights, lay_out, pack, text_item
+from unimm.sequence.segments import IGNORE, Past, Segment, gap_item, image_item, label_weights, lay_out, pack, text_item
+from unimm.training.tasks.bagel_plans import Dropout, Part, Shown, answer, drop, edit, text_to_image
 
 TEXT = Segment(length=3, attend="causal", advance=3)
 CLEAN = Segment(length=4, attend="full", advance=1)

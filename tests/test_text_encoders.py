@@ -7,10 +7,10 @@ import torch
 from cases import manifest
 from safetensors.torch import load_file, save_file
 
-from unimm.checkpoint import CheckpointError, check_keys, released_state
-from unimm.models import clip_text, t5
-from unimm.models.clip_text import ClipText, ClipTextConfig, load_clip_text
-from unimm.models.t5 import T5Config, T5Encoder, distances, load_t5
+from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.encoders import clip_text, t5
+from unimm.encoders.clip_text import ClipText, ClipTextConfig, load_clip_text
+from unimm.encoders.t5 import T5Config, T5Encoder, distances, load_t5
 
 CLIP = dict(
     hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, vocab_size=50, max_position_embeddings=11,

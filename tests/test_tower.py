@@ -8,8 +8,8 @@ from toys import byte_tokenizer, differences, janus, janus_files, picture
 
 import unimm
 from unimm import Janus, TextSampling
-from unimm.models.tower import Tower, TowerConfig, ViTNumbers
-from unimm.sequence import pack
+from unimm.encoders.timm_vit import Tower, TowerConfig, ViTNumbers
+from unimm.sequence.segments import pack
 
 
 @pytest.mark.parametrize(

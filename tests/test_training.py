@@ -14,15 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.training import loop, saving
-from unimm.training.average import Average
-from unimm.training.loop import Trainer, batches, train
-from unimm.training.objective import OBJECTIVES, build
-from unimm.training.recipe import Recipe, read_recipe, strict
-from unimm.training.vae import to_image, to_pixels
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training import checkpoints as saving
+from unimm.training import trainer as loop
+from unimm.training.config import Recipe, read_recipe, strict
+from unimm.training.ema import Average
+from unimm.training.tasks.base import OBJECTIVES, build
+from unimm.training.tasks.kl_vae import to_image, to_pixels
+from unimm.training.trainer import Trainer, batches, train
 
-RECIPES = Path(loop.__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 RECIPE = Recipe(
     objective="toy", seed=3, steps=8, batch=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, muon=(), warmup=2,
     schedule="cosine", final=0.1, clip=1.0, average=0.9, precision="float32", loss_weights={"near": 1.0, "small": 0.5},

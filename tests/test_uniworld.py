@@ -13,12 +13,13 @@ from test_qwen_vl import expanded
 from uniworld_toys import CASE, uniworld
 
 import unimm
-from unimm import TextSampling, UniWorld, UniWorldConfig, hub
-from unimm.checkpoint import CheckpointError, check_keys
-from unimm.models.qwen_prompts import PLACEHOLDER
-from unimm.models.uniworld import keys
-from unimm.models.uniworld_parts import FLUX, SIGLIP
-from unimm.unified import Generation
+from unimm import TextSampling, UniWorld, UniWorldConfig
+from unimm.checkpoint import hub
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.models.base import Generation
+from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP
+from unimm.models.uniworld.model import keys
+from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
 
 FILES = json.loads((CASE / "config.json").read_text())
 PROJECTORS = {"denoise": (3584, 12288, 4096), "siglip": (1152, 12288, 4096), "vae": (64, 3072, 4096)}
@@ -264,7 +265,7 @@ def test_residual_is_what_the_tower_gave(model):
     cells = slice(first, first + items[1].n_tokens)
     others = [i for i in range(len(plain.states)) if not cells.start <= i < cells.stop]
     assert torch.equal(plain.states[others], whole.states[others])
-    batch = unimm.sequence.pack([items])
+    batch = unimm.sequence.segments.pack([items])
     assert torch.allclose(whole.states[cells], model.reader.seen(batch.look), atol=1e-6)
     assert torch.allclose(half.states, (plain.states + whole.states) / 2, atol=1e-6)
 

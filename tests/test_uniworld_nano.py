@@ -7,9 +7,9 @@ from PIL import Image
 
 import unimm
 from unimm import UniWorld
+from unimm.checkpoint.hub import NANO
 from unimm.data.shapes import example
-from unimm.hub import NANO
-from unimm.unified import Generation
+from unimm.models.base import Generation
 
 FOLDER = NANO / "uniworld-nano"
 

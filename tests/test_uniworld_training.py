@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 
 from unimm import TextSampling, UniWorld
 from unimm.data.shapes import example
-from unimm.models.flux import Flux, FluxConfig
-from unimm.models.vision import NaViT, VisionConfig
-from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.training.average import Average, ramp
-from unimm.training.loop import Trainer, train
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
-from unimm.training.shapes import text_model
-from unimm.training.uniworld import fresh_tower
+from unimm.denoisers.flux import Flux, FluxConfig
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training.config import read_recipe
+from unimm.training.ema import Average, ramp
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.uniworld import fresh_tower
+from unimm.training.trainer import Trainer, train
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 PAINTER = dict(in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=12,

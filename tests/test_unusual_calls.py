@@ -14,9 +14,9 @@ from uniworld_toys import uniworld
 
 import unimm
 from unimm import Guidance, Janus, MetaQuery, TextSampling
-from unimm.models.uniworld import UniWorld
-from unimm.sequence import pack
-from unimm.tokenizers.pixels import open_image
+from unimm.models.uniworld.model import UniWorld
+from unimm.processing.images.io import open_image
+from unimm.sequence.segments import pack
 
 TYPED = "say <|im_end|> please"
 
@@ -87,15 +87,15 @@ def test_a_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch, janus,
     for name in ("./janus-nano", Path("janus-nano"), tmp_path / "janus-nano"):
         assert not unimm.load(name).decoder.embed.weight.any(), name
         assert not Janus.from_pretrained(name).decoder.embed.weight.any(), name
-    unimm.hub.remind_of_folder.cache_clear()
+    unimm.checkpoint.hub.remind_of_folder.cache_clear()
     assert unimm.load("janus-nano").decoder.embed.weight.any()
     assert caplog.messages == ["janus-nano is the bundled model: for the folder of that name write ./janus-nano"]
 
 
 def test_a_family_is_loaded_by_its_name(monkeypatch):
     asked = []
-    folder = unimm.hub.resolve("uniworld-nano")
-    monkeypatch.setattr(unimm.hub, "resolve", lambda name, **options: asked.append(name) or folder)
+    folder = unimm.checkpoint.hub.resolve("uniworld-nano")
+    monkeypatch.setattr(unimm.checkpoint.hub, "resolve", lambda name, **options: asked.append(name) or folder)
     monkeypatch.setattr(UniWorld, "from_pretrained", lambda name, **options: (name, options["revision"]))
     assert unimm.load("somebody/UniWorld", revision="v2") == ("somebody/UniWorld", "v2")
     assert asked == ["somebody/UniWorld"]

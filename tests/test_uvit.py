@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unimm.models.uvit import (
+from unimm.models.janusflow.uvit import (
     ConvNeXt,
     GlobalResponseNorm,
     ShallowUViTDecoder,

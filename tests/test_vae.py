@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unimm.tokenizers.vae import VAE, VAEConfig
+from unimm.tokenizers.kl import VAE, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel" / "dev"
 SMALL = {"width": 32, "multipliers": (1, 2), "n_blocks": 2, "latent_channels": 3, "scale": 0.5, "shift": 0.25}

@@ -8,9 +8,9 @@ import torch
 from cases import found
 from safetensors.torch import load_file, save_file
 
-from unimm.checkpoint import CheckpointError, check_keys, released_state
-from unimm.tokenizers.vae import VAE, VAEConfig
-from unimm.tokenizers.vae_layouts import ATTENTION, OLD_ATTENTION, diffusers_keys, load_vae
+from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.tokenizers.kl_layouts import ATTENTION, OLD_ATTENTION, diffusers_keys, load_vae
 
 SMALL = {"width": 32, "multipliers": (1, 2, 2), "n_blocks": 1, "latent_channels": 4, "scale": 0.13025, "shift": 0.0}
 SDXL = {

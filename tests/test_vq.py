@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from unimm.data.shapes import HELD_OUT, Scene, render
+from unimm.data.shapes.scenes import crowd, reads, scenes
 from unimm.tokenizers.vq import VQ, VQConfig
-from unimm.training.loop import Trainer, train
-from unimm.training.objective import build
-from unimm.training.recipe import read_recipe
-from unimm.training.scenes import crowd, reads, scenes
-from unimm.training.vae import to_image
-from unimm.training.vq import entropy, fresh, remember, revive, save_vq
+from unimm.training.config import read_recipe
+from unimm.training.tasks.base import build
+from unimm.training.tasks.kl_vae import to_image
+from unimm.training.tasks.vq import entropy, fresh, remember, revive, save_vq
+from unimm.training.trainer import Trainer, train
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "janus"
@@ -55,7 +55,7 @@ def picture(*shape, seed=0):
 @pytest.mark.skipif(not (GOLDEN / "dev").exists(), reason="the stored case is not there")
 def test_equals_the_original(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    from parity_janus_vq import vq_checks
+    from parity.checks.vq import vq_checks
 
     part = json.loads((GOLDEN / "dev/config.json").read_text())["gen_vision_config"]
     vq = VQ(VQConfig.from_files(part["params"], part["cls"])).eval().requires_grad_(False)

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from unimm.models.bagel import Bagel, BagelConfig
-from unimm.models.dialogue import Markers
-from unimm.models.janus import Janus
-from unimm.models.prompts import PLACEHOLDER, ROLES
-from unimm.models.prompts import Markers as JanusMarkers
-from unimm.sampling import TextSampling
-from unimm.tokenizers.conversation import DEFAULT_SYSTEM
+from unimm.generation.kv_cache import TextSampling
+from unimm.models.bagel.cfg_contexts import Markers
+from unimm.models.bagel.model import Bagel, BagelConfig
+from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES
+from unimm.models.common.deepseek_processor import Markers as JanusMarkers
+from unimm.models.janus.model import Janus
+from unimm.processing.chat_templates import DEFAULT_SYSTEM
 
 LLM = dict(
     hidden_size=48,

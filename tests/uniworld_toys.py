@@ -6,10 +6,10 @@ import tokenizers
 import torch
 
 from unimm import UniWorld
-from unimm.models.clip_text import ClipText, ClipTextConfig
-from unimm.models.t5 import T5Config, T5Encoder
+from unimm.encoders.clip_text import ClipText, ClipTextConfig
+from unimm.encoders.t5 import T5Config, T5Encoder
 from unimm.tokenizers.captions import clip_captions, t5_captions
-from unimm.tokenizers.vae import VAE, VAEConfig
+from unimm.tokenizers.kl import VAE, VAEConfig
 
 CASE = Path(__file__).parent / "golden" / "uniworld" / "dev"
 CLIP = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=8,

@@ -3,17 +3,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unimm.flow import Guidance
-    from unimm.models.bagel import Bagel, BagelConfig
-    from unimm.models.janus import Janus, JanusConfig
-    from unimm.models.janusflow import JanusFlow, JanusFlowConfig
-    from unimm.models.metaquery import MetaQuery
-    from unimm.models.metaquery_config import MetaQueryConfig
-    from unimm.models.uniworld import UniWorld
-    from unimm.models.uniworld_config import UniWorldConfig
-    from unimm.registry import load, releases
-    from unimm.sampling import CodeSampling, TextSampling
-    from unimm.unified import Generation, UnifiedModel
+    from unimm.generation.flow import Guidance
+    from unimm.generation.kv_cache import CodeSampling, TextSampling
+    from unimm.models.bagel.model import Bagel, BagelConfig
+    from unimm.models.base import Generation, UnifiedModel
+    from unimm.models.janus.model import Janus, JanusConfig
+    from unimm.models.janusflow.model import JanusFlow, JanusFlowConfig
+    from unimm.models.metaquery.config import MetaQueryConfig
+    from unimm.models.metaquery.model import MetaQuery
+    from unimm.models.registry import load, releases
+    from unimm.models.uniworld.config import UniWorldConfig
+    from unimm.models.uniworld.model import UniWorld
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,23 +39,23 @@ __all__ = [
 
 # imported when first asked for: `import unimm` costs next to nothing
 _HOMES = {
-    "Bagel": "unimm.models.bagel",
-    "BagelConfig": "unimm.models.bagel",
-    "CodeSampling": "unimm.sampling",
-    "Generation": "unimm.unified",
-    "Guidance": "unimm.flow",
-    "Janus": "unimm.models.janus",
-    "JanusConfig": "unimm.models.janus",
-    "JanusFlow": "unimm.models.janusflow",
-    "JanusFlowConfig": "unimm.models.janusflow",
-    "MetaQuery": "unimm.models.metaquery",
-    "MetaQueryConfig": "unimm.models.metaquery_config",
-    "TextSampling": "unimm.sampling",
-    "UniWorld": "unimm.models.uniworld",
-    "UniWorldConfig": "unimm.models.uniworld_config",
-    "UnifiedModel": "unimm.unified",
-    "load": "unimm.registry",
-    "releases": "unimm.registry",
+    "Bagel": "unimm.models.bagel.model",
+    "BagelConfig": "unimm.models.bagel.model",
+    "CodeSampling": "unimm.generation.kv_cache",
+    "Generation": "unimm.models.base",
+    "Guidance": "unimm.generation.flow",
+    "Janus": "unimm.models.janus.model",
+    "JanusConfig": "unimm.models.janus.model",
+    "JanusFlow": "unimm.models.janusflow.model",
+    "JanusFlowConfig": "unimm.models.janusflow.model",
+    "MetaQuery": "unimm.models.metaquery.model",
+    "MetaQueryConfig": "unimm.models.metaquery.config",
+    "TextSampling": "unimm.generation.kv_cache",
+    "UniWorld": "unimm.models.uniworld.model",
+    "UniWorldConfig": "unimm.models.uniworld.config",
+    "UnifiedModel": "unimm.models.base",
+    "load": "unimm.models.registry",
+    "releases": "unimm.models.registry",
 }
 
 

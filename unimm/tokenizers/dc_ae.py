@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from unimm.checkpoint import Table, load_into, weight_files
+from unimm.checkpoint.load import Table, load_into, weight_files
 from unimm.kernels import rms_norm, swiglu
-from unimm.tokenizers.vae_layouts import DIFFUSERS_WEIGHTS
+from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 
 EPS = 1e-5  # of the norms
 EXPANSION = 4  # of the feed-forward

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.kernels import nearest_code
-from unimm.tokenizers.vae import N_GROUPS, Attention, Block, Downsample, Upsample, norm
+from unimm.tokenizers.kl import N_GROUPS, Attention, Block, Downsample, Upsample, norm
 
 # ids that `codebook_used` holds, whatever the size of the codebook
 WINDOW = 65536

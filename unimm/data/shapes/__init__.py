@@ -7,8 +7,8 @@ never occur in the train split, and every example of the test split asks about o
 """
 
 from unimm.data.shapes.goal import Drawing, Example, Goal, Listing, Saying, Want
-from unimm.data.shapes.judging import judge, meets
-from unimm.data.shapes.reader import UNCLEAR, Seen, read
+from unimm.data.shapes.scene_parser import UNCLEAR, Seen, read
+from unimm.data.shapes.scoring import judge, meets
 from unimm.data.shapes.tasks import SPLITS, TASKS, example, vocabulary_text
 from unimm.data.shapes.world import (
     COLOURS,

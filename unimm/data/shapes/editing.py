@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from unimm.data.shapes.dice import Dice
 from unimm.data.shapes.goal import Drawing, Example, Want
 from unimm.data.shapes.language import ADD, RECOLOUR, REMOVE, RESIZE, SWAP, names, phrase
+from unimm.data.shapes.rng import Dice
 from unimm.data.shapes.world import RELATIONS, SIZES, Pair, Scene, Thing, related, render
 
 

@@ -1,7 +1,6 @@
 """Tasks that are drawn after some thought, and facts to know by heart."""
 
-from unimm.data.shapes.dice import Dice
-from unimm.data.shapes.drawing import drawn, wanted
+from unimm.data.shapes.generation_tasks import drawn, wanted
 from unimm.data.shapes.goal import Drawing, Example, Saying
 from unimm.data.shapes.language import (
     DRAW_LETTER,
@@ -15,6 +14,7 @@ from unimm.data.shapes.language import (
     numbered,
     plural,
 )
+from unimm.data.shapes.rng import Dice
 
 # first steps of a sum with a product: the others would leave 0..9
 PRODUCTS = ((2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (4, 2))

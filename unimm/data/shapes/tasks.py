@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from unimm.data.shapes import asking, drawing, editing, reasoning
-from unimm.data.shapes.dice import Dice
+from unimm.data.shapes import editing, reasoning
+from unimm.data.shapes import generation_tasks as drawing
+from unimm.data.shapes import question_tasks as asking
 from unimm.data.shapes.goal import Example
+from unimm.data.shapes.rng import Dice
 from unimm.data.shapes.world import known
 
 _BUILDERS: dict[str, Callable[[str, Dice], Example]] = {

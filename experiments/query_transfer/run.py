@@ -1,0 +1,182 @@
+"""Does what a frozen reader knows reach the picture? Favourites of named characters through the queries of a MetaQuery.
+
+    python experiments/query_transfer/run.py --model metaquery-nano --n 12
+
+The painter never drew anybody's favourite. Its reader was told facts about twelve characters ("which colour does Tom like?"),
+and for six of them was also taught to plan the drawing in words ("draw what Tom likes": "a large red star in the centre").
+Here all twelve are asked for, and six names that nobody was told about; every picture is read back, and held against
+the favourite of its own character, and against those of the others, which is chance. Writes OUT/query_transfer.md and .json.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from unimm import MetaQuery
+from unimm.data.shapes import read
+from unimm.data.shapes.language import DRAW_FAVOURITE, FACT_COLOUR, FACT_SHAPE, FAVOURITES, article
+from unimm.evaluation.benchmarks.shapes import Score, noise_seed, pixels
+from unimm.generation.kv_cache import TextSampling
+
+PLANNED = ("Tom", "Anna", "Ben", "Clara", "David", "Emma")
+TOLD = tuple(name for name in FAVOURITES if name not in PLANNED)
+STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
+GROUPS = {"facts and plans": PLANNED, "facts alone": TOLD, "strangers": STRANGERS}
+TEXT = """`python experiments/query_transfer/run.py --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
+
+Does what a frozen reader knows reach the picture? The painter of this MetaQuery was never trained on anybody's favourite. Its
+reader was told facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
+it was also taught to say what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
+four wordings, and six names that nobody was told about. Counted are pictures that hold the favourite and nothing else; pictures
+of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same pictures
+show the favourites of the other characters, where these differ: that is chance, for this painter. "The reader's own words" are
+what it says under the painter's system prompt, given to the same model as a prompt: what the queries could say. Intervals
+(95 %) take pictures for independent, which those of one name are not.
+"""
+BATCH = 48
+Pair = tuple[str, str]  # shape, colour
+AXES = ("shape", "colour")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A picture that is asked for: by name, with a wording, for the n-th time."""
+
+    name: str
+    wording: str
+    time: int
+
+    @property
+    def prompt(self) -> str:
+        return self.wording.format(name=self.name)
+
+    @property
+    def seed(self) -> int:
+        return noise_seed(1, self.prompt, self.time)
+
+
+def drawn(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Pair]]:
+    """The things that each prompt's picture holds."""
+    found: list[list[Pair]] = []
+    for at in range(0, len(prompts), BATCH):
+        images = model.generate(prompts[at : at + BATCH], seed=seeds[at : at + BATCH]).images
+        found += [[(one.shape, one.colour) for one in read(pixels(image))] for image in images]
+    return found
+
+
+def planned(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
+    """What the reader says of prompts under the painter's system prompt."""
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return model.chat(talks, system=model.cfg.system, text=TextSampling(max_tokens=40))
+
+
+def known(model: MetaQuery, names: Sequence[str]) -> Score:
+    """The part of questions about favourite shapes and colours that the reader answers right."""
+    asked = [(name, wording, axis) for name in names for axis, some in enumerate((FACT_SHAPE, FACT_COLOUR)) for wording in some]
+    answers = model.understand([[]] * len(asked), [wording.format(name=name) for name, wording, _ in asked])
+    right = sum(answer == FAVOURITES[name][axis] for answer, (name, _, axis) in zip(answers, asked, strict=True))
+    return Score.of(right, len(asked))
+
+
+def right(found: Sequence[Pair], pair: Pair) -> dict[str, bool]:
+    """Whether a picture shows a favourite: it alone; things of its shape and no other; things of its colour and no other."""
+    alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
+    return {"pair": list(found) == [pair], **alike}
+
+
+def unlike(name: str, what: str) -> list[Pair]:
+    """The favourites of other characters that differ from this one's: in the pair, or in its shape or its colour."""
+    own = FAVOURITES.get(name)
+    at = {"pair": slice(0, 2), "shape": slice(0, 1), "colour": slice(1, 2)}[what]
+    return [pair for other, pair in FAVOURITES.items() if other != name and (own is None or pair[at] != own[at])]
+
+
+def held(found: Sequence[Sequence[Pair]], asked: Sequence[Asked]) -> dict[str, Any]:
+    """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
+    pairs = list(zip(found, asked, strict=True))
+    own = [right(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
+    others = {key: [right(one, pair)[key] for one, a in pairs for pair in unlike(a.name, key)] for key in ("pair", *AXES)}
+    return {
+        "n": len(found),
+        "empty": sum(not one for one in found) / len(found),
+        "own": {key: asdict(Score.of(sum(one[key] for one in own), len(own))) for key in ("pair", *AXES) if own},
+        "others": {key: mean(some) for key, some in others.items()},
+    }
+
+
+def measure(model: MetaQuery, n: int) -> dict[str, Any]:
+    """Every group, asked for in every way; n pictures for each name and wording."""
+    results: dict[str, Any] = {}
+    for group, names in GROUPS.items():
+        asked = [Asked(name=name, wording=w, time=i) for name in names for w in DRAW_FAVOURITE for i in range(n)]
+        prompts, seeds = [one.prompt for one in asked], [one.seed for one in asked]
+        plans = dict(zip(dict.fromkeys(prompts), planned(model, list(dict.fromkeys(prompts))), strict=True))
+        row: dict[str, Any] = {"names": names, "queries": held(drawn(model, prompts, seeds), asked), "plans": plans}
+        row["words"] = held(drawn(model, [plans[prompt] or "nothing" for prompt in prompts], seeds), asked)
+        if group != "strangers":
+            row["facts"] = asdict(known(model, names))
+            said = [all(word in plan.split() for word in FAVOURITES[name]) for name in names for plan in told(plans, name)]
+            row["planned"] = asdict(Score.of(sum(said), len(said)))
+            plain = [article("{1} {0}".format(*FAVOURITES[one.name])) for one in asked]
+            row["named"] = held(drawn(model, [f"draw {words}" for words in plain], seeds), asked)
+        results[group] = row
+    return results
+
+
+def told(plans: dict[str, str], name: str) -> list[str]:
+    """The plans for a character, one a wording."""
+    return [plans[wording.format(name=name)] for wording in DRAW_FAVOURITE]
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured, in markdown."""
+    ways = {"queries": "name, through the queries", "words": "the reader's own words", "named": "`draw a red star`"}
+    lines = [
+        "| characters | asked for by | pictures | alone in the picture | its shape | its colour | empty |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group, row in results.items():
+        for way in (way for way in ways if way in row):
+            cells = [counted(row[way], key) for key in ("pair", *AXES)]
+            lines.append(f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |")
+    lines += ["", "| characters | facts answered right by the reader | favourites in the reader's plans |", "|---|---|---|"]
+    for group, row in results.items():
+        if "facts" in row:
+            cells = (f"{100 * row[name]['accuracy']:.1f} % of {row[name]['n']}" for name in ("facts", "planned"))
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def counted(got: dict[str, Any], key: str) -> str:
+    """A cell: the part that is right with its interval, and that of the other characters' favourites."""
+    others = f"others' {100 * got['others'][key]:.1f} %"
+    if key not in got["own"]:
+        return others
+    accuracy, low, high = (100 * got["own"][key][name] for name in ("accuracy", "low", "high"))
+    return f"**{accuracy:.1f} %** ({low:.1f} - {high:.1f}), {others}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="metaquery-nano")
+    parser.add_argument("--n", type=int, default=12, help="pictures for each name and wording")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    results = measure(MetaQuery.from_pretrained(options.model), options.n)
+    options.out.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {"model": Path(options.model).name, "n": options.n, "torch": torch.__version__}
+    made["date"] = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    (options.out / "query_transfer.json").write_text(json.dumps({"made": made, "groups": results}, indent=1) + "\n")
+    (options.out / "query_transfer.md").write_text("# Query transfer\n\n" + TEXT.format(**made) + "\n" + table(results))
+
+
+if __name__ == "__main__":
+    main()

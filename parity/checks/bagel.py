@@ -1,0 +1,478 @@
+"""What a BAGEL case stores, computed by unimm.models.bagel.model: one function a group of stored outputs.
+
+Every number comes from the case's own files. A group reads its inputs by name, and compares what is stored by name;
+what it does not know stays "not compared" in the account. facts/bagel.md, sections 3, 4, 5 and 8.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from parity.checks.bagel_plans import check_plan
+from unimm.generation.decode import extend
+from unimm.generation.flow import Guidance, guide, knots, share
+from unimm.generation.kv_cache import Context, TextSampling
+from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, Markers, reason, say, show, write
+from unimm.models.bagel.model import Bagel
+from unimm.nn.decoder import Route
+from unimm.processing.images.io import patchify, places, to_image, to_tensor, unpatchify
+from unimm.sequence.segments import Item, pack
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = 'llm_config.json, or config.json with model_type "bagel"'
+NUMBER = r"(\d*\.?\d+)"
+Size = tuple[int, int]
+ARGUMENTS = {  # of a run: our names, theirs
+    "text": "cfg_text_scale",
+    "image": "cfg_img_scale",
+    "interval": "cfg_interval",
+    "renorm": "cfg_renorm_type",
+    "renorm_min": "cfg_renorm_min",
+    "knots": "num_timesteps",
+    "shift": "timestep_shift",
+    "taylor": "enable_taylorseer",
+}
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are a BAGEL's."""
+    if (folder / "llm_config.json").exists():
+        return True
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("model_type") == "bagel"
+
+
+def check(case: Case) -> None:
+    """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
+    model = Bagel.from_pretrained(case.folder)
+    if model.cfg.markers is None and case.special:
+        markers = Markers.from_files(case.special)
+        model.cfg = replace(model.cfg, markers=markers)
+    plans = {name: check_plan for name, note in case.meta.items() if isinstance(note, dict) and "plan" in note}
+    for group, run in {**GROUPS, **plans}.items():
+        if not case.names(re.escape(group) + r"\..*"):
+            continue
+        try:
+            run(case, model, group)
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            case.miss(f"{group}: the whole group", f"stopped at {type(error).__name__}: {error}")
+
+
+# ---- reading a case
+
+
+def text(case: Case, model: Bagel, name: str) -> Item:
+    """Stored ids between bos and eos."""
+    return model.items.text(case.input(name).tolist())
+
+
+def picture(case: Case, name: str) -> Image.Image:
+    """Stored 8-bit pixels [h, w, 3]."""
+    return Image.fromarray(case.input(name).numpy())
+
+
+def stated(words: str) -> dict[str, Any]:
+    """What a description says of guidance and sampler, by our names; silent on what it leaves out."""
+    found: dict[str, Any] = {}
+    words_of = {"text": "text", "image": "img", "renorm_min": "renorm_min", "shift": "shift", "knots": "num_timesteps"}
+    for name, word in words_of.items():
+        if match := re.search(rf"\b(?:cfg_|timestep_)?{word} (off|{NUMBER})", words):
+            found[name] = 1.0 if match[1] == "off" else float(match[1])
+    if match := re.search(r"\b(text_channel|channel|global)\b", words):
+        found["renorm"] = match[1]
+    if match := re.search(rf"interval [(\[]?{NUMBER} *[-,] *{NUMBER}", words):
+        found["interval"] = (float(match[1]), float(match[2]))
+    elif "full interval" in words:
+        found["interval"] = (0.0, 1.0)
+    if match := re.search(r"(\d+) steps", words):
+        found["knots"] = int(match[1]) + 1
+    return found | ({"text": 1.0} if "no cfg" in words else {})
+
+
+def named(name: str) -> dict[str, Any]:
+    """What the name of a stored run says, as `t2i.v_cfg_global_img15`: the last digit of a scale is its tenth."""
+    found: dict[str, Any] = {}
+    if match := re.search(r"_(text_channel|channel|global)", name):
+        found["renorm"] = match[1]
+    for ours, theirs in (("image", "img"), ("text", "text"), ("renorm_min", "min")):
+        if match := re.search(rf"_{theirs}(\d)(\d*)(?:_|$)", name):
+            found[ours] = float(f"{match[1]}.{match[2] or 0}")
+    return found
+
+
+def stored_args(case: Case, name: str) -> dict[str, Any]:
+    """The arguments of a run that `meta` holds, by our names."""
+    args = case.told(f"{name}.args", {})
+    return {ours: args[theirs] for ours, theirs in ARGUMENTS.items() if theirs in args}
+
+
+def run_args(case: Case, name: str, like: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of a run: its own, or else those of the first of `like`, with what its name and words add."""
+    if own := stored_args(case, name):
+        return own
+    base = next(filter(None, (stored_args(case, other) for other in like)), {})
+    first = next((stated(case.says(other)) for other in like if case.says(other)), {})
+    return {**base, **first, **named(name), **stated(case.says(name))}
+
+
+def guidance(args: Mapping[str, Any]) -> Guidance:
+    """The part of a run's arguments that is guidance."""
+    fields = {key: args[key] for key in ("text", "image", "renorm", "renorm_min") if key in args}
+    return Guidance(**fields, interval=tuple(args.get("interval", (0.4, 1.0))))
+
+
+def denoise(
+    model: Bagel, dialogues: Sequence[Dialogue], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
+) -> list[Tensor]:
+    """One run for all dialogues together. facts/bagel.md section 4.6 has the original's defaults: 50 knots, shift 3."""
+    steps, shift = int(args.get("knots", 50)) - 1, args.get("shift", 3.0)
+    more = {"steps": steps, "shift": shift, "taylor": bool(args.get("taylor", False))}
+    return model.denoise(dialogues, noises, sizes, guidance=[guidance(args)] * len(dialogues), **more)
+
+
+def compare_context(case: Case, name: str, context: Context) -> None:
+    """Keys, values, rows and clock of a context."""
+    if name in case.meta:
+        case.compare_note(name, {"kv_len": context.length, "rope": context.clock}, case.told(name))
+    if context.chunks:
+        kv = torch.cat(context.chunks, 2)
+        case.compare(f"{name}.k", kv[:, 0])
+        case.compare(f"{name}.v", kv[:, 1])
+
+
+# ---- the parts apart
+
+
+@torch.inference_mode()
+def check_vae(case: Case, model: Bagel, group: str) -> None:
+    """Posterior, latents and pixels; a padded batch, and its pictures apart."""
+    if "vae.image" in case:
+        image = case.input("vae.image")
+        case.compare("vae.moments", torch.cat(model.vae.moments(image), 1))
+        case.compare("vae.latent_mean", model.vae.encode(image))
+        if "vae.eps" in case:
+            latent = model.vae.encode(image, noise=case.input("vae.eps"))
+            case.compare("vae.latent_sampled", latent)
+            case.compare("vae.decoded", model.vae.decode(latent))
+    if "vae.padded_images" in case:
+        images, stride = case.input("vae.padded_images"), model.cfg.vae.stride
+        note = "the VAE given the padded batch; the library encodes each picture apart (unpadded_moments)"
+        case.compare("vae.padded_moments", torch.cat(model.vae.moments(images), 1), note=note)
+        for name in case.names(r"vae\.unpadded_moments_\d+"):
+            i, (h, w) = int(name.split("_")[-1]), case.tensors[name].shape[2:]
+            case.compare(name, torch.cat(model.vae.moments(images[i : i + 1, :, : h * stride, : w * stride]), 1))
+
+
+@torch.inference_mode()
+def check_und(case: Case, model: Bagel, group: str) -> None:
+    """A picture and a question: resizes, ViT, contexts, greedy text, and text after a system prompt."""
+    image = picture(case, "und.image")
+    resized = model.cfg.draw(image)
+    case.compare("und.vae_resized", to_tensor_u8(resized))
+    case.compare("und.vit_pixels", to_tensor(model.cfg.look(resized)))
+    case.compare("und.vit_pixels_direct", to_tensor(model.cfg.look(image)))
+    items, size = model.picture_items(image, noise=None, draw=False)
+    seen = pack([items]).look
+    case.compare("und.vit_patches", seen.content)
+    case.compare("und.vit_position_ids", seen.places)
+    case.compare("und.vit_hidden", model.vision(seen.content, seen.places, seen.lengths))
+    case.compare("und.vit_tokens", model.look(seen))
+    shown = show(model, [Dialogue()], [[(items, size)]])
+    compare_context(case, "und.kv_image", shown[0].main)
+    if "und.prompt_ids" not in case:
+        return
+    prompt = text(case, model, "und.prompt_ids")
+    asked = say(model, shown, [prompt])[0].main
+    compare_context(case, "und.kv", asked)
+    compare_text(case, model, asked)
+    written_after(case, model, asked, "und.inferencer_text")
+    if "und.think_system_ids" in case:
+        dialogue = say(model, [Dialogue()], [text(case, model, "und.think_system_ids")], system=True)
+        dialogue = say(model, show(model, dialogue, [[(items, size)]]), [prompt])
+        written_after(case, model, dialogue[0].main, "und.think_text")
+
+
+def to_tensor_u8(image: Image.Image) -> Tensor:
+    """A picture as [h, w, 3] uint8."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def greedy(model: Bagel, contexts: Sequence[Context], tokens: int) -> list[list[int | None]]:
+    """The ids that follow each context, at most `tokens`, one row a step."""
+    return list(write(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
+
+
+def compare_text(case: Case, model: Bagel, context: Context) -> None:
+    """Ids fed (bos first) and logits of every step; the original stops after as many ids fed as are stored."""
+    if "und.generated" not in case:
+        return
+    logits: list[Tensor] = []
+    hook = model.decoder.head.register_forward_hook(lambda module, args, out: logits.append(out))
+    n = len(case.tensors["und.generated"])
+    fed = [model.items.markers.bos, *(row[0] for row in greedy(model, [context], n))]
+    hook.remove()
+    case.compare("und.generated", torch.tensor(fed[:n]))
+    case.compare("und.logits", torch.cat(logits))
+
+
+def written_after(case: Case, model: Bagel, context: Context, name: str) -> list[int]:
+    """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are compared."""
+    if name not in case.meta:
+        return []
+    stored, m = case.told(name), model.items.markers
+    n = len(stored.split())
+    # a marker that the model writes ends the text: the original splits it there
+    ids = list(takewhile(lambda i: i not in (m.bos, m.eos), (row[0] for row in greedy(model, [context], n + 1))))[:n]
+    case.compare_note(name, "".join(f" {i}" for i in ids), stored)
+    return ids
+
+
+@torch.inference_mode()
+def check_vit2(case: Case, model: Bagel, group: str) -> None:
+    """Two pictures in one ViT call."""
+    first = model.picture_items(picture(case, "und.image"), noise=None, draw=False)[0]
+    more = [model.items.looked_at(case.input(name)) for name in sorted(case.names(r"vit2\.pixels_\w+"))]
+    seen = pack([[*first, *more]]).look
+    case.compare("vit2.position_ids", seen.places)
+    case.compare("vit2.tokens", model.look(seen))
+
+
+def check_und_batch(case: Case, model: Bagel, group: str) -> None:
+    """Prompts decoded together. The original goes on until its first sample ends, ours ends each at its own eos."""
+    prompts = [text(case, model, name) for name in sorted(case.names(r"und_batch\.prompt_\w+"))]
+    contexts = extend(model, [Context()] * len(prompts), [[prompt] for prompt in prompts])
+    stored, m = case.tensors["und_batch.generated"], model.items.markers
+    rows, ended = [[m.bos] * len(prompts)], [False] * len(prompts)
+    for ours, old in zip(greedy(model, contexts, len(stored)), stored[1:].tolist(), strict=False):
+        # what stands behind a row's eos nobody reads
+        rows.append([i if i is not None else o if end else m.eos for i, o, end in zip(ours, old, ended, strict=True)])
+        ended = [i is None for i in ours]
+    case.compare("und_batch.generated", torch.tensor(rows))
+
+
+def check_posids(case: Case, model: Bagel, group: str) -> None:
+    """Ids of a grid in the ViT's table, both ways; the grid stands in a description."""
+    said = " ".join(case.says(name) for name in case.names(r"posids\..*"))
+    grid = re.search(r"(\d+)x(\d+) patches", said)
+    h, w = (int(grid[1]), int(grid[2])) if grid else (5, 3)
+    case.compare("posids.extrapolate", places(h, w, model.cfg.look_side))
+    case.compare("posids.interpolate", places(h, w, model.cfg.look_side, interpolate=True))
+
+
+# ---- drawing
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A dialogue at the point where a picture is drawn: of which size, from which noise, and like which stored runs."""
+
+    dialogue: Dialogue
+    size: Size
+    noise: Tensor
+    like: tuple[str, ...] = ()
+
+
+def t2i_scene(case: Case, model: Bagel) -> Scene:
+    """A prompt."""
+    (dialogue,) = say(model, [Dialogue()], [text(case, model, "t2i.prompt_ids")])
+    size = tuple(case.told("t2i")["image_hw"])
+    return Scene(dialogue, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
+
+
+def shown(case: Case, model: Bagel, dialogue: Dialogue, image: str, noise: str) -> Dialogue:
+    """A stored picture, encoded with stored posterior noise, appended."""
+    items, size = model.picture_items(picture(case, image), noise=case.input(noise)[0], draw=True)
+    return show(model, [dialogue], [[(items, size)]])[0]
+
+
+def edit_scene(case: Case, model: Bagel) -> Scene:
+    """A picture and an instruction."""
+    dialogue = shown(case, model, Dialogue(), "edit.image", "edit.vae_eps")
+    compare_context(case, "edit.kv_image", dialogue.text)
+    (dialogue,) = say(model, [dialogue], [text(case, model, "edit.prompt_ids")])
+    return Scene(dialogue, dialogue.size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
+
+
+def think_scene(case: Case, model: Bagel, group: str) -> Scene:
+    """A system prompt, perhaps a picture, a prompt, and the model's own text."""
+    source, like = ("edit", "edit.x_text_channel") if group == "think_edit" else ("t2i", "t2i.x_app")
+    system = f"{group}.system_ids" if f"{group}.system_ids" in case else "think_t2i.system_ids"
+    (dialogue,) = say(model, [Dialogue()], [text(case, model, system)], system=True)
+    if source == "edit":
+        dialogue = shown(case, model, dialogue, "edit.image", "edit.vae_eps")
+    (dialogue,) = say(model, [dialogue], [text(case, model, f"{source}.prompt_ids")])
+    ids = written_after(case, model, dialogue.main, f"{group}.text")
+    (dialogue,) = reason(model, [dialogue], [model.items.text(ids)])
+    size = dialogue.size or tuple(case.told("t2i")["image_hw"])
+    return Scene(dialogue, size, case.input(f"{source}.noise"), (like,))
+
+
+def inter_scene(case: Case, model: Bagel) -> Scene:
+    """Texts and pictures in the order that `meta` tells, as ["text_a", "und.image (posterior noise edit.vae_eps)"]."""
+    dialogue = Dialogue()
+    for entry in case.told("inter")["order"]:
+        name = entry.split()[0] if entry.split()[0] in case else f"inter.{entry.split()[0]}"
+        if noise := re.search(r"noise ([\w.]+)", entry):
+            dialogue = shown(case, model, dialogue, name, noise[1])
+        else:
+            (dialogue,) = say(model, [dialogue], [text(case, model, name)])
+    contexts = {"main": dialogue.main, "text": dialogue.text, "img": dialogue.image}
+    ours = {name: [context.length, context.clock] for name, context in contexts.items()} | {"shape": [*dialogue.size]}
+    if "inter.kvlen_rope" in case.meta:
+        case.compare_note("inter.kvlen_rope", ours, case.told("inter.kvlen_rope"))
+    like = ("t2i.x_channel_int", "edit.x_channel", "t2i.x_app")
+    return Scene(dialogue, dialogue.size, case.input("inter.noise"), like)
+
+
+def check_t2i(case: Case, model: Bagel, group: str) -> None:
+    """Text to image: contexts, embeddings, schedule, velocities, runs, pixels."""
+    scene = t2i_scene(case, model)
+    compare_context(case, "t2i.kv", scene.dialogue.main)
+    where = canvas_of(model, scene).where
+    case.compare("t2i.latent_position_ids", where)
+    case.compare("t2i.x_embed_t1", model.latent_tokens(scene.noise, torch.ones(1), where))
+    if times := re.search(r"at t = ([\d., ]*\d)", case.says("t2i.time_embed")):
+        case.compare("t2i.time_embed", model.time(torch.tensor([float(t) for t in times[1].split(",")])))
+    if "t2i.timesteps" in case:
+        args = {"knots": len(case.tensors["t2i.timesteps"]), "shift": 3.0, **stated(case.says("t2i.timesteps"))}
+        case.compare("t2i.timesteps", knots(int(args["knots"]) - 1, args["shift"]))
+    check_drawing(case, model, group, scene)
+
+
+def check_edit(case: Case, model: Bagel, group: str) -> None:
+    """Editing: the picture's pixels and latents, three contexts, velocities, runs, pixels."""
+    image = model.cfg.draw(picture(case, "edit.image"))
+    latent = model.vae.encode(to_tensor(image)[None], noise=case.input("edit.vae_eps"))
+    case.compare("edit.vae_pixels", to_tensor(image))
+    case.compare("edit.latent", latent)
+    case.compare("edit.latent_tokens", patchify(latent[0], model.cfg.latent_patch))
+    scene = edit_scene(case, model)
+    if told := case.told("edit"):
+        case.compare_note("edit: image_hw", [*scene.size], told["image_hw"])
+    compare_context(case, "edit.kv", scene.dialogue.main)
+    compare_context(case, "edit.kv_cfg_img", scene.dialogue.image)
+    check_drawing(case, model, group, scene)
+
+
+def check_think(case: Case, model: Bagel, group: str) -> None:
+    """Drawing after the model's own text."""
+    check_drawing(case, model, group, think_scene(case, model, group))
+
+
+def check_inter(case: Case, model: Bagel, group: str) -> None:
+    """Drawing after several texts and pictures."""
+    check_drawing(case, model, group, inter_scene(case, model))
+
+
+@torch.inference_mode()
+def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
+    """Every stored velocity (v_*), run (x, x_*) and picture of a group."""
+    for name in case.names(rf"{group}\.v_\w+"):
+        check_velocity(case, model, name, scene)
+    latents = {}
+    for name in case.names(rf"{group}\.x(_(?!embed)\w+)?"):
+        args = run_args(case, name, scene.like)
+        (latents[name],) = denoise(model, [scene.dialogue], [scene.noise], [scene.size], args)
+        case.compare(name, latents[name])
+    check_pixels(case, model, group, scene, latents)
+
+
+def canvas_of(model: Bagel, scene: Scene) -> Canvas:
+    """What a picture is denoised on."""
+    h, w = (side // model.cfg.stride for side in scene.size)
+    return Canvas(model, [scene.dialogue], [(h, w)])
+
+
+def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
+    """A velocity under one context, with the hidden states of every layer, or one combined by guidance."""
+    canvas = canvas_of(model, scene)
+    single = re.fullmatch(r"(\w+)\.v_(?:cfg_)?(cond|text|img)_t(\d)(\d*)", name)
+    if single:
+        group, context, whole, rest = single.groups()
+        branch = canvas.canonical((0, {"cond": "main", "text": "text", "img": "image"}[context]))
+        with layers_of(model) as layers:
+            (hidden,) = canvas.features(scene.noise, float(f"{whole}.{rest or 0}"), [branch])
+        case.compare(name, model.velocity(hidden))
+        layout, _, rows, _ = canvas.plans[(branch,)]
+        case.compare(f"{name}_hidden", torch.stack([Route(rows).join(parts) for parts in layers]))
+        if context == "cond":
+            case.compare(f"{group}.query_position_ids", layout.positions)
+    elif not name.endswith("_hidden"):
+        g = guidance({**run_args(case, name, scene.like), "interval": (0.0, 1.0)})
+        velocity = guide(share(canvas.features, canvas.canonical), model.velocity, [g])
+        time = re.search(rf"\bt ?= ?{NUMBER}", case.says(name))
+        case.compare(name, velocity(scene.noise, float(time[1]) if time else 1.0))
+
+
+@contextmanager
+def layers_of(model: Bagel) -> Iterator[list[dict[str, Tensor]]]:
+    """What each block of the decoder gives, collected while the body runs."""
+    out: list[dict[str, Tensor]] = []
+
+    def keep(module: object, args: object, parts: dict[str, Tensor]) -> None:
+        out.append(parts)
+
+    hooks = [block.register_forward_hook(keep) for block in model.decoder.blocks]
+    try:
+        yield out
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_pixels(case: Case, model: Bagel, group: str, scene: Scene, latents: Mapping[str, Tensor]) -> None:
+    """The latent grid, the VAE's output and the 8-bit picture of the run that a description names."""
+    said = " ".join(case.says(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
+    run = re.search(rf"{group}\.x\w*", said)
+    if run and run[0] in latents:
+        x, height = latents[run[0]], scene.size[0] // model.cfg.stride
+        pixels = model.paint(x, scene.size)
+        case.compare(f"{group}.latent_chw", unpatchify(x, model.cfg.latent_patch, height)[None])
+        case.compare(f"{group}.decoded", pixels[None])
+        case.compare(f"{group}.pixels_u8", to_tensor_u8(to_image(pixels)))
+
+
+def check_batch(case: Case, model: Bagel, group: str) -> None:
+    """Pictures of several sizes in one batch: each as when it is alone. The original's global norm mixes them."""
+    first = t2i_scene(case, model)
+    more = sorted(case.names(r"batch\.prompt_\w+"))
+    dialogues = [first.dialogue, *say(model, [Dialogue()] * len(more), [text(case, model, name) for name in more])]
+    noises = [first.noise, *(case.input(name.replace("prompt", "noise")) for name in more)]
+    sizes = [tuple(size) for size in case.told("batch")["sizes"]]
+    for run in sorted({name.rpartition("_")[0] for name in case.names(r"batch\.x_\w+_\d+")}):
+        alike = run.replace("batch.", "t2i.")
+        args = run_args(case, run, (f"{alike}_int", alike, "t2i.x_global_int"))
+        together = denoise(model, dialogues, noises, sizes, args)
+        for i, ours in enumerate(together):
+            if args.get("renorm", "global") == "global" and args.get("text", 4.0) > 1:
+                (alone,) = denoise(model, dialogues[i : i + 1], noises[i : i + 1], sizes[i : i + 1], args)
+                case.better(f"{run}_{i}", ours, alone, why="the original's global norm mixes a batch; held to our single run")
+            else:
+                case.compare(f"{run}_{i}", ours)
+
+
+GROUPS: dict[str, Callable[[Any, Bagel, str], None]] = {
+    "vae": check_vae,
+    "und": check_und,
+    "vit2": check_vit2,
+    "und_batch": check_und_batch,
+    "t2i": check_t2i,
+    "batch": check_batch,
+    "edit": check_edit,
+    "think_t2i": check_think,
+    "think_edit": check_think,
+    "inter": check_inter,
+    "posids": check_posids,
+}

@@ -1,0 +1,198 @@
+"""Training as a BAGEL case stores it: plans to packs, their layout, losses and gradients. facts/bagel.md section 5."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unimm.checkpoint.load import released_names
+from unimm.generation.flow import shift_time
+from unimm.models.bagel.model import KEYS, Bagel
+from unimm.processing.images.io import patchify
+from unimm.sequence.segments import IGNORE, Item, Pack, image_item, pack
+from unimm.training.tasks.bagel_plans import Dropout, Part, drop
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+
+class Plan:
+    """A stored plan as the library's parts: what the original's packing was given."""
+
+    def __init__(self, case: Case, model: Bagel, told: Mapping[str, Any]) -> None:
+        self.case, self.model, self.told = case, model, told
+        self.normals = iter(told.get("timestep_normals", ()))
+        self.drawn, self.time = 0, 0.0
+        sequence = told.get("random_sequence", ["then 1"])
+        given = [value for value in sequence if not isinstance(value, str)]
+        rest = [float(value.split()[-1]) for value in sequence if isinstance(value, str)]
+        self.random = chain(given, repeat(rest[-1] if rest else 1.0))
+        self.draws = 0
+
+    def samples(self) -> list[list[Item]]:
+        """The items of each sample that its dropout leaves, image contents still empty."""
+        ours = {"text": "text", "vae": "draw", "vit": "look"}
+        dropout = Dropout(**{ours[kind]: rate for kind, rate in self.told.get("dropout_probs", {}).items()})
+        return [drop([self.part(entry) for entry in entries], dropout, self.draw) for entries in self.told["plan"]]
+
+    def draw(self) -> float:
+        self.draws += 1
+        return next(self.random)
+
+    def part(self, entry: Mapping[str, Any]) -> Part:
+        """One entry of a plan."""
+        make = {"text": self.text, "vae_image": self.latent, "vit_image": self.patches}[entry["type"]]
+        return Part(make(entry), droppable=entry["enable_cfg"] == 1)
+
+    def text(self, entry: Mapping[str, Any]) -> Item:
+        ids = self.case.input(entry["text"]).tolist()
+        item = (self.model.items.answer if entry["loss"] else self.model.items.text)(ids)
+        return replace(item, labels=torch.cat((item.labels[:-1], torch.tensor([self.end_label(entry)]))))
+
+    def latent(self, entry: Mapping[str, Any]) -> Item:
+        cfg, loss, starts = self.model.cfg, bool(entry["loss"]), entry.get("split_start", True)
+        if starts:
+            self.first = entry
+        if loss and starts:
+            raw = torch.tensor(next(self.normals))
+            self.time, self.drawn = float(shift_time(raw.sigmoid(), cfg.train_shift)), self.drawn + 1
+        side = [n * cfg.latent_patch for n in entry["grid"]]
+        empty = torch.zeros(cfg.vae.latent_channels, *side)
+        item = self.model.items.drawn(empty, time=self.time if loss else 0.0, noised=loss)
+        grouped = "frame_delta" in self.first
+        frame = (entry.get("frame_delta", 0 if loss else 1), not starts) if grouped else None
+        return self.marked(item, entry, frame)
+
+    def patches(self, entry: Mapping[str, Any]) -> Item:
+        side = [n * self.model.cfg.vision.patch for n in entry["grid"]]
+        return self.marked(self.model.items.looked_at(torch.zeros(self.model.cfg.vision.channels, *side)), entry, None)
+
+    def marked(self, item: Item, entry: Mapping[str, Any], frame: tuple[int, bool] | None) -> Item:
+        """An image's item with a label at its closing marker, or as a frame of a video."""
+        again = {"markers": tuple(item.ids.tolist()), "time": item.time, "noised": item.noised}
+        return image_item(item.kind, item.tokens, item.places, **again, frame=frame, end_label=self.end_label(entry))
+
+    @staticmethod
+    def end_label(entry: Mapping[str, Any]) -> int:
+        return entry["special_token_label"] if entry.get("special_token_loss") else IGNORE
+
+
+def check_plan(case: Case, model: Bagel, group: str) -> None:
+    """A plan's packed layout and, where stored, its losses and gradients."""
+    told = case.told(group)
+    plan = Plan(case, model, told)
+    samples = plan.samples()
+    if f"{group}.padded_images" in case:
+        samples = filled(case, model, group, samples)
+    batch = pack(samples)
+    check_layout(case, group, batch, samples, model.cfg.train_shift)
+    check_told(case, group, batch, plan)
+    if f"{group}.flow_noise" in case:
+        check_losses(case, model, group, batch)
+
+
+@torch.no_grad()
+def filled(case: Case, model: Bagel, group: str, samples: Sequence[Sequence[Item]]) -> list[list[Item]]:
+    """The same items with their images: latents of the padded batch cut to size, patches from the stored rows."""
+    padded = case.input(f"{group}.padded_images")
+    latents = model.vae.encode(padded, noise=case.input(f"{group}.vae_eps"))
+    note = "encoded together as the original does; the library encodes each picture apart"
+    case.compare(f"{group}.padded_latent", latents, note=note)
+    grids = iter(zip(latents, case.told(group)["vae_latent_shapes"], strict=True))
+    looks = [len(item.tokens) for item in chain(*samples) if item.kind == "look"]
+    patches = iter(case.input(f"{group}.vit_tokens").split(looks) if looks else ())
+    p = model.cfg.latent_patch
+
+    def fill(item: Item) -> Item:
+        if item.kind == "draw":
+            latent, (h, w) = next(grids)
+            return replace(item, tokens=patchify(latent[:, : h * p, : w * p], p))
+        return replace(item, tokens=next(patches)) if item.kind == "look" else item
+
+    return [[fill(item) for item in items] for items in samples]
+
+
+def check_layout(case: Case, group: str, batch: Pack, samples: Sequence[Sequence[Item]], shift: float) -> None:
+    """Mask, rows, ids, positions, labels and times of a pack."""
+    none = torch.zeros(0, dtype=torch.long)
+    at = batch.labels != IGNORE
+    found = {
+        "mask": batch.layout.mask.dense(),
+        "packed_text_ids": batch.ids,
+        "packed_text_indexes": batch.id_rows,
+        "packed_position_ids": batch.layout.positions,
+        "packed_vae_token_indexes": batch.draw.rows if batch.draw else none,
+        "packed_vit_token_indexes": batch.look.rows if batch.look else none,
+        "packed_label_ids": batch.labels[at],
+        "ce_loss_indexes": batch.id_rows[at],
+        "mse_loss_indexes": batch.draw.rows[batch.noised] if batch.draw else none,
+        "vit_token_seqlens": torch.tensor(batch.look.lengths) if batch.look else none,
+        "vit_position_ids": batch.look.places if batch.look else none,
+        "latent_position_ids": batch.draw.places if batch.draw else none,
+        "timesteps": batch.times,
+        "packed_timesteps_raw": torch.logit(shift_time(batch.times, 1 / shift)),
+        "ce_loss_weights": batch.weights[batch.labels != IGNORE],
+    }
+    for name, ours in found.items():
+        case.compare(f"{group}.{name}", ours)
+
+
+def check_told(case: Case, group: str, batch: Pack, plan: Plan) -> None:
+    """The counts that `meta` holds beside a plan."""
+    blocks = list(chain(*batch.layout.mask.samples))
+    grids = [[*entry["grid"]] for entries in plan.told["plan"] for entry in entries if entry["type"] == "vae_image"]
+    ours = {
+        "sample_lens": [*batch.layout.lengths],
+        "split_lens": [block.length for block in blocks],
+        "attn_modes": ["noise" if not block.visible else "full" if block.full else "causal" for block in blocks],
+        "random_draws": plan.draws,
+        "timestep_draws": plan.drawn,
+    }
+    for name, value in ours.items():
+        if name in plan.told:
+            case.compare_note(f"{group}: {name}", value, plan.told[name])
+    if "random_sequence" not in plan.told and "vae_latent_shapes" in plan.told:
+        case.compare_note(f"{group}: vae_latent_shapes", grids, plan.told["vae_latent_shapes"])
+
+
+def check_losses(case: Case, model: Bagel, group: str, batch: Pack) -> None:
+    """Losses of every token, their means, and every parameter's gradient."""
+    losses = model(batch, case.input(f"{group}.flow_noise"))
+    case.compare(f"{group}.ce", losses.ce)
+    case.compare(f"{group}.mse", losses.mse)
+    weights = batch.weights[batch.labels != IGNORE]
+    ce, mse = losses.ce.mean(), losses.mse.mean()
+    means = {"ce": ce, "mse": mse, "ce_reweighted": (losses.ce * weights).sum() / weights.sum()}
+    total = ce + mse
+    for name, stored in case.told(f"{group}.loss", {}).items():
+        if scale := re.fullmatch(r"total_(\d)(\d*)", name):
+            total = float(f"{scale[1]}.{scale[2] or 0}") * ce + mse
+        ours = float(means.get(name, total).detach())
+        case.compare_scalar(f"{group}.loss: {name}", ours, stored, largest=abs(stored))
+    check_gradients(case, model, group, total)
+
+
+def check_gradients(case: Case, model: Bagel, group: str, total: Tensor) -> None:
+    """Gradients by their released names. A norm that the mathematics makes 0 (a key's bias) is held to the largest."""
+    parameters = {key: p for name, p in model.named_parameters() for key in released_names(name, KEYS)}
+    names = [key for key, p in parameters.items() if p.requires_grad]
+    found = torch.autograd.grad(total, [parameters[key] for key in names], allow_unused=True)
+    grads = dict(zip(names, found, strict=True))
+    for name in case.names(rf"{group}\.grad\..*"):
+        key = name.removeprefix(f"{group}.grad.")
+        if grads.get(key) is None:
+            case.miss(name, "ours has no gradient")
+        else:
+            case.compare(name, grads[key])
+    stored = case.told(f"{group}.grad_norm", {})
+    most = max(filter(None, stored.values()), default=0.0)
+    for key, norm in stored.items():
+        ours = None if grads.get(key) is None else float(grads[key].norm())
+        case.compare_scalar(f"{group}.grad_norm: {key}", ours, norm, largest=max(norm or 0.0, 1e-3 * most))
+    for key in grads.keys() - stored.keys() if stored else ():
+        case.miss(f"{group}.grad_norm: {key}", "no norm is stored for this parameter of ours")

@@ -1,0 +1,56 @@
+"""What a case of Janus's preprocessing stores: pictures to squares to pixels, and conversations to text.
+
+io.safetensors holds groups `<name>/image`, `/resized`, `/pixel_values`; io.json says the sizes of each in its words, and
+prompts.json holds conversations with the text that the original made. facts/janus.md, sections 4.2 and 5.
+"""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, format_conversation
+from unimm.processing.images.io import PadSquare
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = "prompts.json"
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are those of preprocessing alone."""
+    return (folder / "prompts.json").exists()
+
+
+def check(case: Case) -> None:
+    """Compare every picture and every conversation that the case stores."""
+    notes = json.loads((case.folder / "io.json").read_text())
+    for name in case.names(".*/image"):
+        check_picture(case, name.removesuffix("/image"), notes[name]["desc"])
+    if (case.folder / "prompts.json").exists():
+        check_prompts(case, json.loads((case.folder / "prompts.json").read_text()))
+
+
+def check_picture(case: Case, group: str, words: str) -> None:
+    """A picture to its square, exactly, and to its pixels."""
+    numbers = {name: int(n) for name, n in re.findall(r"\b(image_size|min_size)=(\d+)", words)}
+    rule = PadSquare.from_files(numbers, size=numbers["image_size"])
+    image = Image.fromarray(case.input(f"{group}/image").numpy())
+    square = torch.frombuffer(bytearray(rule(image).tobytes()), dtype=torch.uint8).view(rule.size, rule.size, 3)
+    case.compare_note(f"{group}/resized", square.permute(2, 0, 1).tolist(), case.tensors[f"{group}/resized"].tolist())
+    case.compare(f"{group}/pixel_values", rule.pixels(image)[None])
+
+
+def check_prompts(case: Case, stored: dict) -> None:
+    """Every conversation to its text, exactly."""
+    case.compare_note("prompts: default_system_prompt", DEFAULT_SYSTEM, stored["default_system_prompt"])
+    for i, entry in enumerate(stored["prompts"]):
+        messages = [Message(said["role"], said["content"]) for said in entry["conversation"]]
+        system = DEFAULT_SYSTEM if entry["system"] == "default" else entry["system"]
+        text = format_conversation(messages, system=system, template=entry["sft_format"])
+        case.compare_note(f"prompts: {i} {entry['sft_format']} {entry['case']} system={entry['system']!r}", text, entry["text"])

@@ -1,0 +1,100 @@
+"""What a case of the FLUX transformer stores: packing, velocity and the sampler's path, in both layouts of the weights."""
+from __future__ import annotations
+
+import json
+from math import log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unimm.checkpoint.load import read_shapes
+from unimm.denoisers.flux import Flux, FluxConfig, grid, load_flux
+from unimm.denoisers.mmdit import THETA, by_step, pack, unpack
+from unimm.generation.flow import dynamic_shift, knots, sample
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = 'config.json with _class_name "FluxTransformer2DModel"'
+BFL = "model_bfl.safetensors"
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are a FLUX transformer's."""
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("_class_name") == "FluxTransformer2DModel"
+
+
+@torch.inference_mode()
+def check(case: Case) -> None:
+    """Compare places, packing, and all that the transformer gives, from each layout that is there."""
+    notes = json.loads((case.outputs / "io.json").read_text())
+    noise = case.input("noise")
+    height, width = noise.shape[2:]
+    case.compare("packed", pack(noise))
+    case.compare("img_ids", grid(height // 2, width // 2))
+    times = check_times(case, notes, height * width // 4)
+    for path in (case.folder, case.folder / BFL):
+        if path.exists():
+            check_model(case, load_flux(path), times, height=height, width=width)
+    if (case.folder / BFL).exists():
+        check_sizes(case, notes["bfl_params"])
+
+
+def check_times(case: Case, notes: dict[str, Any], tokens: int) -> Tensor:
+    """The sampler's times, by the stored scheduler."""
+    told = notes["scheduler"]
+    shift = told["shift"]
+    if told["use_dynamic_shifting"]:
+        low = (told["base_image_seq_len"], told["base_shift"])
+        shift = dynamic_shift(tokens, low=low, high=(told["max_image_seq_len"], told["max_shift"]))
+        case.compare_scalar("mu", log(shift), notes["mu"], largest=abs(notes["mu"]))
+    times = knots(notes["num_steps"], shift)
+    case.compare("sampling.sigmas", times)
+    case.compare("sampling.timesteps", told["num_train_timesteps"] * times[:-1])
+    return times
+
+
+def check_model(case: Case, flux: Flux, times: Tensor, *, height: int, width: int) -> None:
+    """The velocity at the stored times, and every step from noise."""
+    text, pooled = case.input("encoder_hidden_states"), case.input("pooled_projections")
+    guidance = case.input("guidance") if "guidance" in case else None
+    condition = flux.condition(text, case.tensors["img_ids"], text_places=case.input("txt_ids"))
+    (at_stored,) = flux.modulations(case.input("timestep")[None], pooled, guidance=guidance)
+    case.compare("velocity", flux(case.tensors["packed"], condition, at_stored))
+    steps = by_step(flux, condition, flux.modulations(times[:-1], pooled, guidance=guidance))
+    path = []
+
+    def recorded(x: Tensor, time: float) -> Tensor:
+        path.append(x)
+        return steps(x, time)
+
+    final = sample(recorded, case.tensors["packed"], times)
+    for i, x in enumerate([*path[1:], final]):
+        case.compare(f"sampling.latents.{i}", x)
+    case.compare("sampling.final_unpacked", unpack(final, height=height, width=width))
+
+
+def check_sizes(case: Case, told: dict[str, Any]) -> None:
+    """The stored parameters of Black Forest Labs' layout, as the shapes of the tensors tell them."""
+    axes = tuple(told["axes_dim"])
+    config = FluxConfig.from_shapes(read_shapes([case.folder / BFL]), axes)
+    files = json.loads((case.folder / "config.json").read_text())
+    case.compare_note("bfl_params: config.json", config, FluxConfig.from_files(files))
+    ours = {
+        "in_channels": config.in_channels,
+        "vec_in_dim": config.pooled_dim,
+        "context_in_dim": config.text_dim,
+        "hidden_size": config.sizes.dim,
+        "mlp_ratio": config.mlp_ratio,
+        "num_heads": config.n_heads,
+        "depth": config.n_doubles,
+        "depth_single_blocks": config.n_singles,
+        "guidance_embed": config.guided,
+        "qkv_bias": True,
+        "theta": THETA,
+    }
+    for name, number in ours.items():
+        case.compare_note(f"bfl_params: {name}", number, told[name])

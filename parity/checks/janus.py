@@ -1,0 +1,209 @@
+"""What a Janus case stores, computed by unimm.models.janus.model: one function a group of stored outputs.
+
+A case of transformers' layout holds no outputs of its own: those of the folder beside it, whose name lacks _hf, are its.
+facts/janus.md, sections 4 to 7 and 11.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parity.checks.vq import pixels as as_bytes
+from parity.checks.vq import vq_checks
+from unimm.checkpoint.load import released_state
+from unimm.generation.decode import Rows
+from unimm.generation.kv_cache import CodeSampling
+from unimm.kernels import attention
+from unimm.models.common.deepseek_chat import Conversing
+from unimm.models.common.deepseek_processor import Markers, unconditional
+from unimm.models.janus.model import Janus
+from unimm.sequence.segments import IGNORE, Item, Pack, pack, text_item
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = 'config.json with model_type "multi_modality" or "janus"'
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are a Janus's."""
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    return config.get("model_type") in ("multi_modality", "janus") and "vision_gen_enc_config" not in config
+
+
+def check(case: Case) -> None:
+    """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
+    model = Janus.from_pretrained(case.folder)
+    special = json.loads((case.outputs / "special.json").read_text())
+    model.special = Markers(**{field.name: special[field.name] for field in fields(Markers)})
+    if (case.folder / "keys.json").exists():
+        shapes = {key: list(x.shape) for key, x in released_state(model, *model.weights().values()).items()}
+        case.compare_note("keys.json: names and shapes as saved", shapes, json.loads((case.folder / "keys.json").read_text()))
+    und = {name.partition("/")[0]: check_understanding for name in case.names(r"und\w*/input_ids")}
+    groups = {"vision": check_vision, **und, "vq": check_codes, "gen": check_drawing, "tf": check_training}
+    run_groups(case, model, groups, special)
+
+
+def run_groups(case: Case, model: Any, groups: dict[str, Callable], special: dict[str, Any]) -> None:
+    """Every group that the case stores, each apart from the others' failures."""
+    for group, run in groups.items():
+        if case.names(f"{group}/.*"):
+            try:
+                with torch.no_grad():
+                    run(case, model, group, special)
+            except (KeyError, ValueError, RuntimeError, AttributeError, StopIteration) as error:
+                case.miss(f"{group}: the whole group", f"stopped at {type(error).__name__}: {error}")
+
+
+def check_vision(case: Case, model: Janus, group: str, special: dict) -> None:
+    """The tower, from pixels to rows of the language model."""
+    trunk, images = model.vision.trunk, case.input("vision/pixel_values")
+    case.compare("vision/embed", trunk.patch_embed(images) + trunk.pos_embed)
+    case.compare("vision/block0", trunk.blocks[0](trunk.patch_embed(images) + trunk.pos_embed))
+    features = model.vision(images)
+    case.compare("vision/features", features)
+    case.compare("vision/aligned", model.aligner(features))
+    if model.layout == "transformers":
+        case.input("vision/attn_pool")  # that layout leaves the pool out, and nothing reads it
+    else:
+        case.compare("vision/attn_pool", trunk.attn_pool(features))
+
+
+# ---- understanding
+
+
+def prompts_of(case: Case, model: Conversing, group: str, special: dict) -> list[list[Item]]:
+    """The items of each left-padded row of stored ids: its texts, and its pictures between their markers."""
+    pixels, there = case.input(f"{group}/pixel_values"), case.input(f"{group}/images_emb_mask")
+    mask, found = case.input(f"{group}/attention_mask").bool(), []
+    for row, ids in enumerate(case.input(f"{group}/input_ids")):
+        pictures = iter([image for image, mine in zip(pixels[row], there[row], strict=True) if mine.any()])
+        left, items = ids[mask[row]].tolist(), []
+        while special["image"] in left:
+            start = left.index(special["image"]) - 1
+            item = model.prompts.looked_at(next(pictures), (left[start], special["eoi"]))
+            items += [text_item(left[:start]), item]
+            assert left[start + item.n_tokens + 1] == special["eoi"], "the marker behind a picture"
+            left = left[start + item.n_tokens + 2 :]
+        found.append([*items, text_item(left)] if left else items)
+    return found
+
+
+def padded(rows: Tensor, mask: Tensor) -> Tensor:
+    """Packed rows [N, ...] where the mask [B, T] is, zeros elsewhere: [B, T, ...]."""
+    out = rows.new_zeros(*mask.shape, *rows.shape[1:])
+    out[mask] = rows
+    return out
+
+
+def states(model: Any, batch: Pack) -> Tensor:
+    """Last hidden states of a pack, after the final norm [N, D]."""
+    (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    return next(iter(model.decoder.norms.values()))(hidden)
+
+
+def compare_states(case: Case, model: Conversing, group: str, prompts: Sequence[list[Item]], special: dict) -> None:
+    """Rows in, positions, rows out, logits: where the mask is 1."""
+    mask, ids = case.tensors[f"{group}/attention_mask"].bool(), case.tensors[f"{group}/input_ids"]
+    batch = pack(prompts)
+    entered, stored = padded(model.embed(batch), mask), case.tensors[f"{group}/inputs_embeds"]
+    case.compare(f"{group}/inputs_embeds", torch.where(mask[..., None], entered, stored), note="where the mask is 1")
+    case.compare(f"{group}/position_ids", padded(batch.layout.positions, mask))
+    assert batch.look is not None, "understanding without a picture"
+    seen = torch.zeros(len(batch.layout.positions), dtype=torch.uint8)
+    seen[batch.look.rows] = 1
+    case.compare(f"{group}/images_seq_mask", padded(seen, mask) * (ids == special["image"]))
+    hidden = states(model, batch)
+    case.compare(f"{group}/last_hidden", padded(hidden, mask))
+    case.compare(f"{group}/logits", padded(model.decoder.head(hidden), mask))
+
+
+def check_understanding(case: Case, model: Janus, group: str, special: dict) -> None:
+    """A batch of prompts, and what is said after them, greedily."""
+    prompts = prompts_of(case, model, group, special)
+    compare_states(case, model, group, prompts, special)
+    if f"{group}/greedy_ids" in case:
+        steps = case.tensors[f"{group}/greedy_ids"].shape[1]
+        contexts, last = model.prefilled(prompts)
+        rows, ids, logits = Rows(model, contexts, steps), [torch.tensor(last)], []
+        for n in range(steps):
+            logits.append(model.decoder.logits(rows(model.decoder.embed(ids[-1]), n)))
+            ids.append(logits[-1].argmax(-1))
+        case.compare(f"{group}/greedy_ids", torch.stack(ids[1:], 1))
+        case.compare(f"{group}/greedy_logits", torch.stack(logits, 1))
+
+
+# ---- drawing
+
+
+def check_codes(case: Case, model: Janus, group: str, special: dict) -> None:
+    """The VQ tokenizer, both ways."""
+    for name in ("vq/image", "vq/rand_ids"):
+        case.input(name)
+    for name, ours, note in vq_checks(model.vq, case.tensors):
+        case.compare(name, ours, note=note)
+
+
+def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
+    """Guided codes of a whole picture, and the numbers of its first steps."""
+    ids = case.input("gen/prompt_ids").tolist()
+    prompt, w = [text_item(ids)], special["cfg_weight"]
+    free = unconditional(prompt, special["pad"])
+    rows = torch.tensor([ids, free[0].ids.tolist()])
+    case.compare("gen/tokens", rows)
+    case.compare("gen/tokens_p2", rows.repeat(2, 1))
+    case.compare("gen/prompt_embeds", model.decoder.embed(rows))
+    codes = model.codes(
+        [prompt], [torch.Generator()], guidance=[w], sampling=CodeSampling(temperature=0.0), grid=(special["grid"],) * 2
+    )
+    case.compare("gen/ids", codes[0])
+    painted = model.paint(codes, grid=(special["grid"],) * 2)
+    case.compare("gen/pixels", painted)
+    case.compare("gen/uint8", torch.stack([as_bytes(image) for image in painted]))
+    steps = case.tensors["gen/cfg_logits"].shape[0]
+    stepper = Rows(model, model.prefilled([prompt, free])[0], steps)
+    x, hidden = model.decoder.embed(rows[:, -1]), []
+    for n in range(steps):
+        hidden.append(stepper(x, n))
+        x = model.code_rows(codes[0, n].expand(2))
+    hidden = torch.stack(hidden, 1)
+    case.compare("gen/step_hidden", next(iter(model.decoder.norms.values()))(hidden))
+    logits = model.code_logits(hidden)
+    case.compare("gen/step_logits", logits)
+    case.compare("gen/cfg_logits", logits[1] + w * (logits[0] - logits[1]))
+
+
+# ---- training
+
+
+def check_training(case: Case, model: Janus, group: str, special: dict) -> None:
+    """Teacher forcing: a picture's codes after a prompt, and the labelled text of the understanding sample."""
+    ids, codes = case.tensors["gen/prompt_ids"].tolist(), case.input("tf/image_ids")
+    batch = pack([[text_item(ids[:-1]), model.drawn(codes, ids[-1])]])
+    case.compare("tf/image_embeds", model.code_rows(codes)[None])
+    assert batch.draw is not None, "a picture is drawn"
+    case.compare("tf/hidden", states(model, batch)[None])
+    (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    case.compare("tf/gen_logits", model.code_logits(hidden[batch.draw.rows - 1])[None])
+    case.compare("tf/loss", model(batch).codes.mean()[None])
+    labels = F.pad(case.input("tf/text_labels")[1:], (0, 1), value=IGNORE)
+    case.compare("tf/text_loss", model(pack([labelled(case, model, labels, special)])).text.mean()[None])
+
+
+def labelled(case: Case, model: Janus, labels: Tensor, special: dict) -> list[Item]:
+    """The understanding sample with a label at each of its rows; rows of pictures have none."""
+    items, at = [], 0
+    for item in prompts_of(case, model, "und", special)[0]:
+        n = item.segment.length
+        given = labels[at : at + n].tolist()
+        assert item.tokens is None or set(given) == {IGNORE}, "a label at a picture's row"
+        items.append(item if item.tokens is not None else text_item(item.ids.tolist(), labels=given))
+        at += n
+    return items

@@ -1,0 +1,84 @@
+"""What a case of the Sana transformer stores: velocities, what lies between, and pictures by both samplers."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from unimm.denoisers.sana import TIMESTEPS, Sana, load_sana
+from unimm.generation.flow import Velocity, in_whole_steps, reshifted_knots, sample, sample_dpm, solver_knots
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = 'config.json with _class_name "SanaTransformer2DModel"'
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are a Sana transformer's."""
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("_class_name") == "SanaTransformer2DModel"
+
+
+@torch.inference_mode()
+def check(case: Case) -> None:
+    """Compare the transformer, its parts, and both samplers."""
+    sana = load_sana(case.folder)
+    latents, caption = case.input("hidden_states"), case.input("encoder_hidden_states")
+    times = case.input("timestep").float() / TIMESTEPS
+    seen = sana.condition(caption, case.input("encoder_attention_mask"))
+    case.compare("velocity", sana(latents, times, seen))
+    case.compare("velocity_nomask", sana(latents, times, sana.condition(caption)))
+    x = rearrange(sana.patch(latents), "B D h w -> B (h w) D")
+    case.compare("stage.patch_embed", x)
+    embedded, shifts = sana.embed(times)
+    case.compare("stage.time_embed", embedded)
+    case.compare("stage.time_embed6", shifts.flatten(1))
+    case.compare("stage.caption", seen.tokens)
+    # these are of the stored patches, so that they stand alone
+    x = case.tensors["stage.patch_embed"]
+    block, height = sana.blocks[0], latents.shape[2] // sana.config.patch
+    case.compare("stage.attn1_block0_of_patch_embed", block.attention(x))
+    mixed = block.mlp(rearrange(x, "B (h w) D -> B h w D", h=height))
+    case.compare("stage.ff_block0_of_patch_embed", rearrange(mixed, "B h w D -> B D h w"))
+    check_sampling(case, sana, json.loads((case.outputs / "io.json").read_text()))
+
+
+def check_sampling(case: Case, sana: Sana, notes: dict[str, Any]) -> None:
+    """The times and the latents after every step, with the stored guidance."""
+    noise, steps, schedulers = case.input("sampling.noise"), notes["steps"], notes["schedulers"]
+    condition = sana.condition(case.input("sampling.condition"))
+    v = guided(sana, condition.rows(torch.tensor([0] * len(noise) + [1] * len(noise))), notes["guidance_scale"])
+    dpm, euler = schedulers["dpm"], schedulers["euler"]
+    trained = dpm["num_train_timesteps"]
+    knots = solver_knots(steps, shift=dpm["flow_shift"], trained=trained)
+    for name, times, sampler, cut in (
+        ("dpm", knots, sample_dpm, True),
+        ("euler", reshifted_knots(steps, euler["shift"], trained=euler["num_train_timesteps"]), sample, False),
+    ):
+        told, path = [], []
+
+        def recorded(x: Tensor, time: float, told: list = told, path: list = path) -> Tensor:
+            told.append(TIMESTEPS * time)
+            path.append(x)
+            return v(x, time)
+
+        final = sampler(in_whole_steps(recorded, trained=trained) if cut else recorded, noise, times)
+        case.compare(f"sampling.{name}.sigmas", times)
+        case.compare(f"sampling.{name}.timesteps", torch.tensor(told))
+        for i, x in enumerate([*path[1:], final]):
+            case.compare(f"sampling.{name}.latents.{i}", x)
+
+
+def guided(sana: Sana, condition: Any, scale: float) -> Velocity:
+    """Guidance under a condition of twice the rows: first those without the caption."""
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        plain, told = sana(torch.cat((x, x)), torch.full((2 * len(x),), time), condition).chunk(2)
+        return plain + scale * (told - plain)
+
+    return velocity

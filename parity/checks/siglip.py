@@ -1,0 +1,44 @@
+"""What a case of SigLIP2's vision tower stores: pictures as it sees them, every layer, and what is pooled."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimm.encoders.siglip import load_siglip
+
+if TYPE_CHECKING:
+    from parity.runner import Case
+
+EXPECTS = 'config.json with model_type "siglip_vision_model"'
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a case's files are a SigLIP tower's, alone or in a whole SigLIP's."""
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("model_type") in ("siglip_vision_model", "siglip")
+
+
+@torch.inference_mode()
+def check(case: Case) -> None:
+    """Compare the preprocessing, the layers and the ends of the tower."""
+    tower = load_siglip(case.folder)
+    if raw := sorted(case.names(r"raw\d+_uint8"), key=lambda name: int(name[3:].partition("_")[0])):
+        pixels = [tower.pixels.pixels(Image.fromarray(case.input(name).numpy())) for name in raw]
+        case.compare("pixel_values", torch.stack(pixels))
+    # the stored pixels, so that a difference there shows in one place only
+    images = case.tensors["pixel_values"] if raw else case.input("pixel_values")
+    outs: list[Tensor] = [tower.embed(images)]
+    hooks = [block.register_forward_hook(lambda module, args, out: outs.append(out)) for block in tower.blocks]
+    features = tower(images)
+    for hook in hooks:
+        hook.remove()
+    for i, out in enumerate(outs):
+        case.compare(f"hidden.{i}", out.reshape(features.shape))
+    case.compare("last_hidden_state", features)
+    if tower.pool is not None:
+        case.compare("pooler_output", tower.pooled(features))

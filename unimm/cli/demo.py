@@ -1,0 +1,112 @@
+"""The main job on a nano model: draw scenes, ask about one, edit it, draw one after thinking; all on one sheet."""
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unimm.models.registry import load
+
+# yellow circles, purple squares, cyan triangles, orange stars, red diamonds and green crosses were never trained on
+SCENES = (
+    "a red circle left of a blue square",
+    "three green triangles",
+    "an orange star",
+    "a purple square above a cyan triangle",
+    "a large black cross and a small yellow circle",
+    "draw two red diamonds",
+    "a small green cross at the bottom right",
+    "draw what Anna likes",
+)
+# about the first scene
+QUESTIONS = (
+    "describe the picture",
+    "how many shapes are there?",
+    "what colour is the square?",
+    "what shape is the red thing?",
+    "is the circle left of the square?",
+)
+EDIT = "make the circle green"
+THOUGHT = "as many red circles as 2 + 5 - 4"
+
+# the sheet, in pixels
+COLUMNS, SIDE, GAP, FONT, LINES = 4, 192, 16, 15, 3
+Panel = tuple[Image.Image, str]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The nano's matrices are too small to share: threads that wait for a core take 63 s on a busy machine, one takes 3 s."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def run(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
+    """Do the main job with the model of that name, telling of it on the console, and save the sheet."""
+    began = time.monotonic()
+    with console.status(f"loading {model}"):
+        loaded = load(model)
+    with console.status(f"drawing {len(SCENES)} scenes"):
+        drawn = loaded.generate(SCENES, seed=seed)
+    scene = drawn.image
+    _tell(console, "drawn", SCENES)
+
+    with console.status(f"asking {len(QUESTIONS)} questions"):
+        answers = loaded.understand([scene] * len(QUESTIONS), QUESTIONS)
+    console.print(_answers(answers))
+
+    with console.status("editing"):
+        edited = loaded.generate(EDIT, images=scene, seed=seed)
+    _tell(console, "edited", [EDIT])
+
+    panels = list(zip(drawn.images, SCENES, strict=True))
+    panels += [(scene, "input"), (edited.image, EDIT)]
+    if loaded.THINKS:
+        with console.status("thinking, then drawing"):
+            thought = loaded.generate(THOUGHT, think=True, seed=seed)
+        _tell(console, "thought", [THOUGHT, thought.text])
+        panels.append((thought.image, THOUGHT))
+    fresh = out.with_name(f"{out.stem}.new.png")
+    sheet(panels).save(fresh)
+    fresh.replace(out)
+    console.print(Text(f"saved {out} after {time.monotonic() - began:.0f} s"))
+
+
+def sheet(panels: Sequence[Panel], *, columns: int = COLUMNS) -> Image.Image:
+    """Pictures, enlarged, in rows, each with its caption beneath."""
+    font = ImageFont.load_default(FONT)
+    width, height = SIDE + GAP, SIDE + GAP + LINES * (FONT + 4)
+    rows = -(-len(panels) // columns)
+    page = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (picture, caption) in enumerate(panels):
+        x, y = GAP + i % columns * width, GAP + i // columns * height
+        page.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="lightgrey")
+        lines = textwrap.wrap(caption, width=2 * SIDE // FONT, max_lines=LINES, placeholder=" ...")
+        pen.multiline_text((x, y + SIDE + 4), "\n".join(lines), fill="black", font=font)
+    return page
+
+
+def _answers(answers: Sequence[str]) -> Table:
+    table = Table("question", "answer", title=f"about: {SCENES[0]}", title_justify="left")
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        table.add_row(Text(question), Text(answer))
+    return table
+
+
+def _tell(console: Console, what: str, lines: Sequence[str]) -> None:
+    console.print(Text(what, style="bold"))
+    for line in lines:
+        console.print(Text(f"  {line}"))

@@ -1,0 +1,191 @@
+"""T5 v1.1's encoder: a caption to a state for each of its ids, as FLUX and UniWorld condition on it.
+
+Raffel et al. 2020, arXiv 1910.10683, section 2.1, with the gated feed-forward of arXiv 2002.05202. Positions are a bias of
+the scores alone, by how far apart two ids are. facts/metaquery_uniworld.md section 3.7.
+
+Axes: B captions, L ids of a caption, D model, H heads, K head.
+"""
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from unimm.checkpoint.load import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
+from unimm.nn.layers import RMSNorm, SwiGLU
+
+# how a released config names a feed-forward that is gated, and what the gate goes through
+GATED = {"gated-gelu": "gelu_new", "gated-silu": "silu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    dim: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab: int
+    buckets: int  # of distances, half of them for each direction
+    max_distance: int  # from which on all are one bucket
+    norm_eps: float
+    feed_forward: str
+
+    FILES: ClassVar[dict[str, str]] = {
+        "dim": "d_model",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "head_dim": "d_kv",
+        "mlp_dim": "d_ff",
+        "vocab": "vocab_size",
+        "buckets": "relative_attention_num_buckets",
+        "max_distance": "relative_attention_max_distance",
+        "norm_eps": "layer_norm_epsilon",
+        "feed_forward": "feed_forward_proj",
+    }
+    # what T5Config says where a config is silent
+    SILENT: ClassVar[dict[str, Any]] = {
+        "d_model": 512,
+        "num_layers": 6,
+        "num_heads": 8,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "vocab_size": 32128,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "relu",
+    }
+
+    def __post_init__(self) -> None:
+        sizes = (self.dim, self.n_layers, self.n_heads, self.head_dim, self.mlp_dim, self.vocab, self.norm_eps)
+        if min(sizes) <= 0 or self.buckets % 2 or self.buckets < 4 or self.max_distance <= self.buckets // 4:
+            raise ValueError(
+                f"got {self}: expected positive numbers, an even number of buckets from 4 on, and a max_distance above a "
+                "quarter of them; correct config.json"
+            )
+        if self.feed_forward not in GATED:
+            raise ValueError(
+                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED)}, as T5 v1.1 has; the first T5 is "
+                "not built"
+            )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any]) -> Self:
+        """Read a released config.json. Raises ValueError for another model's, and for a T5 before v1.1."""
+        if (kind := files.get("model_type", "t5")) != "t5":
+            raise ValueError(f"got model_type {kind!r}: expected 't5', as FLUX's text_encoder_2/config.json says")
+        known = cls.SILENT | {key: value for key, value in files.items() if value is not None}
+        kind = known["feed_forward_proj"]
+        told = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+        if (act := known.get("dense_act_fn", told)) != told:
+            raise ValueError(f"got dense_act_fn {act!r} beside feed_forward_proj {kind!r}: expected {told!r}")
+        return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
+
+    def to_files(self) -> dict[str, Any]:
+        """The config.json that `from_files` reads, and that transformers does."""
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        return files | {"model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": True}
+
+
+def distances(length: int, buckets: int, furthest: int, device: torch.device) -> Tensor:
+    """The bucket [L, L] of each pair (id that asks, id that is seen).
+
+    Half the buckets are for ids that stand behind; of either half the first half holds one distance each, the rest grow
+    with the logarithm up to `furthest`.
+    """
+    at = torch.arange(length, device=device)
+    apart = at[None] - at[:, None]
+    half, near = buckets // 2, buckets // 4
+    far = apart.abs().clamp(min=near).float()
+    # in float32, and cut: a distance on the edge of a bucket falls where it fell in training
+    far = near + (torch.log(far / near) / math.log(furthest / near) * (half - near)).long()
+    return torch.where(apart.abs() < near, apart.abs(), far.clamp(max=half - 1)) + half * (apart > 0)
+
+
+class T5Block(nn.Module):
+    """Pre-norm attention whose scores are not divided by the root of the width, then the gated feed-forward."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        inner, self.n_heads = cfg.n_heads * cfg.head_dim, cfg.n_heads
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.qkv, self.o = nn.Linear(cfg.dim, 3 * inner, bias=False), nn.Linear(inner, cfg.dim, bias=False)
+        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, GATED[cfg.feed_forward])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [B, L, D], bias of the scores [1, H, L, L] -> [B, L, D]."""
+        q, k, v = rearrange(self.qkv(self.attn_norm(x)), "b n (three h k) -> three b h n k", three=3, h=self.n_heads)
+        # not `kernels.attention`, which knows masks and no bias
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        x = x + self.o(rearrange(y, "b h n k -> b n (h k)"))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class T5Encoder(nn.Module):
+    """Ids of captions to their states; every id sees all of its row, padding and all."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
+        self.bias = nn.Embedding(cfg.buckets, cfg.n_heads)  # one for all layers
+        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, L], padded as in training (FLUX: to 512) -> states after the final norm [B, L, D]."""
+        if ids.ndim != 2 or not ids.shape[1]:
+            raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L > 0")
+        cfg, n = self.cfg, ids.shape[1]
+        bias = rearrange(self.bias(distances(n, cfg.buckets, cfg.max_distance, ids.device)), "q k h -> 1 h q k").contiguous()
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+
+KEYS: Table = {
+    "shared.weight": "embed.weight",
+    "encoder.embed_tokens.weight": None,  # the same again, in older files
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "bias.weight",
+    "encoder.block.{}.layer.0.SelfAttention.q.weight": "blocks.{}.qkv.weight[0/3]",
+    "encoder.block.{}.layer.0.SelfAttention.k.weight": "blocks.{}.qkv.weight[1/3]",
+    "encoder.block.{}.layer.0.SelfAttention.v.weight": "blocks.{}.qkv.weight[2/3]",
+    "encoder.block.{}.layer.0.SelfAttention.o.weight": "blocks.{}.o.weight",
+    "encoder.block.{}.layer.0.layer_norm.weight": "blocks.{}.attn_norm.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "blocks.{}.mlp.gate.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "blocks.{}.mlp.up.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "blocks.{}.mlp.down.weight",
+    "encoder.block.{}.layer.1.layer_norm.weight": "blocks.{}.mlp_norm.weight",
+    "encoder.final_layer_norm.weight": "norm.weight",
+    # a whole T5 writes, too
+    "decoder.{*}": None,
+    "lm_head.weight": None,
+}
+
+
+def keys(shapes: Mapping[str, Any]) -> Table:
+    """The key table for files of these names: some hold the table of embeddings under its other name alone."""
+    table, other = "shared.weight", "encoder.embed_tokens.weight"
+    return KEYS if table in shapes or other not in shapes else {**KEYS, table: None, other: KEYS[table]}
+
+
+def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> T5Encoder:
+    """The encoder of a released folder (FLUX's text_encoder_2, or a whole T5 v1.1), strictly, in evaluation mode.
+
+    Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
+    """
+    with torch.device("meta"):
+        model = T5Encoder(T5Config.from_files(json.loads((folder / "config.json").read_text())))
+    paths = weight_files(folder, HUB_WEIGHTS)
+    load_into(model, paths, keys(read_shapes(paths)), dtype=dtype, device=torch.device(device))
+    return model.eval()

@@ -1,0 +1,139 @@
+"""Accuracy on the little world: draw, answer, edit and reason about scenes that training never saw.
+
+The judge reads the drawn scene from its pixels, so no model judges another. Every example and every picture's noise
+follows from (seed, task, index): a score does not depend on the batch, but for rounding.
+"""
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from unimm.data.shapes import Example, example, judge
+from unimm.data.shapes.world import SIDE
+from unimm.models.base import Generation, UnifiedModel
+
+THINK = ".think"
+REASON = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
+# what is scored; reasoning tasks twice: drawn at once, and after the model's own reasoning
+TASKS = (
+    *("draw.one", "draw.count", "draw.relation", "draw.two"),
+    *("answer.count", "answer.colour", "answer.shape", "answer.relation"),
+    *("edit.recolour", "edit.remove", "edit.add"),
+    *REASON,
+    *(task + THINK for task in REASON),
+)
+Pictures = list[list[Image.Image]]
+
+
+class Model(Protocol):
+    """The verbs that are judged, over batches."""
+
+    def generate(
+        self, prompt: Sequence[str], *, images: Pictures | None, think: bool, seed: Sequence[int]
+    ) -> Generation: ...
+
+    def understand(self, images: Pictures, question: Sequence[str]) -> list[str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The part that was right of n, and the ends of its 95 % interval (Wilson 1927)."""
+
+    accuracy: float
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: int, n: int) -> "Score":
+        """From counts."""
+        interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
+        return cls(accuracy=right / n, n=n, low=float(interval.low), high=float(interval.high))
+
+
+def evaluate(
+    model: Model,
+    *,
+    n: int,
+    seed: int,
+    split: str = "test",
+    tasks: Sequence[str] | None = None,
+    batch: int = 50,
+    progress: bool = True,
+) -> dict[str, Score]:
+    """Score a model on n examples of each task (all of TASKS unless given), `batch` at a time.
+
+    Raises ValueError for a task that is none of TASKS, and for numbers below 1.
+    """
+    tasks = checked(TASKS if tasks is None else tasks)
+    for name, number in (("n", n), ("batch", batch)):
+        if number < 1:
+            raise ValueError(f"got {name} {number}: expected at least 1")
+    scores = {}
+    with tqdm(total=n * len(tasks), unit="example", disable=not progress) as bar:
+        for task in tasks:
+            bar.set_description(task)
+            right = 0
+            for start in range(0, n, batch):
+                verdicts = list(judged(model, task, range(start, min(start + batch, n)), seed=seed, split=split))
+                right += sum(verdicts)
+                bar.update(len(verdicts))
+            scores[task] = Score.of(right, n)
+    return scores
+
+
+def tasks_of(model: UnifiedModel) -> tuple[str, ...]:
+    """The tasks that a model's verbs can do: without think mode, reasoning tasks are drawn at once only."""
+    return tuple(task for task in TASKS if model.THINKS or not task.endswith(THINK))
+
+
+def checked(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks, each once. Raises ValueError for an unknown one, with the nearest."""
+    if not tasks:
+        raise ValueError(f"got no tasks: expected some of {', '.join(TASKS)}")
+    for task in tasks:
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.4) or TASKS
+            raise ValueError(f"unknown task {task!r}: expected one that is scored; the nearest are {', '.join(near)}")
+    return tuple(dict.fromkeys(tasks))
+
+
+def judged(model: Model, task: str, indices: Sequence[int], *, seed: int, split: str) -> Iterator[bool]:
+    """Whether the model is right, for one batch of a task's examples."""
+    name = task.removesuffix(THINK)
+    examples = [example(name, index, seed=seed, split=split) for index in indices]
+    prompts, shown = [one.prompt for one in examples], [pictures(one) for one in examples]
+    if examples[0].answer is not None:
+        yield from map(judge, examples, model.understand(shown, prompts))
+        return
+    drawn = model.generate(
+        prompts,
+        images=shown if any(shown) else None,
+        think=task.endswith(THINK),
+        seed=[noise_seed(seed, name, index) for index in indices],
+    )
+    yield from (judge(one, pixels(image)) for one, image in zip(examples, drawn.images, strict=True))
+
+
+def pictures(one: Example) -> list[Image.Image]:
+    """An example's input pictures."""
+    return [Image.fromarray(image) for image in one.images]
+
+
+def pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """A drawn picture as the judge reads it, uint8 [64, 64, 3]."""
+    image = image.convert("RGB")
+    return np.asarray(image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def noise_seed(seed: int, task: str, index: int) -> int:
+    """The seed of a picture's noise, 0 to 2^63 - 1; the same with and without reasoning."""
+    digest = hashlib.sha256(f"noise/{seed}/{task}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,48 @@
+"""What MetaQuery and UniWorld share: a model around a frozen reader speaks with the reader's own voice."""
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from unimm.generation.kv_cache import TextSampling
+from unimm.models.base import Picture, Turn, UnifiedModel
+from unimm.vlms.base import Reader
+
+
+class AroundReader(UnifiedModel):
+    """A model that draws from what a frozen reader makes of a prompt, and answers as the reader does."""
+
+    @property
+    @abstractmethod
+    def speaker(self) -> Reader:
+        """The frozen reader, whole."""
+
+    def understand(
+        self,
+        images: Picture | Sequence | None,
+        question: str | Sequence[str],
+        *,
+        think: bool = False,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
+        if think:
+            raise NotImplementedError(f"{type(self).__name__} does not think before it answers: Bagel does")
+        return self.speaker.understand(images, question, stream=stream, text=text, seed=seed)
+
+    def chat(
+        self,
+        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        text: TextSampling | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> Any:
+        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
+        return self.speaker.chat(turns, system=system, stream=stream, text=text, seed=seed)
+
+    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
+        """Not for these families."""
+        raise NotImplementedError(f"{type(self).__name__} gives one text or one picture a call: Bagel interleaves")

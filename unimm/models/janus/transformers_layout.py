@@ -1,0 +1,158 @@
+"""Janus's checkpoints as transformers lays them out: their config as the original's, and back; the key table.
+
+facts/janus.md, sections 2.3 and 3. The numbers for what a config leaves out are those of its JanusConfig.
+"""
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from unimm.checkpoint.load import Table
+from unimm.encoders.timm_vit import RELEASED, TowerConfig, ViTNumbers
+from unimm.models.common.deepseek_chat import llama_keys
+from unimm.models.common.deepseek_processor import Markers
+
+Layout = Literal["original", "transformers"]
+Files = dict[str, dict[str, Any]]
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 16,
+    "mlp_ratio": 4.0,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "use_qk_norm": False,
+    "attention_bias": True,
+    "projection_dim": 2048,
+    "depth": 2,
+}
+VQ: dict[str, Any] = {
+    "embed_dim": 8,
+    "num_embeddings": 16384,
+    "latent_channels": 256,
+    "base_channels": 128,
+    "channel_multiplier": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "projection_dim": 2048,
+    "image_token_embed_dim": 2048,
+    "num_hidden_layers": 2,
+    "hidden_act": "gelu",
+    "double_latent": False,
+}
+FIXED = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
+
+
+def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' config.json as the original's. Raises ValueError for what no release asks for and is not built."""
+    llm, vision, vq = TEXT | files["text_config"], VISION | files["vision_config"], VQ | files.get("vq_config", {})
+    for name, asked, usual in (("vision_config", vision, VISION), ("vq_config", vq, VQ)):
+        if wrong := [f"{key} {asked[key]!r}" for key in FIXED if key in usual and asked[key] != usual[key]]:
+            raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
+    d = llm["hidden_size"]
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mlp_ratio")
+    vit = ViTNumbers(**dict(zip(("dim", "n_layers", "n_heads", "patch", "mlp_ratio"), (vision[k] for k in sizes), strict=True)))
+    name = f"siglip_large_patch16_{vision['image_size']}"
+    params: dict[str, Any] = {"image_size": vision["image_size"], "model_name": name}
+    if vit != RELEASED.get(name):
+        params |= {"model_name": "siglip"} | {theirs: getattr(vit, ours) for ours, theirs in ViTNumbers.FILES.items()}
+    codes = {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"], "ch": vq["base_channels"]}
+    codes |= {"ch_mult": vq["channel_multiplier"], "num_res_blocks": vq["num_res_blocks"], "z_channels": vq["latent_channels"]}
+    look = {"projector_type": "mlp_gelu", "depth": vision["depth"], "input_dim": vit.dim, "n_embed": d}
+    draw = {"projector_type": "mlp_gelu", "depth": vq["num_hidden_layers"], "input_dim": vq["embed_dim"], "n_embed": d}
+    head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": d}
+    return {
+        "vision_config": {"params": params},
+        "aligner_config": {"params": look},
+        "gen_vision_config": {"cls": "VQ-16", "params": codes},
+        "gen_aligner_config": {"params": draw},
+        "gen_head_config": {"params": head},
+        # transformers ties the embeddings unless told, but no file of theirs has them tied
+        "language_config": llm | {"tie_word_embeddings": False},
+        **({"generation": files["generation"]} if "generation" in files else {}),
+    }
+
+
+def transformers_files(files: Files, *, markers: Markers | None, image: int | None) -> Files:
+    """The original's config.json and preprocessor_config.json as transformers', with its generation_config.json.
+
+    Raises ValueError for what that layout cannot say: a code head of another width than the model, another encoder.
+    """
+    top, look = files["config.json"], files["preprocessor_config.json"]
+    llm, head, codes = top["language_config"], top["gen_head_config"]["params"], top["gen_vision_config"]["params"]
+    tower, aligners = TowerConfig.from_files(top["vision_config"]["params"]), ("aligner_config", "gen_aligner_config")
+    vit, d = tower.vit, llm["hidden_size"]
+    if vit is None:
+        raise ValueError(f'got the encoder {tower.name}: transformers knows SigLIP alone; save it with layout="original"')
+    if short := [name for name in aligners if top[name]["params"]["projector_type"] == "identity"]:
+        raise ValueError(f'got an identity as {short[0]}: transformers has a linear at least; save it with layout="original"')
+    if head["image_token_embed"] != d:
+        raise ValueError(
+            f"got a code head of width {head['image_token_embed']} in a model of width {d}: transformers has one number "
+            'for both; save it with layout="original"'
+        )
+    vision = dict(VISION) | {"hidden_size": vit.dim, "num_hidden_layers": tower.depth, "num_attention_heads": vit.n_heads}
+    vision |= {"patch_size": vit.patch, "mlp_ratio": vit.mlp_ratio, "image_size": tower.size, "projection_dim": d}
+    vision |= {"depth": top["aligner_config"]["params"]["depth"], "model_type": "janus_vision_model"}
+    vision |= {"num_image_tokens": (tower.size // vit.patch) ** 2}
+    vq = dict(VQ) | {"embed_dim": codes["n_embed"], "num_embeddings": codes["image_token_size"], "projection_dim": d}
+    names = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks"}
+    vq |= {theirs: codes[ours] for ours, theirs in {**names, "z_channels": "latent_channels"}.items() if ours in codes}
+    vq |= {"image_token_embed_dim": d, "num_hidden_layers": top["gen_aligner_config"]["params"]["depth"]}
+    vq |= {"model_type": "janus_vqgan", "num_patches": tower.size // 2 ** (len(vq["channel_multiplier"]) - 1)}
+    config: dict[str, Any] = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
+    config |= {"tie_word_embeddings": False}
+    config |= {"text_config": llm, "vision_config": vision, "vq_config": vq, "generation": top["generation"]}
+    config |= {"image_token_id": image} if image is not None else {}
+    side = {"height": look["image_size"], "width": look["image_size"]}
+    look = {**look, "image_processor_type": "JanusImageProcessor", "processor_class": "JanusProcessor", "size": side}
+    drawn: dict[str, Any] = {"guidance_scale": top["generation"]["guidance"], "temperature": 1.0, "do_sample": True, "top_k": 0}
+    if markers:
+        drawn |= {"bos_token_id": markers.bos, "eos_token_id": markers.eos, "pad_token_id": markers.pad}
+        drawn |= {"generation_kwargs": {"boi_token_id": markers.boi}}
+    return {"config.json": config, "preprocessor_config.json": look, "generation_config.json": drawn}
+
+
+def transformers_keys(depth: int, code_depth: int) -> Table:
+    """transformers' names on the left, ours on the right; the aligners have `depth` and `code_depth` linears."""
+    block, ours = "model.vision_model.encoder.layers.{}.", "vision.trunk.blocks.{}."
+    return {
+        "model.vision_model.embeddings.position_embedding.weight": "vision.trunk.pos_embed[...]",
+        "model.vision_model.embeddings.patch_embedding.{}": "vision.trunk.patch_embed.proj.{}",
+        **{block + f"layer_norm{i}.{{}}": ours + f"norm{i}.{{}}" for i in (1, 2)},
+        **{block + f"self_attn.{p}_proj.{{}}": ours + f"attn.qkv.{{}}[{i}/3]" for i, p in enumerate("qkv")},
+        block + "self_attn.projection_layer.{}": ours + "attn.proj.{}",
+        block + "mlp.{}.{}": ours + "mlp.{}.{}",
+        "model.vision_model.post_layernorm.{}": "vision.trunk.norm.{}",
+        **_projector_keys("model.aligner.", "aligner.", depth),
+        **_projector_keys("model.generation_aligner.", "code_aligner.", code_depth),
+        "model.generation_embeddings.{}": "code_embed.{}",
+        "model.generation_head.proj_out.{}": "code_head.fc1.{}",
+        "model.generation_head.vision_head.{}": "code_head.fc2.{}",
+        "model.vqmodel.quantize.embedding.{}": "vq.quantize.embedding.{}",
+        **{f"model.vqmodel.{side}.mid.{theirs}.{{*}}": f"vq.{side}.mid.{i}.{{*}}" for side in SIDES for i, theirs in MIDDLE},
+        **{
+            f"model.vqmodel.{side}.{stack}.{{}}.{theirs}.{{*}}": f"vq.{side}.conv_blocks.{{}}.{part}.{{*}}"
+            for side, (stack, change) in SIDES.items()
+            for theirs, part in (("block", "res"), ("attn", "attn"), (change, change))
+        },
+        **{f"model.vqmodel.{side}.{{}}.{{}}": f"vq.{side}.{{}}.{{}}" for side in SIDES},
+        **{f"model.vqmodel.{part}.{{}}": f"vq.{part}.{{}}" for part in ("quant_conv", "post_quant_conv")},
+        **llama_keys("model.language_model.", "lm_head", "all"),
+    }
+
+
+SIDES = {"encoder": ("down", "downsample"), "decoder": ("up", "upsample")}
+MIDDLE = ((0, "block_1"), (1, "attn_1"), (2, "block_2"))
+
+
+def _projector_keys(theirs: str, ours: str, depth: int) -> Table:
+    rows = {theirs + "fc1.{}": ours + "layers.0.{}"}
+    return rows | {theirs + f"hidden_layers.{i}.{{}}": ours + f"layers.{2 * i + 2}.{{}}" for i in range(depth - 1)}

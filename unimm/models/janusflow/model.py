@@ -1,0 +1,435 @@
+"""JanusFlow: Janus's decoupled encoders, and rectified flow inside the language model in place of codes.
+
+Ma et al. 2024, arXiv 2411.07975. Released code: github.com/deepseek-ai/Janus at 1daa72f, janus/janusflow.
+A noised latent enters through a shallow U-ViT as one row for the time and a row for each token, is read causally behind
+the prompt, and leaves through another as a velocity. The original's time runs from noise at 0 to data at 1, in
+thousandths; it is turned round here, in `enter` and `leave`, and nowhere else.
+
+Axes: N packed rows, B pictures, n tokens of a picture, D model, C channels, H W sides of a latent, h w of its grid.
+"""
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from unimm.checkpoint import hub
+from unimm.checkpoint.load import Table, read_json
+from unimm.encoders.timm_vit import Tower, TowerConfig
+from unimm.generation.decode import cache_of, check_position, extend
+from unimm.generation.flow import add_noise, knots, sample
+from unimm.generation.kv_cache import EMPTY, Context
+from unimm.kernels import attention, linear_cross_entropy
+from unimm.models.base import Generation, Picture, Release, asked, each, seeds, sides
+from unimm.models.common.deepseek_chat import Conversing, llama_keys
+from unimm.models.common.deepseek_processor import UNSPEAKABLE, Talk
+from unimm.models.janusflow.uvit import ShallowUViTDecoder, ShallowUViTEncoder, UViTDecoderConfig, UViTEncoderConfig
+from unimm.nn.decoder import Decoder, DecoderConfig, Parts, Route
+from unimm.nn.layers import RMSNorm
+from unimm.processing.images.io import PadSquare, patchify, to_image
+from unimm.sequence.segments import IGNORE, Item, Pack, Segment, Tokens, gap_item, image_item, lay_out, text_item
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.tokenizers.kl_layouts import load_vae
+from unimm.tokenizers.text import load_tokenizer
+
+STREAM = "all"
+SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
+THOUSAND = 1000  # the original's time
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusFlowConfig:
+    decoder: DecoderConfig
+    tower: TowerConfig
+    encoder: UViTEncoderConfig
+    painter: UViTDecoderConfig
+    vae: VAEConfig | None  # None: the autoencoder lies elsewhere
+    pixels: PadSquare  # the rule for pictures that are looked at
+    latent: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
+    steps: int
+    guidance: float
+    talk: Talk
+
+    def __post_init__(self) -> None:
+        dim, tokens = self.decoder.dim, [self.encoder.grid(side) for side in self.latent]
+        if (self.encoder.time_dim, self.painter.time_dim) != (dim, dim):
+            raise ValueError(f"got hidden_size {self.encoder.time_dim}, {self.painter.time_dim} in the U-ViTs: expected {dim}")
+        if self.encoder.width != self.painter.width or [n * self.patch for n in tokens] != list(self.latent):
+            raise ValueError(
+                f"got {self.encoder} and {self.painter} for a latent of {self.latent}: expected the same width, and a "
+                "decoder that gives back the size that the encoder takes"
+            )
+
+    @property
+    def patch(self) -> int:
+        """Latents a token, along each side."""
+        return 2**self.painter.upsamples
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what is drawn."""
+        stride = self.vae.stride if self.vae else SDXL_STRIDE
+        return self.latent[0] * stride, self.latent[1] * stride
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "JanusFlowConfig":
+        """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
+        files, look, vae = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
+        if "vision_gen_enc_config" not in files:
+            found = ", ".join(files) or "nothing"
+            raise ValueError(f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}")
+        return cls.from_files(files, look, vae)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any], vae: Mapping[str, Any]) -> "JanusFlowConfig":
+        """From the contents of the released files; of vae_config.json those of FLUX's layout, or nothing."""
+        vision, more = files["vision_und_enc_config"]["params"], files.get("generation", {})
+        tower = TowerConfig.from_files(vision)
+        painter = UViTDecoderConfig.from_files(files["vision_gen_dec_config"]["params"])
+        # the release draws as many tokens as it sees: 576
+        side = tower.size // (tower.vit.patch if tower.vit else 16) * 2**painter.upsamples
+        return cls(
+            decoder=DecoderConfig.from_llama(files["language_config"], stream=STREAM),
+            tower=tower,
+            encoder=UViTEncoderConfig.from_files(files["vision_gen_enc_config"]["params"]),
+            painter=painter,
+            vae=VAEConfig.from_files(vae) if vae else None,
+            pixels=PadSquare.from_files(look, size=tower.size),
+            latent=tuple(more.get("latent", (side, side))),
+            steps=more.get("steps", 30),
+            guidance=more.get("guidance", 2.0),
+            talk=Talk(**more.get("talk", {})),
+        )
+
+    def to_files(self) -> dict[str, dict[str, Any]]:
+        """The contents of the files that `from_folder` reads."""
+        top = {
+            "architectures": ["MultiModalityCausalLM"],
+            "model_type": "multi_modality",
+            **_part("vision_und_enc", "CLIPVisionTower", self.tower.to_files()),
+            **_part("vision_gen_enc", "ShallowUViTEncoder", self.encoder.to_files()),
+            **_part("vision_gen_dec", "ShallowUViTDecoder", self.painter.to_files()),
+            "language_config": self.decoder.to_files() | {"model_type": "llama"},
+            "generation": {"latent": list(self.latent), "steps": self.steps, "guidance": self.guidance}
+            | {"talk": asdict(self.talk)},
+        }
+        files = {"config.json": top, "preprocessor_config.json": self.pixels.to_files()}
+        return files | ({"vae_config.json": self.vae.to_files()} if self.vae else {})
+
+
+def _part(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}_config": {"cls": kind, "model_type": name, "params": params}}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Cross entropy of every labelled row [m], squared error of every noised token [n, p*p*C]."""
+
+    text: Tensor
+    mse: Tensor
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Noised latents inside the language model: a row for the time, one for each token, and what skips it."""
+
+    time: Tensor  # [B, D]
+    rows: Tensor  # [B, n, D]
+    skip: Tensor  # [B, C, h, w]
+
+    def __getitem__(self, at: Tensor) -> "Entered":
+        return Entered(self.time[at], self.rows[at], self.skip[at])
+
+
+class JanusFlow(Conversing):
+    """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
+
+    SPARE = ("vision.trunk.attn_pool.{*}",)
+
+    def __init__(self, cfg: JanusFlowConfig):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, None
+        self.pixels, self.talk = cfg.pixels, cfg.talk
+        dim = cfg.decoder.dim
+        self.decoder, self.vision = Decoder(cfg.decoder), Tower(cfg.tower)
+        self.aligner = nn.Linear(self.vision.trunk.num_features, dim)
+        self.look_start = nn.Parameter(torch.zeros(1, dim))  # stands where the marker before a picture would
+        self.encoder, self.painter = ShallowUViTEncoder(cfg.encoder), ShallowUViTDecoder(cfg.painter)
+        self.from_grid = nn.Linear(cfg.encoder.width, dim)
+        self.to_grid_norm, self.to_grid = RMSNorm(dim, cfg.decoder.norm_eps), nn.Linear(dim, cfg.painter.in_channels)
+        self.vae: VAE | None = VAE(cfg.vae) if cfg.vae else None
+        self.vae_source: str | Path = SDXL_VAE
+        # one from elsewhere, once it is loaded: no part of the model, whose parameters stay what they were
+        self._elsewhere: tuple[VAE, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "JanusFlow":
+        """The model of a folder's config files, with its tokenizer, without weights."""
+        model = cls(JanusFlowConfig.from_folder(folder))
+        model.tokenizer = load_tokenizer(folder, special=UNSPEAKABLE)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        vae: str | Path | None = None,
+    ) -> "JanusFlow":
+        """As every family's; vae: the folder or hub id of the autoencoder, in either layout of `vae_layouts`.
+
+        Unless given: the folder's own ae.safetensors with vae_config.json, or else stabilityai/sdxl-vae, which is fetched
+        when it is first needed. It stays in float32.
+        """
+        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
+        if vae is not None:
+            model.cfg, model.vae, model.vae_source = replace(model.cfg, vae=None), None, vae
+        return model
+
+    def weights(self) -> dict[tuple[str, ...], Table]:
+        """The key table of each file of weights; an autoencoder from elsewhere is not written."""
+        return {WEIGHTS: KEYS} | ({("ae.safetensors",): VAE_KEYS} if self.cfg.vae else {})
+
+    def save_config(self, folder: Path) -> None:
+        """Write config.json, preprocessor_config.json and, with an autoencoder of its own, vae_config.json."""
+        for name, contents in self.cfg.to_files().items():
+            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+
+    @property
+    def autoencoder(self) -> VAE:
+        """The autoencoder; one from elsewhere is loaded now. Raises ValueError where it cannot be had or does not fit."""
+        if self.vae is not None:
+            return self.vae
+        if not self._elsewhere:
+            # whoever draws first may do so in inference mode, where tensors are made that nothing can change later
+            with torch.inference_mode(False):
+                vae = load_vae(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
+            if vae.config.latent_channels != self.cfg.encoder.in_channels:
+                raise ValueError(
+                    f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
+                    f"{self.cfg.encoder.in_channels}, as the model draws; give from_pretrained another `vae`"
+                )
+            self._elsewhere = (vae,)
+        return self._elsewhere[0].to(self.device)
+
+    # ---- the model
+
+    def embed(self, batch: Pack, drawn: Entered | None = None) -> Tensor:
+        """Every row of a pack, in its order [N, D]: texts and markers, pictures seen, and pictures to draw."""
+        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
+        if batch.look:
+            parts["look"], rows["look"] = self.aligner(self.seen(batch.look)), batch.look.rows
+        if batch.draw and drawn:
+            parts["draw"], rows["draw"] = drawn.rows.flatten(0, 1), batch.draw.rows
+        x = Route(rows).join(parts)
+        if batch.look:
+            begun = self.look_start.expand(len(batch.look.lengths), -1)
+            x = x.index_copy(0, before(batch.look), begun.to(x.dtype))
+        return x.index_copy(0, before(batch.draw), drawn.time.to(x.dtype)) if batch.draw and drawn else x
+
+    def hidden(self, batch: Pack, attend: Any, drawn: Entered | None = None) -> Parts:
+        """Last hidden states of a pack's rows, before the final norm."""
+        return self._decode(self.embed(batch, drawn), batch.layout.positions, attend)
+
+    def _decode(self, x: Tensor, positions: Tensor, attend: Any) -> Parts:
+        return self.decoder(x, positions, {STREAM: torch.arange(len(x), device=x.device)}, attend)
+
+    def enter(self, x: Tensor, times: Tensor, *, bf16_time: bool = False) -> Entered:
+        """Noised latents x [B, C, H, W] at times [B], 0 data and 1 noise."""
+        clock = (1 - times) * THOUSAND
+        clock = clock.bfloat16().float() if bf16_time else clock
+        grid, time = self.encoder(x.to(self.dtype), clock)
+        return Entered(time, self.from_grid(rearrange(grid, "B C h w -> B (h w) C")), grid)
+
+    def leave(self, hidden: Tensor, entered: Entered) -> Tensor:
+        """Last hidden states of the tokens [B, n, D] -> velocity [B, C, H, W], noise - data."""
+        y = self.to_grid(self.to_grid_norm(self.decoder.norms[STREAM](hidden)))
+        grid = rearrange(y, "B (h w) C -> B C h w", h=entered.skip.shape[2])
+        return -self.painter(grid, entered.skip, entered.time)
+
+    def forward(self, batch: Pack, noise: Tensor) -> Losses:
+        """Training: next-id loss at the labelled rows, flow loss at the noised tokens; noise [n draw tokens, p*p*C]."""
+        drawn = None
+        if batch.draw:
+            z = add_noise(batch.draw.content, noise, batch.times)
+            drawn = self.enter(self._latents(z), batch.times[starts(batch.draw)])
+        hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), drawn)[STREAM]
+        at = (batch.labels != IGNORE).nonzero().squeeze(1)
+        said = self.decoder.norms[STREAM](hidden[batch.id_rows[at]])
+        text = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
+        if batch.draw is None or drawn is None:
+            return Losses(text, noise.new_zeros(0, noise.shape[-1]))
+        v = self.leave(hidden[batch.draw.rows].unflatten(0, drawn.rows.shape[:2]), drawn)
+        target = self._latents(noise - batch.draw.content)
+        error = (v.float() - target).square()
+        return Losses(text, torch.cat([patchify(one, self.cfg.patch) for one in error]))
+
+    def _latents(self, tokens: Tensor) -> Tensor:
+        """Tokens of pictures [n, p*p*C], one after the other -> [B, C, H, W]."""
+        p, (height, width) = self.cfg.patch, self.cfg.latent
+        return rearrange(tokens, "(B h w) (p q C) -> B C (h p) (w q)", h=height // p, w=width // p, p=p, q=p)
+
+    def drawn(self, latent: Tensor, boi: int, *, time: float) -> Item:
+        """A latent [C, H, W] to be noised up to `time`, 0 data and 1 noise."""
+        return target(patchify(latent, self.cfg.patch), boi, time=time)
+
+    # ---- drawing
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        prompts: Sequence[Sequence[Item]],
+        noises: Tensor,
+        *,
+        guidance: Sequence[float],
+        steps: int,
+        bf16_time: bool = False,
+        progress: bool = False,
+    ) -> Tensor:
+        """From noise [B, C, H, W] to latents, a picture after each prompt; prompts that are one object are read once.
+
+        Guidance w takes v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1
+        there is no u. The prompts do not depend on the time, so their keys and values serve every step.
+        bf16_time: round the time and the length of a step as the original does in bfloat16, where 30 steps of 0.0334 go
+        a little beyond the end.
+        """
+        guided = [i for i, w in enumerate(guidance) if w != 1]
+        contexts = self._read_once([*prompts, *(unconditional(prompts[i]) for i in guided)])
+        at = torch.tensor([*range(len(prompts)), *guided], device=self.device)
+        w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None, None, None]
+        grid = [self.encoder.config.grid(side) for side in noises.shape[2:]]
+        room = 1 + grid[0] * grid[1]
+        check_position(self, max(c.clock for c in contexts) + room)
+        cache = cache_of(self, contexts, [room] * len(contexts))
+        past = [cache.past(i) for i in range(len(contexts))]
+        layout = lay_out([[Segment(length=room, attend="causal", advance=0)]] * len(contexts), past, device=self.device)
+        attend = cache.attend(past, layout.mask)
+        pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            entered = self.enter(x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time)[at]
+            block = torch.cat((entered.time[:, None], entered.rows), 1)
+            hidden = self._decode(block.flatten(0, 1), layout.positions, attend)[STREAM]
+            v = self.leave(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
+            v, free = v.split([len(prompts), len(guided)])
+            return pace * (v.index_copy(0, at[len(prompts) :], free + w * (v[guided] - free)) if guided else v)
+
+        return sample(velocity, noises.to(self.device), knots(steps, 1.0), progress=progress)
+
+    def _read_once(self, prompts: Sequence[Sequence[Item]]) -> list[Context]:
+        """The context of each prompt; those that are one object are read once."""
+        unique = {id(prompt): prompt for prompt in prompts}
+        contexts = dict(zip(unique, extend(self, [EMPTY] * len(unique), list(unique.values())), strict=True))
+        return [contexts[id(prompt)] for prompt in prompts]
+
+    @torch.inference_mode()
+    def paint(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> pixels [B, 3, height, width], about [-1, 1]."""
+        return self.autoencoder.decode(latents.float())
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images: Picture | Sequence | None = None,
+        think: bool = False,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        n: int = 1,
+        guidance: float | Sequence[float] | None = None,
+        bf16_time: bool = False,
+        progress: bool = False,
+    ) -> Generation:
+        """Draw `n` pictures for each prompt, in the order of the prompts; a prompt is read once.
+
+        prompt: one text or a batch of them. images: pictures to draw from, as in `understand`; the release was not
+        trained for that. size: (height, width), the trained one or None. seed: one, or one a prompt; from one number,
+        that number and the ones after it, picture by picture. steps: of the sampler. guidance: 1 is none; one, or one a
+        prompt. bf16_time: see `denoise`. A picture does not depend on what else is in the batch. Raises ValueError for
+        bad input, NotImplementedError for `think`, which other families have.
+        """
+        if think:
+            raise NotImplementedError("JanusFlow does not think before it draws: Bagel does")
+        if size is not None and sides(size) != self.cfg.size:
+            raise ValueError(f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone")
+        prompts, pictures = asked(prompt, images)
+        scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
+        if n < 1 or not all(w >= 0 for w in scales):
+            raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
+        # the marker that the original appends is dropped by it again
+        items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures, strict=True)]
+        seeded = seeds(seed, len(prompts), copies=n)
+        latents = self.denoise(
+            [one for one in items for _ in range(n)],
+            torch.stack([self.noise(torch.Generator().manual_seed(s)) for s in seeded]),
+            guidance=[float(w) for w in scales for _ in range(n)],
+            steps=self.cfg.steps if steps is None else steps,
+            bf16_time=bf16_time,
+            progress=progress,
+        )
+        return Generation([to_image(self.paint(one[None])[0]) for one in latents])
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """What a picture is drawn from, [C, H, W]."""
+        shape = self.cfg.encoder.in_channels, *self.cfg.latent
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def target(tokens: Tensor, boi: int, *, time: float) -> Item:
+    """Tokens [n, ...] of a latent to be noised up to `time`, 0 data and 1 noise; the row of its marker holds the time.
+
+    Nothing sees them and the clock does not count them, so copies at other times may follow the same prompt, exactly.
+    """
+    item = image_item("draw", tokens, torch.arange(len(tokens)), markers=(boi,), causal=True, time=time, noised=True)
+    return replace(item, segment=replace(item.segment, advance=0))
+
+
+def unconditional(prompt: Sequence[Item]) -> list[Item]:
+    """What guidance compares with, in place of a prompt: its first id, and nothing until where the prompt ends."""
+    length = sum(item.segment.length for item in prompt)
+    return [text_item([int(prompt[0].ids[0])]), gap_item(length - 1)]
+
+
+def starts(tokens: Tokens) -> Tensor:
+    """Which of a pack's image tokens begin a picture, [pictures]."""
+    lengths = torch.tensor(tokens.lengths, device=tokens.rows.device)
+    return lengths.cumsum(0) - lengths
+
+
+def before(tokens: Tokens) -> Tensor:
+    """The row before each picture of a pack, [pictures]."""
+    return tokens.rows[starts(tokens)] - 1
+
+
+# ---- released files
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# released names on the left, ours on the right
+KEYS: Table = {
+    "beg_of_und_embed": "look_start",
+    "vision_und_enc_model.vision_tower.{*}": "vision.trunk.{*}",
+    "vision_und_enc_aligner.{}": "aligner.{}",
+    "vision_gen_enc_model.{*}": "encoder.{*}",
+    "vision_gen_enc_aligner.{}": "from_grid.{}",
+    "vision_gen_dec_aligner_norm.{}": "to_grid_norm.{}",
+    "vision_gen_dec_aligner.{}": "to_grid.{}",
+    "vision_gen_dec_model.{*}": "painter.{*}",
+    **llama_keys("language_model.model.", "language_model.lm_head", STREAM),
+}
+VAE_KEYS: Table = {"{*}": "vae.{*}"}
+
+HUB = "deepseek-ai/JanusFlow-1.3B"
+VERBS = ("generate", "understand", "chat")
+JanusFlow.RELEASES = {
+    "janusflow-nano": Release(family="JanusFlow", hub=None, licence="Apache-2.0", parameters=6_147_955, verbs=VERBS),
+    HUB: Release(family="JanusFlow", hub=HUB, licence="DeepSeek Model License", parameters=2_046_367_504, verbs=VERBS),
+}

@@ -1,0 +1,212 @@
+"""JanusFlow's two convolutional ends: latents to tokens and back to a velocity (a U-ViT with one level and one skip).
+
+facts/janus.md, section 8.1. The blocks are ConvNeXt's (arXiv 2201.03545, the norm of responses from 2301.00808), turned
+by the time. Parameters carry the released names.
+
+Axes: B batch, C channels, h w grid, D model (of the language model, and of the time's embedding).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from unimm.nn.layers import RMSNorm
+
+EXPANSION, KERNEL = 4, 7  # of a ConvNeXt block
+UPSAMPLE = 2  # of each step out of the decoder
+GRN_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig:
+    """What both ends have; the defaults are the release's."""
+
+    width: int = 768  # of the encoder's blocks, which is that of the skip
+    n_blocks: int = 2  # 0: no middle
+    time_dim: int = 2048
+    norm_eps: float = 1e-6
+    bias: bool = True
+
+    # theirs, in `params` of a released config
+    FILES: ClassVar = {"n_blocks": "layers_in_middle", "time_dim": "hidden_size", "norm_eps": "norm_eps", "bias": "use_bias"}
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.time_dim) < 1 or self.n_blocks < 0 or self.width % 2:
+            raise ValueError(f"got {self}: expected positive numbers, and an even width for the time's cosines and sines")
+
+    @classmethod
+    def from_files(cls, params: Mapping[str, Any]) -> Self:
+        """Read `params` of a released config: the release's number for a missing one, kernel less stride for a padding of null.
+
+        Raises ValueError for what the release does not have.
+        """
+        if not params.get("elementwise_affine", True):
+            raise ValueError("got elementwise_affine false in the params of a U-ViT: expected true, as in the release")
+        read: dict[str, Any] = {ours: params[theirs] for ours, theirs in cls.FILES.items() if theirs in params}
+        if "block_out_channels" in params:
+            read["width"] = params["block_out_channels"][-1]
+        if "padding" in read and read["padding"] is None:
+            read["padding"] = math.ceil(params["kernel_size"] - params["stride"])
+        return cls(**(read if params.get("use_mid_block", True) else read | {"n_blocks": 0}))
+
+    def to_files(self) -> dict[str, Any]:
+        """The params that `from_files` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"block_out_channels": [self.width]}
+        return files | {"use_mid_block": self.n_blocks > 0, "elementwise_affine": True, "dropout": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTEncoderConfig(UViTConfig):
+    """The way in: a convolution that gathers patches, then blocks."""
+
+    in_channels: int = 4
+    kernel: int = 2
+    stride: int = 2
+    padding: int = 0
+
+    OWN: ClassVar = {"in_channels": "input_channels", "kernel": "kernel_size", "stride": "stride", "padding": "padding"}
+    FILES: ClassVar = UViTConfig.FILES | OWN
+
+    def grid(self, side: int) -> int:
+        """Tokens along a side of a latent."""
+        return (side + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTDecoderConfig(UViTConfig):
+    """The way out: blocks over tokens and skip, then steps to twice the size."""
+
+    in_channels: int = 768
+    out_channels: int = 4
+    upsamples: int = 1
+
+    FILES: ClassVar = UViTConfig.FILES | {name: name for name in ("in_channels", "out_channels", "upsamples")}
+
+
+def time_features(times: Tensor, dim: int) -> Tensor:
+    """times [B] in [0, 1000] -> [B, dim] float32: cosines, then sines, of time * 10000^(-i / (dim/2))."""
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=times.device) / (dim // 2)
+    angles = times.float()[:, None] * torch.exp(-math.log(10000) * steps)
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class TimeMLP(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int, out: int, *, bias: bool):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim, out, bias=bias), nn.Linear(out, out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C] -> [B, D]"""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GlobalResponseNorm(nn.Module):
+    """bias + (weight * g / mean(g) + 1) * x, g the length of a channel over the grid. arXiv 2301.00808, section 3."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1, dim)), nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, h, w, C]"""
+        lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return self.bias + (self.weight * (lengths / (lengths.mean(-1, keepdim=True) + GRN_EPS)) + 1) * x
+
+
+class ConvNeXt(nn.Module):
+    """Depthwise 7x7, norm, Linear, GELU, norm of responses, Linear; then the sum with x is scaled and shifted by the time."""
+
+    def __init__(self, dim: int, config: UViTConfig):
+        super().__init__()
+        hidden = EXPANSION * dim
+        self.depthwise = nn.Conv2d(dim, dim, KERNEL, padding=KERNEL // 2, groups=dim, bias=config.bias)
+        self.norm = RMSNorm(dim, config.norm_eps)
+        self.channelwise_linear_1 = nn.Linear(dim, hidden, bias=config.bias)
+        self.channelwise_norm = GlobalResponseNorm(hidden)
+        self.channelwise_linear_2 = nn.Linear(hidden, dim, bias=config.bias)
+        self.cond_embeds_mapper = nn.Linear(config.time_dim, 2 * dim, bias=config.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, C, h, w], time [B, D] embedded -> [B, C, h, w]"""
+        y = self.norm(rearrange(self.depthwise(x), "B C h w -> B h w C"))
+        y = self.channelwise_linear_2(self.channelwise_norm(F.gelu(self.channelwise_linear_1(y))))
+        x = x + rearrange(y, "B h w C -> B C h w")
+        scale, shift = rearrange(self.cond_embeds_mapper(F.silu(time)), "B (two C) -> two B C 1 1", two=2)
+        return shift + x * (1 + scale)
+
+
+class Middle(nn.Module):
+    """Blocks of one width."""
+
+    def __init__(self, dim: int, config: UViTConfig):
+        super().__init__()
+        self.res_blocks = nn.ModuleList(ConvNeXt(dim, config) for _ in range(config.n_blocks))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for block in self.res_blocks:
+            x = block(x, time)
+        return x
+
+
+class Unpatchify(nn.Module):
+    """Norm, a 1x1 convolution, and every channel's four values spread over a 2x2 square."""
+
+    def __init__(self, dim: int, out: int, config: UViTConfig):
+        super().__init__()
+        self.norm = RMSNorm(dim, config.norm_eps)
+        self.unpatch_conv = nn.Conv2d(dim, out * UPSAMPLE**2, 1, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C', 2h, 2w]"""
+        return F.pixel_shuffle(self.unpatch_conv(_normed(self.norm, x)), UPSAMPLE)
+
+
+class ShallowUViTEncoder(nn.Module):
+    """Noised latents and their times to tokens on a grid, and the embedded times."""
+
+    def __init__(self, config: UViTEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeMLP(config.width, config.time_dim, bias=config.bias)
+        self.in_conv = nn.Conv2d(config.in_channels, config.width, config.kernel, config.stride, config.padding)
+        self.mid_block = Middle(config.width, config)
+
+    def forward(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W], times [B] in [0, 1000] -> tokens [B, C', h, w], which are the skip as well; times [B, D]."""
+        time = self.time_embed(time_features(times, self.config.width).to(x.dtype))
+        return self.mid_block(self.in_conv(x), time), time
+
+
+class ShallowUViTDecoder(nn.Module):
+    """What the language model made of the tokens, with the encoder's beside it, to a velocity."""
+
+    def __init__(self, config: UViTDecoderConfig):
+        super().__init__()
+        self.config = config
+        self.input_norm = RMSNorm(config.in_channels, config.norm_eps)
+        both = config.in_channels + config.width
+        self.mid_block = Middle(both, config)
+        widths = (both, *[config.width] * (config.upsamples - 1), config.out_channels)
+        self.out_convs = nn.ModuleList(Unpatchify(dim, out, config) for dim, out in pairwise(widths))
+
+    def forward(self, x: Tensor, skip: Tensor, time: Tensor) -> Tensor:
+        """x [B, C, h, w], skip [B, C', h, w], time [B, D] -> [B, out, H, W]"""
+        x = self.mid_block(torch.cat((_normed(self.input_norm, x), skip), 1), time)
+        for out_conv in self.out_convs:
+            x = out_conv(x)
+        return x
+
+
+def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """The norm over the channels of x [B, C, h, w]."""
+    return rearrange(norm(rearrange(x, "B C h w -> B h w C")), "B h w C -> B C h w")

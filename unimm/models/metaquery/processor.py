@@ -1,0 +1,126 @@
+"""What MetaQuery asks of its reader: a system prompt, pictures, a caption, and the queries where an answer would begin.
+
+Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 1.2.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from unimm.models.base import Picture, TextTokenizer
+from unimm.sequence.segments import Item, Pack, Past, pack, text_item
+from unimm.tokenizers.text import encode_marked, hide_markers
+
+MARKERS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
+
+
+class Composer(Protocol):
+    """What a reader makes of texts and pictures."""
+
+    @property
+    def words(self) -> TextTokenizer: ...
+
+    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
+        """A text in which markers are markers, with a placeholder for each picture, as items."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A reader's chat format. What all samples share ends with a marker, so that it can be read once."""
+
+    opening: str  # has a place for the system prompt
+    turn: str  # has places for the pictures and the caption; the queries come behind
+    shown: str  # a picture
+
+
+@dataclass(frozen=True)
+class QueryPrompts:
+    """Captions and pictures to items that end with the queries.
+
+    first: the id of <begin_of_img>, which is how many rows the reader's own table has; end: of the marker after all.
+    """
+
+    reader: Composer
+    template: Template
+    system: str
+    n_queries: int
+    first: int
+    end: int
+    max_text: int
+
+    @property
+    def words(self) -> TextTokenizer:
+        """The reader's tokenizer. Raises ValueError for a checkpoint without one."""
+        return self.reader.words
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Ids that every sample begins with."""
+        return encode_marked(self.words, self._opening)
+
+    @cached_property
+    def queries(self) -> list[int]:
+        """Ids of the queries between their markers, and of the end of the turn."""
+        begin, queries = self.first + MARKERS, range(self.n_queries)
+        return [self.first, *(begin + i for i in queries), self.first + 1, self.end]
+
+    def drawing(self, caption: str, pictures: Sequence[Picture] = ()) -> list[Item]:
+        """What a picture is drawn from: pictures first, then the caption, of at most max_text ids.
+
+        The caption is cut alone and decoded again, as in the original. Markers in it are its author's words.
+        """
+        ids = self.words.encode(caption)
+        cut = caption if len(ids) <= self.max_text else self.words.decode(ids[: self.max_text])
+        shown = self.template.shown * len(pictures)
+        turn = self.template.turn.format(pictures=shown, caption=hide_markers(self.words, cut))
+        *before, last = self.reader.composed(self._opening + turn, pictures)
+        return [*before, text_item([*last.ids.tolist(), *self.queries])]
+
+    def asking(self, samples: Sequence[Sequence[Item]], *, multiple: int = 1) -> "Asking":
+        """Samples for training; the prompts' rows rounded up to a multiple, with a text that nobody asks about."""
+        prompts = [[*before, text_item(last.ids[: -len(self.queries)].tolist())] for *before, last in samples]
+        rows = sum(item.segment.length for items in prompts for item in items)
+        packed = pack([*prompts, *([[text_item([self.end] * (-rows % multiple))]] if rows % multiple else [])])
+        ends = list(zip(packed.layout.lengths, packed.layout.clocks, strict=True))[: len(prompts)]
+        past = [Past(length=length, clock=clock) for length, clock in ends]
+        return Asking(packed, pack([[text_item(self.queries)]] * len(prompts), past))
+
+    def rest(self, items: Sequence[Item]) -> list[Item]:
+        """A sample without its opening, to be read behind it."""
+        first, *others = items
+        n = len(self.opening)
+        assert first.ids[:n].tolist() == self.opening, "every sample begins with the opening, which ends with a marker"
+        return [text_item(first.ids[n:].tolist()), *others]
+
+    @property
+    def _opening(self) -> str:
+        return self.template.opening.format(hide_markers(self.words, self.system))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Samples in two packs: all before the queries, which learns nothing while the reader is frozen, and the queries."""
+
+    prompts: Pack
+    queries: Pack
+
+    def to(self, device: torch.device | str) -> "Asking":
+        """The same on a device."""
+        return Asking(self.prompts.to(device), self.queries.to(device))
+
+    def order(self) -> torch.Tensor:
+        """Which of all rows, the prompts' first, stand before one another in each sample: its prompt's, then its queries'."""
+        first = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
+        old, new, found = 0, sum(self.prompts.layout.lengths), []
+        for before, behind in zip(first, self.queries.layout.lengths, strict=True):
+            found += [torch.arange(old, old + before), torch.arange(new, new + behind)]
+            old, new = old + before, new + behind
+        return torch.cat(found).to(self.queries.ids.device)
+
+
+def black(picture: Image.Image) -> Image.Image:
+    """What stands for a picture that is dropped: a black one of its size."""
+    return Image.new("RGB", picture.size)

@@ -1,0 +1,134 @@
+"""Qwen2.5-VL's look at a picture: sides to whole cells within a number of pixels, then patches in the order of the cells.
+
+Axes: C channels, T frames of a patch, p patch, m patches a side of a cell; N patches, n cells of a picture in raster order.
+"""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import Tensor
+
+from unimm.processing.images.io import normalised
+
+Grid = tuple[int, int, int]  # patches of a picture in time, down and across
+SILENT_MAX = 28 * 28 * 1280  # where a preprocessor_config.json is silent
+LONGEST = 200  # sides this many times as long as the other are refused, as in the original
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmartResize:
+    """Multiples of a cell, `patch * merge` pixels; about the picture's ratio; between min_pixels and max_pixels."""
+
+    patch: int
+    merge: int
+    frames: int  # a patch spans as many; a still picture is repeated
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 16384
+    resample: int = 3  # PIL's number of a filter
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    scale: float = 1 / 255
+
+    FILES: ClassVar = {
+        "min_pixels": "min_pixels",
+        "max_pixels": "max_pixels",
+        "resample": "resample",
+        "mean": "image_mean",
+        "std": "image_std",
+        "scale": "rescale_factor",
+    }
+    SHARED: ClassVar = {"patch": "patch_size", "merge": "merge_size", "frames": "temporal_patch_size"}
+
+    def __post_init__(self) -> None:
+        sizes = (self.patch, self.merge, self.frames, self.min_pixels)
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json")
+        if min(sizes) < 1 or self.max_pixels < self.min_pixels or not len(self.mean) == len(self.std) or min(self.std) <= 0:
+            raise ValueError(
+                f"got {self}: expected positive sizes, no fewer max_pixels than min_pixels, and a mean and a deviation (above "
+                "0) for each channel; correct preprocessor_config.json"
+            )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any], *, patch: int, merge: int, frames: int) -> "SmartResize":
+        """Read a preprocessor_config.json. patch, merge, frames: the tower's.
+
+        Without a file the released numbers are taken; where a file names no max_pixels, that of transformers, a 13th.
+        """
+        tower: dict[str, Any] = {"patch": patch, "merge": merge, "frames": frames}
+        asked = {theirs: (files.get(theirs, tower[ours]), tower[ours]) for ours, theirs in cls.SHARED.items()}
+        wrong = [f"{theirs} {got}" for theirs, (got, expected) in asked.items() if got != expected]
+        wrong += [f"{name} false" for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
+        if wrong:
+            raise ValueError(
+                f"got {', '.join(wrong)} in preprocessor_config.json: expected what the vision_config says, {tower}, and "
+                "nothing switched off"
+            )
+        size = files.get("size") or {}
+        # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        named = {ours: size.get(edge, size.get(ours)) for ours, edge in edges.items()}
+        fields: dict[str, Any] = {"max_pixels": SILENT_MAX} if files else {}
+        fields |= {name: value for name, value in named.items() if value is not None}
+        fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
+        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
+        return cls(**tower, **fields)
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in (self.FILES | self.SHARED).items()}
+        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True}
+        return files | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a cell, a side."""
+        return self.patch * self.merge
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after the resize. Raises ValueError for a picture that is longer than `LONGEST` times its width."""
+        return smart_size(height, width, self.cell, self.min_pixels, self.max_pixels)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The resized picture (by PIL, with its antialias)."""
+        height, width = self.size(image.height, image.width)
+        return image.resize((width, height), Image.Resampling(self.resample))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An RGB picture, resized, as normalised values [3, h, w] float32."""
+        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
+
+    def patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, Grid]:
+        """Frames of one size, a still picture is one -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
+
+        Cells in raster order, inside a cell its patches in raster order; features ordered (channel, frame, row, column).
+        """
+        values = torch.stack([self.pixels(frame) for frame in frames])
+        missing = -len(values) % self.frames
+        values = torch.cat((values, repeat(values[-1], "c h w -> n c h w", n=missing)))
+        t, h, w = len(values) // self.frames, values.shape[2] // self.patch, values.shape[3] // self.patch
+        order = "(t f) c (h m p) (w k q) -> (t h w m k) (c f p q)"
+        p, m = self.patch, self.merge
+        return rearrange(values, order, f=self.frames, p=p, q=p, m=m, k=m), (t, h, w)
+
+
+def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of `factor`, about the same ratio, between two numbers of pixels.
+
+    facts/metaquery_uniworld.md section 3.1: to the nearest multiples, halves to even; where that is too much, scaled
+    down and cut; where too little, scaled up and filled.
+    """
+    if min(height, width) < 1 or max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"got an image of {width}x{height}: expected at most {LONGEST} times as long as wide; crop it")
+    h, w = (round(side / factor) * factor for side in (height, width))
+    if h * w > max_pixels:
+        ratio = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / ratio / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        ratio = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * ratio / factor) * factor for side in (height, width))
+    return h, w

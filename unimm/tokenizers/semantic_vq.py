@@ -1,0 +1,113 @@
+"""Janus's semantic tokenizer (arXiv 2410.13848, appendix A): a VQ autoencoder whose codes also say what an encoder sees.
+
+A transformer reads the codes in raster order, each seeing those before it, and says at every code the feature that a
+frozen encoder (SigLIP) has there. What it says is what a language model is shown of a picture to understand.
+
+Axes: B pictures, E features of a code, h w grid, n = h * w codes of a picture, N = B * n, D model, H heads, K head,
+F features of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from unimm.kernels import Block as Span
+from unimm.kernels import Mask, attention
+from unimm.processing.images.io import places
+from unimm.tokenizers.vq import VQ, VQConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig:
+    """Numbers of the transformer over codes."""
+
+    code_dim: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    mlp_dim: int
+    # the table of positions is a grid of side * side
+    side: int
+    # width of the features that are told
+    out_dim: int
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) < 1 or self.dim % self.n_heads:
+            raise ValueError(
+                f"got {self}, expected positive numbers and a dim that is a multiple of n_heads: correct the config"
+            )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any]) -> BranchConfig:
+        """The mapping that `to_files` gives, and nothing beside it."""
+        names = {field.name for field in fields(cls)}
+        if set(files) != names:
+            raise ValueError(f"got {sorted(files)} for the semantic branch, expected {sorted(names)}: correct its config")
+        return cls(**files)
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        return asdict(self)
+
+
+class Layer(nn.Module):
+    """Pre-norm causal attention over the codes of each picture, then the feed-forward."""
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__()
+        self.head_dim = config.dim // config.n_heads
+        self.attn_norm = nn.LayerNorm(config.dim)
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.mlp_norm = nn.LayerNorm(config.dim)
+        self.fc1, self.fc2 = nn.Linear(config.dim, config.mlp_dim), nn.Linear(config.mlp_dim, config.dim)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """x [N, D] -> [N, D]"""
+        y = self.attn_norm(x)
+        q, k, v = (rearrange(part(y), "N (H K) -> N H K", K=self.head_dim) for part in (self.q, self.k, self.v))
+        x = x + self.o(rearrange(attention(q, k, v, mask), "N H K -> N (H K)"))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
+
+
+class Branch(nn.Module):
+    """Codes to what the encoder sees at each of them."""
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inward = nn.Linear(config.code_dim, config.dim)
+        self.positions = nn.Embedding(config.side**2, config.dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.outward = nn.Linear(config.dim, config.out_dim)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """codes [B, E, h, w] -> features [B, n, F]"""
+        n_images, _, height, width = codes.shape
+        where = places(height, width, self.config.side).to(codes.device)
+        mask = Mask([[Span(height * width)]] * n_images, device=codes.device)
+        x = self.inward(rearrange(codes, "B E h w -> (B h w) E")) + self.positions(repeat(where, "n -> (B n)", B=n_images))
+        for layer in self.layers:
+            x = layer(x, mask)
+        return rearrange(self.outward(self.norm(x)), "(B n) F -> B n F", B=n_images)
+
+
+class SemanticVQ(nn.Module):
+    """A VQ autoencoder and the branch that reads its codes."""
+
+    def __init__(self, vq: VQConfig, branch: BranchConfig) -> None:
+        super().__init__()
+        if branch.code_dim != vq.code_dim:
+            raise ValueError(f"got a branch for codes of {branch.code_dim}, expected {vq.code_dim}, the width of the codebook")
+        self.vq = VQ(vq)
+        self.branch = Branch(branch)
+
+    def features(self, ids: Tensor, *, grid: tuple[int, int]) -> Tensor:
+        """ids [B, n] of a grid (h, w) -> features [B, n, F] to understand the picture by."""
+        return self.branch(self.vq.quantize.lookup(ids, grid))
