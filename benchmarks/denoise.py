@@ -13,9 +13,11 @@ import torch
 from timing import Machine, measure, show
 from torch.profiler import ProfilerActivity, profile
 
-from unimm.models.bagel.cfg_contexts import CONTEXTS, Canvas, Dialogue, Markers, say
+from unimm.models.bagel.cfg_contexts import CONTEXTS, Canvas, Dialogue, say
 from unimm.models.bagel.cfg_contexts import show as show_pictures
-from unimm.models.bagel.model import Bagel, BagelConfig
+from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.model import Bagel
+from unimm.models.bagel.processor import Markers
 
 LLM = dict(
     hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=1024,

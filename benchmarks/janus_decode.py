@@ -26,10 +26,11 @@ import torch
 from timing import Machine, Times, show
 from torch import Tensor, nn
 
-from unimm.generation.kv_cache import CodeSampling
+from unimm.generation.image_tokens import CodeSampling
 from unimm.models.common.deepseek_processor import Markers, unconditional
-from unimm.models.janus.model import Janus, JanusConfig
-from unimm.sequence.segments import Item, text_item
+from unimm.models.janus.config import JanusConfig
+from unimm.models.janus.model import Janus
+from unimm.sequence.parts import Item, text_item
 
 MARKERS = Markers(bos=1, eos=2, pad=3, boi=4, eoi=5)
 VOCAB = 1024

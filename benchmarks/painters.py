@@ -24,7 +24,7 @@ import torch
 from timing import Machine, show
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import released_state
+from unimm.checkpoint.save import released_state
 from unimm.denoisers.flux import Flux, FluxConfig, grid, keys
 from unimm.denoisers.sana import KEYS, TIMESTEPS, Sana, SanaConfig
 

@@ -36,7 +36,7 @@ from parity.checks import (
     text_encoders,
     uniworld,
 )
-from unimm.processing.images.io import Resize
+from unimm.models.bagel.processor import Resize
 
 FLOAT = 1e-4  # of the largest value stored
 PIXEL = 1.0  # of 255

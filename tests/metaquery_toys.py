@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint.load import released_state
+from unimm.checkpoint.save import released_state
 from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig
 from unimm.tokenizers.text import SentencePieceTokenizer

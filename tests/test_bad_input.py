@@ -5,8 +5,8 @@ from PIL import Image
 from toys import picture, toy
 
 from unimm import Bagel, TextSampling
-from unimm.generation.decode import extend
 from unimm.generation.kv_cache import Context
+from unimm.generation.prefill import extend
 
 
 @pytest.fixture(scope="module")

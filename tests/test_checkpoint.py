@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from toys import picture, toy
 
 from unimm import Bagel
-from unimm.checkpoint import load as checkpoint
-from unimm.checkpoint.load import CheckpointError, Place, check_keys, load_into, released_names, released_state
-from unimm.models.bagel.model import VAE_KEYS, WEIGHTS, BagelConfig
+from unimm.checkpoint.keymap import Place, released_names
+from unimm.checkpoint.load import CheckpointError, check_keys, fill, load_into
+from unimm.checkpoint.save import released_state
+from unimm.models.bagel.config import WEIGHTS, BagelConfig
+from unimm.models.bagel.weights import VAE_KEYS
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel"
 DEV = GOLDEN / "dev"
@@ -91,7 +93,7 @@ def full_size(monkeypatch, folder: Path, top: dict | None) -> Bagel:
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     (folder / "ema.safetensors").touch()
-    monkeypatch.setattr("unimm.models.bagel.model.read_shapes", lambda paths: MANIFEST[paths[0].name])
+    monkeypatch.setattr("unimm.models.bagel.config.read_shapes", lambda paths: MANIFEST[paths[0].name])
     with torch.device("meta"):
         return Bagel.from_folder(folder)
 
@@ -206,8 +208,8 @@ def test_fill_is_for_what_nothing_reads():
     with torch.device("meta"):
         model = Fused()
     with pytest.raises(CheckpointError, match=r"no file holds table"):
-        checkpoint.fill(model, ("qkv.{}",), dtype=torch.float32, device=torch.device("cpu"))
-    checkpoint.fill(model, ("qkv.{}", "table"), dtype=torch.float32, device=torch.device("cpu"))
+        fill(model, ("qkv.{}",), dtype=torch.float32, device=torch.device("cpu"))
+    fill(model, ("qkv.{}", "table"), dtype=torch.float32, device=torch.device("cpu"))
     assert not model.table.is_meta and not model.table.any()
 
 
@@ -266,7 +268,7 @@ def test_nothing_is_half_saved(golden, folder, monkeypatch, failing):
             raise OSError("no space left on device")
         path.write_bytes(b"a part")
 
-    monkeypatch.setattr(checkpoint, "save_state", save)
+    monkeypatch.setattr("unimm.models.base.save_state", save)
     with pytest.raises(OSError, match="no space"):
         golden.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

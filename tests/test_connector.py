@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint.load import check_keys, load_into, released_state
+from unimm.checkpoint.load import check_keys, load_into
+from unimm.checkpoint.save import released_state
 from unimm.models.metaquery.connector import KEYS, SANA_SCALE, Connector, ConnectorConfig
 
 MANIFESTS = Path(__file__).parent / "golden" / "blocks" / "manifests.json"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, Level, keys, linear_attention, load_dc_ae
 
 GOLDEN = Path(__file__).parent / "golden" / "blocks"

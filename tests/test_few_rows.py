@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from unimm.generation.decode import Rows
 from unimm.generation.kv_cache import EMPTY
-from unimm.kernels import Block, Mask, attention, linear_few_rows, use_kernels
-from unimm.nn.few_rows import SMALL, Half, Int8, Pair, can_pack, pack
+from unimm.kernels import Block, Mask, attention, use_kernels
+from unimm.nn.packed_linear import SMALL, Half, Int8, Pair, can_pack, linear_few_rows, pack
 
 packs = pytest.mark.skipif(not can_pack(), reason="PyTorch has packed products on x86 alone")
 OUT, IN = 576, 600  # no multiples of what a product takes at once

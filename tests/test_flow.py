@@ -5,21 +5,19 @@ import pytest
 import torch
 
 from unimm.generation.flow import (
-    Guidance,
-    TaylorSeer,
     add_noise,
     dynamic_shift,
-    guide,
     in_whole_steps,
     knots,
     reshifted_knots,
     sample,
     sample_dpm,
-    share,
     shift_time,
     solver_knots,
     whole_times,
 )
+from unimm.generation.guidance import Guidance, guide, share
+from unimm.generation.step_cache import TaylorSeer
 
 
 def test_knots():

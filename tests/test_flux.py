@@ -6,7 +6,9 @@ import torch
 from cases import found, manifest
 from safetensors.torch import load_file
 
-from unimm.checkpoint.load import CheckpointError, Place, check_keys, released_state
+from unimm.checkpoint.keymap import Place
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.denoisers.flux import BFL_WEIGHTS, Flux, FluxConfig, bfl_keys, grid, keys, load_flux
 from unimm.denoisers.mmdit import by_step, pack, turn, turns, unpack
 from unimm.generation.flow import knots, sample

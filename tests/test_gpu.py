@@ -6,7 +6,7 @@ from toys import picture, toy
 
 from unimm import Guidance
 from unimm.kernels import Block, Mask, attention, use_kernels
-from unimm.sequence.segments import pack
+from unimm.sequence.packing import pack
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from unimm import CodeSampling, Janus, TextSampling
 from unimm.generation.decode import Rows
-from unimm.generation.kv_cache import next_codes
+from unimm.generation.image_tokens import next_codes
 from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES, Markers, unconditional
-from unimm.models.janus.model import STREAM
+from unimm.models.janus.config import STREAM
 from unimm.processing.chat_templates import DEFAULT_SYSTEM, expand_images
-from unimm.sequence.segments import IGNORE, Item, pack, text_item
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, Item, text_item
 from unimm.tokenizers.text import load_tokenizer
 
 GREEDY = CodeSampling(temperature=0.0)

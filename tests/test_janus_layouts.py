@@ -11,8 +11,9 @@ from toys import JANUS, UNREAD, differences, janus, janus_files, made, picture
 
 import unimm
 from unimm import Bagel, Janus, JanusFlow, TextSampling
-from unimm.checkpoint.load import CheckpointError, Place, check_keys, released_names
-from unimm.models.janus.model import JanusConfig
+from unimm.checkpoint.keymap import Place, released_names
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.models.janus.config import JanusConfig
 from unimm.models.registry import family_of
 
 GOLDEN = Path(__file__).parent / "golden" / "janus"

@@ -8,12 +8,13 @@ from transformers import JanusForConditionalGeneration
 
 import unimm
 from unimm import Janus, TextSampling
-from unimm.checkpoint.load import released_state
+from unimm.checkpoint.save import released_state
 from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
-from unimm.models.janus.model import JanusConfig
+from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.transformers_layout import original_config
-from unimm.sequence.segments import pack, text_item
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import text_item
 
 # the port draws as many codes as its tower sees patches, and has one width for what stands around the codes
 PORTABLE = dict(vision_config=dict(patch_size=4), gen_head_config=dict(image_token_embed=32))

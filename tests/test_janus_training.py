@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from unimm import Janus
 from unimm.data.shapes import HELD_OUT, example, read
-from unimm.sequence.segments import IGNORE
+from unimm.sequence.parts import IGNORE
 from unimm.training.config import read_recipe
 from unimm.training.tasks import janus
 from unimm.training.tasks.base import build

@@ -12,15 +12,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unimm
 from unimm import Janus, JanusFlow, JanusFlowConfig, TextSampling
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
 from unimm.models.janusflow import model as janusflow
-from unimm.models.janusflow.model import KEYS, SDXL_VAE, STREAM, before, unconditional
-from unimm.models.janusflow.uvit import time_features
+from unimm.models.janusflow.config import SDXL_VAE, STREAM
+from unimm.models.janusflow.network import before, unconditional
+from unimm.models.janusflow.weights import KEYS
 from unimm.models.registry import family_of
-from unimm.processing.images.io import patchify, to_image
-from unimm.sequence.segments import pack, text_item
+from unimm.nn.patches import patchify
+from unimm.nn.timestep import time_features
+from unimm.processing.images.io import to_image
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import text_item
 from unimm.tokenizers.kl import VAE, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "janus"

@@ -17,8 +17,10 @@ from unimm import JanusFlow
 from unimm.data.shapes import TASKS, example
 from unimm.encoders.siglip_navit import NaViT, VisionConfig
 from unimm.kernels import attention
-from unimm.models.janusflow.model import STREAM, JanusFlowConfig, target, unconditional
-from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.models.janusflow.config import STREAM, JanusFlowConfig
+from unimm.models.janusflow.network import target, unconditional
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, text_item
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import read_recipe
 from unimm.training.tasks import janusflow

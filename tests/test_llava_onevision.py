@@ -11,11 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys import picture
 
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
-from unimm.generation.decode import extend, speak
-from unimm.generation.kv_cache import EMPTY, TextSampling
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
+from unimm.generation.decode import speak
+from unimm.generation.kv_cache import EMPTY
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.llava_onevision import AnyRes
-from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, text_item
 from unimm.vlms.llava_onevision.model import GRIDS, LlavaConfig, LlavaOneVision, llava_keys
 from unimm.vlms.llava_onevision.processor import PLACEHOLDER
 

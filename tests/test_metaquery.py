@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from unimm import MetaQuery, load
 from unimm.checkpoint.load import CheckpointError
-from unimm.generation.kv_cache import TextSampling
+from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.model import Asked
 from unimm.models.metaquery.processor import black
 from unimm.vlms.qwen2_5_vl.model import QwenVL

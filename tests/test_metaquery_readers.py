@@ -15,10 +15,10 @@ from PIL import Image
 
 from unimm import MetaQuery
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.generation.kv_cache import TextSampling
+from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import MetaQueryConfig
 from unimm.models.metaquery.mllms import READERS, Squares
-from unimm.models.metaquery.model import keys
+from unimm.models.metaquery.weights import keys
 from unimm.training.tasks.bagel import text_model
 from unimm.training.tasks.metaquery import init_painter
 from unimm.vlms.llava_onevision.model import LlavaConfig, LlavaOneVision

@@ -14,7 +14,7 @@ from PIL import Image
 from unimm.data.image_text_pairs import AGAIN, FilePairs
 from unimm.data.shapes import example
 from unimm.generation.flow import shift_time
-from unimm.generation.kv_cache import TextSampling
+from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import SYSTEM
 from unimm.models.metaquery.model import MetaQuery
 from unimm.training.config import read_recipe, strict

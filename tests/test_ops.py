@@ -16,7 +16,8 @@ from unimm.kernels.rms_norm import rms_norm
 from unimm.kernels.routed import _sliced, _weight_gradients, routed_linear, routed_linear_reference
 from unimm.kernels.swiglu import swiglu
 from unimm.kernels.vq_lookup import nearest_code
-from unimm.nn.layers import RMSNorm, apply_rope, rope
+from unimm.nn.layers import RMSNorm
+from unimm.nn.rope import apply_rope, rope
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 

@@ -10,18 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from unimm.models.bagel.processor import Resize
+from unimm.nn.patches import patchify, places, unpatchify
 from unimm.processing.images import io as pixels
-from unimm.processing.images.io import (
-    CropSquare,
-    PadSquare,
-    Resize,
-    open_image,
-    patchify,
-    places,
-    to_image,
-    to_tensor,
-    unpatchify,
-)
+from unimm.processing.images.deepseek_vl import PadSquare
+from unimm.processing.images.io import CropSquare, open_image, to_image, to_tensor
 
 PREPROC = Path(__file__).parent / "golden" / "janus" / "preproc"
 NOTES = json.loads((PREPROC / "io.json").read_text())

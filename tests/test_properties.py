@@ -7,13 +7,13 @@ import torch
 from toys import picture, toy
 
 from unimm import Guidance, TextSampling
-from unimm.generation.decode import extend
-from unimm.generation.flow import share
+from unimm.generation.guidance import share
 from unimm.generation.kv_cache import Context
+from unimm.generation.prefill import extend
 from unimm.kernels import attention, use_kernels
 from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, say, show, write
 from unimm.nn.decoder import Decoder, DecoderConfig
-from unimm.sequence.segments import pack
+from unimm.sequence.packing import pack
 from unimm.training.tasks.bagel_plans import Shown, answer, edit, text_to_image
 
 SIZES = [

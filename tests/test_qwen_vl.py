@@ -13,13 +13,16 @@ from torch import nn
 from toys import picture
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.generation.decode import extend, speak
-from unimm.generation.kv_cache import EMPTY, TextSampling, decode
+from unimm.generation.decode import decode, speak
+from unimm.generation.kv_cache import EMPTY
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention
 from unimm.nn.decoder import Decoder, DecoderConfig, turns
-from unimm.nn.layers import rope
+from unimm.nn.rope import rope
 from unimm.processing.images.qwen2_vl import SmartResize, smart_size
-from unimm.sequence.segments import IGNORE, pack, text_item
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, text_item
 from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig, nested, qwen_keys
 from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, SHOWN, QwenMarkers, frames
 from unimm.vlms.qwen2_5_vl.vision import QwenVisionConfig, cells, windows

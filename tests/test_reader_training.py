@@ -13,7 +13,8 @@ from PIL import Image
 from unimm.data.shapes import HELD_OUT, example
 from unimm.data.shapes.language import FAVOURITES
 from unimm.data.shapes.scenes import scenes
-from unimm.sequence.segments import IGNORE, pack
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.config import read_recipe
 from unimm.training.tasks import qwen2_5_vl as reader

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from unimm.data.batching import dealt
 from unimm.data.shapes import HELD_OUT, TASKS, example
 from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.sequence.segments import IGNORE
+from unimm.sequence.parts import IGNORE
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import read_recipe
 from unimm.training.tasks.bagel import FLOWS, TEXTS, compile_streams, text_model

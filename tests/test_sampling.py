@@ -2,7 +2,9 @@
 import pytest
 import torch
 
-from unimm.generation.kv_cache import Cache, Context, TextSampling, TextStream, decode, next_ids
+from unimm.generation.decode import TextStream, decode
+from unimm.generation.kv_cache import Cache, Context
+from unimm.generation.text_sampling import TextSampling, next_ids
 
 
 def generators(*seeds):

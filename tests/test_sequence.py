@@ -4,7 +4,9 @@ import itertools
 import pytest
 import torch
 
-from unimm.sequence.segments import IGNORE, Past, Segment, gap_item, image_item, label_weights, lay_out, pack, text_item
+from unimm.sequence.packing import label_weights, pack
+from unimm.sequence.parts import IGNORE, gap_item, image_item, text_item
+from unimm.sequence.segments import Past, Segment, lay_out
 from unimm.training.tasks.bagel_plans import Dropout, Part, Shown, answer, drop, edit, text_to_image
 
 TEXT = Segment(length=3, attend="causal", advance=3)

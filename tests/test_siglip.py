@@ -8,9 +8,10 @@ from cases import manifest
 from safetensors.torch import load_file, save_file
 from toys import picture
 
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.encoders.siglip import Siglip, SiglipConfig, keys, load_siglip
-from unimm.processing.images.io import Stretch
+from unimm.processing.images.siglip import Stretch
 
 # so400m; what is missing is as in the class
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}

@@ -7,7 +7,8 @@ import torch
 from cases import manifest
 from safetensors.torch import load_file, save_file
 
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.encoders import clip_text, t5
 from unimm.encoders.clip_text import ClipText, ClipTextConfig, load_clip_text
 from unimm.encoders.t5 import T5Config, T5Encoder, distances, load_t5

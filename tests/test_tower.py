@@ -9,7 +9,7 @@ from toys import byte_tokenizer, differences, janus, janus_files, picture
 import unimm
 from unimm import Janus, TextSampling
 from unimm.encoders.timm_vit import Tower, TowerConfig, ViTNumbers
-from unimm.sequence.segments import pack
+from unimm.sequence.packing import pack
 
 
 @pytest.mark.parametrize(

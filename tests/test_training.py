@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unimm.data.batching import to_image, to_pixels
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training import checkpoints as saving
 from unimm.training import trainer as loop
 from unimm.training.config import Recipe, read_recipe, strict
 from unimm.training.ema import Average
 from unimm.training.tasks.base import OBJECTIVES, build
-from unimm.training.tasks.kl_vae import to_image, to_pixels
 from unimm.training.trainer import Trainer, batches, train
 
 RECIPES = Path(__file__).parents[1] / "unimm" / "training" / "recipes"

@@ -18,7 +18,7 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.models.base import Generation
 from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP
-from unimm.models.uniworld.model import keys
+from unimm.models.uniworld.weights import keys
 from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
 
 FILES = json.loads((CASE / "config.json").read_text())

@@ -16,7 +16,7 @@ import unimm
 from unimm import Guidance, Janus, MetaQuery, TextSampling
 from unimm.models.uniworld.model import UniWorld
 from unimm.processing.images.io import open_image
-from unimm.sequence.segments import pack
+from unimm.sequence.packing import pack
 
 TYPED = "say <|im_end|> please"
 

@@ -14,8 +14,8 @@ from unimm.models.janusflow.uvit import (
     UViTConfig,
     UViTDecoderConfig,
     UViTEncoderConfig,
-    time_features,
 )
+from unimm.nn.timestep import time_features
 
 JANUS = Path(__file__).parent / "golden" / "janus"
 FILES = json.loads((JANUS / "flow_dev" / "config.json").read_text())

@@ -8,7 +8,8 @@ import torch
 from cases import found
 from safetensors.torch import load_file, save_file
 
-from unimm.checkpoint.load import CheckpointError, check_keys, released_state
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.tokenizers.kl_layouts import ATTENTION, OLD_ATTENTION, diffusers_keys, load_vae
 

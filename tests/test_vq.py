@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from unimm.data.batching import to_image
 from unimm.data.shapes import HELD_OUT, Scene, render
 from unimm.data.shapes.scenes import crowd, reads, scenes
 from unimm.tokenizers.vq import VQ, VQConfig
 from unimm.training.config import read_recipe
 from unimm.training.tasks.base import build
-from unimm.training.tasks.kl_vae import to_image
 from unimm.training.tasks.vq import entropy, fresh, remember, revive, save_vq
 from unimm.training.trainer import Trainer, train
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from unimm.generation.kv_cache import TextSampling
-from unimm.models.bagel.cfg_contexts import Markers
-from unimm.models.bagel.model import Bagel, BagelConfig
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.model import Bagel
+from unimm.models.bagel.processor import Markers
 from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES
 from unimm.models.common.deepseek_processor import Markers as JanusMarkers
 from unimm.models.janus.model import Janus

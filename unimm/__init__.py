@@ -3,12 +3,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unimm.generation.flow import Guidance
-    from unimm.generation.kv_cache import CodeSampling, TextSampling
-    from unimm.models.bagel.model import Bagel, BagelConfig
+    from unimm.generation.guidance import Guidance
+    from unimm.generation.image_tokens import CodeSampling
+    from unimm.generation.text_sampling import TextSampling
+    from unimm.models.bagel.config import BagelConfig
+    from unimm.models.bagel.model import Bagel
     from unimm.models.base import Generation, UnifiedModel
-    from unimm.models.janus.model import Janus, JanusConfig
-    from unimm.models.janusflow.model import JanusFlow, JanusFlowConfig
+    from unimm.models.janus.config import JanusConfig
+    from unimm.models.janus.model import Janus
+    from unimm.models.janusflow.config import JanusFlowConfig
+    from unimm.models.janusflow.model import JanusFlow
     from unimm.models.metaquery.config import MetaQueryConfig
     from unimm.models.metaquery.model import MetaQuery
     from unimm.models.registry import load, releases
@@ -40,17 +44,17 @@ __all__ = [
 # imported when first asked for: `import unimm` costs next to nothing
 _HOMES = {
     "Bagel": "unimm.models.bagel.model",
-    "BagelConfig": "unimm.models.bagel.model",
-    "CodeSampling": "unimm.generation.kv_cache",
+    "BagelConfig": "unimm.models.bagel.config",
+    "CodeSampling": "unimm.generation.image_tokens",
     "Generation": "unimm.models.base",
-    "Guidance": "unimm.generation.flow",
+    "Guidance": "unimm.generation.guidance",
     "Janus": "unimm.models.janus.model",
-    "JanusConfig": "unimm.models.janus.model",
+    "JanusConfig": "unimm.models.janus.config",
     "JanusFlow": "unimm.models.janusflow.model",
-    "JanusFlowConfig": "unimm.models.janusflow.model",
+    "JanusFlowConfig": "unimm.models.janusflow.config",
     "MetaQuery": "unimm.models.metaquery.model",
     "MetaQueryConfig": "unimm.models.metaquery.config",
-    "TextSampling": "unimm.generation.kv_cache",
+    "TextSampling": "unimm.generation.text_sampling",
     "UniWorld": "unimm.models.uniworld.model",
     "UniWorldConfig": "unimm.models.uniworld.config",
     "UnifiedModel": "unimm.models.base",

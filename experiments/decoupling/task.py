@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unimm.models.janus.model import Janus, Projector
+from unimm.models.janus.model import Janus
+from unimm.models.janus.network import Projector
 from unimm.tokenizers.semantic_vq import Branch, BranchConfig
 from unimm.tokenizers.vq import VQ
 from unimm.training.config import Recipe, strict

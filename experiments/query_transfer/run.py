@@ -24,7 +24,7 @@ from unimm import MetaQuery
 from unimm.data.shapes import read
 from unimm.data.shapes.language import DRAW_FAVOURITE, FACT_COLOUR, FACT_SHAPE, FAVOURITES, article
 from unimm.evaluation.benchmarks.shapes import Score, noise_seed, pixels
-from unimm.generation.kv_cache import TextSampling
+from unimm.generation.text_sampling import TextSampling
 
 PLANNED = ("Tom", "Anna", "Ben", "Clara", "David", "Emma")
 TOLD = tuple(name for name in FAVOURITES if name not in PLANNED)

@@ -19,14 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from parity.checks.bagel_plans import check_plan
-from unimm.generation.decode import extend
-from unimm.generation.flow import Guidance, guide, knots, share
-from unimm.generation.kv_cache import Context, TextSampling
-from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, Markers, reason, say, show, write
+from unimm.generation.flow import knots
+from unimm.generation.guidance import Guidance, guide, share
+from unimm.generation.kv_cache import Context
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, reason, say, show, write
 from unimm.models.bagel.model import Bagel
+from unimm.models.bagel.processor import Markers
 from unimm.nn.decoder import Route
-from unimm.processing.images.io import patchify, places, to_image, to_tensor, unpatchify
-from unimm.sequence.segments import Item, pack
+from unimm.nn.patches import patchify, places, unpatchify
+from unimm.processing.images.io import to_image, to_tensor
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import Item
 
 if TYPE_CHECKING:
     from parity.runner import Case

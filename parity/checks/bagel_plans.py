@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unimm.checkpoint.load import released_names
+from unimm.checkpoint.keymap import released_names
 from unimm.generation.flow import shift_time
-from unimm.models.bagel.model import KEYS, Bagel
-from unimm.processing.images.io import patchify
-from unimm.sequence.segments import IGNORE, Item, Pack, image_item, pack
+from unimm.models.bagel.model import Bagel
+from unimm.models.bagel.weights import KEYS
+from unimm.nn.patches import patchify
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import IGNORE, Item, image_item
 from unimm.training.tasks.bagel_plans import Dropout, Part, drop
 
 if TYPE_CHECKING:

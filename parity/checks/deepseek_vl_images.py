@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, format_conversation
-from unimm.processing.images.io import PadSquare
+from unimm.processing.images.deepseek_vl import PadSquare
 
 if TYPE_CHECKING:
     from parity.runner import Case

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from parity.checks.vq import pixels as as_bytes
 from parity.checks.vq import vq_checks
-from unimm.checkpoint.load import released_state
+from unimm.checkpoint.save import released_state
 from unimm.generation.decode import Rows
-from unimm.generation.kv_cache import CodeSampling
+from unimm.generation.image_tokens import CodeSampling
 from unimm.kernels import attention
 from unimm.models.common.deepseek_chat import Conversing
 from unimm.models.common.deepseek_processor import Markers, unconditional
 from unimm.models.janus.model import Janus
-from unimm.sequence.segments import IGNORE, Item, Pack, pack, text_item
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import IGNORE, Item, text_item
 
 if TYPE_CHECKING:
     from parity.runner import Case

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from unimm.kernels import attention
-from unimm.models.janusflow.model import STREAM, JanusFlow, unconditional
-from unimm.processing.images.io import patchify
-from unimm.sequence.segments import Item, Pack, pack, text_item
+from unimm.models.janusflow.config import STREAM
+from unimm.models.janusflow.model import JanusFlow
+from unimm.models.janusflow.network import unconditional
+from unimm.nn.patches import patchify
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item, text_item
 
 if TYPE_CHECKING:
     from parity.runner import Case

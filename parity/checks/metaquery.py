@@ -12,11 +12,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.load import released_names
+from unimm.checkpoint.keymap import released_names
 from unimm.denoisers.sana import TIMESTEPS
 from unimm.generation.flow import whole_times
 from unimm.models.metaquery.model import Asked, MetaQuery
-from unimm.sequence.segments import Item, text_item
+from unimm.sequence.parts import Item, text_item
 
 if TYPE_CHECKING:
     from parity.runner import Case

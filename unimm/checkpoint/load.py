@@ -1,113 +1,26 @@
 """Released checkpoints: key tables, strict loading into a model built on meta, saving in the same layout."""
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unimm.checkpoint.keymap import Place, Table, _pattern, released_names, unread
+
 # where transformers and the hub keep a model's weights, the first that is there
 HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# files that a folder may hold or not, and a model is another one with them
-OPTIONAL = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("vae_config.json", "ae.safetensors", "vit_config.json", "llm_config.json", "preprocessor_config.json"),
-    *("task_head_final.pt", "task_head_final.safetensors"),
-)
-OPTIONAL_FOLDERS = ("siglip", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
-
-# a released name -> ours, or None where it may be there and nothing reads it. `{}` is one dotted part or a piece of it,
-# `{*}` is the rest. Ours may end in `[0/3]`: theirs holds the first third of its rows; in `[1:3/3]`: the other two; in
-# `[...]`: theirs lacks its axes of length 1; in `[swap]`: theirs has the second half of its rows first. Ours may be
-# `a + b`: theirs holds the rows of several of ours, one above the other
-Table = Mapping[str, str | None]
 
 
 class CheckpointError(ValueError):
     """A file of weights that cannot be loaded as it is: truncated, keys missing or too many, wrong shapes."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a released tensor lies in ours: all of a parameter, `length` of `parts` equal shares of its rows from `part` on,
-    its numbers without the axes of length 1 (`squeezed`), its rows with the halves the other way round (`swapped`), or
-    the rows of a `stack` of parameters, one above the other."""
-
-    name: str
-    part: int = 0
-    parts: int = 1
-    length: int = 1
-    squeezed: bool = False
-    swapped: bool = False
-    stack: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, target: str) -> "Place":
-        """Read a target of a table, `name`, `name[0/3]`, `name[1:3/3]`, `name[...]`, `name[swap]` or `name + name`."""
-        if " + " in target:
-            return cls(target, stack=tuple(target.split(" + ")))
-        name, _, how = target.removesuffix("]").partition("[")
-        if "/" in how:
-            share, _, parts = how.partition("/")
-            first, _, stop = share.partition(":")
-            return cls(name, int(first), int(parts), int(stop) - int(first) if stop else 1)
-        return cls(name, squeezed=how == "...", swapped=how == "swap")
-
-    def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-        """The shape that the released tensor has where ours has this one."""
-        if self.squeezed:
-            return tuple(n for n in ours if n != 1)
-        return (ours[0] // self.parts * self.length, *ours[1:]) if self.parts > 1 else tuple(ours)
-
-    def take(self, ours: Tensor) -> Tensor:
-        """The released tensor out of ours."""
-        if self.swapped:
-            return torch.cat(ours.chunk(2)[::-1])
-        return self.share(ours) if self.parts > 1 else ours.reshape(self.shape(ours.shape))
-
-    def share(self, ours: Tensor) -> Tensor:
-        """The rows of ours that the released tensor holds."""
-        rows = len(ours) // self.parts
-        return ours[self.part * rows : (self.part + self.length) * rows]
-
-
-def released_names(name: str, table: Table) -> dict[str, Place]:
-    """The released keys of one of our parameters, each with its place in it; none where no row knows the name."""
-    found: dict[str, Place] = {}
-    for source, target in table.items():
-        if target is None:
-            continue
-        place = Place.of(target)
-        if match := next(filter(None, (_pattern(one).fullmatch(name) for one in place.stack or (place.name,))), None):
-            found[_filled(source, match)] = replace(place, name=name)
-            if sum(place.length for place in found.values()) == place.parts:
-                break
-    return found
-
-
-def unread(key: str, table: Table) -> bool:
-    """Whether the table says that nothing reads a key."""
-    return any(target is None and _pattern(source).fullmatch(key) for source, target in table.items())
-
-
-def _filled(template: str, match: re.Match[str]) -> str:
-    return template.replace("{*}", "{}").format(*match.groups())
-
-
-@lru_cache(maxsize=4096)
-def _pattern(source: str) -> re.Pattern[str]:
-    return re.compile(re.escape(source).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+?)"))
 
 
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -286,66 +199,14 @@ def check_memory(needed: int, device: torch.device) -> None:
         )
 
 
-def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
-    """The parameters that `table` knows, under their released names."""
-    ours, found = model.state_dict(), {}
-    for name, tensor in ours.items():
-        for key, place in released_names(name, table).items():
-            if place.stack and key not in found:
-                found[key] = torch.cat([ours[one].detach() for one in place.stack])
-            elif not place.stack:
-                found[key] = place.take(tensor.detach()).contiguous()
-    return found
-
-
-@contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; its files move into `folder` only when the body has ended well.
-
-    Raises ValueError where `folder` holds files of another model that would be read together with these.
-    """
-    folder = folder.expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        if stale := leftovers(folder, partial):
-            raise ValueError(
-                f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
-                "save into another folder, or remove them first"
-            )
-        folder.mkdir(exist_ok=True)
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            place = folder / path.relative_to(partial)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-    finally:
-        shutil.rmtree(partial)
-
-
-def leftovers(folder: Path, fresh: Path) -> list[str]:
-    """What a folder holds that would be read together with the files of `fresh`, which do not replace it."""
-    written = [path for path in fresh.rglob("*") if path.is_dir()]
-    beside = [folder / path.relative_to(fresh) / name for path in (fresh, *written) for name in OPTIONAL]
-    below = [path for name in OPTIONAL_FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
-    found = sorted({path.relative_to(folder) for path in (*beside, *below) if path.exists()})
-    return [str(name) for name in found if not (fresh / name).exists()]
-
-
-def save_state(state: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file."""
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
-
-
 def _few(what: str, items: list[str], n: int = 5) -> str:
     more = f" and {len(items) - n} more" if len(items) > n else ""
     return f"{what}: {', '.join(items[:n])}{more}" if items else ""
 
 
-def read_json(path: Path) -> dict:
-    """A config, or nothing where there is no file. Raises ValueError for a file that is no JSON."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating dtype from itself or its name. Raises ValueError for another."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"got dtype {dtype!r}: expected float32, bfloat16 or float16")
+    return found

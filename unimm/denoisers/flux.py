@@ -19,18 +19,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import (
-    Table,
-    load_into,
-    read_shapes,
-    released_state,
-    save_state,
-    weight_files,
-    written_beside,
-)
+from unimm.checkpoint.atomic import written_beside
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import load_into, read_shapes, weight_files
+from unimm.checkpoint.save import released_state, save_state
 from unimm.denoisers.mmdit import ATTENTION_KEYS, TIME_FEATURES, TIMESTEPS, Condition, Modulation, Sizes, Trunk, turns
-from unimm.models.janusflow.uvit import time_features
 from unimm.nn.layers import MLP
+from unimm.nn.timestep import time_features
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 
 BFL_WEIGHTS = ("flux1-dev.safetensors", "flux1-schnell.safetensors")

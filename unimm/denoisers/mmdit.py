@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table
+from unimm.checkpoint.keymap import Table
 from unimm.generation.flow import Velocity
 from unimm.kernels import modulate
 from unimm.nn.layers import MLP, RMSNorm

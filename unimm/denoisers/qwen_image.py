@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import Table, load_into, released_state, save_state, weight_files, written_beside
+from unimm.checkpoint.atomic import written_beside
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import load_into, weight_files
+from unimm.checkpoint.save import released_state, save_state
 from unimm.denoisers.mmdit import (
     ATTENTION_KEYS,
     EPS,
@@ -29,8 +32,8 @@ from unimm.denoisers.mmdit import (
     Trunk,
     turns,
 )
-from unimm.models.janusflow.uvit import time_features
 from unimm.nn.layers import MLP, RMSNorm
+from unimm.nn.timestep import time_features
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 
 MLP_RATIO = 4  # in no config

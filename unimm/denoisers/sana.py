@@ -17,10 +17,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import Table, load_into, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import load_into, weight_files
 from unimm.kernels import modulate
-from unimm.models.janusflow.uvit import TimeMLP, time_features
 from unimm.nn.layers import MLP, RMSNorm
+from unimm.nn.timestep import TimeMLP, time_features
 from unimm.tokenizers.dc_ae import MixFFN, linear_attention
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 

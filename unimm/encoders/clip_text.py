@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, load_into, read_shapes, weight_files
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask
 from unimm.nn.layers import EncoderBlock

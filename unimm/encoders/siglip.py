@@ -17,11 +17,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, load_into, read_shapes, weight_files
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask
 from unimm.nn.layers import MLP, EncoderBlock
-from unimm.processing.images.io import Stretch
+from unimm.processing.images.siglip import Stretch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.load import HUB_WEIGHTS, Table, load_into, read_shapes, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, load_into, read_shapes, weight_files
 from unimm.nn.layers import RMSNorm, SwiGLU
 
 # how a released config names a feed-forward that is gated, and what the gate goes through

@@ -2,49 +2,15 @@
 
 What every family with a language model shares. Axes: B contexts, N packed rows, D model, V vocabulary.
 """
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from unimm.generation.kv_cache import Cache, Context, TextSampling, decode
+from unimm.generation.causal_lm import Speaker, check_position
+from unimm.generation.kv_cache import Context, cache_of
+from unimm.generation.text_sampling import TextSampling, next_ids
 from unimm.kernels import Block, Mask
-from unimm.nn.decoder import Decoder, Parts
-from unimm.sequence.segments import Item, Pack, pack
-
-
-class Speaker(Protocol):
-    """What a model brings to a context."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def hidden(self, batch: Pack, attend: Any) -> Parts:
-        """Last hidden states of every row of a pack, by stream, before the final norms."""
-
-
-@torch.inference_mode()
-def extend(model: Speaker, contexts: Sequence[Context], items: Sequence[Sequence[Item]]) -> list[Context]:
-    """Append items to each context, all in one packed forward; the contexts given stay as they are.
-
-    Raises ValueError where a context would outgrow the positions that the model knows.
-    """
-    lengths = [sum(item.segment.length for item in more) for more in items]
-    if not any(lengths):
-        return list(contexts)
-    cache = cache_of(model, contexts, lengths)
-    past = [cache.past(i) for i in range(len(contexts))]
-    batch = pack(items, past, device=model.device)
-    check_position(model, max(batch.layout.clocks))
-    model.hidden(batch, cache.attend(past, batch.layout.mask))
-    return [c.extended(cache.chunk(i, lengths[i]), batch.layout.clocks[i]) for i, c in enumerate(contexts)]
 
 
 class Rows:
@@ -97,17 +63,61 @@ def speak(
     return decode(step, list(first), end=end, sampling=sampling, seeds=seeds)
 
 
-def cache_of(
-    model: Speaker, contexts: Sequence[Context], room: Sequence[int], *, dtype: torch.dtype | None = None
-) -> Cache:
-    """A buffer that holds the contexts, with room for more rows behind each; in the model's dtype unless given."""
-    d = model.decoder.cfg
-    empty = torch.empty(d.n_layers, 2, 0, d.n_kv_heads, d.head_dim, dtype=dtype or model.dtype, device=model.device)
-    return Cache(contexts, room, empty=empty)
+def decode(
+    step: Callable[[list[int], int], Tensor],
+    first: list[int],
+    *,
+    end: int | Sequence[int],
+    sampling: TextSampling,
+    seeds: Sequence[int],
+) -> Iterator[list[int | None]]:
+    """Feed ids, choose the next, until every row has chosen `end` (one of several) or max_tokens are out.
+
+    Yields one id a row, None for a row that has ended; the caller may stop early by closing the iterator.
+    step(ids [B], n) -> logits [B, V] after feeding the n-th id of every row.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    ids, done, ends = first, [False] * len(first), {end} if isinstance(end, int) else set(end)
+    for n in range(sampling.tokens):
+        ids = next_ids(step(ids, n), sampling, generators)
+        done = [was or chosen in ends for was, chosen in zip(done, ids, strict=True)]
+        if all(done):
+            return
+        yield [None if over else chosen for over, chosen in zip(done, ids, strict=True)]
 
 
-def check_position(model: Speaker, clock: int) -> None:
-    """Raise ValueError for a position that the model does not know."""
-    known = model.decoder.cfg.max_positions
-    if clock > known:
-        raise ValueError(f"the dialogue would reach position {clock}, the model knows {known}: shorten it, or max_tokens")
+class TextStream:
+    """Ids as they come, for several rows, to texts: whole, or piece by piece; cut at the first stop string."""
+
+    def __init__(self, steps: Iterator[list[int | None]], decode: Callable[[list[int]], str], rows: int, stop: tuple[str, ...]):
+        self.steps, self.decode, self.rows, self.stop = steps, decode, rows, stop
+
+    def texts(self) -> list[str]:
+        """The text of every row."""
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for step in self.steps:
+            for row, one in zip(ids, step, strict=True):
+                row += [] if one is None else [one]
+            if self.stop and all(self._cut(text) != text for text in map(self.decode, ids)):
+                break
+        return [self._cut(self.decode(row)) for row in ids]
+
+    def pieces(self) -> Iterator[str]:
+        """The text of a single row as it grows; what may still change (half a character, half a stop string) is held back."""
+        ids: list[int] = []
+        given, text = 0, ""
+        held = max((len(s) for s in self.stop), default=0)
+        for (one,) in self.steps:
+            ids += [] if one is None else [one]
+            text = self.decode(ids)
+            if self._cut(text) != text:
+                break
+            safe = len(text) - held
+            if safe > given and not text.endswith("\ufffd"):
+                yield text[given:safe]
+                given = safe
+        if rest := self._cut(text)[given:]:
+            yield rest
+
+    def _cut(self, text: str) -> str:
+        return text[: min((text.index(s) for s in self.stop if s in text), default=len(text))]

@@ -10,7 +10,6 @@ from unimm.kernels.rms_norm import rms_norm
 from unimm.kernels.routed import routed_linear
 from unimm.kernels.swiglu import swiglu
 from unimm.kernels.vq_lookup import nearest_code
-from unimm.nn.few_rows import linear_few_rows
 
 __all__ = [
     "Block",
@@ -19,7 +18,6 @@ __all__ = [
     "backend",
     "guided",
     "linear_cross_entropy",
-    "linear_few_rows",
     "modulate",
     "nearest_code",
     "prepare",

@@ -1,44 +1,24 @@
 """The contract of every family: loading, saving, and the verbs; what they return."""
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint import load as checkpoint
-from unimm.checkpoint.load import Table
-from unimm.generation.flow import Guidance
-from unimm.generation.kv_cache import TextSampling
-
-Picture = Image.Image | str | Path
-Turn = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
-
-
-class TextTokenizer(Protocol):
-    """What a model needs of its tokenizer. markers: its special tokens by their strings."""
-
-    @property
-    def markers(self) -> dict[str, int]: ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, markers left out."""
-
-    def id(self, token: str) -> int | None:
-        """The id of a special token by its string, or None."""
-
-    def save(self, folder: Path) -> None:
-        """Write the files that it was read from."""
+from unimm.checkpoint.atomic import written_beside
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import fill, load_into, parse_dtype, weight_files
+from unimm.checkpoint.save import released_state, save_state
+from unimm.generation.guidance import Guidance
+from unimm.generation.text_sampling import TextSampling
+from unimm.processing.requests import Picture, sides
+from unimm.tokenizers.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +126,10 @@ class UnifiedModel(nn.Module, ABC):
         with torch.device("meta"):
             model = cls.described(folder)
         for names, table in model.weights().items():
-            paths = checkpoint.weight_files(folder, names)
+            paths = weight_files(folder, names)
             kind = torch.float32 if _within(table, cls.FLOAT32) else parse_dtype(dtype)
-            checkpoint.load_into(model, paths, table, prefix=cls.PREFIX, dtype=kind, device=torch.device(device))
-        checkpoint.fill(model, cls.SPARE, dtype=parse_dtype(dtype), device=torch.device(device))
+            load_into(model, paths, table, prefix=cls.PREFIX, dtype=kind, device=torch.device(device))
+        fill(model, cls.SPARE, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
@@ -157,13 +137,13 @@ class UnifiedModel(nn.Module, ABC):
 
         dtype: what the weights are cast to, but for a KL autoencoder's; unless given, they are written as they are.
         """
-        with checkpoint.written_beside(Path(folder)) as partial:
+        with written_beside(Path(folder)) as partial:
             self.save_config(partial)
             for names, table in self.weights().items():
-                state = checkpoint.released_state(self, table)
+                state = released_state(self, table)
                 if dtype is not None and not _within(table, self.FLOAT32):
                     state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-                checkpoint.save_state(state, partial / names[0])
+                save_state(state, partial / names[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
 
@@ -210,101 +190,3 @@ def _within(table: Table, beginnings: tuple[str, ...]) -> bool:
     return all(target is not None and target.startswith(beginnings) for target in table.values())
 
 
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating dtype from itself or its name. Raises ValueError for another."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"got dtype {dtype!r}: expected float32, bfloat16 or float16")
-    return found
-
-
-def texts_of(given: Any) -> list[str]:
-    """A text, or a list of them, as a list. Raises ValueError for anything else, and for halves of characters."""
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"got {given!r:.80} for a prompt: expected a text, or a list of texts")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"got a prompt that is no text: {error}; decode it with errors='replace'") from error
-    return list(texts)
-
-
-def asked(prompt: Any, images: Any) -> tuple[list[str], list[list]]:
-    """Texts, and the pictures of each. Raises ValueError as `texts_of` and `pictures_of` do."""
-    return texts_of(prompt), pictures_of(images, prompt)
-
-
-def plain(value: Any) -> Any:
-    """A number, or lists of them, in place of numpy's and torch's; anything else as it is."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
-
-
-def each(value: Any, n: int, what: str) -> list:
-    """One value a sample: a sequence, or an array, of n, or one value for all. Raises ValueError for another length."""
-    value = plain(value)
-    values = [value] * n if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
-    if len(values) != n:
-        raise ValueError(f"got {len(values)} {what} for {n} prompts: give one, or one for each")
-    return values
-
-
-def seeds(seed: int | Sequence[int], n: int, *, copies: int = 1) -> list[int]:
-    """A seed a sample, and for `copies` of each the ones after it; from one number, that number and the ones after it.
-
-    Raises ValueError for a negative one, one of more than 63 bits, and for what is no whole number.
-    """
-    given = plain(seed)
-    try:
-        if isinstance(given, Sequence):
-            first = [index(one) for one in each(given, n, "seeds")]
-        else:
-            first = [index(given) + copies * i for i in range(n)]
-    except TypeError:
-        raise ValueError(f"got seed {seed!r}: expected a whole number, or one for each prompt") from None
-    found = [one + i for one in first for i in range(copies)]
-    if wrong := [one for one in found if not 0 <= one < 2**63]:
-        raise ValueError(f"got seed {wrong[0]}: expected 0 or more, and below 2^63")
-    return found
-
-
-def pictures_of(images: Any, prompt: str | Sequence[str]) -> list[list]:
-    """Input pictures as a list for each prompt: for one prompt a picture or several, for a batch one of these each.
-
-    Raises ValueError for no prompts, and where the images are not one entry a prompt.
-    """
-    if isinstance(prompt, str):
-        return [_listed(images)]
-    if not prompt:
-        raise ValueError("got no prompts: expected at least one")
-    if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
-        n = len(prompt)
-        raise ValueError(f"got images for {n} prompts: expected a list of {n}, each a picture, a list or None")
-    return [[] for _ in prompt] if images is None else [_listed(one) for one in images]
-
-
-def _listed(images: Any) -> list:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def sides(size: Any) -> tuple[int, int]:
-    """(height, width) in pixels. Raises ValueError for anything else."""
-    try:
-        height, width = map(index, plain(size))
-    except (TypeError, ValueError):
-        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all pictures") from None
-    return height, width
-
-
-def drawable(size: tuple[int, int], stride: int, most: int) -> tuple[int, int]:
-    """The (height, width) to draw. Raises ValueError, with the nearest that works, for other than multiples of stride."""
-    given = sides(size)
-    height, width = (min(most, max(stride, round(side / stride) * stride)) for side in given)
-    if (height, width) != given:
-        raise ValueError(
-            f"cannot draw (height, width) {given}: expected multiples of {stride} up to {most}; "
-            f"the nearest is {(height, width)}"
-        )
-    return height, width

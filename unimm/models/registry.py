@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.load import read_json
+from unimm.checkpoint.config_io import read_json
 from unimm.models.base import Release, UnifiedModel
 
 

@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.kernels import qk_norm_rope
-from unimm.nn.layers import RMSNorm, SwiGLU, apply_rope, rope
+from unimm.nn.layers import RMSNorm, SwiGLU
+from unimm.nn.rope import apply_rope, rope
 
 Parts = dict[str, Tensor]  # stream -> its tokens
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y

@@ -1,16 +1,171 @@
 """A model made ready to decode on a CPU: the same one, with its large linears packed for few rows."""
 import copy
 import logging
+import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from torch import nn
-
-from unimm.nn.few_rows import can_pack, pack
-from unimm.nn.layers import Int8Linear, PackedLinear
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
+ENGINES = ("x86", "fbgemm")
+TINY = torch.finfo(torch.float32).tiny
+SMALL = 2**18  # weights: fewer stay in the cache, where packing gains nothing
+
+
+class Half:
+    """Weights in bfloat16 as float16, which has the bits for them; products and sums in float32."""
+
+    MOST: ClassVar = 8  # rows; more are faster the plain way
+    WORST: ClassVar = 2.0**-16  # of the weights' norm may be lost: those below float16's smallest
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.packed = _pack_half(weight.half(), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, F], in x's dtype."""
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
+
+    @staticmethod
+    def lost(weight: Tensor) -> Tensor:
+        """What packing loses of each weight."""
+        return weight.float() - weight.half().float()
+
+
+class Pair:
+    """Weights in float32 as high + low / 2048, both float16: off by at most the last bit of each."""
+
+    MOST: ClassVar = 16
+    WORST: ClassVar = 2.0**-24
+    STEP: ClassVar = 2048.0  # 2^11: float16 has 11 bits
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        both = torch.cat(self.split(weight))
+        self.packed = _pack_half(both, None if bias is None else torch.cat((bias, torch.zeros_like(bias))))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, F], in x's dtype."""
+        high, low = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).chunk(2, -1)
+        return torch.add(high, low, alpha=1 / self.STEP).to(x.dtype)
+
+    @classmethod
+    def split(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """high and low, [F, D] float16."""
+        high = weight.half()
+        return high, ((weight - high) * cls.STEP).half()
+
+    @classmethod
+    def lost(cls, weight: Tensor) -> Tensor:
+        """What packing loses of each weight."""
+        high, low = cls.split(weight)
+        return weight - high - low.float() / cls.STEP
+
+
+class Int8:
+    """Weights rounded to int8 with a scale an output; rows of x to 8 bits with a scale each, so that none depends on another.
+
+    About 1 % of error, as |y - y'| / |y|. The product is exact in int32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.packed = _pack_int8(weight.detach().float())
+        self.bias = None if bias is None else bias.detach().float()
+        self.levels = 127 if _sums_widely() else 63
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, F], in x's dtype."""
+        wide = x.float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=TINY)
+        y = _int8(wide / scale, self.levels, self.packed) * scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def can_pack() -> bool:
+    """Whether this CPU, and PyTorch as it is set, have the packed products."""
+    return torch.backends.quantized.engine in ENGINES
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> Half | Pair | None:
+    """Weights [F, D] once more, in the order in which few rows read them; None where that gains nothing or is not exact.
+
+    A matrix with weights beyond float16's range, or with tiny ones alone, is not packed.
+    """
+    kinds: dict[torch.dtype, type[Half] | type[Pair]] = {torch.bfloat16: Half, torch.float16: Half, torch.float32: Pair}
+    kind = kinds.get(weight.dtype)
+    if kind is None or not weight.is_cpu or weight.numel() < SMALL or not can_pack():
+        return None
+    weight = weight.detach()
+    if not kind.lost(weight).norm() <= kind.WORST * weight.float().norm():  # nan, too, where a weight is too large
+        return None
+    return kind(weight, None if bias is None else bias.detach())
+
+
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Half | Pair | None) -> Tensor:
+    """F.linear(x, weight, bias), x [..., D] -> [..., F]; few rows without gradients go through `packed`, the same weights."""
+    rows = x.numel() // x.shape[-1]
+    if packed is None or rows > packed.MOST or not x.is_cpu or torch.is_grad_enabled():
+        return linear_reference(x, weight, bias)
+    return packed(x)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition."""
+    return F.linear(x, weight, bias)
+
+
+def _pack_int8(weight: Tensor) -> Any:
+    scales = (weight.abs().amax(1).double() / 127).clamp(min=TINY)
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():
+        # pytorch/pytorch issue 184982: no product that stays reads as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning)
+        return torch.ops.quantized.linear_prepack(torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None)
+
+
+def _int8(x: Tensor, levels: int, packed: Any) -> Tensor:
+    """x [N, D] in [-1, 1], as -levels to levels, times packed weights -> [N, F]."""
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return product(x, 1 / levels, levels + 1, packed)
+
+
+def _sums_widely() -> bool:
+    """Whether products of 8 bits with 8 add up: without VNNI pairs of them are summed in 16 bits, which is too few."""
+    ones = torch.ones(1, 64)
+    return bool(torch.isclose(_int8(ones, 127, _pack_int8(ones)), ones.sum()).all())
+
+
+def _pack_half(weight: Tensor, bias: Tensor | None) -> Any:
+    return torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weights, which it shares with the one given, stand in a second order for few rows."""
+
+    def __init__(self, linear: nn.Linear, packed: Half | Pair):
+        super().__init__()
+        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_few_rows(x, self.weight, self.bias, self.packed)
+
+
+class Int8Linear(nn.Module):
+    """A linear with weights in int8 alone: no gradient, and a ValueError for who would save them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = Int8(linear.weight, linear.bias)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(x)
+
+
+def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise ValueError(f"{prefix.rstrip('.')} is in int8, which no file holds: save the model that was prepared")
 
 
 def prepared(model: M, *, but: Sequence[str] = (), int8: Sequence[str] = ()) -> M:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table, load_into, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import load_into, weight_files
 from unimm.kernels import rms_norm, swiglu
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from unimm.checkpoint.load import Table, load_into, read_shapes, weight_files
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import load_into, read_shapes, weight_files
 from unimm.tokenizers.kl import VAE, VAEConfig
 
 FLUX_KEYS: Table = {"{*}": "{*}"}

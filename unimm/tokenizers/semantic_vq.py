@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask, attention
-from unimm.processing.images.io import places
+from unimm.nn.patches import places
 from unimm.tokenizers.vq import VQ, VQConfig
 
 

@@ -159,3 +159,22 @@ def load_tokenizer(folder: Path, *, special: Sequence[str] = ()) -> "JsonTokeniz
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
     return None
+
+
+class TextTokenizer(Protocol):
+    """What a model needs of its tokenizer. markers: its special tokens by their strings."""
+
+    @property
+    def markers(self) -> dict[str, int]: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, markers left out."""
+
+    def id(self, token: str) -> int | None:
+        """The id of a special token by its string, or None."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that it was read from."""

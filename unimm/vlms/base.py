@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint import load as checkpoint
-from unimm.checkpoint.load import HUB_WEIGHTS, Table
-from unimm.generation.decode import cache_of, check_position, speak
-from unimm.generation.kv_cache import Context, TextSampling, TextStream
+from unimm.checkpoint.atomic import written_beside
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, load_into, parse_dtype, read_shapes, weight_files
+from unimm.checkpoint.save import released_state, save_state
+from unimm.generation.causal_lm import check_position
+from unimm.generation.decode import TextStream, speak
+from unimm.generation.kv_cache import Context, cache_of
+from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.base import TextTokenizer, parse_dtype
 from unimm.nn.decoder import Attend, Decoder, Parts, Route
 from unimm.nn.packed_linear import prepared
-from unimm.sequence.segments import IGNORE, Item, Pack, Tokens, pack
-from unimm.tokenizers.text import load_tokenizer
+from unimm.sequence.packing import Pack, Tokens, pack
+from unimm.sequence.parts import IGNORE, Item
+from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 from unimm.vlms.chat import Chatting
 from unimm.vlms.processor import ReaderPrompts
 
@@ -83,19 +87,19 @@ class Reader(Chatting, nn.Module):
         folder = hub.resolve(name, revision=revision, known=())
         with torch.device("meta"):
             model = cls.from_folder(folder)
-        paths = checkpoint.weight_files(folder, HUB_WEIGHTS)
-        table = model.keys(checkpoint.read_shapes(paths))
-        checkpoint.load_into(model, paths, table, dtype=parse_dtype(dtype), device=torch.device(device))
+        paths = weight_files(folder, HUB_WEIGHTS)
+        table = model.keys(read_shapes(paths))
+        load_into(model, paths, table, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given."""
-        with checkpoint.written_beside(Path(folder)) as partial:
+        with written_beside(Path(folder)) as partial:
             for name, contents in self.cfg.to_files().items():
                 (partial / name).write_text(json.dumps(contents, indent=2) + "\n")
-            state = checkpoint.released_state(self, self.keys({}))
+            state = released_state(self, self.keys({}))
             kind = None if dtype is None else parse_dtype(dtype)
-            checkpoint.save_state({key: x.to(kind or x.dtype) for key, x in state.items()}, partial / HUB_WEIGHTS[0])
+            save_state({key: x.to(kind or x.dtype) for key, x in state.items()}, partial / HUB_WEIGHTS[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
 

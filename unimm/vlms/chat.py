@@ -2,10 +2,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from unimm.generation.decode import Speaker, extend
-from unimm.generation.kv_cache import EMPTY, Context, TextSampling, TextStream
-from unimm.models.base import Picture, Turn, asked, seeds
-from unimm.sequence.segments import Item, text_item
+from unimm.generation.causal_lm import Speaker
+from unimm.generation.decode import TextStream
+from unimm.generation.kv_cache import EMPTY, Context
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
+from unimm.processing.requests import Picture, Turn, asked, seeds
+from unimm.sequence.parts import Item, text_item
 
 
 class Chatting:

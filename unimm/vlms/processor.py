@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from unimm.models.base import Picture, TextTokenizer, Turn, pictures_of
-from unimm.sequence.segments import IGNORE, Item, text_item
-from unimm.tokenizers.text import hide_markers
+from unimm.processing.requests import Picture, Turn, pictures_of
+from unimm.sequence.parts import IGNORE, Item, text_item
+from unimm.tokenizers.text import TextTokenizer, hide_markers
 
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("user", "assistant")

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unimm.data.batching import to_image, to_pixels
 from unimm.data.shapes import SIZES, Scene, Thing, example, place_of, read
 from unimm.data.shapes.novel_attributes import kind_of, new_look, painted
 from unimm.data.shapes.world import TRAIN_PAIRS
-from unimm.training.tasks.kl_vae import to_image, to_pixels
 
 JUDGED_AT_ONCE = 50
 

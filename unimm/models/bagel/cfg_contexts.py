@@ -3,127 +3,25 @@
 For models that draw inside the language model, over its cache. Axes: N packed tokens, L latent tokens of a picture,
 D model, C features of a latent token.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unimm.generation.decode import Speaker, cache_of, extend, speak
-from unimm.generation.flow import Branch, Guidance
-from unimm.generation.kv_cache import EMPTY, Context, TextSampling
-from unimm.models.base import TextTokenizer
+from unimm.generation.causal_lm import Speaker
+from unimm.generation.decode import speak
+from unimm.generation.guidance import Branch
+from unimm.generation.kv_cache import EMPTY, Context, cache_of
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.bagel.processor import Items
 from unimm.nn.decoder import Parts
-from unimm.processing.images.io import patchify, places
-from unimm.sequence.segments import IGNORE, Item, Layout, Segment, image_item, lay_out, text_item
+from unimm.sequence.parts import Item
+from unimm.sequence.segments import Layout, Segment, lay_out
 
 CONTEXTS = ("main", "text", "image")
-
-
-THINK = (
-    "You should first think about the {0} process in the mind and {1} \n"
-    "The {0} process is enclosed within <think> </think> tags, i.e. <think> {0} process here </think> {2} here"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What the verbs do unless told otherwise: the released app's numbers. A nano brings its own."""
-
-    steps: int = 49  # the app's 50 "timesteps" are knots
-    shift: float = 3.0
-    draw: Guidance = Guidance()
-    edit: Guidance = Guidance(image=2.0, interval=(0.0, 1.0), renorm="text_channel")
-    size: tuple[int, int] = (1024, 1024)
-    think_tokens: int = 1000
-    think_draw: str = THINK.format("planning", "then generate the image.", "image")
-    think_answer: str = THINK.format("reasoning", "then provide the user with the answer.", "answer")
-
-    @classmethod
-    def from_files(cls, files: Mapping) -> "Defaults":
-        """From the mapping that a nano's config.json carries under "generation"; the released numbers for what is missing."""
-        guidance = {k: Guidance(**files[k] | {"interval": tuple(files[k]["interval"])}) for k in ("draw", "edit") if k in files}
-        size = {"size": tuple(files["size"])} if "size" in files else {}
-        return cls(**{**files, **guidance, **size})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Markers:
-    """Ids around every text (bos, eos) and every image (boi, eoi)."""
-
-    bos: int
-    eos: int
-    boi: int
-    eoi: int
-
-    STRINGS: ClassVar = {"bos": "<|im_start|>", "eos": "<|im_end|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
-    FILES: ClassVar = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
-
-    @classmethod
-    def of(cls, tokenizer: TextTokenizer) -> "Markers":
-        """The ids of the markers by their strings. Raises ValueError for a tokenizer that lacks one."""
-        ids = {name: found for name, token in cls.STRINGS.items() if (found := tokenizer.id(token)) is not None}
-        if lost := [token for name, token in cls.STRINGS.items() if name not in ids]:
-            raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the Qwen2.5 special tokens")
-        return cls(**ids)
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, int]) -> "Markers":
-        """From the new_token_ids of a config."""
-        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
-
-    def to_files(self) -> dict[str, int]:
-        """The mapping that `from_files` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Items:
-    """What a text or a picture is in the sequence: its tokens and the markers around them. A patch of None: it has none."""
-
-    markers: Markers
-    patch: int | None  # pixels a side of the ViT's patches
-    look_side: int
-    latent_patch: int | None  # latents a side of a token to draw
-    latent_side: int
-    interpolate: bool
-
-    def text(self, ids: Sequence[int]) -> Item:
-        """[bos] ids [eos], without loss."""
-        return text_item([self.markers.bos, *ids, self.markers.eos])
-
-    def answer(self, ids: Sequence[int]) -> Item:
-        """[bos] ids [eos], with the loss of the next id at all but the last."""
-        return text_item([self.markers.bos, *ids, self.markers.eos], labels=[*ids, self.markers.eos, IGNORE])
-
-    def looked_at(self, pixels: Tensor) -> Item:
-        """An image [3, h, w] in [-1, 1] as the ViT's patches."""
-        if self.patch is None:
-            raise NotImplementedError("this checkpoint was trained without its ViT (visual_und false): it cannot look")
-        p = self.patch
-        where = places(pixels.shape[1] // p, pixels.shape[2] // p, self.look_side, interpolate=self.interpolate)
-        return image_item("look", patchify(pixels, p), where, markers=(self.markers.boi, self.markers.eoi))
-
-    def drawn(self, latent: Tensor, *, time: float = 0.0, noised: bool = False) -> Item:
-        """A latent [z, h, w]: a clean picture of the past, or a noised target."""
-        p = self.check_draws()
-        return self.named(patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, time=time, noised=noised)
-
-    def named(self, tokens: Tensor, height: int, width: int, *, time: float = 0.0, noised: bool = False) -> Item:
-        """Latent tokens [height * width, C], or whatever names them until they are there."""
-        markers = (self.markers.boi, self.markers.eoi)
-        return image_item("draw", tokens, self.latent_grid(height, width), markers=markers, time=time, noised=noised)
-
-    def latent_grid(self, height: int, width: int) -> Tensor:
-        """Places in the table of latent positions, [height * width]."""
-        return places(height, width, self.latent_side, interpolate=self.interpolate)
-
-    def check_draws(self) -> int:
-        """The latent patch. Raises NotImplementedError for a checkpoint that cannot draw."""
-        if self.latent_patch is None:
-            raise NotImplementedError("this checkpoint was trained to look only (visual_gen false): it cannot draw")
-        return self.latent_patch
 
 
 class Painter(Speaker, Protocol):

@@ -6,8 +6,7 @@ Two experts share every attention: "und" owns text, ViT tokens and all markers, 
 Axes: N packed tokens, L latent tokens of a picture, D model, C features of a latent token, V vocabulary.
 """
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,123 +14,31 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table, read_json, read_shapes, weight_files
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.generation.flow import Guidance, TaylorSeer, add_noise, guide, knots, sample, share
-from unimm.generation.kv_cache import TextSampling, TextStream
+from unimm.checkpoint.keymap import Table
+from unimm.encoders.siglip_navit import NaViT
+from unimm.generation.decode import TextStream
+from unimm.generation.flow import add_noise, knots, sample
+from unimm.generation.guidance import Guidance, guide, share
+from unimm.generation.step_cache import TaylorSeer
+from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.bagel.cfg_contexts import Canvas, Defaults, Dialogue, Items, Markers, reason, say, show, write
-from unimm.models.base import (
-    Drawing,
-    Generation,
-    Picture,
-    Release,
-    TextTokenizer,
-    UnifiedModel,
-    asked,
-    drawable,
-    each,
-    seeds,
-)
-from unimm.nn.decoder import Decoder, DecoderConfig, Parts, Route
-from unimm.nn.layers import MLP, TimeEmbedding, sincos_2d
-from unimm.processing.images.io import Resize, open_image, to_image, to_tensor, unpatchify
-from unimm.sequence.segments import IGNORE, Item, Pack, Tokens
-from unimm.tokenizers.kl import VAE, VAEConfig
-from unimm.tokenizers.text import load_tokenizer
-
-STREAMS = ("und", "gen")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BagelConfig:
-    decoder: DecoderConfig
-    vision: VisionConfig | None  # None: a checkpoint trained to draw only
-    draws: bool
-    vae: VAEConfig
-    connector_act: str
-    latent_patch: int
-    latent_side: int  # the table of latent positions is a grid of side * side
-    look_side: int  # likewise the connector's
-    interpolate_places: bool
-    train_shift: float
-    draw: Resize  # the rule for pictures that enter the VAE, and, before `look`, for all
-    look: Resize  # the rule for pictures that enter the ViT
-    markers: Markers | None  # None: looked up in the tokenizer
-    defaults: Defaults
-
-    @property
-    def latent_dim(self) -> int:
-        return self.latent_patch**2 * self.vae.latent_channels
-
-    @property
-    def stride(self) -> int:
-        """Pixels a latent token."""
-        return self.latent_patch * self.vae.stride
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "BagelConfig":
-        """Read llm_config.json, vit_config.json and config.json; sizes of tables come from the weights, where there are any.
-
-        config.json came later than the weights, may be missing, and says 32 where the latent table has side 64.
-        """
-        llm, vit, top = (read_json(folder / name) for name in ("llm_config.json", "vit_config.json", "config.json"))
-        held = any((folder / name).exists() for name in WEIGHTS)
-        shapes = read_shapes(weight_files(folder, WEIGHTS)) if held else {}
-        tables = {key.removeprefix("bagel."): shape[0] for key, shape in shapes.items() if key.endswith("pos_embed")}
-        sides = {key: round(rows**0.5) for key, rows in tables.items()}
-        return cls.from_files(llm or top.get("llm_config", {}), vit or top.get("vit_config", {}), top, sides)
-
-    @classmethod
-    def from_files(cls, llm: Mapping, vit: Mapping, top: Mapping, sides: Mapping[str, int] | None = None) -> "BagelConfig":
-        """From the released files' contents. Missing values are those that the released code writes into itself.
-
-        sides: of the tables of positions, by their names in the weights, where these are known better.
-        """
-        sides, special = sides or {}, top.get("new_token_ids")
-        patch, look_patch = top.get("latent_patch_size", 2), vit.get("patch_size", 14)
-        vae = VAEConfig.from_files(top.get("vae_config", {}))
-        vision = VisionConfig.from_files(vit, drop_last=True) if top.get("visual_und", True) else None
-        return cls(
-            decoder=DecoderConfig.from_files({"qk_norm": True, **llm}, qkv_bias=True, streams=STREAMS),
-            vision=vision,
-            draws=top.get("visual_gen", True),
-            vae=vae,
-            connector_act=top.get("connector_act", "gelu_pytorch_tanh"),
-            latent_patch=patch,
-            latent_side=sides.get("latent_pos_embed.pos_embed", top.get("max_latent_size", 64)),
-            look_side=sides.get("vit_pos_embed.pos_embed", top.get("vit_max_num_patch_per_side", 70)),
-            interpolate_places=top.get("interpolate_pos", False),
-            train_shift=top.get("timestep_shift", 1.0),
-            draw=Resize.from_files(top.get("vae_transform", {}), longest=1024, shortest=512, stride=patch * vae.stride),
-            look=Resize.from_files(top.get("vit_transform", {}), longest=980, shortest=224, stride=look_patch),
-            markers=Markers.from_files(special) if special else None,
-            defaults=Defaults.from_files(top.get("generation", {})),
-        )
-
-    def to_files(self) -> dict[str, dict[str, Any]]:
-        """The contents of llm_config.json, vit_config.json and config.json."""
-        llm = self.decoder.to_files() | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-        vit = self.vision.to_files(drop_last=True) if self.vision else {}
-        top: dict[str, Any] = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
-        top |= {"llm_config": llm, "vit_config": vit, "vae_config": self.vae.to_files()}
-        top |= {"visual_gen": self.draws, "visual_und": self.vision is not None}
-        top |= {"latent_patch_size": self.latent_patch, "max_latent_size": self.latent_side}
-        top |= {"vit_max_num_patch_per_side": self.look_side, "interpolate_pos": self.interpolate_places}
-        top |= {"connector_act": self.connector_act, "timestep_shift": self.train_shift}
-        top |= {"vae_transform": self.draw.to_files(), "vit_transform": self.look.to_files()}
-        top |= {"generation": asdict(self.defaults)}
-        if self.markers:
-            top["new_token_ids"] = self.markers.to_files()
-        return {"llm_config.json": llm, "vit_config.json": vit, "config.json": top}
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Per token: cross entropy of every labelled row [n], squared error of every noised latent token [m, C]."""
-
-    ce: Tensor
-    mse: Tensor
+from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, reason, say, show, write
+from unimm.models.bagel.config import WEIGHTS, BagelConfig
+from unimm.models.bagel.network import Losses
+from unimm.models.bagel.processor import Items, Markers
+from unimm.models.bagel.weights import DECODER_KEYS, DRAW_KEYS, LOOK_KEYS, QK_NORM_KEYS, VAE_KEYS
+from unimm.models.base import Drawing, Generation, Release, UnifiedModel
+from unimm.nn.decoder import Decoder, Parts, Route
+from unimm.nn.layers import MLP
+from unimm.nn.patches import unpatchify
+from unimm.nn.pos_embed import sincos_2d
+from unimm.nn.timestep import TimeEmbedding
+from unimm.processing.images.io import open_image, to_image, to_tensor
+from unimm.processing.requests import Picture, asked, drawable, each, seeds
+from unimm.sequence.packing import Pack, Tokens
+from unimm.sequence.parts import IGNORE, Item
+from unimm.tokenizers.kl import VAE
+from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 
 
 class Bagel(UnifiedModel):
@@ -458,50 +365,6 @@ class Bagel(UnifiedModel):
 
 # ---- released files
 
-WEIGHTS = ("ema.safetensors", "model.safetensors", "model.safetensors.index.json")
-# released names on the left, ours on the right
-EXPERTS = {"und": "", "gen": "_moe_gen"}
-
-
-def _layer_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """A row for each expert: the generation expert's names end in _moe_gen."""
-    theirs, ours = "language_model.model.layers.{{}}.{}.{{}}", "decoder.blocks.{{}}.streams.{}.{}.{{}}"
-    rows = [(name.replace("*", suffix), stream, part) for stream, suffix in EXPERTS.items() for name, part in names.items()]
-    return {theirs.format(name): ours.format(stream, part) for name, stream, part in rows}
-
-
-DECODER_KEYS: Table = {
-    "language_model.model.embed_tokens.{}": "decoder.embed.{}",
-    "language_model.lm_head.{}": "decoder.head.{}",
-    "language_model.model.norm.{}": "decoder.norms.und.{}",
-    "language_model.model.norm_moe_gen.{}": "decoder.norms.gen.{}",
-    **_layer_keys({"input_layernorm*": "attn_norm", "post_attention_layernorm*": "mlp_norm"}),
-    **_layer_keys({f"self_attn.{p}_proj*": p for p in "qkvo"}),
-    **_layer_keys({f"mlp*.{p}_proj": f"mlp.{p}" for p in ("gate", "up", "down")}),
-}
-QK_NORM_KEYS: Table = _layer_keys({f"self_attn.{p}_norm*": f"{p}_norm" for p in "qk"})
-LOOK_KEYS: Table = {
-    "vit_model.vision_model.embeddings.patch_embedding.{}": "vision.patch.{}",
-    "vit_model.vision_model.embeddings.position_embedding.{}": "vision.positions.{}",
-    "vit_model.vision_model.encoder.layers.{}.layer_norm1.{}": "vision.blocks.{}.attn_norm.{}",
-    "vit_model.vision_model.encoder.layers.{}.layer_norm2.{}": "vision.blocks.{}.mlp_norm.{}",
-    "vit_model.vision_model.encoder.layers.{}.self_attn.q_proj.{}": "vision.blocks.{}.q.{}",
-    "vit_model.vision_model.encoder.layers.{}.self_attn.k_proj.{}": "vision.blocks.{}.k.{}",
-    "vit_model.vision_model.encoder.layers.{}.self_attn.v_proj.{}": "vision.blocks.{}.v.{}",
-    "vit_model.vision_model.encoder.layers.{}.self_attn.out_proj.{}": "vision.blocks.{}.o.{}",
-    "vit_model.vision_model.encoder.layers.{}.mlp.{}.{}": "vision.blocks.{}.mlp.{}.{}",
-    "vit_model.vision_model.post_layernorm.{}": "vision.norm.{}",
-    "connector.{}.{}": "connector.{}.{}",
-    "vit_pos_embed.pos_embed": "look_places",
-}
-DRAW_KEYS: Table = {
-    "time_embedder.{*}": "time.{*}",
-    "vae2llm.{}": "from_latent.{}",
-    "llm2vae.{}": "to_velocity.{}",
-    "latent_pos_embed.pos_embed": "latent_places",
-}
-VAE_KEYS: Table = {"{*}": "vae.{*}"}
-KEYS: Table = {**DECODER_KEYS, **QK_NORM_KEYS, **LOOK_KEYS, **DRAW_KEYS}
 
 VERBS = ("generate", "understand", "interleave")
 HUB = "ByteDance-Seed/BAGEL-7B-MoT"

@@ -11,16 +11,17 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import Self
 
-from unimm.checkpoint.load import Table
 from unimm.encoders.timm_vit import Tower
-from unimm.generation.decode import speak
-from unimm.generation.kv_cache import TextSampling, TextStream
-from unimm.models.base import Picture, UnifiedModel
+from unimm.generation.decode import TextStream, speak
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.base import UnifiedModel
 from unimm.models.common.deepseek_processor import Markers, Prompts, Talk
 from unimm.nn.decoder import Decoder, Parts
 from unimm.nn.packed_linear import prepared
-from unimm.processing.images.io import PadSquare
-from unimm.sequence.segments import Item, Pack, Tokens
+from unimm.processing.images.deepseek_vl import PadSquare
+from unimm.processing.requests import Picture
+from unimm.sequence.packing import Pack, Tokens
+from unimm.sequence.parts import Item
 from unimm.vlms.chat import Chatting
 
 
@@ -114,17 +115,3 @@ class Conversing(Chatting, UnifiedModel):
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
 
 
-def llama_keys(prefix: str, head: str, stream: str) -> Table:
-    """Rows of a key table for a Llama: its body's names begin with `prefix`; the language head's name is `head`."""
-    block = f"decoder.blocks.{{}}.streams.{stream}."
-    return {
-        prefix + "embed_tokens.{}": "decoder.embed.{}",
-        prefix + "layers.{}.input_layernorm.{}": block + "attn_norm.{}",
-        prefix + "layers.{}.post_attention_layernorm.{}": block + "mlp_norm.{}",
-        **{prefix + f"layers.{{}}.self_attn.{p}_proj.{{}}": block + f"{p}.{{}}" for p in "qkvo"},
-        **{prefix + f"layers.{{}}.mlp.{p}_proj.{{}}": block + f"mlp.{p}.{{}}" for p in ("gate", "up", "down")},
-        prefix + "norm.{}": f"decoder.norms.{stream}.{{}}",
-        head + ".{}": "decoder.head.{}",
-        # buffers that older files hold
-        prefix + "layers.{}.self_attn.rotary_emb.inv_freq": None,
-    }

@@ -9,11 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unimm.models.base import Picture, TextTokenizer, Turn, pictures_of
+from unimm.nn.patches import patchify
 from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, format_conversation
-from unimm.processing.images.io import PadSquare, open_image, patchify
-from unimm.sequence.segments import IGNORE, Item, image_item, text_item
-from unimm.tokenizers.text import encode_marked, hide_markers
+from unimm.processing.images.deepseek_vl import PadSquare
+from unimm.processing.images.io import open_image
+from unimm.processing.requests import Picture, Turn, pictures_of
+from unimm.sequence.parts import IGNORE, Item, image_item, text_item
+from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
 
 PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out

@@ -3,8 +3,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from unimm.generation.kv_cache import TextSampling
-from unimm.models.base import Picture, Turn, UnifiedModel
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.base import UnifiedModel
+from unimm.processing.requests import Picture, Turn
 from unimm.vlms.base import Reader
 
 

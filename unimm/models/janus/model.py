@@ -7,166 +7,37 @@ next code, each fed back through an embedding and an aligner of its own. Everyth
 Axes: N packed rows, P pictures to draw, n codes of a picture, D model, E features of a code, V ids or codes.
 """
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unimm.checkpoint.load import Table, read_json
-from unimm.encoders.timm_vit import Tower, TowerConfig
+from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.keymap import Table
+from unimm.encoders.timm_vit import Tower
 from unimm.generation.decode import Rows
-from unimm.generation.kv_cache import CodeSampling, Context, next_codes
+from unimm.generation.image_tokens import CodeSampling, next_codes
+from unimm.generation.kv_cache import Context
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.base import Generation, Picture, Release, asked, each, seeds, sides
-from unimm.models.common.deepseek_chat import Conversing, llama_keys
-from unimm.models.common.deepseek_processor import PLACEHOLDER, UNSPEAKABLE, Talk, unconditional
-from unimm.models.janus.transformers_layout import Layout, original_config, transformers_files, transformers_keys
-from unimm.nn.decoder import Decoder, DecoderConfig, Parts, Route
+from unimm.models.base import Generation, Release
+from unimm.models.common.deepseek_chat import Conversing
+from unimm.models.common.deepseek_processor import PLACEHOLDER, UNSPEAKABLE, unconditional
+from unimm.models.janus.config import STREAM, WEIGHTS, JanusConfig
+from unimm.models.janus.network import Losses, Projector
+from unimm.models.janus.transformers_layout import Layout, transformers_files, transformers_keys
+from unimm.models.janus.weights import KEYS
+from unimm.nn.decoder import Decoder, Parts, Route
 from unimm.nn.layers import MLP
-from unimm.processing.images.io import PadSquare, to_image
-from unimm.sequence.segments import IGNORE, Item, Pack, image_item, text_item
+from unimm.processing.images.io import to_image
+from unimm.processing.requests import Picture, asked, each, seeds, sides
+from unimm.sequence.packing import Pack
+from unimm.sequence.parts import IGNORE, Item, image_item, text_item
 from unimm.tokenizers.text import load_tokenizer
-from unimm.tokenizers.vq import VQ, VQConfig
-
-STREAM = "all"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectorConfig:
-    """`depth` linears with erf GELU between them; 0: nothing at all."""
-
-    depth: int
-    dim_in: int
-    dim_out: int
-
-    DEPTHS: ClassVar = {"identity": 0, "linear": 1, "mlp_gelu": 2}
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "ProjectorConfig":
-        """Read the params of a released aligner_config."""
-        kind = files.get("projector_type", "mlp_gelu")
-        if kind not in cls.DEPTHS:
-            raise ValueError(f"got projector_type {kind!r} in the config: expected one of {', '.join(cls.DEPTHS)}")
-        depth = files.get("depth", 2) if kind == "mlp_gelu" else cls.DEPTHS[kind]
-        return cls(depth=depth, dim_in=files["input_dim"], dim_out=files["n_embed"])
-
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
-        kind = next((name for name, depth in self.DEPTHS.items() if depth == self.depth), "mlp_gelu")
-        return {"projector_type": kind, "depth": self.depth or 1, "input_dim": self.dim_in, "n_embed": self.dim_out}
-
-
-class Projector(nn.Module):
-    """Features of an encoder to rows of the language model."""
-
-    def __init__(self, cfg: ProjectorConfig):
-        super().__init__()
-        dims = [cfg.dim_in] + [cfg.dim_out] * cfg.depth
-        linears = [nn.Linear(a, b) for a, b in pairwise(dims)]
-        self.layers = nn.Sequential(*[part for linear in linears for part in (linear, nn.GELU())][:-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JanusConfig:
-    decoder: DecoderConfig
-    tower: TowerConfig
-    aligner: ProjectorConfig
-    code_aligner: ProjectorConfig
-    code_head: int  # width inside the head that predicts codes
-    vq: VQConfig
-    pixels: PadSquare  # the rule for pictures that are looked at
-    size: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
-    guidance: float
-    sampling: CodeSampling
-    talk: Talk
-
-    def __post_init__(self) -> None:
-        stride, d = self.vq.stride, self.decoder.dim
-        if len(self.size) != 2 or min(self.size) < 1 or any(side % stride for side in self.size):
-            raise ValueError(f"got the size {self.size} to draw: expected (height, width) in multiples of {stride}")
-        if self.pixels.size != self.tower.size:
-            raise ValueError(
-                f"got pictures of {self.pixels.size} pixels a side for a tower of {self.tower.size}: expected the same; "
-                "correct image_size in preprocessor_config.json or in the vision_config"
-            )
-        for name, got, expected in (
-            ("aligner", self.aligner.dim_out, d),
-            ("gen_aligner", self.code_aligner.dim_out, d),
-            ("gen_aligner's input", self.code_aligner.dim_in, self.vq.code_dim),
-        ):
-            if got != expected:
-                raise ValueError(f"got a width of {got} in the config of the {name}: expected {expected}, as what it meets has")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Codes of a picture, (rows, columns)."""
-        return self.size[0] // self.vq.stride, self.size[1] // self.vq.stride
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "JanusConfig":
-        """Read config.json, of either layout, and preprocessor_config.json, if it is there."""
-        files, look = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-        if "vision_config" not in files:
-            raise ValueError(f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}")
-        files = original_config(files) if "text_config" in files else files
-        if lost := [part for part in PARTS if part not in files]:
-            raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: fetch it again")
-        return cls.from_files(files, look)
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any]) -> "JanusConfig":
-        """From the contents of the original layout's files."""
-        vision, vq = files["vision_config"]["params"], files["gen_vision_config"]
-        size = vision["image_size"]
-        head, more = files["gen_head_config"]["params"], files.get("generation", {})
-        return cls(
-            decoder=DecoderConfig.from_llama(files["language_config"], stream=STREAM),
-            tower=TowerConfig.from_files(vision),
-            aligner=ProjectorConfig.from_files(files["aligner_config"]["params"]),
-            code_aligner=ProjectorConfig.from_files(files["gen_aligner_config"]["params"]),
-            code_head=head["image_token_embed"],
-            vq=VQConfig.from_files(vq["params"], vq["cls"]),
-            pixels=PadSquare.from_files(look, size=size),
-            size=tuple(more.get("size", (size, size))),
-            guidance=more.get("guidance", 5.0),
-            sampling=CodeSampling(**more.get("sampling", {})),
-            talk=Talk(**more.get("talk", {})),
-        )
-
-    def to_files(self) -> dict[str, dict[str, Any]]:
-        """The contents of the original layout's config.json and preprocessor_config.json."""
-        d, vq = self.decoder.dim, self.vq.to_files()
-        head = {"image_token_embed": self.code_head, "image_token_size": self.vq.n_codes, "n_embed": d}
-        top = {
-            "architectures": ["MultiModalityCausalLM"],
-            "model_type": "multi_modality",
-            "vision_config": {"cls": "CLIPVisionTower", "model_type": "vision", "params": self.tower.to_files()},
-            "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": self.aligner.to_files()},
-            "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision", "params": vq},
-            "gen_aligner_config": {"cls": "MlpProjector", "model_type": "gen_aligner", "params": self.code_aligner.to_files()},
-            "gen_head_config": {"cls": "vision_head", "model_type": "gen_head", "params": head},
-            "language_config": self.decoder.to_files() | {"model_type": "llama"},
-            "generation": {"size": list(self.size), "guidance": self.guidance}
-            | {"sampling": asdict(self.sampling), "talk": asdict(self.talk)},
-        }
-        return {"config.json": top, "preprocessor_config.json": self.pixels.to_files()}
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Cross entropy of every labelled row [n], and of every code that is drawn [m]."""
-
-    text: Tensor
-    codes: Tensor
+from unimm.tokenizers.vq import VQ
 
 
 class Janus(Conversing):
@@ -373,20 +244,6 @@ class Janus(Conversing):
 
 # ---- released files
 
-
-PARTS = ("aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config", "language_config")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# released names on the left, ours on the right
-KEYS: Table = {
-    "vision_model.vision_tower.{*}": "vision.trunk.{*}",
-    "aligner.layers.{}.{}": "aligner.layers.{}.{}",
-    "gen_vision_model.{*}": "vq.{*}",
-    "gen_aligner.layers.{}.{}": "code_aligner.layers.{}.{}",
-    "gen_embed.{}": "code_embed.{}",
-    "gen_head.output_mlp_projector.{}": "code_head.fc1.{}",
-    "gen_head.vision_head.{}": "code_head.fc2.{}",
-    **llama_keys("language_model.model.", "language_model.lm_head", STREAM),
-}
 
 VERBS = ("generate", "understand", "chat")
 MODEL_LICENCE = "DeepSeek Model License"

@@ -5,10 +5,10 @@ facts/janus.md, sections 2.3 and 3. The numbers for what a config leaves out are
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from unimm.checkpoint.load import Table
+from unimm.checkpoint.keymap import Table
 from unimm.encoders.timm_vit import RELEASED, TowerConfig, ViTNumbers
-from unimm.models.common.deepseek_chat import llama_keys
 from unimm.models.common.deepseek_processor import Markers
+from unimm.vlms.llama_layout import llama_keys
 
 Layout = Literal["original", "transformers"]
 Files = dict[str, dict[str, Any]]

@@ -8,8 +8,8 @@ thousandths; it is turned round here, in `enter` and `leave`, and nowhere else.
 Axes: N packed rows, B pictures, n tokens of a picture, D model, C channels, H W sides of a latent, h w of its grid.
 """
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,131 +18,31 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.load import Table, read_json
-from unimm.encoders.timm_vit import Tower, TowerConfig
-from unimm.generation.decode import cache_of, check_position, extend
+from unimm.checkpoint.keymap import Table
+from unimm.encoders.timm_vit import Tower
+from unimm.generation.causal_lm import check_position
 from unimm.generation.flow import add_noise, knots, sample
-from unimm.generation.kv_cache import EMPTY, Context
+from unimm.generation.kv_cache import EMPTY, Context, cache_of
+from unimm.generation.prefill import extend
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.base import Generation, Picture, Release, asked, each, seeds, sides
-from unimm.models.common.deepseek_chat import Conversing, llama_keys
-from unimm.models.common.deepseek_processor import UNSPEAKABLE, Talk
-from unimm.models.janusflow.uvit import ShallowUViTDecoder, ShallowUViTEncoder, UViTDecoderConfig, UViTEncoderConfig
-from unimm.nn.decoder import Decoder, DecoderConfig, Parts, Route
+from unimm.models.base import Generation, Release
+from unimm.models.common.deepseek_chat import Conversing
+from unimm.models.common.deepseek_processor import UNSPEAKABLE
+from unimm.models.janusflow.config import SDXL_VAE, STREAM, THOUSAND, WEIGHTS, JanusFlowConfig
+from unimm.models.janusflow.network import Entered, Losses, before, starts, target, unconditional
+from unimm.models.janusflow.uvit import ShallowUViTDecoder, ShallowUViTEncoder
+from unimm.models.janusflow.weights import KEYS, VAE_KEYS
+from unimm.nn.decoder import Decoder, Parts, Route
 from unimm.nn.layers import RMSNorm
-from unimm.processing.images.io import PadSquare, patchify, to_image
-from unimm.sequence.segments import IGNORE, Item, Pack, Segment, Tokens, gap_item, image_item, lay_out, text_item
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.nn.patches import patchify
+from unimm.processing.images.io import to_image
+from unimm.processing.requests import Picture, asked, each, seeds, sides
+from unimm.sequence.packing import Pack
+from unimm.sequence.parts import IGNORE, Item
+from unimm.sequence.segments import Segment, lay_out
+from unimm.tokenizers.kl import VAE
 from unimm.tokenizers.kl_layouts import load_vae
 from unimm.tokenizers.text import load_tokenizer
-
-STREAM = "all"
-SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
-THOUSAND = 1000  # the original's time
-
-
-@dataclass(frozen=True, kw_only=True)
-class JanusFlowConfig:
-    decoder: DecoderConfig
-    tower: TowerConfig
-    encoder: UViTEncoderConfig
-    painter: UViTDecoderConfig
-    vae: VAEConfig | None  # None: the autoencoder lies elsewhere
-    pixels: PadSquare  # the rule for pictures that are looked at
-    latent: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
-    steps: int
-    guidance: float
-    talk: Talk
-
-    def __post_init__(self) -> None:
-        dim, tokens = self.decoder.dim, [self.encoder.grid(side) for side in self.latent]
-        if (self.encoder.time_dim, self.painter.time_dim) != (dim, dim):
-            raise ValueError(f"got hidden_size {self.encoder.time_dim}, {self.painter.time_dim} in the U-ViTs: expected {dim}")
-        if self.encoder.width != self.painter.width or [n * self.patch for n in tokens] != list(self.latent):
-            raise ValueError(
-                f"got {self.encoder} and {self.painter} for a latent of {self.latent}: expected the same width, and a "
-                "decoder that gives back the size that the encoder takes"
-            )
-
-    @property
-    def patch(self) -> int:
-        """Latents a token, along each side."""
-        return 2**self.painter.upsamples
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels of what is drawn."""
-        stride = self.vae.stride if self.vae else SDXL_STRIDE
-        return self.latent[0] * stride, self.latent[1] * stride
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "JanusFlowConfig":
-        """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
-        files, look, vae = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
-        if "vision_gen_enc_config" not in files:
-            found = ", ".join(files) or "nothing"
-            raise ValueError(f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}")
-        return cls.from_files(files, look, vae)
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any], vae: Mapping[str, Any]) -> "JanusFlowConfig":
-        """From the contents of the released files; of vae_config.json those of FLUX's layout, or nothing."""
-        vision, more = files["vision_und_enc_config"]["params"], files.get("generation", {})
-        tower = TowerConfig.from_files(vision)
-        painter = UViTDecoderConfig.from_files(files["vision_gen_dec_config"]["params"])
-        # the release draws as many tokens as it sees: 576
-        side = tower.size // (tower.vit.patch if tower.vit else 16) * 2**painter.upsamples
-        return cls(
-            decoder=DecoderConfig.from_llama(files["language_config"], stream=STREAM),
-            tower=tower,
-            encoder=UViTEncoderConfig.from_files(files["vision_gen_enc_config"]["params"]),
-            painter=painter,
-            vae=VAEConfig.from_files(vae) if vae else None,
-            pixels=PadSquare.from_files(look, size=tower.size),
-            latent=tuple(more.get("latent", (side, side))),
-            steps=more.get("steps", 30),
-            guidance=more.get("guidance", 2.0),
-            talk=Talk(**more.get("talk", {})),
-        )
-
-    def to_files(self) -> dict[str, dict[str, Any]]:
-        """The contents of the files that `from_folder` reads."""
-        top = {
-            "architectures": ["MultiModalityCausalLM"],
-            "model_type": "multi_modality",
-            **_part("vision_und_enc", "CLIPVisionTower", self.tower.to_files()),
-            **_part("vision_gen_enc", "ShallowUViTEncoder", self.encoder.to_files()),
-            **_part("vision_gen_dec", "ShallowUViTDecoder", self.painter.to_files()),
-            "language_config": self.decoder.to_files() | {"model_type": "llama"},
-            "generation": {"latent": list(self.latent), "steps": self.steps, "guidance": self.guidance}
-            | {"talk": asdict(self.talk)},
-        }
-        files = {"config.json": top, "preprocessor_config.json": self.pixels.to_files()}
-        return files | ({"vae_config.json": self.vae.to_files()} if self.vae else {})
-
-
-def _part(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    return {f"{name}_config": {"cls": kind, "model_type": name, "params": params}}
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Cross entropy of every labelled row [m], squared error of every noised token [n, p*p*C]."""
-
-    text: Tensor
-    mse: Tensor
-
-
-@dataclass(frozen=True)
-class Entered:
-    """Noised latents inside the language model: a row for the time, one for each token, and what skips it."""
-
-    time: Tensor  # [B, D]
-    rows: Tensor  # [B, n, D]
-    skip: Tensor  # [B, C, h, w]
-
-    def __getitem__(self, at: Tensor) -> "Entered":
-        return Entered(self.time[at], self.rows[at], self.skip[at])
 
 
 class JanusFlow(Conversing):
@@ -383,49 +283,8 @@ class JanusFlow(Conversing):
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def target(tokens: Tensor, boi: int, *, time: float) -> Item:
-    """Tokens [n, ...] of a latent to be noised up to `time`, 0 data and 1 noise; the row of its marker holds the time.
-
-    Nothing sees them and the clock does not count them, so copies at other times may follow the same prompt, exactly.
-    """
-    item = image_item("draw", tokens, torch.arange(len(tokens)), markers=(boi,), causal=True, time=time, noised=True)
-    return replace(item, segment=replace(item.segment, advance=0))
-
-
-def unconditional(prompt: Sequence[Item]) -> list[Item]:
-    """What guidance compares with, in place of a prompt: its first id, and nothing until where the prompt ends."""
-    length = sum(item.segment.length for item in prompt)
-    return [text_item([int(prompt[0].ids[0])]), gap_item(length - 1)]
-
-
-def starts(tokens: Tokens) -> Tensor:
-    """Which of a pack's image tokens begin a picture, [pictures]."""
-    lengths = torch.tensor(tokens.lengths, device=tokens.rows.device)
-    return lengths.cumsum(0) - lengths
-
-
-def before(tokens: Tokens) -> Tensor:
-    """The row before each picture of a pack, [pictures]."""
-    return tokens.rows[starts(tokens)] - 1
-
-
 # ---- released files
 
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# released names on the left, ours on the right
-KEYS: Table = {
-    "beg_of_und_embed": "look_start",
-    "vision_und_enc_model.vision_tower.{*}": "vision.trunk.{*}",
-    "vision_und_enc_aligner.{}": "aligner.{}",
-    "vision_gen_enc_model.{*}": "encoder.{*}",
-    "vision_gen_enc_aligner.{}": "from_grid.{}",
-    "vision_gen_dec_aligner_norm.{}": "to_grid_norm.{}",
-    "vision_gen_dec_aligner.{}": "to_grid.{}",
-    "vision_gen_dec_model.{*}": "painter.{*}",
-    **llama_keys("language_model.model.", "language_model.lm_head", STREAM),
-}
-VAE_KEYS: Table = {"{*}": "vae.{*}"}
 
 HUB = "deepseek-ai/JanusFlow-1.3B"
 VERBS = ("generate", "understand", "chat")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.nn.layers import RMSNorm
+from unimm.nn.timestep import TimeMLP, time_features
 
 EXPANSION, KERNEL = 4, 7  # of a ConvNeXt block
 UPSAMPLE = 2  # of each step out of the decoder
@@ -89,25 +90,6 @@ class UViTDecoderConfig(UViTConfig):
     upsamples: int = 1
 
     FILES: ClassVar = UViTConfig.FILES | {name: name for name in ("in_channels", "out_channels", "upsamples")}
-
-
-def time_features(times: Tensor, dim: int) -> Tensor:
-    """times [B] in [0, 1000] -> [B, dim] float32: cosines, then sines, of time * 10000^(-i / (dim/2))."""
-    steps = torch.arange(dim // 2, dtype=torch.float32, device=times.device) / (dim // 2)
-    angles = times.float()[:, None] * torch.exp(-math.log(10000) * steps)
-    return torch.cat((angles.cos(), angles.sin()), -1)
-
-
-class TimeMLP(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, dim: int, out: int, *, bias: bool):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim, out, bias=bias), nn.Linear(out, out, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C] -> [B, D]"""
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class GlobalResponseNorm(nn.Module):

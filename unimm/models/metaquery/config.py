@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.load import read_json
+from unimm.checkpoint.config_io import read_json
 from unimm.denoisers.sana import SanaConfig
 from unimm.models.metaquery.connector import ConnectorConfig
 from unimm.models.metaquery.mllms import READER, kind_in, kind_of

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table
+from unimm.checkpoint.keymap import Table
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask, attention
-from unimm.nn.layers import RMSNorm, SwiGLU, apply_rope, rope
+from unimm.nn.layers import RMSNorm, SwiGLU
+from unimm.nn.rope import apply_rope, rope
 
 THETA = 10000.0
 LAYER_EPS, OUT_EPS, UNIT_EPS = 1e-6, 1e-5, 1e-12  # of the layers' norms, the last norm's, and the least length of a head

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unimm.checkpoint.load import Table
-from unimm.models.base import Picture, TextTokenizer
+from unimm.checkpoint.keymap import Table
 from unimm.models.metaquery.processor import Composer, Template
 from unimm.processing.images.io import CropSquare, open_image
-from unimm.sequence.segments import Item
+from unimm.processing.requests import Picture
+from unimm.sequence.parts import Item
+from unimm.tokenizers.text import TextTokenizer
 from unimm.vlms.base import Reader
 from unimm.vlms.llava_onevision.model import LlavaOneVision, llava_keys
 from unimm.vlms.llava_onevision.processor import LlavaPrompts

@@ -19,31 +19,32 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.load import HUB_WEIGHTS, CheckpointError, Table, load_into, read_shapes, weight_files
-from unimm.denoisers import sana
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, CheckpointError, load_into, read_shapes, weight_files
 from unimm.denoisers.sana import Condition, Sana
-from unimm.generation.decode import cache_of, check_position, extend
+from unimm.generation.causal_lm import check_position
 from unimm.generation.flow import Velocity, add_noise, in_whole_steps, sample_dpm, solver_knots
-from unimm.generation.kv_cache import EMPTY
+from unimm.generation.kv_cache import EMPTY, cache_of
+from unimm.generation.prefill import extend
 from unimm.kernels import attention
-from unimm.models.base import Generation, Picture, Release, asked, drawable, each, seeds
+from unimm.models.base import Generation, Release
 from unimm.models.common.mllm_conditioned import AroundReader
-from unimm.models.metaquery import connector
 from unimm.models.metaquery.config import MetaQueryConfig, home
 from unimm.models.metaquery.connector import Connector
-from unimm.models.metaquery.mllms import Kind, composer, kind_of
+from unimm.models.metaquery.mllms import composer, kind_of
+from unimm.models.metaquery.network import TINY_SPREAD, LostHead
 from unimm.models.metaquery.processor import MARKERS, Asking, QueryPrompts, black
+from unimm.models.metaquery.weights import keys, shapes_in
 from unimm.nn.decoder import Attend, Decoder, Parts
 from unimm.processing.images.io import open_image, to_image
-from unimm.sequence.segments import Item, Pack, pack, text_item
-from unimm.tokenizers import dc_ae
+from unimm.processing.requests import Picture, asked, drawable, each, seeds
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import Reader
 
 LARGEST = 4096  # pixels a side of what is drawn
-PAINTER = "model.transformer."  # what the released names of the painter's weights begin with
-TINY_SPREAD = 1e-9  # of new rows of a table, of the covariance of the old ones
 
 
 @dataclass
@@ -82,13 +83,6 @@ class Asked:
         else:
             found = [(negative, "black", 1 - image), (negative, "shown", image - text), told]
         return [(self.sample(words, pictures, kind=kind), weight) for words, kind, weight in found if weight]
-
-
-class LostHead(nn.Module):
-    """In place of a language head that a checkpoint does not hold: MetaQuery draws without one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise ValueError("this checkpoint holds no language head: ask its `understand`, which takes the reader's own")
 
 
 class MetaQuery(AroundReader):
@@ -390,20 +384,6 @@ def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 # ---- released files
-
-
-def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a folder's weights; nothing where it has none."""
-    return read_shapes(weight_files(folder, HUB_WEIGHTS)) if any((folder / name).exists() for name in HUB_WEIGHTS) else {}
-
-
-def keys(cfg: MetaQueryConfig, kind: Kind, *, head: bool) -> Table:
-    """Released names on the left, ours on the right. head: whether the files hold a language head, which is untied."""
-    rows = kind.keys(cfg.reader, head=head)
-    rows |= {theirs: f"connector.{ours}" for theirs, ours in connector.KEYS.items()}
-    rows |= {PAINTER + theirs: f"painter.{ours}" for theirs, ours in sana.KEYS.items()}
-    rows |= {f"vae.{theirs}": f"vae.{ours}" for theirs, ours in dc_ae.keys(cfg.vae).items()}
-    return rows
 
 
 VERBS = ("generate", "understand", "chat")

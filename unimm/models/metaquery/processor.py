@@ -10,9 +10,11 @@ from typing import Protocol
 import torch
 from PIL import Image
 
-from unimm.models.base import Picture, TextTokenizer
-from unimm.sequence.segments import Item, Pack, Past, pack, text_item
-from unimm.tokenizers.text import encode_marked, hide_markers
+from unimm.processing.requests import Picture
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item, text_item
+from unimm.sequence.segments import Past
+from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
 
 MARKERS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
 

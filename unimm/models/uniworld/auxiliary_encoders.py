@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import HUB_WEIGHTS, Table
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS
 from unimm.encoders import clip_text, siglip, t5
 from unimm.encoders.clip_text import ClipText, load_clip_text
 from unimm.encoders.siglip import Siglip, load_siglip
 from unimm.encoders.t5 import T5Encoder, load_t5
-from unimm.models.base import TextTokenizer
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.processing.images.io import to_tensor
 from unimm.tokenizers.captions import Captions, clip_captions, t5_captions
 from unimm.tokenizers.kl import VAE
 from unimm.tokenizers.kl_layouts import load_vae
+from unimm.tokenizers.text import TextTokenizer
 
 T = TypeVar("T")
 

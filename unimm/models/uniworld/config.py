@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from unimm.checkpoint.load import HUB_WEIGHTS, read_json, read_shapes, weight_files
+from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.load import HUB_WEIGHTS, read_shapes, weight_files
 from unimm.denoisers.flux import FluxConfig
 from unimm.denoisers.mmdit import SIDE
 from unimm.models.uniworld.any_ratio import RATIOS

@@ -19,27 +19,31 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.load import HUB_WEIGHTS, Table
-from unimm.denoisers import flux
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS, parse_dtype
 from unimm.denoisers.flux import Flux, grid
 from unimm.denoisers.mmdit import SIDE, by_step, pack, unpack
-from unimm.generation.decode import cache_of, check_position, speak
+from unimm.generation.causal_lm import check_position
+from unimm.generation.decode import TextStream, speak
 from unimm.generation.flow import add_noise, dynamic_shift, knots, sample
-from unimm.generation.kv_cache import EMPTY, Context, TextSampling, TextStream
-from unimm.models.base import Generation, Picture, Release, asked, drawable, parse_dtype, pictures_of
+from unimm.generation.kv_cache import EMPTY, Context, cache_of
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.base import Generation, Release
 from unimm.models.common.mllm_conditioned import AroundReader
 from unimm.models.uniworld.any_ratio import any_ratio
 from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP, Parts, needed
-from unimm.models.uniworld.config import DECIDER, FLUX_FOLDERS, SIGLIP_FOLDER, TOWER, UniWorldConfig
+from unimm.models.uniworld.config import DECIDER, FLUX_FOLDERS, SIGLIP_FOLDER, UniWorldConfig
 from unimm.models.uniworld.options import LARGEST, Painting, References, padded
 from unimm.models.uniworld.processor import UniWorldPrompts
+from unimm.models.uniworld.weights import keys
 from unimm.nn.layers import MLP
 from unimm.processing.images.io import open_image, to_image
-from unimm.sequence.segments import Item
-from unimm.sequence.segments import pack as packed
+from unimm.processing.requests import Picture, asked, drawable, pictures_of
+from unimm.sequence.packing import pack as packed
+from unimm.sequence.parts import Item
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import STREAM
-from unimm.vlms.qwen2_5_vl.model import QwenVL, qwen_keys
+from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
 
 ANSWERER = "assistant"  # the head that decides looks at the last token that says so
@@ -453,15 +457,6 @@ class UniWorld(AroundReader):
 
 
 # ---- released files
-
-
-def keys(cfg: UniWorldConfig) -> Table:
-    """Released names on the left, ours on the right."""
-    rows = dict(qwen_keys(head=not cfg.reader.decoder.tied, ours="reader."))
-    for name, ours in {"denoise": "from_reader", "siglip": "from_look", "vae": "from_latents"}.items():
-        rows |= {f"{TOWER}{name}_projector.{i}.{{}}": f"{ours}.fc{fc}.{{}}" for i, fc in ((0, 1), (2, 2))}
-    painter = {f"{TOWER}denoiser.{theirs}": f"painter.{target}" for theirs, target in flux.keys(cfg.painter).items()}
-    return rows | painter
 
 
 HUB = "LanguageBind/UniWorld-V1"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.models.base import drawable, each, seeds
+from unimm.processing.requests import drawable, each, seeds
 
 LARGEST = 4096  # pixels a side of what is drawn
 References = Literal["tokens", "condition"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from unimm.sequence.segments import Item
+from unimm.sequence.parts import Item
 from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, QwenPrompts
 
 

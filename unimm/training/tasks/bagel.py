@@ -22,11 +22,13 @@ from unimm.data.batching import dealt
 from unimm.data.shapes import Example, example, vocabulary_text
 from unimm.data.shapes.novel_attributes import unnamed
 from unimm.generation.flow import shift_time
-from unimm.models.bagel.cfg_contexts import Items, Markers
-from unimm.models.bagel.model import Bagel, BagelConfig
+from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.model import Bagel
+from unimm.models.bagel.processor import Items, Markers
 from unimm.models.base import UnifiedModel
 from unimm.nn.decoder import Decoder, Stream
-from unimm.sequence.segments import Item, Pack, pack
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item
 from unimm.tokenizers.kl import VAE
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import Recipe, strict

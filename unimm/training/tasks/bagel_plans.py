@@ -5,7 +5,7 @@ facts/bagel.md section 5.1 (data/interleave_datasets, data/dataset_base.py of th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from unimm.sequence.segments import Item, gap_item
+from unimm.sequence.parts import Item, gap_item
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import released_state, save_state
+from unimm.checkpoint.save import released_state, save_state
+from unimm.data.batching import to_pixels
 from unimm.data.shapes.scenes import returned, scenes, strange, unseen
 from unimm.tokenizers.dc_ae import DCAE, Attention, DCAEConfig, Down, ResBlock, Up, ViTBlock, keys
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
 from unimm.training.config import Recipe, strict
-from unimm.training.tasks.kl_vae import DTYPES, to_pixels
+from unimm.training.tasks.kl_vae import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

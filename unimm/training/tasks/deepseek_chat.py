@@ -22,7 +22,8 @@ from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import unnamed
 from unimm.encoders.timm_vit import Tower
 from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES, Markers, Prompts
-from unimm.sequence.segments import Item, Pack, pack, text_item
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item, text_item
 from unimm.training.tasks.bagel import ROUND_ROWS
 
 # a loss for each kind of sample

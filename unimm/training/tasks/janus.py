@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from unimm.data.shapes import Example
 from unimm.models.common.deepseek_processor import unconditional
-from unimm.models.janus.model import Janus, JanusConfig, Projector
-from unimm.sequence.segments import Item, Pack, image_item, text_item
+from unimm.models.janus.config import JanusConfig
+from unimm.models.janus.model import Janus
+from unimm.models.janus.network import Projector
+from unimm.sequence.packing import Pack
+from unimm.sequence.parts import Item, image_item, text_item
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
 from unimm.training.tasks.bagel import compile_streams, init_decoder, sheet, text_model, trained

@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.data.shapes import Example
-from unimm.models.janusflow.model import JanusFlow, JanusFlowConfig, target, unconditional
-from unimm.sequence.segments import Item, Pack
+from unimm.models.janusflow.config import JanusFlowConfig
+from unimm.models.janusflow.model import JanusFlow
+from unimm.models.janusflow.network import target, unconditional
+from unimm.sequence.packing import Pack
+from unimm.sequence.parts import Item
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
 from unimm.training.tasks.bagel import compile_streams, encoded, init_decoder, sheet, text_model, trained

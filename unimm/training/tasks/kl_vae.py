@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unimm.data.batching import to_image, to_pixels
 from unimm.data.shapes import example
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import Recipe, strict
@@ -77,19 +77,6 @@ def pictures(tasks: tuple[str, ...], indices: range, *, seed: int, split: str = 
     """Targets number `indices` of the tasks in turn, [B, 3, H, W] in [-1, 1]."""
     targets = [example(tasks[i % len(tasks)], i // len(tasks), seed=seed, split=split).target for i in indices]
     return to_image(np.stack([target for target in targets if target is not None]))
-
-
-def to_image(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, H, W, 3] -> image [B, 3, H, W] in [-1, 1]"""
-    image = rearrange(torch.from_numpy(pixels).float() / 127.5 - 1, "B H W C -> B C H W")
-    # a mere view would be channels-last, which takes three times as long in bfloat16 on a CPU
-    return image.contiguous()
-
-
-def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """image [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]"""
-    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return rearrange(pixels, "B C H W -> B H W C").cpu().numpy()
 
 
 class VAEObjective:

@@ -17,16 +17,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.load import parse_dtype
 from unimm.data.image_text_pairs import FilePairs, Pair, Pairs, WorldPairs
 from unimm.denoisers.sana import Sana, SanaBlock, load_sana
 from unimm.generation.flow import shift_time, whole_times
-from unimm.models.base import parse_dtype
 from unimm.models.metaquery.config import MetaQueryConfig, read_config
 from unimm.models.metaquery.mllms import kind_in
 from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import Asking, QueryPrompts, black
 from unimm.processing.images.io import to_tensor
-from unimm.sequence.segments import Item
+from unimm.sequence.parts import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from unimm.data.batching import dealt
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, joined, phrase
-from unimm.generation.kv_cache import TextSampling
-from unimm.models.base import Turn
-from unimm.sequence.segments import Item, Pack, pack, text_item
+from unimm.generation.text_sampling import TextSampling
+from unimm.processing.requests import Turn
+from unimm.sequence.packing import Pack, pack
+from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import Recipe, strict
 from unimm.training.tasks.bagel import ROUND_ROWS, compile_streams, init_decoder, text_model

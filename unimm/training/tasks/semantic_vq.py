@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unimm.data.shapes.scenes import JUDGED_AT_ONCE, unseen
 from unimm.encoders.siglip_navit import NaViT, VisionConfig
 from unimm.encoders.timm_vit import Tower, TowerConfig
-from unimm.processing.images.io import places
+from unimm.nn.patches import places
 from unimm.tokenizers.semantic_vq import BranchConfig, SemanticVQ
 from unimm.training.config import Recipe, strict
 from unimm.training.tasks import vq as plain

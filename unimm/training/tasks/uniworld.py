@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.load import parse_dtype
 from unimm.data.batching import dealt
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import unnamed
@@ -27,12 +28,11 @@ from unimm.denoisers.flux import Flux, load_flux
 from unimm.denoisers.mmdit import SIDE, SingleBlock, Stream
 from unimm.encoders.siglip import Siglip, SiglipConfig, load_siglip
 from unimm.generation.flow import dynamic_shift, shift_time
-from unimm.models.base import parse_dtype
 from unimm.models.uniworld.config import HIDDEN, UniWorldConfig
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.processor import UniWorldPrompts
-from unimm.processing.images.io import Stretch
-from unimm.sequence.segments import Item, text_item
+from unimm.processing.images.siglip import Stretch
+from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.kl_layouts import load_vae
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze

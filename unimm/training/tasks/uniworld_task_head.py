@@ -22,7 +22,7 @@ from unimm.data.shapes import Example, example
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.processor import UniWorldPrompts
 from unimm.nn.layers import MLP
-from unimm.sequence.segments import Item
+from unimm.sequence.parts import Item
 from unimm.training.config import Recipe, strict
 from unimm.training.tasks.bagel import sheet
 

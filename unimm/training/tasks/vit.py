@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import kind_of, new_look, painted
 from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.processing.images.io import places
+from unimm.nn.patches import places
 from unimm.training.config import Recipe, strict
 
 KINDS = (SHAPES, COLOURS, SIZES)

@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unimm.data.batching import to_pixels
 from unimm.data.shapes.scenes import returned, scenes, strange, unseen
 from unimm.tokenizers.vq import VQ, Quantizer, VQConfig
 from unimm.training.config import Recipe, strict
-from unimm.training.tasks.kl_vae import DTYPES, to_pixels
+from unimm.training.tasks.kl_vae import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

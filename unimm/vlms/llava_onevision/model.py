@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table, read_json
+from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.keymap import Table
 from unimm.encoders.siglip import Siglip, SiglipConfig, tower_keys
-from unimm.models.common.deepseek_chat import llama_keys
 from unimm.nn.decoder import Decoder, DecoderConfig
 from unimm.nn.layers import MLP
 from unimm.processing.images.llava_onevision import AnyRes, Size
-from unimm.sequence.segments import Tokens
+from unimm.sequence.packing import Tokens
 from unimm.vlms.base import STREAM, Reader, given
+from unimm.vlms.llama_layout import llama_keys
 from unimm.vlms.llava_onevision.processor import PLACEHOLDER, LlavaMarkers, LlavaPrompts
 
 # what Qwen2Config says where a text_config is silent

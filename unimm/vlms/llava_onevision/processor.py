@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from unimm.models.base import Picture, Turn
 from unimm.processing.images.io import open_image
 from unimm.processing.images.llava_onevision import AnyRes
-from unimm.sequence.segments import Item, Segment, text_item
+from unimm.processing.requests import Picture, Turn
+from unimm.sequence.parts import Item, text_item
+from unimm.sequence.segments import Segment
 from unimm.tokenizers.text import encode_marked, hide_markers
 from unimm.vlms.processor import END, START, ReaderPrompts, user_is_last
 

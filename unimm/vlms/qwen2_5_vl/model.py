@@ -14,12 +14,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from unimm.checkpoint.load import HUB_WEIGHTS, Table, read_json
-from unimm.models.common.deepseek_chat import llama_keys
+from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.load import HUB_WEIGHTS
 from unimm.nn.decoder import Decoder, DecoderConfig
 from unimm.processing.images.qwen2_vl import SmartResize
-from unimm.sequence.segments import Pack, Tokens
+from unimm.sequence.packing import Pack, Tokens
 from unimm.vlms.base import STREAM, Reader, given
+from unimm.vlms.llama_layout import llama_keys
 from unimm.vlms.qwen2_5_vl.processor import QwenMarkers, QwenPrompts
 from unimm.vlms.qwen2_5_vl.vision import QwenVision, QwenVisionConfig, vision_keys
 

@@ -11,10 +11,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from unimm.models.base import Picture, Turn
 from unimm.processing.images.io import open_image
 from unimm.processing.images.qwen2_vl import Grid, SmartResize
-from unimm.sequence.segments import IGNORE, Item, Segment, text_item
+from unimm.processing.requests import Picture, Turn
+from unimm.sequence.parts import IGNORE, Item, text_item
+from unimm.sequence.segments import Segment
 from unimm.tokenizers.text import encode_marked, hide_markers
 from unimm.vlms.processor import END, ROLES, START, ReaderPrompts, user_is_last
 from unimm.vlms.qwen2_5_vl.vision import QwenVisionConfig, cells

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from unimm.checkpoint.load import Table
+from unimm.checkpoint.keymap import Table
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask, attention
-from unimm.nn.layers import MLP, RMSNorm, SwiGLU, apply_rope, rope
+from unimm.nn.layers import MLP, RMSNorm, SwiGLU
+from unimm.nn.rope import apply_rope, rope
 from unimm.processing.images.qwen2_vl import Grid
 
 EPS, THETA, AXIAL = 1e-6, 10000.0, "axial"

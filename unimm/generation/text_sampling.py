@@ -1,0 +1,58 @@
+"""Choosing the next text token. Axes: B samples, V vocabulary."""
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 512  # new ids of a text, where neither a call nor a config says
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling:
+    """How text is chosen. temperature 0 is greedy; top_p keeps the likeliest ids up to that mass (arXiv 1904.09751).
+
+    max_tokens counts new ids; unless given, it is what the model's config says, or else 512. `stop` strings end the text
+    and are not part of it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"got max_tokens {self.max_tokens}: expected at least 1, or None")
+        given: Any = self.stop
+        stop = (given,) if isinstance(given, str) else given
+        if not isinstance(stop, Sequence) or not all(isinstance(one, str) and one for one in stop):
+            raise ValueError(f"got stop {self.stop!r}: expected strings of a letter or more")
+        object.__setattr__(self, "stop", tuple(stop))
+
+    @property
+    def tokens(self) -> int:
+        """The most new ids."""
+        return MOST_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def within(self, most: int) -> "TextSampling":
+        """The same, with `most` new ids where it names no number of its own."""
+        return replace(self, max_tokens=most) if self.max_tokens is None else self
+
+
+def next_ids(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """One id a row of logits [B, V]; each row draws from its own generator, so a row does not depend on its neighbours."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    p = (logits.float().cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]

@@ -1,0 +1,30 @@
+"""Images to patches and back, and the position ids of a grid of patches."""
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[C, h, w] -> [n, p*p*C]: patches in raster order, features ordered (row in patch, column in patch, channel)."""
+    return rearrange(x, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(x: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse: [n, p*p*C] -> [C, h, w], `height` patches high."""
+    return rearrange(x, "(h w) (p q c) -> c (h p) (w q)", h=height, p=patch, q=patch)
+
+
+def places(height: int, width: int, side: int, *, interpolate: bool = False) -> Tensor:
+    """Where a grid of height x width patches lies in a table of side x side, [n] in raster order.
+
+    The top-left corner of the table, or (`interpolate`) the whole table's nearest buckets. Raises ValueError for a grid
+    that the table cannot hold: the original's row * side + column would run into the next row unseen.
+    """
+    if not interpolate and max(height, width) > side:
+        raise ValueError(f"got {height}x{width} patches: the position table holds at most {side}x{side}; use a smaller image")
+    if interpolate:
+        edges = torch.arange(1 / side, 1.0, 1 / side)
+        row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (height, width))
+    else:
+        row, column = torch.arange(height), torch.arange(width)
+    return (row[:, None] * side + column).flatten()

@@ -1,0 +1,73 @@
+"""The image processor of DeepSeek-VL, which Janus and JanusFlow use."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from unimm.processing.images.io import normalised
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadSquare:
+    """Janus's look at a picture: the long side to `size`, the short one padded, values normalised."""
+
+    size: int
+    min_size: int = 14
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    scale: float = 1 / 255
+
+    FILES: ClassVar = {
+        "size": "image_size",
+        "min_size": "min_size",
+        "mean": "image_mean",
+        "std": "image_std",
+        "scale": "rescale_factor",
+    }
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.min_size) < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"got {self}: expected positive sizes, and three means and deviations (above 0); "
+                "correct preprocessor_config.json"
+            )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Any], *, size: int) -> "PadSquare":
+        """Read a preprocessor_config.json; `size`, that of the vision tower, where it names none.
+
+        background_color is not read: the original, too, computes it from the mean.
+        """
+        if not files.get("do_normalize", True):
+            raise ValueError("got do_normalize false in preprocessor_config.json: expected true, as in every release")
+        fields: dict[str, Any] = {"size": size}
+        fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
+        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
+        return cls(**fields)
+
+    def to_files(self) -> dict[str, Any]:
+        """The mapping that `from_files` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "background_color": list(self.fill)}
+        return files | {"do_normalize": True, "image_processor_type": "VLMImageProcessor", "processor_class": "VLChatProcessor"}
+
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The colour of the padding: the mean, in whole levels."""
+        return tuple(int(255 * mean) for mean in self.mean)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """An RGB picture as a square. facts/janus.md section 5: sides are cut to whole pixels, in this order of operations."""
+        longest = max(image.size)
+        width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), self.fill)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((side - width) // 2, (side - height) // 2))
+        return square
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An RGB picture, squared, as normalised values [3, size, size] float32."""
+        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
