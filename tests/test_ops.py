@@ -229,41 +229,33 @@ def test_kernels_in_the_interpreter():
 def programs():
     """Every kernel at the sizes of a released model: (kernel, constants, warps)."""
     from unimm.kernels import (
-        cfg_combine_triton as guidance_triton,
-    )
-    from unimm.kernels import (
-        qk_norm_rope_triton as rotary_triton,
-    )
-    from unimm.kernels import (
-        rms_norm_triton as norm_triton,
-    )
-    from unimm.kernels import (
+        cfg_combine_triton,
+        qk_norm_rope_triton,
+        rms_norm_triton,
         swiglu_triton,
-    )
-    from unimm.kernels import (
-        vq_lookup_triton as codes_triton,
+        vq_lookup_triton,
     )
 
     for d in (1536, 3584, 8192):
-        rows, columns, warps = norm_triton.tile(d)
+        rows, columns, warps = rms_norm_triton.tile(d)
         sizes = dict(D=d, ROWS=rows, COLUMNS=columns)
         for kernel in ("rms_norm", "rms_norm_backward", "modulate", "modulate_backward"):
-            yield getattr(norm_triton, f"{kernel}_kernel"), sizes, warps
+            yield getattr(rms_norm_triton, f"{kernel}_kernel"), sizes, warps
     for half, e in ((64, 1), (64, 2), (64, 8), (36, 2)):
         for kernel, held in (("norm_rope", 1), ("norm_rope_backward", e)):
-            rows, columns = rotary_triton.tile(half, held)
+            rows, columns = qk_norm_rope_triton.tile(half, held)
             sizes = dict(HEADS=28, HALF=half, ROWS=rows, COLUMNS=columns, EXPERTS=e)
             sizes |= dict(SLOTS=e) if kernel == "norm_rope_backward" else {}
-            yield getattr(rotary_triton, f"{kernel}_kernel"), sizes | (dict(expert_ptr=None) if e == 1 else {}), 4
+            yield getattr(qk_norm_rope_triton, f"{kernel}_kernel"), sizes | (dict(expert_ptr=None) if e == 1 else {}), 4
     for kernel in (swiglu_triton.swiglu_kernel, swiglu_triton.swiglu_backward_kernel):
         yield kernel, dict(F=18944, COLUMNS=swiglu_triton.MOST), 4
-    yield codes_triton.nearest_code_kernel, dict(D=8, DIMS=16, ROWS=codes_triton.ROWS, CODES=codes_triton.CODES), 4
-    block = dict(IMAGE=1, BLOCK=guidance_triton.BLOCK)
-    yield guidance_triton.squares_kernel, block, 4
-    yield guidance_triton.shrink_kernel, block | dict(SUMS=128), 4
+    yield vq_lookup_triton.nearest_code_kernel, dict(D=8, DIMS=16, ROWS=vq_lookup_triton.ROWS, CODES=vq_lookup_triton.CODES), 4
+    block = dict(IMAGE=1, BLOCK=cfg_combine_triton.BLOCK)
+    yield cfg_combine_triton.squares_kernel, block, 4
+    yield cfg_combine_triton.shrink_kernel, block | dict(SUMS=128), 4
     for after in (0, 1):
-        tokens = dict(IMAGE=1, AFTER_TEXT=after, C=64, ROWS=guidance_triton.ENTRIES // 64, COLUMNS=64)
-        yield guidance_triton.shrink_tokens_kernel, tokens, 4
+        tokens = dict(IMAGE=1, AFTER_TEXT=after, C=64, ROWS=cfg_combine_triton.ENTRIES // 64, COLUMNS=64)
+        yield cfg_combine_triton.shrink_tokens_kernel, tokens, 4
 
 
 FLOATS = ("eps", "text_scale", "image_scale", "least")

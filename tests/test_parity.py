@@ -117,7 +117,7 @@ def test_a_wrong_size_fails(parity, tmp_path):
 @pytest.mark.parametrize("name", [*PARTS, *(f"janus: {name}" for name in JANUS_PARTS)])
 def test_a_changed_weight_fails(parity, monkeypatch, name):
     family, _, name = name.rpartition(": ")
-    module = getattr(parity, f"parity_{family or 'bagel'}")
+    module = getattr(parity, family or "bagel")
     loaded = module.Janus if family else module.Bagel
 
     def load(folder):
