@@ -17,24 +17,9 @@ from unimm.checkpoint.load import fill, load_into, parse_dtype, weight_files
 from unimm.checkpoint.save import released_state, save_state
 from unimm.generation.guidance import Guidance
 from unimm.generation.text_sampling import TextSampling
+from unimm.models.release import Release
 from unimm.processing.requests import Picture, sides
 from unimm.tokenizers.text import TextTokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """A released checkpoint: where it lies, under which licence, how large it is, what it can do."""
-
-    family: str
-    hub: str | None  # None: bundled with the package
-    licence: str
-    parameters: int
-    verbs: tuple[str, ...]
-
-    @property
-    def commercial(self) -> bool:
-        """Whether the licence allows commercial use, in some form: it may name conditions."""
-        return self.hub not in hub.NON_COMMERCIAL
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.config_io import read_json
-from unimm.models.base import Release, UnifiedModel
+from unimm.models.base import UnifiedModel
+from unimm.models.release import Release
 
 
 @dataclass(frozen=True, kw_only=True)
