@@ -1,4 +1,5 @@
 """Cases of the ops: the function, and the truth in float64. Run as tests in a child that interprets Triton (test_ops.py)."""
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -169,10 +170,14 @@ if in_child():
             assert (best - scores.gather(1, found[:, None])[:, 0]).max() < 1e-6
 
     def test_of_equal_codes_the_lowest():
-        codebook = torch.randn(40, 8).repeat(20, 1)
+        # signs over 2: unit rows whose products are exact, so that equal codes score the same in any order of summation
+        signs = torch.tensor(list(itertools.product((-0.5, 0.5), repeat=4)))
+        padding = torch.zeros(len(signs), 4)
+        rows = torch.cat([torch.cat((signs, padding), 1), torch.cat((padding, signs), 1), torch.eye(8)])
+        codebook = rows.repeat(20, 1)
         with use_kernels("triton"):
-            found = nearest_code(codebook[:40] * 3, codebook)
-        assert found.equal(torch.arange(40))
+            found = nearest_code(rows * 4, codebook)
+        assert found.equal(torch.arange(len(rows)))
 
     @pytest.mark.parametrize("renorm", RENORMS)
     @pytest.mark.parametrize(("size", "scale", "least"), [((3, 5), 4.0, 0.0), ((70, 64), 4.0, 0.9), ((33, 100), 0.5, 0.0)])
