@@ -1,9 +1,6 @@
-"""BAGEL: Mixture-of-Transformers, generalized causal attention, rectified flow inside the language model.
+"""BAGEL's public class: the network of network.py with a tokenizer, and the verbs.
 
-Deng et al. 2025, arXiv 2505.14683. Released code: github.com/ByteDance-Seed/Bagel at 056b5fd, Apache-2.0.
-Two experts share every attention: "und" owns text, ViT tokens and all markers, "gen" owns latent tokens.
-
-Axes: N packed tokens, L latent tokens of a picture, D model, C features of a latent token, V vocabulary.
+Axes: L latent tokens of a picture, C features of a latent token.
 """
 import json
 from collections.abc import Iterator, Sequence
@@ -12,56 +9,36 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimm.checkpoint.keymap import Table
-from unimm.encoders.siglip_navit import NaViT
 from unimm.generation.decode import TextStream
-from unimm.generation.flow import add_noise, knots, sample
+from unimm.generation.flow import knots, sample
 from unimm.generation.guidance import Guidance, guide, share
 from unimm.generation.step_cache import TaylorSeer
 from unimm.generation.text_sampling import TextSampling
-from unimm.kernels import attention, linear_cross_entropy
+from unimm.models.bagel import RELEASES
 from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, reason, say, show, write
 from unimm.models.bagel.config import WEIGHTS, BagelConfig
-from unimm.models.bagel.network import Losses
+from unimm.models.bagel.network import BagelNetwork
 from unimm.models.bagel.processor import Items, Markers
 from unimm.models.bagel.weights import DECODER_KEYS, DRAW_KEYS, LOOK_KEYS, QK_NORM_KEYS, VAE_KEYS
-from unimm.models.base import Drawing, Generation, Release, UnifiedModel
-from unimm.nn.decoder import Decoder, Parts, Route
-from unimm.nn.layers import MLP
-from unimm.nn.patches import unpatchify
-from unimm.nn.pos_embed import sincos_2d
-from unimm.nn.timestep import TimeEmbedding
+from unimm.models.base import Drawing, Generation, UnifiedModel
 from unimm.processing.images.io import open_image, to_image, to_tensor
 from unimm.processing.requests import Picture, asked, drawable, each, seeds
-from unimm.sequence.packing import Pack, Tokens
-from unimm.sequence.parts import IGNORE, Item
-from unimm.tokenizers.kl import VAE
+from unimm.sequence.parts import Item
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 
 
-class Bagel(UnifiedModel):
-    """A decoder of two experts, a ViT to look with, a VAE to draw with."""
+class Bagel(BagelNetwork, UnifiedModel):
+    """BAGEL with its tokenizer and its verbs: understand, generate, interleave."""
 
+    RELEASES = RELEASES
     PREFIX, THINKS = "bagel.", True
-    look_places: Tensor  # [look_side^2, D], the connector's
-    latent_places: Tensor  # [latent_side^2, D]
 
     def __init__(self, cfg: BagelConfig):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, None
-        dim = cfg.decoder.dim
-        self.decoder = Decoder(cfg.decoder)
-        if cfg.vision:
-            self.vision = NaViT(cfg.vision)
-            self.connector = MLP(cfg.vision.dim, dim, dim, cfg.connector_act)
-            self.register_buffer("look_places", sincos_2d(cfg.look_side, dim))
-        if cfg.draws:
-            self.time = TimeEmbedding(dim)
-            self.from_latent, self.to_velocity = nn.Linear(cfg.latent_dim, dim), nn.Linear(dim, cfg.latent_dim)
-            self.register_buffer("latent_places", sincos_2d(cfg.latent_side, dim))
-            self.vae = VAE(cfg.vae)
+        super().__init__(cfg)
+        self.tokenizer = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Bagel":
@@ -82,53 +59,6 @@ class Bagel(UnifiedModel):
         """Write llm_config.json, vit_config.json and config.json."""
         for name, contents in self.cfg.to_files().items():
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
-
-    # ---- the model
-
-    def look(self, tokens: Tokens) -> Tensor:
-        """Patches of packed images -> [n, D]: ViT, connector, place."""
-        seen = self.vision(tokens.content.to(self.dtype), tokens.places, tokens.lengths)
-        return self.connector(seen) + self.look_places[tokens.places]
-
-    def latent_tokens(self, x: Tensor, times: Tensor, where: Tensor) -> Tensor:
-        """Latent tokens x [n, C] at times [n] (or [1], one for all) and places [n] -> [n, D]."""
-        return self.from_latent(x.to(self.dtype)) + self.time(times) + self.latent_places[where]
-
-    def embed(self, batch: Pack, noise: Tensor | None = None) -> Tensor:
-        """Every row of a pack, in its order [N, D]; latent tokens are mixed with `noise` [n, C] by their times."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
-        if batch.look:
-            parts["look"], rows["look"] = self.look(batch.look), batch.look.rows
-        if batch.draw:
-            x = batch.draw.content if noise is None else add_noise(batch.draw.content, noise, batch.times)
-            parts["draw"], rows["draw"] = self.latent_tokens(x, batch.times, batch.draw.places), batch.draw.rows
-        return Route(rows).join(parts)
-
-    def velocity(self, hidden: Tensor) -> Tensor:
-        """The generation expert's last hidden states [n, D] -> velocity [n, C], noise - data."""
-        return self.to_velocity(self.decoder.norms["gen"](hidden))
-
-    def forward(self, batch: Pack, noise: Tensor) -> Losses:
-        """Training: next-id loss at the labelled rows, flow loss at the noised tokens; noise [n draw tokens, C]."""
-        hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), noise)
-        at = (batch.labels != IGNORE).nonzero().squeeze(1)
-        rows = torch.searchsorted(batch.streams["und"], batch.id_rows[at])
-        said = self.decoder.norms["und"](hidden["und"][rows])
-        ce = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
-        if batch.draw is None:
-            return Losses(ce, noise.new_zeros(0, self.cfg.latent_dim))
-        target = noise - batch.draw.content
-        v = self.velocity(hidden["gen"][batch.noised])
-        return Losses(ce, (v.float() - target[batch.noised]).square())
-
-    def hidden(self, batch: Pack, attend: Any, noise: Tensor | None = None) -> Parts:
-        """Last hidden states of a pack's rows by expert, before the final norms; `attend` as in the decoder."""
-        return self.decoder(self.embed(batch, noise), batch.layout.positions, batch.streams, attend)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the decoder; the VAE keeps float32."""
-        return self.decoder.embed.weight.dtype
 
     @property
     def items(self) -> Items:
@@ -167,11 +97,6 @@ class Bagel(UnifiedModel):
         velocity = guide(TaylorSeer(features) if taylor else features, self.velocity, guidance)
         x = sample(velocity, torch.cat(list(noises)).to(self.device), knots(steps, shift), progress=progress)
         return list(x.split([len(noise) for noise in noises]))
-
-    @torch.inference_mode()
-    def paint(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Latent tokens [L, C] -> pixels [3, height, width] in [-1, 1]."""
-        return self.vae.decode(unpatchify(tokens.float(), self.cfg.latent_patch, size[0] // self.cfg.stride)[None])[0]
 
     @torch.inference_mode()
     def picture_items(self, image: Image.Image, *, noise: Tensor | None, draw: bool) -> tuple[list[Item], tuple[int, int]]:
@@ -361,14 +286,3 @@ class Bagel(UnifiedModel):
         grid = height // vae.stride, width // vae.stride
         noise = torch.randn(vae.latent_channels, *grid, generator=generator, dtype=torch.float32, device="cpu")
         return self.picture_items(image, noise=noise, draw=draw)
-
-
-# ---- released files
-
-
-VERBS = ("generate", "understand", "interleave")
-HUB = "ByteDance-Seed/BAGEL-7B-MoT"
-Bagel.RELEASES = {
-    "bagel-nano": Release(family="Bagel", hub=None, licence="Apache-2.0", parameters=9_548_147, verbs=VERBS),
-    HUB: Release(family="Bagel", hub=HUB, licence="Apache-2.0", parameters=14_691_079_811, verbs=VERBS),
-}
