@@ -4,15 +4,13 @@ Small random models are made by toys.py.
 """
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.paths import GOLDEN
 
 from unimm import Bagel
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)

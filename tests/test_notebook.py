@@ -1,12 +1,12 @@
 """The notebook runs, top to bottom, and the file that is shown keeps its pictures."""
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
+from helpers.paths import ROOT
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

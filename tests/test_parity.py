@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cases, found
+from helpers.cases import cases, found
+from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from unimm import Janus
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "bagel"
 DEV = GOLDEN / "dev"
 JANUS = GOLDEN.parent / "janus"

@@ -1,0 +1,222 @@
+"""The command `unimm`: what it prints, what it writes, how it ends, and that its options do not grow by accident."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from helpers.paths import GOLDEN
+from PIL import Image
+from typer.testing import CliRunner
+
+import unimm
+from unimm.cli.demo import sheet
+from unimm.cli.main import amount, app, parse_size
+from unimm.evaluation.benchmarks.shapes import TASKS
+
+RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
+OPTIONS = {
+    "demo": "out model seed",
+    "generate": "prompt image think model seed steps size n out device dtype",
+    "understand": "image question stream model device dtype",
+    "train": "recipe out device resume init workers hours",
+    "eval": "benchmark model n seed as_json tasks batch device dtype",
+    "releases": "",
+}
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def fine(*args):
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(*args):
+    """The one line that tells a user what to put right."""
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def scene(tmp_path):
+    path = tmp_path / "scene.png"
+    fine("generate", "a red circle left of a blue square", "--out", path)
+    return path
+
+
+def test_help():
+    shown = fine("--help").stdout
+    assert all(command in shown for command in OPTIONS)
+    assert all(fine(command, "--help").stdout for command in OPTIONS)
+
+
+def test_options_are_those_pinned_here():
+    commands = typer.main.get_command(app).commands
+    assert {name: " ".join(p.name for p in command.params) for name, command in commands.items()} == OPTIONS
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, unimm.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_releases():
+    shown = "".join(fine("releases").stdout.split())
+    assert "bagel-nano" in shown and "bundled" in shown and "Apache-2.0" in shown and "14.7G" in shown
+    rows = {row.name: row for row in unimm.releases()}
+    assert rows["bagel-nano"].source == "bundled" and rows["bagel-nano"].commercial
+    assert not rows["LanguageBind/UniWorld-V1"].commercial and "non-commercial" in rows["LanguageBind/UniWorld-V1"].licence
+    assert rows["ByteDance-Seed/BAGEL-7B-MoT"].source == "ByteDance-Seed/BAGEL-7B-MoT"
+
+
+def test_unknown_model():
+    line = fails("generate", "a red circle", "--model", "bagel-nanno")
+    assert "no model 'bagel-nanno'" in line and "bagel-nano" in line
+
+
+def test_load_picks_the_class(tmp_path):
+    assert isinstance(unimm.load("bagel-nano"), unimm.Bagel)
+    assert isinstance(unimm.load(GOLDEN / "bagel" / "dev"), unimm.Bagel)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model_type 'llama', expected one of Bagel \(model_type 'bagel'\)"):
+        unimm.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        unimm.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config that says"):
+        unimm.load(tmp_path)
+
+
+def test_generate(scene):
+    with Image.open(scene) as image:
+        assert image.size == (64, 64)
+
+
+def test_generate_several_is_generate_one_by_one(tmp_path):
+    said = fine("generate", "three green triangles", "-n", 2, "--seed", 5, "--out", tmp_path / "a.png").stdout
+    assert said.split() == [str(tmp_path / "a-1.png"), str(tmp_path / "a-2.png")]
+    fine("generate", "three green triangles", "--seed", 6, "--out", tmp_path / "b.png")
+    with Image.open(tmp_path / "a-2.png") as batched, Image.open(tmp_path / "b.png") as single:
+        pairs = zip(batched.tobytes(), single.tobytes(), strict=True)
+        # equal to the rounding of float32, which may move a pixel by one level
+        assert max(abs(x - y) for x, y in pairs) <= 1
+
+
+def test_edit(scene, tmp_path):
+    out = tmp_path / "edited.png"
+    assert fine("generate", "make the circle green", "--image", scene, "--out", out).stdout.strip() == str(out)
+    assert out.read_bytes() != scene.read_bytes()
+
+
+def test_think(tmp_path):
+    out = tmp_path / "thought.png"
+    text, path = fine("generate", "draw 3 - 2 red circles", "--think", "--out", out).stdout.rstrip().rsplit("\n", 1)
+    assert text and path == str(out) and out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--size", "64"), "expected HEIGHTxWIDTH"),
+        (("--size", "60x64"), "the nearest is"),
+        (("--steps", 0), "expected at least 1"),
+        (("--seed", -1), "expected 0 or more"),
+        (("-n", 0), "expected at least 1"),
+        (("--out", "picture.txt"), "picture's suffix"),
+        (("--out", "picture.cur"), "picture's suffix"),
+        (("--out", "nowhere/out.png"), "no folder nowhere"),
+        (("--dtype", "int8"), "got dtype"),
+        (("--image", "no.png"), "no.png"),
+    ],
+)
+def test_generate_bad_input(options, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert told in fails("generate", "a red circle", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_understand(scene):
+    answer = fine("understand", scene, "what colour is the square?").stdout
+    assert answer.strip()
+    assert fine("understand", scene, "what colour is the square?", "--stream").stdout == answer
+
+
+def test_understand_bad_input(scene, tmp_path):
+    (tmp_path / "broken.png").write_bytes(scene.read_bytes()[:100])
+    assert "nothing.png" in fails("understand", tmp_path / "nothing.png", "what is it?")
+    assert "broken" in fails("understand", tmp_path / "broken.png", "what is it?")
+    assert "empty prompt" in fails("understand", scene, " ")
+
+
+def test_eval_json():
+    tasks = ["draw.one", "answer.count", "edit.add", "reason.math1.think"]
+    said = fine("eval", "shapes", "--n", 2, "--seed", 1, "--json", "--tasks", ",".join(tasks)).stdout
+    scores = json.loads(said)
+    assert said.count("\n") == 1 and list(scores) == tasks
+    for score in scores.values():
+        assert score.keys() == {"accuracy", "n", "low", "high"}
+        assert score["n"] == 2 and 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
+
+
+def test_eval_table():
+    shown = fine("eval", "shapes", "--n", 1, "--tasks", "answer.shape").stdout
+    assert "answer.shape" in shown and not any(task in shown for task in TASKS if task != "answer.shape")
+
+
+def test_eval_bad_input():
+    assert "unknown benchmark 'shape': expected shapes" in fails("eval", "shape")
+    assert "draw.one" in fails("eval", "shapes", "--tasks", "draw.on")
+    assert "got n 0" in fails("eval", "shapes", "--n", 0)
+
+
+def test_train(tmp_path):
+    recipe = yaml.safe_load((RECIPES / "bagel-nano-vae.yaml").read_text())
+    recipe |= {"steps": 2, "batch": 2, "log_every": 1, "precision": "float32"}
+    recipe["options"] |= {"measured": 4}
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe))
+    shown = fine("train", path, out, "--workers", 0)
+    assert shown.stdout == "" and "step 2 of 2" in shown.stderr
+    assert (out / "release" / "ae.safetensors").exists()
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert "holds a run of 2 steps" in fails("train", path, out, "--workers", 0)
+
+
+def test_train_bad_input(tmp_path):
+    assert "bagel-nano.yaml" in fails("train", "bagel-nanno", tmp_path)
+    (tmp_path / "bad.yaml").write_text("stepps: 3")
+    assert "did you mean 'steps'" in fails("train", tmp_path / "bad.yaml", tmp_path / "run")
+
+
+def test_demo(tmp_path):
+    began = time.monotonic()
+    shown = fine("demo", "--out", tmp_path / "demo.png").stdout
+    assert time.monotonic() - began < 60
+    assert "what colour is the square?" in shown
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 800
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_a_sheet_holds_every_picture():
+    colours = ["red", "lime", "blue", "yellow", "black"]
+    page = sheet([(Image.new("RGB", (64, 64), colour), f"this is {colour} " * 20) for colour in colours], columns=2)
+    found = {colour for _, colour in page.getcolors(maxcolors=10_000)}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
+
+
+def test_sizes_and_amounts():
+    assert parse_size("64x96") == (64, 96)
+    assert [amount(n) for n in (12, 9_515_379, 14_691_079_811)] == ["12", "9.5 M", "14.7 G"]

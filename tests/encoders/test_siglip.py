@@ -1,0 +1,180 @@
+"""SigLIP2's tower: the released names, transformers' own, its look at pictures, and what is refused."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import manifest
+from helpers.toys import picture
+from safetensors.torch import load_file, save_file
+
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
+from unimm.encoders.siglip import Siglip, SiglipConfig, keys, load_siglip
+from unimm.processing.images.siglip import Stretch
+
+# so400m; what is missing is as in the class
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
+TOY = dict(
+    hidden_size=24, intermediate_size=20, num_attention_heads=3, num_hidden_layers=2, patch_size=5, image_size=23,
+    layer_norm_eps=1e-5, hidden_act="gelu",
+)  # fmt: skip
+
+
+def assert_close(got, expected):
+    """The project's tolerance in float32: 1e-4 of the largest value."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def shaken(model):
+    """Weights larger than usual, so that differences show."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(0.1 * torch.randn(x.shape))
+    return model.eval()
+
+
+def transformers_tower(**changes):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return shaken(SiglipVisionModel(SiglipVisionConfig(**TOY | changes)))
+
+
+@pytest.fixture
+def small() -> Siglip:
+    return shaken(Siglip(SiglipConfig.from_files(TOY))).requires_grad_(False)
+
+
+def write(folder: Path, model: Siglip, **changes) -> Path:
+    """A folder in the released layout."""
+    (folder / "config.json").write_text(json.dumps(model.cfg.to_files() | changes))
+    (folder / "preprocessor_config.json").write_text(json.dumps(model.pixels.to_files()))
+    save_file(released_state(model, keys(model.cfg)), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("patch", "size"), [(14, 224), (14, 384), (16, 512)])
+def test_manifests_fit_the_released_towers(patch, size):
+    shapes = manifest(f"siglip2_so400m_patch{patch}_{size}_vision")
+    with torch.device("meta"):
+        model = Siglip(SiglipConfig.from_files({"vision_config": SO400M | {"patch_size": patch, "image_size": size}}))
+    assert len(shapes) == 448 and model.cfg.side**2 == {224: 256, 384: 729, 512: 1024}[size]
+    state, table = model.state_dict(), keys(model.cfg)
+    # in a whole release the tower of texts stands beside it
+    beside = {"text_model.head.bias": (3,), "text_model.encoder.layers.0.mlp.fc1.bias": (4,), "logit_scale": (1,)}
+    assert {place.name for place in check_keys(shapes | beside, table, state, "here").values()} == set(state)
+    assert set(released_state(model, table)) == set(shapes)
+    without = {key: shape for key, shape in shapes.items() if key != "vision_model.encoder.layers.3.mlp.fc1.bias"}
+    with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.encoder\.layers\.3\.mlp\.fc1\.bias"):
+        check_keys(without, table, state, "here")
+
+
+@pytest.mark.parametrize("changes", [{}, {"image_size": 40, "num_attention_heads": 4, "hidden_act": "quick_gelu"}])
+@torch.inference_mode()
+def test_equals_transformers(tmp_path, changes):
+    theirs = transformers_tower(**changes)
+    theirs.save_pretrained(tmp_path)
+    ours = load_siglip(tmp_path)
+    # newer versions write the tower without the name around it, which the released files have
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"vision_model.{key}": x for key, x in state.items()}, tmp_path / "model.safetensors")
+    assert all(torch.equal(x, ours.state_dict()[key]) for key, x in load_siglip(tmp_path).state_dict().items())
+    images = torch.randn(3, 3, ours.cfg.size, ours.cfg.size)
+    expected = theirs(images, output_hidden_states=True)
+    assert_close(ours(images), expected.last_hidden_state)
+    assert_close(ours.layers(images), expected.hidden_states[-1])
+    assert_close(ours.pooled(ours(images)), expected.pooler_output)
+
+
+@torch.inference_mode()
+def test_a_whole_release(tmp_path):
+    """The files of a whole SigLIP: the tower of texts is left unread, and its config stands around the tower's."""
+    from transformers import SiglipConfig as Theirs
+    from transformers import SiglipModel
+
+    text = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+    theirs = shaken(SiglipModel(Theirs(text_config=text, vision_config=TOY)))
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 23, 23)
+    assert_close(load_siglip(tmp_path)(images), theirs.vision_model(images).last_hidden_state)
+
+
+def test_pixels_equal_transformers():
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    for resample in (2, 3):
+        theirs = SiglipImageProcessorPil(size={"height": 30, "width": 30}, resample=resample)
+        rule = Stretch.from_files(theirs.to_dict(), size=30)
+        assert rule.resample == resample and Stretch.from_files(rule.to_files(), size=30) == rule
+        for i, size in enumerate([(30, 30), (7, 90), (101, 40)]):
+            image = picture(*size, seed=i)
+            assert torch.equal(rule.pixels(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+
+
+@torch.inference_mode()
+def test_save_and_load(tmp_path, small):
+    again = load_siglip(write(tmp_path, small))
+    images = torch.stack([small.pixels.pixels(picture(40, 31, seed=i)) for i in range(2)])
+    assert again.cfg == small.cfg and again.pixels == small.pixels and not again.training
+    assert torch.equal(again(images), small(images))
+    assert_close(small(images)[1:], small(images[1:]))
+    assert {p.dtype for p in load_siglip(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@torch.inference_mode()
+def test_without_a_head(tmp_path, small):
+    """A head in the files that the config does not want is left unread; one that it wants must be there."""
+    write(tmp_path, small, vision_use_head=False)
+    tower, images = load_siglip(tmp_path), torch.randn(1, 3, 23, 23)
+    assert torch.equal(tower(images), small(images))
+    with pytest.raises(ValueError, match="no pooling head"):
+        tower.pooled(tower(images))
+    save_file(released_state(tower, keys(tower.cfg)), tmp_path / "model.safetensors")
+    assert torch.equal(load_siglip(tmp_path)(images), small(images))
+    (tmp_path / "config.json").write_text(json.dumps(TOY))
+    with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.head"):
+        load_siglip(tmp_path)
+
+
+def test_gradients_reach_every_parameter(small):
+    small.requires_grad_(True)
+    small.pooled(small(torch.randn(2, 3, 23, 23))).square().mean().backward()
+    assert [name for name, p in small.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "siglip2_vision_model"}, "got model_type 'siglip2_vision_model'.*naflex"),
+        ({"hidden_size": 25}, "a multiple of the heads"),
+        ({"image_size": 3}, "pictures of a patch or more"),
+        ({"num_hidden_layers": 0}, "expected positive numbers"),
+    ],
+)
+def test_wrong_configs(changes, words):
+    with pytest.raises(ValueError, match=words):
+        SiglipConfig.from_files(TOY | changes)
+
+
+def test_wrong_inputs(tmp_path, small):
+    with pytest.raises(ValueError, match=r"got pictures \[1, 3, 24, 24\]: expected \[B, 3, 23, 23\]"):
+        small(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="unknown activation 'gelo'"):
+        Siglip(SiglipConfig.from_files(TOY | {"hidden_act": "gelo"}))
+    for changes, words in [
+        ({"size": {"height": 24, "width": 23}}, "expected sides of 23"),
+        ({"size": 24}, "expected sides of 23"),
+        ({"do_normalize": False}, "do_normalize switched off"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "deviations"),
+        ({"resample": 9}, "got resample 9"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Stretch.from_files(changes, size=23)
+
+
+def test_wrong_weights(tmp_path, small):
+    write(tmp_path, small, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.encoder\.layers\.2"):
+        load_siglip(tmp_path)

@@ -1,0 +1,247 @@
+"""Ranges, tiles and pictures of masks against their definition, pair by pair."""
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers.paths import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from unimm.kernels import Block, Mask
+from unimm.kernels.attention.mask_plot import CAUSAL, FULL, HIDDEN, INVISIBLE, PAPER
+from unimm.kernels.attention.tile_schedule import RUNS, Runs, Spans
+
+blocks = st.lists(st.builds(Block, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6)
+SIZES = ((1, 1), (4, 4), (8, 3), (16, 16))
+
+
+def by_definition(sample: list[Block]) -> Tensor:
+    """The rule of unimm.sequence.segments, one pair at a time."""
+    of = [(i, block) for i, block in enumerate(sample) for _ in range(block.length)]
+    rows = [
+        [(b.visible or i == j) and (k <= q or (i == j and b.full)) for k, (j, b) in enumerate(of)]
+        for q, (i, _) in enumerate(of)
+    ]
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(of), len(of))
+
+
+def seen_by(ranges: Tensor, n: int) -> Tensor:
+    """[N, M] of ranges [R, 2, M]."""
+    rows = torch.arange(n)[:, None]
+    return ((rows >= ranges[:, :1]) & (rows < ranges[:, 1:])).any(0)
+
+
+def listed(ptr: Tensor, runs: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Runs as a matrix of tiles; they must be in order, apart and inside."""
+    out = torch.zeros(shape, dtype=torch.bool)
+    for i, (a, z) in enumerate(zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True)):
+        free = 0
+        for begin, end in runs[2 * a : 2 * z].reshape(-1, 2).tolist():
+            assert free <= begin < end <= shape[1]
+            out[i, begin:end], free = True, end + 1
+    assert len(runs) >= 2 * RUNS and len(runs) & (len(runs) - 1) == 0 and not runs[2 * ptr[-1] :].any()
+    return out
+
+
+def agree(mask: Mask, expected: Tensor) -> None:
+    """Ranges, spans and tiles of every size against a dense mask."""
+    n, m = expected.shape
+    assert mask.ranges.dtype == torch.int32 and mask.ranges.shape[1:] == (2, m)
+    assert torch.equal(seen_by(mask.ranges, n), expected)
+    assert torch.equal(mask.dense(), expected)
+    assert mask.spans.n_visible == int(expected.sum())
+    for rows, keys in SIZES:
+        shape = (-(-n // rows), -(-m // keys))
+        padded = torch.zeros(shape[0] * rows, shape[1] * keys, dtype=torch.long)
+        padded[:n, :m] = expected
+        counts = padded.view(shape[0], rows, shape[1], keys).sum((1, 3))
+        full = counts == rows * keys
+        part = (counts > 0) & ~full
+        tiles = mask.tiles(rows, keys)
+        for runs, turn in ((tiles.by_row, False), (tiles.by_key, True)):
+            assert isinstance(runs, Runs) and all(t.dtype == torch.int32 for t in runs)
+            for ptr, pairs, want in ((*runs[:2], full), (*runs[2:], part)):
+                want = want.T if turn else want
+                assert torch.equal(listed(ptr, pairs, tuple(want.shape)), want), (rows, keys)
+        assert (tiles.n_full, tiles.n_partial, tiles.n_all) == (int(full.sum()), int(part.sum()), full.numel())
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Mask, Tensor]:
+    """Samples of which some rows ask, over keys with gaps; and what their rule gives."""
+    samples = draw(st.lists(blocks, min_size=1, max_size=4))
+    totals = [sum(b.length for b in sample) for sample in samples]
+    queries = [draw(st.integers(0, n)) for n in totals]
+    starts, at = [], 0
+    for n in totals:
+        starts.append(at + draw(st.integers(0, 3)))
+        at = starts[-1] + n
+    expected = torch.zeros(sum(queries), at, dtype=torch.bool)
+    row = 0
+    for sample, n, m, start in zip(samples, queries, totals, starts, strict=True):
+        expected[row : row + n, start : start + m] = by_definition(sample)[m - n :]
+        row += n
+    return Mask(samples, queries=queries, key_starts=starts), expected
+
+
+@st.composite
+def freely(draw: st.DrawFn) -> tuple[Mask, Tensor]:
+    """Ranges of any kind: wild ones, ones that grow, steps of one, empty ones, one or two a key."""
+    n, m = draw(st.integers(1, 20)), draw(st.integers(1, 40))
+    kind = draw(st.sampled_from(("wild", "growing", "window")))
+    a, b = torch.tensor(draw(st.lists(st.integers(0, n), min_size=4 * m, max_size=4 * m))).reshape(2, 2, m)
+    if kind == "growing":
+        a, b = a.sort(1).values, b.sort(1).values
+    if kind == "window":
+        a = (torch.arange(m) // draw(st.integers(1, 3))).clamp(max=n).expand(2, -1)
+        b = (a + torch.tensor([[draw(st.integers(0, 5))], [draw(st.integers(0, 9))]])).clamp(max=n)
+    second = (a[1], b[1]) if draw(st.booleans()) else None
+    both = torch.stack((a, b), 1)
+    return Mask.from_ranges(a[0], b[0], second, queries=n), seen_by(both if second else both[:1], n)
+
+
+def pictured(text: str) -> list[tuple[list[list[bool]], list[list[int]]]]:
+    """The worked rows of a docstring, a picture a column of text: cells, and the numbers at the end of each row."""
+    lines = [re.split(r"\brow \d", line)[1:] for line in text.splitlines()]
+    pictures = []
+    for column in zip(*filter(None, lines), strict=True):
+        words = [row.split() for row in column]
+        cells = [[word == "x" for word in row if word in "x."] for row in words]
+        pictures.append((cells, [[int(word) for word in row if word.isdigit()] for row in words]))
+    return pictures
+
+
+def test_the_rows_of_the_docstring():
+    mask = Mask([[Block(3), Block(2, full=True), Block(2, full=True, visible=False), Block(1)]])
+    ((cells, bounds),) = pictured(Mask.__doc__)
+    assert len(cells) == 8
+    assert cells == mask.of(0).tolist() == mask.dense().tolist()
+    assert bounds == mask.ranges[0].T.tolist()
+
+
+def test_the_rows_of_from_ranges():
+    pictures = pictured(Mask.from_ranges.__doc__)
+    assert len(pictures) == 3
+    for cells, bounds in pictures:
+        first, last, *second = torch.tensor(bounds).T
+        mask = Mask.from_ranges(first, last, tuple(second) or None)
+        assert cells == mask.dense().tolist()
+        assert len(mask.ranges) == (2 if second else 1)
+
+
+@given(layouts())
+@settings(max_examples=150, deadline=None)
+def test_a_mask_is_its_definition(case):
+    mask, expected = case
+    agree(mask, expected)
+    for i, (row, n, key, m) in enumerate(zip(mask.query_starts, mask.queries, mask.key_starts, mask.keys, strict=True)):
+        assert torch.equal(mask.of(i), expected[row : row + n, key : key + m])
+    assert torch.equal(Mask.from_table(mask.table).ranges, mask.ranges)
+
+
+@given(freely())
+@settings(max_examples=150, deadline=None)
+def test_ranges_of_any_kind(case):
+    agree(*case)
+
+
+@pytest.mark.nightly
+@given(layouts(), freely())
+@settings(max_examples=3000, deadline=None)
+def test_thousands(one, other):
+    agree(*one)
+    agree(*other)
+
+
+@given(layouts())
+@settings(max_examples=60, deadline=None)
+def test_calls_hold_every_pair_once(case):
+    mask, expected = case
+    for calls, back in (mask.buckets, mask._long_calls()):
+        parts = []
+        for q_rows, k_rows, allowed in calls:
+            allowed = torch.ones(*q_rows.shape, k_rows.shape[1], dtype=torch.bool) if allowed is None else allowed
+            part = torch.zeros(*q_rows.shape, mask.n_keys, dtype=torch.long)
+            parts.append(part.scatter_add_(2, k_rows[:, None].expand_as(allowed), allowed.long()).flatten(0, 1))
+        if mask.n_queries:
+            assert torch.equal(torch.cat(parts)[back], expected.long())
+
+
+def test_block_masks_are_the_same_tiles():
+    window = torch.arange(300)
+    masks = (
+        Mask([[Block(70), Block(130, full=True), Block(90, full=True, visible=False), Block(50)], [Block(200)]]),
+        Mask.from_ranges(window, (window + 40).clamp(max=300), (window.clamp(min=250), torch.full_like(window, 300))),
+    )
+    for mask in masks:
+        dense = mask.dense()
+        flex = mask.block_mask(64, 32)
+        rows, keys = torch.meshgrid(*map(torch.arange, dense.shape), indexing="ij")
+        assert torch.equal(flex.mask_mod(0, 0, rows, keys), dense)
+        tiles = mask.tiles(64, 32)
+        assert int(flex.full_kv_num_blocks.sum()) == tiles.n_full and int(flex.kv_num_blocks.sum()) == tiles.n_partial
+        assert flex.shape == (1, 1, *dense.shape)
+
+
+def test_on_another_device_the_host_work_is_kept():
+    mask = Mask([[Block(3)], [Block(4, full=True)]])
+    tiles = mask.tiles(4, 4)
+    moved = mask.to("meta")
+    assert mask.to("cpu") is mask
+    assert moved.spans is mask.spans and moved.tiles(4, 4).n_full == tiles.n_full
+    assert moved.ranges.is_meta and moved.tiles(4, 4).by_key.part.is_meta and moved.dense().is_meta
+
+
+def test_decoding_is_recognised():
+    past = [Block(5, full=True), Block(1)]
+    assert [t.tolist() for t in Mask([past, past], queries=[1, 1], key_starts=[0, 9]).single] == [[0, 9], [6, 6]]
+    assert Mask([past, past], queries=[1, 2]).single is None
+    assert Mask([[Block(5, full=True, visible=False), Block(1)]], queries=[1]).single is None
+    assert Mask.from_ranges(torch.zeros(3), torch.ones(3), queries=1).single is None
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="more rows than it has"):
+        Mask([[Block(3)]], queries=[4])
+    with pytest.raises(ValueError, match=r"from 0 to 9: expected rows 0 to 3; give `queries`"):
+        Mask.from_ranges(torch.zeros(3), torch.full((3,), 9))
+    with pytest.raises(ValueError, match="0 rows"):
+        Mask([[]]).show()
+
+
+def test_spans_are_few():
+    """A span a block, whatever the length: what keeps the schedule cheap."""
+    mask = Mask([[Block(500), Block(4098, full=True), Block(4098, full=True, visible=False), Block(30)]] * 4)
+    assert len(mask.spans.start) == 16
+    assert len(Spans.found(mask.spans.ranges().astype(np.int64), mask.n_queries).start) == 16
+
+
+def colours(picture) -> set[tuple[int, ...]]:
+    return {tuple(map(int, colour)) for colour in np.unique(np.asarray(picture).reshape(-1, 3), axis=0)}
+
+
+def test_pictures():
+    mask = Mask([[Block(3), Block(2, full=True), Block(2, full=True, visible=False), Block(1)], [Block(4)]])
+    picture = mask.show(size=12 * 12)
+    assert picture.size == (144, 144)
+    middles = np.asarray(picture)[6::12, 6::12]
+    assert np.array_equal((middles != HIDDEN).any(-1), mask.dense().numpy())
+    assert tuple(middles[4, 0]) == CAUSAL and tuple(middles[4, 3]) == FULL and tuple(middles[6, 5]) == INVISIBLE
+    assert (0, 0, 0) in colours(picture)  # a line where the second sample begins
+
+    tiled = np.asarray(mask.show(size=12 * 12, tiles=(4, 4)))[6::12, 6::12]
+    assert (tiled[0, 8:] == PAPER).all() and tuple(tiled[0, 5]) not in (PAPER, HIDDEN)  # empty tiles are blank, others are not
+    large = Mask([[Block(900), Block(1200, full=True)], [Block(900)]])
+    assert large.show(size=300).size == (300, 300) and large.show(size=300, tiles=(128, 64)).size == (300, 300)
+    assert Mask.from_ranges(torch.zeros(9), torch.full((9,), 3), queries=3).show(size=90).size == (90, 30)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("mask", None), ("tiles", (8, 8))])
+def test_the_pictures_of_the_guide_are_what_the_code_draws(name, tiles):
+    first = [Block(6), Block(9, full=True, visible=False), Block(9, full=True), Block(4)]
+    drawn = Mask([first, [Block(9, full=True), Block(5)]]).show(tiles=tiles)
+    kept = Image.open(ROOT / "unimm" / "kernels" / "attention" / f"{name}.png")
+    assert np.array_equal(np.asarray(drawn), np.asarray(kept))

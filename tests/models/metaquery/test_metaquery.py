@@ -1,0 +1,320 @@
+"""MetaQuery: batches equal single runs, guidance, seeds, sizes, the frozen reader, files, both readers, and bad input."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import metaquery_toys as toys
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unimm import MetaQuery, load
+from unimm.checkpoint.load import CheckpointError
+from unimm.generation.text_sampling import TextSampling
+from unimm.models.metaquery.model import Asked
+from unimm.models.metaquery.processor import black
+from unimm.vlms.qwen2_5_vl.model import QwenVL
+
+BRIEF = TextSampling(max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    found = MetaQuery.from_pretrained(toys.GOLDEN)
+    found.cfg = replace(found.cfg, min_pixels=3136, max_pixels=23520)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    dice = np.random.default_rng(0)
+    return [Image.fromarray(dice.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((60, 60), (70, 95), (30, 56))]
+
+
+def levels(drawn) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in drawn.images])
+
+
+def assert_same(a, b):
+    """Pictures are equal up to a rounding of their levels."""
+    assert np.abs(levels(a) - levels(b)).max() <= 1
+
+
+# ---- batches
+
+
+def test_a_batch_with_pictures_and_copies_equals_its_single_runs(model, pictures):
+    """The original fails with two prompts and pictures, and pairs copies with another's pictures (trap T4)."""
+    prompts = ["a red cube", "make it blue", "both", ""]
+    images = [None, pictures[0], pictures[1:], [pictures[2]]]
+    options = dict(steps=2, guidance=[3.0, 4.5, 1.0, 2.0], image_guidance=[1.5, 2.0, 1.0, 3.0])
+    whole = model.generate(prompts, images=images, n=2, seed=[5, 9, 40, 7], **options)
+    assert len(whole.images) == 8
+    for i, (prompt, shown, seed) in enumerate(zip(prompts, images, (5, 9, 40, 7), strict=True)):
+        for copy in range(2):
+            scales = {name: options[name][i] for name in ("guidance", "image_guidance")}
+            alone = model.generate(prompt, images=shown, seed=seed + copy, steps=2, **scales)
+            assert np.abs(levels(alone)[0] - levels(whole)[2 * i + copy]).max() <= 1
+
+
+def test_seeds_count_up_picture_by_picture(model):
+    drawn = model.generate(["a", "b"], n=2, seed=3, steps=1)
+    again = model.generate(["a", "a", "b", "b"], seed=[3, 4, 5, 6], steps=1)
+    assert_same(drawn, again)
+    assert np.abs(levels(drawn)[0] - levels(drawn)[1]).max() > 1
+
+
+def test_sizes(model):
+    drawn = model.generate("a", size=(32, 96), steps=1)
+    assert drawn.image.size == (96, 32) and model.generate("a", steps=1).image.size == (128, 128)
+
+
+# ---- guidance
+
+
+def velocities(model, *, text: float, image: float, shown=()):
+    """The velocity under scales, and those under each of the three prompts."""
+    asked = Asked(model.prompts)
+    branches = [asked.branches("a cube", shown, negative="dark", text=text, image=image)]
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        combined = model.guided(model.told(model.ask(asked.samples)), branches)(x, 0.5)
+        parts = [("dark", [black(one) for one in shown]), ("dark", shown), ("a cube", shown)]
+        apart = model.told(model.ask([model.prompts.drawing(*part) for part in parts]))
+        u, i, c = model.painter(x.expand(3, -1, -1, -1), torch.full((3,), 0.5), apart).split(1)
+    return combined, u, i, c, len(asked.samples)
+
+
+def test_guidance_of_texts_and_pictures(model, pictures):
+    v, u, i, c, n = velocities(model, text=4.5, image=1.5)
+    assert n == 2 and torch.allclose(v, u + 4.5 * (c - u), atol=1e-4)
+    v, u, i, c, n = velocities(model, text=4.5, image=1.5, shown=pictures[:1])
+    assert n == 3 and torch.allclose(v, u + 1.5 * (i - u) + 4.5 * (c - i), atol=1e-4)
+    v, u, i, c, n = velocities(model, text=4.5, image=1.0, shown=pictures[:1])
+    assert n == 2 and torch.allclose(v, i + 4.5 * (c - i), atol=1e-4)
+    v, u, i, c, n = velocities(model, text=1.0, image=1.0, shown=pictures[:1])
+    assert n == 1 and torch.allclose(v, c, atol=1e-5)
+
+
+def test_equal_prompts_are_read_once(model, pictures):
+    asked = Asked(model.prompts)
+    for caption, shown in (("a", []), ("b", []), ("a", []), ("a", pictures[:1]), ("b", pictures[:1])):
+        asked.branches(caption, shown, negative="", text=3.0, image=2.0)
+    # a, b, and nothing; then a black picture with nothing, the picture with nothing, a, b
+    assert len(asked.samples) == 3 + 4
+    seen = []
+    hook = model.decoder.blocks[0].register_forward_hook(lambda block, args, out: seen.append(len(out["all"])))
+    model.generate(["a red cube", "a red cube", "two"], n=2, steps=2)
+    hook.remove()
+    opening = len(model.prompts.opening)
+    rest = [sum(i.segment.length for i in model.prompts.drawing(text)) - opening for text in ("", "a red cube", "two")]
+    assert seen == [opening, sum(rest)]  # what all begin with, once; then each prompt once, whatever the steps
+
+
+def test_the_condition_is_computed_once_a_picture(model):
+    calls = []
+    hooks = [part.register_forward_hook(lambda *_: calls.append(1)) for part in (model.connector, model.painter.caption)]
+    model.generate("a", steps=4)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 2
+
+
+def test_bfloat16(model, pictures):
+    """Eight bits of each weight: a fifth as far from the exact picture as another seed's is, at most."""
+    half = MetaQuery.from_pretrained(toys.GOLDEN, dtype="bfloat16")
+    half.cfg = model.cfg
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    named = {"images": pictures[0], "steps": 1}
+    drawn, exact = (one.generate("make it blue", seed=2, **named) for one in (half, model))
+    other = model.generate("make it blue", seed=3, **named)
+    assert np.abs(levels(drawn) - levels(exact)).mean() < 0.2 * np.abs(levels(other) - levels(exact)).mean()
+
+
+# ---- prompts
+
+
+def test_a_caption_is_cut_and_its_markers_are_words(model):
+    long = model.prompts.drawing("two small birds sit on a wire")
+    assert torch.equal(long[0].ids, model.prompts.drawing("two small bi")[0].ids)
+    begin = model.prompts.first
+    typed = model.prompts.drawing("<|im_end|>")[0].ids.tolist()
+    assert typed.count(model.prompts.end) == 3 and sum(one >= begin for one in typed) == model.cfg.n_queries + 2
+
+
+# ---- the reader
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A toy with a reader of its own, tied, in a folder; and that reader."""
+    from helpers.metaquery_training_toys import PAINTER
+
+    from unimm.training.tasks.bagel import text_model
+    from unimm.training.tasks.metaquery import Options, built
+
+    words = text_model(400, lines=2000, markers=toys.MARKERS)
+    reader, dcae = toys.save_reader(tmp_path / "reader", words), toys.save_dcae(tmp_path / "dcae")
+    config = dict(mllm_id="parts/Qwen2.5-VL-toy", diffusion_model_id="Sana-toy", num_metaqueries=3, max_input_text_tokens=20,
+                  connector_num_hidden_layers=1, system_prompt="draw.", input_size=4)  # fmt: skip
+    config["generation"] = dict(min_pixels=256, max_pixels=4096, steps=2)
+    options = Options(tasks={}, targets=1, dropout=0.1, nameless_colours=0, nameless_shapes=0, reader=str(reader),
+                      dcae=str(dcae), painter="", reader_dtype="float32", frozen=(), compiled=False)  # fmt: skip
+    numbers = {"config": config, "painter": PAINTER, "scheduler": {"flow_shift": 3.0, "num_train_timesteps": 1000}}
+    torch.manual_seed(0)
+    found = built(options, numbers).eval()
+    torch.nn.init.normal_(found.painter.out.weight)
+    return found, QwenVL.from_pretrained(reader)
+
+
+def test_it_answers_exactly_as_the_frozen_reader(trained, tmp_path, pictures):
+    model, reader = trained
+    model.save_pretrained(tmp_path / "saved")
+    ours = MetaQuery.from_pretrained(tmp_path / "saved")
+    for name, x in reader.state_dict().items():
+        assert torch.equal(ours.reader.state_dict()[name], x)
+    for options in ({}, {"seed": 3, "text": TextSampling(temperature=1.0, max_tokens=6)}):
+        asked = {"text": BRIEF} | options
+        assert ours.understand(pictures, "what?", **asked) == reader.understand(pictures, "what?", **asked)
+    assert "".join(ours.understand(pictures[0], "what?", stream=True, text=BRIEF)) == reader.understand(
+        pictures[0], "what?", text=BRIEF
+    )
+    talk = [{"role": "user", "content": "hello"}]
+    assert ours.chat(talk, system="be brief", text=BRIEF) == reader.chat(talk, system="be brief", text=BRIEF)
+
+
+def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures):
+    with pytest.raises(ValueError, match=r"hold no language head, and Qwen2.5-VL-tiny has none to give"):
+        model.understand(None, "what?")
+    with torch.device("meta"):
+        shapes = QwenVL(model.cfg.reader).state_dict()
+    torch.manual_seed(2)
+    reader = QwenVL(model.cfg.reader)
+    reader.tokenizer = model.reader.tokenizer
+    assert set(shapes) == set(reader.state_dict())
+    # its blocks and tower are those of the checkpoint, its table decayed there since (trap T1)
+    state = {name: x for name, x in model.reader.state_dict().items() if "embed" not in name}
+    reader.load_state_dict(state, strict=False)
+    reader.save_pretrained(tmp_path / "reader")
+    ours = MetaQuery.from_pretrained(toys.GOLDEN, reader=tmp_path / "reader")
+    assert ours.understand(pictures[:1], "what?", text=BRIEF) == reader.understand(pictures[:1], "what?", text=BRIEF)
+    assert_same(ours.generate("a", steps=1), model.generate("a", steps=1))
+
+
+# ---- files
+
+
+def test_saved_files_are_the_released_ones(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    was, now = (load_file(folder / "model.safetensors") for folder in (toys.GOLDEN, tmp_path / "saved"))
+    assert was.keys() == now.keys() and all(torch.equal(was[key], now[key]) for key in was)
+    for path in (tmp_path / "saved").rglob("*.json"):
+        released = json.loads((toys.GOLDEN / path.relative_to(tmp_path / "saved")).read_text())
+        written = json.loads(path.read_text())
+        shared = written.keys() & released.keys() - {"modules_to_freeze", "vision_config", "rope_scaling"}
+        assert {key: written[key] for key in shared} == {key: released[key] for key in shared}
+    again = load(tmp_path / "saved")
+    assert isinstance(again, MetaQuery) and replace(again.cfg, min_pixels=3136, max_pixels=23520) == model.cfg
+    model.save_pretrained(tmp_path / "saved")  # over what is there
+    assert_same(again.generate("a", steps=1), model.generate("a", steps=1))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(toys.GOLDEN, tmp_path / "case")
+    return tmp_path / "case"
+
+
+def changed(folder: Path, name: str = "config.json", **changes) -> Path:
+    files = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(files))
+    return folder
+
+
+def test_another_number_of_queries_fails_with_the_numbers(folder):
+    """The original starts such queries anew without a word (trap T8b)."""
+    with pytest.raises(CheckpointError, match=r"has 296 rows, for 6 queries behind 288 ids.* num_metaqueries 5, 295 rows"):
+        MetaQuery.from_pretrained(changed(folder, num_metaqueries=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"loss_type": "diff"}, "variants on Stable Diffusion 1.5 are not built"),
+        ({"diffusion_model_id": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, "variants on Stable Diffusion 1.5"),
+        ({"model_type": "other"}, "describes no MetaQuery: got model_type 'other'"),
+        ({"mllm_id": "nowhere"}, "no model 'nowhere'"),
+        ({"in_channels": 16}, "got in_channels 16 in config.json"),
+        ({"connector_num_hidden_layers": 2}, "unexpected keys: model.connector.0.layers.2"),
+        ({"num_metaqueries": 0}, "got 0 queries"),
+    ],
+)
+def test_configs_that_do_not_fit(folder, changes, match):
+    with pytest.raises(ValueError, match=match):
+        MetaQuery.from_pretrained(changed(folder, **changes))
+
+
+def test_parts_that_do_not_fit(folder):
+    with pytest.raises(ValueError, match="expected 'DPMSolverMultistepScheduler'"):
+        MetaQuery.from_pretrained(changed(folder, "Sana-tiny/scheduler/scheduler_config.json", _class_name="Other"))
+    shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
+    scheduler = folder / "Sana-tiny/scheduler/scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({key: value for key, value in said.items() if key != "prediction_type"}))
+    with pytest.raises(ValueError, match="the scheduler's config lacks prediction_type"):
+        MetaQuery.from_pretrained(folder)
+    shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="reader of model_type 'llama': MetaQuery asks qwen2_5_vl or llava_onevision"):
+        MetaQuery.from_pretrained(changed(folder, "Qwen2.5-VL-tiny/config.json", model_type="llama"))
+
+
+def test_no_file_is_written_outside_the_folder(model, folder, tmp_path):
+    shutil.copytree(folder / "Qwen2.5-VL-tiny", folder / "reader")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
+    far = MetaQuery.from_pretrained(changed(folder, mllm_id="/elsewhere/../reader"))
+    far.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "reader" / "config.json").exists()
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["mllm_id"] == "reader"
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "match"),
+    [
+        ("", {}, "empty prompt"),
+        ([], {}, "no prompts"),
+        (["a", " "], {}, "empty prompt"),
+        ("a", {"n": 0}, "got n 0"),
+        ("a", {"guidance": -1.0}, "scales of 0 or more"),
+        ("a", {"guidance": [1.0, 2.0]}, "got 2 guidances for 1 prompts"),
+        ("a", {"seed": -1}, "got seed -1"),
+        ("a", {"steps": 0}, "got steps 0"),
+        ("a", {"size": (33, 64)}, r"multiples of 32 up to 4096; the nearest is \(32, 64\)"),
+        ("a", {"images": "/no/such.png"}, "no image at"),
+        (["a", "b"], {"images": ["x"]}, "images for 2 prompts: expected a list of 2"),
+    ],
+)
+def test_bad_input(model, prompt, options, match):
+    with pytest.raises(ValueError, match=match):
+        model.generate(prompt, **options)
+
+
+def test_what_others_have(model):
+    for call in (lambda: model.generate("a", think=True), lambda: model.understand(None, "a", think=True)):
+        with pytest.raises(NotImplementedError, match="Bagel does"):
+            call()
+    with pytest.raises(NotImplementedError, match="Bagel interleaves"):
+        model.interleave(["a"])
+
+
+def test_no_tokenizer(folder):
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "Qwen2.5-VL-tiny" / name).unlink()
+    with pytest.raises(ValueError, match="no tokenizer"):
+        MetaQuery.from_pretrained(folder).generate("a")

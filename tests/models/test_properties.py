@@ -1,0 +1,314 @@
+"""What must hold of every BAGEL, whatever its weights."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers.toys import picture, toy
+
+from unimm import Guidance, TextSampling
+from unimm.generation.guidance import share
+from unimm.generation.kv_cache import Context
+from unimm.generation.prefill import extend
+from unimm.kernels import attention, use_kernels
+from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, say, show, write
+from unimm.nn.decoder import Decoder, DecoderConfig
+from unimm.sequence.packing import pack
+from unimm.training.tasks.bagel_plans import Shown, answer, edit, text_to_image
+
+SIZES = [
+    dict(),
+    dict(llm=dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5, hidden_act="gelu")),
+    dict(
+        vit=dict(patch_size=4, image_size=64),
+        top=dict(vit_max_num_patch_per_side=16, latent_patch_size=1, max_latent_size=16),
+    ),
+]
+
+
+@pytest.fixture(params=range(len(SIZES)), scope="module")
+def model(request):
+    numbers = dict(SIZES[request.param])
+    if "top" in numbers:  # latent patches of 1 halve the stride of a picture
+        numbers["top"] = numbers["top"] | dict(vit_transform=dict(max_image_size=48, min_image_size=16, image_stride=4))
+    return toy(request.param, **numbers)
+
+
+def test_two_streams_with_equal_weights_are_one_stream():
+    torch.manual_seed(0)
+    cfg = DecoderConfig(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_dim=48, vocab=11, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
+        act="silu", qkv_bias=True, qk_norm=True, streams=("one",),
+    )  # fmt: skip
+    one, two = Decoder(cfg), Decoder(dataclasses.replace(cfg, streams=("und", "gen")))
+    for ours, theirs in zip(two.blocks, one.blocks, strict=True):
+        for stream in ours.streams.values():
+            stream.load_state_dict(theirs.streams["one"].state_dict())
+    x = torch.randn(11, 32, requires_grad=True)
+    mask = torch.ones(11, 11, dtype=torch.bool).tril()
+
+    def attend(layer, q, k, v):
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), mask).transpose(0, 1)
+
+    rows = {"und": torch.tensor([0, 1, 2, 7, 8]), "gen": torch.tensor([3, 4, 5, 6, 9, 10])}
+    a = one(x, torch.arange(11), {"one": torch.arange(11)}, attend)["one"]
+    parts = two(x, torch.arange(11), rows, attend)
+    b = torch.zeros(11, 32).index_copy(0, rows["und"], parts["und"]).index_copy(0, rows["gen"], parts["gen"])
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (a, b)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    # and every weight's gradient is the sum of what its tokens give
+    (a.square().sum()).backward()
+    (b.square().sum()).backward()
+    for ours, theirs in zip(two.blocks, one.blocks, strict=True):
+        for name, weight in theirs.streams["one"].named_parameters():
+            both = sum(stream.get_parameter(name).grad for stream in ours.streams.values())
+            torch.testing.assert_close(both, weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def samples(model):
+    """One sample of every released plan, of different sizes."""
+    items = model.items
+    z, s = model.cfg.vae.latent_channels, model.cfg.latent_patch
+
+    def shown(h, w, seed):
+        g = torch.Generator().manual_seed(seed)
+        latent, pixels = torch.randn(z, h * s, w * s, generator=g), torch.rand(3, 16, 24, generator=g) * 2 - 1
+        noised = items.drawn(latent, time=0.3 + 0.1 * seed, noised=True)
+        return Shown(clean=items.drawn(latent), look=items.looked_at(pixels), noised=noised)
+
+    a, b, c = shown(2, 3, 1), shown(1, 2, 2), shown(3, 2, 3)
+    plans = [
+        text_to_image(items.text([5, 6, 7]), a.noised),
+        edit(b, [(items.text([8, 9]), c), (items.text([3]), a)]),
+        answer([a.look, c.look], [items.text([4, 4]), items.answer([1, 2, 3]), items.answer([6])]),
+    ]
+    return [[part.item for part in plan] for plan in plans]
+
+
+def losses(model, plans, seed=0):
+    packed = pack(plans)
+    tokens = sum(len(item.tokens) for plan in plans for item in plan if item.kind == "draw" and item.tokens is not None)
+    noise = torch.randn(tokens, model.cfg.latent_dim, generator=torch.Generator().manual_seed(seed))
+    return model(packed, noise), noise
+
+
+def test_packed_equals_one_by_one(model):
+    plans = samples(model)
+    packed, noise = losses(model, plans)
+    ce, mse, at = [], [], 0
+    for plan in plans:
+        n = sum(len(item.tokens) for item in plan if item.kind == "draw" and item.tokens is not None)
+        alone = model(pack([plan]), noise[at : at + n])
+        at += n
+        ce.append(alone.ce)
+        mse.append(alone.mse)
+    torch.testing.assert_close(packed.ce, torch.cat(ce), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed.mse, torch.cat(mse), rtol=1e-4, atol=1e-4)
+
+
+def test_every_backend_gives_the_same_losses_and_gradients(model):
+    found = []
+    for name in ("reference", "sdpa"):
+        with use_kernels(name):
+            got, _ = losses(model, samples(model))
+        grads = torch.autograd.grad(got.ce.sum() + got.mse.sum(), [model.decoder.embed.weight, model.from_latent.weight])
+        found.append((got.ce, got.mse, *grads))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+
+
+def test_every_parameter_learns(model):
+    got, _ = losses(model, samples(model))
+    model.zero_grad()
+    (got.ce.mean() + got.mse.mean()).backward()
+    trained = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
+    without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    model.zero_grad()
+    assert without == []
+
+
+def test_cached_equals_uncached(model):
+    """Contexts extended turn by turn hold the keys and values of one forward over all turns."""
+    plan = samples(model)[2]
+    (whole,) = extend(model, [Context()], [plan])
+    context = Context()
+    for item in plan:
+        (context,) = extend(model, [context], [[item]])
+    assert whole.clock == context.clock and whole.length == context.length
+    torch.testing.assert_close(torch.cat(context.chunks, 2), whole.chunks[0], rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_equals_teacher_forcing(model):
+    context = extend(model, [Context()], [[model.items.text([3, 1, 2])]])[0]
+    ids = [one[0] for one in write(model, [context], TextSampling(max_tokens=6), [0])]
+    assert len(ids) == 6
+    batch = pack([[model.items.text([3, 1, 2]), model.items.text(ids)]])
+    with use_kernels("reference"), torch.inference_mode():
+        hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))
+    predicted = model.decoder.logits(hidden["und"]).argmax(-1)
+    assert predicted[5 : 5 + len(ids)].tolist() == ids
+
+
+def test_a_batch_equals_the_single_runs(model):
+    prompts = ["red circle", "a much longer prompt of many words", "blue", "square"]
+    images = [None, picture(30, 22), [picture(22, 30, 1), picture(40, 20, 2)], None]
+    seeds = [3, 1, 4, 1]
+    guidance = [
+        Guidance(),
+        Guidance(text=1.0),
+        Guidance(image=2.0, renorm="text_channel", interval=(0.0, 1.0)),
+        Guidance(text=2.5, image=1.0, renorm="channel", renorm_min=0.3),
+    ]
+    options = dict(steps=4)
+    batch = model.generate(prompts, images=images, seed=seeds, guidance=guidance, **options)
+    assert len({image.size for image in batch.images}) > 1
+    for i, image in enumerate(batch.images):
+        alone = model.generate(prompts[i], images=images[i], seed=seeds[i], guidance=guidance[i], **options).image
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(alone).astype(int))
+        assert difference.max() <= 1, f"sample {i} depends on its neighbours"
+
+
+def test_a_batch_of_answers_equals_the_single_ones(model):
+    questions = ["how many", "a longer question about two pictures", "no picture"]
+    images = [picture(), [picture(20, 44, 1), picture(16, 16, 2)], None]
+    sampling = TextSampling(temperature=0.8, top_p=0.9, max_tokens=7)
+    answers = model.understand(images, questions, text=sampling, seed=[5, 6, 7])
+    for i, one in enumerate(answers):
+        assert model.understand(images[i], questions[i], text=sampling, seed=5 + i) == one
+
+
+def test_thinking_in_a_batch_equals_the_single_runs(model):
+    batch = model.generate(["one", "two three"], think=True, seed=[1, 2])
+    alone = model.generate("two three", think=True, seed=2)
+    assert batch.texts[1] == alone.text
+    assert np.abs(np.asarray(batch.images[1]).astype(int) - np.asarray(alone.image).astype(int)).max() <= 1
+
+
+def latents(model, guidance, seed=0, prompt=(3, 4, 5)):
+    dialogue = say(model, [Dialogue()], [model.items.text(list(prompt))])
+    noise = model.noise((24, 32), torch.Generator().manual_seed(seed))
+    return model.denoise(dialogue, [noise], [(24, 32)], guidance=[guidance], steps=5, shift=2.0)[0]
+
+
+def test_guidance_one_equals_none(model):
+    plain = latents(model, Guidance(text=1.0, image=1.0))
+    torch.testing.assert_close(latents(model, Guidance(text=1.0, image=3.0)), plain, rtol=0, atol=0)
+    torch.testing.assert_close(latents(model, Guidance(text=4.0, interval=(1.0, 1.0))), plain, rtol=0, atol=0)
+    # and the limit from above is the same picture
+    nearly = latents(model, Guidance(text=1.0 + 1e-6, image=1.0, renorm_min=1.0))
+    torch.testing.assert_close(nearly, plain, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(latents(model, Guidance()), plain, rtol=1e-2, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_equal_contexts_share_one_velocity(model):
+    """The app's text 4, image 1.5 on a prompt without pictures costs two passes and acts as text 1 + 1.5 (4 - 1)."""
+    dialogue = say(model, [Dialogue()], [model.items.text([1, 2])])
+    canvas = Canvas(model, dialogue, [(2, 2)])
+    asked = []
+
+    def features(x, time, branches):
+        asked.append(list(branches))
+        return canvas.features(x, time, branches)
+
+    x = torch.randn(4, model.cfg.latent_dim)
+    both = share(features, canvas.canonical)(x, 0.5, [(0, "main"), (0, "text"), (0, "image")])
+    assert asked == [[(0, "main"), (0, "text")]]
+    torch.testing.assert_close(both[0], both[2], rtol=0, atol=0)
+    thrice = latents(model, Guidance(text=4.0, image=1.5, renorm_min=1.0))
+    torch.testing.assert_close(thrice, latents(model, Guidance(text=5.5, image=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4)
+
+
+def test_fork_does_not_copy_the_prefix(model):
+    context = extend(model, [Context()], [[model.items.text([1, 2, 3])]])[0]
+    fork = context.fork()
+    a, b = extend(model, [context, fork], [[model.items.text([4])], [model.items.text([5, 6])]])
+    assert a.chunks[0].data_ptr() == b.chunks[0].data_ptr() == context.chunks[0].data_ptr()
+    assert (context.length, a.length, b.length) == (5, 8, 9) and len(context.chunks) == 1
+
+
+def test_contexts_of_guidance_are_those_of_the_original(model):
+    text = [model.items.text([n]) for n in range(3)]
+    items, size = model.picture_items(picture(), noise=None, draw=True)
+    told = say(model, say(model, [Dialogue()], [text[0]], system=True), [text[1]])[0]
+    assert told.text.length == 3 and told.main is told.image  # T2I: text = system prompt only, image = main
+    shown = show(model, [Dialogue()], [[(items, size)]])
+    edited = say(model, shown, [text[2]])[0]
+    rows = sum(item.segment.length for item in items)
+    assert (edited.main.length, edited.text.length, edited.image.length) == (rows + 3, rows, 3)
+    assert (edited.main.clock, edited.text.clock, edited.image.clock) == (5, 2, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_draws_the_same_picture(threads):
+    model = toy(0)
+    before = torch.get_num_threads()
+    torch.manual_seed(threads)  # the global generator has no say
+    torch.set_num_threads(threads)
+    try:
+        found = np.asarray(model.generate("a picture", seed=7).image).astype(int)
+        other = np.asarray(model.generate("a picture", seed=8).image).astype(int)
+    finally:
+        torch.set_num_threads(before)
+    first = test_the_same_seed_draws_the_same_picture.__dict__.setdefault("first", found)
+    assert np.abs(found - first).max() <= 1 and np.abs(other - found).max() > 1
+
+
+def test_interleave_goes_on_with_what_it_made():
+    model = toy(0)
+    options = dict(outputs=("text", "image", "text", "image"), text=TextSampling(max_tokens=3), steps=3)
+    pieces = list(model.interleave(["a prompt", picture(), "an instruction"], **options))
+    assert [type(piece).__name__ for piece in pieces] == ["str", "Image", "str", "Image"]
+    again = list(model.interleave(["a prompt", picture(), "an instruction"], **options))
+    assert pieces[0] == again[0] and pieces[2] == again[2]
+    assert np.array_equal(np.asarray(pieces[3]), np.asarray(again[3]))
+    # the second text has seen the first picture: another one changes the rows it is written after
+    more = model.interleave(["a prompt"], outputs=("image", "text"), text=TextSampling(max_tokens=3), steps=3, seed=9)
+    assert len(list(more)) == 2
+
+
+def test_streamed_pieces_are_the_answer():
+    model = toy(0)
+    sampling = TextSampling(max_tokens=9)
+    whole = model.understand(picture(), "what is it", text=sampling)
+    pieces = list(model.understand(picture(), "what is it", text=sampling, stream=True))
+    assert len(pieces) > 1 and "".join(pieces) == whole
+    stop = whole.split()[3]
+    cut = model.understand(picture(), "what is it", text=dataclasses.replace(sampling, stop=(stop,)))
+    assert cut == whole[: whole.index(stop)]
+    streamed = model.understand(picture(), "what is it", text=dataclasses.replace(sampling, stop=(stop,)), stream=True)
+    assert "".join(streamed) == cut
+
+
+def test_taylor_leaks_nothing():
+    model = toy(0)
+    plain = model.generate("one two", seed=1, steps=12).image
+    quick = model.generate("one two", seed=1, steps=12, taylor=True).image
+    again = model.generate("one two", seed=1, steps=12).image
+    assert np.array_equal(np.asarray(plain), np.asarray(again))
+    assert not np.array_equal(np.asarray(plain), np.asarray(quick))
+
+
+def test_bfloat16_is_near_float32():
+    wide = toy(0)
+    narrow = toy(0).to(torch.bfloat16)
+    narrow.vae.float()
+    a, b = (latents(m, Guidance()) for m in (wide, narrow))
+    assert b.dtype == torch.float32
+    assert (a - b).norm() / a.norm() < 0.1
+    assert narrow.generate("a", steps=2).image.size == (32, 24)
+    assert isinstance(narrow.understand(picture(), "what"), str)
+    packed, _ = losses(narrow, samples(narrow))
+    assert packed.ce.dtype == torch.float32 and torch.isfinite(packed.mse).all()
+
+
+def test_frozen_parts_do_not_move():
+    model = toy(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("vae", "vision", "decoder.blocks.0.streams.und")))
+    got, _ = losses(model, samples(model))
+    (got.ce.mean() + got.mse.mean()).backward()
+    assert model.vision.patch.weight.grad is None and model.decoder.blocks[0].streams["und"].q.weight.grad is None
+    assert model.decoder.blocks[0].streams["gen"].q.weight.grad.any() and model.connector.fc1.weight.grad.any()

@@ -1,0 +1,394 @@
+"""UniWorld: files and manifests, one pass a request, batches, guidance, references, who answers and who draws, bad input."""
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.cases import manifest
+from helpers.qwen_manifests import expanded
+from helpers.uniworld_toys import CASE, uniworld
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import unimm
+from unimm import TextSampling, UniWorld, UniWorldConfig
+from unimm.checkpoint import hub
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.models.base import Generation
+from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP
+from unimm.models.uniworld.weights import keys
+from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
+
+FILES = json.loads((CASE / "config.json").read_text())
+PROJECTORS = {"denoise": (3584, 12288, 4096), "siglip": (1152, 12288, 4096), "vae": (64, 3072, 4096)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return uniworld()
+
+
+def picture(seed: int, width: int = 60, height: int = 50) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def apart(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two pictures, of 255."""
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+# ---- files
+
+
+def released() -> UniWorldConfig:
+    """The config that the release has, with its widths."""
+    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                intermediate_size=18944, rope_scaling={"type": "default", "mrope_section": [16, 24, 24]})  # fmt: skip
+    painter = {"in_channels": 64, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19,
+               "num_single_layers": 38, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+               "out_channels": None, "patch_size": 1}  # fmt: skip
+    tower = {"denoiser_type": "flux", "denoiser_config": painter, "input_hidden_size": 3584, "output_hidden_size": 4096,
+             "vae_input_hidden_size": 64, "denoise_projector_type": "mlp2x_gelu"}  # fmt: skip
+    vision = {"hidden_size": 1280, "out_hidden_size": 3584}
+    files = {"model_type": "univa_qwen2p5vl", **text, "vision_config": vision, "denoise_tower": tower,
+             "shortcut_image_embeds": False, "shortcut_image_embeds_scale": 0.5}  # fmt: skip
+    return UniWorldConfig.from_files(files, {}, head={"0.bias": (10240,)})
+
+
+def test_manifest_fits_the_released_model():
+    """Every released key meets a parameter of the same shape, every parameter a key; the head's file, too."""
+    theirs = expanded("qwen2.5-vl-7b")
+    theirs |= {f"denoise_tower.denoiser.{key}": shape for key, shape in manifest("flux1_dev_transformer_diffusers").items()}
+    for name, (into, hidden, out) in PROJECTORS.items():
+        for i, (rows, columns) in {0: (hidden, into), 2: (out, hidden)}.items():
+            theirs |= {f"denoise_tower.{name}_projector.{i}.weight": (rows, columns),
+                       f"denoise_tower.{name}_projector.{i}.bias": (rows,)}  # fmt: skip
+    cfg = released()
+    with torch.device("meta"):
+        model = UniWorld(cfg)
+    assert len(theirs) == 1901
+    state = model.state_dict()
+    ours = {name: x for name, x in state.items() if not name.startswith("decide.")}
+    assert sum(x.numel() for x in ours.values()) == 20_365_253_696
+    found = check_keys(theirs, keys(cfg), ours, "here")
+    assert {place.name for place in found.values()} == set(ours)
+    head = {"0.weight": (10240, 3584), "0.bias": (10240,), "3.weight": (2, 10240), "3.bias": (2,)}
+    (table,) = [table for names, table in model.weights().items() if names[0].startswith("task_head")]
+    assert len(check_keys(head, table, {name: x for name, x in state.items() if name not in ours}, "here")) == 4
+    assert cfg.reader.pixels.min_pixels == cfg.reader.pixels.max_pixels == 448 * 448
+    assert UniWorldConfig.from_files(*cfg.to_files().values(), head={"0.bias": (10240,)}) == cfg
+    del theirs["denoise_tower.vae_projector.2.bias"]
+    with pytest.raises(CheckpointError, match=r"missing keys: denoise_tower\.vae_projector\.2\.bias"):
+        check_keys(theirs, keys(cfg), ours, "here")
+
+
+def test_round_trip(tmp_path, model):
+    """Every part, its config and its tokenizer; what stays in float32 does."""
+    model.save_pretrained(tmp_path / "whole")
+    again = unimm.load(tmp_path / "whole")
+    assert isinstance(again, UniWorld) and again.cfg == model.cfg
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
+    words = ("draw a cat", [picture(0)])
+    assert apart(model.generate(*words[:1], images=words[1]).image, again.generate(words[0], images=words[1]).image) == 0
+    model.save_pretrained(tmp_path / "half", dtype="bfloat16")
+    half = UniWorld.from_pretrained(tmp_path / "half", dtype="bfloat16")
+    kinds = {name: x.dtype for name, x in half.state_dict().items()}
+    wide = {name for name, kind in kinds.items() if kind == torch.float32}
+    assert wide == {name for name in kinds if name.startswith(("parts.vae.", "decide."))}
+    assert half.generate("draw a cat", images=picture(0), size=(64, 96)).image.size == (96, 64)
+    assert UniWorld.from_pretrained(tmp_path / "whole", t5=False).parts.t5 is None
+
+
+def test_the_head_of_a_pickle(tmp_path, model):
+    shutil.copytree(CASE, tmp_path / "case")
+    (tmp_path / "case" / "task_head_final.safetensors").unlink()
+    again = UniWorld.from_pretrained(tmp_path / "case")
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+    (tmp_path / "case" / "task_head_final.pt").unlink()
+    with pytest.raises(ValueError, match=r"without its head that decides: give from_pretrained a folder with task_head"):
+        replaced(UniWorld.from_pretrained(tmp_path / "case"), model).respond("a cat")
+
+
+def replaced(one: UniWorld, other: UniWorld) -> UniWorld:
+    """A model with another's parts."""
+    one.parts = other.parts
+    return one
+
+
+def test_parts_of_their_own(tmp_path, model, monkeypatch):
+    """A hub id's parts come from the repositories that the original names, and of FLUX only the folders that are read."""
+    asked = []
+    model.save_pretrained(tmp_path / "flux")
+    shutil.copytree(CASE, tmp_path / "core", ignore=shutil.ignore_patterns("siglip"))
+    homes = {"owner/uniworld": tmp_path / "core", SIGLIP: tmp_path / "flux" / "siglip", FLUX: tmp_path / "flux"}
+
+    def download(name, revision, weights, parts):
+        asked.append((name, parts))
+        return homes[name]
+
+    monkeypatch.setattr(hub, "_download", download)
+    whole = UniWorld.from_pretrained("owner/uniworld", t5=False)
+    assert (FLUX, ("vae", "text_encoder", "tokenizer")) in asked and (SIGLIP, ()) in asked
+    assert whole.parts.tower and whole.parts.vae and whole.parts.clip and not whole.parts.t5
+    asked.clear()
+    lone = UniWorld.from_pretrained(tmp_path / "core")
+    assert not asked and lone.parts.tower is None and lone.parts.vae is None, "a folder's parts are below it, or asked for"
+    assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").parts.t5 is not None
+
+
+def test_a_part_may_be_another_model_s(tmp_path, model):
+    """As the bundled model's VAE is bagel-nano's, whose config is a section of a BAGEL's."""
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "vae").rename(tmp_path / "other")
+    section = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bagel", "vae_config": section}))
+    assert UniWorld.from_pretrained(tmp_path / "whole").parts.vae is None
+    path = tmp_path / "whole" / "config.json"
+    files = json.loads(path.read_text())
+    files["generation"]["parts"] = {"vae": str(tmp_path / "other")}
+    path.write_text(json.dumps(files))
+    again = UniWorld.from_pretrained(tmp_path / "whole")
+    assert apart(again.generate("a cat").image, model.generate("a cat").image) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"generation": {"parts": {"sight": "here"}}}, "got parts sight: expected some of siglip, vae"),
+        ({"model_type": "qwen2_5_vl"}, "describes no UniWorld"),
+        ({"shortcut_image_embeds": True}, "got shortcut_image_embeds True"),
+        ({"denoise_tower": FILES["denoise_tower"] | {"denoiser_type": "sd3"}}, "got denoiser_type 'sd3'"),
+        ({"denoise_tower": FILES["denoise_tower"] | {"input_hidden_size": 63}}, "got input_hidden_size 63"),
+        ({"generation": {"ratios": 12}}, "at most 11 ratios"),
+        ({"generation": {"steps": 0}}, "got steps 0"),
+    ],
+)
+def test_wrong_configs(changes, words):
+    with pytest.raises(ValueError, match=words):
+        UniWorldConfig.from_files(FILES | changes, {})
+
+
+def test_parts_of_other_widths_are_refused(tmp_path):
+    shutil.copytree(CASE, tmp_path / "case")
+    path = tmp_path / "case" / "model.safetensors"
+    state = load_file(path)
+    name = "denoise_tower.siglip_projector.0.weight"
+    save_file(state | {name: torch.zeros(len(state[name]), 31)}, path)
+    with pytest.raises(ValueError, match="got SigLIP2 of width 32, expected 31"):
+        UniWorld.from_pretrained(tmp_path / "case")
+
+
+# ---- reading
+
+
+def test_what_is_told_is_what_is_read_with_the_features_before_their_marker(model):
+    shown = [picture(0), picture(1, 40, 90)]
+    items = model.prompts.drawing("the two", shown)
+    (reading,) = model.read([items])
+    looks = model.parts.look(shown)
+    (told,) = model.told([items], [reading.states], looks)
+    ids = torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), model.cfg.reader.markers.image))) for one in items])
+    rows, seen, at = model.from_reader(reading.states), model.from_look(looks), 0
+    expected = []
+    for i, one in enumerate(ids.tolist()):
+        if one == model.cfg.reader.markers.looked:
+            expected.append(seen[at])
+            at += 1
+        expected.append(rows[i : i + 1])
+    assert at == 2 and torch.allclose(told, torch.cat(expected), atol=1e-6)
+
+
+def test_a_marker_of_a_user_is_text(model):
+    plain, typed = (model.prompts.drawing(f"see {one}", [picture(0)]) for one in ("this", "<|vision_end|>"))
+    assert [one.kind for one in plain] == [one.kind for one in typed] == ["text", "look", "text"]
+    assert model.cfg.reader.markers.looked not in typed[0].ids
+
+
+def test_pictures_stand_behind_the_text_unless_it_says_where(model):
+    def places(prompt, prompts=model.prompts):
+        return [one.kind for one in prompts.drawing(prompt, [picture(0)])], prompts.drawing(prompt, [picture(0)])
+
+    kinds, behind = places("see this")
+    placed = places(f"{PLACEHOLDER}see this")[1]
+    assert kinds == ["text", "look", "text"] and len(behind[0].ids) > len(placed[0].ids)
+    in_front = places("see this", replace(model.prompts, in_front=True))[1]
+    assert [one.ids.tolist() for one in in_front] == [one.ids.tolist() for one in placed]
+    system = replace(model.prompts, system="draw.").drawing("a cat")
+    assert len(system[0].ids) > len(model.prompts.drawing("a cat")[0].ids)
+
+
+def test_one_pass_and_one_modulation(model, monkeypatch):
+    """A request reads its prompt once, and what depends on the time alone is computed before the first step."""
+    calls, modulated = [], []
+    inner = model.reader.decoder.forward
+    monkeypatch.setattr(model.reader.decoder, "forward", lambda x, *rest: calls.append(len(x)) or inner(x, *rest))
+    block = model.painter.trunk.doubles[0].image.modulation
+    hook = block.register_forward_hook(lambda *_: modulated.append(1))
+    model.generate("a small bird", images=picture(0), steps=3, n=2)
+    hook.remove()
+    items = model.prompts.drawing("a small bird", [picture(0)])
+    assert calls == [sum(one.segment.length for one in items)] and modulated == [1]
+    calls.clear()
+    answer = deciding(model, draws=False).respond("a small bird", text=TextSampling(max_tokens=3))
+    deciding(model, draws=True)
+    read = sum(one.segment.length for one in model.prompts.drawing("a small bird"))
+    assert isinstance(answer, str) and calls[0] == read and calls[1:] == [1] * len(calls[1:])
+
+
+def deciding(model: UniWorld, *, draws: bool) -> UniWorld:
+    """The model with a head that always decides the same."""
+    torch.nn.init.zeros_(model.decide.fc2.weight)
+    model.decide.fc2.bias.copy_(torch.tensor([0.0, 1.0] if draws else [1.0, 0.0]))
+    return model
+
+
+def test_the_head_decides_who_answers(model):
+    drawn = deciding(model, draws=True).respond("a bird", images=picture(0), seed=3)
+    assert isinstance(drawn, Generation) and apart(drawn.image, model.generate("a bird", images=picture(0), seed=3).image) == 0
+    sampling = TextSampling(max_tokens=5)
+    said = deciding(model, draws=False).respond("a bird", images=picture(0), text=sampling)
+    shown = {"role": "user", "content": "a bird" + PLACEHOLDER, "images": [model.cfg.reader.pixels(picture(0))]}
+    assert said == model.chat([shown], system="", text=sampling)
+    torch.nn.init.zeros_(model.decide.fc2.bias)
+    assert isinstance(model.respond("a bird", text=sampling), str), "as many votes for both: it answers"
+
+
+def test_residual_is_what_the_tower_gave(model):
+    items = model.prompts.drawing("see", [picture(0)])
+    (plain,), (half,), (whole,) = (model.read([items], residual=f) for f in (0.0, 0.5, 1.0))
+    first = items[0].segment.length + 1
+    cells = slice(first, first + items[1].n_tokens)
+    others = [i for i in range(len(plain.states)) if not cells.start <= i < cells.stop]
+    assert torch.equal(plain.states[others], whole.states[others])
+    batch = unimm.sequence.segments.pack([items])
+    assert torch.allclose(whole.states[cells], model.reader.seen(batch.look), atol=1e-6)
+    assert torch.allclose(half.states, (plain.states + whole.states) / 2, atol=1e-6)
+
+
+# ---- drawing
+
+
+def test_a_picture_does_not_depend_on_its_batch(model):
+    prompts = ["a cat", "make the much longer cube red, and then some", "both"]
+    images = [None, picture(0), [picture(1, 40, 40), picture(2, 90, 90)]]
+    scales, free = [3.5, 1.0, 2.0], [1.0, 2.0, 1.0]
+    together = model.generate(prompts, images=images, seed=[5, 7, 9], guidance=scales, text_guidance=free, size=(64, 96))
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(
+            prompt, images=images[i], seed=[5, 7, 9][i], guidance=scales[i], text_guidance=free[i], size=(64, 96)
+        )
+        assert apart(together.images[i], alone.image) <= 1
+    assert apart(together.images[0], together.images[1]) > 1
+
+
+def test_several_pictures_a_prompt(model):
+    four = model.generate(["a cat", "a dog"], n=2, seed=3).images
+    for i, (prompt, seed) in enumerate((("a cat", 3), ("a cat", 4), ("a dog", 5), ("a dog", 6))):
+        assert apart(four[i], model.generate(prompt, seed=seed).image) <= 1
+
+
+@torch.inference_mode()
+def test_text_guidance_leads_away_from_nothing(model):
+    told = [torch.randn(9, 40)]
+    noise, pooled, times = torch.randn(1, 4, 8, 8), torch.zeros(1, 24), torch.tensor([1.0, 0.0])
+    plain, empty, twice, none = (
+        model.denoise(some, noise, pooled=pooled, guidance=3.5, times=times, text_guidance=scale)
+        for some, scale in ((told, None), ([told[0][:0]], None), (told, torch.tensor([2.0])), (told, torch.tensor([0.0])))
+    )
+    assert torch.allclose(twice, 2 * plain - empty, atol=1e-4) and torch.allclose(none, empty, atol=1e-5)
+    assert not torch.allclose(plain, empty, atol=1e-3)
+
+
+def test_sizes(model):
+    assert model.generate("a cat").image.size == (64, 64)
+    assert model.generate("as wide", images=picture(0, 60, 50)).image.size == (160, 128), "5:4, in whole units of 32"
+    cfg = replace(model.cfg, pixels=1024 * 1024)
+    model.cfg, kept = cfg, model.cfg
+    assert model.size_of([picture(0, 192, 108)]) == (864, 1536)
+    assert model.size_of([picture(0, 100, 60), picture(0, 60, 100)]) == model.size_of([]) == (1024, 1024)
+    model.cfg = kept
+
+
+def test_references(model):
+    shown = [picture(0, 64, 64)]
+    plain, tokens, condition = (
+        model.generate("a cat", images=shown, references=how).image for how in (None, "tokens", "condition")
+    )
+    assert min(apart(plain, tokens), apart(plain, condition), apart(tokens, condition)) > 0
+    both = model.generate(["a cat", "none"], images=[shown, None], references="tokens", seed=[0, 1])
+    assert apart(both.images[0], tokens) <= 1
+    assert apart(both.images[1], model.generate("none", seed=1).image) <= 1, "without a picture there is no reference"
+
+
+@torch.inference_mode()
+def test_latents_among_what_is_told_are_half_as_fine(model):
+    latents = torch.randn(2, 4, 8, 12)
+    told = model.beside(latents)
+    assert told.shape == (2 * 2 * 3, 40)
+    # the second picture's token at row 1, column 2: means of four latents each, channel by channel
+    corners = [(c, 4 + 2 * y, 8 + 2 * x) for c in range(4) for y in (0, 1) for x in (0, 1)]
+    means = torch.stack([latents[1, c, y : y + 2, x : x + 2].mean() for c, y, x in corners])
+    assert torch.allclose(told[-1], model.from_latents(means), atol=1e-5)
+
+
+def test_captions(model):
+    whole, without = model.generate("a cat").image, model.generate("a cat", t5=False).image
+    assert apart(whole, without) > 0
+    wordless = uniworld(t5=False)
+    assert apart(wordless.generate("a cat").image, without) == 0, "T5 is joined where it is"
+    assert apart(model.generate("a cat", clip=False).image, whole) > 0
+
+
+# ---- bad input
+
+
+def test_parts_that_are_asked_for_and_absent():
+    bare = uniworld(vae=False, clip=False, t5=False)
+    with pytest.raises(ValueError, match=r'without its VAE: give from_pretrained flux="black-forest-labs/FLUX\.1-dev"'):
+        bare.generate("a cat")
+    bare.parts.vae = uniworld().parts.vae
+    with pytest.raises(ValueError, match=r"without its text encoder \(CLIP\).*or draw with clip=False"):
+        bare.generate("a cat")
+    with pytest.raises(ValueError, match=r"without its second text encoder \(T5\)"):
+        bare.generate("a cat", t5=True)
+    assert bare.generate("a cat", clip=False).image.size == (64, 64)
+    bare.parts.tower = None
+    with pytest.raises(ValueError, match=r"without its SigLIP2: give from_pretrained siglip="):
+        bare.generate("a cat", images=picture(0), clip=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (dict(prompt=" "), "got an empty prompt"),
+        (dict(prompt=[]), "got no prompts"),
+        (dict(prompt="a", size=(60, 64)), r"the nearest is \(64, 64\)"),
+        (dict(prompt="a", steps=0), "got steps 0"),
+        (dict(prompt="a", n=0), "got n 0"),
+        (dict(prompt="a", guidance=-1.0), "scales of 0 or more"),
+        (dict(prompt=["a", "b"], text_guidance=[1.0]), "got 1 text guidances for 2 prompts"),
+        (dict(prompt="a", references="latents"), "got references 'latents'"),
+        (dict(prompt="a", residual=2.0), "got residual 2.0"),
+        (dict(prompt="a", seed=-1), "got seed -1"),
+        (dict(prompt=f"{PLACEHOLDER} here"), "for 0 pictures"),
+        (dict(prompt="a", images="nowhere.png"), "no image at nowhere.png"),
+    ],
+)
+def test_wrong_calls(model, call, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(**call)
+
+
+def test_what_the_family_lacks(model):
+    for call in (
+        lambda: model.generate("a", think=True),
+        lambda: model.understand(None, "a", think=True),
+        lambda: model.interleave(["a"]),
+    ):
+        with pytest.raises(NotImplementedError, match="Bagel"):
+            call()

@@ -1,0 +1,137 @@
+"""The FLUX autoencoder: equal to the original's stored outputs, and its config round trip."""
+
+import json
+
+import pytest
+import torch
+from helpers.paths import GOLDEN as STORE
+from safetensors.torch import load_file
+
+from unimm.tokenizers.kl import VAE, VAEConfig
+
+GOLDEN = STORE / "bagel" / "dev"
+SMALL = {"width": 32, "multipliers": (1, 2), "n_blocks": 2, "latent_channels": 3, "scale": 0.5, "shift": 0.25}
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return {name[4:]: x for name, x in load_file(GOLDEN / "io.safetensors").items() if name.startswith("vae.")}
+
+
+@pytest.fixture(scope="module")
+def released():
+    files = json.loads((GOLDEN / "config.json").read_text())
+    vae = VAE(VAEConfig.from_files(files["vae_config"]))
+    vae.load_state_dict(load_file(GOLDEN / "ae.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return VAE(VAEConfig(**SMALL)).eval().requires_grad_(False)
+
+
+def assert_equal(got, expected):
+    """The project's tolerance in float32: 1e-4 of the largest value stored."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_moments_equal_the_original(released, stored):
+    assert_equal(torch.cat(released.moments(stored["image"]), 1), stored["moments"])
+    # padding reaches the rest of the picture through the norms and the attention
+    assert_equal(torch.cat(released.moments(stored["padded_images"]), 1), stored["padded_moments"])
+
+
+def test_latents_equal_the_original(released, stored):
+    assert_equal(released.encode(stored["image"]), stored["latent_mean"])
+    assert_equal(released.encode(stored["image"], noise=stored["eps"]), stored["latent_sampled"])
+
+
+def test_pixels_equal_the_original(released, stored):
+    assert_equal(released.decode(stored["latent_sampled"]), stored["decoded"])
+
+
+def test_released_size():
+    with torch.device("meta"):
+        vae = VAE(VAEConfig())
+    assert sum(p.numel() for p in vae.parameters()) == 83_819_683
+    assert vae.config.stride == 8
+    shapes = {name: tuple(p.shape) for name, p in vae.named_parameters()}
+    assert len(shapes) == 244
+    assert shapes["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert shapes["decoder.up.1.block.0.conv1.weight"] == (256, 512, 3, 3)
+    assert shapes["decoder.up.0.block.2.conv2.bias"] == (128,)
+    assert shapes["encoder.conv_out.weight"] == (32, 512, 3, 3)
+
+
+def test_shapes_and_scaling(small):
+    image = torch.rand(2, 3, 10, 6) * 2 - 1
+    mean, logvar = small.moments(image)
+    assert mean.shape == logvar.shape == (2, 3, 5, 3)
+    assert_equal(small.encode(image), 0.5 * (mean - 0.25))
+    noise = torch.randn_like(mean)
+    assert_equal(small.encode(image, noise=noise), 0.5 * (mean + (0.5 * logvar).exp() * noise - 0.25))
+    latent = small.encode(image)
+    assert_equal(small.decode(latent), small.decoder(mean))
+    assert small.decode(latent).shape == image.shape
+
+
+def test_a_picture_does_not_depend_on_its_batch(small):
+    image = torch.rand(3, 3, 8, 8) * 2 - 1
+    assert_equal(small.encode(image)[1:2], small.encode(image[1:2]))
+
+
+def test_gradients_reach_every_parameter():
+    vae = VAE(VAEConfig(**SMALL))
+    mean, logvar = vae.moments(torch.rand(1, 3, 8, 8))
+    (vae.decode(mean + logvar).square().mean()).backward()
+    assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_channels_last_changes_nothing(small):
+    image = torch.rand(1, 3, 8, 8)
+    assert_equal(small.encode(image.to(memory_format=torch.channels_last)), small.encode(image))
+
+
+def test_config_files_round_trip():
+    config = VAEConfig(**SMALL)
+    files = config.to_files()
+    assert json.loads(json.dumps(files)) == files
+    assert files["downsample"] == config.stride == 2
+    assert VAEConfig.from_files(files) == config
+
+
+def test_missing_keys_are_the_released_numbers():
+    assert VAEConfig.from_files({"z_channels": 16, "downsample": 8}) == VAEConfig()
+    assert VAEConfig() == VAEConfig(
+        in_channels=3, out_channels=3, width=128, multipliers=(1, 2, 4, 4), n_blocks=2, latent_channels=16,
+        scale=0.3611, shift=0.1159,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"downsample": 16}, "got downsample 16, expected 8 .*ch_mult"),
+        ({"ch": 48}, "width 48, expected a multiple of 32"),
+        ({"ch_mult": []}, "one multiplier per level"),
+        ({"num_res_blocks": 0}, "positive counts"),
+        ({"scale_factor": 0.0}, "scale_factor 0.0, expected a positive"),
+    ],
+)
+def test_wrong_configs(files, words):
+    with pytest.raises(ValueError, match=words):
+        VAEConfig.from_files(files)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 8), (1, 3, 8, 9), (1, 1, 8, 8), (3, 8, 8)])
+def test_wrong_images(small, shape):
+    with pytest.raises(ValueError, match=r"multiples of 2.*resize"):
+        small.encode(torch.zeros(shape))
+
+
+def test_wrong_latents(small):
+    with pytest.raises(ValueError, match=r"expected \[B, 3, h, w\]"):
+        small.decode(torch.zeros(1, 4, 2, 2))

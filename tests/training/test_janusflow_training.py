@@ -1,0 +1,288 @@
+"""Training JanusFlow on the little world: batches without the model, labels, dropped prompts, packing, steps, the release."""
+
+import dataclasses
+import functools
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+
+from unimm import JanusFlow
+from unimm.data.shapes import TASKS, example
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.kernels import attention
+from unimm.models.janusflow.config import STREAM, JanusFlowConfig
+from unimm.models.janusflow.network import target, unconditional
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, text_item
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training.config import read_recipe
+from unimm.training.tasks import janusflow
+from unimm.training.tasks.bagel import text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
+from unimm.training.tasks.janusflow import config_files
+from unimm.training.trainer import Trainer, train
+
+RECIPE = ROOT / "unimm" / "training" / "recipes" / "janusflow-nano.yaml"
+LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+TOWER = dict(width=32, layers=1, heads=2, mlp_ratio=1.5)
+VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)
+PICTURE = 1 + 16  # rows of one: its marker and its tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_text_model():
+    """One text model for all tests, with less text to learn from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(janusflow, "text_model", functools.cache(functools.partial(text_model, lines=2000)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The recipe with small numbers, around an untrained VAE and ViT, and a fact beside what it teaches."""
+    folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPE)
+    torch.manual_seed(0)
+    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=8, scale=1.0, shift=0.0)
+    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
+    save_file(NaViT(VisionConfig.from_files(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    model = {
+        "language": full.model["language"] | LLM,
+        "vision": full.model["vision"] | TOWER,
+        "flow": {"width": 16, "blocks": 1},
+        "generation": full.model["generation"] | {"steps": 2},
+    }
+    tasks = {
+        "draw.one": 2,
+        "draw.two": 1,
+        "edit.recolour": 2,
+        "caption": 1,
+        "answer.count": 1,
+        "fact.forward": 1,
+        "reason.math1": 1,
+    }
+    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compiled=False, tasks=tasks)
+    return dataclasses.replace(full, model=model, options=options, batch=10, precision="float32", warmup=0, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def objective(recipe):
+    return build(recipe)
+
+
+def dropping(objective, part: float):
+    """The batches with another part of their prompts dropped."""
+    return dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=part))
+
+
+def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
+    worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
+    a, b, other = worlds(3), objective.batch(3), worlds(4)
+    assert torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.images, b.images)
+    assert torch.equal(a.noise, b.noise) and torch.equal(a.posterior, b.posterior) and torch.equal(a.pack.times, b.pack.times)
+    assert not torch.equal(a.images, other.images) and not torch.equal(a.noise[0], other.noise[0])
+    seeded = dataclasses.replace(worlds, seed=1)(3)
+    assert not torch.equal(a.images[: len(seeded.images)], seeded.images[: len(a.images)])
+
+
+def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
+    batch = objective.batch(0)
+    assert set(batch.draw_groups.tolist()) == set(range(len(DRAWINGS)))
+    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
+    assert len(batch.draw_groups) == int(batch.pack.noised.sum()) == len(batch.noise) == 2 * 16 * len(batch.images)
+    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert len(batch.pack.layout.positions) % 256 == 0
+    losses = objective.losses(batch)
+    assert set(losses) == set(DRAWINGS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_answers_alone_carry_labels(objective):
+    one = example("answer.count", 0)
+    words, markers = objective.model.prompts.words, objective.model.markers
+    items = objective.batch.sample(one, [], random.Random(0))
+    said = torch.cat([item.labels for item in items])
+    assert said[said != IGNORE].tolist() == [*words.encode(one.answer), markers.eos]
+    # a row's label is the id of the row behind it
+    last = items[-1]
+    at = (last.labels != IGNORE).nonzero().squeeze(1)
+    assert torch.equal(last.labels[at], last.ids[at + 1])
+
+
+def test_copies_have_times_of_their_own_and_one_picture(objective):
+    drawn = []
+    *prompt, first, second = objective.batch.sample(example("edit.recolour", 1), drawn, random.Random(0))
+    assert [item.kind for item in prompt] == ["text", "look", "text"] and len(drawn) == 1
+    assert torch.equal(first.tokens, second.tokens) and 0 < first.time != second.time < 1
+    assert not first.segment.visible and first.segment.advance == 0
+    times = torch.cat([objective.batch(step).pack.times[::16] for step in range(12)])
+    normals = times.logit()
+    # 12 steps of about 15 draws: three deviations of a mean and of a deviation
+    assert abs(normals.mean()) < 3 * len(normals) ** -0.5 and abs(normals.std() - 1) < 3 * (2 * len(normals)) ** -0.5
+
+
+def test_dropped_prompts_are_what_guidance_compares_with(objective):
+    for task in ("draw.one", "edit.recolour"):
+        kept, lost = (dropping(objective, part).sample(example(task, 1), [], random.Random(0)) for part in (0.0, 1.0))
+        prompt = objective.batch.asked(example(task, 1))
+        assert len(kept) == len(prompt) + 2
+        assert [item.segment for item in lost[:-2]] == [item.segment for item in unconditional(prompt)]
+        assert lost[0].ids.tolist() == [objective.model.markers.bos]
+        # the picture stands where it would have stood
+        ends = [pack([items]).layout.positions[-PICTURE:] for items in (kept, lost)]
+        assert torch.equal(*ends)
+    samples = [dropping(objective, 0.25).sample(example("draw.one", i), [], random.Random(i)) for i in range(400)]
+    # three deviations of 400 draws
+    assert abs(sum(items[0].segment.length == 1 for items in samples) / 400 - 0.25) < 3 * (0.25 * 0.75 / 400) ** 0.5
+    answers = dropping(objective, 1.0).sample(example("answer.count", 0), [], random.Random(0))
+    assert sum(item.segment.length for item in answers) > 16
+
+
+def test_latents_are_those_of_each_picture_alone(objective):
+    batch = objective.batch(1)
+    tokens = objective.encoded(batch).draw.content
+    picture, token = batch.pack.draw.content[40].tolist()
+    alone = objective.model.vae.encode(batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1])
+    h, w = divmod(token, alone.shape[3] // 2)
+    expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
+    torch.testing.assert_close(tokens[40], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_plan(objective, task):
+    batch = objective.batch.batch([example(task, 5), example("draw.one", 0)], random.Random(0))
+    assert len(batch.pack.layout.lengths) == 3  # two samples and the filler
+
+
+@torch.no_grad()
+def test_packing_equals_one_by_one(objective):
+    """Every sample, and every copy of a picture, has the loss that it has alone behind its prompt."""
+    model, generator = stirred(objective.model), torch.Generator().manual_seed(0)
+    tasks = ("draw.one", "answer.count", "edit.recolour", "caption")
+    samples = []
+    for i, task in enumerate(tasks):
+        items = dropping(objective, float(i == 0)).sample(example(task, i), [], random.Random(i))
+        latent = torch.randn(16, 32, generator=generator)
+        samples.append([dataclasses.replace(item, tokens=latent) if item.kind == "draw" else item for item in items])
+    noise = torch.randn(4 * 16, 32, generator=generator)
+    together = model(pack(samples), noise)
+    mse, text = [], []
+    for items in samples:
+        prompt, copies = [i for i in items if i.kind != "draw"], [i for i in items if i.kind == "draw"]
+        for copy in copies:
+            alone = noise[16 * len(mse) : 16 * (len(mse) + 1)]
+            mse.append(model(pack([[*prompt, copy]]), alone).mse)
+        if not copies:
+            text.append(model(pack([items]), noise[:0]).text)
+    # float32 sums in other orders
+    torch.testing.assert_close(together.mse, torch.cat(mse), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.text, torch.cat(text), rtol=1e-4, atol=1e-4)
+
+
+def stirred(model):
+    """A copy whose velocity is not 0, and whose norms of responses count."""
+    found = JanusFlow(model.cfg)
+    found.load_state_dict(model.state_dict())
+    found.tokenizer = model.tokenizer
+    torch.manual_seed(0)
+    for name, parameter in found.named_parameters():
+        if "channelwise_norm" in name or name.startswith("painter.out_convs"):
+            parameter.normal_(std=0.2)
+    return found.eval()
+
+
+@torch.no_grad()
+def test_text_loss_is_the_cross_entropy_of_the_words_that_chat_would_say(objective):
+    model, one = objective.model.eval(), example("answer.count", 3)
+    items = objective.batch.sample(one, [], random.Random(0))
+    loss = model(pack([items]), torch.zeros(0, 32)).text
+    last = items[-1]
+    said = (last.labels != IGNORE).nonzero().squeeze(1)
+    # the prompt as `understand` reads it, then the words behind it
+    asked = model.prompts.conversation([{"role": "user", "content": one.prompt, "images": Image.fromarray(one.images[0])}])
+    batch = pack([[*asked, text_item(last.ids[said + 1].tolist())]])
+    hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM]
+    logits = model.decoder.head(model.decoder.norms[STREAM](hidden[-1 - len(said) : -1]))
+    torch.testing.assert_close(loss, cross_entropy(logits, last.labels[said], reduction="none"), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_teach(recipe):
+    objective = build(recipe)
+    trainer = Trainer(objective, recipe, torch.device("cpu"))
+    batch = objective.batch(0)
+    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    frozen = objective.model.vae.decoder.conv_in.weight.clone()
+    start = objective.model.look_start.detach().clone()
+    for _ in range(12):
+        trainer.update(batch)
+    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    assert all(after[name] < before[name] for name in before), (before, after)
+    assert torch.equal(frozen, objective.model.vae.decoder.conv_in.weight)
+    assert not torch.equal(start, objective.model.look_start)
+
+
+def test_every_trained_parameter_is_reached(recipe):
+    objective = build(recipe)
+    torch.manual_seed(0)
+    for name, parameter in objective.model.named_parameters():
+        if "unpatch_conv" in name:  # zeros pass nothing on
+            torch.nn.init.normal_(parameter, std=0.1)
+    sum(objective.losses(objective.batch(0)).values()).backward()
+    missed = [n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not missed
+
+
+def test_another_vit_is_refused(recipe):
+    changed = dataclasses.replace(recipe, model={**recipe.model, "vision": recipe.model["vision"] | {"width": 64}})
+    with pytest.raises(ValueError, match="the trained ViT has other numbers than the recipe's vision"):
+        build(changed)
+    with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
+        build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
+
+
+def test_a_few_steps_and_their_release(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, steps=2, save_every=2, sample_every=2, log_every=1)
+    objective = build(recipe)
+    assert train(objective, recipe, tmp_path, workers=0) == 2
+    assert (tmp_path / "samples" / "00000002.png").is_file()
+    release = tmp_path / "release"
+    source = Path(recipe.options["vae"]) / "ae.safetensors"
+    assert (release / "ae.safetensors").read_bytes() == source.read_bytes()
+    model = JanusFlow.from_pretrained(release)
+    assert (model.cfg.size, model.cfg.steps, model.cfg.guidance, model.cfg.talk.system) == ((64, 64), 2, 3.0, "")
+    (image,) = model.generate("a red circle", seed=3).images
+    assert image.size == (64, 64) and image.tobytes() == model.generate("a red circle", seed=3).images[0].tobytes()
+    edited = model.generate("make the circle blue", images=image, seed=3)
+    assert edited.images[0].size == (64, 64)
+    assert isinstance(model.understand(image, "how many?"), str)
+
+
+def test_numbers_of_the_recipe_fit_the_bundle():
+    """At most 20 MB in bfloat16 beside a VAE of 2.1 MB."""
+    recipe = read_recipe(RECIPE)
+    vae = VAEConfig(width=32, multipliers=(1, 1, 2, 2), n_blocks=1, latent_channels=8, scale=1.0, shift=0.0).to_files()
+    with torch.device("meta"):
+        model = JanusFlow(JanusFlowConfig.from_files(config_files(recipe.model, vae, 512), {}, vae))
+    assert model.cfg.latent == (8, 8) and model.cfg.encoder.in_channels == 8
+    assert 2 * sum(x.numel() for name, x in model.state_dict().items() if not name.startswith("vae.")) < 17.9e6
+
+
+def test_a_target_is_behind_its_prompt_alone():
+    one = target(torch.zeros(4, 2, dtype=torch.long), 7, time=0.25)
+    layout = pack([[text_item([1, 2]), one, dataclasses.replace(one, time=0.5)]]).layout
+    assert layout.positions.tolist() == [0, 1, *range(2, 7), *range(2, 7)]
+    sees = [[q >= k and not (q >= 7 and 2 <= k < 7) for k in range(12)] for q in range(12)]
+    assert torch.equal(layout.mask.dense(), torch.tensor(sees))
+
+
+def test_texts_alone_make_a_batch(objective):
+    batch = objective.batch.batch([example("answer.count", 1), example("caption", 1)], random.Random(0))
+    assert batch.pack.draw is None and set(objective.losses(batch)) == {"answer", "caption"}

@@ -1,0 +1,213 @@
+"""The nano recipes: what they read, what their batches hold, and that a few steps teach something."""
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from helpers.paths import RECIPES
+from safetensors.torch import save_file
+
+from unimm.data.batching import dealt
+from unimm.data.shapes import HELD_OUT, TASKS, example
+from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.sequence.parts import IGNORE
+from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.training.config import read_recipe
+from unimm.training.tasks.bagel import FLOWS, TEXTS, compile_streams, text_model
+from unimm.training.tasks.base import build
+from unimm.training.tasks.vit import IGNORED
+from unimm.training.trainer import Trainer
+
+SMALL_LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+SMALL_VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """bagel-nano's recipe with small numbers, around an untrained VAE and ViT."""
+    folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "bagel-nano.yaml")
+    model = {name: dict(part) for name, part in full.model.items()}
+    model["llm"] |= SMALL_LLM
+    model["vit"] |= SMALL_VIT
+    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4, scale=1.0, shift=0.0)
+    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
+    save_file(NaViT(VisionConfig.from_files(model["vit"], drop_last=True)).state_dict(), folder / "vision.safetensors")
+    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compiled=False)
+    return dataclasses.replace(full, model=model, options=options, batch=104, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def objective(recipe):
+    return build(recipe)
+
+
+def test_every_recipe_is_read():
+    names = {path.stem: read_recipe(path).objective for path in RECIPES.glob("*.yaml")}
+    assert names == {
+        "bagel-nano": "shapes",
+        "bagel-nano-vae": "vae",
+        "bagel-nano-vit": "vision",
+        "janus-nano": "janus",
+        "janus-nano-decoupling": "decoupling",
+        "janus-nano-semantic": "semantic",
+        "janus-nano-stage1": "janus",
+        "janus-nano-stage2": "janus",
+        "janus-nano-stage3": "janus",
+        "janus-nano-vq": "vq",
+        "janusflow-nano": "janusflow",
+        "metaquery-instruct": "metaquery",
+        "metaquery-nano": "metaquery",
+        "metaquery-pretrain": "metaquery",
+        "metaquery-nano-dcae": "dcae",
+        "metaquery-nano-reader": "reader",
+        "uniworld-nano": "uniworld",
+        "uniworld-nano-decider": "deciding",
+        "uniworld-stage1": "uniworld",
+        "uniworld-stage2": "uniworld",
+    }
+
+
+def test_tasks_fill_a_batch():
+    tasks = {"a": 5, "b": 2, "c": 1}
+    few = [dealt(tasks, 8 + 3, random.Random(i)) for i in range(2000)]
+    assert all(len(batch) == 11 and all(batch[:8].count(task) == n for task, n in tasks.items()) for batch in few)
+    # a hand of a deck: never more of a task than the deck holds, and its share on average
+    many = [dealt(tasks, 4, random.Random(i)) for i in range(2000)]
+    assert all(len(batch) == 4 and all(batch.count(task) <= n for task, n in tasks.items()) for batch in many)
+    for hands in ([batch[8:] for batch in few], many):
+        drawn = [task for hand in hands for task in hand]
+        assert all(abs(drawn.count(task) / len(drawn) - n / 8) < 0.03 for task, n in tasks.items())
+
+
+def test_frozen_parts_are_parts(recipe):
+    with pytest.raises(ValueError, match=r"got frozen \['visoin'\], expected beginnings"):
+        build(dataclasses.replace(recipe, options={**recipe.options, "frozen": ["visoin"]}))
+
+
+def test_missing_parts_are_named(recipe):
+    with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
+        build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
+
+
+def test_batches_are_a_function_of_seed_and_step(objective):
+    a, b, other = objective.batch(3), objective.batch(3), objective.batch(4)
+    assert torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.noise, b.noise) and torch.equal(a.images, b.images)
+    assert a.pack.ids.shape != other.pack.ids.shape or not torch.equal(a.pack.ids, other.pack.ids)
+
+
+def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
+    batch = objective.batch(0)
+    assert set(batch.flow_groups.tolist()) == set(range(len(FLOWS)))
+    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
+    assert len(batch.flow_groups) == int(batch.pack.noised.sum())
+    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert all(len(rows) % 256 == 0 for rows in batch.pack.streams.values())
+    losses = objective.losses(batch)
+    assert set(losses) == set(FLOWS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_a_batch_that_draws_nothing(objective):
+    batch = objective.batch.batch([example("answer.count", 5), example("fact.forward", 0)], random.Random(0))
+    assert batch.pack.draw is None
+    losses = objective.losses(batch)
+    assert set(losses) == {"answer", "fact"} and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_latents_are_those_of_each_picture_alone(objective):
+    batch = objective.batch(1)
+    encoded = objective.encoded(batch)
+    picture, token = batch.pack.draw.content[40].tolist()
+    alone = objective.model.vae.encode(batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1])
+    h, w = divmod(token, alone.shape[3] // 2)
+    expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
+    torch.testing.assert_close(encoded.draw.content[40], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_plan(objective, task):
+    batch = objective.batch.batch([example(task, 5), example("draw.one", 0)], random.Random(0))
+    assert len(batch.pack.layout.lengths) == 3  # two samples and the filler
+
+
+def test_steps_teach(recipe, objective):
+    # a loss of small weight may rise for some steps while the others fall
+    even = dict.fromkeys(recipe.loss_weights, 1.0)
+    trainer = Trainer(objective, dataclasses.replace(recipe, warmup=0, lr=3e-3, loss_weights=even), torch.device("cpu"))
+    batch = objective.batch(0)
+    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    frozen = objective.model.vision.patch.weight.clone()
+    for _ in range(12):
+        trainer.update(batch)
+    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    assert all(after[name] < before[name] for name in before), (before, after)
+    assert torch.equal(frozen, objective.model.vision.patch.weight)
+
+
+def test_the_vit_learns_to_see():
+    recipe = dataclasses.replace(read_recipe(RECIPES / "bagel-nano-vit.yaml"), batch=32, precision="float32", warmup=0)
+    objective = build(dataclasses.replace(recipe, model={**recipe.model, **SMALL_VIT}))
+    batch = objective.batch(0)
+    empty = (batch.targets == 0).all(-1)
+    assert (batch.targets[~empty] != 0).all() and 0 < (~empty).float().mean() < 0.4
+    trainer = Trainer(objective, recipe, torch.device("cpu"))
+    first = sum(loss.item() for loss in objective.losses(batch).values())
+    for step in range(25):
+        trainer.update(objective.batch(step))
+    assert sum(loss.item() for loss in objective.losses(batch).values()) < 0.5 * first
+    assert 0 <= objective.accuracy() <= 1
+    # on another device, too: there its pictures have to be brought to it
+    objective.model.to("meta")
+    with pytest.raises(RuntimeError, match=r"item\(\)"):
+        objective.accuracy()
+
+
+def test_nameless_things_teach_what_has_a_name():
+    recipe = read_recipe(RECIPES / "bagel-nano-vit.yaml")
+    options = recipe.options | {"nameless_colours": 0.5, "nameless_shapes": 0.5, "noise": 0.0}
+    batch = build(dataclasses.replace(recipe, options=options, batch=16)).batch(0)
+    found = batch.targets[batch.targets[:, 2] > 0]  # patches that hold a thing: every size has a name
+    shape_missing, colour_missing = (found[:, i] == IGNORED for i in (0, 1))
+    assert torch.equal(shape_missing, ~colour_missing) and shape_missing.any() and colour_missing.any()
+
+
+def test_only_drawings_and_edits_lose_names(objective):
+    worlds, dice = objective.batch, random.Random(0)
+    worlds = dataclasses.replace(worlds, options=dataclasses.replace(worlds.options, nameless_colours=0.5, nameless_shapes=0.5))
+    for task in TASKS:
+        one = example(task, 3)
+        changed = worlds.unnamed(one, dice)
+        assert (changed is one) == (not task.startswith(("draw.", "edit.")) or task == "draw.favourite")
+
+
+def test_a_vit_is_judged_by_plain_scenes():
+    recipe = read_recipe(RECIPES / "bagel-nano-vit.yaml")
+    scenes = build(dataclasses.replace(recipe, batch=8)).batch
+    plain, again = scenes.batch(scenes.scenes(3)), scenes.batch(scenes.scenes(3))
+    assert torch.equal(plain.patches, again.patches) and int(plain.targets.min()) >= 0
+    assert not torch.equal(scenes(3).patches, plain.patches)
+
+
+# torch's own tracer looks at the gradients of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
+def test_compiled_streams_equal_plain_ones(recipe):
+    plain, fast = build(recipe), build(recipe)
+    compile_streams(fast.model)
+    for step in range(2):
+        batch = plain.batch(step)
+        expected, got = plain.losses(batch), fast.losses(batch)
+        for name, loss in expected.items():
+            torch.testing.assert_close(got[name], loss, rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_model_keeps_markers_out_of_reach():
+    tokenizer = text_model(512, lines=2000)
+    bos = tokenizer.id("<|im_start|>")
+    assert bos is not None and tokenizer.id("no such token") is None
+    assert bos not in tokenizer.encode("a <|im_start|> red circle")
+    for text in ("a red circle left of a blue square", "<think>3 - 2 = 1. draw one red circle.</think>", "caf\u00e9"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("three green stars")) <= 5
+    assert len(HELD_OUT) == 6

@@ -1,0 +1,371 @@
+"""LLaVA-OneVision: beside transformers' at toy size, its tiles, batches, caches, files and prompts; the released manifest."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import manifest
+from helpers.llava_toys import MOST, PINS, RELEASED, SIDE, SIZE, TEXT, TOP, VISION, Letters
+from helpers.toys import picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.save import released_state
+from unimm.generation.decode import speak
+from unimm.generation.kv_cache import EMPTY
+from unimm.generation.prefill import extend
+from unimm.generation.text_sampling import TextSampling
+from unimm.processing.images.llava_onevision import AnyRes
+from unimm.sequence.packing import pack
+from unimm.sequence.parts import IGNORE, text_item
+from unimm.vlms.llava_onevision.model import GRIDS, LlavaConfig, LlavaOneVision, llava_keys
+from unimm.vlms.llava_onevision.processor import PLACEHOLDER
+
+SIZES = [(14, 14), (20, 37), (60, 9), (9, 80), (41, 40), (100, 7), (31, 30)]  # (height, width)
+
+
+def assert_close(got, expected):
+    """The project's tolerance in float32: 1e-4 of the largest value."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def transformers_model(tied: bool = False):
+    """transformers' model at toy size, of random weights larger than usual, so that differences show."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    turning = {"rope_theta": 5000.0, "rope_type": "default"}
+    config = LlavaOnevisionConfig(
+        vision_config=VISION, text_config=TEXT | {"rope_parameters": turning, "bos_token_id": None},
+        tie_word_embeddings=tied, **TOP,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            x.normal_(std=1.5 * x[0].numel() ** -0.5) if x.ndim > 1 else x.add_(0.1 * torch.randn(x.shape))
+    model.tie_weights()
+    return model
+
+
+def transformers_processor():
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    return LlavaOnevisionImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, image_grid_pinpoints=PINS, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.3, 0.5]
+    )
+
+
+def saved(model, folder: Path) -> Path:
+    """transformers' model in a folder, with a preprocessor's config."""
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(transformers_processor().to_json_string())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return transformers_model()
+
+
+@pytest.fixture(scope="module")
+def ours(theirs, tmp_path_factory) -> LlavaOneVision:
+    model = LlavaOneVision.from_pretrained(saved(theirs, tmp_path_factory.mktemp("llava")))
+    model.tokenizer = Letters()
+    return model.requires_grad_(False)
+
+
+def shown(sizes=SIZES) -> list[Image.Image]:
+    return [picture(w, h, seed=i) for i, (h, w) in enumerate(sizes)]
+
+
+PROMPTS = [([7, 8, 154, 10, 20, 30], [(20, 37)]), ([5, 6, 10], []), ([7, 154, 154, 9, 154, 20], [(9, 80), (14, 14), (31, 30)])]
+
+
+def batch_of(model: LlavaOneVision) -> list[list]:
+    """Prompts of a picture, of none, and of three, two of them side by side, as items."""
+    return [model.prompts.items(ids, shown(sizes), tiled=len(sizes) == 1) for ids, sizes in PROMPTS]
+
+
+def for_transformers(samples: list[list], prompts=PROMPTS) -> dict[str, torch.Tensor]:
+    """The same prompts as the arguments of transformers' model, padded on the left; its own pixels."""
+    rows = [[one for item in items for one in (item.ids.tolist() or [154] * item.n_tokens)] for items in samples]
+    longest = max(map(len, rows))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows])
+    given = transformers_processor()([shown(sizes) for _, sizes in prompts], return_tensors="pt")
+    return dict(input_ids=padded, attention_mask=mask, **given)
+
+
+def greedy(model: LlavaOneVision, samples: list[list], n: int = 8) -> torch.Tensor:
+    """The likeliest ids after each sample [B, n]; nothing ends them."""
+    contexts, last = model.prefilled(samples)
+    return torch.tensor([*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]).T
+
+
+# ---- beside transformers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_equals_transformers(tmp_path, tied):
+    """Hidden states, logits and greedy text of a batch, through the released layout."""
+    theirs = transformers_model(tied)
+    theirs.generation_config.eos_token_id = None
+    model = LlavaOneVision.from_pretrained(saved(theirs, tmp_path))
+    assert model.cfg.decoder.tied == tied == ("decoder.head.weight" not in model.state_dict())
+    samples = batch_of(model)
+    given, batch = for_transformers(samples), pack(samples)
+    real = given["attention_mask"].bool()
+    out = theirs(**given, output_hidden_states=True)
+    hidden = model.states(batch)
+    assert_close(hidden, out.hidden_states[-1][real])
+    assert_close(model.decoder.head(hidden), out.logits[real])
+    said = theirs.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, real.shape[1] :]
+    assert torch.equal(greedy(model, samples), said)
+
+
+@torch.inference_mode()
+def test_pictures_of_any_size_equal_transformers(theirs, ours):
+    """Rows of pictures higher and wider than a tile, shrunk ones too, all in one call; and what a row is made of."""
+    for size, image in zip(SIZES, shown(), strict=True):
+        item = ours.prompts.looked_at(image, tiled=True)
+        expected = transformers_processor()(image, return_tensors="pt")
+        assert_close(item.tiles, expected["pixel_values"][0])
+        assert [*size] == expected["image_sizes"][0].tolist() == item.tokens[0, :2].tolist()
+        (rows,) = theirs.model.get_image_features(**expected).pooler_output
+        assert_close(ours.seen(pack([[item]]).look), rows)
+    items = [ours.prompts.looked_at(image, tiled=i % 2 == 0) for i, image in enumerate(shown())]
+    alone = [ours.seen(pack([[item]]).look) for item in items]
+    assert_close(ours.seen(pack([items]).look), torch.cat(alone))
+
+
+def test_sizes_are_those_of_the_processor():
+    """Rows, also of the released sizes: MetaQuery's squares of 384 pixels have 1485."""
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    class Counting(LlavaOnevisionProcessor):
+        def __init__(self, pins, side, most):
+            self.num_image_tokens, self.vision_aspect_ratio = side**2, f"anyres_max_{most}"
+            self.image_processor = type("Pins", (), {"image_grid_pinpoints": [list(pin) for pin in pins]})
+
+    released = AnyRes(size=384, side=27, grids=GRIDS, most=9)
+    assert released.rows(384, 384, tiled=True) == 1485 and released.rows(384, 384, tiled=False) == 730
+    for rule in (released, AnyRes(size=SIZE, side=SIDE, grids=tuple(map(tuple, PINS)), most=MOST)):
+        counting = Counting(rule.grids, rule.side, rule.most)
+        for i in range(1, 60):
+            h, w = 17 * i % 301 * 8 + 5, 29 * i % 307 * 8 + 3
+            assert rule.rows(h, w, tiled=True) == counting._get_number_of_features(h, w, rule.size, rule.size)
+
+
+def test_loss_equals_transformers(theirs, ours):
+    turn = {"role": "user", "content": "what?", "images": picture(20, 30)}
+    items = ours.prompts.answered([turn], "a b")
+    batch = pack([items])
+    assert (batch.labels != IGNORE).sum() == 4, "three letters and the end"
+    given = for_transformers([items])
+    given |= transformers_processor()(picture(20, 30), return_tensors="pt")
+    labels = given["input_ids"].clone()
+    labels[0, :-4] = IGNORE
+    with torch.inference_mode():
+        assert_close(ours(batch).mean(), theirs(**given, labels=labels).loss)
+
+
+# ---- batches and caches
+
+
+@torch.inference_mode()
+def test_a_batch_equals_singles(ours):
+    samples = batch_of(ours)
+    for got, sample in zip(ours.read(samples), samples, strict=True):
+        assert_close(got, ours.read([sample])[0])
+    assert torch.equal(greedy(ours, samples), torch.cat([greedy(ours, [sample]) for sample in samples]))
+
+
+@torch.inference_mode()
+def test_cached_equals_uncached(ours):
+    """A prefix read once, a picture among it; and text written row by row equals text read at once."""
+    samples = batch_of(ours)
+    whole, kept = ours.read(samples), [2, 0, 3]
+    contexts = extend(ours, [EMPTY] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
+    rest = ours.read([items[n:] for items, n in zip(samples, kept, strict=True)], contexts=contexts)
+    for got, expected in zip(rest, whole, strict=True):
+        assert_close(got, expected[-len(got) :])
+    for items, ids in zip(samples, greedy(ours, samples), strict=True):
+        (hidden,) = ours.read([[*items, text_item(ids.tolist())]])
+        assert torch.equal(ours.decoder.head(hidden)[-9:-1].argmax(-1), ids)
+
+
+def test_prepared_says_the_same(ours):
+    samples = batch_of(ours)
+    assert torch.equal(greedy(ours.prepared(), samples), greedy(ours, samples))
+
+
+def test_understand_and_stream(ours):
+    short, images = TextSampling(max_tokens=5), shown()
+    one = ours.understand(images[0], "what?", text=short)
+    assert isinstance(one, str) and "".join(ours.understand(images[0], "what?", text=short, stream=True)) == one
+    talks = [[images[0]], [images[1], images[2]], None]
+    batch = ours.understand(talks, ["what?", "which?", "why?"], text=short)
+    assert batch == [ours.understand(some, q, text=short) for some, q in zip(talks, ["what?", "which?", "why?"], strict=True)]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "he"}]
+    assert isinstance(ours.chat(turns, system="be brief", text=short), str)
+
+
+def test_gradients_reach_every_parameter(tmp_path):
+    model = LlavaOneVision.from_pretrained(saved(transformers_model(), tmp_path))
+    model.tokenizer = Letters()
+    items = model.prompts.answered([{"role": "user", "content": "what?", "images": picture(30, 9)}], "a b")
+    model(pack([items])).sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert unused == ["vision.norm.weight", "vision.norm.bias"], "the decoder looks at the layer before the tower's norm"
+
+
+# ---- prompts
+
+
+def test_the_released_template(ours):
+    """Pictures first, behind the role; a newline before the text and none behind a turn; no system prompt of its own."""
+    turns = [
+        {"role": "user", "content": "one", "images": shown()[:2]},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    text, images = ours.prompts.template(turns, system="be brief")
+    assert len(images) == 2 and text == (
+        "<|im_start|>system \nbe brief<|im_end|><|im_start|>user <image><image>\none<|im_end|>"
+        "<|im_start|>assistant \ntwo<|im_end|><|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
+    )
+    assert ours.prompts.template(turns[2:])[0] == "<|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
+    between = {"role": "user", "content": f"is {PLACEHOLDER} like {PLACEHOLDER}?", "images": shown()[:2]}
+    assert ours.prompts.template([between])[0].startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
+
+
+def test_several_pictures_are_not_tiled_unless_asked(ours):
+    def rows(images, **how):
+        text, pictures = ours.prompts.template([{"role": "user", "content": "a", "images": images}])
+        return [item.n_tokens for item in ours.prompts.composed(text, pictures, **how) if item.kind == "look"]
+
+    images = shown()[1:3]
+    assert rows(images) == [SIDE**2 + 1] * 2 == rows(images, tiled=False)
+    assert rows(images[:1]) + rows(images[1:]) == rows(images, tiled=True)
+    assert all(n > SIDE**2 + 1 for n in rows(images, tiled=True))
+
+
+def test_markers_typed_by_a_user_are_text(ours):
+    (item,) = ours.prompts.conversation([{"role": "user", "content": "a<|im_end|>b<video>"}])
+    assert item.ids.tolist().count(151) == 1 and 155 not in item.ids
+
+
+# ---- files
+
+
+def test_both_spellings(tmp_path, theirs, ours):
+    """What transformers writes today, with and without the name around the tower, and what we write: the older names."""
+    newer = saved(theirs, tmp_path / "theirs")
+    names = set(load_file(newer / "model.safetensors"))
+    ours.save_pretrained(tmp_path / "ours")
+    older = load_file(tmp_path / "ours" / "model.safetensors")
+    assert "language_model.model.norm.weight" in older and "language_model.lm_head.weight" in older
+    renamed = {
+        key.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head"): x
+        for key, x in older.items()
+    }
+    renamed = {key if key.startswith(("model.", "lm_head")) else f"model.{key}": x for key, x in renamed.items()}
+    whole = "vision_tower.vision_model."
+    bare = [{key.replace(whole, "vision_tower."): x for key, x in state.items()} for state in (older, renamed)]
+    assert names == set(bare[0])
+    for i, state in enumerate((renamed, *bare)):
+        folder = tmp_path / str(i)
+        ours.save_pretrained(folder)
+        save_file(state, folder / "model.safetensors")
+        again = LlavaOneVision.from_pretrained(folder)
+        assert again.cfg == ours.cfg and all(torch.equal(x, ours.state_dict()[key]) for key, x in again.state_dict().items())
+    assert LlavaOneVision.from_pretrained(tmp_path / "ours", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_tied_head_in_the_files_is_left(tmp_path):
+    model = LlavaOneVision.from_pretrained(saved(transformers_model(tied=True), tmp_path / "theirs"))
+    model.save_pretrained(tmp_path / "ours")
+    path = tmp_path / "ours" / "model.safetensors"
+    save_file(load_file(path) | {"language_model.lm_head.weight": torch.zeros(160, 32)}, path)
+    assert LlavaOneVision.from_pretrained(tmp_path / "ours").cfg == model.cfg
+
+
+def test_manifest_fits_the_released_model():
+    """MetaQuery's backbone: without a language head, the table enlarged by its 258 rows, here as more of the vocabulary."""
+    shapes = manifest("metaquery_llavaov0p5_backbone")
+    files = RELEASED | {"text_config": RELEASED["text_config"] | {"vocab_size": 152258}}
+    with torch.device("meta"):
+        model = LlavaOneVision(LlavaConfig.from_files(files, {}))
+    assert len(shapes) == 716 and model.cfg.pixels.rows(384, 384, tiled=True) == 1485
+    prefixed = {f"model.mllm_backbone.{key}": shape for key, shape in shapes.items()}
+    for names, prefix in ((shapes, ""), (prefixed, "model.mllm_backbone.")):
+        table, state = llava_keys(model.cfg, names, prefix=prefix), model.state_dict()
+        assert {place.name for place in check_keys(names, table, state, "here").values()} == set(state)
+        assert {key: tuple(x.shape) for key, x in released_state(model, table).items()} == names
+    without = {key: shape for key, shape in shapes.items() if key != "image_newline"}
+    with pytest.raises(CheckpointError, match="missing keys: image_newline"):
+        check_keys(without, llava_keys(model.cfg, without), model.state_dict(), "here")
+
+
+def test_config_round_trips(ours):
+    files = json.loads(json.dumps(ours.cfg.to_files()))
+    assert LlavaConfig.from_files(files["config.json"], files["preprocessor_config.json"]) == ours.cfg
+    cfg = LlavaConfig.from_files(RELEASED, {})
+    assert (cfg.decoder.rope_theta, cfg.decoder.tied, cfg.markers.end, cfg.markers.image) == (1e6, True, 151645, 151646)
+    assert cfg.pixels.grids == GRIDS and cfg.pixels.most == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llava_next"}, "describes no LLaVA-OneVision: .*got 'llava_next'"),
+        ({"vision_feature_layer": -2}, "got vision_feature_layer -2, expected -1"),
+        ({"vision_feature_select_strategy": "default"}, "expected 'full'"),
+        ({"vision_aspect_ratio": "square"}, "got vision_aspect_ratio 'square'"),
+        ({"image_grid_pinpoints": [[14, 15]]}, r"got image_grid_pinpoints \[\(14, 15\)\].*whole tiles of 14"),
+        ({"vision_aspect_ratio": "anyres_max_0"}, "a positive number of tiles"),
+        ({"text_config": TEXT | {"use_sliding_window": True}}, "use_sliding_window"),
+        ({"text_config": TEXT | {"rope_scaling": {"type": "yarn"}}}, "yarn"),
+        ({"text_config": TEXT | {"model_type": "qwen3"}}, "expected a plain Qwen2"),
+        ({"projector_hidden_act": "gelo"}, "unknown activation 'gelo'"),
+    ],
+)
+def test_wrong_configs(changes, words):
+    with pytest.raises(ValueError, match=words):
+        LlavaOneVision(LlavaConfig.from_files(TOP | {"text_config": TEXT, "vision_config": VISION} | changes, {}))
+
+
+def test_wrong_preprocessors():
+    files = TOP | {"text_config": TEXT, "vision_config": VISION}
+    for look in ({"size": {"height": 28, "width": 28}}, {"image_grid_pinpoints": [[14, 14]]}, {"do_rescale": False}):
+        with pytest.raises(ValueError, match="tiles of 14 pixels and the image_grid_pinpoints"):
+            LlavaConfig.from_files(files, look)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.understand("nowhere.png", "what?"), "no image at nowhere.png"),
+        (lambda m: m.understand(picture(8, 8), " "), "got an empty prompt"),
+        (lambda m: m.understand(picture(8, 8), "<image> or <image>?"), "got 2 <image> for 1 pictures"),
+        (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "the user to have the last word"),
+        (lambda m: m.prompts.items([154, 3], [], tiled=True), "got 1 placeholders for 0 pictures"),
+        (lambda m: m.understand(None, "a" * 600), r"would reach position \d+, the model knows 512"),
+    ],
+)
+def test_bad_input(ours, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(ours)
+
+
+def test_wrong_weights(tmp_path, ours):
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    save_file({key: x for key, x in state.items() if not re.search(r"layers\.1\.mlp\.up", key)}, path)
+    with pytest.raises(CheckpointError, match=r"missing keys: language_model\.model\.layers\.1\.mlp\.up_proj\.weight"):
+        LlavaOneVision.from_pretrained(tmp_path)
