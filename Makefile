@@ -1,11 +1,12 @@
 # make demo   sets up .venv and runs the main job on bagel-nano; saves demo.png
 # make test   sets up .venv and runs the tests
 # make lint   ruff and mypy
+# make docs   the documentation, strictly, into site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/unimm demo
@@ -17,8 +18,11 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy unimm
 
+docs: .venv/docs.stamp
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python 3.10 or newer is needed: make PYTHON=..."; exit 1; }
@@ -28,6 +32,10 @@ clean:
 .venv/demo.stamp: .venv/bin/python setup.py pyproject.toml
 	$(BIN)/python -m pip install -e .
 	@touch $@
+
+.venv/docs.stamp: .venv/bin/python setup.py pyproject.toml
+	$(BIN)/python -m pip install -e '.[docs]'
+	@touch $@ .venv/demo.stamp
 
 .venv/test.stamp: .venv/bin/python setup.py pyproject.toml
 	$(BIN)/python -m pip install -e '.[test]'

@@ -22,6 +22,8 @@ TEST = [
     "transformers",
 ]
 
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+
 setup(
     name="unimm",
     version=VERSION,
@@ -57,6 +59,6 @@ setup(
         "typer",
         "typing_extensions",
     ],
-    extras_require={"test": TEST, "all": TEST},
+    extras_require={"test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
     entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )
