@@ -22,7 +22,7 @@ from unimm.models.janus.network import Projector
 from unimm.tokenizers.semantic_vq import Branch, BranchConfig
 from unimm.tokenizers.vq import VQ
 from unimm.training.config import Recipe, strict
-from unimm.training.tasks.bagel import trained
+from unimm.training.init import trained
 from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
 from unimm.training.tasks.janus import Batch, JanusObjective, fresh, init_aligner
 from unimm.training.tasks.janus import Options as Plain

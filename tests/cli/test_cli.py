@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import unimm
 from unimm.cli.demo import sheet
-from unimm.cli.main import amount, app, parse_size
+from unimm.cli.generate import parse_size
+from unimm.cli.main import app
+from unimm.cli.releases import amount
 from unimm.evaluation.benchmarks.shapes import TASKS
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unimm import Janus
+from unimm.data.batching import THOUGHTS, taken
 from unimm.data.shapes import HELD_OUT, example, read
 from unimm.sequence.parts import IGNORE
 from unimm.training.config import read_recipe
 from unimm.training.tasks import janus
 from unimm.training.tasks.base import build
-from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS, THOUGHTS, taken
+from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
 from unimm.training.trainer import Trainer, train
 
 STAGES = ("janus-nano-stage1", "janus-nano-stage2", "janus-nano-stage3")

@@ -24,8 +24,8 @@ from unimm.sequence.packing import pack
 from unimm.sequence.parts import IGNORE, text_item
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import read_recipe
+from unimm.training.init import text_model
 from unimm.training.tasks import janusflow
-from unimm.training.tasks.bagel import text_model
 from unimm.training.tasks.base import build
 from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
 from unimm.training.tasks.janusflow import config_files

@@ -19,7 +19,7 @@ from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import SYSTEM
 from unimm.models.metaquery.model import MetaQuery
 from unimm.training.config import read_recipe, strict
-from unimm.training.tasks.bagel import text_model
+from unimm.training.init import text_model
 from unimm.training.tasks.base import build
 from unimm.training.tasks.metaquery import Options
 from unimm.training.trainer import Trainer, optimizers, train

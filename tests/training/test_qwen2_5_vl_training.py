@@ -17,8 +17,8 @@ from unimm.sequence.packing import pack
 from unimm.sequence.parts import IGNORE
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.config import read_recipe
+from unimm.training.init import text_model
 from unimm.training.tasks import qwen2_5_vl as reader
-from unimm.training.tasks.bagel import text_model
 from unimm.training.tasks.base import build
 from unimm.training.tasks.qwen2_5_vl import SEEN, TEXTS, plan, turn
 from unimm.training.trainer import Trainer, train

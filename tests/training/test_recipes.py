@@ -14,7 +14,8 @@ from unimm.encoders.siglip_navit import NaViT, VisionConfig
 from unimm.sequence.parts import IGNORE
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import read_recipe
-from unimm.training.tasks.bagel import FLOWS, TEXTS, compile_streams, text_model
+from unimm.training.init import compile_streams, text_model
+from unimm.training.tasks.bagel import BAGEL_MARKERS, FLOWS, TEXTS
 from unimm.training.tasks.base import build
 from unimm.training.tasks.vit import IGNORED
 from unimm.training.trainer import Trainer
@@ -203,7 +204,7 @@ def test_compiled_streams_equal_plain_ones(recipe):
 
 
 def test_the_text_model_keeps_markers_out_of_reach():
-    tokenizer = text_model(512, lines=2000)
+    tokenizer = text_model(512, lines=2000, markers=BAGEL_MARKERS)
     bos = tokenizer.id("<|im_start|>")
     assert bos is not None and tokenizer.id("no such token") is None
     assert bos not in tokenizer.encode("a <|im_start|> red circle")

@@ -19,9 +19,8 @@ from unimm.encoders.siglip_navit import NaViT, VisionConfig
 from unimm.tokenizers.kl import VAE, VAEConfig
 from unimm.training.config import read_recipe
 from unimm.training.ema import Average, ramp
-from unimm.training.tasks.bagel import text_model
+from unimm.training.init import fresh_tower, text_model
 from unimm.training.tasks.base import build
-from unimm.training.tasks.uniworld import fresh_tower
 from unimm.training.trainer import Trainer, train
 
 PAINTER = dict(in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=12,

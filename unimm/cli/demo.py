@@ -1,17 +1,19 @@
 """The main job on a nano model: draw scenes, ask about one, edit it, draw one after thinking; all on one sheet."""
+
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unimm.models.registry import load
+from unimm.cli.options import Model, Seed
 
 # yellow circles, purple squares, cyan triangles, orange stars, red diamonds and green crosses were never trained on
 SCENES = (
@@ -40,9 +42,20 @@ COLUMNS, SIDE, GAP, FONT, LINES = 4, 192, 16, 15, 3
 Panel = tuple[Image.Image, str]
 
 
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the sheet of pictures goes.")] = Path("demo.png"),
+    model: Model = "bagel-nano",
+    seed: Seed = 0,
+) -> None:
+    """Draw scenes with a nano model, ask about one, edit it, and draw one after thinking, where the model thinks."""
+    run(out, Console(), model=model, seed=seed)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The nano's matrices are too small to share: threads that wait for a core take 63 s on a busy machine, one takes 3 s."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,6 +67,8 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def run(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
     """Do the main job with the model of that name, telling of it on the console, and save the sheet."""
+    from unimm.models.registry import load
+
     began = time.monotonic()
     with console.status(f"loading {model}"):
         loaded = load(model)

@@ -17,7 +17,7 @@ from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import MetaQueryConfig
 from unimm.models.metaquery.mllms import READERS, Squares
 from unimm.models.metaquery.weights import keys
-from unimm.training.tasks.bagel import text_model
+from unimm.training.init import text_model
 from unimm.training.tasks.metaquery import init_painter
 from unimm.vlms.llava_onevision.model import LlavaConfig, LlavaOneVision
 from unimm.vlms.qwen2_5_vl.model import QwenVLConfig

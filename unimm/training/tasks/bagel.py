@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
@@ -11,34 +10,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimm.data.batching import dealt
-from unimm.data.shapes import Example, example, vocabulary_text
+from unimm.data.batching import ROUND_ROWS, dealt, encoded
+from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import unnamed
 from unimm.generation.flow import shift_time
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import Items, Markers
-from unimm.models.base import UnifiedModel
-from unimm.nn.decoder import Decoder, Stream
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import Item
-from unimm.tokenizers.kl import VAE
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
+from unimm.training.init import compile_streams, init_decoder, text_model, trained
+from unimm.training.samples import sheet
 from unimm.training.tasks.bagel_plans import Dropout, Part, Shown, answer, drop, edit, text_to_image
 
 # a loss for each kind of sample; reasoning has two, its text and its picture
 FLOWS = ("draw", "edit", "reason")
 TEXTS = ("caption", "answer", "think", "fact")
-ROUND_ROWS = 256
 BAGEL_MARKERS = ("<|endoftext|>", *Markers.STRINGS.values())
 
 
@@ -212,7 +208,7 @@ class ShapesObjective:
         vit = trained(options.vit, "vision.safetensors", "bagel-nano-vit")
         files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
         prompts = [files["config"]["generation"][key] for key in ("think_draw", "think_answer")]
-        tokenizer = text_model(options.vocabulary, extra=prompts)
+        tokenizer = text_model(options.vocabulary, extra=prompts, markers=BAGEL_MARKERS)
         files["llm"]["vocab_size"] = tokenizer.inner.vocab_size()
         torch.manual_seed(recipe.seed)
         model = Bagel(BagelConfig.from_files(files["llm"], files["vit"], files["config"]))
@@ -251,58 +247,6 @@ class ShapesObjective:
         shutil.copyfile(self.vae, folder / "ae.safetensors")
 
 
-@torch.no_grad()
-def encoded(pack: Pack, vae: VAE, images: Tensor, posterior: Tensor, *, patch: int) -> Pack:
-    """The pack; if it draws, with latent tokens in place of (picture, token). images [P, 3, H, W], posterior [P, z, h, w]."""
-    if pack.draw is None:
-        return pack
-    device = next(vae.parameters()).device
-    latents = vae.encode(images.to(device), noise=posterior.to(device)).float().cpu()
-    tokens = rearrange(latents, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
-    picture, token = pack.draw.content.unbind(-1)
-    return replace(pack, draw=replace(pack.draw, content=tokens[picture, token]))
-
-
-def sheet(model: UnifiedModel) -> Image.Image:
-    """Test prompts drawn: four rows of six."""
-    tasks = ("draw.one", "draw.count", "draw.relation", "draw.two")
-    prompts = [example(task, i, seed=1, split="test").prompt for task in tasks for i in range(6)]
-    return grid(model.generate(prompts, seed=0).images, columns=6)
-
-
-def trained(folder: str, name: str, recipe: str) -> Path:
-    """A file that another recipe wrote. Raises ValueError, with the command that makes it, where it is not there."""
-    if not (Path(folder) / name).exists():
-        raise ValueError(f"no {name} in {folder}: run `unimm train {recipe} runs/{recipe}` first")
-    return Path(folder) / name
-
-
-def text_model(
-    size: int, *, extra: Sequence[str] = (), lines: int = 20_000, markers: Sequence[str] = BAGEL_MARKERS, kind: str = "unigram"
-) -> SentencePieceTokenizer:
-    """A sentencepiece model (bytes for what it has not met) of the world's text, with a family's markers.
-
-    kind: "bpe" fills all of its pieces with words; "unigram" stops at 437, and a text is a third longer.
-    """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*vocabulary_text(lines), *(list(extra) * 100)]),
-        model_writer=model,
-        vocab_size=size,
-        model_type=kind,
-        byte_fallback=True,
-        split_digits=True,
-        hard_vocab_limit=False,
-        control_symbols=list(markers),
-        user_defined_symbols=["<think>", "</think>"],
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return SentencePieceTokenizer(model.getvalue())
-
-
 def init_weights(model: Bagel) -> None:
     """What training from scratch starts from: embeddings of half the size of positions, residual branches scaled down
     with depth, velocity 0."""
@@ -311,31 +255,6 @@ def init_weights(model: Bagel) -> None:
     nn.init.normal_(model.connector.fc2.weight, std=2 * model.connector.fc2.in_features**-0.5)
     for table in (model.to_velocity.weight, model.to_velocity.bias):
         nn.init.zeros_(table)
-
-
-def init_decoder(decoder: Decoder) -> None:
-    """Embeddings of half the size of what enters beside them, residual branches scaled down with depth."""
-    depth = (2 * decoder.cfg.n_layers) ** -0.5
-    nn.init.normal_(decoder.embed.weight, std=0.5)
-    for stream in (module for module in decoder.modules() if isinstance(module, Stream)):
-        for linear in (stream.o, stream.mlp.down):
-            nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
-
-
-def compile_streams(decoder: Decoder) -> None:
-    """Fuse the row-wise parts of every block; the number of rows stays free."""
-    for stream in (module for module in decoder.modules() if isinstance(module, Stream)):
-        for name in ("enter", "leave"):
-            setattr(stream, name, torch.compile(getattr(stream, name), dynamic=True))
-
-
-def grid(images: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size on one sheet."""
-    w, h = images[0].size
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, -(-len(images) // columns) * (h + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
-    return sheet
 
 
 def _repeat(values: list[int], times: list[int]) -> Tensor:

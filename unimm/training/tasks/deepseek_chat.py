@@ -8,29 +8,21 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image
-from torch import Tensor
 
-from unimm.data.batching import dealt
-from unimm.data.shapes import Example, example
+from unimm.data.batching import ROUND_ROWS, dealt, taken
+from unimm.data.shapes import Example
 from unimm.data.shapes.novel_attributes import unnamed
-from unimm.encoders.timm_vit import Tower
 from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES, Markers, Prompts
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import Item, text_item
-from unimm.training.tasks.bagel import ROUND_ROWS
 
 # a loss for each kind of sample
 DRAWINGS = ("draw", "edit", "reason")
 TEXTS = ("caption", "answer", "fact")
-# a reasoning task's question and the thoughts about it, as a text without a picture: more text than the facts have
-THOUGHTS = {f"fact.{kind}{level}": f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3)}
 SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
 
 
@@ -91,62 +83,3 @@ class Conversations(ABC):
         rows = sum(item.segment.length for items in samples for item in items)
         filler = [[text_item([self.prompts.markers.pad] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
         return pack([*samples, *filler])
-
-
-def taken(task: str, index: int, *, seed: int) -> Example:
-    """A training example of a task of the little world, or of THOUGHTS."""
-    one = example(THOUGHTS.get(task, task), index, seed=seed)
-    return replace(one, task=task, answer=one.think, target=None) if task in THOUGHTS else one
-
-
-def labels(samples: Sequence[Sequence[Item]]) -> list[int]:
-    """How many rows of each sample carry a label."""
-    return [sum(int((item.labels >= 0).sum()) for item in items) for items in samples]
-
-
-def drawn_tokens(samples: Sequence[Sequence[Item]]) -> list[int]:
-    """How many tokens of each sample are drawn."""
-    return [sum(item.n_tokens for item in items if item.kind == "draw") for items in samples]
-
-
-def groups(names: Sequence[str], examples: Sequence[Example], times: Sequence[int]) -> Tensor:
-    """The place of each example's group among the names (-1 for none), as often as said."""
-    found = [names.index(g) if (g := one.task.split(".")[0]) in names else -1 for one in examples]
-    return torch.tensor(found).repeat_interleave(torch.tensor(times))
-
-
-def to_images(drawn: Sequence[np.ndarray]) -> Tensor:
-    """Pictures uint8 [h, w, 3] -> [P, 3, h, w] in [-1, 1]; no pixels where there is no picture."""
-    if not drawn:
-        return torch.zeros(0, 3, 0, 0)
-    return rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").contiguous().float() / 127.5 - 1
-
-
-def by_group(names: Sequence[str], groups: Tensor, losses: Tensor) -> dict[str, Tensor]:
-    """The mean loss of every group that is there."""
-    return {name: losses[at].mean() for i, name in enumerate(names) if (at := groups == i).any()}
-
-
-def load_tower(tower: Tower, ours: Mapping[str, Tensor]) -> None:
-    """The weights of a NaViT (unimm.encoders.siglip_navit) in a tower of the same numbers: one image size, one grid.
-
-    The ViT's table of places may be larger than the tower's grid, which then is its corner. Raises ValueError where the
-    numbers differ.
-    """
-    side, p = round(len(ours["positions.weight"]) ** 0.5), tower.patch
-    state = {name: x for name, x in tower.trunk.state_dict().items() if name.startswith("attn_pool.")}
-    places = rearrange(ours["positions.weight"], "(h w) d -> h w d", h=side)[: tower.side, : tower.side]
-    state["pos_embed"] = rearrange(places, "h w d -> 1 (h w) d")
-    state["patch_embed.proj.weight"] = rearrange(ours["patch.weight"], "d (p q c) -> d c p q", p=p, q=p)
-    state["patch_embed.proj.bias"] = ours["patch.bias"]
-    for name in ("weight", "bias"):
-        state[f"norm.{name}"] = ours[f"norm.{name}"]
-        for i in range(len(tower.trunk.blocks)):
-            block = f"blocks.{i}."
-            state[f"{block}attn.qkv.{name}"] = torch.cat([ours[f"{block}{part}.{name}"] for part in "qkv"])
-            renamed = {"attn.proj": "o", "norm1": "attn_norm", "norm2": "mlp_norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-            state |= {f"{block}{theirs}.{name}": ours[f"{block}{mine}.{name}"] for theirs, mine in renamed.items()}
-    try:
-        tower.trunk.load_state_dict({name: x.float() for name, x in state.items()})
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.data.batching import by_group, drawn_tokens, encoded, groups, labels, to_images
 from unimm.data.shapes import Example
 from unimm.models.janusflow.config import JanusFlowConfig
 from unimm.models.janusflow.model import JanusFlow
@@ -27,20 +28,9 @@ from unimm.sequence.packing import Pack
 from unimm.sequence.parts import Item
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
-from unimm.training.tasks.bagel import compile_streams, encoded, init_decoder, sheet, text_model, trained
-from unimm.training.tasks.deepseek_chat import (
-    DRAWINGS,
-    SYMBOLS,
-    TEXTS,
-    Common,
-    Conversations,
-    by_group,
-    drawn_tokens,
-    groups,
-    labels,
-    load_tower,
-    to_images,
-)
+from unimm.training.init import compile_streams, init_decoder, load_tower, text_model, trained
+from unimm.training.samples import sheet
+from unimm.training.tasks.deepseek_chat import DRAWINGS, SYMBOLS, TEXTS, Common, Conversations
 
 
 @dataclass(frozen=True, kw_only=True)

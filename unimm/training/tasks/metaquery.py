@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
+from unimm.data.batching import ROUND_ROWS, by_group
 from unimm.data.image_text_pairs import FilePairs, Pair, Pairs, WorldPairs
 from unimm.denoisers.sana import Sana, SanaBlock, load_sana
 from unimm.generation.flow import shift_time, whole_times
@@ -30,8 +31,9 @@ from unimm.sequence.parts import Item
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
-from unimm.training.tasks.bagel import ROUND_ROWS, compile_streams, sheet
-from unimm.training.tasks.deepseek_chat import DRAWINGS, by_group
+from unimm.training.init import compile_streams
+from unimm.training.samples import sheet
+from unimm.training.tasks.deepseek_chat import DRAWINGS
 
 
 @dataclass(frozen=True, kw_only=True)

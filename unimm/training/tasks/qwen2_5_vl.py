@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.data.batching import dealt
+from unimm.data.batching import ROUND_ROWS, by_group, dealt, groups, labels, taken
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, joined, phrase
 from unimm.generation.text_sampling import TextSampling
@@ -31,8 +31,7 @@ from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import Recipe, strict
-from unimm.training.tasks.bagel import ROUND_ROWS, compile_streams, init_decoder, text_model
-from unimm.training.tasks.deepseek_chat import by_group, groups, labels, taken
+from unimm.training.init import compile_streams, init_decoder, text_model
 from unimm.training.tasks.vit import KINDS, Scenes
 from unimm.training.tasks.vit import Options as Looks
 from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig

@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
-from unimm.data.batching import dealt
+from unimm.data.batching import ROUND_ROWS, by_group, dealt, groups, to_images
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import unnamed
 from unimm.denoisers.flux import Flux, load_flux
 from unimm.denoisers.mmdit import SIDE, SingleBlock, Stream
-from unimm.encoders.siglip import Siglip, SiglipConfig, load_siglip
+from unimm.encoders.siglip import load_siglip
 from unimm.generation.flow import dynamic_shift, shift_time
 from unimm.models.uniworld.config import HIDDEN, UniWorldConfig
 from unimm.models.uniworld.model import UniWorld
@@ -36,8 +34,9 @@ from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.kl_layouts import load_vae
 from unimm.training.config import Recipe, strict
 from unimm.training.freezing import freeze
-from unimm.training.tasks.bagel import ROUND_ROWS, sheet
-from unimm.training.tasks.deepseek_chat import DRAWINGS, by_group, groups, to_images
+from unimm.training.init import fresh_tower
+from unimm.training.samples import sheet
+from unimm.training.tasks.deepseek_chat import DRAWINGS
 from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
@@ -319,25 +318,6 @@ def _first(rows: int) -> Any:
         return torch.cat((gradient[:rows], torch.zeros_like(gradient[rows:])))
 
     return kept
-
-
-def fresh_tower(numbers: Mapping[str, Any], vit: str) -> Siglip:
-    """A tower of the recipe's numbers that begins from a trained NaViT, of which it may have fewer blocks."""
-    tower = Siglip(SiglipConfig.from_files(dict(numbers)))
-    path = hub.resolve(vit) / "vision.safetensors"
-    if not path.exists():
-        raise ValueError(f"no {path}: run `unimm train bagel-nano-vit runs/bagel-nano-vit` first")
-    held = {name: x.float() for name, x in load_file(path).items()}
-    side, p = round(len(held["positions.weight"]) ** 0.5), tower.cfg.patch
-    places = rearrange(held.pop("positions.weight"), "(h w) d -> h w d", h=side)[: tower.cfg.side, : tower.cfg.side]
-    held["positions"] = rearrange(places, "h w d -> (h w) d")
-    held["patch.weight"] = rearrange(held["patch.weight"], "d (p q c) -> d c p q", p=p, q=p)
-    wanted = tower.state_dict()
-    try:
-        tower.load_state_dict({name: held[name] for name in wanted})
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error
-    return tower
 
 
 def init_painter(painter: Flux) -> None:

@@ -24,7 +24,7 @@ from unimm.models.uniworld.processor import UniWorldPrompts
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Item
 from unimm.training.config import Recipe, strict
-from unimm.training.tasks.bagel import sheet
+from unimm.training.samples import sheet
 
 DROPOUT = 0.3  # between the head's layers, as released
 ANSWERS, DRAWS = range(2)

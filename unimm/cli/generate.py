@@ -1,0 +1,57 @@
+"""The command `generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unimm.cli.options import Device, Dtype, Model, Seed, load_model
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; with --image, how to change it.")],
+    *,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to edit; may be given several times.")] = None,
+    think: Annotated[bool, typer.Option("--think", help="Write the reasoning first.")] = False,
+    model: Model = "bagel-nano",
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; the model's own number unless given.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.", metavar="HxW")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many pictures, from this seed and the ones after it.")] = 1,
+    out: Annotated[Path, typer.Option(help="A file; several pictures are numbered before its suffix.")] = Path("out.png"),
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Draw a picture, or edit one."""
+    if n < 1:
+        raise ValueError(f"got -n {n}: expected at least 1")
+    hw = parse_size(size) if size else None
+    writable(out)
+    loaded = load_model(model, device, dtype)
+    prompts, images = [prompt] * n, [image] * n if image else None
+    drawn = loaded.generate(prompts, images=images, think=think, size=hw, seed=seed, steps=steps, progress=True)
+    for i, picture in enumerate(drawn.images):
+        path = out if n == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+        for text in drawn.texts[i : i + 1]:
+            typer.echo(text)
+        picture.save(path)
+        typer.echo(path)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "64x96"."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"got --size {text!r}: expected HEIGHTxWIDTH in pixels, as in 64x64")
+    return int(parts[0]), int(parts[1])
+
+
+def writable(path: Path) -> None:
+    """Raises ValueError, before any work is done, for a picture's file that could not be written."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"got --out {path}: expected a picture's suffix, as in out.png")
+    if not path.parent.is_dir():
+        raise ValueError(f"got --out {path}: there is no folder {path.parent}")

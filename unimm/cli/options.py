@@ -1,0 +1,19 @@
+"""Options that several commands share."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Model = Annotated[str, typer.Option(help="A bundled name, a folder, or a hub id owner/name.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+
+
+def load_model(name: str, device: str, dtype: str) -> Any:
+    """The model, with a word on stderr while it loads."""
+    with Console(stderr=True).status(f"loading {name}"):
+        from unimm.models.registry import load
+
+        return load(name, device=device, dtype=dtype)

@@ -1,0 +1,24 @@
+"""The command `releases`."""
+
+from rich.console import Console
+from rich.table import Column, Table
+
+
+def releases() -> None:
+    """List the released checkpoints that are known by name."""
+    from unimm.models.registry import releases as known
+
+    # a name that does not fit goes on in the next line, whole, so that it can be copied
+    table = Table(Column("name", overflow="fold", ratio=2), "family", "parameters", "licence", Column("can", ratio=1), "where")
+    for row in known():
+        where, limit = "hub" if row.hub else "bundled", "" if row.commercial else ", no commercial use"
+        table.add_row(row.name, row.family, amount(row.parameters), row.licence + limit, ", ".join(row.verbs), where)
+    Console().print(table)
+
+
+def amount(n: int) -> str:
+    """12800000 -> 12.8 M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.1f} {letter}"
+    return str(n)

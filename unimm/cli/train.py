@@ -1,0 +1,49 @@
+"""The command `train`."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from unimm.cli.options import Device
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of ours.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the log, samples, checkpoints and the release.")],
+    *,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest checkpoint in OUT.")] = False,
+    init: Annotated[Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make batches ahead.")] = 1,
+    hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
+) -> None:
+    """Train a model by a recipe, on one device."""
+    from unimm import training
+    from unimm.training.config import read_recipe
+    from unimm.training.tasks.base import build
+    from unimm.training.trainer import train as run
+
+    ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
+    plan = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
+    with logged("unimm"):
+        run(build(plan), plan, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
+
+
+@contextmanager
+def logged(name: str) -> Iterator[None]:
+    """Show a logger's lines on stderr, for the length of the body."""
+    logger, handler = logging.getLogger(name), RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,24 @@
+"""The command `understand`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unimm.cli.options import Device, Dtype, Model, load_model
+
+
+def understand(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to answer about it.")],
+    *,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    model: Model = "bagel-nano",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Answer a question about a picture."""
+    answer = load_model(model, device, dtype).understand(image, question, stream=stream)
+    for piece in answer if stream else [answer]:
+        typer.echo(piece, nl=False)
+    typer.echo()
