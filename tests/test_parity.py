@@ -1,8 +1,6 @@
 """The library equals the originals on the stored cases; and the runner that says so can fail."""
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,8 @@ from helpers.cases import cases, found
 from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
+from parity.case import Case, Row
+from parity.runner import check, main, report
 from unimm import Janus
 
 GOLDEN = ROOT / "tests" / "golden" / "bagel"
@@ -47,14 +47,6 @@ JANUS_PARTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def parity():
-    """The runner, which is a script and no part of the package."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("parity.runner")
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
 @pytest.fixture
 def case(tmp_path) -> Path:
     """The dev case, to be changed."""
@@ -79,45 +71,45 @@ def bad(rows) -> list[str]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_equals_the_original(parity, name):
+def test_equals_the_original(name):
     path = found(name)
-    rows = parity.check(path)
+    rows = check(path)
     assert not bad(rows)
     tensors = load_file(path / "io.safetensors")
     assert tensors.keys() <= {row.name for row in rows}, "every stored tensor is accounted for"
     assert sum(row.kind == "compared" for row in rows) > len(tensors) / 3
 
 
-def test_equals_the_original_in_transformers_layout(parity, tmp_path):
+def test_equals_the_original_in_transformers_layout(tmp_path):
     shutil.copytree(JANUS / "dev", tmp_path / "dev")
     Janus.from_pretrained(JANUS / "dev").save_pretrained(tmp_path / "dev_hf", layout="transformers")
     shutil.copytree(JANUS / "dev_hf", tmp_path / "dev_hf", dirs_exist_ok=True)  # its own config, and the keys that it has
-    rows = parity.check(tmp_path / "dev_hf")
+    rows = check(tmp_path / "dev_hf")
     assert not bad(rows) and "keys.json: names and shapes as saved" in {row.name for row in rows}
     assert sum(row.kind == "compared" for row in rows) > 40
 
 
-def test_sizes_after_the_resize(parity, tmp_path):
-    rows = parity.check(GOLDEN / "resize_table.json")
+def test_sizes_after_the_resize(tmp_path):
+    rows = check(GOLDEN / "resize_table.json")
     assert len(rows) == 6 and not bad(rows)
     shutil.copy(GOLDEN / "resize_table.json", tmp_path)
-    assert not bad(parity.check(tmp_path)), "a folder that holds only the table"
+    assert not bad(check(tmp_path)), "a folder that holds only the table"
 
 
-def test_a_wrong_size_fails(parity, tmp_path):
+def test_a_wrong_size_fails(tmp_path):
     table = json.loads((GOLDEN / "resize_table.json").read_text())
     for sizes in table.values():
         entry = sizes[-1]
         entry["vit_wh" if "vit_wh" in entry else "out_wh"][0] += 14
     path = tmp_path / "resize_table.json"
     path.write_text(json.dumps(table))
-    assert len(bad(parity.check(path))) == 6
+    assert len(bad(check(path))) == 6
 
 
 @pytest.mark.parametrize("name", [*PARTS, *(f"janus: {name}" for name in JANUS_PARTS)])
-def test_a_changed_weight_fails(parity, monkeypatch, name):
+def test_a_changed_weight_fails(monkeypatch, name):
     family, _, name = name.rpartition(": ")
-    module = getattr(parity, family or "bagel")
+    module = janus if family else bagel
     loaded = module.Janus if family else module.Bagel
 
     def load(folder):
@@ -129,17 +121,17 @@ def test_a_changed_weight_fails(parity, monkeypatch, name):
 
     original = loaded.from_pretrained
     monkeypatch.setattr(loaded, "from_pretrained", load)
-    case = parity.Case(JANUS / "dev" if family else DEV)
+    case = Case(JANUS / "dev" if family else DEV)
     module.check(case)
     assert bad(case.account())
 
 
 @pytest.mark.parametrize("source", [DEV, JANUS / "dev"], ids=["bagel", "janus"])
-def test_every_compared_row_can_fail(parity, tmp_path, source):
+def test_every_compared_row_can_fail(tmp_path, source):
     """A stored output that is a little off is seen, whichever it is."""
     case = Path(shutil.copytree(source, tmp_path / "case"))
     tensors = load_file(case / "io.safetensors")
-    compared = {row.name for row in parity.check(source) if row.kind == "compared"}
+    compared = {row.name for row in check(source) if row.kind == "compared"}
     changed = [name for name in compared & tensors.keys() if tensors[name].numel()]
     for name in changed:
         x = tensors[name].view(-1)
@@ -151,19 +143,19 @@ def test_every_compared_row_can_fail(parity, tmp_path, source):
         else:
             x[-1] += 2 if x[-1] < 250 else -2
     save_file(tensors, case / "io.safetensors")
-    failed = bad(parity.check(case))
+    failed = bad(check(case))
     assert not [name for name in changed if name not in failed]
 
 
-def test_what_nobody_compares_is_an_error(parity, case):
+def test_what_nobody_compares_is_an_error(case):
     keep(case, lambda name: True, **{"t2i.something": torch.zeros(3), "new_group.x": torch.zeros(2)})
-    rows = {row.name: row for row in parity.check(case)}
+    rows = {row.name: row for row in check(case)}
     for name in ("t2i.something", "new_group.x"):
         assert rows[name].kind == "missed" and not rows[name].ok and "not compared" in rows[name].note
     assert len(bad(rows.values())) == 2
 
 
-def test_a_wrong_note_fails(parity, case):
+def test_a_wrong_note_fails(case):
     io = json.loads((case / "io.json").read_text())
     io["meta"]["und.inferencer_text"] += " 7"
     io["meta"]["inter.kvlen_rope"]["main"][0] += 1
@@ -172,28 +164,28 @@ def test_a_wrong_note_fails(parity, case):
     io["meta"]["video"]["attn_modes"][2] = "noise"
     (case / "io.json").write_text(json.dumps(io))
     expected = {"und.inferencer_text", "inter.kvlen_rope", "train.loss: ce_reweighted", "video: attn_modes"}
-    assert set(bad(parity.check(case))) == expected | {"train.grad_norm: connector.fc1.bias"}
+    assert set(bad(check(case))) == expected | {"train.grad_norm: connector.fc1.bias"}
 
 
 @pytest.mark.parametrize("group", ["vae", "und", "t2i", "video", "layout.drop_edit"])
-def test_a_case_may_store_less(parity, case, group):
+def test_a_case_may_store_less(case, group):
     inputs = ("train.text_",) if group in ("video", "layout.drop_edit") else ()
     keep(case, lambda name: name.startswith((f"{group}.", *inputs)))
     forget(case, lambda name: name == group or name.startswith(f"{group}."))
-    rows = parity.check(case)
+    rows = check(case)
     if inputs:  # texts of other plans are stored with them and belong to nobody
         rows = [row for row in rows if not row.name.startswith("train.text_")]
     assert rows and not bad(rows)
 
 
-def test_a_group_without_its_inputs_is_named(parity, case):
+def test_a_group_without_its_inputs_is_named(case):
     keep(case, lambda name: name.startswith("batch."))
     forget(case, lambda name: name.startswith("batch"))
-    names = bad(parity.check(case))
+    names = bad(check(case))
     assert "batch: the whole group" in names and "batch.x_channel_0" in names
 
 
-def test_other_ways_to_lay_out_the_same_case(parity, case):
+def test_other_ways_to_lay_out_the_same_case(case):
     """Nested configs only, a stale table side, markers from io.json, and shards with a prefix."""
     for name in ("llm_config.json", "vit_config.json"):
         (case / name).unlink()
@@ -208,25 +200,25 @@ def test_other_ways_to_lay_out_the_same_case(parity, case):
         save_file(shard, case / name)
     index = {"weight_map": {key: name for name, shard in shards.items() for key in shard}}
     (case / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert not bad(parity.check(case))
+    assert not bad(check(case))
 
 
-def test_an_unknown_folder_is_refused(parity, tmp_path):
+def test_an_unknown_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no case.*io\.safetensors.*bagel: llm_config\.json.*resize_table\.json"):
-        parity.check(tmp_path)
+        check(tmp_path)
     for name in ("io.safetensors", "io.json"):
         shutil.copy(DEV / name, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "something else"}')
     with pytest.raises(ValueError, match="is no case"):
-        parity.check(tmp_path)
+        check(tmp_path)
 
 
-def test_exit_codes(parity, tmp_path, capsys):
-    assert parity.main([str(GOLDEN / "resize_table.json")]) == 0
+def test_exit_codes(tmp_path, capsys):
+    assert main([str(GOLDEN / "resize_table.json")]) == 0
     assert "6 of 6 outputs ok" in capsys.readouterr().out
-    assert parity.main([str(tmp_path), str(GOLDEN / "resize_table.json")]) == 2
+    assert main([str(tmp_path), str(GOLDEN / "resize_table.json")]) == 2
     assert "is no case" in capsys.readouterr().out
-    rows = [parity.Row(name="a", kind="input"), parity.Row(name="b", kind="compared", difference=float("nan"), allowed=1.0)]
-    lines, passed = parity.report(tmp_path, rows)
+    rows = [Row(name="a", kind="input"), Row(name="b", kind="compared", difference=float("nan"), allowed=1.0)]
+    lines, passed = report(tmp_path, rows)
     assert not passed and "FAILED" in lines[1]
-    assert not parity.report(tmp_path, [])[1], "nothing compared is no success"
+    assert not report(tmp_path, [])[1], "nothing compared is no success"

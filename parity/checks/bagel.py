@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from parity.case import Case
 from parity.checks.bagel_plans import check_plan
 from unimm.generation.flow import knots
 from unimm.generation.guidance import Guidance, guide, share
@@ -32,9 +33,6 @@ from unimm.nn.patches import patchify, places, unpatchify
 from unimm.processing.images.io import to_image, to_tensor
 from unimm.sequence.packing import pack
 from unimm.sequence.parts import Item
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'llm_config.json, or config.json with model_type "bagel"'
 NUMBER = r"(\d*\.?\d+)"

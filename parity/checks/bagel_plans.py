@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from parity.case import Case
 from unimm.checkpoint.keymap import released_names
 from unimm.generation.flow import shift_time
 from unimm.models.bagel.model import Bagel
@@ -18,9 +19,6 @@ from unimm.nn.patches import patchify
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import IGNORE, Item, image_item
 from unimm.training.tasks.bagel_plans import Dropout, Part, drop
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 
 class Plan:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
+from parity.case import Case
 from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, format_conversation
 from unimm.processing.images.deepseek_vl import PadSquare
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = "prompts.json"
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity.case import Case
 from unimm.training.tasks.edit_weights import EditWeights
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = "config.json with closing_kernel and weight_types"
 FIELDS = {

@@ -4,18 +4,16 @@ from __future__ import annotations
 import json
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from parity.case import Case
 from unimm.checkpoint.load import read_shapes
 from unimm.denoisers.flux import Flux, FluxConfig, grid, load_flux
 from unimm.denoisers.mmdit import THETA, by_step, pack, unpack
 from unimm.generation.flow import dynamic_shift, knots, sample
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with _class_name "FluxTransformer2DModel"'
 BFL = "model_bfl.safetensors"

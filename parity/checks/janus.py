@@ -9,12 +9,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parity.case import Case
 from parity.checks.vq import pixels as as_bytes
 from parity.checks.vq import vq_checks
 from unimm.checkpoint.save import released_state
@@ -26,9 +27,6 @@ from unimm.models.common.deepseek_processor import Markers, unconditional
 from unimm.models.janus.model import Janus
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import IGNORE, Item, text_item
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "multi_modality" or "janus"'
 

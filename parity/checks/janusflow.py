@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from parity.case import Case
 from unimm.kernels import attention
 from unimm.models.janusflow.config import STREAM
 from unimm.models.janusflow.model import JanusFlow
@@ -23,9 +24,6 @@ from unimm.models.janusflow.network import unconditional
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import Item, text_item
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = "config.json with vision_gen_enc_config"
 

@@ -3,14 +3,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from parity.case import Case
 from unimm.tokenizers.kl_layouts import load_vae
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with _class_name "AutoencoderKL", or with ch_mult'
 

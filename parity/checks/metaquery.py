@@ -5,21 +5,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from parity.case import Case
 from unimm.checkpoint.keymap import released_names
 from unimm.denoisers.sana import TIMESTEPS
 from unimm.generation.flow import whole_times
 from unimm.models.metaquery.model import Asked, MetaQuery
 from unimm.sequence.parts import Item, text_item
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "metaquery"'
 PAD = "<|endoftext|>"

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from parity.case import Case
 from unimm.generation.decode import Rows
 from unimm.processing.images.qwen2_vl import Grid, smart_size
 from unimm.sequence.packing import pack
@@ -20,9 +20,6 @@ from unimm.sequence.parts import Item
 from unimm.vlms.qwen2_5_vl.model import STREAM, QwenVL
 from unimm.vlms.qwen2_5_vl.processor import QwenPrompts
 from unimm.vlms.qwen2_5_vl.vision import cells, windows
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "qwen2_5_vl"'
 LOGITS = 2e-4  # of the largest value stored: a product with the whole vocabulary behind all layers

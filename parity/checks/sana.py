@@ -3,17 +3,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from parity.case import Case
 from unimm.denoisers.sana import TIMESTEPS, Sana, load_sana
 from unimm.generation.flow import Velocity, in_whole_steps, reshifted_knots, sample, sample_dpm, solver_knots
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with _class_name "SanaTransformer2DModel"'
 

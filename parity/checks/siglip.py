@@ -3,16 +3,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from parity.case import Case
 from unimm.encoders.siglip import load_siglip
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "siglip_vision_model"'
 

@@ -3,15 +3,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from parity.case import Case
 from unimm.encoders.clip_text import load_clip_text
 from unimm.encoders.t5 import load_t5
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "clip_text_model" or "t5"'
 

@@ -5,19 +5,17 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from parity.case import Case
 from unimm.denoisers.flux import grid
 from unimm.denoisers.mmdit import SIDE, pack
 from unimm.generation.flow import dynamic_shift, knots, shift_time
 from unimm.models.uniworld.model import ANSWERER, Reading, UniWorld
-
-if TYPE_CHECKING:
-    from parity.runner import Case
 
 EXPECTS = 'config.json with model_type "univa_qwen2p5vl"'
 # gradients are stored under names with the dots replaced

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import GOLDEN as STORE
-from helpers.paths import RECIPES, ROOT
+from helpers.paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
@@ -54,7 +54,6 @@ def picture(*shape, seed=0):
 
 @pytest.mark.skipif(not (GOLDEN / "dev").exists(), reason="the stored case is not there")
 def test_equals_the_original(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from parity.checks.vq import vq_checks
 
     part = json.loads((GOLDEN / "dev/config.json").read_text())["gen_vision_config"]

@@ -1,23 +1,17 @@
 """Sizes, schedules and decays of UniWorld and MetaQuery against the stored tables."""
-import importlib
 import json
 
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import GOLDEN
 
+from parity.runner import check
 from unimm.models.uniworld.any_ratio import any_ratio
 
-TABLES = ROOT / "tests" / "golden" / "blocks" / "tables.json"
+TABLES = GOLDEN / "blocks" / "tables.json"
 
 
-@pytest.fixture
-def parity(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("parity.runner")
-
-
-def test_tables(parity, tmp_path):
-    rows = parity.check(TABLES)
+def test_tables(tmp_path):
+    rows = check(TABLES)
     assert len(rows) == 7 and all(row.ok for row in rows), [row.note for row in rows if not row.ok]
     # each can fail
     tables = json.loads(TABLES.read_text())
@@ -30,7 +24,7 @@ def test_tables(parity, tmp_path):
     tables["metaquery_train_schedule"]["note"] = tables["something new"] = "?"
     path = tmp_path / "tables.json"
     path.write_text(json.dumps(tables))
-    assert [row.difference for row in parity.check(path)] == [1] * 8
+    assert [row.difference for row in check(path)] == [1] * 8
 
 
 def test_any_ratio():
