@@ -10,6 +10,7 @@ from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from parity.case import Case, Row
+from parity.checks import bagel, janus
 from parity.runner import check, main, report
 from unimm import Janus
 
