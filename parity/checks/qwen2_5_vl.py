@@ -17,7 +17,8 @@ from unimm.generation.decode import Rows
 from unimm.processing.images.qwen2_vl import Grid, smart_size
 from unimm.sequence.packing import pack
 from unimm.sequence.parts import Item
-from unimm.vlms.qwen2_5_vl.model import STREAM, QwenVL
+from unimm.vlms.base import STREAM
+from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import QwenPrompts
 from unimm.vlms.qwen2_5_vl.vision import cells, windows
 

@@ -10,7 +10,8 @@ from unimm.checkpoint.save import released_state
 from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig
 from unimm.tokenizers.text import SentencePieceTokenizer
-from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig
+from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
+from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 GOLDEN = STORE / "metaquery" / "dev"
 STRINGS = {"eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",

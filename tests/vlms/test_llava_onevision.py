@@ -20,8 +20,10 @@ from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.llava_onevision import AnyRes
 from unimm.sequence.packing import pack
 from unimm.sequence.parts import IGNORE, text_item
-from unimm.vlms.llava_onevision.model import GRIDS, LlavaConfig, LlavaOneVision, llava_keys
+from unimm.vlms.llava_onevision.config import GRIDS, LlavaConfig
+from unimm.vlms.llava_onevision.model import LlavaOneVision
 from unimm.vlms.llava_onevision.processor import PLACEHOLDER
+from unimm.vlms.llava_onevision.weights import llava_keys
 
 SIZES = [(14, 14), (20, 37), (60, 9), (9, 80), (41, 40), (100, 7), (31, 30)]  # (height, width)
 

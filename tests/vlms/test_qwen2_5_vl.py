@@ -23,9 +23,11 @@ from unimm.nn.rope import rope
 from unimm.processing.images.qwen2_vl import SmartResize, smart_size
 from unimm.sequence.packing import pack
 from unimm.sequence.parts import IGNORE, text_item
-from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig, nested, qwen_keys
-from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, SHOWN, QwenMarkers, frames
-from unimm.vlms.qwen2_5_vl.vision import QwenVisionConfig, cells, windows
+from unimm.vlms.qwen2_5_vl.config import QwenMarkers, QwenVisionConfig, QwenVLConfig
+from unimm.vlms.qwen2_5_vl.model import QwenVL
+from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, SHOWN, frames
+from unimm.vlms.qwen2_5_vl.vision import cells, windows
+from unimm.vlms.qwen2_5_vl.weights import nested, qwen_keys
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from unimm.models.metaquery.mllms import READERS, Squares
 from unimm.models.metaquery.weights import keys
 from unimm.training.init import text_model
 from unimm.training.tasks.metaquery import init_painter
-from unimm.vlms.llava_onevision.model import LlavaConfig, LlavaOneVision
-from unimm.vlms.qwen2_5_vl.model import QwenVLConfig
+from unimm.vlms.llava_onevision.config import LlavaConfig
+from unimm.vlms.llava_onevision.model import LlavaOneVision
+from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
 
 QWEN = json.loads((GOLDEN / "blocks" / "qwen2p5vl" / "manifests.json").read_text())
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")

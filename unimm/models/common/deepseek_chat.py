@@ -6,30 +6,25 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from einops import rearrange
-from torch import Tensor
 from typing_extensions import Self
 
-from unimm.encoders.timm_vit import Tower
 from unimm.generation.decode import TextStream, speak
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
+from unimm.models.common.deepseek_network import DeepseekNetwork
 from unimm.models.common.deepseek_processor import Markers, Prompts, Talk
-from unimm.nn.decoder import Decoder, Parts
+from unimm.nn.decoder import Parts
 from unimm.nn.packed_linear import prepared
 from unimm.processing.images.deepseek_vl import PadSquare
 from unimm.processing.requests import Picture
-from unimm.sequence.packing import Pack, Tokens
+from unimm.sequence.packing import Pack
 from unimm.sequence.parts import Item
 from unimm.vlms.chat import Chatting
 
 
-class Conversing(Chatting, UnifiedModel):
+class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
     """A decoder that is shown pictures through a tower and an aligner, and asked about them."""
 
-    decoder: Decoder
-    vision: Tower
     pixels: PadSquare  # the rule for pictures that the tower sees
     talk: Talk
     special: Markers | None = None  # the markers of a checkpoint without tokenizer
@@ -37,11 +32,6 @@ class Conversing(Chatting, UnifiedModel):
     @abstractmethod
     def hidden(self, batch: Pack, attend: Any) -> Parts:
         """Last hidden states of every row of a pack, before the final norm."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.decoder.embed.weight.dtype
 
     # ---- faster on a CPU
 
@@ -101,17 +91,9 @@ class Conversing(Chatting, UnifiedModel):
         """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
         return self.prompts.markers
 
-    def seen(self, tokens: Tokens) -> Tensor:
-        """Pictures of a pack -> the tower's features [n, D of the tower]."""
-        p, side = self.vision.patch, self.vision.side
-        images = rearrange(tokens.content, "(b h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
-        return self.vision(images.to(self.dtype)).flatten(0, 1)
-
     def written(self, prompts: Sequence[list[Item]], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
         """The assistant's words after each prompt."""
         sampling = (sampling or TextSampling()).within(self.talk.max_tokens)
         contexts, last = self.prefilled(prompts)
         steps = speak(self, contexts, last, end=self.markers.eos, sampling=sampling, seeds=seed)
         return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
-
-

@@ -9,57 +9,42 @@ Axes: N packed rows, P pictures to draw, n codes of a picture, D model, E featur
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.keymap import Table
-from unimm.encoders.timm_vit import Tower
 from unimm.generation.decode import Rows
 from unimm.generation.image_tokens import CodeSampling, next_codes
 from unimm.generation.kv_cache import Context
-from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.base import Generation, Release
 from unimm.models.common.deepseek_chat import Conversing
 from unimm.models.common.deepseek_processor import PLACEHOLDER, UNSPEAKABLE, unconditional
-from unimm.models.janus.config import STREAM, WEIGHTS, JanusConfig
-from unimm.models.janus.network import Losses, Projector
+from unimm.models.janus import RELEASES
+from unimm.models.janus.config import WEIGHTS, JanusConfig
+from unimm.models.janus.network import JanusNetwork
 from unimm.models.janus.transformers_layout import Layout, transformers_files, transformers_keys
 from unimm.models.janus.weights import KEYS
-from unimm.nn.decoder import Decoder, Parts, Route
-from unimm.nn.layers import MLP
 from unimm.processing.images.io import to_image
 from unimm.processing.requests import Picture, asked, each, seeds, sides
-from unimm.sequence.packing import Pack
-from unimm.sequence.parts import IGNORE, Item, image_item, text_item
+from unimm.sequence.parts import Item, text_item
 from unimm.tokenizers.text import load_tokenizer
-from unimm.tokenizers.vq import VQ
 
 
-class Janus(Conversing):
+class Janus(JanusNetwork, Conversing):
     """A decoder, a tower to look with, a VQ tokenizer to draw with, and an aligner for each."""
 
+    RELEASES: ClassVar = {name: Release(**row) for name, row in RELEASES.items()}
     SPARE = ("vision.trunk.attn_pool.{*}", "vq.quantize.codebook_used")
 
     def __init__(self, cfg: JanusConfig):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, None
+        super().__init__(cfg)
+        self.tokenizer = None
         self.layout: Layout = "original"
         self.pixels, self.talk = cfg.pixels, cfg.talk
-        d, codes = cfg.decoder.dim, cfg.vq.n_codes
-        self.decoder = Decoder(cfg.decoder)
-        self.vision, self.aligner = Tower(cfg.tower), Projector(cfg.aligner)
-        if (width := self.vision.trunk.num_features) != cfg.aligner.dim_in:
-            raise ValueError(
-                f"got an aligner_config with input_dim {cfg.aligner.dim_in} for {cfg.tower.name}: expected {width}, its width"
-            )
-        self.vq = VQ(cfg.vq)
-        self.code_embed, self.code_aligner = nn.Embedding(codes, cfg.vq.code_dim), Projector(cfg.code_aligner)
-        self.code_head = MLP(d, cfg.code_head, codes, "gelu")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Janus":
@@ -101,45 +86,6 @@ class Janus(Conversing):
             super().save_pretrained(folder, dtype=dtype)
         finally:
             self.layout = before
-
-    # ---- the model
-
-    def embed(self, batch: Pack) -> Tensor:
-        """Every row of a pack, in its order [N, D]: texts and markers, pictures seen, codes drawn."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
-        if batch.look:
-            parts["look"], rows["look"] = self.aligner(self.seen(batch.look)), batch.look.rows
-        if batch.draw:
-            parts["draw"], rows["draw"] = self.code_rows(batch.draw.content), batch.draw.rows
-        return Route(rows).join(parts)
-
-    def code_rows(self, codes: Tensor) -> Tensor:
-        """Codes [n] as rows of the language model [n, D]."""
-        return self.code_aligner(self.code_embed(codes))
-
-    def hidden(self, batch: Pack, attend: Any) -> Parts:
-        """Last hidden states of a pack's rows, before the final norm."""
-        positions = batch.layout.positions
-        return self.decoder(self.embed(batch), positions, {STREAM: torch.arange(len(positions))}, attend)
-
-    def code_logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states [n, D] -> the next code [n, V]."""
-        return self.code_head(self.decoder.norms[STREAM](hidden))
-
-    def forward(self, batch: Pack) -> Losses:
-        """Training: next-id loss at the labelled rows; each code of a drawn picture is predicted by the row before it."""
-        hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM]
-        at = (batch.labels != IGNORE).nonzero().squeeze(1)
-        said = self.decoder.norms[STREAM](hidden[batch.id_rows[at]])
-        text = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
-        if batch.draw is None:
-            return Losses(text, text.new_zeros(0))
-        logits = self.code_logits(hidden[batch.draw.rows - 1])
-        return Losses(text, F.cross_entropy(logits.float(), batch.draw.content, reduction="none"))
-
-    def drawn(self, codes: Tensor, boi: int) -> Item:
-        """A picture to draw, codes [n], behind its marker."""
-        return image_item("draw", codes, torch.arange(len(codes)), markers=(boi,), causal=True)
 
     # ---- drawing
 
@@ -240,22 +186,3 @@ class Janus(Conversing):
             raise ValueError(
                 f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone; leave size out"
             )
-
-
-# ---- released files
-
-
-VERBS = ("generate", "understand", "chat")
-MODEL_LICENCE = "DeepSeek Model License"
-
-
-def _release(hub: str, parameters: int) -> Release:
-    return Release(family="Janus", hub=hub, licence=MODEL_LICENCE, parameters=parameters, verbs=VERBS)
-
-
-Janus.RELEASES = {
-    "janus-nano": Release(family="Janus", hub=None, licence="Apache-2.0", parameters=7_396_843, verbs=VERBS),
-    "deepseek-ai/Janus-1.3B": _release("deepseek-ai/Janus-1.3B", 2_089_297_547),
-    "deepseek-ai/Janus-Pro-1B": _release("deepseek-ai/Janus-Pro-1B", 2_089_297_547),
-    "deepseek-ai/Janus-Pro-7B": _release("deepseek-ai/Janus-Pro-7B", 7_420_434_059),
-}

@@ -11,57 +11,43 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import Table
-from unimm.encoders.timm_vit import Tower
 from unimm.generation.causal_lm import check_position
-from unimm.generation.flow import add_noise, knots, sample
+from unimm.generation.flow import knots, sample
 from unimm.generation.kv_cache import EMPTY, Context, cache_of
 from unimm.generation.prefill import extend
-from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.base import Generation, Release
 from unimm.models.common.deepseek_chat import Conversing
 from unimm.models.common.deepseek_processor import UNSPEAKABLE
-from unimm.models.janusflow.config import SDXL_VAE, STREAM, THOUSAND, WEIGHTS, JanusFlowConfig
-from unimm.models.janusflow.network import Entered, Losses, before, starts, target, unconditional
-from unimm.models.janusflow.uvit import ShallowUViTDecoder, ShallowUViTEncoder
+from unimm.models.janusflow import RELEASES
+from unimm.models.janusflow.config import SDXL_VAE, STREAM, WEIGHTS, JanusFlowConfig
+from unimm.models.janusflow.network import JanusFlowNetwork, unconditional
 from unimm.models.janusflow.weights import KEYS, VAE_KEYS
-from unimm.nn.decoder import Decoder, Parts, Route
-from unimm.nn.layers import RMSNorm
-from unimm.nn.patches import patchify
 from unimm.processing.images.io import to_image
 from unimm.processing.requests import Picture, asked, each, seeds, sides
-from unimm.sequence.packing import Pack
-from unimm.sequence.parts import IGNORE, Item
+from unimm.sequence.parts import Item
 from unimm.sequence.segments import Segment, lay_out
 from unimm.tokenizers.kl import VAE
 from unimm.tokenizers.kl_layouts import load_vae
 from unimm.tokenizers.text import load_tokenizer
 
 
-class JanusFlow(Conversing):
+class JanusFlow(JanusFlowNetwork, Conversing):
     """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
 
+    RELEASES: ClassVar = {name: Release(**row) for name, row in RELEASES.items()}
     SPARE = ("vision.trunk.attn_pool.{*}",)
 
     def __init__(self, cfg: JanusFlowConfig):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, None
+        super().__init__(cfg)
+        self.tokenizer = None
         self.pixels, self.talk = cfg.pixels, cfg.talk
-        dim = cfg.decoder.dim
-        self.decoder, self.vision = Decoder(cfg.decoder), Tower(cfg.tower)
-        self.aligner = nn.Linear(self.vision.trunk.num_features, dim)
-        self.look_start = nn.Parameter(torch.zeros(1, dim))  # stands where the marker before a picture would
-        self.encoder, self.painter = ShallowUViTEncoder(cfg.encoder), ShallowUViTDecoder(cfg.painter)
-        self.from_grid = nn.Linear(cfg.encoder.width, dim)
-        self.to_grid_norm, self.to_grid = RMSNorm(dim, cfg.decoder.norm_eps), nn.Linear(dim, cfg.painter.in_channels)
-        self.vae: VAE | None = VAE(cfg.vae) if cfg.vae else None
         self.vae_source: str | Path = SDXL_VAE
         # one from elsewhere, once it is loaded: no part of the model, whose parameters stay what they were
         self._elsewhere: tuple[VAE, ...] = ()
@@ -118,67 +104,6 @@ class JanusFlow(Conversing):
                 )
             self._elsewhere = (vae,)
         return self._elsewhere[0].to(self.device)
-
-    # ---- the model
-
-    def embed(self, batch: Pack, drawn: Entered | None = None) -> Tensor:
-        """Every row of a pack, in its order [N, D]: texts and markers, pictures seen, and pictures to draw."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
-        if batch.look:
-            parts["look"], rows["look"] = self.aligner(self.seen(batch.look)), batch.look.rows
-        if batch.draw and drawn:
-            parts["draw"], rows["draw"] = drawn.rows.flatten(0, 1), batch.draw.rows
-        x = Route(rows).join(parts)
-        if batch.look:
-            begun = self.look_start.expand(len(batch.look.lengths), -1)
-            x = x.index_copy(0, before(batch.look), begun.to(x.dtype))
-        return x.index_copy(0, before(batch.draw), drawn.time.to(x.dtype)) if batch.draw and drawn else x
-
-    def hidden(self, batch: Pack, attend: Any, drawn: Entered | None = None) -> Parts:
-        """Last hidden states of a pack's rows, before the final norm."""
-        return self._decode(self.embed(batch, drawn), batch.layout.positions, attend)
-
-    def _decode(self, x: Tensor, positions: Tensor, attend: Any) -> Parts:
-        return self.decoder(x, positions, {STREAM: torch.arange(len(x), device=x.device)}, attend)
-
-    def enter(self, x: Tensor, times: Tensor, *, bf16_time: bool = False) -> Entered:
-        """Noised latents x [B, C, H, W] at times [B], 0 data and 1 noise."""
-        clock = (1 - times) * THOUSAND
-        clock = clock.bfloat16().float() if bf16_time else clock
-        grid, time = self.encoder(x.to(self.dtype), clock)
-        return Entered(time, self.from_grid(rearrange(grid, "B C h w -> B (h w) C")), grid)
-
-    def leave(self, hidden: Tensor, entered: Entered) -> Tensor:
-        """Last hidden states of the tokens [B, n, D] -> velocity [B, C, H, W], noise - data."""
-        y = self.to_grid(self.to_grid_norm(self.decoder.norms[STREAM](hidden)))
-        grid = rearrange(y, "B (h w) C -> B C h w", h=entered.skip.shape[2])
-        return -self.painter(grid, entered.skip, entered.time)
-
-    def forward(self, batch: Pack, noise: Tensor) -> Losses:
-        """Training: next-id loss at the labelled rows, flow loss at the noised tokens; noise [n draw tokens, p*p*C]."""
-        drawn = None
-        if batch.draw:
-            z = add_noise(batch.draw.content, noise, batch.times)
-            drawn = self.enter(self._latents(z), batch.times[starts(batch.draw)])
-        hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), drawn)[STREAM]
-        at = (batch.labels != IGNORE).nonzero().squeeze(1)
-        said = self.decoder.norms[STREAM](hidden[batch.id_rows[at]])
-        text = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
-        if batch.draw is None or drawn is None:
-            return Losses(text, noise.new_zeros(0, noise.shape[-1]))
-        v = self.leave(hidden[batch.draw.rows].unflatten(0, drawn.rows.shape[:2]), drawn)
-        target = self._latents(noise - batch.draw.content)
-        error = (v.float() - target).square()
-        return Losses(text, torch.cat([patchify(one, self.cfg.patch) for one in error]))
-
-    def _latents(self, tokens: Tensor) -> Tensor:
-        """Tokens of pictures [n, p*p*C], one after the other -> [B, C, H, W]."""
-        p, (height, width) = self.cfg.patch, self.cfg.latent
-        return rearrange(tokens, "(B h w) (p q C) -> B C (h p) (w q)", h=height // p, w=width // p, p=p, q=p)
-
-    def drawn(self, latent: Tensor, boi: int, *, time: float) -> Item:
-        """A latent [C, H, W] to be noised up to `time`, 0 data and 1 noise."""
-        return target(patchify(latent, self.cfg.patch), boi, time=time)
 
     # ---- drawing
 
@@ -276,19 +201,3 @@ class JanusFlow(Conversing):
             progress=progress,
         )
         return Generation([to_image(self.paint(one[None])[0]) for one in latents])
-
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """What a picture is drawn from, [C, H, W]."""
-        shape = self.cfg.encoder.in_channels, *self.cfg.latent
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-
-# ---- released files
-
-
-HUB = "deepseek-ai/JanusFlow-1.3B"
-VERBS = ("generate", "understand", "chat")
-JanusFlow.RELEASES = {
-    "janusflow-nano": Release(family="JanusFlow", hub=None, licence="Apache-2.0", parameters=6_147_955, verbs=VERBS),
-    HUB: Release(family="JanusFlow", hub=HUB, licence="DeepSeek Model License", parameters=2_046_367_504, verbs=VERBS),
-}

@@ -13,9 +13,11 @@ from unimm.processing.requests import Picture
 from unimm.sequence.parts import Item
 from unimm.tokenizers.text import TextTokenizer
 from unimm.vlms.base import Reader
-from unimm.vlms.llava_onevision.model import LlavaOneVision, llava_keys
+from unimm.vlms.llava_onevision.model import LlavaOneVision
 from unimm.vlms.llava_onevision.processor import LlavaPrompts
-from unimm.vlms.qwen2_5_vl.model import QwenVL, qwen_keys
+from unimm.vlms.llava_onevision.weights import llava_keys
+from unimm.vlms.qwen2_5_vl.model import QwenVL
+from unimm.vlms.qwen2_5_vl.weights import qwen_keys
 
 READER = "model.mllm_backbone."  # what the released names of a reader's weights begin with
 OURS = "reader."

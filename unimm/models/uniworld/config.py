@@ -14,7 +14,7 @@ from unimm.checkpoint.load import HUB_WEIGHTS, read_shapes, weight_files
 from unimm.denoisers.flux import FluxConfig
 from unimm.denoisers.mmdit import SIDE
 from unimm.models.uniworld.any_ratio import RATIOS
-from unimm.vlms.qwen2_5_vl.model import QwenVLConfig, with_ends
+from unimm.vlms.qwen2_5_vl.config import QwenVLConfig, with_ends
 
 Shapes = Mapping[str, tuple[int, ...]]
 

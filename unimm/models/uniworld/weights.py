@@ -2,7 +2,7 @@
 from unimm.checkpoint.keymap import Table
 from unimm.denoisers import flux
 from unimm.models.uniworld.config import TOWER, UniWorldConfig
-from unimm.vlms.qwen2_5_vl.model import qwen_keys
+from unimm.vlms.qwen2_5_vl.weights import qwen_keys
 
 
 def keys(cfg: UniWorldConfig) -> Table:

@@ -34,8 +34,9 @@ from unimm.training.config import Recipe, strict
 from unimm.training.init import compile_streams, init_decoder, text_model
 from unimm.training.tasks.vit import KINDS, Scenes
 from unimm.training.tasks.vit import Options as Looks
-from unimm.vlms.qwen2_5_vl.model import QwenVL, QwenVLConfig
-from unimm.vlms.qwen2_5_vl.processor import END, PLACEHOLDER, ROLES, START, SYSTEM, QwenMarkers, QwenPrompts
+from unimm.vlms.qwen2_5_vl.config import QwenMarkers, QwenVLConfig
+from unimm.vlms.qwen2_5_vl.model import QwenVL
+from unimm.vlms.qwen2_5_vl.processor import END, PLACEHOLDER, ROLES, START, SYSTEM, QwenPrompts
 
 # a loss for each kind of text, and for each thing that is asked about a cell
 TEXTS = ("caption", "answer", "fact", "plan")

@@ -2,9 +2,9 @@
 
 Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 1.2.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -15,31 +15,10 @@ from unimm.processing.requests import Picture, Turn
 from unimm.sequence.parts import Item, text_item
 from unimm.sequence.segments import Segment
 from unimm.tokenizers.text import encode_marked, hide_markers
+from unimm.vlms.llava_onevision.config import LlavaMarkers
 from unimm.vlms.processor import END, START, ReaderPrompts, user_is_last
 
 PLACEHOLDER = "<image>"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlavaMarkers:
-    """Ids that the format needs; the released ones where a config is silent."""
-
-    end: int = 151645
-    image: int = 151646
-    video: int = 151647
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any], text: Mapping[str, Any]) -> "LlavaMarkers":
-        """Read a released config.json and its text_config."""
-        end = text.get("eos_token_id") or files.get("eos_token_id") or cls.end
-        found = {ours: files.get(f"{ours}_token_index", files.get(f"{ours}_token_id")) for ours in ("image", "video")}
-        known = {name: value for name, value in found.items() if value is not None}
-        return cls(end=end[0] if isinstance(end, list) else end, **known)
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The ids that end an answer."""
-        return (self.end,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md sections 1.2 and 3.1.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -18,55 +18,14 @@ from unimm.sequence.parts import IGNORE, Item, text_item
 from unimm.sequence.segments import Segment
 from unimm.tokenizers.text import encode_marked, hide_markers
 from unimm.vlms.processor import END, ROLES, START, ReaderPrompts, user_is_last
-from unimm.vlms.qwen2_5_vl.vision import QwenVisionConfig, cells
+from unimm.vlms.qwen2_5_vl.config import QwenMarkers, QwenVisionConfig
+from unimm.vlms.qwen2_5_vl.vision import cells
 
-__all__ = ["END", "PLACEHOLDER", "ROLES", "SHOWN", "START", "SYSTEM", "QwenMarkers", "QwenPrompts"]
+__all__ = ["END", "PLACEHOLDER", "ROLES", "SHOWN", "START", "SYSTEM", "QwenPrompts"]
 
 PLACEHOLDER = "<|image_pad|>"  # where a picture belongs
 SHOWN = f"<|vision_start|>{PLACEHOLDER}<|vision_end|>"
 SYSTEM = "You are a helpful assistant."  # what the released chat template says where nobody else does
-
-
-@dataclass(frozen=True, kw_only=True)
-class QwenMarkers:
-    """Ids that the format needs; the released ones where a config is silent."""
-
-    end: int = 151645  # behind every turn
-    look: int = 151652
-    looked: int = 151653
-    image: int = 151655
-    video: int = 151656
-    others: tuple[int, ...] = ()  # that end an answer, too
-
-    FILES: ClassVar = {
-        "end": "eos_token_id",
-        "look": "vision_start_token_id",
-        "looked": "vision_end_token_id",
-        "image": "image_token_id",
-        "video": "video_token_id",
-    }
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "QwenMarkers":
-        """Read a released config.json; "generation_ends" are those that generation_config.json names."""
-        found = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        ends = [one for key in ("eos_token_id", "generation_ends") for one in _listed(files.get(key))]
-        found |= {"end": ends[0]} if ends else {}
-        return cls(**found, others=tuple(dict.fromkeys(one for one in ends if one != ends[0])))
-
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
-        files: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | ({"eos_token_id": [self.end, *self.others]} if self.others else {})
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The ids that end an answer."""
-        return self.end, *self.others
-
-
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 @dataclass(frozen=True, kw_only=True)

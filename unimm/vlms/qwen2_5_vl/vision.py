@@ -6,101 +6,21 @@ A cell is a square of merge * merge patches, which become one row of the languag
 Axes: N packed patches, n packed cells, s patches of a cell, D model, H heads, K head, E width of the language model;
 C channels, T frames of a patch, p patch.
 """
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table
 from unimm.kernels import Block as Span
 from unimm.kernels import Mask, attention
 from unimm.nn.layers import MLP, RMSNorm, SwiGLU
 from unimm.nn.rope import apply_rope, rope
 from unimm.processing.images.qwen2_vl import Grid
+from unimm.vlms.qwen2_5_vl.config import THETA, QwenVisionConfig
 
-EPS, THETA, AXIAL = 1e-6, 10000.0, "axial"
-
-
-@dataclass(frozen=True, kw_only=True)
-class QwenVisionConfig:
-    dim: int
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    out: int
-    patch: int
-    frames: int  # of a patch
-    merge: int  # patches a side of a cell
-    channels: int
-    window: int  # pixels a side
-    full: tuple[int, ...]  # layers that see all of a frame
-    ticks: int  # steps of the rotary clock in a second of video
-    act: str
-
-    FILES: ClassVar = {
-        "dim": "hidden_size",
-        "n_layers": "depth",
-        "n_heads": "num_heads",
-        "mlp_dim": "intermediate_size",
-        "out": "out_hidden_size",
-        "patch": "patch_size",
-        "frames": "temporal_patch_size",
-        "merge": "spatial_merge_size",
-        "channels": "in_channels",
-        "window": "window_size",
-        "full": "fullatt_block_indexes",
-        "ticks": "tokens_per_second",
-        "act": "hidden_act",
-    }
-    # what transformers takes where a config is silent
-    SILENT: ClassVar = {
-        "depth": 32,
-        "num_heads": 16,
-        "intermediate_size": 3420,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": (7, 15, 23, 31),
-        "tokens_per_second": 4,
-        "hidden_act": "silu",
-    }
-
-    def __post_init__(self) -> None:
-        if self.dim % self.n_heads or self.dim // self.n_heads % 4:
-            raise ValueError(f"got vision width {self.dim}, {self.n_heads} heads: expected heads of a multiple of 4")
-        if self.window < self.patch * self.merge or not set(self.full) <= set(range(self.n_layers)):
-            raise ValueError(
-                f"got windows of {self.window} pixels, full attention in layers {self.full}: expected a cell "
-                f"({self.patch * self.merge} pixels) or more, and layers 0 to {self.n_layers - 1}"
-            )
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "QwenVisionConfig":
-        """Read a released vision_config. Raises ValueError for one that lacks a number, or that turns by another theta."""
-        turning = files.get("rope_parameters") or {}
-        if turning.get("rope_theta", THETA) != THETA or turning.get("rope_type", AXIAL) not in (AXIAL, "default"):
-            raise ValueError(f"got rope_parameters {turning} in the vision_config: expected a rope_theta of {THETA:g}")
-        channels = files.get("in_channels", files.get("in_chans", 3))
-        files = {**cls.SILENT, **files, "in_channels": channels}
-        if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
-            raise ValueError(f"the vision_config lacks {', '.join(lost)}: expected that of a Qwen2.5-VL")
-        fields = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(**fields | {"full": tuple(fields["full"])})
-
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"fullatt_block_indexes": list(self.full), "in_chans": self.channels, "model_type": "qwen2_5_vl"}
-
-    @property
-    def span(self) -> int:
-        """Cells a side of a window."""
-        return self.window // (self.patch * self.merge)
+EPS = 1e-6
 
 
 def cells(grid: Grid, merge: int) -> Tensor:
@@ -188,19 +108,3 @@ class QwenVision(nn.Module):
         inside = torch.cartesian_prod(*[torch.arange(m, device=places.device)] * 2)
         at = rearrange(repeat(places[:, 1:] * m, "n two -> n s two", s=m * m) + inside, "n s two -> (n s) two")
         return torch.cat([rope(axis, half, THETA, torch.float32) for axis in at.unbind(1)], -1)
-
-
-def vision_keys(theirs: str, ours: str) -> Table:
-    """Rows of a key table; released names begin with `theirs`, ours with `ours`."""
-    block, part = theirs + "blocks.{}.", ours + "blocks.{}."
-    return {
-        theirs + "patch_embed.proj.{}": ours + "patch.{}",
-        block + "norm1.{}": part + "attn_norm.{}",
-        block + "norm2.{}": part + "mlp_norm.{}",
-        block + "attn.qkv.{}": part + "qkv.{}",
-        block + "attn.proj.{}": part + "o.{}",
-        **{block + f"mlp.{name}_proj.{{}}": part + f"mlp.{name}.{{}}" for name in ("gate", "up", "down")},
-        theirs + "merger.ln_q.{}": ours + "merger.norm.{}",
-        theirs + "merger.mlp.0.{}": ours + "merger.mlp.fc1.{}",
-        theirs + "merger.mlp.2.{}": ours + "merger.mlp.fc2.{}",
-    }

@@ -1,0 +1,26 @@
+"""The half of a network that Janus and JanusFlow share: a decoder, and a tower to look with."""
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from unimm.encoders.timm_vit import Tower
+from unimm.nn.decoder import Decoder
+from unimm.sequence.packing import Tokens
+
+
+class DeepseekNetwork(nn.Module):
+    """A decoder that is shown pictures through a tower."""
+
+    decoder: Decoder
+    vision: Tower
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.decoder.embed.weight.dtype
+
+    def seen(self, tokens: Tokens) -> Tensor:
+        """Pictures of a pack -> the tower's features [n, D of the tower]."""
+        p, side = self.vision.patch, self.vision.side
+        images = rearrange(tokens.content, "(b h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
+        return self.vision(images.to(self.dtype)).flatten(0, 1)
