@@ -9,7 +9,7 @@ Axes: N packed rows, P pictures to draw, n codes of a picture, D model, E featur
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from unimm.checkpoint.keymap import Table
 from unimm.generation.decode import Rows
 from unimm.generation.image_tokens import CodeSampling, next_codes
 from unimm.generation.kv_cache import Context
-from unimm.models.base import Generation, Release
+from unimm.models.base import Generation
 from unimm.models.common.deepseek_chat import Conversing
 from unimm.models.common.deepseek_processor import PLACEHOLDER, UNSPEAKABLE, unconditional
 from unimm.models.janus import RELEASES
@@ -37,7 +37,7 @@ from unimm.tokenizers.text import load_tokenizer
 class Janus(JanusNetwork, Conversing):
     """A decoder, a tower to look with, a VQ tokenizer to draw with, and an aligner for each."""
 
-    RELEASES: ClassVar = {name: Release(**row) for name, row in RELEASES.items()}
+    RELEASES = RELEASES
     SPARE = ("vision.trunk.attn_pool.{*}", "vq.quantize.codebook_used")
 
     def __init__(self, cfg: JanusConfig):

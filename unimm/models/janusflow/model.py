@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from unimm.generation.causal_lm import check_position
 from unimm.generation.flow import knots, sample
 from unimm.generation.kv_cache import EMPTY, Context, cache_of
 from unimm.generation.prefill import extend
-from unimm.models.base import Generation, Release
+from unimm.models.base import Generation
 from unimm.models.common.deepseek_chat import Conversing
 from unimm.models.common.deepseek_processor import UNSPEAKABLE
 from unimm.models.janusflow import RELEASES
@@ -41,7 +40,7 @@ from unimm.tokenizers.text import load_tokenizer
 class JanusFlow(JanusFlowNetwork, Conversing):
     """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
 
-    RELEASES: ClassVar = {name: Release(**row) for name, row in RELEASES.items()}
+    RELEASES = RELEASES
     SPARE = ("vision.trunk.attn_pool.{*}",)
 
     def __init__(self, cfg: JanusFlowConfig):
