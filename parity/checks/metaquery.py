@@ -16,7 +16,8 @@ from parity.case import Case
 from unimm.checkpoint.keymap import released_names
 from unimm.denoisers.sana import TIMESTEPS
 from unimm.generation.flow import whole_times
-from unimm.models.metaquery.model import Asked, MetaQuery
+from unimm.models.metaquery.model import MetaQuery
+from unimm.models.metaquery.processor import Asked
 from unimm.sequence.parts import Item, text_item
 
 EXPECTS = 'config.json with model_type "metaquery"'

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from unimm.generation.flow import dynamic_shift, in_whole_steps, knots, solver_knots, whole_times
-from unimm.models.uniworld.any_ratio import any_ratio
+from unimm.models.uniworld.processor import any_ratio
 from unimm.processing.images.qwen2_vl import smart_size
 from unimm.training.ema import ramp
 from unimm.training.tasks.edit_weights import WEIGHTS

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from unimm import MetaQuery, load
 from unimm.checkpoint.load import CheckpointError
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.metaquery.model import Asked
-from unimm.models.metaquery.processor import black
+from unimm.models.metaquery.processor import Asked, black
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 BRIEF = TextSampling(max_tokens=4)

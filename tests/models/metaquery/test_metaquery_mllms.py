@@ -15,7 +15,8 @@ from unimm import MetaQuery
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import MetaQueryConfig
-from unimm.models.metaquery.mllms import READERS, Squares
+from unimm.models.metaquery.mllms import READERS
+from unimm.models.metaquery.processor import Squares
 from unimm.models.metaquery.weights import keys
 from unimm.training.init import text_model
 from unimm.training.tasks.metaquery import init_painter

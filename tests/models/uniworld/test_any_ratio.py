@@ -5,7 +5,7 @@ import pytest
 from helpers.paths import GOLDEN
 
 from parity.runner import check
-from unimm.models.uniworld.any_ratio import any_ratio
+from unimm.models.uniworld.processor import any_ratio
 
 TABLES = GOLDEN / "blocks" / "tables.json"
 

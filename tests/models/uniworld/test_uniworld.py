@@ -19,6 +19,7 @@ from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.models.base import Generation
 from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP
 from unimm.models.uniworld.weights import keys
+from unimm.sequence.packing import pack
 from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
 
 FILES = json.loads((CASE / "config.json").read_text())
@@ -265,7 +266,7 @@ def test_residual_is_what_the_tower_gave(model):
     cells = slice(first, first + items[1].n_tokens)
     others = [i for i in range(len(plain.states)) if not cells.start <= i < cells.stop]
     assert torch.equal(plain.states[others], whole.states[others])
-    batch = unimm.sequence.segments.pack([items])
+    batch = pack([items])
     assert torch.allclose(whole.states[cells], model.reader.seen(batch.look), atol=1e-6)
     assert torch.allclose(half.states, (plain.states + whole.states) / 2, atol=1e-6)
 

@@ -2,19 +2,14 @@
 
 facts/metaquery_uniworld.md sections 1.1 and 1.2.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unimm.checkpoint.keymap import Table
-from unimm.models.metaquery.processor import Composer, Template
-from unimm.processing.images.io import CropSquare, open_image
-from unimm.processing.requests import Picture
-from unimm.sequence.parts import Item
-from unimm.tokenizers.text import TextTokenizer
+from unimm.models.metaquery.processor import Template
 from unimm.vlms.base import Reader
 from unimm.vlms.llava_onevision.model import LlavaOneVision
-from unimm.vlms.llava_onevision.processor import LlavaPrompts
 from unimm.vlms.llava_onevision.weights import llava_keys
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.weights import qwen_keys
@@ -58,28 +53,6 @@ def table_name(theirs: str) -> str:
 
 def _with_queries(ours: str | None) -> str | None:
     return f"{EMBED}weight + {QUERIES}" if _embeds(ours) else ours
-
-
-@dataclass(frozen=True)
-class Squares:
-    """LLaVA-OneVision's prompts as MetaQuery makes them: pictures cropped to the tower's square, all of them tiled."""
-
-    inner: LlavaPrompts
-
-    @property
-    def words(self) -> TextTokenizer:
-        """The tokenizer."""
-        return self.inner.words
-
-    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
-        """A text in which markers are markers, with a placeholder for each picture, as items."""
-        crop = CropSquare(self.inner.pixels.size)
-        return self.inner.composed(text, [crop(open_image(picture)) for picture in pictures], tiled=True)
-
-
-def composer(prompts: Any) -> Composer:
-    """What makes a reader's texts and pictures into items, the way MetaQuery does."""
-    return Squares(prompts) if isinstance(prompts, LlavaPrompts) else prompts
 
 
 def _qwen(cfg: Any, head: bool) -> Table:

@@ -8,95 +8,47 @@ Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures,
 """
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import Table
 from unimm.checkpoint.load import HUB_WEIGHTS, CheckpointError, load_into, read_shapes, weight_files
-from unimm.denoisers.sana import Condition, Sana
+from unimm.denoisers.sana import Condition
 from unimm.generation.causal_lm import check_position
-from unimm.generation.flow import Velocity, add_noise, in_whole_steps, sample_dpm, solver_knots
+from unimm.generation.flow import Velocity, in_whole_steps, sample_dpm, solver_knots
 from unimm.generation.kv_cache import EMPTY, cache_of
 from unimm.generation.prefill import extend
-from unimm.kernels import attention
-from unimm.models.base import Generation, Release
+from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import AroundReader
+from unimm.models.metaquery import RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, home
-from unimm.models.metaquery.connector import Connector
-from unimm.models.metaquery.mllms import composer, kind_of
-from unimm.models.metaquery.network import TINY_SPREAD, LostHead
-from unimm.models.metaquery.processor import MARKERS, Asking, QueryPrompts, black
+from unimm.models.metaquery.network import LostHead, MetaQueryNetwork
+from unimm.models.metaquery.processor import MARKERS, Asked, QueryPrompts, composer
 from unimm.models.metaquery.weights import keys, shapes_in
-from unimm.nn.decoder import Attend, Decoder, Parts
 from unimm.processing.images.io import open_image, to_image
 from unimm.processing.requests import Picture, asked, drawable, each, seeds
-from unimm.sequence.packing import Pack, pack
+from unimm.sequence.packing import pack
 from unimm.sequence.parts import Item, text_item
-from unimm.tokenizers.dc_ae import DCAE
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import Reader
 
 LARGEST = 4096  # pixels a side of what is drawn
 
 
-@dataclass
-class Asked:
-    """What the reader is asked in one call, each sample once, and what each picture takes of the answers.
+class MetaQuery(MetaQueryNetwork, AroundReader):
+    """The network with its verbs."""
 
-    A branch is a sample and the weight of the velocity under it; the weights of a picture's branches add up to 1.
-    """
-
-    prompts: QueryPrompts
-    samples: list[list[Item]] = field(default_factory=list)
-    known: dict[tuple, int] = field(default_factory=dict)
-
-    def sample(self, caption: str, pictures: Sequence[Image.Image], *, kind: str) -> int:
-        """The place of a sample. kind: what is shown, "black" in place of the pictures, or the pictures."""
-        look = [black(picture) for picture in pictures] if kind == "black" else list(pictures)
-        # black pictures are equal where their sizes are; others are where they are one object
-        key = (caption, *(one.size if kind == "black" else id(one) for one in look))
-        if key not in self.known:
-            self.known[key] = len(self.samples)
-            self.samples.append(self.prompts.drawing(caption, look))
-        return self.known[key]
-
-    def branches(
-        self, caption: str, pictures: Sequence[Image.Image], *, negative: str, text: float, image: float
-    ) -> list[tuple[int, float]]:
-        """The branches of a picture under its scales of guidance; a branch of weight 0 is not read.
-
-        Without pictures v = u + text (c - u). With them v = u + image (i - u) + text (c - i), where u sees the negative
-        prompt and black pictures, i the negative prompt and the pictures; at an image scale of 1 or less
-        v = i + text (c - i).
-        """
-        told = (caption, "shown", text)
-        if not pictures or image <= 1:
-            found = [(negative, "shown", 1 - text), told]
-        else:
-            found = [(negative, "black", 1 - image), (negative, "shown", image - text), told]
-        return [(self.sample(words, pictures, kind=kind), weight) for words, kind, weight in found if weight]
-
-
-class MetaQuery(AroundReader):
-    """A reader with queries beside its table, a connector, a painter and its autoencoder."""
+    RELEASES = RELEASES
 
     def __init__(self, cfg: MetaQueryConfig):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, None
-        self.kind = kind_of(cfg.reader)
-        self.reader: Reader = self.kind.home(cfg.reader)
-        # <begin_of_img>, <end_of_img>, then the queries; apart from the reader's table, which never changes
-        self.queries = nn.Parameter(torch.zeros(MARKERS + cfg.n_queries, cfg.reader.decoder.dim))
-        self.connector = Connector(cfg.connector)
-        self.painter, self.vae = Sana(cfg.painter), DCAE(cfg.vae)
+        super().__init__(cfg)
+        self.tokenizer = None
         self.reader_source: str | Path = cfg.homes["mllm_id"]
         self._speaker: tuple[Reader, ...] = ()
 
@@ -167,16 +119,6 @@ class MetaQuery(AroundReader):
     # ---- reading
 
     @property
-    def decoder(self) -> Decoder:
-        """The reader's."""
-        return self.reader.decoder
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.reader.dtype
-
-    @property
     def prompts(self) -> QueryPrompts:
         """How this model's prompts are made."""
         cfg, reader = self.cfg, cast("Any", self.reader.prompts)
@@ -187,26 +129,6 @@ class MetaQuery(AroundReader):
             composer(reader), self.kind.template, cfg.system, cfg.n_queries, cfg.reader.decoder.vocab,
             cfg.reader.markers.end, cfg.max_text,
         )  # fmt: skip
-
-    def embed(self, batch: Pack) -> Tensor:
-        """Every row of a pack, in its order [n, D]: the reader's, and the queries."""
-        vocab = self.cfg.reader.decoder.vocab
-        new = batch.ids >= vocab
-        x = self.reader.embed(replace(batch, ids=batch.ids.masked_fill(new, 0)))
-        return x.index_copy(0, batch.id_rows[new], F.embedding(batch.ids[new] - vocab, self.queries).to(x.dtype))
-
-    def hidden(self, batch: Pack, attend: Attend) -> Parts:
-        """Last hidden states of a pack's rows, before the final norm."""
-        x = self.embed(batch)
-        (stream,) = self.decoder.cfg.streams
-        return self.decoder(x, self.reader.positions(batch), {stream: torch.arange(len(x), device=x.device)}, attend)
-
-    def answers(self, batch: Pack, attend: Attend) -> Tensor:
-        """The reader's last hidden states at the queries of each sample that has them, after the final norm [R, N, D]."""
-        (hidden,), (stream,) = self.hidden(batch, attend).values(), self.decoder.cfg.streams
-        first = self.cfg.reader.decoder.vocab + MARKERS
-        at = batch.id_rows[batch.ids >= first]
-        return self.decoder.norms[stream](hidden[at]).unflatten(0, (-1, self.cfg.n_queries))
 
     @torch.inference_mode()
     def ask(self, samples: Sequence[Sequence[Item]]) -> Tensor:
@@ -220,49 +142,6 @@ class MetaQuery(AroundReader):
         batch = pack(rest, past, device=self.device)
         check_position(self, max(batch.layout.clocks))
         return self.answers(batch, cache.attend(past, batch.layout.mask))
-
-    def told(self, answers: Tensor) -> Condition:
-        """Answers [R, N, D] -> what the painter is told: its keys and values, computed once a picture."""
-        return self.painter.condition(self.connector(answers))
-
-    # ---- training
-
-    def forward(self, asking: Asking, latents: Tensor, noise: Tensor, times: Tensor, samples: Tensor) -> Tensor:
-        """Training: the squared error of the velocity of each noised picture [B]; gradients reach the queries, not the reader.
-
-        latents and noise [B, C, h, w], times [B], samples [B]: which of those asked each is drawn from.
-        """
-        condition = self.told(self.learning(asking)).rows(samples)
-        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
-        v = self.painter(noised, times, condition)
-        return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
-
-    def learning(self, asking: Asking) -> Tensor:
-        """Answers [R, N, D] that carry gradients to the queries; nothing before these depends on what they learn."""
-        kept: list[tuple[Tensor, Tensor]] = []
-
-        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept.append((k, v))
-            return attention(q, k, v, asking.prompts.layout.mask)
-
-        with torch.no_grad():
-            self.hidden(asking.prompts, keep)
-        order = asking.order()
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            past = kept[layer]
-            keys, values = (torch.cat((old, new)).index_select(0, order) for old, new in zip(past, (k, v), strict=True))
-            return attention(q, keys, values, asking.queries.layout.mask)
-
-        return self.answers(asking.queries, attend)
-
-    @torch.no_grad()
-    def reset_queries(self, generator: torch.Generator | None = None) -> None:
-        """New rows of a table as they begin: around the mean of the old rows, spread as they are, by next to nothing."""
-        old = self.decoder.embed.weight.float()
-        off = (old - old.mean(0)) * (TINY_SPREAD / len(old)) ** 0.5
-        draws = torch.randn(len(self.queries), len(old), generator=generator).to(old.device)
-        self.queries.copy_(old.mean(0) + draws @ off)
 
     # ---- drawing
 
@@ -287,11 +166,6 @@ class MetaQuery(AroundReader):
         times = solver_knots(steps, shift=solver.shift, trained=solver.trained)
         told = in_whole_steps(velocity, trained=solver.trained)
         return sample_dpm(told, noises.to(self.device), times, progress=progress)
-
-    @torch.inference_mode()
-    def paint(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, height, width], about [-1, 1]."""
-        return self.vae.decode(latents.to(self.dtype)).float()
 
     def generate(
         self,
@@ -381,14 +255,3 @@ class MetaQuery(AroundReader):
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """What a picture begins from, drawn on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
-
-
-# ---- released files
-
-
-VERBS = ("generate", "understand", "chat")
-# no official weights exist: https://github.com/facebookresearch/metaquery/issues/1
-RELEASES = {
-    "metaquery-nano": Release(family="MetaQuery", hub=None, licence="Apache-2.0", parameters=3_133_475, verbs=VERBS),
-}
-MetaQuery.RELEASES = RELEASES

@@ -3,18 +3,20 @@
 Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 1.2.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
+from unimm.processing.images.io import CropSquare, open_image
 from unimm.processing.requests import Picture
 from unimm.sequence.packing import Pack, pack
 from unimm.sequence.parts import Item, text_item
 from unimm.sequence.segments import Past
 from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
+from unimm.vlms.llava_onevision.processor import LlavaPrompts
 
 MARKERS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
 
@@ -126,3 +128,63 @@ class Asking:
 def black(picture: Image.Image) -> Image.Image:
     """What stands for a picture that is dropped: a black one of its size."""
     return Image.new("RGB", picture.size)
+
+
+@dataclass
+class Asked:
+    """What the reader is asked in one call, each sample once, and what each picture takes of the answers.
+
+    A branch is a sample and the weight of the velocity under it; the weights of a picture's branches add up to 1.
+    """
+
+    prompts: QueryPrompts
+    samples: list[list[Item]] = field(default_factory=list)
+    known: dict[tuple, int] = field(default_factory=dict)
+
+    def sample(self, caption: str, pictures: Sequence[Image.Image], *, kind: str) -> int:
+        """The place of a sample. kind: what is shown, "black" in place of the pictures, or the pictures."""
+        look = [black(picture) for picture in pictures] if kind == "black" else list(pictures)
+        # black pictures are equal where their sizes are; others are where they are one object
+        key = (caption, *(one.size if kind == "black" else id(one) for one in look))
+        if key not in self.known:
+            self.known[key] = len(self.samples)
+            self.samples.append(self.prompts.drawing(caption, look))
+        return self.known[key]
+
+    def branches(
+        self, caption: str, pictures: Sequence[Image.Image], *, negative: str, text: float, image: float
+    ) -> list[tuple[int, float]]:
+        """The branches of a picture under its scales of guidance; a branch of weight 0 is not read.
+
+        Without pictures v = u + text (c - u). With them v = u + image (i - u) + text (c - i), where u sees the negative
+        prompt and black pictures, i the negative prompt and the pictures; at an image scale of 1 or less
+        v = i + text (c - i).
+        """
+        told = (caption, "shown", text)
+        if not pictures or image <= 1:
+            found = [(negative, "shown", 1 - text), told]
+        else:
+            found = [(negative, "black", 1 - image), (negative, "shown", image - text), told]
+        return [(self.sample(words, pictures, kind=kind), weight) for words, kind, weight in found if weight]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """LLaVA-OneVision's prompts as MetaQuery makes them: pictures cropped to the tower's square, all of them tiled."""
+
+    inner: LlavaPrompts
+
+    @property
+    def words(self) -> TextTokenizer:
+        """The tokenizer."""
+        return self.inner.words
+
+    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
+        """A text in which markers are markers, with a placeholder for each picture, as items."""
+        crop = CropSquare(self.inner.pixels.size)
+        return self.inner.composed(text, [crop(open_image(picture)) for picture in pictures], tiled=True)
+
+
+def composer(prompts: Any) -> Composer:
+    """What makes a reader's texts and pictures into items, the way MetaQuery does."""
+    return Squares(prompts) if isinstance(prompts, LlavaPrompts) else prompts

@@ -13,11 +13,12 @@ from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.load import HUB_WEIGHTS, read_shapes, weight_files
 from unimm.denoisers.flux import FluxConfig
 from unimm.denoisers.mmdit import SIDE
-from unimm.models.uniworld.any_ratio import RATIOS
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig, with_ends
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# width to height. Each list begins with those before it
+RATIOS = ((1, 1), (16, 9), (9, 16), (4, 3), (3, 4), (3, 2), (2, 3), (5, 4), (4, 5), (7, 5), (5, 7))
 TOWER = "denoise_tower."  # what the released names of all but the reader begin with
 # parts of repositories of their own, by the folders below a checkpoint that may hold them
 SIGLIP_FOLDER, FLUX_FOLDERS = "siglip", ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -21,22 +20,21 @@ from typing_extensions import Self
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import Table
 from unimm.checkpoint.load import HUB_WEIGHTS, parse_dtype
-from unimm.denoisers.flux import Flux, grid
+from unimm.denoisers.flux import grid
 from unimm.denoisers.mmdit import SIDE, by_step, pack, unpack
 from unimm.generation.causal_lm import check_position
 from unimm.generation.decode import TextStream, speak
-from unimm.generation.flow import add_noise, dynamic_shift, knots, sample
+from unimm.generation.flow import dynamic_shift, knots, sample
 from unimm.generation.kv_cache import EMPTY, Context, cache_of
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.base import Generation, Release
+from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import AroundReader
-from unimm.models.uniworld.any_ratio import any_ratio
-from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP, Parts, needed
+from unimm.models.uniworld import RELEASES
+from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP, needed
 from unimm.models.uniworld.config import DECIDER, FLUX_FOLDERS, SIGLIP_FOLDER, UniWorldConfig
-from unimm.models.uniworld.options import LARGEST, Painting, References, padded
-from unimm.models.uniworld.processor import UniWorldPrompts
+from unimm.models.uniworld.network import UniWorldNetwork, padded
+from unimm.models.uniworld.processor import LARGEST, Painting, References, UniWorldPrompts, any_ratio
 from unimm.models.uniworld.weights import keys
-from unimm.nn.layers import MLP
 from unimm.processing.images.io import open_image, to_image
 from unimm.processing.requests import Picture, asked, drawable, pictures_of
 from unimm.sequence.packing import pack as packed
@@ -59,20 +57,15 @@ class Reading:
     last: int  # the last row's id
 
 
-class UniWorld(AroundReader):
-    """A reader, a painter, what leads from one to the other, and the parts that lie apart."""
+class UniWorld(UniWorldNetwork, AroundReader):
+    """The network with its verbs."""
 
+    RELEASES = RELEASES
     FLOAT32 = ("parts.vae.", "decide.")
 
     def __init__(self, cfg: UniWorldConfig):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, None
-        self.reader, self.painter, self.parts = QwenVL(cfg.reader), Flux(cfg.painter), Parts()
-        wide = cfg.painter.text_dim
-        self.from_reader = MLP(cfg.reader.decoder.dim, cfg.read_hidden, wide, "silu")
-        self.from_look = MLP(cfg.look_dim, cfg.look_hidden, wide, "silu")
-        self.from_latents = MLP(cfg.painter.in_channels, cfg.latent_hidden, wide, "silu")
-        self.decide = MLP(cfg.reader.decoder.dim, cfg.decide_hidden, 2, "silu") if cfg.decide_hidden else None
+        super().__init__(cfg)
+        self.tokenizer = None
 
     # ---- files
 
@@ -135,11 +128,6 @@ class UniWorld(AroundReader):
     # ---- reading
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.reader.dtype
-
-    @property
     def prompts(self) -> UniWorldPrompts:
         """How this model's prompts are made."""
         return UniWorldPrompts(reader=self.reader.prompts, system=self.cfg.system, in_front=self.cfg.in_front)
@@ -167,23 +155,6 @@ class UniWorld(AroundReader):
             for i, (items, some, n) in enumerate(zip(samples, states.split(lengths), lengths, strict=True))
         ]
 
-    def told(
-        self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor], looks: Tensor | None = None
-    ) -> list[Tensor]:
-        """What the painter is told of each sample [m, C], of what was read of it [n, D].
-
-        looks [k, patches, C]: features of all pictures, in order, each put between its cells and the marker behind them.
-        """
-        projected = self.from_reader(torch.cat(list(states))).split([len(one) for one in states])
-        left = iter(()) if looks is None else iter(self.from_look(looks))
-        told = []
-        for items, tokens in zip(samples, projected, strict=True):
-            parts = []
-            for item, rows in zip(items, tokens.split([one.segment.length for one in items]), strict=True):
-                parts += [rows, next(left)] if item.kind == "look" and looks is not None else [rows]
-            told.append(torch.cat(parts))
-        return told
-
     def decision(self, reading: Reading) -> Tensor:
         """The logits [2] of answering and of drawing; it draws where the second is larger. Raises ValueError without a head."""
         head = needed(self.decide, "head that decides", "a folder with task_head_final.pt or .safetensors")
@@ -198,46 +169,6 @@ class UniWorld(AroundReader):
         return torch.stack([some[-n] for some, n in zip(states, behind, strict=True)])
 
     # ---- drawing
-
-    def velocity(
-        self,
-        told: Sequence[Tensor],
-        noised: Tensor,
-        times: Tensor,
-        *,
-        pooled: Tensor,
-        guidance: float | Tensor,
-        references: Tensor | None = None,
-    ) -> Tensor:
-        """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w].
-
-        references [B, C, k h, w]: latents that stand below those drawn.
-        """
-        h, w = noised.shape[2:]
-        text, seen = padded(told)
-        whole = noised if references is None else torch.cat((noised, references.to(noised)), 2)
-        condition = self.painter.condition(text, grid(whole.shape[2] // SIDE, w // SIDE).to(text.device), seen=seen)
-        (step,) = self.painter.modulations(times[None], pooled, guidance=guidance if self.cfg.painter.guided else None)
-        v = self.painter(pack(whole).to(text.dtype), condition, step)
-        return unpack(v[:, : h * w // SIDE**2], height=h, width=w)
-
-    def forward(
-        self,
-        told: Sequence[Tensor],
-        latents: Tensor,
-        noise: Tensor,
-        times: Tensor,
-        *,
-        pooled: Tensor,
-        weights: Tensor | None = None,
-        guidance: float = 1.0,
-        references: Tensor | None = None,
-    ) -> Tensor:
-        """Training: the squared error of the velocity of each picture [B]; weights [B, 1, h, w]: of its places."""
-        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
-        v = self.velocity(told, noised, times, pooled=pooled, guidance=guidance, references=references)
-        off = (v.float() - (noise - latents).float()).square()
-        return (off if weights is None else weights * off).flatten(1).mean(1)
 
     @torch.inference_mode()
     def denoise(
@@ -296,16 +227,6 @@ class UniWorld(AroundReader):
     def stride(self) -> int:
         """Pixels of a token, a side."""
         return SIDE * self.parts.autoencoder.config.stride
-
-    def pooled(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
-        """CLIP's vector of each text [B, C]; zeros where the model was trained without, or `clip` is False."""
-        if self.cfg.captioned if clip is None else clip:
-            return self.parts.pooled(texts)
-        return torch.zeros(len(texts), self.cfg.painter.pooled_dim, dtype=self.dtype, device=self.device)
-
-    def beside(self, latents: Tensor) -> Tensor:
-        """Latents of references [k, C, h, w] as what the painter is told [m, C]: half as fine, projected."""
-        return self.from_latents(pack(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
 
     def size_of(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
         """(height, width) of what is drawn from pictures: the ratio nearest to that of their mean height and width."""
@@ -454,16 +375,3 @@ class UniWorld(AroundReader):
     def speaker(self) -> QwenVL:
         """The reader."""
         return self.reader
-
-
-# ---- released files
-
-
-HUB = "LanguageBind/UniWorld-V1"
-VERBS = ("generate", "understand", "chat", "respond")
-LICENCE = "MIT; its painter is FLUX.1-dev's: FLUX.1 [dev] non-commercial"
-RELEASES = {
-    "uniworld-nano": Release(family="UniWorld", hub=None, licence="Apache-2.0", parameters=3_922_461, verbs=VERBS),
-    HUB: Release(family="UniWorld", hub=HUB, licence=LICENCE, parameters=20_365_253_696, verbs=VERBS),
-}
-UniWorld.RELEASES = RELEASES
