@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -64,17 +66,184 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 @each_file
 def test_imports_point_one_way(path):
+    """The old layout's layers; between rooms, floors say it below."""
     here = layer(path.relative_to(ROOT).with_suffix("").parts[0])
     for part in imported(TREES[path]):
         there = layer(part)
+        if room(module(path)) and room(f"unimm.{part}"):
+            continue
         assert there == here or there in MAY_IMPORT[here], f"{here} may not import {part} ({there})"
 
 
-def test_families_do_not_import_each_other():
-    families = {family.home.split(":")[0] for family in FAMILIES.values()}
-    for path in ROOT.glob("models/*.py"):
-        froms = {node.module for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)}
-        assert not froms & (families - {f"unimm.models.{path.stem}"})
+def dotted(tree: ast.AST) -> list[str]:
+    """What a file imports of the package, as full names, inside functions and under TYPE_CHECKING too.
+
+    `from unimm.models import flux` gives unimm.models and unimm.models.flux: the second may be a module.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "unimm"]
+
+
+def module(path: Path) -> str:
+    """The full name of a file's module."""
+    return ".".join(["unimm", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+# ---- families
+
+# the folder of each family, or the file of that name, by where its class is: unimm.models.janus or unimm.models.janus.model
+FOLDERS = {family.home.split(":")[0].split(".")[2] for family in FAMILIES.values()}
+# files beside those folders that are a family's but do not begin with its name; this must shrink, and be empty in the end
+BESIDE = {
+    "connector": "metaquery",
+    "dialogue": "bagel",
+    "query_prompts": "metaquery",
+    "query_readers": "metaquery",
+    "uvit": "janusflow",
+}
+
+
+def family(name: str) -> str | None:
+    """The family that a module belongs to: by its folder in models/, or by the longest beginning of its file's name."""
+    parts = name.split(".")
+    if parts[:2] != ["unimm", "models"] or len(parts) < 3:
+        return None
+    begun = [folder for folder in FOLDERS if parts[2] == folder or parts[2].startswith(f"{folder}_")]
+    return BESIDE.get(parts[2]) or max(begun, key=len, default=None)
+
+
+@each_file
+def test_families_do_not_import_each_other(path):
+    """Over all files of each family; what two of them use is a role, and lives in that role's room."""
+    ours = family(module(path))
+    theirs = {name: owner for name in dotted(TREES[path]) if (owner := family(name))}
+    if ours:
+        assert not {name for name, owner in theirs.items() if owner != ours}
+
+
+def test_every_family_has_files():
+    assert family("unimm.models.janusflow.uvit") == "janusflow" and family("unimm.models.janus.uvit") == "janus"
+    assert family("unimm.models.common.deepseek_chat") is None and family("unimm.models") is None
+    assert {name for name in BESIDE if not (ROOT / "models" / f"{name}.py").exists()} == set(), "take it out of BESIDE"
+    assert {family(module(path)) for path in FILES} == FOLDERS | {None}
+
+
+@each_file
+def test_only_the_registry_knows_the_families_and_only_by_strings(path):
+    """What families are built on imports none of them, not in a function either; the registry imports them by their names."""
+    here = module(path)
+    common = here.removeprefix("unimm.").removeprefix("models.").split(".")[0] in (*COMMON, "unified")
+    if common or room(here) not in (None, *ABOVE_FAMILIES):
+        assert not [name for name in dotted(TREES[path]) if family(name)]
+
+
+# ---- rooms
+
+# floor by floor; a module imports from its own room and from those of earlier floors, never from the others of its floor
+FLOORS = (
+    ("kernels",),
+    ("nn", "sequence", "checkpoint"),
+    ("generation", "tokenizers"),
+    ("processing",),
+    ("encoders", "denoisers"),
+    ("vlms",),
+    ("models",),
+    ("data",),
+    ("training", "evaluation", "distributed", "adapters", "quantization", "serving"),
+    ("cli",),
+)
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+# rooms that may import a family: the families' own, and those above it but for the data
+ABOVE_FAMILIES = ("models", *FLOORS[-2], *FLOORS[-1])
+# folders of models/ that are no family, and files that are the room's own; its other files have not moved in yet
+COMMON = ("base", "registry", "common")
+
+
+def room(name: str) -> str | None:
+    """The room that a module is in; None for the root's files, for the old layout's, and for the package itself."""
+    parts = name.split(".")[1:]
+    if not parts or parts[0] not in FLOOR or not (ROOT / parts[0]).is_dir():
+        return None
+    if parts[0] == "models":
+        inside = len(parts) > 1 and (parts[1] in COMMON or (parts[1] in FOLDERS and (ROOT / "models" / parts[1]).is_dir()))
+        return "models" if inside else None
+    return parts[0]
+
+
+def across(here: str, imports: Iterable[str]) -> list[str]:
+    """The imports of a module that go up, or to another room of its floor."""
+    ours = room(here)
+    theirs = {name: there for name in imports if (there := room(name)) and there != ours}
+    return [name for name, there in theirs.items() if ours and FLOOR[there] >= FLOOR[ours]]
+
+
+@each_file
+def test_rooms_import_only_what_is_on_earlier_floors(path):
+    assert not across(module(path), dotted(TREES[path]))
+
+
+def test_imports_that_go_up_are_found():
+    """With names that are there before and after the move; also where only a type checker, or a call, imports them."""
+    assert across("unimm.kernels.common", ["unimm.tokenizers.text"]) == ["unimm.tokenizers.text"]
+    assert across("unimm.evaluation.shapes", ["unimm.training.objective"]) == ["unimm.training.objective"]
+    assert across("unimm.training.objective", ["unimm.tokenizers.text", "unimm.kernels", "unimm.training.vae"]) == []
+    code = "if TYPE_CHECKING:\n    from unimm.data import packing\ndef f():\n    import unimm.training.vae"
+    found = across("unimm.tokenizers.text", dotted(ast.parse(code)))
+    assert found == ["unimm.data", "unimm.data.packing", "unimm.training.vae"]
+
+
+@each_file
+def test_nothing_imports_what_is_built_on_the_package(path):
+    outside = {"experiments", "parity", "benchmarks", "examples", "tests"}
+    names = [name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for name in (a.name for a in node.names)]
+    names += [node.module or "" for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)]
+    assert not outside & {name.split(".")[0] for name in names}
+
+
+# ---- names
+
+# class names that several modules have, and how many; this must shrink, and be empty in the end
+SHARED_NAMES = {
+    "Architecture": 2,
+    "Attention": 2,
+    "Batch": 11,
+    "Block": 3,
+    "Condition": 2,
+    "Decoder": 4,
+    "Down": 2,
+    "Drawing": 2,
+    "Encoder": 3,
+    "Level": 2,
+    "Losses": 3,
+    "Markers": 2,
+    "Middle": 2,
+    "Options": 13,
+    "Pair": 2,
+    "Parts": 2,
+    "Pictures": 2,
+    "Reader": 2,
+    "Scenes": 3,
+    "Stream": 2,
+    "Up": 2,
+    "Worlds": 5,
+}
+
+
+def test_class_names_are_unique():
+    names = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    shared = {name: n for name, n in names.items() if n > 1}
+    new = {name: n for name, n in shared.items() if n > SHARED_NAMES.get(name, 1)}
+    assert not new, "a class has a name of its own: say whose it is, BagelTrainingConfig"
+    gone = {name: shared.get(name, 0) for name, n in SHARED_NAMES.items() if shared.get(name, 0) < n}
+    assert not gone, "fewer than SHARED_NAMES says, which is good: correct it"
+
+
+# ---- what no file does
 
 
 @each_file
