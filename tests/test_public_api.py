@@ -1,4 +1,5 @@
 """The public names, and the signature of every verb: public_api.txt is changed by hand, where a change is meant."""
+
 import dataclasses
 import difflib
 import inspect
