@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,78 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 each_file = pytest.mark.parametrize("path", FILES, ids=IDS)
 
-# a module imports rooms of the floors below its own, and its own room; rooms of one floor do not import each other
+LINES, FUNCTION = 500, 60
+
+
+def called(tree: ast.AST) -> list[str]:
+    """The names of everything called: print, pickle.load, ..."""
+    return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def dotted(tree: ast.AST) -> list[str]:
+    """What a file imports of the package, as full names, inside functions and under TYPE_CHECKING too.
+
+    `from unimm.models import flux` gives unimm.models and unimm.models.flux: the second may be a module.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "unimm"]
+
+
+def module(path: Path) -> str:
+    """The full name of a file's module."""
+    return ".".join(["unimm", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+# ---- families
+
+# the folder of each family, by where its class is: unimm.models.janus.model
+FOLDERS = {family.home.split(":")[0].split(".")[2] for family in FAMILIES.values()}
+
+
+def family(name: str) -> str | None:
+    """The family that a module belongs to, by its folder in models/."""
+    parts = name.split(".")
+    return parts[2] if parts[:2] == ["unimm", "models"] and len(parts) > 2 and parts[2] in FOLDERS else None
+
+
+@each_file
+def test_families_do_not_import_each_other(path):
+    """Over all files of each family; what two of them use is a role, and lives in that role's room."""
+    ours = family(module(path))
+    theirs = {name: owner for name in dotted(TREES[path]) if (owner := family(name))}
+    if ours:
+        assert not {name for name, owner in theirs.items() if owner != ours}
+
+
+def test_every_family_has_files():
+    assert family("unimm.models.janusflow.uvit") == "janusflow" and family("unimm.models.janus.model") == "janus"
+    assert family("unimm.models.common.deepseek_chat") is None and family("unimm.models") is None
+    assert {family(module(path)) for path in FILES} == FOLDERS | {None}
+
+
+@each_file
+def test_only_the_registry_knows_the_families_and_only_by_strings(path):
+    """What families are built on imports none of them, not in a function either; the registry imports them by their names."""
+    here = module(path)
+    parts = here.split(".")[1:]
+    below = parts and room(here) not in (None, *ABOVE_FAMILIES)
+    shared = parts[:1] == ["models"] and family(here) is None
+    if below or shared:
+        assert not [name for name in dotted(TREES[path]) if family(name)]
+
+
+# ---- rooms
+
+# floor by floor; a module imports from its own room and from those of earlier floors, never from the others of its floor
 FLOORS = (
     ("kernels",),
     ("nn", "sequence", "checkpoint"),
@@ -31,49 +104,90 @@ FLOORS = (
     ("training", "evaluation", "distributed", "adapters", "quantization", "serving"),
     ("cli",),
 )
-FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-FACE = ("__init__",)  # imports nothing until it is asked
-LINES, FUNCTION = 500, 60
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+# rooms that may import a family: the families' own, and those above it but for the data
+ABOVE_FAMILIES = ("models", *FLOORS[-2], *FLOORS[-1])
 
 
-def imported(tree: ast.AST) -> list[str]:
-    """What a file imports of the package, as parts below unimm."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found += [name.split(".")[1] if "." in name else "__init__" for name in names if name.split(".")[0] == "unimm"]
-    return found
+def room(name: str) -> str | None:
+    """The room that a module is in; None for the package itself, which imports nothing until it is asked."""
+    parts = name.split(".")[1:]
+    return parts[0] if parts and parts[0] in FLOOR else None
 
 
-def called(tree: ast.AST) -> list[str]:
-    """The names of everything called: print, pickle.load, ..."""
-    return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
-def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+def across(here: str, imports: Iterable[str]) -> list[str]:
+    """The imports of a module that go up, or to another room of its floor."""
+    ours = room(here)
+    theirs = {name: there for name in imports if (there := room(name)) and there != ours}
+    return [name for name, there in theirs.items() if ours and FLOOR[there] >= FLOOR[ours]]
 
 
 @each_file
-def test_imports_point_down(path):
-    here = path.relative_to(ROOT).with_suffix("").parts[0]
-    if here in FACE:
-        return
-    for there in imported(TREES[path]):
-        assert there == here or FLOOR[there] < FLOOR[here], f"{here} may not import {there}"
+def test_rooms_import_only_what_is_on_earlier_floors(path):
+    assert not across(module(path), dotted(TREES[path]))
 
 
-def test_families_do_not_import_each_other():
-    families = {family.home.split(":")[0] for family in FAMILIES.values()}
-    for path in ROOT.glob("models/*.py"):
-        froms = {node.module for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)}
-        assert not froms & (families - {f"unimm.models.{path.stem}"})
+def test_every_module_is_in_a_room():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} <= {*FLOOR, "__init__.py"}
+
+
+def test_imports_that_go_up_are_found():
+    """Also where only a type checker, or a call, imports them."""
+    assert across("unimm.kernels.common", ["unimm.tokenizers.text"]) == ["unimm.tokenizers.text"]
+    assert across("unimm.evaluation.benchmarks.shapes", ["unimm.training.trainer"]) == ["unimm.training.trainer"]
+    assert across("unimm.training.trainer", ["unimm.tokenizers.text", "unimm.kernels", "unimm.training.config"]) == []
+    code = "if TYPE_CHECKING:\n    from unimm.data import batching\ndef f():\n    import unimm.training.ema"
+    found = across("unimm.tokenizers.text", dotted(ast.parse(code)))
+    assert found == ["unimm.data", "unimm.data.batching", "unimm.training.ema"]
+
+
+@each_file
+def test_nothing_imports_what_is_built_on_the_package(path):
+    outside = {"experiments", "parity", "benchmarks", "examples", "tests"}
+    names = [name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for name in (a.name for a in node.names)]
+    names += [node.module or "" for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)]
+    assert not outside & {name.split(".")[0] for name in names}
+
+
+# ---- names
+
+# class names that several modules have, and how many; this must shrink, and be empty in the end
+SHARED_NAMES = {
+    "Architecture": 2,
+    "Attention": 2,
+    "Batch": 11,
+    "Block": 3,
+    "Condition": 2,
+    "Decoder": 4,
+    "Down": 2,
+    "Drawing": 2,
+    "Encoder": 3,
+    "Level": 2,
+    "Losses": 3,
+    "Markers": 2,
+    "Middle": 2,
+    "Options": 12,
+    "Pair": 2,
+    "Parts": 2,
+    "Pictures": 2,
+    "Reader": 2,
+    "Scenes": 3,
+    "Stream": 2,
+    "Up": 2,
+    "Worlds": 5,
+}
+
+
+def test_class_names_are_unique():
+    names = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    shared = {name: n for name, n in names.items() if n > 1}
+    new = {name: n for name, n in shared.items() if n > SHARED_NAMES.get(name, 1)}
+    assert not new, "a class has a name of its own: say whose it is, BagelTrainingConfig"
+    gone = {name: shared.get(name, 0) for name, n in SHARED_NAMES.items() if shared.get(name, 0) < n}
+    assert not gone, "fewer than SHARED_NAMES says, which is good: correct it"
+
+
+# ---- what no file does
 
 
 @each_file

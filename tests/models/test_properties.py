@@ -241,32 +241,48 @@ def test_contexts_of_guidance_are_those_of_the_original(model):
     assert (edited.main.clock, edited.text.clock, edited.image.clock) == (5, 2, 3)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_seed_draws_the_same_picture(threads):
-    model = toy(0)
-    before = torch.get_num_threads()
-    torch.manual_seed(threads)  # the global generator has no say
-    torch.set_num_threads(threads)
+def test_the_same_seed_draws_the_same_picture():
+    """On one thread and on two, whatever the global generator holds; compared here, since tests may run in other processes."""
+    model, before, found = toy(0), torch.get_num_threads(), []
     try:
-        found = np.asarray(model.generate("a picture", seed=7).image).astype(int)
-        other = np.asarray(model.generate("a picture", seed=8).image).astype(int)
+        for threads in (1, 2):
+            torch.manual_seed(threads)
+            torch.set_num_threads(threads)
+            found += [np.asarray(model.generate("a picture", seed=seed).image).astype(int) for seed in (7, 8)]
     finally:
         torch.set_num_threads(before)
-    first = test_the_same_seed_draws_the_same_picture.__dict__.setdefault("first", found)
-    assert np.abs(found - first).max() <= 1 and np.abs(other - found).max() > 1
+    seven, eight, seven_again, eight_again = found
+    assert np.abs(seven - seven_again).max() <= 1 and np.abs(eight - eight_again).max() <= 1
+    assert np.abs(seven - eight).max() > 1
+
+
+def going_on(model, *outputs: str, items=("a prompt",), seed: int = 0) -> list:
+    """The pieces that follow, texts as they are and pictures as arrays."""
+    pieces = model.interleave(list(items), outputs=outputs, text=TextSampling(max_tokens=3), steps=3, seed=seed)
+    return [piece if isinstance(piece, str) else np.asarray(piece) for piece in pieces]
+
+
+def test_interleave_gives_what_was_asked_the_same_each_time():
+    model, items = toy(0), ("a prompt", picture(), "an instruction")
+    pieces = going_on(model, "text", "image", "text", "image", items=items)
+    assert [isinstance(piece, str) for piece in pieces] == [True, False, True, False]
+    again = going_on(model, "text", "image", "text", "image", items=items)
+    assert all(np.array_equal(one, other) for one, other in zip(pieces, again, strict=True))
 
 
 def test_interleave_goes_on_with_what_it_made():
+    """A second piece is the one that its seed gives after the first, and another than where the first is missing."""
     model = toy(0)
-    options = dict(outputs=("text", "image", "text", "image"), text=TextSampling(max_tokens=3), steps=3)
-    pieces = list(model.interleave(["a prompt", picture(), "an instruction"], **options))
-    assert [type(piece).__name__ for piece in pieces] == ["str", "Image", "str", "Image"]
-    again = list(model.interleave(["a prompt", picture(), "an instruction"], **options))
-    assert pieces[0] == again[0] and pieces[2] == again[2]
-    assert np.array_equal(np.asarray(pieces[3]), np.asarray(again[3]))
-    # the second text has seen the first picture: another one changes the rows it is written after
-    more = model.interleave(["a prompt"], outputs=("image", "text"), text=TextSampling(max_tokens=3), steps=3, seed=9)
-    assert len(list(more)) == 2
+    # a text, then one after it: as if the first had been given
+    first, second = going_on(model, "text", "text")
+    assert going_on(model, "text", items=("a prompt", first)) == [second]
+    assert second != first, "greedy: it would be the first again, had it not entered"
+    # picture i is drawn from seed + i, and greedy texts from none: the second piece's seed is 1
+    with_text, alone = going_on(model, "text", "image")[1], going_on(model, "image", seed=1)[0]
+    assert np.array_equal(with_text, going_on(model, "image", items=("a prompt", first), seed=1)[0])
+    assert not np.array_equal(with_text, alone) and not np.array_equal(going_on(model, "image", "image")[1], alone)
+    after_one, after_another = (going_on(model, "image", "text", seed=seed)[1] for seed in (0, 1))
+    assert len({first, after_one, after_another}) == 3, "a text knows the picture before it"
 
 
 def test_streamed_pieces_are_the_answer():
