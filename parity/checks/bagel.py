@@ -1,7 +1,7 @@
 """What a BAGEL case stores, computed by unimm.models.bagel.model: one function a group of stored outputs.
 
 Every number comes from the case's own files. A group reads its inputs by name, and compares what is stored by name;
-what it does not know stays "not compared" in the account. facts/bagel.md, sections 3, 4, 5 and 8.
+what it does not know stays "not compared" in the account. docs/originals/bagel.md.
 """
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def guidance(args: Mapping[str, Any]) -> Guidance:
 def denoise(
     model: Bagel, dialogues: Sequence[Dialogue], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
 ) -> list[Tensor]:
-    """One run for all dialogues together. facts/bagel.md section 4.6 has the original's defaults: 50 knots, shift 3."""
+    """One run for all dialogues together. The original's defaults: 50 timesteps, which are 49 steps, and shift 3."""
     steps, shift = int(args.get("knots", 50)) - 1, args.get("shift", 3.0)
     more = {"steps": steps, "shift": shift, "taylor": bool(args.get("taylor", False))}
     return model.denoise(dialogues, noises, sizes, guidance=[guidance(args)] * len(dialogues), **more)

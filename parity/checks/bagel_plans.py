@@ -1,4 +1,4 @@
-"""Training as a BAGEL case stores it: plans to packs, their layout, losses and gradients. facts/bagel.md section 5."""
+"""Training as a BAGEL case stores it: plans to packs, their layout, losses and gradients. docs/originals/bagel.md."""
 from __future__ import annotations
 
 import re

@@ -1,7 +1,7 @@
 """What a case of Janus's preprocessing stores: pictures to squares to pixels, and conversations to text.
 
-io.safetensors holds groups `<name>/image`, `/resized`, `/pixel_values`; io.json says the sizes of each in its words, and
-prompts.json holds conversations with the text that the original made. facts/janus.md, sections 4.2 and 5.
+io.safetensors holds groups `<name>/image`, `/resized`, `/pixel_values`; io.json says the sizes of each in its words,
+and prompts.json holds conversations with the text that the original made. docs/originals/janus.md, "Image processor".
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a Janus case stores, computed by unimm.models.janus.model: one function a group of stored outputs.
 
-A case of transformers' layout holds no outputs of its own: those of the folder beside it, whose name lacks _hf, are its.
-facts/janus.md, sections 4 to 7 and 11.
+A case of transformers' layout holds no outputs of its own: those of the folder beside it, whose name lacks _hf, are
+its. docs/originals/janus.md; docs/originals/index.md, "What a stored case holds".
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a JanusFlow case stores, computed by unimm.models.janusflow.model: one function a group of stored outputs.
 
 Every number comes from the case's own files. What the model computes on its way is caught at its modules' doors.
-facts/janus.md, sections 8 and 11. What a group does not know stays "not compared" in the account.
+docs/originals/janusflow.md. What a group does not know stays "not compared" in the account.
 """
 from __future__ import annotations
 

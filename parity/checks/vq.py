@@ -1,4 +1,4 @@
-"""What a Janus case stores of its VQ autoencoder, computed by unimm.tokenizers.vq. facts/janus.md, sections 1.5 and 11."""
+"""What a Janus case stores of its VQ autoencoder, computed by unimm.tokenizers.vq. docs/originals/janus.md."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MANIFEST = {
     name: {key: tuple(shape) for key, shape in shapes.items()}
     for name, shapes in json.loads((GOLDEN / "manifest_7b_mot.json").read_text()).items()
 }
-# facts/bagel.md section 2: the released files' numbers, without the fields that the released code sets itself
+# docs/originals/bagel.md, "Configs": the released files' numbers, without the fields that the released code sets itself
 LLM = {
     "model_type": "qwen2",
     "hidden_act": "silu",

@@ -82,7 +82,7 @@ def test_guidance_refuses(options):
 
 
 def test_a_batch_is_guided_sample_by_sample():
-    """The original takes one norm over the batch (trap 15); here each picture has its own."""
+    """The original takes one norm over the batch; here each picture has its own."""
     table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("main", "text", "image")}
 
     def features(x, time, branches):

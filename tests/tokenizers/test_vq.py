@@ -176,7 +176,7 @@ def test_bfloat16(small):
     drawn = half.decode(ids, grid=(4, 6))
     assert drawn.dtype == torch.bfloat16
     exact = small.decode(ids, grid=(4, 6))
-    assert (drawn.float() - exact).norm() / exact.norm() < 0.05  # facts/janus.md section 11: 3-4 % of the released size
+    assert (drawn.float() - exact).norm() / exact.norm() < 0.05  # the original: 3-4 % at the released size
     wide = VQ(small.config).eval().requires_grad_(False).double()  # the original's upsampling breaks all but two types
     assert wide.decode(ids, grid=(4, 6)).dtype == torch.float64
 

@@ -24,7 +24,7 @@ def test_functions():
     stored = json.loads(TABLES.read_text())["edit_weight_functions"]
     for name in ("log", "exp"):
         assert [WEIGHTS[name](x) for x in stored["x"]] == pytest.approx(stored[name])
-    # facts give two of the four; the others are in the paper's equation
+    # the released code has two of the four; the others are in the paper's equation
     assert [WEIGHTS["linear"](x) for x in (1, 4, 16)] == [1, 4, 16]
     assert [WEIGHTS["quadratic"](x) for x in (1, 4, 16)] == [1, 2, 10]
 

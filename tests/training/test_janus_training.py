@@ -23,7 +23,7 @@ from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
 from unimm.training.trainer import Trainer, train
 
 STAGES = ("janus-nano-stage1", "janus-nano-stage2", "janus-nano-stage3")
-TABLE = {  # facts/janus.md, section 7: lr, schedule, weight decay, understanding : text : drawing
+TABLE = {  # docs/originals/janus.md, "Training": lr, schedule, weight decay, understanding : text : drawing
     STAGES[0]: (1e-3, "cosine", 0.0, (1, 0, 1)),
     STAGES[1]: (1e-4, "constant", 0.0, (2, 3, 5)),
     STAGES[2]: (2e-5, "constant", 0.1, (7, 3, 10)),

@@ -56,7 +56,7 @@ def dropping(objective, part: float):
 
 @pytest.mark.parametrize(("name", "warmup", "batch"), [("pretrain", 5000, 32), ("instruct", 2000, 1)])
 def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
-    """facts/metaquery_uniworld.md section 1.7, the row of Qwen2.5-VL-3B."""
+    """docs/originals/metaquery.md, "Stages and numbers", the row of Qwen2.5-VL-3B."""
     full = read_recipe(RECIPES / f"metaquery-{name}.yaml")
     assert (full.lr, full.lr * full.final, full.warmup, full.batch) == (1e-4, pytest.approx(1e-5), warmup, batch)
     assert (full.betas, full.eps, full.weight_decay, full.clip, full.seed) == ((0.9, 0.95), 1e-8, 0.1, 0.5, 42)

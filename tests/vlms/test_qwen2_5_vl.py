@@ -125,7 +125,7 @@ def test_a_video_equals_transformers(theirs, ours):
     )
     batch = pack([items])
     assert ours.positions(batch)[2:32, 0].tolist() == [2] * 15 + [3] * 15, "0.5 seconds of 3 ticks, cut"
-    # transformers 5 counts on from one frame's sides, 4.49 and the facts from the largest position: here the same
+    # transformers 5 counts on from one frame's sides, 4.49 from the largest position: here the same
     assert torch.equal(ours.positions(batch), at[:, 0].T) and batch.layout.clocks[0] == ids.shape[1] + int(delta)
 
 

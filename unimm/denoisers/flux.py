@@ -1,6 +1,7 @@
 """FLUX.1's transformer: packed latents to their velocity, told what to draw by a sequence, a vector and a guidance.
 
-facts/metaquery_uniworld.md, section 3.3. Time 0 is data, 1 is noise; velocity = noise - data.
+docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the order of shift and scale. Time 0 is data,
+1 is noise; velocity = noise - data.
 
     condition = flux.condition(text, grid(height, width))
     steps = flux.modulations(times[:-1], pooled, guidance=3.5)

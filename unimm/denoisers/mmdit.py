@@ -1,7 +1,8 @@
 """The transformer that FLUX and Qwen-Image share: text and picture project apart and attend together.
 
-Esser et al. 2024, arXiv 2403.03206, section 4; facts/metaquery_uniworld.md, sections 3.3 and 5. What depends on the time and
-on the text alone is computed once: `Trunk.modulations` for all steps, `Condition` for a picture.
+Esser et al. 2024, arXiv 2403.03206, section 4; docs/originals/blocks.md, "FLUX.1 transformer" and "Qwen-Image
+transformer". What depends on the time and on the text alone is computed once: `Trunk.modulations` for all steps,
+`Condition` for a picture.
 
 Axes: B batch, L tokens of the picture, M of the text, J = M + L of both, text first; D model, H heads, K head, S steps.
 """

@@ -1,8 +1,8 @@
 """Qwen-Image's transformer: packed latents to their velocity, told what to draw by a text alone.
 
-Wu et al. 2025, arXiv 2508.02324, section 2; facts/metaquery_uniworld.md, section 5. Only double blocks, no vector of the
-text, no guidance; places are counted from the middle of a picture, and the text's go on along the diagonal (MSRoPE).
-Time 0 is data, 1 is noise; velocity = noise - data.
+Wu et al. 2025, arXiv 2508.02324, section 2; docs/originals/blocks.md, "Qwen-Image transformer". Only double blocks, no
+vector of the text, no guidance; places are counted from the middle of a picture, and the text's go on along the
+diagonal (MSRoPE). Time 0 is data, 1 is noise; velocity = noise - data.
 
 Axes: B batch, L tokens of the pictures, M of the text, D model, C channels, S steps, f h w frames and grid.
 """

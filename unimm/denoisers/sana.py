@@ -1,7 +1,7 @@
 """Sana: a diffusion transformer whose self-attention is linear in the number of latents, told what to draw by a caption.
 
-Xie et al. 2024, arXiv 2410.10629, section 2.3; facts/metaquery_uniworld.md, section 3.4. Time 0 is data, 1 is noise;
-velocity = noise - data.
+Xie et al. 2024, arXiv 2410.10629, section 2.3; docs/originals/blocks.md, "Sana transformer": no positions;
+cross-attention without a norm before and a gate after. Time 0 is data, 1 is noise; velocity = noise - data.
 
 Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H heads, K head, C channels, h w grid, p patch.
 """

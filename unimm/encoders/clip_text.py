@@ -1,6 +1,6 @@
 """CLIP's text encoder: a caption to states and to one pooled vector, as FLUX and UniWorld condition on it.
 
-Radford et al. 2021, arXiv 2103.00020, section 2.4; facts/metaquery_uniworld.md section 3.7.
+Radford et al. 2021, arXiv 2103.00020, section 2.4; docs/originals/blocks.md, "T5 and CLIP".
 
 Axes: B captions, L ids of a caption, D model.
 """

@@ -1,7 +1,7 @@
 """SigLIP2's vision tower at one size: what UniWorld looks with, and LLaVA-OneVision.
 
 Tschannen et al. 2025, arXiv 2502.14786; the fixed-size releases have SigLIP's own architecture (arXiv 2303.15343).
-facts/metaquery_uniworld.md section 3.2.
+docs/originals/blocks.md, "SigLIP2".
 
 Axes: B pictures, S pixels a side, n patches of a picture in raster order, D model.
 """

@@ -1,7 +1,7 @@
 """T5 v1.1's encoder: a caption to a state for each of its ids, as FLUX and UniWorld condition on it.
 
-Raffel et al. 2020, arXiv 1910.10683, section 2.1, with the gated feed-forward of arXiv 2002.05202. Positions are a bias of
-the scores alone, by how far apart two ids are. facts/metaquery_uniworld.md section 3.7.
+Raffel et al. 2020, arXiv 1910.10683, section 2.1, with the gated feed-forward of arXiv 2002.05202. Positions are a bias
+of the scores alone, by how far apart two ids are. docs/originals/blocks.md, "T5 and CLIP".
 
 Axes: B captions, L ids of a caption, D model, H heads, K head.
 """

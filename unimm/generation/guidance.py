@@ -57,7 +57,7 @@ class Guidance:
         return ("main", "text", "image") if self.image > 1 else ("main", "text")
 
     def combine(self, v: Tensor, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """The guided velocity of one picture, all [L, C]; facts/bagel.md section 4.4 (bagel.py:_forward_flow)."""
+        """The guided velocity of one picture, all [L, C]; docs/originals/bagel.md, "Guidance"."""
         if text is None:
             return v
         return guided(v, text, image, text_scale=self.text, image_scale=self.image, renorm=self.renorm, least=self.renorm_min)

@@ -21,8 +21,8 @@ def guided(
     """The guided velocity of one picture, all [L, C]: u = text + s (v - text), then u = image + s' (u - image).
 
     It is shrunk by |v| / |u|, no less than `least` and at most 1: "global" by the lengths of the whole picture,
-    "channel" by those of each token, "text_channel" likewise, but before the image's part. facts/bagel.md section 4.4
-    (bagel.py:_forward_flow). The kernel has no backward. Raises ValueError for another renorm, or shapes that differ.
+    "channel" by those of each token, "text_channel" likewise, but before the image's part. docs/originals/bagel.md,
+    "Guidance". The kernel has no backward. Raises ValueError for another renorm, or shapes that differ.
     """
     if renorm not in RENORMS:
         raise ValueError(f"unknown renorm {renorm!r}: expected one of {', '.join(RENORMS)}")

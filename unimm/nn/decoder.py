@@ -108,7 +108,7 @@ class DecoderConfig:
         return self.dim // self.n_heads
 
 
-# facts/janus.md section 2.1: what LlamaConfig says where a config is silent
+# Janus's releases leave these out: what LlamaConfig says where a config is silent
 LLAMA = {
     "max_position_embeddings": 2048,
     "rope_theta": 10000.0,

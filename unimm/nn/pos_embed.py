@@ -8,7 +8,7 @@ def sincos_2d(side: int, dim: int) -> Tensor:
     """A fixed table of positions for a square grid, [side * side, D]: of (row, column) the column comes first.
 
     concat(E(column), E(row)), E(p) = concat(sin(p w), cos(p w)), w_i = 10000^(-i / (D/4)); in float64, then float32.
-    facts/bagel.md section 1.3; trap 3 says why the order looks wrong.
+    The released code names the two halves the other way round; its stored tables are as here.
     """
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies

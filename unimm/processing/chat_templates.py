@@ -1,7 +1,8 @@
 """Conversations to text by the registered templates, and image placeholders to runs of ids.
 
-facts/janus.md, sections 4.2 and 4.3. In every template the contents are stripped, messages at even places end with one
-separator and those at odd places with the other (whatever their roles say), and the whole text is stripped at the end.
+docs/originals/janus.md, "Conversation format" and "Image tokens in a prompt". In every template the contents are
+stripped, messages at even places end with one separator and those at odd places with the other (whatever their roles
+say), and the whole text is stripped at the end.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

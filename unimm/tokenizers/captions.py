@@ -1,6 +1,7 @@
 """Captions to rows of ids of one length, as CLIP's and T5's text encoders read them.
 
-facts/metaquery_uniworld.md section 3.7.
+FLUX gives T5 no mask, so that its padding is attended to; causal attention hides CLIP's.
+docs/originals/blocks.md, "T5 and CLIP".
 """
 import json
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """DC-AE, the deep compression autoencoder of Sana: pictures to a small grid of wide latents and back.
 
-Chen et al. 2024, arXiv 2410.10733; facts/metaquery_uniworld.md, section 3.5. Parameters carry the released names, but
-for the queries, keys and values, which are one projection.
+Chen et al. 2024, arXiv 2410.10733; docs/originals/blocks.md, "DC-AE". Parameters carry the released names, but for the
+queries, keys and values, which are one projection.
 
 Axes: B batch, C channels, h w grid, H heads, K head, r rows of a linear attention.
 """

@@ -67,7 +67,7 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def original(size: str) -> dict:
-    """facts/janus.md sections 1.1 and 2.1: the released config.json."""
+    """The released config.json: docs/originals/janus.md, "Numbers" and "Original layout"."""
     d = LLM[size]["hidden_size"]
     mlp = {"depth": 2, "n_embed": d, "projector_type": "mlp_gelu"}
     tower = {"image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
@@ -88,7 +88,7 @@ def original(size: str) -> dict:
 
 
 def ported(size: str) -> dict:
-    """Section 2.3: the config.json of transformers' layout, what equals the defaults of its classes left out, as was usual."""
+    """The config.json of transformers' layout, what equals the defaults of its classes left out, as was usual."""
     usual = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     llm = {key: number for key, number in LLM[size].items() if usual.get(key) != number}
     wide = {} if size == "1b" else {"projection_dim": 4096}

@@ -111,7 +111,10 @@ def test_the_port_draws_the_same(both):
 
 @torch.inference_mode()
 def test_the_port_encodes_wrongly(both):
-    """It leaves out the lengths: what a known fault of its, not ours, looks like (facts/janus.md section 9, trap 1)."""
+    """It leaves out the lengths: what a known fault of its, not ours, looks like.
+
+    docs/originals/janus.md, "Known faults of ports and code".
+    """
     model, port = both
     images = torch.rand(8, 3, 24, 24) * 2 - 1
     theirs, ours = port.model.vqmodel.encode(images).image_tokens.view(8, -1), model.vq.ids(images)

@@ -131,7 +131,7 @@ def test_manifest_fits_the_released_model():
 
 
 def original(model: JanusFlow, ids: list[int], noise: torch.Tensor, *, steps: int, guidance: float) -> torch.Tensor:
-    """Section 8.3 of the facts, word for word, over transformers' Llama: nothing cached, everything masked, time upwards."""
+    """The original's loop over transformers' Llama: nothing cached, everything masked, time upwards."""
     config = LlamaConfig(**LLM)
     llama = LlamaForCausalLM(config).eval()
     prefix = "language_model."

@@ -46,7 +46,7 @@ def assert_same(a, b):
 
 
 def test_a_batch_with_pictures_and_copies_equals_its_single_runs(model, pictures):
-    """The original fails with two prompts and pictures, and pairs copies with another's pictures (trap T4)."""
+    """The original fails with two prompts and pictures, and pairs copies with another's pictures."""
     prompts = ["a red cube", "make it blue", "both", ""]
     images = [None, pictures[0], pictures[1:], [pictures[2]]]
     options = dict(steps=2, guidance=[3.0, 4.5, 1.0, 2.0], image_guidance=[1.5, 2.0, 1.0, 3.0])
@@ -194,7 +194,7 @@ def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures
     reader = QwenVL(model.cfg.reader)
     reader.tokenizer = model.reader.tokenizer
     assert set(shapes) == set(reader.state_dict())
-    # its blocks and tower are those of the checkpoint, its table decayed there since (trap T1)
+    # its blocks and tower are those of the checkpoint, its table decayed there since, by AdamW's weight decay
     state = {name: x for name, x in model.reader.state_dict().items() if "embed" not in name}
     reader.load_state_dict(state, strict=False)
     reader.save_pretrained(tmp_path / "reader")
@@ -234,7 +234,7 @@ def changed(folder: Path, name: str = "config.json", **changes) -> Path:
 
 
 def test_another_number_of_queries_fails_with_the_numbers(folder):
-    """The original starts such queries anew without a word (trap T8b)."""
+    """The original starts such queries anew without a word."""
     with pytest.raises(CheckpointError, match=r"has 296 rows, for 6 queries behind 288 ids.* num_metaqueries 5, 295 rows"):
         MetaQuery.from_pretrained(changed(folder, num_metaqueries=5))
 

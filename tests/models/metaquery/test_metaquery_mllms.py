@@ -26,7 +26,8 @@ from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
 
 QWEN = json.loads((GOLDEN / "blocks" / "qwen2p5vl" / "manifests.json").read_text())
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-# name -> the reader's config, its own files' names, tensors and parameters of the whole (facts' manifests say the same)
+# name -> the reader's config, its own files' names, tensors and parameters of the whole (the original's classes say the
+# same)
 RELEASED = {
     "metaquery_qwen3b_sana": ((2048, 36, 16, 2, 11008, 151936, True), "qwen2.5-vl-3b", 1936, 7_292_855_107),
     "metaquery_qwen7b_sana": ((3584, 28, 28, 4, 18944, 152064, False), "qwen2.5-vl-7b", 1840, 14_611_483_459),

@@ -41,8 +41,8 @@ class Resize:
     def size(self, width: int, height: int, *, images: int = 1) -> tuple[int, int]:
         """(width, height) after the resize, for one of `images` pictures that share max_pixels.
 
-        facts/bagel.md section 3 (data/transforms.py:MaxLongEdgeMinShortEdgeResize): rounds twice, to even, and
-        shrinks by the ratio of pixels where its root is meant; both kept, since the models were trained with them.
+        As the released data/transforms.py does: rounds twice, to even, and shrinks by the ratio of pixels where its
+        root is meant; both kept, since the models were trained with them.
         """
         scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
         w, h = self._scaled(width, height, scale)

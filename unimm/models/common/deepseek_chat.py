@@ -1,6 +1,7 @@
 """Models that talk in DeepSeek's conversation format about pictures of one size: the half that Janus and JanusFlow share.
 
-A prompt is text whose placeholders become pictures; everything is read causally. facts/janus.md, sections 4 and 5.
+A prompt is text whose placeholders become pictures; everything is read causally. docs/originals/janus.md, "Tokenizer"
+and "Image processor".
 """
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,7 @@
 """What a conversation with pictures is in the sequence: texts in DeepSeek's format, pictures between their markers.
 
-Made without the model, so that training can make its batches ahead. facts/janus.md, sections 4 and 5.
+Made without the model, so that training can make its batches ahead. docs/originals/janus.md, "Tokenizer" and "Image
+processor".
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Janus's checkpoints as transformers lays them out: their config as the original's, and back; the key table.
 
-facts/janus.md, sections 2.3 and 3. The numbers for what a config leaves out are those of its JanusConfig.
+docs/originals/janus.md, "transformers layout" and "Key mapping". The numbers for what a config leaves out are those of
+its JanusConfig.
 """
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """JanusFlow's two convolutional ends: latents to tokens and back to a velocity (a U-ViT with one level and one skip).
 
-facts/janus.md, section 8.1. The blocks are ConvNeXt's (arXiv 2201.03545, the norm of responses from 2301.00808), turned
-by the time. Parameters carry the released names.
+docs/originals/janusflow.md, "Shallow U-ViTs". The blocks are ConvNeXt's (arXiv 2201.03545, the norm of responses from
+2301.00808), turned by the time. Parameters carry the released names.
 
 Axes: B batch, C channels, h w grid, D model (of the language model, and of the time's embedding).
 """

@@ -1,6 +1,6 @@
 """MetaQuery's numbers: its own config.json, and those of its parts, which lie in folders or repositories of their own.
 
-facts/metaquery_uniworld.md section 1.8.
+docs/originals/metaquery.md, "Files".
 """
 from collections.abc import Mapping
 from dataclasses import dataclass

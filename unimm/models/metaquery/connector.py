@@ -1,7 +1,8 @@
 """MetaQuery's connector: what a reader says at the places of the queries, to the condition of a painter.
 
-An encoder at the reader's width, then a projection: Pan et al. 2025, arXiv 2504.06256, section 3; facts/metaquery_uniworld.md,
-section 1.4.
+An encoder at the reader's width, then a projection: Pan et al. 2025, arXiv 2504.06256, section 3;
+docs/originals/metaquery.md, "Connector". Its QK norm comes after the rotary embedding, and its last norm has another
+epsilon.
 
 Axes: B batch, N queries, D model (the reader's), H heads, K head, F hidden, C the painter's caption.
 """

@@ -1,6 +1,6 @@
 """The readers that MetaQuery can ask: their classes, their chat formats, and how their pictures are made ready.
 
-facts/metaquery_uniworld.md sections 1.1 and 1.2.
+docs/originals/metaquery.md, "Composition" and "Queries and prompt".
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """MetaQuery: learned queries ask a frozen reader what to draw; a connector hands its answer to a diffusion transformer.
 
-Pan et al. 2025, arXiv 2504.06256. Released code: github.com/facebookresearch/metaquery; no weights were released.
-The queries are further rows of the reader's table of embeddings, read causally behind the prompt; the reader's last
-hidden states at their places become the caption of a Sana. facts/metaquery_uniworld.md section 1. Time 0 is data.
+Pan et al. 2025, arXiv 2504.06256. Released code: github.com/facebookresearch/metaquery; no weights were released. The
+queries are further rows of the reader's table of embeddings, read causally behind the prompt; the reader's last hidden
+states at their places become the caption of a Sana. docs/originals/metaquery.md. Time 0 is data.
 
 Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures, C channels, h w grid of latents.
 """

@@ -1,6 +1,6 @@
 """What MetaQuery asks of its reader: a system prompt, pictures, a caption, and the queries where an answer would begin.
 
-Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 1.2.
+Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """The parts of UniWorld that lie in repositories of their own: SigLIP2, and of FLUX.1-dev the VAE, CLIP and T5.
 
 A checkpoint may hold them in folders of these names below its own, or lack those that no call asks for.
-facts/metaquery_uniworld.md sections 2.1 and 2.2.
+docs/originals/uniworld.md, "Composition" and "Condition".
 
 Axes: B texts, k pictures, M ids of a caption, C channels, h w latents.
 """

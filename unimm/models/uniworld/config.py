@@ -1,6 +1,6 @@
 """UniWorld's numbers: the released config.json and, of what it leaves out, the shapes of the weights.
 
-facts/metaquery_uniworld.md section 2.9.
+The projectors are SiLUs, whatever config.json says. docs/originals/uniworld.md, "Files".
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,8 +1,8 @@
 """UniWorld-V1: what a frozen reader makes of a prompt, and what SigLIP2 sees in its pictures, told to FLUX.
 
-Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1.
-The reader's last hidden states of all of a prompt's tokens are projected to the painter's width; each picture's features
-stand between its cells and the marker behind it. facts/metaquery_uniworld.md section 2. Time 0 is data, 1 is noise.
+Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1. The reader's last
+hidden states of all of a prompt's tokens are projected to the painter's width; each picture's features stand between
+its cells and the marker behind it. docs/originals/uniworld.md. Time 0 is data, 1 is noise.
 
 Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the reader's width, C channels, h w latents.
 """

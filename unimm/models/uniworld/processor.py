@@ -1,6 +1,6 @@
 """What UniWorld asks of its reader: a prompt with its pictures, up to where an answer would begin.
 
-Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 2.2.
+Made without the model, so that training can make its batches ahead. docs/originals/uniworld.md, "Condition".
 """
 import math
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ class PadSquare:
         return tuple(int(255 * mean) for mean in self.mean)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An RGB picture as a square. facts/janus.md section 5: sides are cut to whole pixels, in this order of operations."""
+        """An RGB picture as a square. As released, sides are cut to whole pixels, in this order of operations."""
         longest = max(image.size)
         width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
         side = max(width, height)

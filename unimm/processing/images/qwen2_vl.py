@@ -119,8 +119,8 @@ class SmartResize:
 def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in multiples of `factor`, about the same ratio, between two numbers of pixels.
 
-    facts/metaquery_uniworld.md section 3.1: to the nearest multiples, halves to even; where that is too much, scaled
-    down and cut; where too little, scaled up and filled.
+    To the nearest multiples, halves to even; where that is too much, scaled down and cut; where too little, scaled up
+    and filled.
     """
     if min(height, width) < 1 or max(height, width) > LONGEST * min(height, width):
         raise ValueError(f"got an image of {width}x{height}: expected at most {LONGEST} times as long as wide; crop it")

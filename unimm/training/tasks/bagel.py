@@ -170,7 +170,7 @@ class Pictures:
         return self._new(image, time=0.0, noised=False)
 
     def targets(self, image: np.ndarray) -> list[Item]:
-        """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (facts/bagel.md section 5.3)."""
+        """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (docs/originals/bagel.md, "Losses")."""
         normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.n_targets)])
         times = shift_time(normals.sigmoid(), self.config.train_shift)
         first = self._new(image, time=float(times[0]), noised=True)

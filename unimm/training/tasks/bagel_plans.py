@@ -1,6 +1,6 @@
 """The released training plans: what a sample's parts are, in which order, and which of them may be dropped.
 
-facts/bagel.md section 5.1 (data/interleave_datasets, data/dataset_base.py of the released code).
+docs/originals/bagel.md, "Training plans" (data/interleave_datasets, data/dataset_base.py of the released code).
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """What training Janus and training JanusFlow on the little world share: conversations by step, and what they begin from.
 
-Samples are packed, all kinds in every batch (arXiv 2410.13848, sections 3.3 and 3.4; facts/janus.md section 7).
+Samples are packed, all kinds in every batch (arXiv 2410.13848, sections 3.3 and 3.4; docs/originals/janus.md,
+"Training").
 """
 
 from __future__ import annotations

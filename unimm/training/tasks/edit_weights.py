@@ -1,7 +1,7 @@
 """Where an edit changed a picture, and how much more its loss counts there: UniWorld's edit-region weights.
 
-Lin et al. 2025, arXiv 2506.03147, section 3; facts/metaquery_uniworld.md, section 2.8, gives what the code does. Masks are
-[H, W] bool, pictures [H, W, 3] uint8.
+Lin et al. 2025, arXiv 2506.03147, section 3; docs/originals/uniworld.md, "Edit-region weights", has what the code does.
+Masks are [H, W] bool, pictures [H, W, 3] uint8.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

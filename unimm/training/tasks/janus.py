@@ -1,7 +1,7 @@
 """Training Janus on the little world: pictures as codes after their prompt, answers after pictures and questions.
 
-Plain next-token cross entropy, on codes for drawings, on the assistant's words for the rest; samples packed, all kinds in
-every batch (arXiv 2410.13848, sections 3.3 and 3.4; facts/janus.md section 7).
+Plain next-token cross entropy, on codes for drawings, on the assistant's words for the rest; samples packed, all kinds
+in every batch (arXiv 2410.13848, sections 3.3 and 3.4; docs/originals/janus.md, "Training").
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Training JanusFlow on the little world: pictures as velocities after their prompt, answers after pictures and questions.
 
-Rectified flow, t = sigmoid(n), n ~ N(0, 1), beside next-token cross entropy (arXiv 2411.07975; facts/janus.md section 8).
-The paper's third loss, which draws the language model's features to those of the tower, is left out.
+Rectified flow, t = sigmoid(n), n ~ N(0, 1), beside next-token cross entropy (arXiv 2411.07975;
+docs/originals/janusflow.md, "Training"). The paper's third loss, which draws the language model's features to those of
+the tower, is left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training MetaQuery: queries, connector and painter learn to draw what a frozen reader answers.
 
-Rectified flow at whole, unshifted thousandths of time; pre-training on captions, then instruction tuning on pictures with
-instructions, by one objective: facts/metaquery_uniworld.md sections 1.5 to 1.7.
+Rectified flow at whole, unshifted thousandths of time; pre-training on captions, then instruction tuning on pictures
+with instructions, by one objective: docs/originals/metaquery.md, "Training".
 """
 
 from __future__ import annotations

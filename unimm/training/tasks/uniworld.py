@@ -1,7 +1,7 @@
 """Training UniWorld: what leads from a frozen reader to the painter, and the painter, learn to draw and to edit.
 
-Rectified flow at times t = sigmoid(n), n ~ N(0, 1), shifted as the sampler's; where an edit changed the picture its loss
-counts more. Lin et al. 2025, arXiv 2506.03147, section 3; facts/metaquery_uniworld.md section 2.6.
+Rectified flow at times t = sigmoid(n), n ~ N(0, 1), shifted as the sampler's; where an edit changed the picture its
+loss counts more. Lin et al. 2025, arXiv 2506.03147, section 3; docs/originals/uniworld.md, "Training".
 """
 
 from __future__ import annotations

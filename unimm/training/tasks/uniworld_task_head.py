@@ -1,6 +1,6 @@
 """Training the head by which UniWorld answers or draws, on what the frozen reader makes of questions and of prompts.
 
-facts/metaquery_uniworld.md sections 2.1 and 2.3.
+It sees the hidden state at the last "assistant". docs/originals/uniworld.md, "Understand or generate".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LLaVA-OneVision: a Qwen2 that reads texts and pictures, which it sees whole and in tiles; a part of MetaQuery.
 
-Li et al. 2024, arXiv 2408.03326. Everything is read causally, at positions that count rows.
-facts/metaquery_uniworld.md sections 1.2 and 3.2.
+Li et al. 2024, arXiv 2408.03326. Everything is read causally, at positions that count rows. docs/originals/blocks.md,
+"LLaVA-OneVision" and "SigLIP2".
 
 Axes: N packed rows, n rows of a picture, T tiles, D model, F features of a tile.
 """

@@ -1,6 +1,6 @@
 """What a conversation with pictures is in LLaVA-OneVision's sequence: texts in its chat template, pictures as rows.
 
-Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md section 1.2.
+Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
 """
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: a language model that reads texts and pictures; a part of MetaQuery, UniWorld and Qwen-Image.
 
-Bai et al. 2025, arXiv 2502.13923. Everything is read causally; positions are (time, row, column), which are equal for text.
-facts/metaquery_uniworld.md section 3.1.
+Bai et al. 2025, arXiv 2502.13923. Everything is read causally; positions are (time, row, column), which are equal for
+text. docs/originals/blocks.md, "Qwen2.5-VL".
 
 Axes: N packed rows, n rows or cells, D model, V vocabulary.
 """

@@ -1,6 +1,7 @@
 """What a conversation with pictures is in Qwen2.5-VL's sequence: texts in its chat template, pictures behind a marker.
 
-Made without the model, so that training can make its batches ahead. facts/metaquery_uniworld.md sections 1.2 and 3.1.
+Made without the model, so that training can make its batches ahead. docs/originals/blocks.md, "Position ids (M-RoPE)"
+and "Image processor".
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Qwen2.5-VL's vision tower: pictures of any size, attention inside windows, all of a frame seen in a few layers.
 
-Bai et al. 2025, arXiv 2502.13923, section 2.1.1. The numbers that no config holds: facts/metaquery_uniworld.md section 3.1.
-A cell is a square of merge * merge patches, which become one row of the language model.
+Bai et al. 2025, arXiv 2502.13923, section 2.1.1. The numbers that no config holds: docs/originals/blocks.md, "Vision
+encoder". A cell is a square of merge * merge patches, which become one row of the language model.
 
 Axes: N packed patches, n packed cells, s patches of a cell, D model, H heads, K head, E width of the language model;
 C channels, T frames of a patch, p patch.
