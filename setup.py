@@ -1,4 +1,5 @@
 """Packaging: the one place for metadata and dependencies. Tool settings are in pyproject.toml."""
+
 import re
 from pathlib import Path
 

@@ -6,6 +6,7 @@
 Each row is first compared with float64 on sampled rows; a backend that is off is reported and not timed. Useful work is
 4 * visible pairs * H * K operations forward (two products), 2.5 times that backward (five).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -103,7 +104,9 @@ def truth(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rows: Tensor) -> Tensor:
     return torch.einsum("hnm,mhk->nhk", scores.softmax(-1), v)
 
 
-def row(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], mask: Mask, *, name: str, layout: str, peak: float) -> dict:
+def row(
+    call: Callable[..., Tensor], inputs: tuple[Tensor, ...], mask: Mask, *, name: str, layout: str, peak: float
+) -> dict:
     """One line: right, then fast. peak: of the machine's matrix products, TFLOP/s."""
     q, k, v = inputs
     n, heads, width = q.shape
@@ -140,7 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768] if gpu else [2048, 4096])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--heads", type=int, nargs=3, default=[28, 4, 128] if gpu else [16, 16, 64], metavar=("H", "G", "K"))
+    parser.add_argument(
+        "--heads", type=int, nargs=3, default=[28, 4, 128] if gpu else [16, 16, 64], metavar=("H", "G", "K")
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16" if gpu else "float32")
     parser.add_argument("--backends", nargs="+", help="only these rows")
     parser.add_argument("--out", type=Path, help="a folder for attention.json and attention.png")
@@ -161,7 +166,9 @@ def main() -> None:
                 if not args.backends or name in args.backends
             ]
             best = next((line["fwd ms"] for line in found if line["backend"] == "flex" and "fwd ms" in line), None)
-            lines += [line | {"vs flex": best / line["fwd ms"] if best and "fwd ms" in line else None} for line in found]
+            lines += [
+                line | {"vs flex": best / line["fwd ms"] if best and "fwd ms" in line else None} for line in found
+            ]
             show(lines[-len(found) :], title=f"{layout}, {tokens} tokens; {machine}")
     if args.out:
         save(args.out / "attention.json", machine, lines)

@@ -5,6 +5,7 @@
 
 Weights are random: only shapes matter. The main context holds a text and an input picture, as in an edit.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,13 +24,38 @@ LLM = dict(
     hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=1024,
     max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, hidden_act="silu",
 )  # fmt: skip
-VIT = dict(hidden_size=1152, num_hidden_layers=2, num_attention_heads=16, intermediate_size=4304, patch_size=14, image_size=980)
+VIT = dict(
+    hidden_size=1152, num_hidden_layers=2, num_attention_heads=16, intermediate_size=4304, patch_size=14, image_size=980
+)
 # where an operation's own time belongs, by the beginning of its name; the rest is "other"
 GROUPS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::_scaled", "mkldnn"),
-    "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient", "unimm::attention", "forward_kernel", "decode"),
-    "norms, rotary, gates": ("aten::mul", "aten::pow", "aten::mean", "aten::rsqrt", "aten::silu", "aten::add", "unimm::"),
-    "moving": ("aten::index", "aten::cat", "aten::copy_", "aten::_to_copy", "aten::clone", "aten::scatter", "aten::gather"),
+    "attention": (
+        "aten::_scaled_dot",
+        "aten::_flash",
+        "aten::_efficient",
+        "unimm::attention",
+        "forward_kernel",
+        "decode",
+    ),
+    "norms, rotary, gates": (
+        "aten::mul",
+        "aten::pow",
+        "aten::mean",
+        "aten::rsqrt",
+        "aten::silu",
+        "aten::add",
+        "unimm::",
+    ),
+    "moving": (
+        "aten::index",
+        "aten::cat",
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::clone",
+        "aten::scatter",
+        "aten::gather",
+    ),
 }
 
 

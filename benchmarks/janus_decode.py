@@ -10,6 +10,7 @@ have the same weights, through files that we write, and in float32 must choose t
 (int8 is let off). Guidance is on: two rows a picture. Rounds go from rival to rival; a token is timed from one call of the head
 to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle of a picture of 576.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -64,7 +65,9 @@ def build(size: str, layers: int, dtype: torch.dtype, device: str) -> Janus:
     for part in (*model.decoder.modules(), *model.code_head.modules(), *model.code_aligner.modules()):
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
-    nn.init.normal_(model.code_embed.weight, std=4.0)  # so that the codes differ from one another, and greedy ones do, too
+    nn.init.normal_(
+        model.code_embed.weight, std=4.0
+    )  # so that the codes differ from one another, and greedy ones do, too
     return model
 
 
@@ -289,7 +292,9 @@ def main() -> None:
             ratios = [theirs / our for theirs, our in zip(rounds[against], rounds[name], strict=True)]
             row |= {f"times {against}": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         rows.append(row)
-    what = f"{args.size}, {args.layers} layers, {args.dtype}, {args.pictures} pictures with guidance, prompt {args.prompt}"
+    what = (
+        f"{args.size}, {args.layers} layers, {args.dtype}, {args.pictures} pictures with guidance, prompt {args.prompt}"
+    )
     show(rows, title=f"{what}, {args.tokens} tokens, {args.rounds} rounds, {floor:.0f} MB a step; {machine}")
 
 

@@ -5,6 +5,7 @@
 
 Each row is first compared with float64. "eager" is the reference; Liger-Kernel joins where it is installed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -87,7 +88,9 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
     def rotary() -> Case:
         angles = randn(2, rows, 64)
         ways = pair(lambda q, k, a, b: qk_norm_rope(q, k, a, b, angles, 1e-6))
-        return Case((randn(rows, 28, 128), randn(rows, 4, 128), randn(128), randn(128)), ways, f"{rows} x (28 + 4) x 128")
+        return Case(
+            (randn(rows, 28, 128), randn(rows, 4, 128), randn(128), randn(128)), ways, f"{rows} x (28 + 4) x 128"
+        )
 
     def gate() -> Case:
         return Case((randn(rows, 18944), randn(rows, 18944)), pair(swiglu), f"{rows} x 18944")

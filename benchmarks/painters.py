@@ -11,6 +11,7 @@ conditions and modulations are known; `ours, with its share`, which adds what is
 `nothing kept`, which computes it in every step; `diffusers`, whose step always does. `--compiled` runs both sides through
 torch.compile, on a GPU as CUDA graphs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -193,7 +194,9 @@ def options() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--painters", nargs="+", choices=["flux", "sana"], default=["flux", "sana"])
-    parser.add_argument("--layers", type=int, nargs=2, default=[19, 38] if gpu else [1, 1], help="of FLUX: double, single")
+    parser.add_argument(
+        "--layers", type=int, nargs=2, default=[19, 38] if gpu else [1, 1], help="of FLUX: double, single"
+    )
     parser.add_argument("--sana-layers", type=int, default=20 if gpu else 2)
     parser.add_argument("--side", type=int, default=1024 if gpu else 256, help="pixels of FLUX's picture")
     parser.add_argument("--sana-side", type=int, default=512)

@@ -1,4 +1,5 @@
 """What every speed script shares: a clock that can be trusted, the machine's own ceilings, tables, JSON and plots."""
+
 from __future__ import annotations
 
 import json

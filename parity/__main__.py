@@ -1,4 +1,5 @@
 """`python -m parity CASE...`: compare the library with stored outputs of the originals."""
+
 import sys
 
 from parity.runner import main

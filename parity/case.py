@@ -1,4 +1,5 @@
 """A stored case: its tensors and notes, and an account of what was compared."""
+
 import json
 import re
 from dataclasses import dataclass

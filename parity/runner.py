@@ -5,6 +5,7 @@ output: name, largest absolute difference, allowed, ok. Fails, too, where a stor
 float32: 1e-4 of the largest value stored (twice that for logits of Qwen2.5-VL); ids, masks and counts are exact; 8-bit
 pixels may be off by 1.
 """
+
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Small random models are made by toys.py.
 """
+
 import random
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
 """The documentation: every section that a comment names exists, and no page is named that the repository does not hold."""
+
 import re
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def cited(text: str) -> list[tuple[str, list[str]]]:
 def test_every_cited_section_exists():
     found = [(path, page, names) for path in FILES for page, names in cited(path.read_text())]
     assert len(found) > 30, "the pattern finds no citations any more"
-    lost = [f"{path.relative_to(ROOT)}: {page}, {name}" for path, page, names in found for name in {*names} - headings(page)]
+    lost = [
+        f"{path.relative_to(ROOT)}: {page}, {name}" for path, page, names in found for name in {*names} - headings(page)
+    ]
     assert not lost
 
 

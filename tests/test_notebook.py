@@ -1,4 +1,5 @@
 """The notebook runs, top to bottom, and the file that is shown keeps its pictures."""
+
 import re
 
 import nbformat
@@ -20,6 +21,8 @@ def test_notebook_runs(path, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_kept_executed(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it, top to bottom, and save it"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "run it, top to bottom, and save it"
+    )
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 6
     assert not re.search(r"/(home|Users|root|tmp)/", path.read_text()), "a machine's path stands in an output"

@@ -1,4 +1,5 @@
 """The library equals the originals on the stored cases; and the runner that says so can fail."""
+
 import json
 import shutil
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_equals_the_original(name):
 def test_equals_the_original_in_transformers_layout(tmp_path):
     shutil.copytree(JANUS / "dev", tmp_path / "dev")
     Janus.from_pretrained(JANUS / "dev").save_pretrained(tmp_path / "dev_hf", layout="transformers")
-    shutil.copytree(JANUS / "dev_hf", tmp_path / "dev_hf", dirs_exist_ok=True)  # its own config, and the keys that it has
+    shutil.copytree(
+        JANUS / "dev_hf", tmp_path / "dev_hf", dirs_exist_ok=True
+    )  # its own config, and the keys that it has
     rows = check(tmp_path / "dev_hf")
     assert not bad(rows) and "keys.json: names and shapes as saved" in {row.name for row in rows}
     assert sum(row.kind == "compared" for row in rows) > 40
@@ -196,7 +199,9 @@ def test_other_ways_to_lay_out_the_same_case(case):
     (case / "config.json").write_text(json.dumps(config))
     weights = load_file(case / "ema.safetensors")
     (case / "ema.safetensors").unlink()
-    shards = {f"model-{i}.safetensors": {f"bagel.{key}": weights[key] for key in sorted(weights)[i::2]} for i in range(2)}
+    shards = {
+        f"model-{i}.safetensors": {f"bagel.{key}": weights[key] for key in sorted(weights)[i::2]} for i in range(2)
+    }
     for name, shard in shards.items():
         save_file(shard, case / name)
     index = {"weight_map": {key: name for name, shard in shards.items() for key in shard}}

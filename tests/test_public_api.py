@@ -17,7 +17,9 @@ SHARED = ("prompt", "images", "think", "size", "seed", "steps", "n", "guidance",
 # shared parameters that a family does not have yet; this must shrink
 LACKS = {"Bagel": {"n"}}
 
-FAMILIES = [name for name in unimm.__all__ if inspect.isclass(thing := getattr(unimm, name)) and hasattr(thing, "RELEASES")]
+FAMILIES = [
+    name for name in unimm.__all__ if inspect.isclass(thing := getattr(unimm, name)) and hasattr(thing, "RELEASES")
+]
 
 
 def parameters(function) -> list[inspect.Parameter]:
@@ -41,9 +43,17 @@ def public() -> list[str]:
     """All public names, then the signatures of functions, of values (but configs, which files are read into), of verbs."""
     things = {name: getattr(unimm, name) for name in unimm.__all__}
     functions = [f"{name}{signature(thing)}" for name, thing in things.items() if inspect.isfunction(thing)]
-    values = {name: thing for name, thing in things.items() if dataclasses.is_dataclass(thing) and not name.endswith("Config")}
+    values = {
+        name: thing for name, thing in things.items() if dataclasses.is_dataclass(thing) and not name.endswith("Config")
+    }
     made = [f"{name}{signature(thing)}" for name, thing in values.items()]
-    return [*unimm.__all__, *functions, *made, *verbs("UnifiedModel"), *(line for name in FAMILIES for line in verbs(name))]
+    return [
+        *unimm.__all__,
+        *functions,
+        *made,
+        *verbs("UnifiedModel"),
+        *(line for name in FAMILIES for line in verbs(name)),
+    ]
 
 
 def pinned() -> list[str]:

@@ -1,4 +1,5 @@
 """The house: who may import whom, what no file of the package does, sizes, the quick import, and the README's first lines."""
+
 import ast
 import re
 import subprocess
@@ -144,7 +145,9 @@ def test_imports_that_go_up_are_found():
 @each_file
 def test_nothing_imports_what_is_built_on_the_package(path):
     outside = {"experiments", "parity", "benchmarks", "examples", "tests"}
-    names = [name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for name in (a.name for a in node.names)]
+    names = [
+        name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for name in (a.name for a in node.names)
+    ]
     names += [node.module or "" for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)]
     assert not outside & {name.split(".")[0] for name in names}
 

@@ -1,4 +1,5 @@
 """Unified multimodal models: each both understands pictures and draws them, behind the same verbs."""
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -57,7 +57,10 @@ def run(plan: Plan) -> None:
     """Train and score what is not scored yet, then write the table."""
     found = [one(plan, name, seed) for name in EXPERIMENTS for seed in plan.seeds]
     contents = {"made": about(plan), "runs": found}
-    for name, text in (("decoupling.json", json.dumps(contents, indent=1) + "\n"), ("decoupling.md", table(plan, found))):
+    for name, text in (
+        ("decoupling.json", json.dumps(contents, indent=1) + "\n"),
+        ("decoupling.md", table(plan, found)),
+    ):
         (plan.out / name).write_text(text, encoding="utf-8")
 
 
@@ -73,7 +76,9 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if done.is_file():
         result = json.loads(done.read_text())
         if result["asked"] != asked:
-            raise ValueError(f"{done} was made under {result['asked']}, not {asked}: choose another folder, or delete it")
+            raise ValueError(
+                f"{done} was made under {result['asked']}, not {asked}: choose another folder, or delete it"
+            )
         return result
     began = time.monotonic()
     hours = None if plan.minutes is None else plan.minutes / 60
@@ -84,7 +89,9 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     scores = {task: asdict(score) for task, score in scored(plan, recipe, folder).items()}
     lines = (folder / "log.jsonl").read_text().splitlines()
     if not lines:
-        raise ValueError(f"{folder} reached step {steps} in {plan.minutes} minutes: expected {recipe.log_every} or more")
+        raise ValueError(
+            f"{folder} reached step {steps} in {plan.minutes} minutes: expected {recipe.log_every} or more"
+        )
     last = json.loads(lines[-1])["losses"]
     result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds)}
     losses = {kind: last[kind] for kind in ("answer", "draw") if kind in last}

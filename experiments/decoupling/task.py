@@ -31,7 +31,9 @@ from unimm.training.tasks.janus import Options as Plain
 class Looking(nn.Module):
     """In the tower's place: pictures to their codes, and codes to features of `width`; the codes take no gradient."""
 
-    def __init__(self, codes: Callable[[Tensor], Tensor], read: nn.Module, *, patch: int, side: int, width: int) -> None:
+    def __init__(
+        self, codes: Callable[[Tensor], Tensor], read: nn.Module, *, patch: int, side: int, width: int
+    ) -> None:
         super().__init__()
         # a function: what makes codes belongs to the model, and is not to be found here a second time
         self.codes, self.read = codes, read
@@ -128,7 +130,9 @@ class DecouplingObjective:
         experiment = EXPERIMENTS[options.experiment]
         tasks = {task: n for task, n in options.tasks.items() if task.split(".")[0] in experiment.learns}
         if not tasks:
-            raise ValueError(f"experiment {options.experiment} learns {experiment.learns}: expected some of these in tasks")
+            raise ValueError(
+                f"experiment {options.experiment} learns {experiment.learns}: expected some of these in tasks"
+            )
         options = replace(options, tasks=tasks, vq=experiment.draws(options))
         model = fresh(recipe, options)
         if experiment.looks is not None:
@@ -151,7 +155,9 @@ class DecouplingObjective:
         if self.experiment.looks is None:
             self.janus.save(folder)
         else:
-            state = {name: x.detach().to(torch.bfloat16).contiguous().cpu() for name, x in self.model.named_parameters()}
+            state = {
+                name: x.detach().to(torch.bfloat16).contiguous().cpu() for name, x in self.model.named_parameters()
+            }
             save_file(state, folder / "decoupling.safetensors")
 
 

@@ -7,6 +7,7 @@ and for six of them was also taught to plan the drawing in words ("draw what Tom
 Here all twelve are asked for, and six names that nobody was told about; every picture is read back, and held against
 the favourite of its own character, and against those of the others, which is chance. Writes OUT/query_transfer.md and .json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,7 +81,12 @@ def planned(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
 
 def known(model: MetaQuery, names: Sequence[str]) -> Score:
     """The part of questions about favourite shapes and colours that the reader answers right."""
-    asked = [(name, wording, axis) for name in names for axis, some in enumerate((FACT_SHAPE, FACT_COLOUR)) for wording in some]
+    asked = [
+        (name, wording, axis)
+        for name in names
+        for axis, some in enumerate((FACT_SHAPE, FACT_COLOUR))
+        for wording in some
+    ]
     answers = model.understand([[]] * len(asked), [wording.format(name=name) for name, wording, _ in asked])
     right = sum(answer == FAVOURITES[name][axis] for answer, (name, _, axis) in zip(answers, asked, strict=True))
     return Score.of(right, len(asked))
@@ -103,7 +109,9 @@ def held(found: Sequence[Sequence[Pair]], asked: Sequence[Asked]) -> dict[str, A
     """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
     pairs = list(zip(found, asked, strict=True))
     own = [right(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
-    others = {key: [right(one, pair)[key] for one, a in pairs for pair in unlike(a.name, key)] for key in ("pair", *AXES)}
+    others = {
+        key: [right(one, pair)[key] for one, a in pairs for pair in unlike(a.name, key)] for key in ("pair", *AXES)
+    }
     return {
         "n": len(found),
         "empty": sum(not one for one in found) / len(found),
@@ -123,7 +131,9 @@ def measure(model: MetaQuery, n: int) -> dict[str, Any]:
         row["words"] = held(drawn(model, [plans[prompt] or "nothing" for prompt in prompts], seeds), asked)
         if group != "strangers":
             row["facts"] = asdict(known(model, names))
-            said = [all(word in plan.split() for word in FAVOURITES[name]) for name in names for plan in told(plans, name)]
+            said = [
+                all(word in plan.split() for word in FAVOURITES[name]) for name in names for plan in told(plans, name)
+            ]
             row["planned"] = asdict(Score.of(sum(said), len(said)))
             plain = [article("{1} {0}".format(*FAVOURITES[one.name])) for one in asked]
             row["named"] = held(drawn(model, [f"draw {words}" for words in plain], seeds), asked)
@@ -146,8 +156,14 @@ def table(results: dict[str, Any]) -> str:
     for group, row in results.items():
         for way in (way for way in ways if way in row):
             cells = [counted(row[way], key) for key in ("pair", *AXES)]
-            lines.append(f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |")
-    lines += ["", "| characters | facts answered right by the reader | favourites in the reader's plans |", "|---|---|---|"]
+            lines.append(
+                f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |"
+            )
+    lines += [
+        "",
+        "| characters | facts answered right by the reader | favourites in the reader's plans |",
+        "|---|---|---|",
+    ]
     for group, row in results.items():
         if "facts" in row:
             cells = (f"{100 * row[name]['accuracy']:.1f} % of {row[name]['n']}" for name in ("facts", "planned"))

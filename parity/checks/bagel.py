@@ -3,6 +3,7 @@
 Every number comes from the case's own files. A group reads its inputs by name, and compares what is stored by name;
 what it does not know stays "not compared" in the account. docs/originals/bagel.md.
 """
+
 from __future__ import annotations
 
 import json
@@ -461,7 +462,9 @@ def check_batch(case: Case, model: Bagel, group: str) -> None:
         for i, ours in enumerate(together):
             if args.get("renorm", "global") == "global" and args.get("text", 4.0) > 1:
                 (alone,) = denoise(model, dialogues[i : i + 1], noises[i : i + 1], sizes[i : i + 1], args)
-                case.better(f"{run}_{i}", ours, alone, why="the original's global norm mixes a batch; held to our single run")
+                case.better(
+                    f"{run}_{i}", ours, alone, why="the original's global norm mixes a batch; held to our single run"
+                )
             else:
                 case.compare(f"{run}_{i}", ours)
 

@@ -1,4 +1,5 @@
 """Training as a BAGEL case stores it: plans to packs, their layout, losses and gradients. docs/originals/bagel.md."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """What a case of DC-AE stores: latents, pixels, and what lies between."""
+
 from __future__ import annotations
 
 import json

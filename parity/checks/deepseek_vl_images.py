@@ -3,6 +3,7 @@
 io.safetensors holds groups `<name>/image`, `/resized`, `/pixel_values`; io.json says the sizes of each in its words,
 and prompts.json holds conversations with the text that the original made. docs/originals/janus.md, "Image processor".
 """
+
 from __future__ import annotations
 
 import json
@@ -50,4 +51,6 @@ def check_prompts(case: Case, stored: dict) -> None:
         messages = [Message(said["role"], said["content"]) for said in entry["conversation"]]
         system = DEFAULT_SYSTEM if entry["system"] == "default" else entry["system"]
         text = format_conversation(messages, system=system, template=entry["sft_format"])
-        case.compare_note(f"prompts: {i} {entry['sft_format']} {entry['case']} system={entry['system']!r}", text, entry["text"])
+        case.compare_note(
+            f"prompts: {i} {entry['sft_format']} {entry['case']} system={entry['system']!r}", text, entry["text"]
+        )

@@ -1,4 +1,5 @@
 """What a case of UniWorld's edit weights stores: every stage of the mask, the weights, and what is refused."""
+
 from __future__ import annotations
 
 import json

@@ -3,6 +3,7 @@
 A case of transformers' layout holds no outputs of its own: those of the folder beside it, whose name lacks _hf, are
 its. docs/originals/janus.md; docs/originals/index.md, "What a stored case holds".
 """
+
 from __future__ import annotations
 
 import json
@@ -44,7 +45,9 @@ def check(case: Case) -> None:
     model.special = Markers(**{field.name: special[field.name] for field in fields(Markers)})
     if (case.folder / "keys.json").exists():
         shapes = {key: list(x.shape) for key, x in released_state(model, *model.weights().values()).items()}
-        case.compare_note("keys.json: names and shapes as saved", shapes, json.loads((case.folder / "keys.json").read_text()))
+        case.compare_note(
+            "keys.json: names and shapes as saved", shapes, json.loads((case.folder / "keys.json").read_text())
+        )
     und = {name.partition("/")[0]: check_understanding for name in case.names(r"und\w*/input_ids")}
     groups = {"vision": check_vision, **und, "vq": check_codes, "gen": check_drawing, "tf": check_training}
     run_groups(case, model, groups, special)

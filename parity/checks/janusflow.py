@@ -3,6 +3,7 @@
 Every number comes from the case's own files. What the model computes on its way is caught at its modules' doors.
 docs/originals/janusflow.md. What a group does not know stays "not compared" in the account.
 """
+
 from __future__ import annotations
 
 import json

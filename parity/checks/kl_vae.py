@@ -1,4 +1,5 @@
 """What a case of the KL autoencoder stores, in FLUX's layout or in diffusers': latents and pixels."""
+
 from __future__ import annotations
 
 import json

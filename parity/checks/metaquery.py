@@ -1,4 +1,5 @@
 """What a case of MetaQuery stores: prompts, the reader's answers, conditions, every step of a picture, one step of training."""
+
 from __future__ import annotations
 
 import json
@@ -133,11 +134,15 @@ def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Se
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     case.compare(f"{group}.attention_mask", torch.tensor(mask))
     for i, text in enumerate(stored.runs.get(group, {}).get("decoded_prompts", [])):
-        case.compare_note(f"{group}: decoded prompt {i}", spelt(model, [pad] * (longest - len(rows[i])) + rows[i]), text)
+        case.compare_note(
+            f"{group}: decoded prompt {i}", spelt(model, [pad] * (longest - len(rows[i])) + rows[i]), text
+        )
     pictures = [item for items in samples for item in items if item.tokens is not None]
     if pictures:
         merge = model.cfg.reader.vision.merge
-        patches = [rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures if item.tokens is not None]
+        patches = [
+            rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures if item.tokens is not None
+        ]
         case.compare(f"{group}.pixel_values", torch.cat(patches))
         grids = [item.places.amax(0) + 1 for item in pictures if item.places is not None]
         case.compare(f"{group}.image_grid_thw", torch.stack(grids) * torch.tensor([1, merge, merge]))

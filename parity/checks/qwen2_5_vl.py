@@ -2,6 +2,7 @@
 
 Groups are pictures (image0, image1, all of them in one call) and runs, batches of ids with pictures in them.
 """
+
 from __future__ import annotations
 
 import json
@@ -113,13 +114,18 @@ def check_run(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
     case.compare(f"{group}.position_ids", padded(at, mask, like).movedim(-1, 0))
     case.compare(f"{group}.rope_deltas", torch.tensor(batch.layout.clocks)[:, None] - mask.shape[1])
     outs: list[Tensor] = [model.embed(batch)]
-    hooks = [block.register_forward_hook(lambda module, args, out: outs.append(out[STREAM])) for block in model.decoder.blocks]
+    hooks = [
+        block.register_forward_hook(lambda module, args, out: outs.append(out[STREAM]))
+        for block in model.decoder.blocks
+    ]
     hidden = model.states(batch)
     for hook in hooks:
         hook.remove()
     for name in case.names(rf"{group}\.hidden\.\d+"):
         depth = int(name.rpartition(".")[2])
-        case.compare(name, padded(hidden if depth == layers else outs[depth], mask, case.tensors[name]), note="real rows")
+        case.compare(
+            name, padded(hidden if depth == layers else outs[depth], mask, case.tensors[name]), note="real rows"
+        )
     if f"{group}.logits" in case:
         logits = padded(model.decoder.head(hidden), mask, case.tensors[f"{group}.logits"])
         case.compare(f"{group}.logits", logits, note="real rows", share=LOGITS)

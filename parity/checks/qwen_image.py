@@ -1,4 +1,5 @@
 """What a case of the Qwen-Image transformer stores: the velocity and the turns of both streams."""
+
 from __future__ import annotations
 
 import json
@@ -27,6 +28,8 @@ def check(case: Case) -> None:
     condition = model.condition(text, pictures, seen=seen)
     (modulation,) = model.modulations(case.input("timestep")[None])
     case.compare("velocity", model(case.input("hidden_states"), condition, modulation))
-    of_text, of_pictures = torch.view_as_real(condition.angles).split((text.shape[1], len(condition.angles) - text.shape[1]))
+    of_text, of_pictures = torch.view_as_real(condition.angles).split(
+        (text.shape[1], len(condition.angles) - text.shape[1])
+    )
     case.compare("rope.txt_angle", of_text)
     case.compare("rope.img_angle", of_pictures)

@@ -1,4 +1,5 @@
 """The sizes that BAGEL's image processors give, against resize_table.json."""
+
 import json
 import re
 from pathlib import Path

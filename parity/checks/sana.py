@@ -1,4 +1,5 @@
 """What a case of the Sana transformer stores: velocities, what lies between, and pictures by both samplers."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """What blocks/tables.json stores: schedules, sizes, decays and weights at real sizes, a list a row."""
+
 from __future__ import annotations
 
 import json
@@ -69,7 +70,9 @@ def functions(table: dict[str, list[float]]) -> bool:
 def trained(table: dict[str, Any]) -> bool:
     """The note says in words what the times of training are: all thousandths, the first draw the noisiest."""
     draws = (torch.arange(1000) + 0.5) / 1000
-    return "timestep 1000-i" in table["note"] and near(whole_times(draws).tolist(), [(1000 - i) / 1000 for i in range(1000)])
+    return "timestep 1000-i" in table["note"] and near(
+        whole_times(draws).tolist(), [(1000 - i) / 1000 for i in range(1000)]
+    )
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {

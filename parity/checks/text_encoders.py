@@ -1,4 +1,5 @@
 """What cases of CLIP's text encoder and of T5's encoder store: states of captions, and what is pooled."""
+
 from __future__ import annotations
 
 import json

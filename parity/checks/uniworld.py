@@ -1,4 +1,5 @@
 """What a case of UniWorld stores: what is read, seen, decided and told; every step of drawing; references; the loss."""
+
 from __future__ import annotations
 
 import json
@@ -126,10 +127,13 @@ def shift_of(tokens: int, notes: dict[str, Any]) -> float:
     return dynamic_shift(tokens, low=low, high=high) if told["use_dynamic_shifting"] else told["shift"]
 
 
-def path(model: UniWorld, told: Tensor, noise: Tensor, times: Tensor, *, pooled: Tensor, guidance: float) -> list[Tensor]:
+def path(
+    model: UniWorld, told: Tensor, noise: Tensor, times: Tensor, *, pooled: Tensor, guidance: float
+) -> list[Tensor]:
     """Packed latents after every step: a run of a step more each, from the noise of the run itself."""
     ends = [
-        model.denoise([told], noise, pooled=pooled, guidance=guidance, times=times[: i + 2]) for i in range(len(times) - 1)
+        model.denoise([told], noise, pooled=pooled, guidance=guidance, times=times[: i + 2])
+        for i in range(len(times) - 1)
     ]
     return [pack(x) for x in ends]
 
@@ -147,7 +151,9 @@ def check_batch(case: Case, model: UniWorld, runs: dict[str, Reading]) -> None:
         rows.append(same[0])
     readings = model.read([runs[name].items for name in rows])
     looks = [case.tensors[f"{name}.siglip_hidden"] for name in rows if f"{name}.siglip_hidden" in case]
-    told = model.told([one.items for one in readings], [one.states for one in readings], torch.cat(looks) if looks else None)
+    told = model.told(
+        [one.items for one in readings], [one.states for one in readings], torch.cat(looks) if looks else None
+    )
     alone = [case.tensors[f"{name}.condition"][0] for name in rows]
     longest = max(len(one) for one in alone)
     for name, ours, apart in (

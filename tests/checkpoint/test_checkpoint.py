@@ -1,4 +1,5 @@
 """Released files to models and back: the 7B's manifest, round trips, layouts of files, and what is refused."""
+
 import json
 import shutil
 from pathlib import Path
@@ -116,7 +117,9 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
     assert sum(x.numel() for x in state.values()) == Bagel.RELEASES["ByteDance-Seed/BAGEL-7B-MoT"].parameters
 
 
-@pytest.mark.parametrize("key", ["vit_pos_embed.pos_embed", "language_model.model.layers.27.mlp_moe_gen.up_proj.weight"])
+@pytest.mark.parametrize(
+    "key", ["vit_pos_embed.pos_embed", "language_model.model.layers.27.mlp_moe_gen.up_proj.weight"]
+)
 def test_manifest_walk_can_fail(monkeypatch, tmp_path, key):
     model = full_size(monkeypatch, tmp_path, TOP)
     table = model.weights()[WEIGHTS]
@@ -348,7 +351,8 @@ def test_no_file(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("file", "key"), [("ema.safetensors", "connector.fc1.weight"), ("ae.safetensors", "decoder.up.0.block.1.conv2.bias")]
+    ("file", "key"),
+    [("ema.safetensors", "connector.fc1.weight"), ("ae.safetensors", "decoder.up.0.block.1.conv2.bias")],
 )
 def test_keys_that_do_not_fit(folder, file, key):
     path = folder / file
@@ -411,7 +415,10 @@ def test_a_checkpoint_that_only_draws(folder, tmp_path):
     assert model.cfg.vision is None and not any(name.startswith("vision") for name in model.state_dict())
     model.tokenizer = toy(llm={"vocab_size": model.cfg.decoder.vocab}).tokenizer
     assert model.generate("a circle", size=(16, 32), steps=1).image.size == (32, 16)
-    for asked in (lambda: model.understand(picture(), "what is it?"), lambda: model.generate("more of it", images=picture())):
+    for asked in (
+        lambda: model.understand(picture(), "what is it?"),
+        lambda: model.generate("more of it", images=picture()),
+    ):
         with pytest.raises(NotImplementedError, match=r"visual_und false"):
             asked()
     model.tokenizer = None

@@ -113,7 +113,10 @@ def test_a_section_of_a_larger_file():
             {"in_channels": None, "block_levels": None},
             "the toy's config lacks in_channels, .*block_levels: expected the released toy.json",
         ),
-        ({"_class_name": "Other"}, "got _class_name 'Other' in the toy's config, expected 'Toy', as in the released toy.json"),
+        (
+            {"_class_name": "Other"},
+            "got _class_name 'Other' in the toy's config, expected 'Toy', as in the released toy.json",
+        ),
         ({"norm": "rms"}, "got norm 'rms' .*expected None"),
         ({"part_config": {"cls": "Other", "params": {}}}, "got part_config.cls 'Other'.*expected 'Part'"),
         ({"n_levels": 3}, "got n_levels 3 .*expected 2, which follows from the other numbers"),

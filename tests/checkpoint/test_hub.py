@@ -1,4 +1,5 @@
 """Names to folders: what is asked of the hub, and whose licence is called to mind."""
+
 import logging
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def test_older_files_of_a_part(monkeypatch, tmp_path):
 
     found = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, *, revision, allow_patterns: found.append(allow_patterns) or tmp_path
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, *, revision, allow_patterns: found.append(allow_patterns) or tmp_path,
     )
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "model.safetensors").touch()

@@ -1,4 +1,5 @@
 """The command `unimm`: what it prints, what it writes, how it ends, and that its options do not grow by accident."""
+
 import json
 import subprocess
 import sys
@@ -78,7 +79,9 @@ def test_releases():
     assert "bagel-nano" in shown and "bundled" in shown and "Apache-2.0" in shown and "14.7G" in shown
     rows = {row.name: row for row in unimm.releases()}
     assert rows["bagel-nano"].source == "bundled" and rows["bagel-nano"].commercial
-    assert not rows["LanguageBind/UniWorld-V1"].commercial and "non-commercial" in rows["LanguageBind/UniWorld-V1"].licence
+    assert (
+        not rows["LanguageBind/UniWorld-V1"].commercial and "non-commercial" in rows["LanguageBind/UniWorld-V1"].licence
+    )
     assert rows["ByteDance-Seed/BAGEL-7B-MoT"].source == "ByteDance-Seed/BAGEL-7B-MoT"
 
 

@@ -44,7 +44,9 @@ VERBS = {
 }
 MORE = {
     "generate": lambda model: draws(model, ["a", "b c"], images=[picture(), None], seed=[1, 2]),
-    "understand": lambda model: model.understand([[picture(), picture(20, 44, 1)], None], ["what differs", "who"], text=SHORT),
+    "understand": lambda model: model.understand(
+        [[picture(), picture(20, 44, 1)], None], ["what differs", "who"], text=SHORT
+    ),
     "chat": lambda model: model.chat([CONVERSATION, CONVERSATION[:1]], text=SHORT),
 }
 # what stored cases cannot do, for want of a part that they were made without; the error says which
@@ -96,7 +98,9 @@ def test_every_verb_runs_and_changes_nothing(name):
         result = call(model)
         assert isinstance(result, kind), verb
         pieces = listed(result)
-        images = pieces.images if isinstance(pieces, Generation) else [one for one in pieces if isinstance(one, Image.Image)]
+        images = (
+            pieces.images if isinstance(pieces, Generation) else [one for one in pieces if isinstance(one, Image.Image)]
+        )
         assert all(image.mode == "RGB" for image in images) and (images or isinstance(pieces, str))
         if verb in MORE:
             several = MORE[verb](model)
@@ -126,7 +130,10 @@ def test_saved_is_loaded(name, tmp_path):
     assert all(path.read_bytes() == (tmp_path / "second" / at).read_bytes() for at, path in files.items())
     # what is saved is the model, number by number: nothing is left out, nothing added, nothing twice
     saved = {
-        f"{at}:{key}": x for at, path in files.items() if path.suffix == ".safetensors" for key, x in load_file(path).items()
+        f"{at}:{key}": x
+        for at, path in files.items()
+        if path.suffix == ".safetensors"
+        for key, x in load_file(path).items()
     }
     assert torch.equal(numbers(saved), numbers(ours))
 
@@ -171,7 +178,9 @@ def test_dtypes_are_kept(name, tmp_path):
     assert set(kinds(loaded(name)).values()) == {torch.float32}
     half = unimm.load(source(name), dtype="bfloat16")
     wide = {key for key in kinds(half) if key.startswith(half.FLOAT32) and type(half).__name__ not in ALL_CAST}
-    assert {key: dtype for key, dtype in kinds(half).items() if dtype != torch.bfloat16} == dict.fromkeys(wide, torch.float32)
+    assert {key: dtype for key, dtype in kinds(half).items() if dtype != torch.bfloat16} == dict.fromkeys(
+        wide, torch.float32
+    )
     before = state_of(half)
     for verb in verbs(name):
         if verb not in LACKS.get(name, {}):

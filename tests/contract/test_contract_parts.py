@@ -36,7 +36,9 @@ def loader(case: str) -> Callable[..., torch.nn.Module]:
 
 
 def test_every_case_is_walked():
-    assert {*GOLDENS, *LOADERS, *WEIGHTLESS} == set(cases()), "add the new case to LOADERS, or say why it has no weights"
+    assert {*GOLDENS, *LOADERS, *WEIGHTLESS} == set(cases()), (
+        "add the new case to LOADERS, or say why it has no weights"
+    )
     assert set(PARTS) == set(LOADERS)
 
 

@@ -38,14 +38,20 @@ FROZEN = {
 }
 # what is trained, and has no gradient in some step or in any
 UNUSED = {
-    "metaquery-nano-reader": {"guess.": "what the tower alone is taught by, in the first steps, which are left out here"},
-    "uniworld-nano": {"painter.pooled.fc1.weight": "of CLIP's vector, which is zeros: the recipe's `captioned` is false"},
+    "metaquery-nano-reader": {
+        "guess.": "what the tower alone is taught by, in the first steps, which are left out here"
+    },
+    "uniworld-nano": {
+        "painter.pooled.fc1.weight": "of CLIP's vector, which is zeros: the recipe's `captioned` is false"
+    },
 }
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, str]:
     """The recipes whose releases a recipe's options name, by the option."""
-    named = {key: value.split("/") for key, value in options.items() if isinstance(value, str) and value.startswith("runs/")}
+    named = {
+        key: value.split("/") for key, value in options.items() if isinstance(value, str) and value.startswith("runs/")
+    }
     return {key: parts[1] for key, parts in named.items()}
 
 
@@ -102,7 +108,9 @@ def gradients(objective) -> dict[str, bool]:
     torch.stack([x.float() for x in losses.values()]).sum().backward()
     trained = {name: p.grad for name, p in objective.model.named_parameters() if p.requires_grad}
     objective.model.zero_grad()
-    return {name: grad is not None and bool(grad.any()) and bool(grad.isfinite().all()) for name, grad in trained.items()}
+    return {
+        name: grad is not None and bool(grad.any()) and bool(grad.isfinite().all()) for name, grad in trained.items()
+    }
 
 
 @pytest.mark.parametrize("name", recipes())

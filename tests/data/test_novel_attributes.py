@@ -43,7 +43,13 @@ def test_a_thing_keeps_what_it_does_not_lose():
         ("remove the red thing", ("cross", "red"), "colour", [("cross", "red")], None),
         ("remove the cross", ("cross", "red"), "shape", [("cross", "red")], None),
         ("remove the red cross", ("cross", "red"), "colour", [("cross", "red"), ("cross", "blue")], None),
-        ("remove the red cross", ("cross", "red"), "shape", [("cross", "red"), ("cross", "blue")], "remove the red thing"),
+        (
+            "remove the red cross",
+            ("cross", "red"),
+            "shape",
+            [("cross", "red"), ("cross", "blue")],
+            "remove the red thing",
+        ),
     ],
 )
 def test_a_prompt_says_what_is_left(prompt, pair, kind, others, expected):

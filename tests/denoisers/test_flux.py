@@ -1,4 +1,5 @@
 """FLUX's transformer: two layouts, diffusers' own, steps modulated at once, a text projected once, and what is refused."""
+
 import json
 
 import pytest
@@ -21,8 +22,20 @@ RELEASED = FILES | {
 }  # fmt: skip
 SIZES = [
     {},
-    {"num_layers": 3, "num_single_layers": 1, "guidance_embeds": False, "joint_attention_dim": 7, "pooled_projection_dim": 5},
-    {"num_attention_heads": 3, "attention_head_dim": 20, "axes_dims_rope": [8, 2, 10], "in_channels": 12, "out_channels": 9},
+    {
+        "num_layers": 3,
+        "num_single_layers": 1,
+        "guidance_embeds": False,
+        "joint_attention_dim": 7,
+        "pooled_projection_dim": 5,
+    },
+    {
+        "num_attention_heads": 3,
+        "attention_head_dim": 20,
+        "axes_dims_rope": [8, 2, 10],
+        "in_channels": 12,
+        "out_channels": 9,
+    },
     {"num_single_layers": 0, "num_layers": 1},
     {"num_single_layers": 2, "num_layers": 0},
 ]
@@ -103,7 +116,14 @@ def test_equal_to_diffusers(tmp_path, changes):
     text_places = torch.randint(0, 9, (5, 3)).float()
     guidance = torch.tensor([1.0, 4.5]) if ours.config.guided else None
     wanted = theirs(
-        given["latents"], given["text"], given["pooled"], times, given["places"], text_places, guidance, return_dict=False
+        given["latents"],
+        given["text"],
+        given["pooled"],
+        times,
+        given["places"],
+        text_places,
+        guidance,
+        return_dict=False,
     )[0]
     condition = ours.condition(given["text"], given["places"], text_places=text_places)
     (modulation,) = ours.modulations(times[None], given["pooled"], guidance=guidance)
@@ -146,7 +166,10 @@ def test_a_feed_forward_of_any_width(tmp_path):
     model = Flux(config)
     state = released_state(model, keys(config))
     assert state["single_transformer_blocks.1.proj_mlp.weight"].shape == (72, 32)
-    parts = [state[f"single_transformer_blocks.1.{name}.bias"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    parts = [
+        state[f"single_transformer_blocks.1.{name}.bias"]
+        for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ]
     assert torch.equal(torch.cat(parts), model.trunk.singles[1].into.bias)
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").unlink()
@@ -172,7 +195,9 @@ def test_steps_modulated_at_once_are_the_steps():
     steps = model.modulations(times[:-1], given["pooled"], guidance=3.5)
     assert len(steps) == 4
     at_once = sample(by_step(model, condition, steps), given["latents"], times)
-    one_by_one = sample(lambda x, t: velocity(model, given | {"latents": x}, torch.full((2,), t)), given["latents"], times)
+    one_by_one = sample(
+        lambda x, t: velocity(model, given | {"latents": x}, torch.full((2,), t)), given["latents"], times
+    )
     assert_equal(at_once, one_by_one)
 
 

@@ -1,4 +1,5 @@
 """Qwen-Image's transformer: the released names, diffusers' own, places from the middle, texts with padding, bad input."""
+
 import json
 
 import pytest
@@ -68,7 +69,10 @@ def test_equal_to_diffusers(tmp_path, changes, pictures):
     theirs.save_pretrained(tmp_path)
     ours = load_qwen_image(tmp_path)
     latents, text = torch.randn(3, count(pictures), ours.config.in_channels), torch.randn(3, 6, ours.config.text_dim)
-    seen, times = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]]), torch.tensor([0.97, 0.5, 0.1])
+    seen, times = (
+        torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]]),
+        torch.tensor([0.97, 0.5, 0.1]),
+    )
     for mask in (None, seen):
         wanted = theirs(latents, text, mask, times, img_shapes=[pictures] * 3, return_dict=False)[0]
         (modulation,) = ours.modulations(times[None])

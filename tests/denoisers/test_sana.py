@@ -1,4 +1,5 @@
 """Sana's transformer: the released names, diffusers' own, conditions computed once, and what is refused."""
+
 import json
 from pathlib import Path
 

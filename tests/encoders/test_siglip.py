@@ -1,4 +1,5 @@
 """SigLIP2's tower: the released names, transformers' own, its look at pictures, and what is refused."""
+
 import json
 from pathlib import Path
 

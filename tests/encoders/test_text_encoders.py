@@ -1,4 +1,5 @@
 """CLIP's and T5's text encoders: the released names, transformers' own, what is pooled, and what is refused."""
+
 import json
 from pathlib import Path
 
@@ -104,7 +105,9 @@ def test_clip_equals_transformers(tmp_path, changes):
 def test_clip_of_a_whole_release(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
-    vision = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, image_size=4, patch_size=2)
+    vision = dict(
+        hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, image_size=4, patch_size=2
+    )
     theirs = shaken(CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=6)))
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 50, (2, 9))
@@ -162,7 +165,9 @@ def test_save_and_load(tmp_path, kind):
     _, config, _, keys, load = KINDS[kind]
     model, ids = small(kind), torch.randint(0, 40, (2, 7))
     again = load(write(tmp_path, model, keys))
-    assert again.cfg == model.cfg == config.from_files(json.loads(json.dumps(model.cfg.to_files()))) and not again.training
+    assert (
+        again.cfg == model.cfg == config.from_files(json.loads(json.dumps(model.cfg.to_files()))) and not again.training
+    )
     assert torch.equal(again(ids), model(ids))
     assert_close(model(ids[1:]), model(ids)[1:])
     half = load(tmp_path, dtype=torch.bfloat16)
@@ -228,5 +233,7 @@ def test_a_t5_whose_table_goes_by_its_other_name(tmp_path):
 
 def test_an_activation_beside_the_feed_forwards_own():
     T5Config.from_files(T5 | {"dense_act_fn": "gelu_new"})
-    with pytest.raises(ValueError, match="got dense_act_fn 'relu' beside feed_forward_proj 'gated-gelu': expected 'gelu_new'"):
+    with pytest.raises(
+        ValueError, match="got dense_act_fn 'relu' beside feed_forward_proj 'gated-gelu': expected 'gelu_new'"
+    ):
         T5Config.from_files(T5 | {"dense_act_fn": "relu"})

@@ -1,4 +1,5 @@
 """Encoders that Janus looks through: SigLIP by its numbers, any other of timm's by name."""
+
 import json
 
 import pytest
@@ -61,7 +62,9 @@ def test_pixels_that_make_no_patch_are_not_seen(tmp_path):
     image = model.pixels.pixels(picture(24, 24))
     item = model.prompts.looked_at(image, (1, 2))
     assert item.n_tokens == 16
-    torch.testing.assert_close(model.seen(pack([[item]]).look), whole.forward_features(image[None])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.seen(pack([[item]]).look), whole.forward_features(image[None])[0], rtol=1e-5, atol=1e-5
+    )
     assert isinstance(model.understand(picture(), "what?", text=TextSampling(max_tokens=2)), str)
 
 
@@ -72,4 +75,9 @@ def test_a_released_name_with_other_numbers():
     other = TowerConfig.from_files(files | {"layers": 3, "width": 64, "heads": 4})
     assert other.vit == ViTNumbers(dim=64, n_layers=3, n_heads=4, patch=16)
     assert TowerConfig.from_files(other.to_files()) == other
-    assert TowerConfig.from_files(files).to_files().keys() == {"image_size", "model_name", "select_layer", "select_feature"}
+    assert TowerConfig.from_files(files).to_files().keys() == {
+        "image_size",
+        "model_name",
+        "select_layer",
+        "select_feature",
+    }

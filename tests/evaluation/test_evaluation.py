@@ -1,4 +1,5 @@
 """The benchmark on the little world, with models whose scores are known."""
+
 import json
 from dataclasses import asdict
 

@@ -147,7 +147,14 @@ def test_one_command_for_all(script, folder, tmp_path):
 
 def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
     plan = script.Plan(
-        out=tmp_path, recipe=small(NAME, folder), seeds=(0, 1), minutes=15.0, steps=None, n=10, judged_by=1, device="cpu"
+        out=tmp_path,
+        recipe=small(NAME, folder),
+        seeds=(0, 1),
+        minutes=15.0,
+        steps=None,
+        n=10,
+        judged_by=1,
+        device="cpu",
     )
     runs = [
         {"experiment": "E", "seed": seed, "steps": 100 + 10 * seed, "understood": 50, "drawn": 0}
@@ -165,7 +172,15 @@ def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
 
 def test_a_run_that_was_stopped_is_not_scored(script, folder, tmp_path, monkeypatch):
     plan = script.Plan(
-        out=tmp_path, recipe=small(NAME, folder), seeds=(0,), minutes=15.0, steps=9, n=1, judged_by=1, device="cpu", workers=0
+        out=tmp_path,
+        recipe=small(NAME, folder),
+        seeds=(0,),
+        minutes=15.0,
+        steps=9,
+        n=1,
+        judged_by=1,
+        device="cpu",
+        workers=0,
     )
     monkeypatch.setattr(script, "train", lambda *args, **options: 4)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 4"):

@@ -1,4 +1,5 @@
 """The flow: times, the sampler, guidance and TaylorSeer, each against its formula."""
+
 import math
 
 import pytest
@@ -139,7 +140,9 @@ def test_share_asks_once():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with a newer numpy
-@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (4, 3.0), (11, 1.0), (13, 1.0), (14, 1.0), (30, 3.0), (51, 2.0)])
+@pytest.mark.parametrize(
+    ("steps", "shift"), [(1, 3.0), (4, 3.0), (11, 1.0), (13, 1.0), (14, 1.0), (30, 3.0), (51, 2.0)]
+)
 def test_solver_equals_diffusers(steps, shift):
     from diffusers import DPMSolverMultistepScheduler
 
@@ -190,7 +193,9 @@ def test_the_solver_is_exact_where_data_is_constant():
 
 
 def test_whole_times():
-    assert whole_times(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx([1, 1, 0.999, 0.5, 0.001])
+    assert whole_times(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx(
+        [1, 1, 0.999, 0.5, 0.001]
+    )
     for make in (lambda n, s: solver_knots(n, shift=s), reshifted_knots):
         with pytest.raises(ValueError, match="got steps 0"):
             make(0, 3.0)

@@ -1,4 +1,5 @@
 """The next token, its stream to text, and the cache."""
+
 import pytest
 import torch
 
@@ -52,7 +53,9 @@ def script(rows):
 
 
 def test_decode_ends_row_by_row():
-    steps = list(decode(script([[3, 4, 9], [5, 9, 7]]), [1, 1], end=9, sampling=TextSampling(max_tokens=8), seeds=[0, 0]))
+    steps = list(
+        decode(script([[3, 4, 9], [5, 9, 7]]), [1, 1], end=9, sampling=TextSampling(max_tokens=8), seeds=[0, 0])
+    )
     assert steps == [[3, 5], [4, None]]
     long = list(decode(script([[3]]), [1], end=9, sampling=TextSampling(max_tokens=4), seeds=[0]))
     assert long == [[3]] * 4

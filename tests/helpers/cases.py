@@ -3,6 +3,7 @@
 tests/golden stays under 25 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is skipped
 where it is absent.
 """
+
 import json
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The released config of Sana's DC-AE."""
+
 import json
 
 from helpers.paths import GOLDEN

@@ -19,7 +19,9 @@ from unimm.training.tasks.vq import save_vq
 
 LANGUAGE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
 VISION = dict(width=32, layers=2, heads=2, mlp_ratio=1.5)
-VIT = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)
+VIT = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
+)
 # a picture of the little world is 4 x 4 codes
 CODES = VQConfig(width=32, multipliers=(1, 1, 1, 1, 1), n_blocks=1, latent_channels=32, n_codes=48, code_dim=4)
 BRANCH = BranchConfig(code_dim=4, dim=32, n_layers=1, n_heads=2, mlp_dim=48, side=8, out_dim=24)

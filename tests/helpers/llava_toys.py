@@ -1,4 +1,5 @@
 """Configs of LLaVA-OneVision, released and small, and a tokenizer of letters."""
+
 from pathlib import Path
 from typing import ClassVar
 

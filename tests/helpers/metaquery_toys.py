@@ -1,4 +1,5 @@
 """A reader, an autoencoder and a MetaQuery at toy size."""
+
 import json
 from pathlib import Path
 

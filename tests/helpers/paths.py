@@ -1,4 +1,5 @@
 """Where the project, the tests, the stored cases and the recipes lie."""
+
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]

@@ -1,4 +1,5 @@
 """Names and shapes of the released Qwen2.5-VL files."""
+
 import json
 import re
 

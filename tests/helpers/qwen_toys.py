@@ -1,4 +1,5 @@
 """transformers' Qwen2.5-VL at toy size, saved in the released layout, and letters for its tokenizer."""
+
 import json
 from pathlib import Path
 from typing import ClassVar

@@ -1,4 +1,5 @@
 """Configs of Sana's denoiser, released and small."""
+
 import json
 
 from helpers.paths import GOLDEN

@@ -1,4 +1,5 @@
 """Small random models for the tests, a tokenizer of whole words, and one of bytes in the released format."""
+
 import copy
 import json
 import random
@@ -30,7 +31,9 @@ LLM = dict(
     rms_norm_eps=1e-6,
     hidden_act="silu",
 )
-VIT = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, patch_size=8, image_size=64)
+VIT = dict(
+    hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, patch_size=8, image_size=64
+)
 TOP = dict(
     latent_patch_size=2,
     max_latent_size=8,
@@ -38,7 +41,9 @@ TOP = dict(
     vae_config=dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=1, z_channels=3, scale_factor=0.7, shift_factor=0.1),
     vae_transform=dict(max_image_size=48, min_image_size=16, image_stride=8),
     vit_transform=dict(max_image_size=48, min_image_size=16, image_stride=8),
-    generation=dict(steps=4, shift=2.0, size=[24, 32], think_tokens=6, think_draw="think then draw", think_answer="think"),
+    generation=dict(
+        steps=4, shift=2.0, size=[24, 32], think_tokens=6, think_draw="think then draw", think_answer="think"
+    ),
 )
 
 
@@ -98,14 +103,18 @@ JANUS: dict[str, dict] = {
 def janus_files(*, generation: dict | None = None, **changes: dict) -> dict:
     """The config.json of a small Janus: 9 patches of 8 pixels seen, 6 x 6 codes of 4 pixels drawn. changes: by section."""
     files = {
-        name: numbers | changes.get(name, {}) if name == "language_config" else {"params": numbers | changes.get(name, {})}
+        name: numbers | changes.get(name, {})
+        if name == "language_config"
+        else {"params": numbers | changes.get(name, {})}
         for name, numbers in copy.deepcopy(JANUS).items()
     }
     files["gen_vision_config"]["cls"] = "VQ-16"
     return {"model_type": "multi_modality", **files, **({"generation": generation} if generation else {})}
 
 
-def janus(folder: Path, seed: int = 0, *, roles: bool | None = True, generation: dict | None = None, **changes: dict) -> Path:
+def janus(
+    folder: Path, seed: int = 0, *, roles: bool | None = True, generation: dict | None = None, **changes: dict
+) -> Path:
     """A random Janus, saved into a folder in the original layout. roles: as in `byte_tokenizer`; None for no tokenizer."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +142,9 @@ def byte_tokenizer(
     """
     inner = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"[\r\n]|\s?\p{L}+|\s?\p{P}+"), "isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     inner.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=letters, show_progress=False)

@@ -3,6 +3,7 @@
 The interpreter shows wrong numbers, the compiler shows what the interpreter lets pass: spills, lost matrix instructions,
 shared memory over the limit. Neither shows races or speed.
 """
+
 import os
 import re
 import subprocess
@@ -111,6 +112,7 @@ def mend_bfloat16() -> None:
     for name in ("binary_op", "unary_op", "create_fabs", "create_erf", "create_rsqrt", "create_fma"):
         setattr(builder, name, refusing(name))
     for operation in (interpreter.ReduceOps, interpreter.ScanOps):
+
         def checked(self, inputs, plain=operation.apply_impl):
             if any(x.dtype.scalar == tl.bfloat16 for x in inputs):
                 raise TypeError("a reduction over bfloat16: cast to float32 first")
@@ -242,7 +244,14 @@ def _nvidia(ptx: str, target: str) -> tuple[int, int, bool]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [get_ptxas(TARGETS[target][1]).path, "-v", f"--gpu-name={gpu}", str(source), "-o", f"{folder}/kernel.cubin"]
+        command = [
+            get_ptxas(TARGETS[target][1]).path,
+            "-v",
+            f"--gpu-name={gpu}",
+            str(source),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
     # C7510 and C7511
@@ -252,5 +261,8 @@ def _nvidia(ptx: str, target: str) -> tuple[int, int, bool]:
 
 def _amd(assembly: str) -> tuple[int, int, bool]:
     """Vector registers, and bytes of scratch, of which a kernel without spills has none."""
-    field = {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "private_segment_fixed_size")}
+    field = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    }
     return field["vgpr_count"], field["private_segment_fixed_size"], False

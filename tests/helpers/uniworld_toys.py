@@ -1,4 +1,5 @@
 """The stored UniWorld with the parts that its case leaves out: a small VAE, CLIP and T5, all untrained."""
+
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,9 @@ WORDS = ("a", "cat", "<|startoftext|>", "<|endoftext|>", "</s>", "<pad>", "<unk>
 
 def words(folder: Path) -> Path:
     """A folder with a tokenizer of few words, which has the markers of CLIP's and of T5's."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.add_special_tokens(list(WORDS[2:7]))
     inner.save(str(folder / "tokenizer.json"))
@@ -40,7 +43,10 @@ def uniworld(*, vae: bool = True, clip: bool = True, t5: bool = True) -> UniWorl
     if vae:
         model.parts.vae = VAE(VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4)).eval()
     if clip:
-        model.parts.clip, model.parts.clip_captions = ClipText(ClipTextConfig.from_files(CLIP)).eval(), clip_captions(folder)
+        model.parts.clip, model.parts.clip_captions = (
+            ClipText(ClipTextConfig.from_files(CLIP)).eval(),
+            clip_captions(folder),
+        )
         torch.nn.init.normal_(model.parts.clip.positions)
     if t5:
         model.parts.t5, model.parts.t5_captions = T5Encoder(T5Config.from_files(T5)).eval(), t5_captions(folder)

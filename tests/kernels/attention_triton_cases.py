@@ -3,6 +3,7 @@ test_attention_triton.py, and by test_mutations.py on kernels with planted mista
 
 Ranges and schedule are built here from the dense mask, slowly, so that no mistake in mask.py can hide one in a kernel.
 """
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,9 @@ def fixed() -> Iterator[None]:
 def packed(samples: list[list[tuple[str, int]]]) -> Tensor:
     """Text (causal), image (full) and noised (full, seen by itself alone) segments, [N, N] bool."""
     spans = [(i, kind, n) for i, segments in enumerate(samples) for kind, n in segments]
-    sample, kind, segment = ([x for j, span in enumerate(spans) for x in [(*span[:2], j)[at]] * span[2]] for at in range(3))
+    sample, kind, segment = (
+        [x for j, span in enumerate(spans) for x in [(*span[:2], j)[at]] * span[2]] for at in range(3)
+    )
     n = len(kind)
     dense = torch.zeros(n, n, dtype=torch.bool)
     for row in range(n):
@@ -68,7 +71,11 @@ def packed(samples: list[list[tuple[str, int]]]) -> Tensor:
 def random_samples(seed: int) -> list[list[tuple[str, int]]]:
     """Two to four samples of 100 to 250 rows together."""
     rng = np.random.default_rng(seed)
-    cuts = np.diff([0, *np.sort(rng.choice(np.arange(1, 100), 7, replace=False)), 100]) * int(rng.integers(100, 250)) // 100
+    cuts = (
+        np.diff([0, *np.sort(rng.choice(np.arange(1, 100), 7, replace=False)), 100])
+        * int(rng.integers(100, 250))
+        // 100
+    )
     segments = [(str(rng.choice(["text", "image", "noised"])), int(n)) for n in cuts if n]
     ends = sorted(rng.choice(np.arange(1, len(segments)), int(rng.integers(1, 4)), replace=False))
     return [segments[a:b] for a, b in zip([0, *ends], [*ends, len(segments)], strict=True)]
@@ -158,7 +165,9 @@ class Case:
         assert not o[~self.dense.any(1)].any() and not got[2][~self.dense.any(0)].any()
         assert all(map(red_zone_intact, (q, k, v, do)))
 
-    def plainly(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    def plainly(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         o, lse = plain(*inputs, self.dense, self.scale or self.head_dim**-0.5)
         return [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))], lse.detach()

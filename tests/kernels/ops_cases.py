@@ -1,4 +1,5 @@
 """Cases of the ops: the function, and the truth in float64. Run as tests in a child that interprets Triton (test_ops.py)."""
+
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def rope64(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, angles: Ten
 
 
 def rope_case(n: int, h: int, g: int, k: int, *e: int) -> Case:
-    return Case(f"rope-{n}-{h}-{g}-{k}-{e}", rope_op, rope64, ((n, h, k), (n, g, k), (*e, k), (*e, k), (2, n, k // 2)), 4)
+    return Case(
+        f"rope-{n}-{h}-{g}-{k}-{e}", rope_op, rope64, ((n, h, k), (n, g, k), (*e, k), (*e, k), (2, n, k // 2)), 4
+    )
 
 
 def norm_case(*shape: int) -> Case:
@@ -89,7 +92,9 @@ def swiglu_case(*shape: int) -> Case:
 
 def halves_case(n: int, f: int) -> Case:
     """Both halves in one tensor."""
-    return Case(f"halves-{n}-{f}", lambda x: swiglu(*x.chunk(2, -1)), lambda x: F.silu(x[:, :f]) * x[:, f:], ((n, 2 * f),), 1)
+    return Case(
+        f"halves-{n}-{f}", lambda x: swiglu(*x.chunk(2, -1)), lambda x: F.silu(x[:, :f]) * x[:, f:], ((n, 2 * f),), 1
+    )
 
 
 CASES = [
@@ -180,7 +185,9 @@ if in_child():
         assert found.equal(torch.arange(len(rows)))
 
     @pytest.mark.parametrize("renorm", RENORMS)
-    @pytest.mark.parametrize(("size", "scale", "least"), [((3, 5), 4.0, 0.0), ((70, 64), 4.0, 0.9), ((33, 100), 0.5, 0.0)])
+    @pytest.mark.parametrize(
+        ("size", "scale", "least"), [((3, 5), 4.0, 0.0), ((70, 64), 4.0, 0.9), ((33, 100), 0.5, 0.0)]
+    )
     def test_guidance(renorm, size, scale, least):
         velocities = [torch.randn(size) for _ in range(3)]
         for held in (velocities, velocities[:2]):

@@ -2,6 +2,7 @@
 
 `python tests/test_aot.py [target ...]` prints what became of each.
 """
+
 import json
 import sys
 from dataclasses import dataclass
@@ -43,7 +44,12 @@ class Job:
 
 
 TABLE_JOBS = [
-    *(Job(kernel, target, size, width) for (target, size), widths in TABLE.items() for width in widths for kernel in ATTENTION),
+    *(
+        Job(kernel, target, size, width)
+        for (target, size), widths in TABLE.items()
+        for width in widths
+        for kernel in ATTENTION
+    ),
     *(Job(kernel, target, size, 128) for target in SHARED for size in DECODE for kernel in ("part", "merge")),
     # a head padded to the next power of two, and two ranges a key: the most masks there are
     *(Job(kernel, target, 2, 80, 2) for target in SHARED for kernel in ATTENTION),

@@ -1,4 +1,5 @@
 """Every way of computing attention, and its gradients, against the plain one."""
+
 import re
 from importlib import import_module
 
@@ -18,7 +19,9 @@ from unimm.kernels.attention.attention import (
 )
 from unimm.kernels.dispatch import resolve, why_not
 
-blocks = st.lists(st.builds(Block, st.integers(0, 5), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6)
+blocks = st.lists(
+    st.builds(Block, st.integers(0, 5), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
+)
 N_HEADS, N_GROUPS, HEAD = 4, 2, 8
 
 
@@ -45,7 +48,9 @@ def packs() -> dict[str, Mask]:
         "empty": Mask([[Block(3)], [], [Block(2, full=True)], [Block(4)]], queries=[3, 0, 2, 0]),
         "window": Mask.from_ranges(window[0].clamp(max=28), window[1], queries=28),
         "blind": Mask.from_ranges(*blind, queries=8),
-        "two": Mask.from_ranges(torch.zeros(6), torch.full((6,), 2), (torch.arange(6) + 2, torch.full((6,), 9)), queries=9),
+        "two": Mask.from_ranges(
+            torch.zeros(6), torch.full((6,), 2), (torch.arange(6) + 2, torch.full((6,), 9)), queries=9
+        ),
     }
 
 

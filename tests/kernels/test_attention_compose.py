@@ -1,4 +1,5 @@
 """The op inside what training wraps around it: compiled graphs, checkpointing, sharding, tensors without memory."""
+
 import os
 import random
 import subprocess

@@ -1,4 +1,5 @@
 """Attention's Triton kernels, interpreted: the cases of attention_triton_cases.py in a child process."""
+
 import re
 
 import pytest

@@ -1,4 +1,5 @@
 """On a CUDA device: the same pictures, answers and losses as on the CPU, to rounding."""
+
 import numpy as np
 import pytest
 import torch

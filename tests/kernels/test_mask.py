@@ -1,4 +1,5 @@
 """Ranges, tiles and pictures of masks against their definition, pair by pair."""
+
 import re
 
 import numpy as np
@@ -14,7 +15,9 @@ from unimm.kernels import Block, Mask
 from unimm.kernels.attention.mask_plot import CAUSAL, FULL, HIDDEN, INVISIBLE, PAPER
 from unimm.kernels.attention.tile_schedule import RUNS, Runs, Spans
 
-blocks = st.lists(st.builds(Block, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6)
+blocks = st.lists(
+    st.builds(Block, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
+)
 SIZES = ((1, 1), (4, 4), (8, 3), (16, 16))
 
 
@@ -233,7 +236,10 @@ def test_pictures():
     assert (0, 0, 0) in colours(picture)  # a line where the second sample begins
 
     tiled = np.asarray(mask.show(size=12 * 12, tiles=(4, 4)))[6::12, 6::12]
-    assert (tiled[0, 8:] == PAPER).all() and tuple(tiled[0, 5]) not in (PAPER, HIDDEN)  # empty tiles are blank, others are not
+    assert (tiled[0, 8:] == PAPER).all() and tuple(tiled[0, 5]) not in (
+        PAPER,
+        HIDDEN,
+    )  # empty tiles are blank, others are not
     large = Mask([[Block(900), Block(1200, full=True)], [Block(900)]])
     assert large.show(size=300).size == (300, 300) and large.show(size=300, tiles=(128, 64)).size == (300, 300)
     assert Mask.from_ranges(torch.zeros(9), torch.full((9,), 3), queries=3).show(size=90).size == (90, 30)

@@ -1,4 +1,5 @@
 """Planted mistakes in attention's kernels: the interpreted cases must fail on every one."""
+
 import shutil
 from pathlib import Path
 
@@ -25,28 +26,56 @@ MISTAKES = {
     "lse in base 2": (FORWARD, "(top + tl.log2(total)) * LN2", "top + tl.log2(total)"),
     "rows that see nothing divide by zero": (FORWARD, "total = tl.where(total > 0.0, total, 1.0)\n    store", "store"),
     "no number where nothing is seen yet": (
-        FORWARD, 'shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top', "shift = new_top",
+        FORWARD,
+        'shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top',
+        "shift = new_top",
     ),
-    "wrong key head": (FORWARD, "v_ptr += head // group * v_head\n    scale2 = scale * LOG2E\n    o =",
-                       "v_ptr += head % group * v_head\n    scale2 = scale * LOG2E\n    o ="),
+    "wrong key head": (
+        FORWARD,
+        "v_ptr += head // group * v_head\n    scale2 = scale * LOG2E\n    o =",
+        "v_ptr += head % group * v_head\n    scale2 = scale * LOG2E\n    o =",
+    ),
     "wrong query head for dk and dv": (FORWARD, "head = key_head * group + member", "head = key_head + member"),
-    "last partial run skipped": (FORWARD, "in range(tl.load(index_ptr + block), tl.load(index_ptr + block + 1)):",
-                                 "in range(tl.load(index_ptr + block), tl.load(index_ptr + block + 1) - MASKED):"),
-    "last step of a tile skipped": (FORWARD, "end = tl.load(runs_ptr + 2 * run + 1) * (ROWS // STEP)",
-                                    "end = tl.load(runs_ptr + 2 * run + 1) * (ROWS // STEP) - 1"),
-    "keys past the end not masked": (FORWARD, "v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, MASKED)",
-                                     "v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, False)"),
-    "rows past the end not masked": (FORWARD, "do = load_rows(do_ptr, rows, do_row, n_rows, HEAD, WIDTH, MASKED)",
-                                     "do = load_rows(do_ptr, rows, do_row, n_rows, HEAD, WIDTH, False)"),
+    "last partial run skipped": (
+        FORWARD,
+        "in range(tl.load(index_ptr + block), tl.load(index_ptr + block + 1)):",
+        "in range(tl.load(index_ptr + block), tl.load(index_ptr + block + 1) - MASKED):",
+    ),
+    "last step of a tile skipped": (
+        FORWARD,
+        "end = tl.load(runs_ptr + 2 * run + 1) * (ROWS // STEP)",
+        "end = tl.load(runs_ptr + 2 * run + 1) * (ROWS // STEP) - 1",
+    ),
+    "keys past the end not masked": (
+        FORWARD,
+        "v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, MASKED)",
+        "v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, False)",
+    ),
+    "rows past the end not masked": (
+        FORWARD,
+        "do = load_rows(do_ptr, rows, do_row, n_rows, HEAD, WIDTH, MASKED)",
+        "do = load_rows(do_ptr, rows, do_row, n_rows, HEAD, WIDTH, False)",
+    ),
     "head not padded": (FORWARD, "mask=(dims < HEAD)[None, :], other=0.0)", "mask=(dims < WIDTH)[None, :], other=0.0)"),
-    "writes past the head": (FORWARD, "mask=(rows < end)[:, None] & (dims < HEAD)[None, :])", "mask=(rows < end)[:, None])"),
-    "writes past the rows": (FORWARD, "mask=(rows < end)[:, None] & (dims < HEAD)[None, :])", "mask=(dims < HEAD)[None, :])"),
+    "writes past the head": (
+        FORWARD,
+        "mask=(rows < end)[:, None] & (dims < HEAD)[None, :])",
+        "mask=(rows < end)[:, None])",
+    ),
+    "writes past the rows": (
+        FORWARD,
+        "mask=(rows < end)[:, None] & (dims < HEAD)[None, :])",
+        "mask=(dims < HEAD)[None, :])",
+    ),
     "delta dropped from dq": (FORWARD, 'input_precision="ieee") - delta[:, None])', 'input_precision="ieee"))'),
     "delta dropped from dk": (FORWARD, 'input_precision="ieee") - delta[None, :])', 'input_precision="ieee"))'),
     "scale forgotten in dq": (FORWARD, "dq * scale", "dq"),
     "scale forgotten in dk": (FORWARD, "dk * scale", "dk"),
-    "mask forgotten in dq": (FORWARD, "_visible(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)",
-                             "p > 0.0, p, 0.0)"),
+    "mask forgotten in dq": (
+        FORWARD,
+        "_visible(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)",
+        "p > 0.0, p, 0.0)",
+    ),
     "addresses of 32 bits": (FORWARD, "rows.to(tl.int64)[:, None] * row_stride", "rows[:, None] * row_stride"),
     "heads of 32 bits": (FORWARD, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
     "decode: length ignored": (DECODE, "(keys < last)[None, :]", "(keys < last + STEP)[None, :]"),
@@ -75,5 +104,7 @@ def planted(mistake: str, folder: Path) -> Path:
 def test_found(mistake, tmp_path):
     ran = run_cases(str(CASES), "-x", package=planted(mistake, tmp_path))
     # 1: a case failed; less than 0: a wrong address ended the process; anything else is a mistake in the patch
-    assert ran.returncode == 0 if mistake == "nothing" else ran.returncode == 1 or ran.returncode < 0, ran.stdout[-3000:]
+    assert ran.returncode == 0 if mistake == "nothing" else ran.returncode == 1 or ran.returncode < 0, ran.stdout[
+        -3000:
+    ]
     assert "ImportError" not in ran.stdout and "SyntaxError" not in ran.stdout

@@ -1,4 +1,5 @@
 """The ops beside attention: references against float64, gradients, contracts; kernels interpreted and compiled ahead."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,9 @@ def test_cross_entropy_only_makes_the_gradients_asked_for():
 def test_routed_linear(sizes, shape, biased):
     (d, f), n = shape, sum(sizes)
     tensors = torch.randn(n, d), torch.randn(3, f, d), *([torch.randn(3, f)] if biased else [])
-    truth = results(lambda x, w, *b: routed_linear_reference(x, w, sizes, *b), [t.double().requires_grad_() for t in tensors])
+    truth = results(
+        lambda x, w, *b: routed_linear_reference(x, w, sizes, *b), [t.double().requires_grad_() for t in tensors]
+    )
     ways = {
         "a list": lambda x, w, *b: routed_linear(x, list(w), sizes, *(list(t) for t in b)),
         "one tensor": lambda x, w, *b: routed_linear(x, w, sizes, *b),
@@ -152,7 +155,11 @@ def test_routed_linear_takes_an_expanded_gradient_and_frozen_weights():
 def test_autocast_reaches_our_matrix_products():
     x, weights = torch.randn(6, 8), list(torch.randn(2, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        assert routed_linear(x, weights, [2, 4]).dtype == routed_linear(x, torch.stack(weights), [2, 4]).dtype == torch.bfloat16
+        assert (
+            routed_linear(x, weights, [2, 4]).dtype
+            == routed_linear(x, torch.stack(weights), [2, 4]).dtype
+            == torch.bfloat16
+        )
         found = linear_cross_entropy(x, weights[0], torch.arange(6))
         torch.testing.assert_close(found, linear_cross_entropy_reference(x, weights[0], torch.arange(6)))
 
@@ -249,7 +256,11 @@ def programs():
             yield getattr(qk_norm_rope_triton, f"{kernel}_kernel"), sizes | (dict(expert_ptr=None) if e == 1 else {}), 4
     for kernel in (swiglu_triton.swiglu_kernel, swiglu_triton.swiglu_backward_kernel):
         yield kernel, dict(F=18944, COLUMNS=swiglu_triton.MOST), 4
-    yield vq_lookup_triton.nearest_code_kernel, dict(D=8, DIMS=16, ROWS=vq_lookup_triton.ROWS, CODES=vq_lookup_triton.CODES), 4
+    yield (
+        vq_lookup_triton.nearest_code_kernel,
+        dict(D=8, DIMS=16, ROWS=vq_lookup_triton.ROWS, CODES=vq_lookup_triton.CODES),
+        4,
+    )
     block = dict(IMAGE=1, BLOCK=cfg_combine_triton.BLOCK)
     yield cfg_combine_triton.squares_kernel, block, 4
     yield cfg_combine_triton.shrink_kernel, block | dict(SUMS=128), 4
@@ -270,7 +281,11 @@ def type_of(name, kernel):
         return "i32"
     if name in ("expert_ptr", "code_ptr"):
         return "*i32"
-    return "*fp32" if name in WIDE or kernel in ("nearest_code_kernel", "shrink_kernel", "shrink_tokens_kernel") else "*bf16"
+    return (
+        "*fp32"
+        if name in WIDE or kernel in ("nearest_code_kernel", "shrink_kernel", "shrink_tokens_kernel")
+        else "*bf16"
+    )
 
 
 # bytes: triton 3.6 spills these where 3.9 spills none, in heads of 72, which no release has
@@ -285,4 +300,7 @@ def test_kernels_compile_without_spills(target):
         strides = [name for name in kernel.arg_names if name.endswith(("_row", "_head"))]
         report = compile_ahead(kernel, target, types, constants, warps=warps, stages=3, aligned=strides)
         allowed = SPILLS.get((kernel.__name__, target, constants.get("HALF")), 0)
-        assert not [one for one in report.faults() if "spilled" not in one or report.spills > allowed], (report, constants)
+        assert not [one for one in report.faults() if "spilled" not in one or report.spills > allowed], (
+            report,
+            constants,
+        )

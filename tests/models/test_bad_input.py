@@ -1,4 +1,5 @@
 """What bad input gets: an error that says what was got, what was expected and what to do."""
+
 import numpy as np
 import pytest
 from helpers.toys import picture, toy

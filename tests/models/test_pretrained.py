@@ -1,4 +1,5 @@
 """The bundled models: small enough, loadable from what the package ships, and as able as their pages say, within chance."""
+
 import pytest
 from helpers.cases import GOLDEN
 
@@ -9,7 +10,13 @@ from unimm.evaluation.benchmarks.shapes import evaluate
 NANO = GOLDEN.parents[1] / "unimm" / "pretrained"
 # well below what examples/*.md report, at 24 examples a task: a broken model draws and answers next to nothing right
 FLOORS = {
-    "bagel-nano": {"draw.one": 0.8, "draw.relation": 0.6, "answer.colour": 0.85, "answer.relation": 0.85, "edit.remove": 0.75},
+    "bagel-nano": {
+        "draw.one": 0.8,
+        "draw.relation": 0.6,
+        "answer.colour": 0.85,
+        "answer.relation": 0.85,
+        "edit.remove": 0.75,
+    },
     "janus-nano": {"draw.one": 0.25, "answer.count": 0.6},
     "janusflow-nano": {"draw.one": 0.1, "answer.shape": 0.8},
 }

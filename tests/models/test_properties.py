@@ -1,4 +1,5 @@
 """What must hold of every BAGEL, whatever its weights."""
+
 import dataclasses
 
 import numpy as np
@@ -49,7 +50,9 @@ def test_two_streams_with_equal_weights_are_one_stream():
 
     def attend(layer, q, k, v):
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
-        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), mask).transpose(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(t.transpose(0, 1) for t in (q, k, v)), mask
+        ).transpose(0, 1)
 
     rows = {"und": torch.tensor([0, 1, 2, 7, 8]), "gen": torch.tensor([3, 4, 5, 6, 9, 10])}
     a = one(x, torch.arange(11), {"one": torch.arange(11)}, attend)["one"]
@@ -113,7 +116,9 @@ def test_every_backend_gives_the_same_losses_and_gradients(model):
     for name in ("reference", "sdpa"):
         with use_kernels(name):
             got, _ = losses(model, samples(model))
-        grads = torch.autograd.grad(got.ce.sum() + got.mse.sum(), [model.decoder.embed.weight, model.from_latent.weight])
+        grads = torch.autograd.grad(
+            got.ce.sum() + got.mse.sum(), [model.decoder.embed.weight, model.from_latent.weight]
+        )
         found.append((got.ce, got.mse, *grads))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
@@ -218,7 +223,9 @@ def test_equal_contexts_share_one_velocity(model):
     assert asked == [[(0, "main"), (0, "text")]]
     torch.testing.assert_close(both[0], both[2], rtol=0, atol=0)
     thrice = latents(model, Guidance(text=4.0, image=1.5, renorm_min=1.0))
-    torch.testing.assert_close(thrice, latents(model, Guidance(text=5.5, image=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        thrice, latents(model, Guidance(text=5.5, image=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_fork_does_not_copy_the_prefix(model):

@@ -1,4 +1,5 @@
 """Calls that nobody planned and somebody makes: copies, odd types, other defaults of torch, folders that were used before."""
+
 import copy
 import pickle
 from dataclasses import replace
@@ -73,7 +74,9 @@ def test_a_model_is_saved_when_its_folder_is_gone(tmp_path, monkeypatch):
     model = UniWorld.from_pretrained("./source")
     source.rename(tmp_path / "elsewhere")
     model.save_pretrained(tmp_path / "again")
-    assert UniWorld.from_pretrained(tmp_path / "again").reader.tokenizer.encode(TYPED) == model.reader.tokenizer.encode(TYPED)
+    assert UniWorld.from_pretrained(tmp_path / "again").reader.tokenizer.encode(TYPED) == model.reader.tokenizer.encode(
+        TYPED
+    )
 
 
 # ---- folders
@@ -198,13 +201,17 @@ def test_a_stop_string_is_one(janus):
     stop = whole.split()[1]
     for given in (stop, (stop,), [stop]):
         # however many tokens the model's config allows: a sampling that names no number keeps to that
-        assert janus.understand(image, "describe the picture", text=TextSampling(stop=given)) == whole[: whole.index(stop)]
+        assert (
+            janus.understand(image, "describe the picture", text=TextSampling(stop=given)) == whole[: whole.index(stop)]
+        )
 
 
 def test_one_question_in_a_list_streams(bagel, janus):
     for model in (bagel, janus):
         text = TextSampling(max_tokens=6)
-        assert "".join(model.understand(None, ["a b"], stream=True, text=text)) == model.understand(None, "a b", text=text)
+        assert "".join(model.understand(None, ["a b"], stream=True, text=text)) == model.understand(
+            None, "a b", text=text
+        )
 
 
 def test_one_thing_to_go_on_from(bagel):

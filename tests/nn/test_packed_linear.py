@@ -1,4 +1,5 @@
 """Few rows on a CPU: packed weights equal the plain product, decoding gathers nothing, and the rivals choose the same codes."""
+
 import importlib
 import sys
 

@@ -1,4 +1,5 @@
 """Conversations to text, as the original wrote them, and placeholders to runs of ids."""
+
 import json
 
 import pytest
@@ -14,7 +15,9 @@ def ask(*contents: str) -> list[Message]:
     return [Message("BA"[i % 2 == 0], content) for i, content in enumerate(contents)]
 
 
-@pytest.mark.parametrize("entry", STORED["prompts"], ids=lambda e: f"{e['sft_format']}-{e['case']}-{e['system'] or 'none'}")
+@pytest.mark.parametrize(
+    "entry", STORED["prompts"], ids=lambda e: f"{e['sft_format']}-{e['case']}-{e['system'] or 'none'}"
+)
 def test_texts_equal_the_original(entry):
     messages = [Message(said["role"], said["content"]) for said in entry["conversation"]]
     system = DEFAULT_SYSTEM if entry["system"] == "default" else entry["system"]
@@ -35,7 +38,9 @@ def test_deepseek_counts_messages_not_roles():
 
 
 def test_llama_writes_tags():
-    both = {format_conversation(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")}
+    both = {
+        format_conversation(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")
+    }
     assert both == {"[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST][/INST]"}
     assert format_conversation(ask("", ""), system="", template="llama-2") == "[INST] [INST][/INST]"
 
@@ -54,5 +59,7 @@ def test_placeholders_are_replaced():
     assert expand_images([1, 9, 2, 9], image=9, boi=7, eoi=8, lengths=[2, 3]) == [1, 7, 9, 9, 8, 2, 7, 9, 9, 9, 8]
     assert expand_images([1, 2], image=9, boi=7, eoi=8, lengths=[]) == [1, 2]
     for lengths in ([], [2, 2]):
-        with pytest.raises(ValueError, match=rf"got 1 image placeholders for {len(lengths)} pictures: expected one for each"):
+        with pytest.raises(
+            ValueError, match=rf"got 1 image placeholders for {len(lengths)} pictures: expected one for each"
+        ):
             expand_images([1, 9], image=9, boi=7, eoi=8, lengths=lengths)

@@ -1,4 +1,5 @@
 """Pictures in and out: resizing, modes, patches and places."""
+
 import io
 import json
 import re
@@ -102,7 +103,9 @@ def test_squares_equal_the_original(name):
 
 def test_square_config():
     files = {"image_size": 96, "min_size": 8, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.3, 0.2, 0.1]}
-    rule = PadSquare.from_files(files | {"background_color": [0, 0, 0], "image_processor_type": "VLMImageProcessor"}, size=32)
+    rule = PadSquare.from_files(
+        files | {"background_color": [0, 0, 0], "image_processor_type": "VLMImageProcessor"}, size=32
+    )
     assert rule == PadSquare(size=96, min_size=8, mean=(0.48, 0.46, 0.41), std=(0.3, 0.2, 0.1))
     assert rule.fill == (122, 117, 104), "cut, not rounded"
     assert PadSquare.from_files(json.loads(json.dumps(rule.to_files())), size=1) == rule

@@ -1,4 +1,5 @@
 """Segments to positions and blocks, items to packs, and what the training plans drop."""
+
 import itertools
 
 import pytest
@@ -36,7 +37,11 @@ def test_positions_go_on_after_a_past():
 
 
 def test_frames_of_a_video_are_one_block_that_later_items_see():
-    frames = [image(noised=True, frame=(3, False)), image(noised=True, frame=(2, True)), image(noised=True, frame=(0, True))]
+    frames = [
+        image(noised=True, frame=(3, False)),
+        image(noised=True, frame=(2, True)),
+        image(noised=True, frame=(0, True)),
+    ]
     packed = pack([[*frames, text_item([1, 2])]])
     assert packed.layout.positions.tolist() == [0] * 4 + [3] * 4 + [5] * 4 + [5, 6]
     dense = packed.layout.mask.dense()

@@ -1,4 +1,5 @@
 """Captions' ids: beside transformers' CLIP and T5 tokenizers, cut, padded, from either kind of file; what is refused."""
+
 import io
 import json
 import shutil
@@ -15,7 +16,11 @@ TEXTS = [
     "", "a red circle", "Two  Blue\nSQUARES, it's 2026!", "caf\u00e9 na\u00efve \u4f60\u597d 12345", "don't we'll they'd",
     "  spaces  around  ", "... --- ???", "a " * 40, "e\u0301 and \u00e9",
 ]  # fmt: skip
-WORDS = ["a red circle left of a blue square", "two green stars, it's a night", "don't draw 3 triangles and 12 dots!"] * 30
+WORDS = [
+    "a red circle left of a blue square",
+    "two green stars, it's a night",
+    "don't draw 3 triangles and 12 dots!",
+] * 30
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,9 @@ def test_clip_equals_transformers(clip):
     ours = clip_captions(clip)
     assert ours.length == 24 and ours.begin == theirs.bos_token_id and ours.end == ours.pad == theirs.eos_token_id
     for length in (24, 77):
-        expected = theirs(TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        expected = theirs(
+            TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         assert torch.equal(ours(TEXTS, length=length), expected)
     assert len(set(ours(TEXTS[1])[0].tolist())) > 4, "merges are found"
 

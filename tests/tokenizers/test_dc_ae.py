@@ -1,4 +1,5 @@
 """DC-AE: the released names, diffusers' own, and what is refused."""
+
 import json
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def three(**changes):
     files = {name: value for name, value in FILES.items() if not name.startswith(("encoder_", "decoder_"))}
     for side, widths in (("encoder", [4, 8, 8]), ("decoder", [8, 16, 32])):
         files |= {f"{side}_block_out_channels": widths, f"{side}_layers_per_block": [1, 2, 1]}
-        files |= {f"{side}_block_types": [CONVOLUTIONS, ATTENTION, ATTENTION], f"{side}_qkv_multiscales": [[], [3, 5], []]}
+        files |= {
+            f"{side}_block_types": [CONVOLUTIONS, ATTENTION, ATTENTION],
+            f"{side}_qkv_multiscales": [[], [3, 5], []],
+        }
     return files | {"attention_head_dim": 4, "latent_channels": 4, "scaling_factor": 0.3} | changes
 
 

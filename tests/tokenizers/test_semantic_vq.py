@@ -18,7 +18,9 @@ from unimm.training.tasks.semantic_vq import teacher
 from unimm.training.tasks.vq import fresh, save_vq
 from unimm.training.trainer import train
 
-VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)
+VIT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
+)
 TIMM = dict(model_name="tiny", image_size=64, width=32, layers=1, heads=2, patch_size=16)
 MODEL = dict(width=32, multipliers=[1, 1, 1], n_blocks=1, latent_channels=32, n_codes=32, code_dim=4)
 BRANCH = dict(dim=32, n_layers=2, n_heads=2, mlp_dim=48, side=16)

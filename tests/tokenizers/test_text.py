@@ -1,4 +1,5 @@
 """Qwen2's tokenizer from the older files, vocab.json and merges.txt, beside transformers' own."""
+
 import json
 import shutil
 

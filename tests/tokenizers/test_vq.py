@@ -137,7 +137,9 @@ def test_codes_are_nearest_by_angle(small):
     ids = torch.arange(24)[None]
     again = small.quantize.nearest(small.quantize.lookup(ids, (4, 6)))
     assert again[0, 3] == again[0, 7] and again[0, 3] in (3, 7)
-    assert torch.equal(again[0, [i for i in range(24) if i not in (3, 7)]], ids[0, [i for i in range(24) if i not in (3, 7)]])
+    assert torch.equal(
+        again[0, [i for i in range(24) if i not in (3, 7)]], ids[0, [i for i in range(24) if i not in (3, 7)]]
+    )
 
 
 def test_gradients_go_straight_through():
@@ -370,7 +372,9 @@ def test_a_decoder_learns_to_draw_the_same_ids_better(tmp_path):
     objective = build(recipe)
     vq, batch = objective.model, objective.batch(0)
     before, ids = {name: x.clone() for name, x in vq.state_dict().items()}, vq.ids(batch.image)
-    assert torch.equal(before["encoder.conv_in.weight"], load_file(tmp_path / "vq.safetensors")["encoder.conv_in.weight"])
+    assert torch.equal(
+        before["encoder.conv_in.weight"], load_file(tmp_path / "vq.safetensors")["encoder.conv_in.weight"]
+    )
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     first = objective.losses(batch)["mse"].item()
     for _ in range(3):

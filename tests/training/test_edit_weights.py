@@ -1,4 +1,5 @@
 """UniWorld's edit weights: each stage against what it says, the four functions, and what is refused."""
+
 import json
 
 import numpy as np
@@ -52,7 +53,12 @@ def test_closing():
     white = np.zeros((16, 18), bool)
     white[5:11, 4:8] = white[5:11, 10:14] = True
     closed = EditWeights().closed(white)
-    assert closed[7:9, 8:10].all() and not closed[:, :4].any() and not closed[:, 14:].any() and (closed & white == white).all()
+    assert (
+        closed[7:9, 8:10].all()
+        and not closed[:, :4].any()
+        and not closed[:, 14:].any()
+        and (closed & white == white).all()
+    )
     # the border of the picture is no edge of a region
     white = np.zeros((6, 6), bool)
     white[:, 0] = True

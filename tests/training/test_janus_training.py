@@ -65,9 +65,9 @@ def of(objective, *tasks, dropout=0.0, seed=0):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "text_groups", "draw_groups")) and (
-        torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.pack.draw.content, b.pack.draw.content)
-    )
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "text_groups", "draw_groups")
+    ) and (torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.pack.draw.content, b.pack.draw.content))
 
 
 # batches
@@ -184,7 +184,9 @@ def test_a_code_is_predicted_from_the_rows_before_it(objective):
 
     def losses(content):
         with torch.no_grad():
-            return objective.model(dataclasses.replace(encoded, draw=dataclasses.replace(encoded.draw, content=content))).codes
+            return objective.model(
+                dataclasses.replace(encoded, draw=dataclasses.replace(encoded.draw, content=content))
+            ).codes
 
     before = losses(codes)
     for k in (0, 7, 15):
@@ -207,7 +209,8 @@ def test_codes_are_those_of_each_picture_alone(objective):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "names"), [(("answer.count", "fact.math1"), {"answer", "fact"}), (("draw.one", "edit.add"), {"draw", "edit"})]
+    ("tasks", "names"),
+    [(("answer.count", "fact.math1"), {"answer", "fact"}), (("draw.one", "edit.add"), {"draw", "edit"})],
 )
 def test_a_batch_may_only_say_or_only_draw(objective, tasks, names):
     batch = of(objective, *tasks)
@@ -215,7 +218,9 @@ def test_a_batch_may_only_say_or_only_draw(objective, tasks, names):
     assert set(losses) == names
     objective.model.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
-    moved = {name.split(".")[0] for name, p in objective.model.named_parameters() if p.grad is not None and p.grad.any()}
+    moved = {
+        name.split(".")[0] for name, p in objective.model.named_parameters() if p.grad is not None and p.grad.any()
+    }
     objective.model.zero_grad(set_to_none=True)
     assert ("code_head" in moved) == ("draw" in names) and {"decoder", "aligner"} <= moved
 
@@ -231,7 +236,8 @@ def test_stages_are_those_of_the_table(name):
     assert (recipe.clip, recipe.betas, recipe.muon, recipe.options["dropout"]) == (1.0, (0.9, 0.95), (), 0.1)
     tasks = recipe.options["tasks"]
     shares = [
-        sum(n for task, n in tasks.items() if task.startswith(kinds)) for kinds in (("caption", "answer"), "fact", "draw")
+        sum(n for task, n in tasks.items() if task.startswith(kinds))
+        for kinds in (("caption", "answer"), "fact", "draw")
     ]
     assert sum(shares) == sum(tasks.values()) == recipe.batch, "the ratio is exact in every batch"
     assert [share * sum(ratio) for share in shares] == [part * recipe.batch for part in ratio]
@@ -268,7 +274,10 @@ def test_stages_follow_each_other_and_their_releases_work(folder, tmp_path):
         if before:
             trainer = Trainer(objective, recipe, torch.device("cpu"))
             trainer.start_from(before)
-            ours, theirs = dict(trainer.model.named_parameters()), load_file(before / "checkpoints/00000002/model.safetensors")
+            ours, theirs = (
+                dict(trainer.model.named_parameters()),
+                load_file(before / "checkpoints/00000002/model.safetensors"),
+            )
             averaged = load_file(before / "checkpoints/00000002/average.safetensors")
             assert averaged.keys() != trainer.average.weights.keys()
             assert all(torch.equal(ours[key], averaged.get(key, x)) for key, x in theirs.items() if key in ours)
@@ -305,5 +314,7 @@ def test_a_stopped_run_goes_on_exactly(folder, tmp_path):
     assert train(stopped, recipe, tmp_path / "parts", workers=0) == 2
     assert train(build(recipe), recipe, tmp_path / "parts", resume=True, workers=0) == 3
     for name in ("model", "average"):
-        one, other = (load_file(tmp_path / run / f"checkpoints/00000003/{name}.safetensors") for run in ("whole", "parts"))
+        one, other = (
+            load_file(tmp_path / run / f"checkpoints/00000003/{name}.safetensors") for run in ("whole", "parts")
+        )
         assert one.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in one.items())

@@ -34,7 +34,9 @@ from unimm.training.trainer import Trainer, train
 RECIPE = ROOT / "unimm" / "training" / "recipes" / "janusflow-nano.yaml"
 LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
 TOWER = dict(width=32, layers=1, heads=2, mlp_ratio=1.5)
-VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)
+VIT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
+)
 PICTURE = 1 + 16  # rows of one: its marker and its tokens
 
 
@@ -88,7 +90,11 @@ def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
     assert torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.images, b.images)
-    assert torch.equal(a.noise, b.noise) and torch.equal(a.posterior, b.posterior) and torch.equal(a.pack.times, b.pack.times)
+    assert (
+        torch.equal(a.noise, b.noise)
+        and torch.equal(a.posterior, b.posterior)
+        and torch.equal(a.pack.times, b.pack.times)
+    )
     assert not torch.equal(a.images, other.images) and not torch.equal(a.noise[0], other.noise[0])
     seeded = dataclasses.replace(worlds, seed=1)(3)
     assert not torch.equal(a.images[: len(seeded.images)], seeded.images[: len(a.images)])
@@ -150,7 +156,9 @@ def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
     tokens = objective.encoded(batch).draw.content
     picture, token = batch.pack.draw.content[40].tolist()
-    alone = objective.model.vae.encode(batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1])
+    alone = objective.model.vae.encode(
+        batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
+    )
     h, w = divmod(token, alone.shape[3] // 2)
     expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
     torch.testing.assert_close(tokens[40], expected, rtol=1e-4, atol=1e-4)
@@ -207,7 +215,9 @@ def test_text_loss_is_the_cross_entropy_of_the_words_that_chat_would_say(objecti
     last = items[-1]
     said = (last.labels != IGNORE).nonzero().squeeze(1)
     # the prompt as `understand` reads it, then the words behind it
-    asked = model.prompts.conversation([{"role": "user", "content": one.prompt, "images": Image.fromarray(one.images[0])}])
+    asked = model.prompts.conversation(
+        [{"role": "user", "content": one.prompt, "images": Image.fromarray(one.images[0])}]
+    )
     batch = pack([[*asked, text_item(last.ids[said + 1].tolist())]])
     hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM]
     logits = model.decoder.head(model.decoder.norms[STREAM](hidden[-1 - len(said) : -1]))
@@ -236,7 +246,9 @@ def test_every_trained_parameter_is_reached(recipe):
         if "unpatch_conv" in name:  # zeros pass nothing on
             torch.nn.init.normal_(parameter, std=0.1)
     sum(objective.losses(objective.batch(0)).values()).backward()
-    missed = [n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missed = [
+        n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert not missed
 
 

@@ -1,4 +1,5 @@
 """Training MetaQuery on the little world: batches, dropped conditions, what learns and what does not, steps, the release."""
+
 import dataclasses
 import functools
 import json
@@ -61,7 +62,11 @@ def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
     assert (full.lr, full.lr * full.final, full.warmup, full.batch) == (1e-4, pytest.approx(1e-5), warmup, batch)
     assert (full.betas, full.eps, full.weight_decay, full.clip, full.seed) == ((0.9, 0.95), 1e-8, 0.1, 0.5, 42)
     config = full.model["config"]
-    assert (config["num_metaqueries"], config["connector_num_hidden_layers"], config["system_prompt"]) == (256, 24, SYSTEM)
+    assert (config["num_metaqueries"], config["connector_num_hidden_layers"], config["system_prompt"]) == (
+        256,
+        24,
+        SYSTEM,
+    )
     assert strict(Options, full.options, where="options").dropout == 0.1
 
 
@@ -133,7 +138,11 @@ def test_pictures_of_ones_own(recipe, tmp_path):
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
     assert batch.images.shape == (9, 3, 64, 64) and set(batch.draw_groups.tolist()) == {0, 1}
     assert set(objective.losses(batch)) == {"draw", "edit"}
-    for line, match in (("{", "line 3 of .* is no JSON"), ('{"text": "a"}', "expected target"), ('{"target": "a"}', "neither")):
+    for line, match in (
+        ("{", "line 3 of .* is no JSON"),
+        ('{"text": "a"}', "expected target"),
+        ('{"target": "a"}', "neither"),
+    ):
         path.write_text("\n".join([*map(json.dumps, lines), line]))
         with pytest.raises(ValueError, match=match):
             FilePairs(path=path, side=64)(0, 1, random.Random(0))
@@ -159,7 +168,10 @@ def test_weight_decay_leaves_the_queries_alone(recipe):
     objective = build(recipe)
     groups = [group for optimizer in optimizers(objective.model, recipe) for group in optimizer.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay[id(objective.model.queries)] == 0 and decay[id(objective.model.connector.fc1.weight)] == recipe.weight_decay
+    assert (
+        decay[id(objective.model.queries)] == 0
+        and decay[id(objective.model.connector.fc1.weight)] == recipe.weight_decay
+    )
     undone = dataclasses.replace(recipe, undecayed=())
     groups = [group for optimizer in optimizers(objective.model, undone) for group in optimizer.param_groups]
     assert next(g["weight_decay"] for g in groups if any(p is objective.model.queries for p in g["params"]))
@@ -183,4 +195,6 @@ def test_a_few_steps_learn_and_the_release_draws_and_answers(recipe, tmp_path):
     assert [image.size for image in drawn.images] == [(64, 64)] * 2
     assert model.generate("make it red", images=drawn.image, steps=1).image.size == (64, 64)
     assert isinstance(model.understand(Image.new("RGB", (64, 64)), "what is it?", text=TextSampling(max_tokens=4)), str)
-    assert torch.equal(model.reader.decoder.embed.weight, objective.model.reader.decoder.embed.weight.bfloat16().float())
+    assert torch.equal(
+        model.reader.decoder.embed.weight, objective.model.reader.decoder.embed.weight.bfloat16().float()
+    )

@@ -1,4 +1,5 @@
 """The nano recipes: what they read, what their batches hold, and that a few steps teach something."""
+
 import dataclasses
 import json
 import random
@@ -20,7 +21,9 @@ from unimm.training.tasks.base import build
 from unimm.training.tasks.vit import IGNORED
 from unimm.training.trainer import Trainer
 
-SMALL_LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+SMALL_LLM = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48
+)
 SMALL_VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 
 
@@ -120,7 +123,9 @@ def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
     encoded = objective.encoded(batch)
     picture, token = batch.pack.draw.content[40].tolist()
-    alone = objective.model.vae.encode(batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1])
+    alone = objective.model.vae.encode(
+        batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
+    )
     h, w = divmod(token, alone.shape[3] // 2)
     expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
     torch.testing.assert_close(encoded.draw.content[40], expected, rtol=1e-4, atol=1e-4)
@@ -175,7 +180,9 @@ def test_nameless_things_teach_what_has_a_name():
 
 def test_only_drawings_and_edits_lose_names(objective):
     worlds, dice = objective.batch, random.Random(0)
-    worlds = dataclasses.replace(worlds, options=dataclasses.replace(worlds.options, nameless_colours=0.5, nameless_shapes=0.5))
+    worlds = dataclasses.replace(
+        worlds, options=dataclasses.replace(worlds.options, nameless_colours=0.5, nameless_shapes=0.5)
+    )
     for task in TASKS:
         one = example(task, 3)
         changed = worlds.unnamed(one, dice)

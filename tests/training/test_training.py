@@ -237,7 +237,9 @@ def test_init_from_a_run_that_trained_other_parts(tmp_path):
     toy.model[2].requires_grad_(False)
     trainer = Trainer(toy, RECIPE, torch.device("cpu"))
     trainer.start_from(tmp_path / "first")
-    held, average = (load_file(tmp_path / f"first/checkpoints/00000008/{name}.safetensors") for name in ("model", "average"))
+    held, average = (
+        load_file(tmp_path / f"first/checkpoints/00000008/{name}.safetensors") for name in ("model", "average")
+    )
     assert all(torch.equal(x, average.get(name, held[name])) for name, x in trainer.model.named_parameters())
     # what is frozen now was trained then
     assert "2.weight" in average and "2.weight" not in trainer.average.weights and "0.weight" in trainer.average.weights

@@ -1,4 +1,5 @@
 """Training UniWorld on the little world: batches, weights, what each stage trains, steps, the release."""
+
 import dataclasses
 import functools
 import json
@@ -25,7 +26,9 @@ from unimm.training.trainer import Trainer, train
 
 PAINTER = dict(in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=12,
                axes_dims_rope=[4, 4, 4], joint_attention_dim=20, pooled_projection_dim=6, guidance_embeds=True)  # fmt: skip
-VIT = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128)
+VIT = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
+)
 TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 
@@ -53,7 +56,9 @@ def recipe(tmp_path_factory):
     reader = toys.save_reader(folder / "reader", words())
     paths = dict(reader=str(reader), vae=str(folder), vit=str(folder))
     options = dict(full.options) | paths | dict(compiled=False, tasks=TASKS)
-    return dataclasses.replace(full, model=model, options=options, batch=8, precision="float32", warmup=0, lr=3e-3, muon=())
+    return dataclasses.replace(
+        full, model=model, options=options, batch=8, precision="float32", warmup=0, lr=3e-3, muon=()
+    )
 
 
 def changed(recipe, **options):
@@ -201,7 +206,9 @@ def test_everything_else_is_trained_from_scratch(recipe):
         for p in objective.model.painter.parameters():
             p.add_(0.1 * torch.randn_like(p))
     sum(objective.losses(objective.batch(0)).values()).backward()
-    missed = [n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missed = [
+        n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert missed == ["painter.pooled.fc1.weight"], "which sees zeros: the nano is told no caption"
     still = {n.split(".")[0] if not n.startswith("parts.") else n[:9] for n, p in objective.model.named_parameters()
              if not p.requires_grad}  # fmt: skip
@@ -225,7 +232,9 @@ def test_the_tower_begins_as_the_first_blocks_of_the_vit(objective, recipe):
     tower = fresh_tower(recipe.model["vision"], recipe.options["vit"]).eval()
     state = torch.nn.Module.state_dict(tower)
     assert state["patch.weight"].shape == (32, 3, 16, 16) and state["positions"].shape == (16, 32)
-    assert {name for name in vit.state_dict() if name.startswith("blocks.")} == {n for n in state if n.startswith("blocks.")}
+    assert {name for name in vit.state_dict() if name.startswith("blocks.")} == {
+        n for n in state if n.startswith("blocks.")
+    }
     with pytest.raises(ValueError, match="the trained ViT has other numbers"):
         fresh_tower({**recipe.model["vision"], "hidden_size": 64}, recipe.options["vit"])
 
@@ -276,7 +285,11 @@ def test_the_head_learns_who_answers(recipe, tmp_path):
     model = build(recipe).model
     model.save_pretrained(tmp_path / "model")
     full = read_recipe(RECIPES / "uniworld-nano-decider.yaml")
-    options = {"model": str(tmp_path / "model"), "hidden": 16, "tasks": {"draw.one": 2, "edit.add": 1, "answer.count": 3}}
+    options = {
+        "model": str(tmp_path / "model"),
+        "hidden": 16,
+        "tasks": {"draw.one": 2, "edit.add": 1, "answer.count": 3},
+    }
     deciding = dataclasses.replace(full, options=options, batch=12, steps=40, save_every=40, sample_every=40, warmup=0)
     objective = build(deciding)
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
@@ -286,7 +299,9 @@ def test_the_head_learns_who_answers(recipe, tmp_path):
     moved = {name.split(".")[0] for name, p in objective.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"decide"}
     again = UniWorld.from_pretrained(tmp_path / "run" / "release")
-    test = objective.batch.batch([example(task, i, split="test") for i in range(6) for task in ("draw.one", "answer.count")])
+    test = objective.batch.batch(
+        [example(task, i, split="test") for i in range(6) for task in ("draw.one", "answer.count")]
+    )
     votes = torch.stack([again.decision(one) for one in again.read(test.samples)])
     assert votes.argmax(1).tolist() == test.wanted.tolist() and again.decide.fc1.weight.dtype == torch.float32
 

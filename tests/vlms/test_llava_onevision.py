@@ -1,4 +1,5 @@
 """LLaVA-OneVision: beside transformers' at toy size, its tiles, batches, caches, files and prompts; the released manifest."""
+
 import json
 import re
 from pathlib import Path
@@ -56,7 +57,10 @@ def transformers_processor():
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
     return LlavaOnevisionImageProcessorPil(
-        size={"height": SIZE, "width": SIZE}, image_grid_pinpoints=PINS, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.3, 0.5]
+        size={"height": SIZE, "width": SIZE},
+        image_grid_pinpoints=PINS,
+        image_mean=[0.5, 0.4, 0.6],
+        image_std=[0.5, 0.3, 0.5],
     )
 
 
@@ -83,7 +87,11 @@ def shown(sizes=SIZES) -> list[Image.Image]:
     return [picture(w, h, seed=i) for i, (h, w) in enumerate(sizes)]
 
 
-PROMPTS = [([7, 8, 154, 10, 20, 30], [(20, 37)]), ([5, 6, 10], []), ([7, 154, 154, 9, 154, 20], [(9, 80), (14, 14), (31, 30)])]
+PROMPTS = [
+    ([7, 8, 154, 10, 20, 30], [(20, 37)]),
+    ([5, 6, 10], []),
+    ([7, 154, 154, 9, 154, 20], [(9, 80), (14, 14), (31, 30)]),
+]
 
 
 def batch_of(model: LlavaOneVision) -> list[list]:
@@ -104,7 +112,9 @@ def for_transformers(samples: list[list], prompts=PROMPTS) -> dict[str, torch.Te
 def greedy(model: LlavaOneVision, samples: list[list], n: int = 8) -> torch.Tensor:
     """The likeliest ids after each sample [B, n]; nothing ends them."""
     contexts, last = model.prefilled(samples)
-    return torch.tensor([*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]).T
+    return torch.tensor(
+        [*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+    ).T
 
 
 # ---- beside transformers
@@ -211,8 +221,14 @@ def test_understand_and_stream(ours):
     assert isinstance(one, str) and "".join(ours.understand(images[0], "what?", text=short, stream=True)) == one
     talks = [[images[0]], [images[1], images[2]], None]
     batch = ours.understand(talks, ["what?", "which?", "why?"], text=short)
-    assert batch == [ours.understand(some, q, text=short) for some, q in zip(talks, ["what?", "which?", "why?"], strict=True)]
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "he"}]
+    assert batch == [
+        ours.understand(some, q, text=short) for some, q in zip(talks, ["what?", "which?", "why?"], strict=True)
+    ]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "he"},
+    ]
     assert isinstance(ours.chat(turns, system="be brief", text=short), str)
 
 
@@ -222,7 +238,9 @@ def test_gradients_reach_every_parameter(tmp_path):
     items = model.prompts.answered([{"role": "user", "content": "what?", "images": picture(30, 9)}], "a b")
     model(pack([items])).sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert unused == ["vision.norm.weight", "vision.norm.bias"], "the decoder looks at the layer before the tower's norm"
+    assert unused == ["vision.norm.weight", "vision.norm.bias"], (
+        "the decoder looks at the layer before the tower's norm"
+    )
 
 
 # ---- prompts
@@ -284,7 +302,9 @@ def test_both_spellings(tmp_path, theirs, ours):
         ours.save_pretrained(folder)
         save_file(state, folder / "model.safetensors")
         again = LlavaOneVision.from_pretrained(folder)
-        assert again.cfg == ours.cfg and all(torch.equal(x, ours.state_dict()[key]) for key, x in again.state_dict().items())
+        assert again.cfg == ours.cfg and all(
+            torch.equal(x, ours.state_dict()[key]) for key, x in again.state_dict().items()
+        )
     assert LlavaOneVision.from_pretrained(tmp_path / "ours", dtype="bfloat16").dtype == torch.bfloat16
 
 

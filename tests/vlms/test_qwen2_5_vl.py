@@ -1,4 +1,5 @@
 """Qwen2.5-VL: beside transformers' at toy size, its windows, batches, caches, files and prompts; the released manifests."""
+
 import json
 import re
 
@@ -6,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 from helpers.qwen_manifests import expanded
-from helpers.qwen_toys import IDS, LOOK, SIZES, TEXT, TURNING, VISION, Letters, assert_close, files, saved, transformers_model
+from helpers.qwen_toys import (
+    IDS,
+    LOOK,
+    SIZES,
+    TEXT,
+    TURNING,
+    VISION,
+    Letters,
+    assert_close,
+    files,
+    saved,
+    transformers_model,
+)
 from helpers.toys import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -79,7 +92,9 @@ def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tens
 def greedy(model: QwenVL, samples: list[list], n: int = 8) -> torch.Tensor:
     """The likeliest ids after each sample [B, n]; nothing ends them."""
     contexts, last = model.prefilled(samples)
-    return torch.tensor([*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]).T
+    return torch.tensor(
+        [*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+    ).T
 
 
 # ---- beside transformers
@@ -99,7 +114,9 @@ def test_equals_transformers(tmp_path, tied):
     hidden = model.states(batch)
     assert_close(hidden, out.hidden_states[-1][real])
     assert_close(model.decoder.head(hidden), out.logits[real])
-    assert torch.equal(greedy(model, samples), theirs.generate(**given, max_new_tokens=8, do_sample=False)[:, real.shape[1] :])
+    assert torch.equal(
+        greedy(model, samples), theirs.generate(**given, max_new_tokens=8, do_sample=False)[:, real.shape[1] :]
+    )
 
 
 @torch.inference_mode()
@@ -117,7 +134,9 @@ def test_a_video_equals_transformers(theirs, ours):
     """Frames in pairs, the last one twice; the clock of its frames runs with its seconds."""
     patches, grid = ours.cfg.pixels.patches(frames([picture(40, 24, seed=i) for i in range(3)]))
     assert grid == (2, 6, 10)
-    assert_close(ours.vision(patches, [grid]), theirs.model.visual(patches, grid_thw=torch.tensor([grid])).pooler_output)
+    assert_close(
+        ours.vision(patches, [grid]), theirs.model.visual(patches, grid_thw=torch.tensor([grid])).pooler_output
+    )
     items = ours.prompts.items([7, 152, 155, 153, 8], [(patches, grid)], seconds=[0.5])
     ids = torch.tensor([[7, 152, *[155] * 30, 153, 8]])
     at, delta = theirs.model.get_rope_index(
@@ -201,7 +220,9 @@ def test_windows_see_only_themselves(ours):
     changed = patches.clone()
     changed[:4] += 1  # the first cell
     seen: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda module, args, out: seen.append(out)) for block in ours.vision.blocks[:2]]
+    hooks = [
+        block.register_forward_hook(lambda module, args, out: seen.append(out)) for block in ours.vision.blocks[:2]
+    ]
     with torch.inference_mode():
         ours.vision(patches, [grid])
         ours.vision(changed, [grid])
@@ -314,7 +335,12 @@ def test_config_round_trip():
     config = QwenVLConfig.from_files(files(tie_word_embeddings=True), LOOK)
     written = config.to_files()
     assert QwenVLConfig.from_files(written["config.json"], written["preprocessor_config.json"]) == config
-    nested_ = {"text_config": TEXT | {"rope_parameters": TURNING}, "vision_config": VISION, "tie_word_embeddings": True, **IDS}
+    nested_ = {
+        "text_config": TEXT | {"rope_parameters": TURNING},
+        "vision_config": VISION,
+        "tie_word_embeddings": True,
+        **IDS,
+    }
     assert QwenVLConfig.from_files(nested_, LOOK) == config
     assert config.markers == QwenMarkers(end=151, look=152, looked=153, image=154, video=155)
 
@@ -420,7 +446,10 @@ def test_verbs(ours):
         (lambda m: m.read([[text_item([1] * 600)]]), "would reach position 600"),
         (lambda m: m.prompts.items([154, 3], shown(m, [(8, 8)])), "without the marker"),
         (lambda m: m.prompts.items([152, 154, 3], []), "got 1 placeholders for no picture"),
-        (lambda m: m.prompts.items([152, 154, 154, 3], shown(m, [(40, 40)])), "2 placeholders for a picture of 25 cells"),
+        (
+            lambda m: m.prompts.items([152, 154, 154, 3], shown(m, [(40, 40)])),
+            "2 placeholders for a picture of 25 cells",
+        ),
         (lambda m: m.prompts.items([152, 3], shown(m, [(8, 8)])), "1 pictures and fewer placeholders"),
         (lambda m: frames([picture(8, 8), picture(8, 9)]), "of one size"),
     ],
@@ -467,7 +496,9 @@ def test_where_a_config_is_silent():
     assert config.decoder.norm_eps == text.rms_norm_eps and config.decoder.max_positions == text.max_position_embeddings
     assert config.vision.ticks == tower.tokens_per_second
     with pytest.raises(ValueError, match="expected a rope_theta of 10000"):
-        QwenVLConfig.from_files(files(vision_config=said["vision_config"] | {"rope_parameters": {"rope_theta": 500.0}}), {})
+        QwenVLConfig.from_files(
+            files(vision_config=said["vision_config"] | {"rope_parameters": {"rope_theta": 500.0}}), {}
+        )
 
 
 def test_several_ids_end_an_answer(ours, tmp_path):

@@ -1,4 +1,5 @@
 """Folders written beside their place and renamed into it."""
+
 import shutil
 import tempfile
 from collections.abc import Iterator

@@ -71,7 +71,9 @@ class JsonConfig:
         return write_config(self, self.JSON)
 
 
-def read_config(cls: type[T], data: Mapping[str, Any], layout: JsonLayout, *, given: Mapping[str, Any] | None = None) -> T:
+def read_config(
+    cls: type[T], data: Mapping[str, Any], layout: JsonLayout, *, given: Mapping[str, Any] | None = None
+) -> T:
     """A config out of a file's contents. given: fields that the caller knows better than the file.
 
     Raises ValueError for keys that are missing, for values that are not supported, and for those that contradict the others.

@@ -1,4 +1,5 @@
 """A model's name to a local folder: bundled with the package, a path, or a hub id."""
+
 import difflib
 import logging
 from functools import cache

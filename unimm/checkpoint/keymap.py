@@ -1,4 +1,5 @@
 """Key maps: where each released tensor lies in our parameters."""
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

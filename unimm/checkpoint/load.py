@@ -1,4 +1,5 @@
 """Released checkpoints: key tables, strict loading into a model built on meta, saving in the same layout."""
+
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,9 @@ def _open(path: Path) -> AbstractContextManager:
     try:
         return nullcontext(Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def check_keys(
     for name in wanted:
         expected |= released_names(name, table)
     names = {key: expected[key] for key in shapes if key in expected}
-    unused = [row for row, to in table.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)]
+    unused = [
+        row for row, to in table.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)
+    ]
     shaped = {key: _shape(place, wanted) for key, place in names.items()}
     problems = [
         _few("unexpected keys", sorted(key for key in shapes if key not in names and not unread(key, table))),

@@ -1,4 +1,5 @@
 """Weights under their released names, written to files."""
+
 from pathlib import Path
 
 import torch

@@ -15,10 +15,14 @@ def generate(
     think: Annotated[bool, typer.Option("--think", help="Write the reasoning first.")] = False,
     model: Model = "bagel-nano",
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; the model's own number unless given.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the sampler; the model's own number unless given.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.", metavar="HxW")] = None,
     n: Annotated[int, typer.Option("-n", help="How many pictures, from this seed and the ones after it.")] = 1,
-    out: Annotated[Path, typer.Option(help="A file; several pictures are numbered before its suffix.")] = Path("out.png"),
+    out: Annotated[Path, typer.Option(help="A file; several pictures are numbered before its suffix.")] = Path(
+        "out.png"
+    ),
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:

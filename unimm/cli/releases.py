@@ -9,7 +9,9 @@ def releases() -> None:
     from unimm.models.registry import releases as known
 
     # a name that does not fit goes on in the next line, whole, so that it can be copied
-    table = Table(Column("name", overflow="fold", ratio=2), "family", "parameters", "licence", Column("can", ratio=1), "where")
+    table = Table(
+        Column("name", overflow="fold", ratio=2), "family", "parameters", "licence", Column("can", ratio=1), "where"
+    )
     for row in known():
         where, limit = "hub" if row.hub else "bundled", "" if row.commercial else ", no commercial use"
         table.add_row(row.name, row.family, amount(row.parameters), row.licence + limit, ", ".join(row.verbs), where)

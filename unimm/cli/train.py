@@ -19,7 +19,9 @@ def train(
     *,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest checkpoint in OUT.")] = False,
-    init: Annotated[Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make batches ahead.")] = 1,
     hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
 ) -> None:
@@ -38,7 +40,10 @@ def train(
 @contextmanager
 def logged(name: str) -> Iterator[None]:
     """Show a logger's lines on stderr, for the length of the body."""
-    logger, handler = logging.getLogger(name), RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    logger, handler = (
+        logging.getLogger(name),
+        RichHandler(console=Console(stderr=True), show_path=False, show_level=False),
+    )
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

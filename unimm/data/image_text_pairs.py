@@ -55,7 +55,9 @@ class WorldPairs:
         """A training example. Raises ValueError for a task that draws nothing."""
         one = example(SCENES if task == AGAIN else task, index, seed=self.seed)
         if one.target is None:
-            raise ValueError(f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits")
+            raise ValueError(
+                f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits"
+            )
         if task == AGAIN:
             picture = Image.fromarray(one.target)
             return Pair(kind="edit", words="", shown=(picture,), target=picture)
@@ -93,7 +95,9 @@ class FilePairs:
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {i + 1} of {self.path} is no JSON: {error}") from error
             if not isinstance(one, dict) or "target" not in one or not one.keys() <= {"target", "text", "images"}:
-                raise ValueError(f"got {line[:80]} in line {i + 1} of {self.path}: expected target, perhaps text and images")
+                raise ValueError(
+                    f"got {line[:80]} in line {i + 1} of {self.path}: expected target, perhaps text and images"
+                )
             if not (one.get("text") or one.get("images")):
                 raise ValueError(f"line {i + 1} of {self.path} has neither text nor images to draw from")
             found.append(one)

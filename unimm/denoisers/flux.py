@@ -9,6 +9,7 @@ docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the or
 
 Axes: B batch, L tokens of the picture, M of the text, D model, C channels, S steps, h w grid.
 """
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,8 +147,12 @@ class FluxConfig:
         files = {"guidance_embeds": False, "axes_dims_rope": RELEASED_AXES, **files}
         files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
         if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
-            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of a FLUX transformer")
-        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()} | {"axes": tuple(files["axes_dims_rope"])})
+            raise ValueError(
+                f"the config lacks {', '.join(lost)}: expected the released config.json of a FLUX transformer"
+            )
+        return cls(
+            **{ours: files[theirs] for ours, theirs in cls.FILES.items()} | {"axes": tuple(files["axes_dims_rope"])}
+        )
 
     def to_files(self) -> dict[str, Any]:
         """The config.json that `from_files` reads, and that diffusers does."""
@@ -169,7 +174,10 @@ class FluxConfig:
         if (lost := [key for key in told if key not in shapes]) or not norms:
             raise ValueError(f"the weights lack {', '.join(lost) or 'norms of queries'}: expected those of FLUX.1")
         (dim, in_channels), head_dim = shapes["img_in.weight"], norms[0][0]
-        wide = [len_of(shapes, "double_blocks.", "img_mlp.0.bias"), len_of(shapes, "single_blocks.", "linear1.bias") - 3 * dim]
+        wide = [
+            len_of(shapes, "double_blocks.", "img_mlp.0.bias"),
+            len_of(shapes, "single_blocks.", "linear1.bias") - 3 * dim,
+        ]
         return cls(
             in_channels=in_channels,
             out_channels=shapes["final_layer.linear.weight"][0],
@@ -252,7 +260,9 @@ class Flux(nn.Module):
         if pooled.ndim != 2 or pooled.shape[1] != self.config.pooled_dim:
             raise ValueError(f"got pooled of shape {list(pooled.shape)}: expected [B, {self.config.pooled_dim}]")
         if times.ndim not in (1, 2) or (times.ndim == 2 and times.shape[1] != len(pooled)):
-            raise ValueError(f"got times {list(times.shape)} for {len(pooled)} rows: expected [S] or [S, {len(pooled)}]")
+            raise ValueError(
+                f"got times {list(times.shape)} for {len(pooled)} rows: expected [S] or [S, {len(pooled)}]"
+            )
         if (guidance is None) == self.config.guided:
             wanted = "a number, 3.5 say" if self.config.guided else "None: this model embeds none"
             raise ValueError(f"got guidance {guidance}: expected {wanted}")
@@ -294,7 +304,9 @@ def load_flux(path: Path, *, dtype: torch.dtype = torch.float32, device: str | t
     described = (path.parent if path.is_file() else path) / "config.json"
     files = json.loads(described.read_text()) if described.exists() else None
     if files is None and not theirs:
-        raise ValueError(f"no config.json in {described.parent}: expected the released one beside weights in diffusers' layout")
+        raise ValueError(
+            f"no config.json in {described.parent}: expected the released one beside weights in diffusers' layout"
+        )
     config = FluxConfig.from_shapes(shapes) if files is None else FluxConfig.from_files(files)
     with torch.device("meta"):
         model = Flux(config)

@@ -6,6 +6,7 @@ transformer". What depends on the time and on the text alone is computed once: `
 
 Axes: B batch, L tokens of the picture, M of the text, J = M + L of both, text first; D model, H heads, K head, S steps.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -59,14 +60,18 @@ class Sizes:
     axes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        numbers = {name: number for name, number in vars(self).items() if name not in ("axes", "n_singles", "n_doubles")}
+        numbers = {
+            name: number for name, number in vars(self).items() if name not in ("axes", "n_singles", "n_doubles")
+        }
         wrong = [f"{name} {number}" for name, number in numbers.items() if not number > 0]
         if min(self.n_doubles, self.n_singles) < 0 or not self.n_doubles + self.n_singles:
             wrong.append(f"n_doubles {self.n_doubles}, n_singles {self.n_singles}")
         if wrong:
             raise ValueError(f"got {', '.join(wrong)}: expected positive numbers, and a block of either kind")
         if sum(self.axes) != self.head_dim or any(n % 2 or n < 0 for n in self.axes):
-            raise ValueError(f"got axes {list(self.axes)}: expected even numbers whose sum is head_dim, {self.head_dim}")
+            raise ValueError(
+                f"got axes {list(self.axes)}: expected even numbers whose sum is head_dim, {self.head_dim}"
+            )
 
     @property
     def dim(self) -> int:
@@ -105,7 +110,9 @@ def pack(latents: Tensor) -> Tensor:
     Raises ValueError for odd sides.
     """
     if latents.ndim != 4 or latents.shape[2] % SIDE or latents.shape[3] % SIDE:
-        raise ValueError(f"got latents of shape {list(latents.shape)}: expected [B, C, h, w] with even sides; pad or crop them")
+        raise ValueError(
+            f"got latents of shape {list(latents.shape)}: expected [B, C, h, w] with even sides; pad or crop them"
+        )
     return rearrange(latents, "B C (h y) (w x) -> B (h w) (C y x)", y=SIDE, x=SIDE)
 
 
@@ -249,7 +256,9 @@ class Trunk(nn.Module):
             raise ValueError(f"got a text of shape {list(text.shape)}: expected [B, M, {self.sizes.text_dim}]")
         if seen is not None:
             if seen.shape != text.shape[:2]:
-                raise ValueError(f"got seen {list(seen.shape)} for a text {list(text.shape)}: expected {list(text.shape[:2])}")
+                raise ValueError(
+                    f"got seen {list(seen.shape)} for a text {list(text.shape)}: expected {list(text.shape[:2])}"
+                )
             seen = F.pad(seen.bool(), (0, len(angles) - text.shape[1]), value=True)[:, None, None]
         return Condition(self.text(norm(text) if norm is not None else text), angles, seen)
 

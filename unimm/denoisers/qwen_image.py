@@ -6,6 +6,7 @@ diagonal (MSRoPE). Time 0 is data, 1 is noise; velocity = noise - data.
 
 Axes: B batch, L tokens of the pictures, M of the text, D model, C channels, S steps, f h w frames and grid.
 """
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ class QwenImageConfig:
         files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
         if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
             raise ValueError(f"the config lacks {', '.join(lost)}: expected Qwen-Image's released config.json")
-        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()} | {"axes": tuple(files["axes_dims_rope"])})
+        return cls(
+            **{ours: files[theirs] for ours, theirs in cls.FILES.items()} | {"axes": tuple(files["axes_dims_rope"])}
+        )
 
     def to_files(self) -> dict[str, Any]:
         """The config.json that `from_files` reads, and that diffusers does."""
@@ -132,7 +135,9 @@ def places(pictures: Sequence[tuple[int, int, int]], n_text: int) -> tuple[Tenso
     for a picture without tokens, and beyond the 4096 places that the original knows.
     """
     if not pictures or any(len(picture) != 3 or min(picture) < 1 for picture in pictures):
-        raise ValueError(f"got pictures {list(pictures)}: expected one or more of (frames, height, width), in packed tokens")
+        raise ValueError(
+            f"got pictures {list(pictures)}: expected one or more of (frames, height, width), in packed tokens"
+        )
     grids = [
         torch.cartesian_prod(torch.arange(k, k + f), torch.arange(h) - (h - h // 2), torch.arange(w) - (w - w // 2))
         for k, (f, h, w) in enumerate(pictures)

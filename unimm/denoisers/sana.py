@@ -5,6 +5,7 @@ cross-attention without a norm before and a gate after. Time 0 is data, 1 is noi
 
 Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H heads, K head, C channels, h w grid, p patch.
 """
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ class SanaConfig:
         files = {"attention_bias": False, "norm_eps": 1e-6, "patch_size": 1, **files}
         files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
         if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
-            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of a Sana transformer")
+            raise ValueError(
+                f"the config lacks {', '.join(lost)}: expected the released config.json of a Sana transformer"
+            )
         config = cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
         if files.get("cross_attention_dim", config.dim) != config.dim:
             raise ValueError(
@@ -198,7 +201,9 @@ class SanaBlock(nn.Module):
         self.cross = CrossAttention(cfg)
         self.mlp = MixFFN(cfg.dim, int(cfg.mlp_ratio * cfg.dim))
 
-    def forward(self, x: Tensor, time: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, *, height: int) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, *, height: int
+    ) -> Tensor:
         """x [B, L, D], time [B, 6, D], the caption's keys and values [B, H, M, K] -> [B, L, D]"""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.table + time).unbind(1)
         x = x + gate[:, None] * self.attention(modulate(x, scale, shift, self.eps))
@@ -229,7 +234,9 @@ class Sana(nn.Module):
         Raises ValueError for other shapes, and where a row sees nothing.
         """
         if caption.ndim != 3 or caption.shape[2] != self.config.caption_dim or not caption.shape[1]:
-            raise ValueError(f"got a caption of shape {list(caption.shape)}: expected [B, M, {self.config.caption_dim}], M > 0")
+            raise ValueError(
+                f"got a caption of shape {list(caption.shape)}: expected [B, M, {self.config.caption_dim}], M > 0"
+            )
         if seen is not None and (seen.shape != caption.shape[:2] or not seen.bool().any(1).all()):
             raise ValueError(
                 f"got seen {list(seen.shape)} for a caption {list(caption.shape)}: expected {list(caption.shape[:2])} "
@@ -244,7 +251,9 @@ class Sana(nn.Module):
         """latents [B, C, h, w], times [B] float32 in [0, 1], a condition of as many rows -> velocity [B, C, h, w]."""
         p, channels, found = self.config.patch, self.config.in_channels, list(latents.shape)
         if len(found) != 4 or found[1] != channels or found[2] % p or found[3] % p:
-            raise ValueError(f"got latents {found}: expected [B, {channels}, h, w] with sides that are multiples of {p}")
+            raise ValueError(
+                f"got latents {found}: expected [B, {channels}, h, w] with sides that are multiples of {p}"
+            )
         if not found[0] == len(times) == len(condition.tokens):
             raise ValueError(
                 f"got {found[0]} latents, {len(times)} times, a condition of {len(condition.tokens)} rows: expected as many; "

@@ -4,6 +4,7 @@ Radford et al. 2021, arXiv 2103.00020, section 2.4; docs/originals/blocks.md, "T
 
 Axes: B captions, L ids of a caption, D model.
 """
+
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ class ClipTextConfig:
         text = files.get("text_config", files)
         kind = text.get("model_type", "clip_text_model")
         if kind != "clip_text_model":
-            raise ValueError(f"got model_type {kind!r}: expected 'clip_text_model', as FLUX's text_encoder/config.json says")
+            raise ValueError(
+                f"got model_type {kind!r}: expected 'clip_text_model', as FLUX's text_encoder/config.json says"
+            )
         known = cls.SILENT | {key: value for key, value in text.items() if value is not None}
         return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
 

@@ -5,6 +5,7 @@ docs/originals/blocks.md, "SigLIP2".
 
 Axes: B pictures, S pixels a side, n patches of a picture in raster order, D model.
 """
+
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Axes: N packed patches, D model, H heads, K head, p patch.
 """
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,16 +40,22 @@ class VisionConfig:
     def from_files(cls, files: Mapping[str, Any], *, drop_last: bool = False) -> "VisionConfig":
         """Read a SigLIP vision config; its class defaults for what is missing. drop_last: the file counts a layer too many."""
         if files.get("rope"):
-            raise ValueError("the vision config asks for rope: true; this NaViT has a table of positions, as the released one")
+            raise ValueError(
+                "the vision config asks for rope: true; this NaViT has a table of positions, as the released one"
+            )
         files = {"num_channels": 3, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", **files}
         if lost := [name for name in (*cls.FILES.values(), "num_hidden_layers", "image_size") if name not in files]:
             raise ValueError(f"the vision config lacks {', '.join(lost)}: expected the released vit_config.json")
         fields = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(**fields, n_layers=files["num_hidden_layers"] - drop_last, side=files["image_size"] // files["patch_size"])
+        return cls(
+            **fields, n_layers=files["num_hidden_layers"] - drop_last, side=files["image_size"] // files["patch_size"]
+        )
 
     def to_files(self, *, drop_last: bool = False) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"model_type": "siglip_vision_model"}
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
+            "model_type": "siglip_vision_model"
+        }
         return files | {"num_hidden_layers": self.n_layers + drop_last, "image_size": self.side * self.patch}
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ of the scores alone, by how far apart two ids are. docs/originals/blocks.md, "T5
 
 Axes: B captions, L ids of a caption, D model, H heads, K head.
 """
+
 import json
 import math
 from collections.abc import Mapping
@@ -147,7 +148,9 @@ class T5Encoder(nn.Module):
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L > 0")
         cfg, n = self.cfg, ids.shape[1]
-        bias = rearrange(self.bias(distances(n, cfg.buckets, cfg.max_distance, ids.device)), "q k h -> 1 h q k").contiguous()
+        bias = rearrange(
+            self.bias(distances(n, cfg.buckets, cfg.max_distance, ids.device)), "q k h -> 1 h q k"
+        ).contiguous()
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, bias)

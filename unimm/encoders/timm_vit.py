@@ -2,6 +2,7 @@
 
 Axes: B pictures, S pixels a side, n features of a picture in raster order, D model.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,7 +61,9 @@ class TowerConfig:
             vit = replace(vit, **known)
         if files.get("select_feature", "same") != "same":
             raise ValueError(f"got select_feature {files['select_feature']!r}: expected 'same', as in every release")
-        return cls(name=files["model_name"], size=files["image_size"], vit=vit, select_layer=files.get("select_layer", -1))
+        return cls(
+            name=files["model_name"], size=files["image_size"], vit=vit, select_layer=files.get("select_layer", -1)
+        )
 
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
@@ -88,7 +91,9 @@ class Tower(nn.Module):
         self.patch: int = cfg.vit.patch if cfg.vit else self.trunk.feature_info[-1]["reduction"]
         self.side = cfg.size // self.patch
         if not self.side:
-            raise ValueError(f"got pictures of {cfg.size} pixels for {cfg.name}: expected {self.patch} or more, one feature's")
+            raise ValueError(
+                f"got pictures of {cfg.size} pixels for {cfg.name}: expected {self.patch} or more, one feature's"
+            )
         # where an encoder that gives a grid has its features, and how many of a sequence belong to no place
         self.grid = "b h w d" if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC" else "b d h w"
         self.prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)
@@ -126,9 +131,13 @@ def _named(cfg: TowerConfig) -> Any:
 
     if not timm.is_model(cfg.name):
         near = ", ".join(timm.list_models(f"*{cfg.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"unknown vision encoder {cfg.name!r}: expected {', '.join(RELEASED)}, or a name of timm's ({near})")
+        raise ValueError(
+            f"unknown vision encoder {cfg.name!r}: expected {', '.join(RELEASED)}, or a name of timm's ({near})"
+        )
     if cfg.select_layer != -1:
-        raise ValueError(f"got select_layer {cfg.select_layer} for {cfg.name}: only -1, the whole encoder, is known for it")
+        raise ValueError(
+            f"got select_layer {cfg.select_layer} for {cfg.name}: only -1, the whole encoder, is known for it"
+        )
     known = timm.get_pretrained_cfg(cfg.name)
     fixed = known is not None and known.fixed_input_size  # of a table of positions; others take any size
     make: Any = partial(timm.create_model, cfg.name, num_classes=0, pretrained=False)

@@ -1,4 +1,5 @@
 """What prefill and decoding need of a model with a causal decoder."""
+
 from typing import Any, Protocol
 
 import torch
@@ -27,4 +28,6 @@ def check_position(model: Speaker, clock: int) -> None:
     """Raise ValueError for a position that the model does not know."""
     known = model.decoder.cfg.max_positions
     if clock > known:
-        raise ValueError(f"the dialogue would reach position {clock}, the model knows {known}: shorten it, or max_tokens")
+        raise ValueError(
+            f"the dialogue would reach position {clock}, the model knows {known}: shorten it, or max_tokens"
+        )

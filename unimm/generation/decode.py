@@ -2,6 +2,7 @@
 
 What every family with a language model shares. Axes: B contexts, N packed rows, D model, V vocabulary.
 """
+
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -89,7 +90,9 @@ def decode(
 class TextStream:
     """Ids as they come, for several rows, to texts: whole, or piece by piece; cut at the first stop string."""
 
-    def __init__(self, steps: Iterator[list[int | None]], decode: Callable[[list[int]], str], rows: int, stop: tuple[str, ...]):
+    def __init__(
+        self, steps: Iterator[list[int | None]], decode: Callable[[list[int]], str], rows: int, stop: tuple[str, ...]
+    ):
         self.steps, self.decode, self.rows, self.stop = steps, decode, rows, stop
 
     def texts(self) -> list[str]:

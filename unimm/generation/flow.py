@@ -2,6 +2,7 @@
 
 Time 0 is data, 1 is noise; velocity = noise - data. (Liu et al. 2022, arXiv 2209.03003, with the ends named this way.)
 """
+
 from collections.abc import Callable
 from math import exp, expm1, inf, log
 
@@ -116,5 +117,3 @@ def sample_dpm(velocity: Velocity, noise: Tensor, times: Tensor, *, progress: bo
 
 def _log_ratio(t: float) -> float:
     return log((1 - t) / t) if t < 1 else -inf
-
-

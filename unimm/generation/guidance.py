@@ -1,4 +1,5 @@
 """Classifier-free guidance over branches of conditions."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,7 +61,9 @@ class Guidance:
         """The guided velocity of one picture, all [L, C]; docs/originals/bagel.md, "Guidance"."""
         if text is None:
             return v
-        return guided(v, text, image, text_scale=self.text, image_scale=self.image, renorm=self.renorm, least=self.renorm_min)
+        return guided(
+            v, text, image, text_scale=self.text, image_scale=self.image, renorm=self.renorm, least=self.renorm_min
+        )
 
 
 def guide(features: Features, head: Callable[[Tensor], Tensor], guidance: Sequence[Guidance]) -> Velocity:

@@ -1,4 +1,5 @@
 """Choosing the next image token of an autoregressive image. Axes: B samples, V vocabulary."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -37,5 +38,7 @@ def next_codes(logits: Tensor, sampling: CodeSampling, generators: Sequence[torc
         ordered[:, sampling.top_k or p.shape[1] :] = 0
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p * ordered.sum(-1, keepdim=True)] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
-    e = torch.stack([torch.empty(p.shape[1], dtype=torch.float32, device="cpu").exponential_(generator=g) for g in generators])
+    e = torch.stack(
+        [torch.empty(p.shape[1], dtype=torch.float32, device="cpu").exponential_(generator=g) for g in generators]
+    )
     return (p / e.to(p.device)).argmax(-1)

@@ -2,6 +2,7 @@
 
 Axes: B contexts, M cached rows, G key/value heads, K head, V vocabulary.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,5 @@
 """Prefill: parts appended to KV caches in one packed forward."""
+
 from collections.abc import Sequence
 
 import torch

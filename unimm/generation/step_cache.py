@@ -1,4 +1,5 @@
 """TaylorSeer: features extrapolated over denoising steps, arXiv 2503.06923."""
+
 from collections.abc import Sequence
 from math import factorial
 

@@ -1,4 +1,5 @@
 """Choosing the next text token. Axes: B samples, V vocabulary."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf

@@ -1,4 +1,5 @@
 """Ops, one a file: the plain reference, the fast ways, and the function that chooses."""
+
 from unimm.kernels.adaln import modulate
 from unimm.kernels.attention.attention import attention, prepare
 from unimm.kernels.attention.mask import Block, Mask

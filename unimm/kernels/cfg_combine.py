@@ -6,6 +6,7 @@ Bytes read and written a number in float32 under both contexts, counted from eac
 measured: 80 eager; here 16 where tokens are shrunk, 28 where the whole picture is, of which 12 come from the cache (a
 picture of 4096 tokens of 64 is 1 MB).
 """
+
 import torch
 from torch import Tensor
 
@@ -16,7 +17,14 @@ RENORMS = ("global", "channel", "text_channel")
 
 
 def guided(
-    v: Tensor, text: Tensor, image: Tensor | None = None, *, text_scale: float, image_scale: float, renorm: str, least: float
+    v: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    text_scale: float,
+    image_scale: float,
+    renorm: str,
+    least: float,
 ) -> Tensor:
     """The guided velocity of one picture, all [L, C]: u = text + s (v - text), then u = image + s' (u - image).
 

@@ -1,4 +1,5 @@
 """What the ops share: rows of a tensor, and the dtypes of autocast."""
+
 import torch
 from torch import Tensor
 

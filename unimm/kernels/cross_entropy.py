@@ -8,6 +8,7 @@ product beside the three of the plain way, and saves the [N, V] logits, their fl
 Liger-Kernel's fused loss (arXiv 2410.10989, section 3.2) computes the gradient in the forward pass and so needs a
 scalar loss; this one returns a loss a row, and takes any gradient for it.
 """
+
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ HELD = 2**24  # logits held at once: 64 MiB in float32
 LEAST = 512  # rows, whatever the vocabulary: with fewer, a product reads the weight for longer than it computes
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, ignore: int = -100, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore: int = -100, chunk: int | None = None
+) -> Tensor:
     """-log softmax(x weight^T)[label] for every row: x [N, D], weight [V, D], labels [N] integers -> [N] float32.
 
     A row whose label is `ignore` has loss 0 and no gradient. chunk: rows computed at once; unless given as many as make

@@ -1,4 +1,5 @@
 """Which implementation of an op runs: the environment variable UNIMM_KERNELS, or a context manager."""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,9 @@ def resolve(op: str, *tensors: Tensor) -> str:
     if name == "auto" or (name == "flex" and op != "attention"):  # flex is a way of attention alone
         return "triton" if tensors[0].is_cuda and why_not(op, "triton", *tensors) is None else "sdpa"
     if reason := why_not(op, name, *tensors):
-        raise ValueError(f"{op}: backend {name!r} was asked for, but {reason}; or choose 'auto' (UNIMM_KERNELS, use_kernels)")
+        raise ValueError(
+            f"{op}: backend {name!r} was asked for, but {reason}; or choose 'auto' (UNIMM_KERNELS, use_kernels)"
+        )
     return name
 
 
@@ -87,5 +90,7 @@ def interprets() -> bool:
 
 def _checked(name: str) -> str:
     if name not in CHOICES:
-        raise ValueError(f"unknown kernel backend {name!r}: expected one of {', '.join(CHOICES)}; set UNIMM_KERNELS to one")
+        raise ValueError(
+            f"unknown kernel backend {name!r}: expected one of {', '.join(CHOICES)}; set UNIMM_KERNELS to one"
+        )
     return name

@@ -5,6 +5,7 @@ Axes: N rows, D model.
 Bytes read and written a number in bfloat16, counted from each operation's inputs and outputs, not measured:
 forward 36 eager, 4 here; backward 92 eager, 6 here.
 """
+
 from typing import Any
 
 import torch

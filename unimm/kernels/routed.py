@@ -8,6 +8,7 @@ matrix product a slice, written straight into the output. Eager slices and a `ca
 `grouped_mm`, which reads the sizes on the device. A kernel that gathers rows itself would only pay where rows are not
 grouped already; here they are.
 """
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,10 @@ from unimm.kernels.common import autocasted
 
 
 def routed_linear(
-    x: Tensor, weights: Tensor | Sequence[Tensor], sizes: Sequence[int] | Tensor, bias: Tensor | Sequence[Tensor] | None = None
+    x: Tensor,
+    weights: Tensor | Sequence[Tensor],
+    sizes: Sequence[int] | Tensor,
+    bias: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """W[e] x + b[e] for rows x [N, D] of experts 0, 0, ..., 1, ... -> [N, F]. Follows autocast.
 
@@ -30,9 +34,13 @@ def routed_linear(
     n_experts = len(weights)
     shapes = {tuple(w.shape) for w in weights}
     if len(shapes) != 1 or x.ndim != 2 or next(iter(shapes))[1:] != x.shape[1:]:
-        raise ValueError(f"got x {tuple(x.shape)}, weights {sorted(shapes)}: expected x [N, D] and weights [F, D] of one shape")
+        raise ValueError(
+            f"got x {tuple(x.shape)}, weights {sorted(shapes)}: expected x [N, D] and weights [F, D] of one shape"
+        )
     if len(sizes) != n_experts or (bias is not None and len(bias) != n_experts):
-        raise ValueError(f"got {len(sizes)} sizes for {n_experts} weights: expected a size (and a bias, if any) an expert")
+        raise ValueError(
+            f"got {len(sizes)} sizes for {n_experts} weights: expected a size (and a bias, if any) an expert"
+        )
     if not isinstance(sizes, Tensor) and sum(sizes) != len(x):
         raise ValueError(f"got {len(x)} rows, sizes {list(sizes)}: expected sizes that add up to the rows")
     if isinstance(weights, Tensor):
@@ -54,7 +62,10 @@ def routed_linear_reference(
     """The definition: a linear a slice."""
     parts = x.split(list(sizes))
     return torch.cat(
-        [F.linear(part, w, None if bias is None else bias[i]) for i, (part, w) in enumerate(zip(parts, weights, strict=True))]
+        [
+            F.linear(part, w, None if bias is None else bias[i])
+            for i, (part, w) in enumerate(zip(parts, weights, strict=True))
+        ]
     )
 
 

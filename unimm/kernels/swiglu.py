@@ -3,6 +3,7 @@
 Bytes read and written a number in bfloat16, counted from each operation's inputs and outputs, not measured:
 forward 10 eager, 6 here; backward 18 eager, 10 here. Kept for backward: 6 eager (silu(gate), too), 4 here.
 """
+
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError where the shapes or dtypes differ.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu got gate, up {shapes(gate, up)} in {gate.dtype}, {up.dtype}: expected one shape and dtype")
+        raise ValueError(
+            f"swiglu got gate, up {shapes(gate, up)} in {gate.dtype}, {up.dtype}: expected one shape and dtype"
+        )
     if resolve("swiglu", gate) == "triton":
         return _swiglu(gate, up)
     return swiglu_reference(gate, up)

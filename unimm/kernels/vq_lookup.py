@@ -5,6 +5,7 @@ Axes: N vectors, V codes, D features.
 Bytes read and written for a picture of 576 vectors, 16 384 codes of 8, float32, counted, not measured: the matrix written
 and read is 75 MB; here each tile of 64 vectors reads the codebook (0.5 MB, from the cache), 5 MB in all.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,9 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     In float32, whatever the dtypes. Raises ValueError where the shapes disagree or there are no codes.
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or not len(codebook):
-        raise ValueError(f"nearest_code got z, codebook {shapes(z, codebook)}: expected [N, D] and [V, D], V at least 1")
+        raise ValueError(
+            f"nearest_code got z, codebook {shapes(z, codebook)}: expected [N, D] and [V, D], V at least 1"
+        )
     # of unit vectors the nearest is the one of the largest product; what a code is has no gradient
     z, codebook = (F.normalize(t.detach().float(), dim=1) for t in (z, codebook))
     if resolve("nearest_code", z) == "triton":

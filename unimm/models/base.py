@@ -1,4 +1,5 @@
 """The contract of every family: loading, saving, and the verbs; what they return."""
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,9 @@ class UnifiedModel(nn.Module, ABC):
             return cls.from_folder(folder)
         except (ValueError, KeyError) as error:
             if (family := owner(folder)) not in (None, cls.__name__):
-                raise ValueError(f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load") from error
+                raise ValueError(
+                    f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load"
+                ) from error
             raise
 
     @classmethod
@@ -173,5 +176,3 @@ class UnifiedModel(nn.Module, ABC):
 
 def _within(table: Table, beginnings: tuple[str, ...]) -> bool:
     return all(target is not None and target.startswith(beginnings) for target in table.values())
-
-

@@ -1,4 +1,5 @@
 """The families by name: which class loads a folder, and what is known to be released."""
+
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,9 @@ class Family:
     home: str  # module:class, imported when needed
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    file: str | None = None  # a file that no other family has, for releases whose config.json is missing or says nothing
+    file: str | None = (
+        None  # a file that no other family has, for releases whose config.json is missing or says nothing
+    )
     without: str | None = None  # a key of config.json that families of the same model_type have, and this one has not
     has: str | None = None  # likewise, one that only this one has
 
@@ -85,7 +88,9 @@ class Listed(Release):
 def releases() -> list[Listed]:
     """All releases of all families that are known by name; other checkpoints of their layouts load as well."""
     return [
-        Listed(name=name, family=row.family, hub=row.hub, licence=row.licence, parameters=row.parameters, verbs=row.verbs)
+        Listed(
+            name=name, family=row.family, hub=row.hub, licence=row.licence, parameters=row.parameters, verbs=row.verbs
+        )
         for family in FAMILIES.values()
         for name, row in family.load().RELEASES.items()
     ]
@@ -119,5 +124,9 @@ def family_of(folder: Path) -> type[UnifiedModel]:
         return FAMILIES[name].load()
     config = read_json(folder / "config.json")
     found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
-    known = ", ".join(f"{name} (model_type {' or '.join(map(repr, family.model_types))})" for name, family in FAMILIES.items())
-    raise ValueError(f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}")
+    known = ", ".join(
+        f"{name} (model_type {' or '.join(map(repr, family.model_types))})" for name, family in FAMILIES.items()
+    )
+    raise ValueError(
+        f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}"
+    )

@@ -1,4 +1,5 @@
 """Released checkpoints as data; imports nothing heavy."""
+
 from dataclasses import dataclass
 
 from unimm.checkpoint import hub

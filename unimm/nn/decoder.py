@@ -5,6 +5,7 @@ token belongs to one expert, whose weights alone it meets, and all tokens attend
 
 Axes: N packed tokens, n tokens of one stream, D model, H query heads, G key/value heads, K head.
 """
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,7 +77,9 @@ class DecoderConfig:
     ) -> "DecoderConfig":
         """Read a Llama- or Qwen2-like config.json. Raises ValueError where a number is missing."""
         if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
-            raise ValueError(f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json")
+            raise ValueError(
+                f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json"
+            )
         known = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
         return cls(**known, qkv_bias=qkv_bias, streams=streams, rope_sections=rope_sections, tied=tied)
 
@@ -96,7 +99,9 @@ class DecoderConfig:
             "head_dim": "head_dim" in files and files["head_dim"] * heads != files["hidden_size"],
         }
         if wrong := [name for name, found in refused.items() if found]:
-            raise ValueError(f"the language model's config asks for {', '.join(wrong)}, which no release does and is not built")
+            raise ValueError(
+                f"the language model's config asks for {', '.join(wrong)}, which no release does and is not built"
+            )
         return cls.from_files(files, qkv_bias=False, streams=(stream,))
 
     def to_files(self) -> dict[str, Any]:

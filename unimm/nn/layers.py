@@ -2,6 +2,7 @@
 
 Axes: B batch, N packed tokens, D model, H heads, K head, F hidden.
 """
+
 from collections.abc import Callable
 from functools import partial
 
@@ -85,5 +86,3 @@ class EncoderBlock(nn.Module):
         q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
         x = x + self.o(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
         return x + self.mlp(self.mlp_norm(x))
-
-

@@ -1,4 +1,5 @@
 """A model made ready to decode on a CPU: the same one, with its large linears packed for few rows."""
+
 import copy
 import logging
 import warnings
@@ -122,7 +123,9 @@ def _pack_int8(weight: Tensor) -> Any:
     with warnings.catch_warnings():
         # pytorch/pytorch issue 184982: no product that stays reads as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning)
-        return torch.ops.quantized.linear_prepack(torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None)
+        return torch.ops.quantized.linear_prepack(
+            torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
+        )
 
 
 def _int8(x: Tensor, levels: int, packed: Any) -> Tensor:
@@ -174,10 +177,14 @@ def prepared(model: M, *, but: Sequence[str] = (), int8: Sequence[str] = ()) -> 
     Those below the parts `int8` are kept in int8 instead. Raises ValueError for int8 where the CPU, or PyTorch, has none.
     """
     if int8 and not can_pack():
-        raise ValueError("int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'")
+        raise ValueError(
+            "int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'"
+        )
     shared = [*model.parameters(), *model.buffers()]
     ready = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    linears = [(name, part) for name, part in ready.named_modules() if isinstance(part, nn.Linear) and not _under(name, but)]
+    linears = [
+        (name, part) for name, part in ready.named_modules() if isinstance(part, nn.Linear) and not _under(name, but)
+    ]
     n = 0
     for name, linear in linears:
         packed = None if _under(name, int8) else pack(linear.weight, linear.bias)

@@ -1,4 +1,5 @@
 """Images to patches and back, and the position ids of a grid of patches."""
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -21,7 +22,9 @@ def places(height: int, width: int, side: int, *, interpolate: bool = False) -> 
     that the table cannot hold: the original's row * side + column would run into the next row unseen.
     """
     if not interpolate and max(height, width) > side:
-        raise ValueError(f"got {height}x{width} patches: the position table holds at most {side}x{side}; use a smaller image")
+        raise ValueError(
+            f"got {height}x{width} patches: the position table holds at most {side}x{side}; use a smaller image"
+        )
     if interpolate:
         edges = torch.arange(1 / side, 1.0, 1 / side)
         row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (height, width))

@@ -1,4 +1,5 @@
 """Fixed position embeddings of image grids."""
+
 import torch
 from einops import rearrange
 from torch import Tensor

@@ -1,4 +1,5 @@
 """Rotary position embeddings."""
+
 import torch
 from einops import rearrange
 from torch import Tensor

@@ -1,4 +1,5 @@
 """Embeddings of the timestep."""
+
 import math
 
 import torch

@@ -4,6 +4,7 @@ docs/originals/janus.md, "Conversation format" and "Image tokens in a prompt". I
 stripped, messages at even places end with one separator and those at odd places with the other (whatever their roles
 say), and the whole text is stripped at the end.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,9 @@ TEMPLATES: dict[str, Callable[[str, Sequence[Message]], str]] = {
 }
 
 
-def format_conversation(messages: Sequence[Message], *, system: str | None = DEFAULT_SYSTEM, template: str = "deepseek") -> str:
+def format_conversation(
+    messages: Sequence[Message], *, system: str | None = DEFAULT_SYSTEM, template: str = "deepseek"
+) -> str:
     """The text that a model is given. system: None or "" for none. Raises ValueError for an unknown template."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}: expected one of {', '.join(sorted(TEMPLATES))}")

@@ -1,4 +1,5 @@
 """The arguments of a call: prompts, images, seeds, sizes and messages, read and checked."""
+
 from collections.abc import Mapping, Sequence
 from operator import index
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Samples of parts packed end to end into one batch."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -63,7 +64,9 @@ def pack(
 ) -> Pack:
     """Lay samples of items end to end; `past` as in `lay_out`."""
     layout = lay_out([[item.segment for item in items] for items in samples], past, device=device)
-    placed = [pair for items, rows in zip(samples, layout.starts, strict=True) for pair in zip(items, rows, strict=True)]
+    placed = [
+        pair for items, rows in zip(samples, layout.starts, strict=True) for pair in zip(items, rows, strict=True)
+    ]
     # the ids of a text fill its segment, the markers of an image stand at its ends
     ends = [torch.tensor([0, i.n_tokens + 1])[: len(i.ids)] for i, _ in placed]
     ids_at = [at if i.n_tokens else torch.arange(len(i.ids)) for (i, _), at in zip(placed, ends, strict=True)]

@@ -1,4 +1,5 @@
 """The parts of an interleaved sequence: texts, images and position gaps."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -2,6 +2,7 @@
 
 Masks, positions, expert choice and losses all come from the segment table; there is no second description.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -90,5 +91,3 @@ def _blocks(segments: Sequence[Segment]) -> list[Block]:
         else:
             blocks.append(Block(segment.length, full=segment.attend == "full", visible=segment.visible))
     return blocks
-
-

@@ -3,6 +3,7 @@
 FLUX gives T5 no mask, so that its padding is attended to; causal attention hides CLIP's.
 docs/originals/blocks.md, "T5 and CLIP".
 """
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer out of vocab.json and merges.txt. Raises ValueError where one is missing."""
     files = [folder / "vocab.json", folder / "merges.txt"]
     if lost := [path.name for path in files if not path.exists()]:
-        raise ValueError(f"no {' and no '.join(lost)} in {folder}: expected those of CLIP's tokenizer, or its tokenizer.json")
+        raise ValueError(
+            f"no {' and no '.join(lost)} in {folder}: expected those of CLIP's tokenizer, or its tokenizer.json"
+        )
     vocab, merges = models.BPE.read_file(*map(str, files))
     pairs = models.BPE(vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>")
     inner = tokenizers.Tokenizer(pairs)
@@ -67,7 +70,9 @@ class Captions:
         texts = [texts] if isinstance(texts, str) else list(texts)
         n, first = self.length if length is None else length, [] if self.begin is None else [self.begin]
         if n <= len(first) + 1 or not texts:
-            raise ValueError(f"got {len(texts)} captions of length {n}: expected one or more, of {len(first) + 2} ids or more")
+            raise ValueError(
+                f"got {len(texts)} captions of length {n}: expected one or more, of {len(first) + 2} ids or more"
+            )
         rows = [[*first, *self.tokenizer.encode(text)[: n - len(first) - 1], self.end] for text in texts]
         return torch.tensor([ids + [self.pad] * (n - len(ids)) for ids in rows])
 
@@ -78,7 +83,9 @@ def clip_captions(folder: Path) -> Captions:
     Raises ValueError where files or markers are missing.
     """
     tokenizer, told = ClipTokenizer(folder), _config(folder)
-    begin, end, pad = (_id(tokenizer, told, *name) for name in (("bos", CLIP_BEGIN), ("eos", CLIP_END), ("pad", CLIP_END)))
+    begin, end, pad = (
+        _id(tokenizer, told, *name) for name in (("bos", CLIP_BEGIN), ("eos", CLIP_END), ("pad", CLIP_END))
+    )
     return Captions(tokenizer=tokenizer, begin=begin, end=end, pad=pad, length=_length(told, CLIP_LENGTH))
 
 

@@ -5,6 +5,7 @@ queries, keys and values, which are one projection.
 
 Axes: B batch, C channels, h w grid, H heads, K head, r rows of a linear attention.
 """
+
 from __future__ import annotations
 
 import json
@@ -61,17 +62,25 @@ class DCAEConfig:
     def __post_init__(self) -> None:
         levels = (*self.encoder, *self.decoder)
         if len(self.encoder) != len(self.decoder) or len(self.encoder) < 1:
-            raise ValueError(f"got {len(self.encoder)} levels down, {len(self.decoder)} up: expected as many, at least one")
+            raise ValueError(
+                f"got {len(self.encoder)} levels down, {len(self.decoder)} up: expected as many, at least one"
+            )
         if min(self.in_channels, self.latent_channels, self.head_dim, *(min(x.width, x.n_blocks) for x in levels)) < 1:
             raise ValueError(f"got {self}: expected positive numbers")
         if not self.scale > 0:
-            raise ValueError(f"got scaling_factor {self.scale}: expected a positive number; 1 leaves latents as they are")
+            raise ValueError(
+                f"got scaling_factor {self.scale}: expected a positive number; 1 leaves latents as they are"
+            )
         for side in (self.encoder, self.decoder):
             for fine, coarse in pairwise(side):
                 if 4 * fine.width % coarse.width:
-                    raise ValueError(f"got widths {fine.width}, {coarse.width}: four of the first must divide by the second")
+                    raise ValueError(
+                        f"got widths {fine.width}, {coarse.width}: four of the first must divide by the second"
+                    )
             if side[-1].width % self.latent_channels:
-                raise ValueError(f"got a last width {side[-1].width}: expected a multiple of {self.latent_channels} latents")
+                raise ValueError(
+                    f"got a last width {side[-1].width}: expected a multiple of {self.latent_channels} latents"
+                )
         for level in levels:
             if level.kernels is not None and (level.width % self.head_dim or any(k % 2 == 0 for k in level.kernels)):
                 raise ValueError(f"got {level}: expected a multiple of the heads' {self.head_dim}, and odd kernels")
@@ -102,7 +111,9 @@ class DCAEConfig:
             if any(one != expected for one in (got if isinstance(got, list) else [got])):
                 raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in Sana's autoencoder")
         if lost := [key for key in ("latent_channels", "attention_head_dim", "scaling_factor") if key not in files]:
-            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC")
+            raise ValueError(
+                f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC"
+            )
         return cls(
             in_channels=files.get("in_channels", 3),
             latent_channels=files["latent_channels"],
@@ -114,9 +125,13 @@ class DCAEConfig:
 
     @classmethod
     def _levels(cls, files: Mapping[str, Any], side: str) -> tuple[Level, ...]:
-        names = [f"{side}_{name}" for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")]
+        names = [
+            f"{side}_{name}" for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")
+        ]
         if lost := [name for name in names if name not in files]:
-            raise ValueError(f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC")
+            raise ValueError(
+                f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC"
+            )
         widths, counts, kinds, kernels = (files[name] for name in names)
         kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
         if unknown := sorted(set(kinds) - set(cls.KINDS)):
@@ -304,7 +319,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, levels[0].width, 3, padding=1)
         downs = [[Down(fine.width, coarse.width)] for fine, coarse in pairwise(levels)]
         self.down_blocks = nn.ModuleList(
-            nn.Sequential(*blocks(level, config.head_dim), *down) for level, down in zip(levels, [*downs, []], strict=True)
+            nn.Sequential(*blocks(level, config.head_dim), *down)
+            for level, down in zip(levels, [*downs, []], strict=True)
         )
         self.conv_out = nn.Conv2d(levels[-1].width, config.latent_channels, 3, padding=1)
 
@@ -380,5 +396,7 @@ def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     """
     with torch.device("meta"):
         model = DCAE(DCAEConfig.from_files(json.loads((folder / "config.json").read_text())))
-    load_into(model, weight_files(folder, DIFFUSERS_WEIGHTS), keys(model.config), dtype=dtype, device=torch.device(device))
+    load_into(
+        model, weight_files(folder, DIFFUSERS_WEIGHTS), keys(model.config), dtype=dtype, device=torch.device(device)
+    )
     return model.eval()

@@ -106,7 +106,11 @@ class VAEConfig:
         """The mapping that `from_diffusers` reads, and that diffusers does."""
         levels = len(self.multipliers)
         files = {key: value for key, value in FIXED.items() if value is not None}
-        files |= {"in_channels": self.in_channels, "out_channels": self.out_channels, "latent_channels": self.latent_channels}
+        files |= {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "latent_channels": self.latent_channels,
+        }
         files |= {"block_out_channels": list(self.widths), "layers_per_block": self.n_blocks}
         files |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
         files |= {"scaling_factor": self.scale, "shift_factor": self.shift}
@@ -311,7 +315,9 @@ class VAE(nn.Module):
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
                 f"multiples of {stride}: resize or crop it first"
             )
-        mean, logvar = rearrange(self.quant_conv(self.encoder(image.to(self.dtype))), "B (two C) h w -> two B C h w", two=2)
+        mean, logvar = rearrange(
+            self.quant_conv(self.encoder(image.to(self.dtype))), "B (two C) h w -> two B C h w", two=2
+        )
         return mean, logvar
 
     def encode(self, image: Tensor, *, noise: Tensor | None = None) -> Tensor:

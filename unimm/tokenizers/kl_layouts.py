@@ -32,13 +32,19 @@ def diffusers_keys(config: VAEConfig, *, attention: Mapping[str, str] = ATTENTIO
     changes = [fine != coarse for fine, coarse in pairwise(widths)]
     table = _level_keys("encoder.down_blocks.{}", "encoder.down.{}", "down", shortcut=any(changes), scales=last > 0)
     for level in range(last + 1):
-        theirs, ours, changed = f"decoder.up_blocks.{last - level}", f"decoder.up.{level}", level < last and changes[level]
+        theirs, ours, changed = (
+            f"decoder.up_blocks.{last - level}",
+            f"decoder.up.{level}",
+            level < last and changes[level],
+        )
         table |= _level_keys(theirs, ours, "up", shortcut=changed, scales=level > 0)
     for side in ("encoder", "decoder"):
         table |= {f"{side}.mid_block.resnets.{i}.{{}}.{{}}": f"{side}.mid.block_{i + 1}.{{}}.{{}}" for i in range(2)}
         middle = f"{side}.mid_block.attentions.0"
         table |= {f"{middle}.group_norm.{{}}": f"{side}.mid.attn_1.norm.{{}}"}
-        table |= {f"{middle}.{theirs}.{{}}": f"{side}.mid.attn_1.{ours}.{{}}[...]" for ours, theirs in attention.items()}
+        table |= {
+            f"{middle}.{theirs}.{{}}": f"{side}.mid.attn_1.{ours}.{{}}[...]" for ours, theirs in attention.items()
+        }
         table |= {f"{side}.conv_norm_out.{{}}": f"{side}.norm_out.{{}}"}
         table |= {f"{side}.{name}.{{}}": f"{side}.{name}.{{}}" for name in ("conv_in", "conv_out")}
     if config.quant_convs:

@@ -48,7 +48,9 @@ class BranchConfig:
         """The mapping that `to_files` gives, and nothing beside it."""
         names = {field.name for field in fields(cls)}
         if set(files) != names:
-            raise ValueError(f"got {sorted(files)} for the semantic branch, expected {sorted(names)}: correct its config")
+            raise ValueError(
+                f"got {sorted(files)} for the semantic branch, expected {sorted(names)}: correct its config"
+            )
         return cls(**files)
 
     def to_files(self) -> dict[str, Any]:
@@ -92,7 +94,9 @@ class Branch(nn.Module):
         n_images, _, height, width = codes.shape
         where = places(height, width, self.config.side).to(codes.device)
         mask = Mask([[Span(height * width)]] * n_images, device=codes.device)
-        x = self.inward(rearrange(codes, "B E h w -> (B h w) E")) + self.positions(repeat(where, "n -> (B n)", B=n_images))
+        x = self.inward(rearrange(codes, "B E h w -> (B h w) E")) + self.positions(
+            repeat(where, "n -> (B n)", B=n_images)
+        )
         for layer in self.layers:
             x = layer(x, mask)
         return rearrange(self.outward(self.norm(x)), "(B n) F -> B n F", B=n_images)
@@ -104,7 +108,9 @@ class SemanticVQ(nn.Module):
     def __init__(self, vq: VQConfig, branch: BranchConfig) -> None:
         super().__init__()
         if branch.code_dim != vq.code_dim:
-            raise ValueError(f"got a branch for codes of {branch.code_dim}, expected {vq.code_dim}, the width of the codebook")
+            raise ValueError(
+                f"got a branch for codes of {branch.code_dim}, expected {vq.code_dim}, the width of the codebook"
+            )
         self.vq = VQ(vq)
         self.branch = Branch(branch)
 

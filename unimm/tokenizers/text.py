@@ -1,4 +1,5 @@
 """Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
+
 import json
 import re
 from collections.abc import Sequence

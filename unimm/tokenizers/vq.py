@@ -80,7 +80,9 @@ NAMES = {
     "n_blocks": "num_res_blocks",
     "latent_channels": "z_channels",
 }
-VARIANTS: dict[str, dict[str, Any]] = {"VQ-16": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "VQ-16": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256}
+}
 
 
 class Level(nn.Module):

@@ -43,7 +43,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def save_checkpoint(out: Path, step: int, model: nn.Module, *, average: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    out: Path, step: int, model: nn.Module, *, average: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> Path:
     """Write out/checkpoints/<step>, then drop the older ones."""
     folder = out / "checkpoints" / f"{step:08d}"
     with replacing(folder) as fresh:

@@ -87,7 +87,13 @@ def load_tower(tower: Tower, ours: Mapping[str, Tensor]) -> None:
         for i in range(len(tower.trunk.blocks)):
             block = f"blocks.{i}."
             state[f"{block}attn.qkv.{name}"] = torch.cat([ours[f"{block}{part}.{name}"] for part in "qkv"])
-            renamed = {"attn.proj": "o", "norm1": "attn_norm", "norm2": "mlp_norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+            renamed = {
+                "attn.proj": "o",
+                "norm1": "attn_norm",
+                "norm2": "mlp_norm",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
+            }
             state |= {f"{block}{theirs}.{name}": ours[f"{block}{mine}.{name}"] for theirs, mine in renamed.items()}
     try:
         tower.trunk.load_state_dict({name: x.float() for name, x in state.items()})

@@ -241,7 +241,10 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     kept = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.startswith(recipe.undecayed)}
 
     def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-        parts = (([p for p in params if id(p) not in kept], recipe.weight_decay), ([p for p in params if id(p) in kept], 0.0))
+        parts = (
+            ([p for p in params if id(p) not in kept], recipe.weight_decay),
+            ([p for p in params if id(p) in kept], 0.0),
+        )
         return [{"params": part, "weight_decay": decay} for part, decay in parts if part]
 
     found: list[torch.optim.Optimizer] = []

@@ -4,6 +4,7 @@ Everything is read causally. MetaQuery and UniWorld have one of them inside.
 
 Axes: N packed rows, n rows, D model.
 """
+
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,5 @@
 """Chat about pictures: what readers, and Janus and JanusFlow, do with a prompt that their own rules make."""
+
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -68,4 +69,6 @@ class Chatting:
     def prefilled(self, prompts: Sequence[list[Item]]) -> tuple[list[Context], list[int]]:
         """Contexts of all but the last id of each prompt, which ends with a text, and those last ids."""
         before = [[*items[:-1], *(text_item(ids) for ids in [items[-1].ids[:-1].tolist()] if ids)] for items in prompts]
-        return extend(cast("Speaker", self), [EMPTY] * len(before), before), [int(items[-1].ids[-1]) for items in prompts]
+        return extend(cast("Speaker", self), [EMPTY] * len(before), before), [
+            int(items[-1].ids[-1]) for items in prompts
+        ]

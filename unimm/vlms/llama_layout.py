@@ -1,4 +1,5 @@
 """The key map of a Llama- or Qwen2-like language model."""
+
 from unimm.checkpoint.keymap import Table
 
 

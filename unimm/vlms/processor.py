@@ -2,6 +2,7 @@
 
 Made without the model, so that training can make its batches ahead.
 """
+
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """What must hold of every Janus, whatever its weights: verbs, batches, caches, guidance, sampling, training."""
+
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,9 @@ def talks() -> list[list[dict]]:
 def logits(model: Janus, samples: Sequence[Sequence[Item]]) -> torch.Tensor:
     """Logits of every row of a pack, nothing cached."""
     batch = pack(samples)
-    return model.decoder.logits(model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM])
+    return model.decoder.logits(
+        model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM]
+    )
 
 
 def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -186,7 +189,9 @@ def test_cached_equals_uncached(any_model):
         assert_equal(torch.stack(stepped, 1)[i], whole[-5:])
 
 
-@pytest.mark.parametrize("sampling", [TextSampling(max_tokens=6), TextSampling(max_tokens=6, temperature=1.5, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling", [TextSampling(max_tokens=6), TextSampling(max_tokens=6, temperature=1.5, top_p=0.9)]
+)
 def test_a_batch_of_answers_equals_the_single_ones(any_model, sampling):
     together = any_model.chat(talks(), text=sampling, seed=[4, 5, 6])
     assert together == [any_model.chat(turns, text=sampling, seed=4 + i) for i, turns in enumerate(talks())]
@@ -200,7 +205,9 @@ def test_a_batch_of_answers_equals_the_single_ones(any_model, sampling):
 def test_understand_is_a_chat_of_one_turn(model):
     sampling = TextSampling(max_tokens=5)
     assert model.understand(picture(), "what?", text=sampling) == model.chat([user("what?", picture())], text=sampling)
-    assert model.understand(picture(), "what?", text=sampling) != model.understand(picture(9, 9, 5), "what?", text=sampling)
+    assert model.understand(picture(), "what?", text=sampling) != model.understand(
+        picture(9, 9, 5), "what?", text=sampling
+    )
     turns = talks()[2]
     assert model.chat(turns, text=sampling) != model.chat(turns, text=sampling, system="")
     assert model.chat(turns, text=sampling) == model.chat(turns, text=sampling, system=DEFAULT_SYSTEM)
@@ -213,7 +220,9 @@ def test_streamed_pieces_are_the_answer(model):
         assert "".join(pieces) == model.chat(talks()[2], text=sampling, seed=seed)
         counts.append(len(pieces))
     assert max(counts) > 2
-    assert "".join(model.understand(None, "who?", text=sampling, stream=True)) == model.understand(None, "who?", text=sampling)
+    assert "".join(model.understand(None, "who?", text=sampling, stream=True)) == model.understand(
+        None, "who?", text=sampling
+    )
 
 
 def test_an_answer_ends_at_eos(tmp_path):
@@ -244,7 +253,9 @@ def test_each_code_is_predicted_by_the_row_before_it(any_model):
     for before in (prompt, free):
         ids = [i for item in before for i in item.ids.tolist()]
         batch = pack([[text_item(ids[:-1]), any_model.drawn(codes, ids[-1])]])
-        hidden = any_model.hidden(batch, lambda layer, q, k, v, mask=batch.layout.mask: attention(q, k, v, mask))[STREAM]
+        hidden = any_model.hidden(batch, lambda layer, q, k, v, mask=batch.layout.mask: attention(q, k, v, mask))[
+            STREAM
+        ]
         whole.append(any_model.code_logits(hidden[batch.draw.rows - 1]))
     assert_equal(torch.stack(stepped, 1), torch.stack(whole))
     guided = whole[1] + 4.0 * (whole[0] - whole[1])

@@ -1,4 +1,5 @@
 """What bad input gets of Janus: an error that says what was got, what was expected and what to do."""
+
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,9 @@ def test_what_other_families_have(model):
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 23), (0, 0), (-24, 24)])
 def test_sizes_that_cannot_be_drawn(model, size):
-    with pytest.raises(ValueError, match=r"cannot draw .*: this model was trained for \(24, 24\) alone; leave size out"):
+    with pytest.raises(
+        ValueError, match=r"cannot draw .*: this model was trained for \(24, 24\) alone; leave size out"
+    ):
         model.generate("a", size=size)
 
 
@@ -140,6 +143,8 @@ def test_a_tokenizer_without_the_special_tokens(tmp_path, folder, lacks):
         with pytest.raises(ValueError, match=message) as error:
             verb()
         assert all(token in str(error.value) for token in lacks)
-    byte_tokenizer(tmp_path, lacks=[PLACEHOLDER])  # no model ever sees its id, and the original adds it where it is missing
+    byte_tokenizer(
+        tmp_path, lacks=[PLACEHOLDER]
+    )  # no model ever sees its id, and the original adds it where it is missing
     model = Janus.from_pretrained(tmp_path)
     assert isinstance(model.understand(picture(), f"{PLACEHOLDER} what?", text=TextSampling(max_tokens=2)), str)

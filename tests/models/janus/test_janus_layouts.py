@@ -1,4 +1,5 @@
 """Janus's files: the released shapes, both layouts, every kind of file, and models unseen."""
+
 import json
 import re
 import shutil
@@ -50,10 +51,13 @@ STORED = json.loads((GOLDEN / "manifests.json").read_text())
 # deepseek-ai/Janus-1.3B has the shapes of Janus-Pro-1B, byte for byte of its manifest
 RELEASES = {"deepseek-ai/Janus-1.3B": "1b", "deepseek-ai/Janus-Pro-1B": "1b", "deepseek-ai/Janus-Pro-7B": "7b"}
 LLM = {
-    "1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16),
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=30, num_attention_heads=32, num_key_value_heads=32),
+    "1b": dict(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+    ),
+    "7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=30, num_attention_heads=32, num_key_value_heads=32
+    ),
 }
-
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
@@ -72,14 +76,23 @@ def original(size: str) -> dict:
     mlp = {"depth": 2, "n_embed": d, "projector_type": "mlp_gelu"}
     tower = {"image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same", "select_layer": -1}
     head = {"image_token_embed": d, "image_token_size": 16384, "n_embed": d}
-    llm = LLM[size] | {"model_type": "llama", "vocab_size": 102400, "max_position_embeddings": 16384, "torch_dtype": "bfloat16"}
+    llm = LLM[size] | {
+        "model_type": "llama",
+        "vocab_size": 102400,
+        "max_position_embeddings": 16384,
+        "torch_dtype": "bfloat16",
+    }
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "torch_dtype": "bfloat16",
         "vision_config": {"cls": "CLIPVisionTower", "model_type": "vision", "params": tower},
         "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": mlp | {"input_dim": 1024}},
-        "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision", "params": {"image_token_size": 16384, "n_embed": 8}},
+        "gen_vision_config": {
+            "cls": "VQ-16",
+            "model_type": "gen_vision",
+            "params": {"image_token_size": 16384, "n_embed": 8},
+        },
         "gen_aligner_config": {"cls": "MlpProjector", "model_type": "gen_aligner", "params": mlp | {"input_dim": 8}},
         "gen_head_config": {"cls": "vision_head", "model_type": "gen_head", "params": head},
         # Janus-1.3B asks for a kernel by name, which is no business of a config
@@ -131,7 +144,9 @@ def test_manifests_fit_the_released_models(released, tmp_path, name, port):
     assert set(found) == set(shapes) and {place.name for place in found.values()} == set(wanted)
     # and back: every parameter has the names, and the shapes, that the manifest gives it
     names = {ours: released_names(ours, table) for ours in wanted}
-    assert {key: place.shape(wanted[ours].shape) for ours, keys in names.items() for key, place in keys.items()} == shapes
+    assert {
+        key: place.shape(wanted[ours].shape) for ours, keys in names.items() for key, place in keys.items()
+    } == shapes
     assert sum(x.numel() for x in state.values()) == Janus.RELEASES[name].parameters
     assert len(shapes) == {"1b": 882, "7b": 936}[size] + 82 * port
 
@@ -200,7 +215,10 @@ def test_old_buffers_are_ignored(toy, folder):
     old = {f"language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     rewrite(folder / "model.safetensors", lambda t: t.update(old))
     assert differences(Janus.from_pretrained(toy), Janus.from_pretrained(folder)) == []
-    rewrite(folder / "model.safetensors", lambda t: t.update({"language_model.model.layers.0.self_attn.rotary": torch.ones(4)}))
+    rewrite(
+        folder / "model.safetensors",
+        lambda t: t.update({"language_model.model.layers.0.self_attn.rotary": torch.ones(4)}),
+    )
     with pytest.raises(CheckpointError, match=r"unexpected keys: language_model\.model\.layers\.0\.self_attn\.rotary"):
         Janus.from_pretrained(folder)
 
@@ -212,7 +230,9 @@ def test_pickles_with_code_are_refused(folder):
     with pytest.raises(CheckpointError, match="expected tensors alone"):
         Janus.from_pretrained(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"no weights in .*model\.safetensors or .*pytorch_model\.bin\.index\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"no weights in .*model\.safetensors or .*pytorch_model\.bin\.index\.json"
+    ):
         Janus.from_pretrained(folder)
 
 
@@ -237,7 +257,9 @@ def test_layouts_to_each_other_and_back(toy, tmp_path):
     assert (theirs.layout, again.layout, back.layout) == ("transformers", "transformers", "original")
     assert differences(theirs, again) == differences(theirs, back) == []
     assert {name for name in differences(model, back) if not name.startswith(UNREAD)} == set()
-    assert not any(x.any() for name, x in back.state_dict().items() if name.startswith(UNREAD)), "zeros, where nothing reads"
+    assert not any(x.any() for name, x in back.state_dict().items() if name.startswith(UNREAD)), (
+        "zeros, where nothing reads"
+    )
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == load_file(toy / "model.safetensors").keys()
     for other in (theirs, again, back):
         assert other.cfg == model.cfg or other.cfg.tower.name == "siglip"
@@ -259,7 +281,11 @@ def test_what_is_written_is_what_was_read(tmp_path):
     for section in (name for name in source if name.endswith("_config")):
         flat, theirs = (one[section] | one[section].get("params", {}) for one in (saved, source))
         # VQ-16 has two blocks a level, so they go without saying
-        assert {key for key, value in theirs.items() if flat.get(key) != value} <= {"params", "torch_dtype", "num_res_blocks"}
+        assert {key for key, value in theirs.items() if flat.get(key) != value} <= {
+            "params",
+            "torch_dtype",
+            "num_res_blocks",
+        }
     assert Janus.from_pretrained(tmp_path / "same").cfg == model.cfg
     model.save_pretrained(tmp_path / "port", layout="transformers")
     shapes = {key: list(x.shape) for key, x in load_file(tmp_path / "port" / "model.safetensors").items()}
@@ -278,7 +304,12 @@ def test_a_saved_config_keeps_what_is_its_own(tmp_path):
     generation = dict(size=[16, 8], guidance=3.5, sampling=dict(temperature=0.9, top_k=40, top_p=0.8))
     generation["talk"] = dict(system="be short", template="deepseek_old", max_tokens=7)
     model = Janus.from_pretrained(janus(tmp_path / "toy", generation=generation, vision_config=dict(select_layer=-2)))
-    assert (model.cfg.size, model.cfg.guidance, model.cfg.sampling.top_k, model.talk.max_tokens) == ((16, 8), 3.5, 40, 7)
+    assert (model.cfg.size, model.cfg.guidance, model.cfg.sampling.top_k, model.talk.max_tokens) == (
+        (16, 8),
+        3.5,
+        40,
+        7,
+    )
     assert len(model.vision.trunk.blocks) == 1
     for layout in ("original", "transformers"):
         model.save_pretrained(tmp_path / layout, layout=layout, dtype="bfloat16")
@@ -352,9 +383,15 @@ def test_a_folder_of_another_family(folder, tmp_path):
         (dict(generation={"size": [0, 24]}), r"got the size \(0, 24\) to draw"),
         (dict(aligner=dict(n_embed=48)), r"got a width of 48 in the config of the aligner: expected 32"),
         (dict(aligner=dict(input_dim=48)), r"aligner_config with input_dim 48 for siglip_toy: expected 24"),
-        (dict(aligner=dict(projector_type="low_high")), r"got projector_type 'low_high' .*: expected one of identity, linear"),
+        (
+            dict(aligner=dict(projector_type="low_high")),
+            r"got projector_type 'low_high' .*: expected one of identity, linear",
+        ),
         (dict(gen_aligner=dict(input_dim=4)), r"got a width of 4 in the config of the gen_aligner's input: expected 8"),
-        (dict(vision=dict(model_name="no_such_vit", width=None)), r"unknown vision encoder 'no_such_vit': expected .*timm"),
+        (
+            dict(vision=dict(model_name="no_such_vit", width=None)),
+            r"unknown vision encoder 'no_such_vit': expected .*timm",
+        ),
         (dict(vision=dict(select_feature="cls")), r"got select_feature 'cls': expected 'same'"),
         (dict(vision=dict(image_size=6)), r"got pictures of 6 pixels for siglip_toy: expected 8 or more"),
         (dict(language=dict(num_attention_heads=5)), r"dim 32 must be a multiple of n_heads 5"),
@@ -383,7 +420,9 @@ def test_configs_that_do_not_fit(folder, changes, message):
 
 def test_files_that_do_not_fit_each_other(folder):
     change(folder / "preprocessor_config.json", image_size=32)
-    with pytest.raises(ValueError, match=r"got pictures of 32 pixels a side for a tower of 24: expected the same; correct"):
+    with pytest.raises(
+        ValueError, match=r"got pictures of 32 pixels a side for a tower of 24: expected the same; correct"
+    ):
         Janus.from_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is no JSON"):

@@ -1,4 +1,5 @@
 """Janus beside transformers' port of it, where the port is right: the same weights, through the files that we write."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,9 @@ def test_the_port_sees_and_reads_the_same(both):
     model, port = both
     prompts, pixels = asked(model)
     assert_equal(model.vision(pixels), port.model.vision_model(pixels).last_hidden_state)
-    assert_equal(model.aligner(model.vision(pixels)), port.model.aligner(port.model.vision_model(pixels).last_hidden_state))
+    assert_equal(
+        model.aligner(model.vision(pixels)), port.model.aligner(port.model.vision_model(pixels).last_hidden_state)
+    )
     given = padded(model, prompts)
     theirs = port(**given, pixel_values=pixels).logits[given["attention_mask"].bool()]
     batch = pack(prompts)
@@ -104,7 +107,9 @@ def test_the_port_draws_the_same(both):
     batch = pack([[*prompt[:-1], model.drawn(codes[0], model.markers.boi)]])
     (rows,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     ids = torch.cat([item.ids for item in prompt])
-    embedded = torch.cat((port.get_input_embeddings()(ids), port.prepare_embeddings_for_image_generation(codes[:1, :-1])[0]))
+    embedded = torch.cat(
+        (port.get_input_embeddings()(ids), port.prepare_embeddings_for_image_generation(codes[:1, :-1])[0])
+    )
     theirs = port.model.language_model(inputs_embeds=embedded[None]).last_hidden_state[0, len(ids) - 1 :]
     assert_equal(model.code_logits(rows[batch.draw.rows - 1]), port.model.generation_head(theirs))
 
@@ -144,5 +149,10 @@ def test_ours_are_the_ports_own_defaults():
     port = PortConfig()
     assert (ours.decoder.dim, ours.decoder.vocab) == (port.text_config.hidden_size, port.text_config.vocab_size)
     assert ours.decoder.n_layers == port.text_config.num_hidden_layers
-    assert ours.vq.code_dim == port.vq_config.embed_dim and ours.vq.multipliers == tuple(port.vq_config.channel_multiplier)
-    assert ours.tower.size == port.vision_config.image_size and ours.tower.vit.n_layers == port.vision_config.num_hidden_layers
+    assert ours.vq.code_dim == port.vq_config.embed_dim and ours.vq.multipliers == tuple(
+        port.vq_config.channel_multiplier
+    )
+    assert (
+        ours.tower.size == port.vision_config.image_size
+        and ours.tower.vit.n_layers == port.vision_config.num_hidden_layers
+    )

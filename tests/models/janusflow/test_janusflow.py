@@ -1,4 +1,5 @@
 """JanusFlow: the released names, the flow over a cached prompt, the verbs, and files."""
+
 import json
 from pathlib import Path
 
@@ -108,10 +109,18 @@ def apart(a: Image.Image, b: Image.Image) -> int:
 
 def test_manifest_fits_the_released_model():
     manifest = {key: tuple(shape) for key, shape in json.loads((GOLDEN / "janusflow_1_3b.json").read_text()).items()}
-    llm = dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, intermediate_size=5632)
+    llm = dict(
+        hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, intermediate_size=5632
+    )
     parts = {
         "vision_und_enc": {"image_size": 384, "model_name": "siglip_large_patch16_384", "select_layer": -1},
-        "vision_gen_enc": {"input_channels": 4, "kernel_size": 2, "stride": 2, "padding": None, "block_out_channels": [768]},
+        "vision_gen_enc": {
+            "input_channels": 4,
+            "kernel_size": 2,
+            "stride": 2,
+            "padding": None,
+            "block_out_channels": [768],
+        },
         "vision_gen_dec": {"in_channels": 768, "out_channels": 4, "upsamples": 1, "layers_in_middle": 2},
     }
     files = {f"{name}_config": {"params": params} for name, params in parts.items()}

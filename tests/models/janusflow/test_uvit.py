@@ -1,4 +1,5 @@
 """JanusFlow's convolutional ends: equal to the stored case, the released names, and what a block computes."""
+
 import json
 
 import pytest

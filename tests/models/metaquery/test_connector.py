@@ -1,4 +1,5 @@
 """MetaQuery's connector: released names, the definition written out, and what training begins with."""
+
 import json
 import math
 
@@ -26,6 +27,7 @@ def small():
 
 def written_out(state: dict[str, torch.Tensor], x: torch.Tensor, cfg: ConnectorConfig) -> torch.Tensor:
     """One sample [N, D] under the released names, in float64, head by head."""
+
     def rms(x, weight, eps):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
@@ -33,16 +35,22 @@ def written_out(state: dict[str, torch.Tensor], x: torch.Tensor, cfg: ConnectorC
     x, k = x.double(), cfg.head_dim
     angles = torch.arange(len(x)).double()[:, None] * 10000.0 ** (-torch.arange(k // 2).double() / (k // 2))
     for i in range(cfg.n_layers):
-        layer = {key.removeprefix(f"0.layers.{i}."): value for key, value in w.items() if key.startswith(f"0.layers.{i}.")}
+        layer = {
+            key.removeprefix(f"0.layers.{i}."): value for key, value in w.items() if key.startswith(f"0.layers.{i}.")
+        }
         h, heads = rms(x, layer["input_layernorm.weight"], 1e-6), []
         for head in range(cfg.dim // k):
             at = slice(head * k, (head + 1) * k)
-            q, key, v = (h @ layer[f"self_attn.{n}_proj.weight"][at].T + layer[f"self_attn.{n}_proj.bias"][at] for n in "qkv")
+            q, key, v = (
+                h @ layer[f"self_attn.{n}_proj.weight"][at].T + layer[f"self_attn.{n}_proj.bias"][at] for n in "qkv"
+            )
             turned = []
             for y, name in ((q, "q"), (key, "k")):
                 a, b = y[:, : k // 2], y[:, k // 2 :]
                 y = torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), 1)
-                turned.append(y / y.norm(dim=1, keepdim=True) * layer[f"self_attn.{name}_norm.gamma"][head] * math.sqrt(k))
+                turned.append(
+                    y / y.norm(dim=1, keepdim=True) * layer[f"self_attn.{name}_norm.gamma"][head] * math.sqrt(k)
+                )
             heads.append((turned[0] @ turned[1].T / math.sqrt(k)).softmax(1) @ v)
         x = x + torch.cat(heads, 1) @ layer["self_attn.o_proj.weight"].T
         h = rms(x, layer["post_attention_layernorm.weight"], 1e-6)

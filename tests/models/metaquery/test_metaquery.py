@@ -1,4 +1,5 @@
 """MetaQuery: batches equal single runs, guidance, seeds, sizes, the frozen reader, files, both readers, and bad input."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -115,7 +116,9 @@ def test_equal_prompts_are_read_once(model, pictures):
 
 def test_the_condition_is_computed_once_a_picture(model):
     calls = []
-    hooks = [part.register_forward_hook(lambda *_: calls.append(1)) for part in (model.connector, model.painter.caption)]
+    hooks = [
+        part.register_forward_hook(lambda *_: calls.append(1)) for part in (model.connector, model.painter.caption)
+    ]
     model.generate("a", steps=4)
     for hook in hooks:
         hook.remove()
@@ -235,7 +238,9 @@ def changed(folder: Path, name: str = "config.json", **changes) -> Path:
 
 def test_another_number_of_queries_fails_with_the_numbers(folder):
     """The original starts such queries anew without a word."""
-    with pytest.raises(CheckpointError, match=r"has 296 rows, for 6 queries behind 288 ids.* num_metaqueries 5, 295 rows"):
+    with pytest.raises(
+        CheckpointError, match=r"has 296 rows, for 6 queries behind 288 ids.* num_metaqueries 5, 295 rows"
+    ):
         MetaQuery.from_pretrained(changed(folder, num_metaqueries=5))
 
 

@@ -1,4 +1,5 @@
 """The readers that MetaQuery asks: the released names of each, LLaVA-OneVision's prompts, and a whole model around one."""
+
 import json
 import re
 from dataclasses import replace
@@ -25,7 +26,14 @@ from unimm.vlms.llava_onevision.model import LlavaOneVision
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
 
 QWEN = json.loads((GOLDEN / "blocks" / "qwen2p5vl" / "manifests.json").read_text())
-NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+NAMES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 # name -> the reader's config, its own files' names, tensors and parameters of the whole (the original's classes say the
 # same)
 RELEASED = {

@@ -1,4 +1,5 @@
 """The bundled metaquery-nano: its size, its reader's knowledge, what it draws, and that its release row tells the truth."""
+
 import importlib.util
 import json
 import sys

@@ -1,4 +1,5 @@
 """Sizes, schedules and decays of UniWorld and MetaQuery against the stored tables."""
+
 import json
 
 import pytest

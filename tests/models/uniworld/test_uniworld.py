@@ -1,4 +1,5 @@
 """UniWorld: files and manifests, one pass a request, batches, guidance, references, who answers and who draws, bad input."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -62,7 +63,9 @@ def released() -> UniWorldConfig:
 def test_manifest_fits_the_released_model():
     """Every released key meets a parameter of the same shape, every parameter a key; the head's file, too."""
     theirs = expanded("qwen2.5-vl-7b")
-    theirs |= {f"denoise_tower.denoiser.{key}": shape for key, shape in manifest("flux1_dev_transformer_diffusers").items()}
+    theirs |= {
+        f"denoise_tower.denoiser.{key}": shape for key, shape in manifest("flux1_dev_transformer_diffusers").items()
+    }
     for name, (into, hidden, out) in PROJECTORS.items():
         for i, (rows, columns) in {0: (hidden, into), 2: (out, hidden)}.items():
             theirs |= {f"denoise_tower.{name}_projector.{i}.weight": (rows, columns),
@@ -95,7 +98,9 @@ def test_round_trip(tmp_path, model):
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
     words = ("draw a cat", [picture(0)])
-    assert apart(model.generate(*words[:1], images=words[1]).image, again.generate(words[0], images=words[1]).image) == 0
+    assert (
+        apart(model.generate(*words[:1], images=words[1]).image, again.generate(words[0], images=words[1]).image) == 0
+    )
     model.save_pretrained(tmp_path / "half", dtype="bfloat16")
     half = UniWorld.from_pretrained(tmp_path / "half", dtype="bfloat16")
     kinds = {name: x.dtype for name, x in half.state_dict().items()}
@@ -111,7 +116,9 @@ def test_the_head_of_a_pickle(tmp_path, model):
     again = UniWorld.from_pretrained(tmp_path / "case")
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
     (tmp_path / "case" / "task_head_final.pt").unlink()
-    with pytest.raises(ValueError, match=r"without its head that decides: give from_pretrained a folder with task_head"):
+    with pytest.raises(
+        ValueError, match=r"without its head that decides: give from_pretrained a folder with task_head"
+    ):
         replaced(UniWorld.from_pretrained(tmp_path / "case"), model).respond("a cat")
 
 
@@ -138,7 +145,9 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     assert whole.parts.tower and whole.parts.vae and whole.parts.clip and not whole.parts.t5
     asked.clear()
     lone = UniWorld.from_pretrained(tmp_path / "core")
-    assert not asked and lone.parts.tower is None and lone.parts.vae is None, "a folder's parts are below it, or asked for"
+    assert not asked and lone.parts.tower is None and lone.parts.vae is None, (
+        "a folder's parts are below it, or asked for"
+    )
     assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").parts.t5 is not None
 
 
@@ -193,7 +202,9 @@ def test_what_is_told_is_what_is_read_with_the_features_before_their_marker(mode
     (reading,) = model.read([items])
     looks = model.parts.look(shown)
     (told,) = model.told([items], [reading.states], looks)
-    ids = torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), model.cfg.reader.markers.image))) for one in items])
+    ids = torch.cat(
+        [torch.cat((one.ids, torch.full((one.n_tokens,), model.cfg.reader.markers.image))) for one in items]
+    )
     rows, seen, at = model.from_reader(reading.states), model.from_look(looks), 0
     expected = []
     for i, one in enumerate(ids.tolist()):
@@ -250,7 +261,10 @@ def deciding(model: UniWorld, *, draws: bool) -> UniWorld:
 
 def test_the_head_decides_who_answers(model):
     drawn = deciding(model, draws=True).respond("a bird", images=picture(0), seed=3)
-    assert isinstance(drawn, Generation) and apart(drawn.image, model.generate("a bird", images=picture(0), seed=3).image) == 0
+    assert (
+        isinstance(drawn, Generation)
+        and apart(drawn.image, model.generate("a bird", images=picture(0), seed=3).image) == 0
+    )
     sampling = TextSampling(max_tokens=5)
     said = deciding(model, draws=False).respond("a bird", images=picture(0), text=sampling)
     shown = {"role": "user", "content": "a bird" + PLACEHOLDER, "images": [model.cfg.reader.pixels(picture(0))]}
@@ -278,7 +292,9 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     prompts = ["a cat", "make the much longer cube red, and then some", "both"]
     images = [None, picture(0), [picture(1, 40, 40), picture(2, 90, 90)]]
     scales, free = [3.5, 1.0, 2.0], [1.0, 2.0, 1.0]
-    together = model.generate(prompts, images=images, seed=[5, 7, 9], guidance=scales, text_guidance=free, size=(64, 96))
+    together = model.generate(
+        prompts, images=images, seed=[5, 7, 9], guidance=scales, text_guidance=free, size=(64, 96)
+    )
     for i, prompt in enumerate(prompts):
         alone = model.generate(
             prompt, images=images[i], seed=[5, 7, 9][i], guidance=scales[i], text_guidance=free[i], size=(64, 96)
@@ -299,7 +315,12 @@ def test_text_guidance_leads_away_from_nothing(model):
     noise, pooled, times = torch.randn(1, 4, 8, 8), torch.zeros(1, 24), torch.tensor([1.0, 0.0])
     plain, empty, twice, none = (
         model.denoise(some, noise, pooled=pooled, guidance=3.5, times=times, text_guidance=scale)
-        for some, scale in ((told, None), ([told[0][:0]], None), (told, torch.tensor([2.0])), (told, torch.tensor([0.0])))
+        for some, scale in (
+            (told, None),
+            ([told[0][:0]], None),
+            (told, torch.tensor([2.0])),
+            (told, torch.tensor([0.0])),
+        )
     )
     assert torch.allclose(twice, 2 * plain - empty, atol=1e-4) and torch.allclose(none, empty, atol=1e-5)
     assert not torch.allclose(plain, empty, atol=1e-3)

@@ -1,4 +1,5 @@
 """The bundled uniworld-nano: its size, the VAE that it shares, what it decides, and that its release row tells the truth."""
+
 import json
 
 import pytest

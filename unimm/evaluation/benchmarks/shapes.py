@@ -3,6 +3,7 @@
 The judge reads the drawn scene from its pixels, so no model judges another. Every example and every picture's noise
 follows from (seed, task, index): a score does not depend on the batch, but for rounding.
 """
+
 import difflib
 import hashlib
 from collections.abc import Iterator, Sequence

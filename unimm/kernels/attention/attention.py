@@ -3,6 +3,7 @@
 Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query
 and m key rows in a padded call.
 """
+
 import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -80,13 +81,17 @@ def _tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[int,
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
-        raise ValueError(f"attention needs q [N, H, K], k = v [M, G, K], H % G == 0; got {[tuple(t.shape) for t in (q, k, v)]}")
+        raise ValueError(
+            f"attention needs q [N, H, K], k = v [M, G, K], H % G == 0; got {[tuple(t.shape) for t in (q, k, v)]}"
+        )
     if q.shape[0] != mask.n_queries:
         raise ValueError(f"attention got {q.shape[0]} query rows, the mask describes {mask.n_queries}")
     if k.shape[0] < mask.n_keys:
         raise ValueError(f"attention got {k.shape[0]} key rows, the mask describes {mask.n_keys}")
     if q.device.type != mask.device.type:
-        raise ValueError(f"attention got q on {q.device}, a mask on {mask.device}: expected one device; use mask.to(q.device)")
+        raise ValueError(
+            f"attention got q on {q.device}, a mask on {mask.device}: expected one device; use mask.to(q.device)"
+        )
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -94,7 +99,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     k, v = (repeat(t, "m g k -> m (g r) k", r=q.shape[1] // k.shape[1]) for t in (k, v))
     scores = torch.einsum("nhk, mhk -> hnm", q, k) * q.shape[2] ** -0.5
     allowed = mask.dense(k.shape[0])
-    sees = allowed.any(-1, keepdim=True)  # a row that sees nothing looks at all, and then at none: softmax of no number is nan
+    sees = allowed.any(
+        -1, keepdim=True
+    )  # a row that sees nothing looks at all, and then at none: softmax of no number is nan
     p = scores.masked_fill(~allowed & sees, float("-inf")).softmax(-1).masked_fill(~sees, 0.0)
     return torch.einsum("hnm, mhk -> nhk", p, v)
 
@@ -218,7 +225,14 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 @custom_op("unimm::attention", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, table: Tensor, by_row: list[Tensor], by_key: list[Tensor], backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    table: Tensor,
+    by_row: list[Tensor],
+    by_key: list[Tensor],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N] (-inf: sees nothing).
 
@@ -261,7 +275,9 @@ def _(q, k, v, starts, lengths):  # type: ignore[no-untyped-def]
 
 @_op.register_fake
 def _(q, k, v, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[1], q.shape[0]), dtype=_wide(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[1], q.shape[0]), dtype=_wide(q)
+    )
 
 
 @_backward_op.register_fake
@@ -297,7 +313,9 @@ def _described(table: Tensor, ranges: Tensor, n_queries: int) -> Mask:
     """The mask of an op's arguments; the last ones are remembered, since every layer asks for the same."""
     made_from_ranges = not table[0, 0]
     content = ranges.cpu() if made_from_ranges else table
-    return _remembered(content.numpy().tobytes(), tuple(content.shape), n_queries if made_from_ranges else None, ranges.device)
+    return _remembered(
+        content.numpy().tobytes(), tuple(content.shape), n_queries if made_from_ranges else None, ranges.device
+    )
 
 
 @lru_cache(maxsize=16)
@@ -323,7 +341,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tenso
     return torch.cat(outs).index_select(0, back), torch.cat(sums).index_select(0, back).t().contiguous()
 
 
-def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2, algorithm 2 (arXiv 2307.08691), a call at a time: p from lse, ds = p * (dp - sum(o * do))."""
     calls, back = mask.calls
     wide = _wide(q)

@@ -2,6 +2,7 @@
 
 Axes: N query rows, M key rows, R ranges a key (1 or 2), B samples of a padded call, n and m their rows.
 """
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -132,10 +133,14 @@ class Mask:
 
         """
         pairs = [(first, last), *([second] if second else [])]
-        ranges = np.stack([np.stack([np.asarray(torch.as_tensor(x).cpu(), dtype=np.int64) for x in pair]) for pair in pairs])
+        ranges = np.stack(
+            [np.stack([np.asarray(torch.as_tensor(x).cpu(), dtype=np.int64) for x in pair]) for pair in pairs]
+        )
         n = ranges.shape[2] if queries is None else queries
         if ranges.size and (ranges.min() < 0 or ranges.max() > n):
-            raise ValueError(f"ranges reach from {ranges.min()} to {ranges.max()}: expected rows 0 to {n}; give `queries`")
+            raise ValueError(
+                f"ranges reach from {ranges.min()} to {ranges.max()}: expected rows 0 to {n}; give `queries`"
+            )
         return cls((), device=device, spans=Spans.found(ranges, n))
 
     def to(self, device: torch.device | str) -> "Mask":
@@ -254,7 +259,9 @@ class Mask:
 
     def of(self, sample: int) -> Tensor:
         """The mask of one sample, [N, M] bool."""
-        (q, n), (k, m) = ((x[sample], y[sample]) for x, y in ((self.query_starts, self.queries), (self.key_starts, self.keys)))
+        (q, n), (k, m) = (
+            (x[sample], y[sample]) for x, y in ((self.query_starts, self.queries), (self.key_starts, self.keys))
+        )
         first, last = self.ranges[0, :, k : k + m]
         rows = torch.arange(q, q + n, device=self.device)[:, None]
         return (rows >= first) & (rows < last)
@@ -277,7 +284,9 @@ class Mask:
             # few different shapes: a matrix product compiles itself for each one (oneDNN), which costs more than padding
             b, n = _up(len(samples), BUCKET_SAMPLES), max(self.queries[i] for i in samples)
             n, m = n if n == 1 else _up(n, BUCKET_ROWS), _up(max(self.keys[i] for i in samples), BUCKET_ROWS)
-            numbers = np.array([(self.queries[i], self.keys[i], self.query_starts[i], self.key_starts[i]) for i in samples])
+            numbers = np.array(
+                [(self.queries[i], self.keys[i], self.query_starts[i], self.key_starts[i]) for i in samples]
+            )
             fill = np.array([(0, 0, 0, self.key_starts[samples[0]])] * (b - len(samples)), np.int64).reshape(-1, 4)
             n_q, n_k, q_start, k_start = np.concatenate((numbers, fill)).T[:, :, None]
             row, key = np.arange(n)[None], np.arange(m)[None]
@@ -312,7 +321,9 @@ class Mask:
         if not self.samples:
             for row in range(0, self.n_queries, CALL_ROWS):
                 yield row, min(row + CALL_ROWS, self.n_queries), 0, self.n_keys
-        for blocks, n, m, q, k in zip(self.samples, self.queries, self.keys, self.query_starts, self.key_starts, strict=True):
+        for blocks, n, m, q, k in zip(
+            self.samples, self.queries, self.keys, self.query_starts, self.key_starts, strict=True
+        ):
             end = q + n - m  # where the sample would begin if all its rows asked
             for block in blocks:
                 row, end = max(end, q), end + block.length
@@ -322,7 +333,9 @@ class Mask:
     def _spans(self) -> Spans:
         """A span for each block, or two for a causal one of which only the end asks."""
         rows = []
-        for blocks, n, m, q, k in zip(self.samples, self.queries, self.keys, self.query_starts, self.key_starts, strict=True):
+        for blocks, n, m, q, k in zip(
+            self.samples, self.queries, self.keys, self.query_starts, self.key_starts, strict=True
+        ):
             at = 0
             for block in blocks:
                 begin, at = at, at + block.length

@@ -1,4 +1,5 @@
 """A mask as a picture: rows of queries over columns of keys."""
+
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -61,7 +62,9 @@ def _colours(mask: "Mask") -> Pixels:
     return colours
 
 
-def _tiled(mask: "Mask", pixels: Pixels, rows: NDArray[np.int64], keys: NDArray[np.int64], size: tuple[int, int]) -> Pixels:
+def _tiled(
+    mask: "Mask", pixels: Pixels, rows: NDArray[np.int64], keys: NDArray[np.int64], size: tuple[int, int]
+) -> Pixels:
     """Pixels of empty tiles blank, those of partly visible tiles pale."""
     full, part = mask.spans.visits(*size)
     at = np.ix_(rows // size[0], keys // size[1])

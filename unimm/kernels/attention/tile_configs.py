@@ -3,6 +3,7 @@
 Chosen by compiling ahead of time (tests/test_aot.py): no spills, shared memory under the architecture's limit, its matrix
 instructions present. Speed on a GPU has not yet chosen between those that pass.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -102,5 +103,7 @@ def pick(arch: str, head_dim: int, dtype: torch.dtype) -> Config:
     table = TABLE[arch, dtype.itemsize]
     width = next((width for width in table if head_dim <= width), None)
     if width is None:
-        raise ValueError(f"got heads of {head_dim} dimensions: the kernels take at most {max(table)}; use backend 'sdpa'")
+        raise ValueError(
+            f"got heads of {head_dim} dimensions: the kernels take at most {max(table)}; use backend 'sdpa'"
+        )
     return table[width]

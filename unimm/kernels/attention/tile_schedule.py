@@ -2,6 +2,7 @@
 
 Axes: N query rows, M key rows, S spans, R ranges a key (1 or 2), I and J tiles of rows and of keys.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -127,7 +128,9 @@ class Spans:
         z = np.minimum(self.start[of] + self.length[of], (tile + 1) * keys) - self.start[of] - 1
         some, every = np.zeros((2, n_j * (n_i + 1)))
         for r in range(self.first.shape[1]):
-            first, last, first_step, last_step = (x[of, r] for x in (self.first, self.last, self.first_step, self.last_step))
+            first, last, first_step, last_step = (
+                x[of, r] for x in (self.first, self.last, self.first_step, self.last_step)
+            )
             begin, end = (first + a * first_step) // rows, -(-(last + z * last_step) // rows)
             _mark(some, tile * (n_i + 1), begin, np.maximum(begin, end), np.ones_like(tile))
             begin, end = -(-(first + z * first_step) // rows), (last + a * last_step) // rows
@@ -166,7 +169,9 @@ def _mark(counts: NDArray[np.float64], line: Ints, begin: Ints, end: Ints, weigh
 def _runs(visits: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     """Runs of True in each line of a matrix [I, J]: ptr [I + 1], and begin and end of each run, padded."""
     n, width = visits.shape
-    edges = np.flatnonzero(np.diff(np.pad(visits, ((0, 0), (1, 1))).view(np.int8), axis=1))  # begin, end, begin, end ...
+    edges = np.flatnonzero(
+        np.diff(np.pad(visits, ((0, 0), (1, 1))).view(np.int8), axis=1)
+    )  # begin, end, begin, end ...
     line, at = np.divmod(edges, width + 1)
     ptr = np.concatenate(([0], np.cumsum(np.bincount(line[::2], minlength=n))))
     runs = np.zeros(2 * max(RUNS, 1 << (len(at) // 2 - 1).bit_length()), np.int32)

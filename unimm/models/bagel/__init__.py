@@ -1,4 +1,5 @@
 """BAGEL: Mixture-of-Transformers, generalized causal attention, rectified flow inside the language model."""
+
 from unimm.models.release import Release
 
 VERBS = ("generate", "understand", "interleave")

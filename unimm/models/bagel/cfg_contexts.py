@@ -3,6 +3,7 @@
 For models that draw inside the language model, over its cache. Axes: N packed tokens, L latent tokens of a picture,
 D model, C features of a latent token.
 """
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -44,7 +45,9 @@ class Dialogue:
     size: tuple[int, int] | None = None  # (height, width) of the last picture
 
 
-def say(model: Speaker, dialogues: Sequence[Dialogue], texts: Sequence[Item], *, system: bool = False) -> list[Dialogue]:
+def say(
+    model: Speaker, dialogues: Sequence[Dialogue], texts: Sequence[Item], *, system: bool = False
+) -> list[Dialogue]:
     """Append a text to each dialogue; the context without the last text is then the one before it.
 
     A `system` prompt leaves that context behind: the text that comes next moves it past the prompt.
@@ -82,7 +85,9 @@ def _append(
     model: Speaker, dialogues: Sequence[Dialogue], items: Sequence[Sequence[Item]], names: Sequence[str]
 ) -> list[dict[str, Context]]:
     """Extend the named contexts of each dialogue by its items, equal ones once."""
-    jobs = {(i, id(context)): context for i, d in enumerate(dialogues) for context in (getattr(d, name) for name in names)}
+    jobs = {
+        (i, id(context)): context for i, d in enumerate(dialogues) for context in (getattr(d, name) for name in names)
+    }
     done = dict(zip(jobs, extend(model, list(jobs.values()), [items[i] for i, _ in jobs]), strict=True))
     return [{name: done[i, id(getattr(d, name))] for name in names} for i, d in enumerate(dialogues)]
 
@@ -126,7 +131,9 @@ class Canvas:
         if branches not in self.plans:
             device, total = self.model.device, sum(self.lengths)
             past = [self.cache.past(self.slots[branch]) for branch in branches]
-            blocks = [[Segment(length=self.lengths[i] + 2, attend="full", visible=False, advance=0)] for i, _ in branches]
+            blocks = [
+                [Segment(length=self.lengths[i] + 2, attend="full", visible=False, advance=0)] for i, _ in branches
+            ]
             layout = lay_out(blocks, past, device=device)
             # rows of [all latents; boi; eoi] in pack order: a sample's branches begin from the same latents
             spans = torch.arange(total).split(self.lengths)

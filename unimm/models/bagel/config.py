@@ -1,4 +1,5 @@
 """BAGEL's config: the released config files to and from numbers."""
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ class BagelConfig:
         return cls.from_files(llm or top.get("llm_config", {}), vit or top.get("vit_config", {}), top, sides)
 
     @classmethod
-    def from_files(cls, llm: Mapping, vit: Mapping, top: Mapping, sides: Mapping[str, int] | None = None) -> "BagelConfig":
+    def from_files(
+        cls, llm: Mapping, vit: Mapping, top: Mapping, sides: Mapping[str, int] | None = None
+    ) -> "BagelConfig":
         """From the released files' contents. Missing values are those that the released code writes into itself.
 
         sides: of the tables of positions, by their names in the weights, where these are known better.

@@ -2,6 +2,7 @@
 
 Axes: L latent tokens of a picture, C features of a latent token.
 """
+
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,9 @@ class Bagel(BagelNetwork, UnifiedModel):
         """What texts and pictures are in this model's sequences; marker ids from the tokenizer, else from the config."""
         cfg, markers = self.cfg, Markers.of(self.tokenizer) if self.tokenizer else self.cfg.markers
         if markers is None:
-            raise ValueError("this checkpoint has no tokenizer and its config names no new_token_ids: add tokenizer.json")
+            raise ValueError(
+                "this checkpoint has no tokenizer and its config names no new_token_ids: add tokenizer.json"
+            )
         return Items(
             markers=markers,
             patch=cfg.vision.patch if cfg.vision else None,
@@ -99,7 +102,9 @@ class Bagel(BagelNetwork, UnifiedModel):
         return list(x.split([len(noise) for noise in noises]))
 
     @torch.inference_mode()
-    def picture_items(self, image: Image.Image, *, noise: Tensor | None, draw: bool) -> tuple[list[Item], tuple[int, int]]:
+    def picture_items(
+        self, image: Image.Image, *, noise: Tensor | None, draw: bool
+    ) -> tuple[list[Item], tuple[int, int]]:
         """A picture as latents (`draw`) and as patches, and its size (height, width) after the VAE's resize, which both use.
 
         noise [z, h, w] draws from the VAE's posterior, as the original always does; None takes its mean.
@@ -238,7 +243,9 @@ class Bagel(BagelNetwork, UnifiedModel):
         tokens = (size[0] // self.cfg.stride) * (size[1] // self.cfg.stride)
         return torch.randn(tokens, self.cfg.latent_dim, generator=generator, dtype=torch.float32, device="cpu")
 
-    def _draw(self, dialogues: list[Dialogue], generators: Sequence[torch.Generator], options: Drawing) -> list[Image.Image]:
+    def _draw(
+        self, dialogues: list[Dialogue], generators: Sequence[torch.Generator], options: Drawing
+    ) -> list[Image.Image]:
         """A picture after each dialogue: guided as an edit where pictures came before."""
         d = self.cfg.defaults
         most = self.cfg.stride * self.cfg.latent_side
@@ -277,10 +284,14 @@ class Bagel(BagelNetwork, UnifiedModel):
         self, dialogues: Sequence[Dialogue], pictures: Sequence[Sequence], generators: Sequence, *, draw: bool
     ) -> list[Dialogue]:
         """Append each sample's pictures."""
-        made = [[self._picture(one, g, draw=draw) for one in some] for some, g in zip(pictures, generators, strict=True)]
+        made = [
+            [self._picture(one, g, draw=draw) for one in some] for some, g in zip(pictures, generators, strict=True)
+        ]
         return show(self, dialogues, made)
 
-    def _picture(self, picture: Picture, generator: torch.Generator, *, draw: bool) -> tuple[list[Item], tuple[int, int]]:
+    def _picture(
+        self, picture: Picture, generator: torch.Generator, *, draw: bool
+    ) -> tuple[list[Item], tuple[int, int]]:
         image, vae = open_image(picture), self.cfg.vae
         width, height = self.cfg.draw.size(image.width, image.height)
         grid = height // vae.stride, width // vae.stride

@@ -5,6 +5,7 @@ Two experts share every attention: "und" owns text, ViT tokens and all markers, 
 
 Axes: N packed tokens, L latent tokens of a picture, D model, C features of a latent token, V vocabulary.
 """
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,4 +1,5 @@
 """What a text or an image is in BAGEL's sequences: tokens, special tokens, image processor, defaults."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,7 +84,9 @@ class Defaults:
     @classmethod
     def from_files(cls, files: Mapping) -> "Defaults":
         """From the mapping that a nano's config.json carries under "generation"; the released numbers for what is missing."""
-        guidance = {k: Guidance(**files[k] | {"interval": tuple(files[k]["interval"])}) for k in ("draw", "edit") if k in files}
+        guidance = {
+            k: Guidance(**files[k] | {"interval": tuple(files[k]["interval"])}) for k in ("draw", "edit") if k in files
+        }
         size = {"size": tuple(files["size"])} if "size" in files else {}
         return cls(**{**files, **guidance, **size})
 

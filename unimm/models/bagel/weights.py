@@ -1,4 +1,5 @@
 """BAGEL's key maps: the released names and ours."""
+
 from collections.abc import Mapping
 
 from unimm.checkpoint.keymap import Table
@@ -10,7 +11,9 @@ EXPERTS = {"und": "", "gen": "_moe_gen"}
 def _layer_keys(names: Mapping[str, str]) -> dict[str, str]:
     """A row for each expert: the generation expert's names end in _moe_gen."""
     theirs, ours = "language_model.model.layers.{{}}.{}.{{}}", "decoder.blocks.{{}}.streams.{}.{}.{{}}"
-    rows = [(name.replace("*", suffix), stream, part) for stream, suffix in EXPERTS.items() for name, part in names.items()]
+    rows = [
+        (name.replace("*", suffix), stream, part) for stream, suffix in EXPERTS.items() for name, part in names.items()
+    ]
     return {theirs.format(name): ours.format(stream, part) for name, stream, part in rows}
 
 

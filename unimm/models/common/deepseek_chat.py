@@ -3,6 +3,7 @@
 A prompt is text whose placeholders become pictures; everything is read causally. docs/originals/janus.md, "Tokenizer"
 and "Image processor".
 """
+
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -74,9 +75,13 @@ class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
             raise ValueError(f"got {len(question)} questions to stream: expected one")
         return super().understand(images, question, stream=stream, text=text, seed=seed)
 
-    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
+    def interleave(
+        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+    ) -> Iterator:
         """Not for this family."""
-        raise NotImplementedError(f"{type(self).__name__} gives one text or one kind of picture a call: Bagel interleaves")
+        raise NotImplementedError(
+            f"{type(self).__name__} gives one text or one kind of picture a call: Bagel interleaves"
+        )
 
     # ---- prompts
 

@@ -1,4 +1,5 @@
 """The half of a network that Janus and JanusFlow share: a decoder, and a tower to look with."""
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn

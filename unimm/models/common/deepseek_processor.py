@@ -3,6 +3,7 @@
 Made without the model, so that training can make its batches ahead. docs/originals/janus.md, "Tokenizer" and "Image
 processor".
 """
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -148,7 +149,9 @@ class Prompts:
         """Messages, and an empty one for the assistant to fill, with a picture at each placeholder: bos first."""
         markers, items = self.markers, []
         asked = [*messages, Message(self.roles[1], "")]
-        for i, piece in enumerate(format_conversation(asked, system=system, template=self.talk.template).split(PLACEHOLDER)):
+        for i, piece in enumerate(
+            format_conversation(asked, system=system, template=self.talk.template).split(PLACEHOLDER)
+        ):
             ids = encode_marked(self.words, piece)
             if i == 0:
                 ids = [markers.bos, *ids]

@@ -1,4 +1,5 @@
 """What MetaQuery and UniWorld share: a model around a frozen reader speaks with the reader's own voice."""
+
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ class AroundReader(UnifiedModel):
         """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
         return self.speaker.chat(turns, system=system, stream=stream, text=text, seed=seed)
 
-    def interleave(self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0) -> Iterator:
+    def interleave(
+        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+    ) -> Iterator:
         """Not for these families."""
         raise NotImplementedError(f"{type(self).__name__} gives one text or one picture a call: Bagel interleaves")

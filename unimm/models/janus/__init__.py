@@ -1,4 +1,5 @@
 """Janus and Janus-Pro: decoupled vision encoders on one autoregressive transformer."""
+
 from unimm.models.release import Release
 
 VERBS = ("generate", "understand", "chat")

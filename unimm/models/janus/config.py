@@ -1,4 +1,5 @@
 """Janus's config: the released config files to and from numbers."""
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ class JanusConfig:
             ("gen_aligner's input", self.code_aligner.dim_in, self.vq.code_dim),
         ):
             if got != expected:
-                raise ValueError(f"got a width of {got} in the config of the {name}: expected {expected}, as what it meets has")
+                raise ValueError(
+                    f"got a width of {got} in the config of the {name}: expected {expected}, as what it meets has"
+                )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,7 +85,9 @@ class JanusConfig:
         """Read config.json, of either layout, and preprocessor_config.json, if it is there."""
         files, look = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
         if "vision_config" not in files:
-            raise ValueError(f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}")
+            raise ValueError(
+                f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}"
+            )
         files = original_config(files) if "text_config" in files else files
         if lost := [part for part in PARTS if part not in files]:
             raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: fetch it again")
@@ -118,7 +123,11 @@ class JanusConfig:
             "vision_config": {"cls": "CLIPVisionTower", "model_type": "vision", "params": self.tower.to_files()},
             "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": self.aligner.to_files()},
             "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision", "params": vq},
-            "gen_aligner_config": {"cls": "MlpProjector", "model_type": "gen_aligner", "params": self.code_aligner.to_files()},
+            "gen_aligner_config": {
+                "cls": "MlpProjector",
+                "model_type": "gen_aligner",
+                "params": self.code_aligner.to_files(),
+            },
             "gen_head_config": {"cls": "vision_head", "model_type": "gen_head", "params": head},
             "language_config": self.decoder.to_files() | {"model_type": "llama"},
             "generation": {"size": list(self.size), "guidance": self.guidance}

@@ -6,6 +6,7 @@ next code, each fed back through an embedding and an aligner of its own. Everyth
 
 Axes: N packed rows, P pictures to draw, n codes of a picture, D model, E features of a code, V ids or codes.
 """
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,7 +182,9 @@ class Janus(JanusNetwork, Conversing):
         if think:
             raise NotImplementedError("Janus does not think before it draws: Bagel does")
         if steps is not None:
-            raise NotImplementedError("Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps")
+            raise NotImplementedError(
+                "Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps"
+            )
         if size is not None and sides(size) != self.cfg.size:
             raise ValueError(
                 f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone; leave size out"

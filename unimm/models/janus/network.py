@@ -1,4 +1,5 @@
 """Janus's network: a causal decoder between two encoders and two heads."""
+
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any

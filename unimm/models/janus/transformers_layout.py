@@ -3,6 +3,7 @@
 docs/originals/janus.md, "transformers layout" and "Key mapping". The numbers for what a config leaves out are those of
 its JanusConfig.
 """
+
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -59,13 +60,19 @@ def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
     d = llm["hidden_size"]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mlp_ratio")
-    vit = ViTNumbers(**dict(zip(("dim", "n_layers", "n_heads", "patch", "mlp_ratio"), (vision[k] for k in sizes), strict=True)))
+    vit = ViTNumbers(
+        **dict(zip(("dim", "n_layers", "n_heads", "patch", "mlp_ratio"), (vision[k] for k in sizes), strict=True))
+    )
     name = f"siglip_large_patch16_{vision['image_size']}"
     params: dict[str, Any] = {"image_size": vision["image_size"], "model_name": name}
     if vit != RELEASED.get(name):
         params |= {"model_name": "siglip"} | {theirs: getattr(vit, ours) for ours, theirs in ViTNumbers.FILES.items()}
     codes = {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"], "ch": vq["base_channels"]}
-    codes |= {"ch_mult": vq["channel_multiplier"], "num_res_blocks": vq["num_res_blocks"], "z_channels": vq["latent_channels"]}
+    codes |= {
+        "ch_mult": vq["channel_multiplier"],
+        "num_res_blocks": vq["num_res_blocks"],
+        "z_channels": vq["latent_channels"],
+    }
     look = {"projector_type": "mlp_gelu", "depth": vision["depth"], "input_dim": vit.dim, "n_embed": d}
     draw = {"projector_type": "mlp_gelu", "depth": vq["num_hidden_layers"], "input_dim": vq["embed_dim"], "n_embed": d}
     head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": d}
@@ -91,15 +98,23 @@ def transformers_files(files: Files, *, markers: Markers | None, image: int | No
     tower, aligners = TowerConfig.from_files(top["vision_config"]["params"]), ("aligner_config", "gen_aligner_config")
     vit, d = tower.vit, llm["hidden_size"]
     if vit is None:
-        raise ValueError(f'got the encoder {tower.name}: transformers knows SigLIP alone; save it with layout="original"')
+        raise ValueError(
+            f'got the encoder {tower.name}: transformers knows SigLIP alone; save it with layout="original"'
+        )
     if short := [name for name in aligners if top[name]["params"]["projector_type"] == "identity"]:
-        raise ValueError(f'got an identity as {short[0]}: transformers has a linear at least; save it with layout="original"')
+        raise ValueError(
+            f'got an identity as {short[0]}: transformers has a linear at least; save it with layout="original"'
+        )
     if head["image_token_embed"] != d:
         raise ValueError(
             f"got a code head of width {head['image_token_embed']} in a model of width {d}: transformers has one number "
             'for both; save it with layout="original"'
         )
-    vision = dict(VISION) | {"hidden_size": vit.dim, "num_hidden_layers": tower.depth, "num_attention_heads": vit.n_heads}
+    vision = dict(VISION) | {
+        "hidden_size": vit.dim,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": vit.n_heads,
+    }
     vision |= {"patch_size": vit.patch, "mlp_ratio": vit.mlp_ratio, "image_size": tower.size, "projection_dim": d}
     vision |= {"depth": top["aligner_config"]["params"]["depth"], "model_type": "janus_vision_model"}
     vision |= {"num_image_tokens": (tower.size // vit.patch) ** 2}
@@ -114,7 +129,12 @@ def transformers_files(files: Files, *, markers: Markers | None, image: int | No
     config |= {"image_token_id": image} if image is not None else {}
     side = {"height": look["image_size"], "width": look["image_size"]}
     look = {**look, "image_processor_type": "JanusImageProcessor", "processor_class": "JanusProcessor", "size": side}
-    drawn: dict[str, Any] = {"guidance_scale": top["generation"]["guidance"], "temperature": 1.0, "do_sample": True, "top_k": 0}
+    drawn: dict[str, Any] = {
+        "guidance_scale": top["generation"]["guidance"],
+        "temperature": 1.0,
+        "do_sample": True,
+        "top_k": 0,
+    }
     if markers:
         drawn |= {"bos_token_id": markers.bos, "eos_token_id": markers.eos, "pad_token_id": markers.pad}
         drawn |= {"generation_kwargs": {"boi_token_id": markers.boi}}
@@ -138,7 +158,11 @@ def transformers_keys(depth: int, code_depth: int) -> Table:
         "model.generation_head.proj_out.{}": "code_head.fc1.{}",
         "model.generation_head.vision_head.{}": "code_head.fc2.{}",
         "model.vqmodel.quantize.embedding.{}": "vq.quantize.embedding.{}",
-        **{f"model.vqmodel.{side}.mid.{theirs}.{{*}}": f"vq.{side}.mid.{i}.{{*}}" for side in SIDES for i, theirs in MIDDLE},
+        **{
+            f"model.vqmodel.{side}.mid.{theirs}.{{*}}": f"vq.{side}.mid.{i}.{{*}}"
+            for side in SIDES
+            for i, theirs in MIDDLE
+        },
         **{
             f"model.vqmodel.{side}.{stack}.{{}}.{theirs}.{{*}}": f"vq.{side}.conv_blocks.{{}}.{part}.{{*}}"
             for side, (stack, change) in SIDES.items()

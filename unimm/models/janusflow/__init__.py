@@ -1,4 +1,5 @@
 """JanusFlow: decoupled vision encoders, and rectified flow inside the language model."""
+
 from unimm.models.release import Release
 
 HUB = "deepseek-ai/JanusFlow-1.3B"

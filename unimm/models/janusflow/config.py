@@ -1,4 +1,5 @@
 """JanusFlow's config: the released config files to and from numbers."""
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ class JanusFlowConfig:
     def __post_init__(self) -> None:
         dim, tokens = self.decoder.dim, [self.encoder.grid(side) for side in self.latent]
         if (self.encoder.time_dim, self.painter.time_dim) != (dim, dim):
-            raise ValueError(f"got hidden_size {self.encoder.time_dim}, {self.painter.time_dim} in the U-ViTs: expected {dim}")
+            raise ValueError(
+                f"got hidden_size {self.encoder.time_dim}, {self.painter.time_dim} in the U-ViTs: expected {dim}"
+            )
         if self.encoder.width != self.painter.width or [n * self.patch for n in tokens] != list(self.latent):
             raise ValueError(
                 f"got {self.encoder} and {self.painter} for a latent of {self.latent}: expected the same width, and a "
@@ -54,10 +57,14 @@ class JanusFlowConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusFlowConfig":
         """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
-        files, look, vae = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config"))
+        files, look, vae = (
+            read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config")
+        )
         if "vision_gen_enc_config" not in files:
             found = ", ".join(files) or "nothing"
-            raise ValueError(f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}")
+            raise ValueError(
+                f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}"
+            )
         return cls.from_files(files, look, vae)
 
     @classmethod

@@ -7,6 +7,7 @@ thousandths; it is turned round here, in `enter` and `leave`, and nowhere else.
 
 Axes: N packed rows, B pictures, n tokens of a picture, D model, C channels, H W sides of a latent, h w of its grid.
 """
+
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -138,7 +139,9 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            entered = self.enter(x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time)[at]
+            entered = self.enter(
+                x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time
+            )[at]
             block = torch.cat((entered.time[:, None], entered.rows), 1)
             hidden = self._decode(block.flatten(0, 1), layout.positions, attend)[STREAM]
             v = self.leave(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
@@ -183,7 +186,9 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         if think:
             raise NotImplementedError("JanusFlow does not think before it draws: Bagel does")
         if size is not None and sides(size) != self.cfg.size:
-            raise ValueError(f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone")
+            raise ValueError(
+                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone"
+            )
         prompts, pictures = asked(prompt, images)
         scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
         if n < 1 or not all(w >= 0 for w in scales):

@@ -1,4 +1,5 @@
 """JanusFlow's network: a causal decoder with a flow head between two U-ViTs."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

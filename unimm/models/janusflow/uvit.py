@@ -37,11 +37,18 @@ class UViTConfig:
     bias: bool = True
 
     # theirs, in `params` of a released config
-    FILES: ClassVar = {"n_blocks": "layers_in_middle", "time_dim": "hidden_size", "norm_eps": "norm_eps", "bias": "use_bias"}
+    FILES: ClassVar = {
+        "n_blocks": "layers_in_middle",
+        "time_dim": "hidden_size",
+        "norm_eps": "norm_eps",
+        "bias": "use_bias",
+    }
 
     def __post_init__(self) -> None:
         if min(self.width, self.time_dim) < 1 or self.n_blocks < 0 or self.width % 2:
-            raise ValueError(f"got {self}: expected positive numbers, and an even width for the time's cosines and sines")
+            raise ValueError(
+                f"got {self}: expected positive numbers, and an even width for the time's cosines and sines"
+            )
 
     @classmethod
     def from_files(cls, params: Mapping[str, Any]) -> Self:
@@ -60,7 +67,9 @@ class UViTConfig:
 
     def to_files(self) -> dict[str, Any]:
         """The params that `from_files` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"block_out_channels": [self.width]}
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
+            "block_out_channels": [self.width]
+        }
         return files | {"use_mid_block": self.n_blocks > 0, "elementwise_affine": True, "dropout": 0.0}
 
 

@@ -1,4 +1,5 @@
 """MetaQuery: learned queries of a frozen MLLM condition a diffusion transformer."""
+
 from unimm.models.release import Release
 
 VERBS = ("generate", "understand", "chat")

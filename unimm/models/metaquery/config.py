@@ -2,6 +2,7 @@
 
 docs/originals/metaquery.md, "Files".
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,9 @@ from unimm.models.metaquery.mllms import READER, kind_in, kind_of
 from unimm.models.metaquery.processor import MARKERS
 from unimm.tokenizers.dc_ae import DCAEConfig
 
-SYSTEM = "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
+SYSTEM = (
+    "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,9 @@ class Solver:
         """Read a scheduler_config.json. Raises ValueError for another sampler's."""
         for key, expected in cls.FIXED.items():
             if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r} in the scheduler's config, expected {expected!r}, as Sana's says")
+                raise ValueError(
+                    f"got {key} {files[key]!r} in the scheduler's config, expected {expected!r}, as Sana's says"
+                )
         wanted = (*cls.FILES.values(), *(cls.SPOKEN if "_class_name" in files else ()))
         if lost := [name for name in wanted if name not in files]:
             raise ValueError(f"the scheduler's config lacks {', '.join(lost)}: expected Sana's scheduler_config.json")
@@ -110,10 +115,14 @@ class MetaQueryConfig:
 
     def __post_init__(self) -> None:
         if min(self.n_queries, self.max_text, self.side, self.steps) < 1:
-            raise ValueError(f"got {self.n_queries} queries, max_text {self.max_text}, side {self.side}, steps {self.steps}")
+            raise ValueError(
+                f"got {self.n_queries} queries, max_text {self.max_text}, side {self.side}, steps {self.steps}"
+            )
         widths = (self.connector.dim, self.connector.out), (self.reader.decoder.dim, self.painter.caption_dim)
         if widths[0] != widths[1]:
-            raise ValueError(f"got a connector of widths {widths[0]}: expected {widths[1]}, the reader's and the painter's")
+            raise ValueError(
+                f"got a connector of widths {widths[0]}: expected {widths[1]}, the reader's and the painter's"
+            )
         channels = self.painter.in_channels, self.painter.out_channels
         if channels != (self.vae.latent_channels,) * 2 or self.side % self.painter.patch:
             raise ValueError(
@@ -144,7 +153,9 @@ class MetaQueryConfig:
                 "Diffusion 1.5 are not built; expected 'flow', with a Sana"
             )
         if lost := [theirs for theirs in (*cls.FILES.values(), "mllm_id", "diffusion_model_id") if theirs not in files]:
-            raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: expected the released config.json of a MetaQuery")
+            raise ValueError(
+                f"{folder}/config.json lacks {', '.join(lost)}: expected the released config.json of a MetaQuery"
+            )
         reader = home(folder, homes["mllm_id"])
         known = kind_in(read_config(reader / "config.json")).home.Config
         parts = [read_config(home(folder, homes[name]) / at) for name, at in list(cls.HOMES.items())[1:4]]

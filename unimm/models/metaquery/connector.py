@@ -6,6 +6,7 @@ epsilon.
 
 Axes: B batch, N queries, D model (the reader's), H heads, K head, F hidden, C the painter's caption.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -21,7 +22,11 @@ from unimm.nn.layers import RMSNorm, SwiGLU
 from unimm.nn.rope import apply_rope, rope
 
 THETA = 10000.0
-LAYER_EPS, OUT_EPS, UNIT_EPS = 1e-6, 1e-5, 1e-12  # of the layers' norms, the last norm's, and the least length of a head
+LAYER_EPS, OUT_EPS, UNIT_EPS = (
+    1e-6,
+    1e-5,
+    1e-12,
+)  # of the layers' norms, the last norm's, and the least length of a head
 INIT_STD, SANA_SCALE = 0.014, math.sqrt(5.5)  # of linear weights; the last norm's weights, where the painter is a Sana
 
 # the rows of a layer, under `layers.{}.`

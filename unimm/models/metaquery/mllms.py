@@ -2,6 +2,7 @@
 
 docs/originals/metaquery.md, "Composition" and "Queries and prompt".
 """
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -6,6 +6,7 @@ states at their places become the caption of a Sana. docs/originals/metaquery.md
 
 Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures, C channels, h w grid of latents.
 """
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -198,7 +199,9 @@ class MetaQuery(MetaQueryNetwork, AroundReader):
         scales = each(cfg.guidance if guidance is None else guidance, many, "guidances")
         image_scales = each(cfg.image_guidance if image_guidance is None else image_guidance, many, "image guidances")
         if n < 1 or not all(w >= 0 for w in (*scales, *image_scales)):
-            raise ValueError(f"got n {n}, guidance {guidance}, {image_guidance}: expected a picture, and scales of 0 or more")
+            raise ValueError(
+                f"got n {n}, guidance {guidance}, {image_guidance}: expected a picture, and scales of 0 or more"
+            )
         if any(not (words.strip() or some) for words, some in zip(prompts, shown, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or a picture to draw from")
         height, width = drawable(cfg.size if size is None else size, cfg.vae.stride * cfg.painter.patch, LARGEST)
@@ -247,7 +250,9 @@ class MetaQuery(MetaQueryNetwork, AroundReader):
         model.tokenizer = self.reader.tokenizer
         model.decoder.blocks, model.decoder.norms = self.decoder.blocks, self.decoder.norms
         wanted = ("decoder.embed.", "decoder.head.")
-        rows = {theirs: ours for theirs, ours in model.keys(read_shapes(paths)).items() if (ours or "").startswith(wanted)}
+        rows = {
+            theirs: ours for theirs, ours in model.keys(read_shapes(paths)).items() if (ours or "").startswith(wanted)
+        }
         load_into(model, paths, {**rows, "{*}": None}, dtype=self.dtype, device=self.device)
         return model.eval()
 

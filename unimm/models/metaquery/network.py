@@ -1,4 +1,5 @@
 """MetaQuery's network: a frozen MLLM with learned queries, the connector and a denoiser."""
+
 from dataclasses import replace
 
 import torch

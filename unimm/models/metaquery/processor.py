@@ -2,6 +2,7 @@
 
 Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

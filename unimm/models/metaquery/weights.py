@@ -1,4 +1,5 @@
 """MetaQuery's key maps: the released names and ours."""
+
 from pathlib import Path
 
 from unimm.checkpoint.keymap import Table
@@ -12,7 +13,9 @@ from unimm.tokenizers import dc_ae
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a folder's weights; nothing where it has none."""
-    return read_shapes(weight_files(folder, HUB_WEIGHTS)) if any((folder / name).exists() for name in HUB_WEIGHTS) else {}
+    return (
+        read_shapes(weight_files(folder, HUB_WEIGHTS)) if any((folder / name).exists() for name in HUB_WEIGHTS) else {}
+    )
 
 
 def keys(cfg: MetaQueryConfig, kind: Kind, *, head: bool) -> Table:

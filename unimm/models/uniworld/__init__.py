@@ -1,4 +1,5 @@
 """UniWorld-V1: a frozen MLLM's hidden states and SigLIP2's features condition FLUX."""
+
 from unimm.models.release import Release
 
 VERBS = ("generate", "understand", "chat", "respond")

@@ -5,6 +5,7 @@ docs/originals/uniworld.md, "Composition" and "Condition".
 
 Axes: B texts, k pictures, M ids of a caption, C channels, h w latents.
 """
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,8 +69,12 @@ class Parts(nn.Module):
             "CLIP": (self.clip and self.clip.cfg.dim, cfg.painter.pooled_dim),
             "T5": (self.t5 and self.t5.cfg.dim, cfg.painter.text_dim),
         }
-        if wrong := [f"{part} of width {got}, expected {n}" for part, (got, n) in widths.items() if got not in (None, n)]:
-            raise ValueError(f"got {'; '.join(wrong)}: give from_pretrained the parts that the checkpoint was trained with")
+        if wrong := [
+            f"{part} of width {got}, expected {n}" for part, (got, n) in widths.items() if got not in (None, n)
+        ]:
+            raise ValueError(
+                f"got {'; '.join(wrong)}: give from_pretrained the parts that the checkpoint was trained with"
+            )
 
     def weights(self, ours: str) -> dict[tuple[str, ...], Table]:
         """The key table of each file that is written; ours: what our names begin with."""
@@ -130,13 +135,19 @@ class Parts(nn.Module):
     def pooled(self, texts: Sequence[str]) -> Tensor:
         """CLIP's vector of each text [B, C]."""
         how = f'flux="{FLUX}", or draw with clip=False'
-        model, captions = needed(self.clip, "text encoder (CLIP)", how), needed(self.clip_captions, "CLIP tokenizer", how)
+        model, captions = (
+            needed(self.clip, "text encoder (CLIP)", how),
+            needed(self.clip_captions, "CLIP tokenizer", how),
+        )
         return model.pooled(captions(texts).to(model.positions.device))
 
     def captions(self, texts: Sequence[str], length: int) -> Tensor:
         """T5's states of each text, padded to `length` [B, M, C]."""
         how = f'flux="{FLUX}" and t5=True, or draw with t5=False'
-        model, captions = needed(self.t5, "second text encoder (T5)", how), needed(self.t5_captions, "T5 tokenizer", how)
+        model, captions = (
+            needed(self.t5, "second text encoder (T5)", how),
+            needed(self.t5_captions, "T5 tokenizer", how),
+        )
         return model(captions(texts, length=length).to(model.embed.weight.device))
 
 

@@ -2,6 +2,7 @@
 
 The projectors are SiLUs, whatever config.json says. docs/originals/uniworld.md, "Files".
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,7 +79,9 @@ class UniWorldConfig:
                 f"got {', '.join(wrong) or f'ratios {self.ratios}'}: expected positive numbers, at most {len(RATIOS)} ratios"
             )
         if lost := sorted({*self.parts} - {SIGLIP_FOLDER, *FLUX_FOLDERS}):
-            raise ValueError(f"got parts {', '.join(lost)}: expected some of {', '.join((SIGLIP_FOLDER, *FLUX_FOLDERS))}")
+            raise ValueError(
+                f"got parts {', '.join(lost)}: expected some of {', '.join((SIGLIP_FOLDER, *FLUX_FOLDERS))}"
+            )
         if self.painter.in_channels % SIDE**2 or self.painter.out_channels != self.painter.in_channels:
             raise ValueError(
                 f"got a painter from {self.painter.in_channels} channels to {self.painter.out_channels}: expected as many, and "
@@ -99,7 +102,12 @@ class UniWorldConfig:
 
     @classmethod
     def from_files(
-        cls, files: Mapping[str, Any], look: Mapping[str, Any], *, shapes: Shapes | None = None, head: Shapes | None = None
+        cls,
+        files: Mapping[str, Any],
+        look: Mapping[str, Any],
+        *,
+        shapes: Shapes | None = None,
+        head: Shapes | None = None,
     ) -> Self:
         """From the contents of the released files; shapes: of the weights, and of the head's; the release's unless given.
 
@@ -113,17 +121,22 @@ class UniWorldConfig:
         for told, fixed in ((files, cls.FIXED), (tower, cls.FIXED_TOWER)):
             for key, expected in fixed.items():
                 if told.get(key, expected) != expected:
-                    raise ValueError(f"got {key} {told[key]!r} in config.json, expected {expected!r}, as in UniWorld-V1")
+                    raise ValueError(
+                        f"got {key} {told[key]!r} in config.json, expected {expected!r}, as in UniWorld-V1"
+                    )
         reader, painter = QwenVLConfig.from_files(files, look), FluxConfig.from_files(tower.get("denoiser_config", {}))
         if reader.pixels.min_pixels != reader.pixels.max_pixels:
             reader = replace(reader, pixels=replace(reader.pixels, min_pixels=LOOKED, max_pixels=LOOKED))
         widths = {"input_hidden_size": reader.decoder.dim, "output_hidden_size": painter.text_dim}
         widths |= {"vae_input_hidden_size": painter.in_channels}
         if wrong := [f"{key} {tower[key]}" for key, n in widths.items() if tower.get(key, n) != n]:
-            raise ValueError(f"got {', '.join(wrong)} in denoise_tower: expected {widths}, as the reader and the painter say")
+            raise ValueError(
+                f"got {', '.join(wrong)} in denoise_tower: expected {widths}, as the reader and the painter say"
+            )
         ours, shapes, head = files.get("generation", {}), shapes or {}, head or {}
         hidden = {
-            name: shapes.get(f"{TOWER}{name}.0.bias", (ours.get("hidden", {}).get(name, n),))[0] for name, n in HIDDEN.items()
+            name: shapes.get(f"{TOWER}{name}.0.bias", (ours.get("hidden", {}).get(name, n),))[0]
+            for name, n in HIDDEN.items()
         }
         look_dim = ours.get("hidden", {}).get("siglip", LOOK_DIM)
         return cls(

@@ -6,6 +6,7 @@ its cells and the marker behind it. docs/originals/uniworld.md. Time 0 is data, 
 
 Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the reader's width, C channels, h w latents.
 """
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ class UniWorld(UniWorldNetwork, AroundReader):
         around = folder if flux is None else hub.resolve(flux, parts=wanted)
         homes = {part: around / part for part in wanted}
         homes[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
-        homes |= {part: hub.resolve(at) for part, at in model.cfg.parts.items() if part in homes and not homes[part].is_dir()}
+        homes |= {
+            part: hub.resolve(at) for part, at in model.cfg.parts.items() if part in homes and not homes[part].is_dir()
+        }
         homes = {part: at for part, at in homes.items() if at.is_dir()}
         model.parts.take(homes, dtype=parse_dtype(dtype), device=device)
         model.parts.check(model.cfg)
@@ -151,7 +154,9 @@ class UniWorld(UniWorldNetwork, AroundReader):
             at = batch.look.rows
             states = states.index_copy(0, at, torch.lerp(states[at], x[at], residual))
         return [
-            Reading(items, some, EMPTY.extended(cache.chunk(i, n - 1), batch.layout.clocks[i] - 1), int(items[-1].ids[-1]))
+            Reading(
+                items, some, EMPTY.extended(cache.chunk(i, n - 1), batch.layout.clocks[i] - 1), int(items[-1].ids[-1])
+            )
             for i, (items, some, n) in enumerate(zip(samples, states.split(lengths), lengths, strict=True))
         ]
 
@@ -332,7 +337,10 @@ class UniWorld(UniWorldNetwork, AroundReader):
         cfg, many = self.cfg, len(prompts)
         number, references = cfg.steps if steps is None else steps, references or cfg.references
         given = Painting(steps=number, t5=t5, clip=clip, references=references, progress=progress)
-        scales = (cfg.guidance if guidance is None else guidance, cfg.text_guidance if text_guidance is None else text_guidance)
+        scales = (
+            cfg.guidance if guidance is None else guidance,
+            cfg.text_guidance if text_guidance is None else text_guidance,
+        )
         how = given.of(many, n, stride=self.stride, size=size, seed=seed, guidance=scales[0], text_guidance=scales[1])
         samples = [self.prompts.drawing(words, some) for words, some in zip(prompts, shown, strict=True)]
         readings = self.read(samples, residual=residual)

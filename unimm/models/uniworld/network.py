@@ -1,4 +1,5 @@
 """UniWorld's network: a reader, what leads from it and from SigLIP2 to FLUX, and FLUX."""
+
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ class UniWorldNetwork(nn.Module):
         """CLIP's vector of each text [B, C]; zeros where the model was trained without, or `clip` is False."""
         if self.cfg.captioned if clip is None else clip:
             return self.parts.pooled(texts)
-        return torch.zeros(len(texts), self.cfg.painter.pooled_dim, dtype=self.dtype, device=self.from_reader.fc1.weight.device)
+        return torch.zeros(
+            len(texts), self.cfg.painter.pooled_dim, dtype=self.dtype, device=self.from_reader.fc1.weight.device
+        )
 
     def beside(self, latents: Tensor) -> Tensor:
         """Latents of references [k, C, h, w] as what the painter is told [m, C]: half as fine, projected."""

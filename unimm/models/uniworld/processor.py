@@ -2,6 +2,7 @@
 
 Made without the model, so that training can make its batches ahead. docs/originals/uniworld.md, "Condition".
 """
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +96,9 @@ class Painting:
         )
 
 
-def any_ratio(height: int, width: int, *, pixels: int, ratios: int = len(RATIOS), stride: int = STRIDE) -> tuple[int, int]:
+def any_ratio(
+    height: int, width: int, *, pixels: int, ratios: int = len(RATIOS), stride: int = STRIDE
+) -> tuple[int, int]:
     """(height, width) to draw for a picture of the size given: the nearest of the first `ratios` ratios (1, 5, 7, 9 or 11).
 
     A side is a whole multiple of `stride` times the ratio's number, so the area may be far from `pixels`: 16:9 at

@@ -1,4 +1,5 @@
 """UniWorld's key maps: the released names and ours."""
+
 from unimm.checkpoint.keymap import Table
 from unimm.denoisers import flux
 from unimm.models.uniworld.config import TOWER, UniWorldConfig

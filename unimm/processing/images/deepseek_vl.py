@@ -1,4 +1,5 @@
 """The image processor of DeepSeek-VL, which Janus and JanusFlow use."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -51,7 +52,11 @@ class PadSquare:
         """The mapping that `from_files` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         files |= {"image_mean": list(self.mean), "image_std": list(self.std), "background_color": list(self.fill)}
-        return files | {"do_normalize": True, "image_processor_type": "VLMImageProcessor", "processor_class": "VLChatProcessor"}
+        return files | {
+            "do_normalize": True,
+            "image_processor_type": "VLMImageProcessor",
+            "processor_class": "VLChatProcessor",
+        }
 
     @property
     def fill(self) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
 """Pictures to pixels: opening, resizing by the released rule, patches and their places; and back to pictures."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ class CropSquare:
         shortest = min(image.size)
         width, height = (round(side / shortest * self.size) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self.size, top + self.size))
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop(
+            (left, top, left + self.size, top + self.size)
+        )
 
 
 def normalised(image: Image.Image, *, mean: Sequence[float], std: Sequence[float], scale: float) -> Tensor:
@@ -86,5 +89,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     """[3, h, w] in [-1, 1] as a picture; values are clamped and cut, not rounded, to 8 bits, as the originals do."""
     values = ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())
-
-

@@ -4,6 +4,7 @@ Li et al. 2024, arXiv 2408.03326, section 3.2. The numbers are those of transfor
 
 Axes: T tiles, S pixels a side of one, C channels; h w sides of a picture or of the features of all its tiles; n rows.
 """
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ class AnyRes:
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], *, size: int, side: int, grids: tuple[Size, ...], most: int) -> "AnyRes":
+    def from_files(
+        cls, files: Mapping[str, Any], *, size: int, side: int, grids: tuple[Size, ...], most: int
+    ) -> "AnyRes":
         """Read a preprocessor_config.json; the released numbers for what is missing. The rest is the model's own.
 
         Raises ValueError where the file asks for other sizes than the model.
@@ -77,8 +80,14 @@ class AnyRes:
         """The mapping that `from_files` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True, "do_pad": True}
-        files |= {"size": {"height": self.size, "width": self.size}, "image_grid_pinpoints": [list(g) for g in self.grids]}
-        return files | {"image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor"}
+        files |= {
+            "size": {"height": self.size, "width": self.size},
+            "image_grid_pinpoints": [list(g) for g in self.grids],
+        }
+        return files | {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+        }
 
     def grid(self, height: int, width: int) -> Size:
         """Of all grids the one that keeps most of a picture's pixels; of several the one that wastes the fewest."""

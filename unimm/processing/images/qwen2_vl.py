@@ -2,6 +2,7 @@
 
 Axes: C channels, T frames of a patch, p patch, m patches a side of a cell; N patches, n cells of a picture in raster order.
 """
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,15 @@ class SmartResize:
     def __post_init__(self) -> None:
         sizes = (self.patch, self.merge, self.frames, self.min_pixels)
         if self.resample not in list(Image.Resampling):
-            raise ValueError(f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json")
-        if min(sizes) < 1 or self.max_pixels < self.min_pixels or not len(self.mean) == len(self.std) or min(self.std) <= 0:
+            raise ValueError(
+                f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json"
+            )
+        if (
+            min(sizes) < 1
+            or self.max_pixels < self.min_pixels
+            or not len(self.mean) == len(self.std)
+            or min(self.std) <= 0
+        ):
             raise ValueError(
                 f"got {self}: expected positive sizes, no fewer max_pixels than min_pixels, and a mean and a deviation (above "
                 "0) for each channel; correct preprocessor_config.json"

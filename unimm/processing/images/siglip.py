@@ -1,4 +1,5 @@
 """The image processor of SigLIP2."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +32,9 @@ class Stretch:
                 "correct preprocessor_config.json"
             )
         if self.resample not in list(Image.Resampling):
-            raise ValueError(f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json")
+            raise ValueError(
+                f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json"
+            )
 
     @classmethod
     def from_files(cls, files: Mapping[str, Any], *, size: int) -> "Stretch":
@@ -51,7 +54,11 @@ class Stretch:
     def to_files(self) -> dict[str, Any]:
         """The mapping that `from_files` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "image_processor_type": "SiglipImageProcessor"}
+        files |= {
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_processor_type": "SiglipImageProcessor",
+        }
         return files | {"size": {"height": self.size, "width": self.size}, "do_normalize": True}
 
     def __call__(self, image: Image.Image) -> Image.Image:

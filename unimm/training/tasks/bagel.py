@@ -104,7 +104,9 @@ class Worlds:
         samples = [drop(self.plan(one, pictures, dice), dropout, dice.random) for one in examples]
         groups = [one.task.split(".")[0] for one in examples]
         packed = pack([*samples, self.filler(samples, pictures)])
-        text_groups = [TEXTS.index(g) if (g := "think" if group == "reason" else group) in TEXTS else -1 for group in groups]
+        text_groups = [
+            TEXTS.index(g) if (g := "think" if group == "reason" else group) in TEXTS else -1 for group in groups
+        ]
         flow_groups = [FLOWS.index(group) if group in FLOWS else -1 for group in groups]
         generator = torch.Generator().manual_seed(dice.getrandbits(62))
         # a small batch may draw nothing
@@ -133,7 +135,9 @@ class Worlds:
         """The released plan of an example: text to image, edit or answer; reasoning writes before it draws."""
         group = one.task.split(".")[0]
         if one.answer is not None:
-            return answer([pictures.look(image) for image in one.images], [self.said(one.prompt), self.answered(one.answer)])
+            return answer(
+                [pictures.look(image) for image in one.images], [self.said(one.prompt), self.answered(one.answer)]
+            )
         assert one.target is not None, f"{one.task} has neither an answer nor a picture"
         targets = pictures.targets(one.target)
         if group == "edit":
@@ -220,7 +224,12 @@ class ShapesObjective:
             compile_streams(model.decoder)
         freeze(model, options.frozen)
         worlds = Worlds(
-            options=options, config=model.cfg, items=model.items, tokenizer=tokenizer, size=recipe.batch, seed=recipe.seed
+            options=options,
+            config=model.cfg,
+            items=model.items,
+            tokenizer=tokenizer,
+            size=recipe.batch,
+            seed=recipe.seed,
         )
         return cls(model, worlds, vae)
 

@@ -2,6 +2,7 @@
 
 docs/originals/bagel.md, "Training plans" (data/interleave_datasets, data/dataset_base.py of the released code).
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,4 +72,3 @@ def drop(parts: Sequence[Part], dropout: Dropout, draw: Callable[[], float]) -> 
         else:
             kept.append(part.item)
     return kept
-

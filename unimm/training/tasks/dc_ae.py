@@ -133,7 +133,9 @@ class DCAEObjective:
         """The released layout, with the scale that makes latents standard, and a report of what became of test scenes."""
         config = self.measured()
         weights = released_state(self.model, keys(config))
-        save_state({name: x.to(DTYPES[self.options.dtype]) for name, x in weights.items()}, folder / DIFFUSERS_WEIGHTS[0])
+        save_state(
+            {name: x.to(DTYPES[self.options.dtype]) for name, x in weights.items()}, folder / DIFFUSERS_WEIGHTS[0]
+        )
         (folder / "config.json").write_text(json.dumps(config.to_files(), indent=2) + "\n", encoding="utf-8")
         report = returned(self.redrawn, *unseen(self.options.tasks, self.options.judged, self.seed))
         (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")

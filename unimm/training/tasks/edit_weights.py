@@ -3,6 +3,7 @@
 Lin et al. 2025, arXiv 2506.03147, section 3; docs/originals/uniworld.md, "Edit-region weights", has what the code does.
 Masks are [H, W] bool, pictures [H, W, 3] uint8.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,9 @@ class EditWeights:
         if self.function not in WEIGHTS:
             raise ValueError(f"unknown function {self.function!r}: expected one of {', '.join(WEIGHTS)}")
         if self.closing < 1 or self.closing % 2 == 0 or self.factor < 1:
-            raise ValueError(f"got closing {self.closing}, factor {self.factor}: expected an odd side and a positive factor")
+            raise ValueError(
+                f"got closing {self.closing}, factor {self.factor}: expected an odd side and a positive factor"
+            )
 
     def __call__(self, references: Sequence[Array], target: Array) -> Tensor:
         """Pictures of one size -> the weights of the loss, [1, H/8, W/8] float32: 1 outside of what was edited.
@@ -65,17 +68,23 @@ class EditWeights:
             white &= self.filtered(self.closed(self.differing(reference, target)))
         if not white.any():
             if len(references) > 1:
-                raise ValueError(f"got {len(references)} references whose edits share no pixel: weigh this sample evenly")
+                raise ValueError(
+                    f"got {len(references)} references whose edits share no pixel: weigh this sample evenly"
+                )
             white[:] = True
         if (area := white.mean()) < self.least_area:
-            raise SmallEditError(f"got an edit of {area:.4%} of a picture, expected {self.least_area:.2%}: draw another sample")
+            raise SmallEditError(
+                f"got an edit of {area:.4%} of a picture, expected {self.least_area:.2%}: draw another sample"
+            )
         return self.closed(self.pooled(white))
 
     def differing(self, reference: Array, target: Array) -> Array:
         """Stage 1: where the brightness of the difference, channel by channel, reaches the threshold."""
         shapes, bytes_ = (reference.shape, target.shape), reference.dtype == target.dtype == np.uint8
         if shapes[0] != shapes[1] or target.ndim != 3 or target.shape[2] != 3 or not bytes_:
-            raise ValueError(f"got pictures {shapes[0]} and {shapes[1]}: expected one size, [H, W, 3] in uint8; resize first")
+            raise ValueError(
+                f"got pictures {shapes[0]} and {shapes[1]}: expected one size, [H, W, 3] in uint8; resize first"
+            )
         apart = np.abs(reference.astype(np.int64) - target.astype(np.int64))
         # PIL's brightness, in its integers
         brightness = (apart @ np.array([19595, 38470, 7471]) + 32768) >> 16

@@ -106,7 +106,9 @@ class JanusObjective:
             compile_streams(model.decoder)
         freeze(model, options.frozen, always=("vq.", "vision.trunk.attn_pool."))
         height, width = model.cfg.grid
-        worlds = Worlds(options=options, prompts=model.prompts, n_codes=height * width, size=recipe.batch, seed=recipe.seed)
+        worlds = Worlds(
+            options=options, prompts=model.prompts, n_codes=height * width, size=recipe.batch, seed=recipe.seed
+        )
         return cls(model, worlds)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -137,7 +139,9 @@ def fresh(recipe: Recipe, options: Options) -> Janus:
     """An untrained model of the recipe's numbers, around a trained VQ tokenizer and a trained ViT."""
     vq = trained(options.vq, "vq.safetensors", "janus-nano-vq")
     tokenizer = text_model(options.vocabulary, markers=SYMBOLS)
-    files = config_files(recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size())
+    files = config_files(
+        recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size()
+    )
     torch.manual_seed(recipe.seed)
     model = Janus(JanusConfig.from_files(files, {}))
     init_decoder(model.decoder)

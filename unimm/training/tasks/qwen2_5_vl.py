@@ -71,10 +71,15 @@ class Options:
     compiled: bool
 
     def __post_init__(self) -> None:
-        known = {*TASKS, *(PLAN + task.split(".")[1] for task in TASKS if task.split(".")[0] in ("draw", "edit", "reason"))}
+        known = {
+            *TASKS,
+            *(PLAN + task.split(".")[1] for task in TASKS if task.split(".")[0] in ("draw", "edit", "reason")),
+        }
         known |= {f"fact.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3)}
         if lost := sorted({*self.tasks} - {task for task in known if task.split(".")[0] in TEXTS}):
-            raise ValueError(f"got tasks {', '.join(lost)}: expected captions, answers, facts and plans of the little world")
+            raise ValueError(
+                f"got tasks {', '.join(lost)}: expected captions, answers, facts and plans of the little world"
+            )
         if lost := sorted({*self.planned} - FAVOURITES.keys()):
             raise ValueError(f"got planned {', '.join(lost)}: expected some of {', '.join(FAVOURITES)}")
 
@@ -126,7 +131,9 @@ class Lessons:
         source = next(f"{group}.{kind}" for group in ("draw", "edit", "reason") if f"{group}.{kind}" in TASKS)
         # numbers are skipped until somebody is asked about whose favourites are planned
         tries = (example(source, i, seed=self.seed) for i in count(index, step=10**9))
-        one = next(one for one in tries if kind != "favourite" or any(name in one.prompt for name in self.options.planned))
+        one = next(
+            one for one in tries if kind != "favourite" or any(name in one.prompt for name in self.options.planned)
+        )
         return replace(one, task=task, answer=plan(one), target=None)
 
     def asked(self, one: Example) -> list[Item]:
@@ -194,7 +201,9 @@ class ReaderObjective:
         reader = fresh(recipe, options)
         if options.compiled:
             compile_streams(reader.decoder)
-        return cls(Taught(reader), Lessons(options=options, prompts=reader.prompts, size=recipe.batch, seed=recipe.seed))
+        return cls(
+            Taught(reader), Lessons(options=options, prompts=reader.prompts, size=recipe.batch, seed=recipe.seed)
+        )
 
     def losses(self, batch: Batch | Sights) -> dict[str, Tensor]:
         """Mean cross entropy of every kind of thing in a cell, or of every kind of text in the batch."""

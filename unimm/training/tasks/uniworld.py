@@ -122,7 +122,9 @@ class Worlds:
         """A training example; some of its things have no name, if it draws or edits. Raises ValueError for a text task."""
         one = example(task, index, seed=self.seed)
         if one.target is None:
-            raise ValueError(f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits")
+            raise ValueError(
+                f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits"
+            )
         return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
 
     def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
@@ -216,7 +218,9 @@ class UniWorldObjective:
             states = model.reader.read(batch.samples)[: len(batch.told)]
         seen = len(batch.looks) and self.batch.options.trained != "stage 1"
         looks = model.parts.tower(batch.looks.to(device)) if seen and model.parts.tower is not None else None
-        whole = model.told(batch.samples[: len(states)], [x.to(model.from_reader.fc1.weight.dtype) for x in states], looks)
+        whole = model.told(
+            batch.samples[: len(states)], [x.to(model.from_reader.fc1.weight.dtype) for x in states], looks
+        )
         told = [one if some else one[:0] for one, some in zip(whole, batch.told.tolist(), strict=True)]
         # those that are shown pictures are drawn apart: half of the others' text would be padding
         shown = batch.shown[batch.owners] >= 0

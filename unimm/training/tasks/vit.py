@@ -72,10 +72,12 @@ class Scenes:
         """Scenes, and what is centred in each of their patches; with dice, some of them nameless, all of them noisy."""
         p = self.patch
         kinds = [self.kind(dice) if dice else None for _ in scenes]
-        images = np.stack([
-            painted(scene, [new_look(kind, dice) if dice and kind else None for _ in scene.things])
-            for scene, kind in zip(scenes, kinds, strict=True)
-        ])
+        images = np.stack(
+            [
+                painted(scene, [new_look(kind, dice) if dice and kind else None for _ in scene.things])
+                for scene, kind in zip(scenes, kinds, strict=True)
+            ]
+        )
         side = images.shape[1] // p
         targets = torch.zeros(len(scenes), side * side, len(KINDS), dtype=torch.long)
         for i, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):

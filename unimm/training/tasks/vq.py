@@ -214,12 +214,16 @@ def begin(config: VQConfig, options: Options, seed: int) -> VQ:
     if options.start is not None:
         path = Path(options.start) / "vq.safetensors"
         if not path.is_file():
-            raise ValueError(f"no vq.safetensors in {path.parent}: run `unimm train janus-nano-vq {path.parent.parent}`")
+            raise ValueError(
+                f"no vq.safetensors in {path.parent}: run `unimm train janus-nano-vq {path.parent.parent}`"
+            )
         vq.load_state_dict(load_file(path))
     for part in options.frozen:
         found = [p for name, p in vq.named_parameters() if name.startswith(part)]
         if not found:
-            raise ValueError(f"got frozen: {part}, which begins the name of no parameter: expected encoder, quantize, ...")
+            raise ValueError(
+                f"got frozen: {part}, which begins the name of no parameter: expected encoder, quantize, ..."
+            )
         for p in found:
             p.requires_grad_(False)
     return vq
@@ -277,7 +281,9 @@ def sheet(vq: VQ, options: Options, batch: Scenes, seed: int) -> Image.Image:
     plain, odd = unseen(options.tasks, 8, seed)[1], Scenes(options=options, size=8, seed=seed)(batch.size).image
     device = next(vq.parameters()).device
     rows = [part for image in (plain, odd) for part in (image, reconstructed(vq, image.to(device))[1].cpu())]
-    return Image.fromarray(rearrange(to_pixels(torch.cat(rows)), "(row column) H W C -> (row H) (column W) C", column=8))
+    return Image.fromarray(
+        rearrange(to_pixels(torch.cat(rows)), "(row column) H W C -> (row H) (column W) C", column=8)
+    )
 
 
 def report(vq: VQ, options: Options, seed: int) -> dict[str, float]:

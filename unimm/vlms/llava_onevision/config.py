@@ -1,4 +1,5 @@
 """LLaVA-OneVision's config: the released config files to and from numbers."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,10 @@ class LlavaConfig:
         """The contents of config.json and preprocessor_config.json."""
         text = self.decoder.to_files() | {"model_type": "qwen2", "eos_token_id": self.markers.end}
         del text["qk_norm"]
-        top: dict[str, Any] = {"architectures": ["LlavaOnevisionForConditionalGeneration"], "model_type": "llava_onevision"}
+        top: dict[str, Any] = {
+            "architectures": ["LlavaOnevisionForConditionalGeneration"],
+            "model_type": "llava_onevision",
+        }
         top |= {"image_token_index": self.markers.image, "video_token_index": self.markers.video}
         top |= {"projector_hidden_act": self.act, "vision_aspect_ratio": f"{ASPECT}{self.pixels.most}"}
         top |= {"image_grid_pinpoints": [list(grid) for grid in self.pixels.grids]} | self.FIXED

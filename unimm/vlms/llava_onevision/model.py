@@ -5,6 +5,7 @@ Li et al. 2024, arXiv 2408.03326. Everything is read causally, at positions that
 
 Axes: N packed rows, n rows of a picture, T tiles, D model, F features of a tile.
 """
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,4 +55,6 @@ class LlavaOneVision(Reader):
         first = torch.tensor(tokens.lengths).cumsum(0) - torch.tensor(tokens.lengths)
         sizes = tokens.content[first.to(tokens.content.device)].tolist()
         parts, rule = features.split([n for *_, n in sizes]), self.cfg.pixels
-        return torch.cat([arranged(part, self.newline, (h, w), rule) for part, (h, w, _) in zip(parts, sizes, strict=True)])
+        return torch.cat(
+            [arranged(part, self.newline, (h, w), rule) for part, (h, w, _) in zip(parts, sizes, strict=True)]
+        )

@@ -2,6 +2,7 @@
 
 Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -55,7 +56,9 @@ class LlavaPrompts(ReaderPrompts):
         """Ids with a placeholder for each picture, as items. Raises ValueError where they are not as many."""
         places = [i for i, one in enumerate(ids) if one == self.markers.image]
         if len(places) != len(pictures):
-            raise ValueError(f"got {len(places)} placeholders for {len(pictures)} pictures: write {PLACEHOLDER} for each")
+            raise ValueError(
+                f"got {len(places)} placeholders for {len(pictures)} pictures: write {PLACEHOLDER} for each"
+            )
         out: list[Item] = []
         for begin, end, picture in zip([-1, *places], [*places, len(ids)], [None, *pictures], strict=True):
             out += [] if picture is None else [self.looked_at(picture, tiled=tiled)]

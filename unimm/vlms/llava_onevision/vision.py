@@ -2,6 +2,7 @@
 
 Axes: n rows of a picture, T tiles, D model, F features of a tile.
 """
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange

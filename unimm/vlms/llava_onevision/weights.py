@@ -1,4 +1,5 @@
 """LLaVA-OneVision's key maps: the released names and ours."""
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ from unimm.vlms.llama_layout import llama_keys
 from unimm.vlms.llava_onevision.config import LlavaConfig
 
 
-def llava_keys(cfg: LlavaConfig, shapes: Mapping[str, Any], *, head: bool = True, prefix: str = "", ours: str = "") -> Table:
+def llava_keys(
+    cfg: LlavaConfig, shapes: Mapping[str, Any], *, head: bool = True, prefix: str = "", ours: str = ""
+) -> Table:
     """Released names on the left, ours on the right, in the spelling of files of these names (none: the older one).
 
     head: the files hold a language head, unless it is the table of embeddings. prefix: what their names begin with where

@@ -1,4 +1,5 @@
 """Qwen2.5-VL's config: the released config files to and from numbers."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,9 @@ class QwenVLConfig:
         if self.vision.out != self.decoder.dim:
             raise ValueError(f"got out_hidden_size {self.vision.out} in the vision_config: expected {self.decoder.dim}")
         if len(self.decoder.rope_sections) != 3:
-            raise ValueError(f"got mrope_section {self.decoder.rope_sections}: expected three numbers: time, rows, columns")
+            raise ValueError(
+                f"got mrope_section {self.decoder.rope_sections}: expected three numbers: time, rows, columns"
+            )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "QwenVLConfig":

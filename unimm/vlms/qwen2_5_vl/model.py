@@ -5,6 +5,7 @@ text. docs/originals/blocks.md, "Qwen2.5-VL".
 
 Axes: N packed rows, n rows or cells, D model, V vocabulary.
 """
+
 from collections.abc import Mapping
 from typing import Any
 

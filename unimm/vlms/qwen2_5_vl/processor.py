@@ -3,6 +3,7 @@
 Made without the model, so that training can make its batches ahead. docs/originals/blocks.md, "Position ids (M-RoPE)"
 and "Image processor".
 """
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -56,7 +57,9 @@ class QwenPrompts(ReaderPrompts):
         shown = [self.pixels.patches([open_image(picture)]) for picture in pictures]
         return self.items(encode_marked(self.words, text), shown)
 
-    def items(self, ids: Sequence[int], shown: Sequence[tuple[Tensor, Grid]], *, seconds: Sequence[float] = ()) -> list[Item]:
+    def items(
+        self, ids: Sequence[int], shown: Sequence[tuple[Tensor, Grid]], *, seconds: Sequence[float] = ()
+    ) -> list[Item]:
         """Ids with runs of placeholders, each a picture's or a video's, as items. shown: patches and grid of each run.
 
         A run may be a single id or as long as the picture has cells. seconds: of each of `shown`, what a step of its grid
@@ -70,7 +73,9 @@ class QwenPrompts(ReaderPrompts):
                 text.append(one)
                 continue
             if not text or text.pop() != self.markers.look:
-                raise ValueError("got a picture's placeholder without the marker <|vision_start|> before it: add the marker")
+                raise ValueError(
+                    "got a picture's placeholder without the marker <|vision_start|> before it: add the marker"
+                )
             found = next(left, None)
             item = None if found is None else self.looked_at(*found[0], seconds=found[1])
             if item is None or length not in (1, item.n_tokens):
@@ -79,7 +84,9 @@ class QwenPrompts(ReaderPrompts):
             out += [text_item(text), item] if text else [item]
             text = []
         if next(left, None) is not None:
-            raise ValueError(f"got {len(shown)} pictures and fewer placeholders: write {PLACEHOLDER} where each belongs")
+            raise ValueError(
+                f"got {len(shown)} pictures and fewer placeholders: write {PLACEHOLDER} where each belongs"
+            )
         return [*out, text_item(text)] if text else out
 
     def looked_at(self, patches: Tensor, grid: Grid, *, seconds: float = 0.0) -> Item:
@@ -116,5 +123,7 @@ def frames(pictures: Sequence[Picture]) -> list[Image.Image]:
     """Pictures of one size as the frames of a video. Raises ValueError where the sizes differ."""
     opened = [open_image(picture) for picture in pictures]
     if len({picture.size for picture in opened}) != 1:
-        raise ValueError(f"got frames of sizes {[picture.size for picture in opened]}: expected some, of one size; resize them")
+        raise ValueError(
+            f"got frames of sizes {[picture.size for picture in opened]}: expected some, of one size; resize them"
+        )
     return opened

@@ -6,6 +6,7 @@ encoder". A cell is a square of merge * merge patches, which become one row of t
 Axes: N packed patches, n packed cells, s patches of a cell, D model, H heads, K head, E width of the language model;
 C channels, T frames of a patch, p patch.
 """
+
 from collections.abc import Sequence
 
 import torch

@@ -1,4 +1,5 @@
 """Qwen2.5-VL's key maps: the released names and ours."""
+
 from collections.abc import Mapping
 from typing import Any
 
