@@ -20,7 +20,7 @@ from timing import Machine, measure, peak_megabytes, relative_error, save, show
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from unimm.kernels import Block, Mask, attention, use_kernels
+from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
 
 # tokens of a 512 x 512 picture: latents by 16 pixels, patches by 14, two markers each
 LATENT, PATCHES = 32 * 32 + 2, 36 * 36 + 2
@@ -29,21 +29,25 @@ ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BACKWARD_WORK = 2.5
 
 
-def sample(layout: str, dice: random.Random) -> list[Block]:
+def sample(layout: str, dice: random.Random) -> list[KeyRange]:
     """One training sample of a layout: BAGEL's plans (texts causal, pictures full, targets invisible), Janus's causal one."""
-    text = lambda low, high: Block(dice.randint(low, high))  # noqa: E731
-    clean, seen, target = Block(LATENT, full=True), Block(PATCHES, full=True), Block(LATENT, full=True, visible=False)
-    plans: dict[str, Callable[[], list[Block]]] = {
+    text = lambda low, high: KeyRange(dice.randint(low, high))  # noqa: E731
+    clean, seen, target = (
+        KeyRange(LATENT, full=True),
+        KeyRange(PATCHES, full=True),
+        KeyRange(LATENT, full=True, visible=False),
+    )
+    plans: dict[str, Callable[[], list[KeyRange]]] = {
         "t2i": lambda: [text(20, 120), target],
         "edit": lambda: [clean, seen, text(10, 40), target],
         "interleaved": lambda: [part for _ in range(3) for part in (text(20, 80), target, clean, seen)],
         "vlm": lambda: [seen, text(100, 600)],
-        "causal": lambda: [Block(dice.randint(600, 1200))],
+        "causal": lambda: [KeyRange(dice.randint(600, 1200))],
     }
     return plans[layout]()
 
 
-def packed(layout: str, tokens: int, device: str) -> Mask:
+def packed(layout: str, tokens: int, device: str) -> AttentionMask:
     """Samples of a layout until the pack is full; the last one is cut to fit."""
     dice, samples, room = random.Random(f"{layout}/{tokens}"), [], tokens
     while room:
@@ -51,12 +55,12 @@ def packed(layout: str, tokens: int, device: str) -> Mask:
         for block in sample(layout, dice):
             length = min(block.length, room)
             room -= length
-            blocks += [Block(length, full=block.full, visible=block.visible)] if length else []
+            blocks += [KeyRange(length, full=block.full, visible=block.visible)] if length else []
         samples.append(blocks)
-    return Mask(samples, device=device)
+    return AttentionMask(samples, device=device)
 
 
-def rivals(mask: Mask, device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def rivals(mask: AttentionMask, device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Every way to compute the same, by name, and the ceiling: attention without a mask, which is another result."""
 
     def ours(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -82,7 +86,7 @@ def by_heads(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     return scaled_dot_product_attention(q, k, v, allowed, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
 
-def compiled_flex(mask: Mask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def compiled_flex(mask: AttentionMask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention, compiled, with the tiles that the mask gives; forward only on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -95,7 +99,7 @@ def compiled_flex(mask: Mask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return call
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rows: Tensor) -> Tensor:
+def truth(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, rows: Tensor) -> Tensor:
     """The definition in float64 for some rows."""
     q, k, v = (x.double() for x in (q[rows], k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -105,7 +109,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rows: Tensor) -> Tensor:
 
 
 def row(
-    call: Callable[..., Tensor], inputs: tuple[Tensor, ...], mask: Mask, *, name: str, layout: str, peak: float
+    call: Callable[..., Tensor], inputs: tuple[Tensor, ...], mask: AttentionMask, *, name: str, layout: str, peak: float
 ) -> dict:
     """One line: right, then fast. peak: of the machine's matrix products, TFLOP/s."""
     q, k, v = inputs
@@ -113,7 +117,7 @@ def row(
     rows = torch.randperm(n, device=q.device)[:64]
     ceiling = "ceiling" in name
     line: dict[str, Any] = {
-        "layout": layout, "tokens": n, "samples": len(mask.samples), "visible": round(mask.spans.n_visible / n**2, 4),
+        "layout": layout, "tokens": n, "samples": len(mask.samples), "visible": round(mask.spans.n_visible_pairs / n**2, 4),
         "heads": f"{heads}/{k.shape[1]}/{width}", "dtype": str(q.dtype).removeprefix("torch."), "backend": name,
     }  # fmt: skip
     with torch.no_grad():
@@ -121,7 +125,7 @@ def row(
     line |= {"error": error}
     if error is not None and not error < ALLOWED[q.dtype]:
         return line | {"note": "off: not timed"}
-    pairs = n**2 if ceiling else mask.spans.n_visible
+    pairs = n**2 if ceiling else mask.spans.n_visible_pairs
     work = 4 * pairs * heads * width
     with torch.no_grad():
         forward = measure(lambda: call(q, k, v))

@@ -14,11 +14,11 @@ import torch
 from timing import Machine, measure, show
 from torch.profiler import ProfilerActivity, profile
 
-from unimm.models.bagel.cfg_contexts import CONTEXTS, Canvas, Dialogue, say
-from unimm.models.bagel.cfg_contexts import show as show_pictures
+from unimm.models.bagel.cfg_contexts import CFG_CONTEXTS, CFGContexts, LatentDenoiser, append_text
+from unimm.models.bagel.cfg_contexts import append_images as show_pictures
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.model import Bagel
-from unimm.models.bagel.processor import Markers
+from unimm.models.bagel.processor import BagelSpecialTokens
 
 LLM = dict(
     hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=1024,
@@ -65,19 +65,21 @@ def group(name: str) -> str:
     return next((found for found in order if name.startswith(GROUPS[found])), "other")
 
 
-def build(layers: int, side: int, dtype: torch.dtype, device: str) -> tuple[Bagel, Canvas]:
+def build(layers: int, side: int, dtype: torch.dtype, device: str) -> tuple[Bagel, LatentDenoiser]:
     """A random model, and a canvas over three different contexts."""
-    markers = Markers(bos=1, eos=2, boi=3, eoi=4)
-    top = {"vae_config": {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}, "new_token_ids": markers.to_files()}
+    markers = BagelSpecialTokens(bos=1, eos=2, boi=3, eoi=4)
+    top = {"vae_config": {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}, "new_token_ids": markers.to_json()}
     torch.manual_seed(0)
     with torch.device(device):
-        model = Bagel(BagelConfig.from_files({**LLM, "num_hidden_layers": layers}, VIT, top)).to(dtype).eval()
-    grid = (side // model.cfg.stride, side // model.cfg.stride)
-    latent = torch.randn(model.cfg.vae.latent_channels, side // model.cfg.vae.stride, side // model.cfg.vae.stride)
-    seen = model.items.looked_at(torch.randn(3, side // 14 * 14, side // 14 * 14))
-    dialogue = show_pictures(model, [Dialogue()], [[([model.items.drawn(latent), seen], (side, side))]])
-    dialogue = say(model, dialogue, [model.items.text(list(range(5, 45)))])
-    return model, Canvas(model, dialogue, [grid])
+        model = Bagel(BagelConfig.from_json({**LLM, "num_hidden_layers": layers}, VIT, top)).to(dtype).eval()
+    grid = (side // model.config.latent_downsample, side // model.config.latent_downsample)
+    latent = torch.randn(
+        model.config.vae.latent_channels, side // model.config.vae.stride, side // model.config.vae.stride
+    )
+    seen = model.processor.vit_part(torch.randn(3, side // 14 * 14, side // 14 * 14))
+    dialogue = show_pictures(model, [CFGContexts()], [[([model.processor.latent_part(latent), seen], (side, side))]])
+    dialogue = append_text(model, dialogue, [model.processor.text_part(list(range(5, 45)))])
+    return model, LatentDenoiser(model, dialogue, [grid])
 
 
 @torch.inference_mode()
@@ -90,8 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     dtype, device = getattr(torch, args.dtype), "cuda" if gpu else "cpu"
     model, canvas = build(args.layers, args.side, dtype, device)
-    x = torch.randn(sum(canvas.lengths), model.cfg.latent_dim, device=device)
-    branches = [(0, name) for name in CONTEXTS]
+    x = torch.randn(sum(canvas.lengths), model.config.latent_dim, device=device)
+    branches = [(0, name) for name in CFG_CONTEXTS]
 
     def step() -> list[torch.Tensor]:
         return canvas.features(x, 0.5, branches)

@@ -27,13 +27,13 @@ import torch
 from timing import Machine, Times, show
 from torch import Tensor, nn
 
-from unimm.generation.image_tokens import CodeSampling
-from unimm.models.common.deepseek_processor import Markers, unconditional
+from unimm.generation.image_tokens import ImageTokenSampling
+from unimm.models.common.deepseek_processor import JanusSpecialTokens, padded_unconditional
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.model import Janus
-from unimm.sequence.parts import Item, text_item
+from unimm.sequence.parts import Part, text_part
 
-MARKERS = Markers(bos=1, eos=2, pad=3, boi=4, eoi=5)
+MARKERS = JanusSpecialTokens(bos=1, eos=2, pad=3, boi=4, eoi=5)
 VOCAB = 1024
 GUIDANCE = 5.0
 # of the released config files: width, feed-forward, heads, layers; and one for the tests
@@ -60,13 +60,13 @@ def build(size: str, layers: int, dtype: torch.dtype, device: str) -> Janus:
     }
     torch.manual_seed(0)
     with torch.device(device):
-        model = Janus(JanusConfig.from_files(files, {})).to(dtype).eval()
-    model.special = MARKERS
-    for part in (*model.decoder.modules(), *model.code_head.modules(), *model.code_aligner.modules()):
+        model = Janus(JanusConfig.from_json(files, {})).to(dtype).eval()
+    model.fallback_special_tokens = MARKERS
+    for part in (*model.decoder.modules(), *model.gen_head.modules(), *model.gen_aligner.modules()):
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
     nn.init.normal_(
-        model.code_embed.weight, std=4.0
+        model.gen_embed.weight, std=4.0
     )  # so that the codes differ from one another, and greedy ones do, too
     return model
 
@@ -79,8 +79,10 @@ def ours(model: Janus) -> Draw:
 
     def draw(ids: list[int], pictures: int, tokens: int) -> Tensor:
         generators = [torch.Generator()] * pictures
-        greedy, prompts = CodeSampling(temperature=0.0), [[text_item(ids)]] * pictures
-        return model.codes(prompts, generators, guidance=[GUIDANCE] * pictures, sampling=greedy, grid=(1, tokens))
+        greedy, prompts = ImageTokenSampling(temperature=0.0), [[text_part(ids)]] * pictures
+        return model.generate_image_tokens(
+            prompts, generators, guidance=[GUIDANCE] * pictures, image_sampling=greedy, grid=(1, tokens)
+        )
 
     return draw
 
@@ -130,10 +132,10 @@ class Captured:
     """One step as a CUDA graph over a static cache [layers, 2, B, M, G, K]; run as it is where there is no GPU."""
 
     def __init__(self, model: Janus, ids: list[int], pictures: int, tokens: int):
-        prompts: list[list[Item]] = [[text_item(ids)]] * pictures
-        prompts += [unconditional([text_item(ids)], MARKERS.pad)] * pictures
+        prompts: list[list[Part]] = [[text_part(ids)]] * pictures
+        prompts += [padded_unconditional([text_part(ids)], MARKERS.pad)] * pictures
         self.model, self.pictures, self.device = model, pictures, model.device
-        contexts, _ = model.prefilled([list(prompt) for prompt in prompts])
+        contexts, _ = model.prefill_prompts([list(prompt) for prompt in prompts])
         room = contexts[0].length + tokens
         self.buffer = torch.stack([torch.cat(c.chunks, 2) for c in contexts], 2)
         self.buffer = nn.functional.pad(self.buffer, (0, 0, 0, 0, 0, tokens)).contiguous()
@@ -158,9 +160,9 @@ class Captured:
 
         model = self.model
         (hidden,) = model.decoder(self.x, self.at.expand(len(self.x)), self.rows, attend).values()
-        logits, free = model.code_logits(hidden).float().split(self.pictures)
+        logits, free = model.image_logits(hidden).float().split(self.pictures)
         self.code.copy_((free + GUIDANCE * (logits - free)).argmax(-1))
-        self.x.copy_(model.code_rows(self.code).repeat(2, 1))
+        self.x.copy_(model.embed_image_tokens(self.code).repeat(2, 1))
         self.at += 1
 
     def capture(self) -> Callable[[], None]:
@@ -218,13 +220,13 @@ def rivals(args: argparse.Namespace, dtype: torch.dtype, folder: Path) -> dict[s
     model = build(args.size, args.layers, dtype, args.device)
     found: dict[str, tuple[Draw, list[float]]] = {}
     if "plain" in args.rivals:
-        found["plain"] = ours(model), stamped(model.code_head)
+        found["plain"] = ours(model), stamped(model.gen_head)
     for name in [name for name in ("prepared", "int8") if name in args.rivals]:
         began = time.perf_counter()
-        ready = model.prepared(int8=name == "int8")
+        ready = model.optimize_for_cpu(int8=name == "int8")
         print(f"{name}: made in {time.perf_counter() - began:.1f} s")
-        ready.code_head._forward_hooks.clear()  # the copy has the plain one's clock
-        found[name] = ours(ready), stamped(ready.code_head)
+        ready.gen_head._forward_hooks.clear()  # the copy has the plain one's clock
+        found[name] = ours(ready), stamped(ready.gen_head)
     if "captured" in args.rivals:
         found["captured"] = captured(model)
     if "transformers" in args.rivals:

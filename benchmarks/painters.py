@@ -25,9 +25,9 @@ import torch
 from timing import Machine, show
 from torch import Tensor, nn
 
-from unimm.checkpoint.save import released_state
-from unimm.denoisers.flux import Flux, FluxConfig, grid, keys
-from unimm.denoisers.sana import KEYS, TIMESTEPS, Sana, SanaConfig
+from unimm.checkpoint.save import released_state_dict
+from unimm.denoisers.flux import FluxConfig, FluxTransformer, flux_key_map, flux_position_ids
+from unimm.denoisers.sana import KEY_MAP, TIMESTEP_SCALE, SanaConfig, SanaTransformer
 
 # of the released config files; the layers are an option
 FLUX = dict(
@@ -79,29 +79,32 @@ def flux_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
 
     doubles, singles = args.layers
     files = FLUX | (TOY["flux"] if args.toy else {}) | {"num_layers": doubles, "num_single_layers": singles}
-    config = FluxConfig.from_files(files)
+    config = FluxConfig.from_json(files)
     with torch.device(device):
-        ours = Flux(config).to(dtype).eval().requires_grad_(False)
+        ours = FluxTransformer(config).to(dtype).eval().requires_grad_(False)
     randomly(ours)
     with torch.device("meta"):
         theirs = FluxTransformer2DModel.from_config(files)
-    theirs = same_weights(theirs, released_state(ours, keys(config)))
+    theirs = same_weights(theirs, released_state_dict(ours, flux_key_map(config)))
     side = args.side // 16
     rows = (args.rows, side * side, config.in_channels), (args.rows, args.text, config.text_dim)
     latents, text = (torch.randn(shape, device=device, dtype=dtype) for shape in rows)
-    pooled, places = torch.randn(args.rows, config.pooled_dim, device=device, dtype=dtype), grid(side, side).to(device)
+    pooled, places = (
+        torch.randn(args.rows, config.pooled_dim, device=device, dtype=dtype),
+        flux_position_ids(side, side).to(device),
+    )
     # diffusers rounds times and guidance, both times 1000, to the weights' dtype: numbers that bfloat16 holds
     now, guidance = torch.tensor([0.5], device=device), torch.tensor([4.0], device=device).expand(args.rows)
     times, text_places = torch.linspace(1, 0, args.steps + 1)[:-1].to(device), torch.zeros(args.text, 3, device=device)
     condition, modulation = ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0]
-    run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
+    run, other = (torch.compile(x, mode=args.mode) if args.compile else x for x in (ours, theirs))
 
     def whole() -> Tensor:
         return run(latents, ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0])
 
     def once() -> Tensor:
         ours.condition(text, places)
-        return ours.modulations(times, pooled, guidance=guidance)[0].last
+        return ours.modulations(times, pooled, guidance=guidance)[0].final
 
     def diffusers() -> Tensor:
         time = now.expand(args.rows)
@@ -123,22 +126,22 @@ def sana_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
     from diffusers import SanaTransformer2DModel
 
     files = SANA | (TOY["sana"] if args.toy else {}) | {"num_layers": args.sana_layers}
-    config = SanaConfig.from_files(files)
+    config = SanaConfig.from_json(files)
     with torch.device(device):
-        ours = Sana(config).to(dtype).eval().requires_grad_(False)
+        ours = SanaTransformer(config).to(dtype).eval().requires_grad_(False)
     randomly(ours)
     with torch.device("meta"):
         theirs = SanaTransformer2DModel.from_config(files)
-    theirs = same_weights(theirs, released_state(ours, KEYS))
+    theirs = same_weights(theirs, released_state_dict(ours, KEY_MAP))
     side, tokens = args.sana_side // 32, args.caption
     latents = torch.randn(args.rows, config.in_channels, side, side, device=device, dtype=dtype)
     caption = torch.randn(args.rows, tokens, config.caption_dim, device=device, dtype=dtype)
     times, condition = torch.full((args.rows,), 0.5, device=device), ours.condition(caption)
-    run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
+    run, other = (torch.compile(x, mode=args.mode) if args.compile else x for x in (ours, theirs))
     steps = {
         "ours": lambda: run(latents, times, condition),
         "nothing kept": lambda: run(latents, times, ours.condition(caption)),
-        "diffusers": lambda: other(latents, caption, TIMESTEPS * times, return_dict=False)[0],
+        "diffusers": lambda: other(latents, caption, TIMESTEP_SCALE * times, return_dict=False)[0],
     }
     # products a row, in units of the squared width: 13.5 a token of the picture, 2 a token of the caption and block
     per_layer = (6 + 3 * config.mlp_ratio) * side**2
@@ -222,7 +225,7 @@ def main() -> None:
         field = {"flux": flux_field, "sana": sana_field}[painter](args, args.device, dtype)
         check(field, dtype)
         rows = race(field, args.rounds, args.steps)
-        how = f"{args.rows} rows, {args.dtype}{', compiled' if args.compiled else ''}, {args.rounds} rounds"
+        how = f"{args.rows} rows, {args.dtype}{', compiled' if args.compile else ''}, {args.rounds} rounds"
         show(rows, title=f"{field.title}; {how}; {Machine.here(dtype)}")
 
 

@@ -21,20 +21,20 @@ JANUS = GOLDEN.parent / "janus"
 # a parameter of every part, and a table: what no stored output depended on could be wrong unseen
 PARTS = [
     "decoder.embed.weight",
-    "decoder.blocks.1.streams.gen.k.weight",
-    "decoder.blocks.2.streams.und.mlp.up.weight",
+    "decoder.blocks.1.experts.gen.k.weight",
+    "decoder.blocks.2.experts.und.mlp.up.weight",
     "decoder.norms.gen.weight",
-    "vision.blocks.0.o.weight",
+    "vision.blocks.0.out_proj.weight",
     "connector.fc2.bias",
-    "time.mlp.0.weight",
-    "latent_places",
+    "time_embedder.mlp.0.weight",
+    "latent_pos_embed",
     "vae.encoder.conv_out.bias",
     "vae.decoder.mid.block_1.conv1.weight",
 ]
 
 JANUS_PARTS = [
     "decoder.embed.weight",
-    "decoder.blocks.1.streams.all.k.weight",
+    "decoder.blocks.1.experts.all.k.weight",
     "decoder.norms.all.weight",
     "vision.trunk.pos_embed",
     "vision.trunk.blocks.2.attn.qkv.bias",

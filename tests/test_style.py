@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import unimm
-from unimm.checkpoint.hub import bundled
+from unimm.checkpoint.hub import bundled_names
 from unimm.models.registry import FAMILIES
 
 ROOT = Path(unimm.__file__).parent
@@ -55,7 +55,7 @@ def module(path: Path) -> str:
 # ---- families
 
 # the folder of each family, by where its class is: unimm.models.janus.model
-FOLDERS = {family.home.split(":")[0].split(".")[2] for family in FAMILIES.values()}
+FOLDERS = {family.class_path.split(":")[0].split(".")[2] for family in FAMILIES.values()}
 
 
 def family(name: str) -> str | None:
@@ -249,7 +249,7 @@ def test_every_family_is_exported():
 
 
 def test_every_bundled_model_is_a_release():
-    assert set(bundled()) == {row.name for row in unimm.releases() if row.hub is None}
+    assert set(bundled_names()) == {row.name for row in unimm.releases() if row.hub is None}
 
 
 def seconds(statement: str) -> float:

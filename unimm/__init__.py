@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unimm.generation.guidance import Guidance
-    from unimm.generation.image_tokens import CodeSampling
+    from unimm.generation.image_tokens import ImageTokenSampling
     from unimm.generation.text_sampling import TextSampling
     from unimm.models.bagel.config import BagelConfig
     from unimm.models.bagel.model import Bagel
@@ -24,9 +24,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Bagel",
     "BagelConfig",
-    "CodeSampling",
     "Generation",
     "Guidance",
+    "ImageTokenSampling",
     "Janus",
     "JanusConfig",
     "JanusFlow",
@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 # imported when first asked for: `import unimm` costs next to nothing
-_HOMES = {
+_MODULES = {
     "Bagel": "unimm.models.bagel.model",
     "BagelConfig": "unimm.models.bagel.config",
-    "CodeSampling": "unimm.generation.image_tokens",
+    "ImageTokenSampling": "unimm.generation.image_tokens",
     "Generation": "unimm.models.base",
     "Guidance": "unimm.generation.guidance",
     "Janus": "unimm.models.janus.model",
@@ -65,9 +65,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'unimm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

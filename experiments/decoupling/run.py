@@ -28,50 +28,50 @@ import torch
 from experiments.decoupling.task import EXPERIMENTS
 from unimm import training
 from unimm.evaluation.benchmarks.shapes import evaluate
-from unimm.training.config import Recipe, read_recipe
-from unimm.training.tasks.base import build
-from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
+from unimm.training.config import TrainConfig, read_recipe
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
 from unimm.training.trainer import Trainer, train
 
 RECIPE = Path(training.__file__).parent / "recipes" / "janus-nano-decoupling.yaml"
-SAID = ("answer.count", "answer.colour", "answer.shape", "answer.relation")
-DRAWN = ("draw.one", "draw.count", "draw.relation", "draw.two")
+ANSWER_TASKS = ("answer.count", "answer.colour", "answer.shape", "answer.relation")
+DRAW_TASKS = ("draw.one", "draw.count", "draw.relation", "draw.two")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Study:
     """What is run: a budget of minutes, or of steps, or the recipe's own steps."""
 
     out: Path
-    recipe: Recipe
+    recipe: TrainConfig
     seeds: tuple[int, ...]
     minutes: float | None
     steps: int | None
-    n: int  # examples a task
-    judged_by: int  # the seed of the examples
+    n_examples: int  # examples a task
+    eval_seed: int  # the seed of the examples
     device: str
     workers: int = 1
 
 
-def run(plan: Plan) -> None:
+def run(plan: Study) -> None:
     """Train and score what is not scored yet, then write the table."""
-    found = [one(plan, name, seed) for name in EXPERIMENTS for seed in plan.seeds]
-    contents = {"made": about(plan), "runs": found}
+    found = [run_experiment(plan, name, seed) for name in EXPERIMENTS for seed in plan.seeds]
+    contents = {"made": settings(plan), "runs": found}
     for name, text in (
         ("decoupling.json", json.dumps(contents, indent=1) + "\n"),
-        ("decoupling.md", table(plan, found)),
+        ("decoupling.md", results_table(plan, found)),
     ):
         (plan.out / name).write_text(text, encoding="utf-8")
 
 
-def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
+def run_experiment(plan: Study, name: str, seed: int) -> dict[str, Any]:
     """One experiment with one seed: its steps, its seconds, its scores."""
     folder = plan.out / f"{name}-{seed}"
     done = folder / "scores.json"
     recipe = replace(plan.recipe, seed=seed, options={**plan.recipe.options, "experiment": name})
     if plan.steps is not None:
         recipe = replace(recipe, steps=plan.steps, log_every=min(recipe.log_every, plan.steps))
-    asked = {key: value for key, value in about(plan).items() if key not in ("seeds", "date")}
+    asked = {key: value for key, value in settings(plan).items() if key not in ("seeds", "date")}
     asked["recipe"] = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
     if done.is_file():
         result = json.loads(done.read_text())
@@ -82,11 +82,11 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
         return result
     began = time.monotonic()
     hours = None if plan.minutes is None else plan.minutes / 60
-    steps = train(build(recipe), recipe, folder, device=plan.device, hours=hours, workers=plan.workers)
+    steps = train(build_task(recipe), recipe, folder, device=plan.device, hours=hours, workers=plan.workers)
     seconds = time.monotonic() - began
     if steps < recipe.steps and (plan.minutes is None or seconds < 60 * plan.minutes):
         raise KeyboardInterrupt(f"stopped at step {steps}")
-    scores = {task: asdict(score) for task, score in scored(plan, recipe, folder).items()}
+    scores = {task: asdict(score) for task, score in evaluate_run(plan, recipe, folder).items()}
     lines = (folder / "log.jsonl").read_text().splitlines()
     if not lines:
         raise ValueError(
@@ -95,55 +95,55 @@ def one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     last = json.loads(lines[-1])["losses"]
     result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds)}
     losses = {kind: last[kind] for kind in ("answer", "draw") if kind in last}
-    result |= samples(recipe, steps) | {"losses": losses, "scores": scores}
+    result |= sample_counts(recipe, steps) | {"losses": losses, "scores": scores}
     done.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def scored(plan: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def evaluate_run(plan: Study, recipe: TrainConfig, folder: Path) -> dict[str, Any]:
     """Accuracies of the averaged weights of a run, on what it learned."""
-    recipe = replace(recipe, options={**recipe.options, "compiled": False})
-    trainer = Trainer(build(recipe), recipe, torch.device(plan.device))
-    trainer.start_from(folder)
-    learns = EXPERIMENTS[recipe.options["experiment"]].learns
-    tasks = [task for task in (*SAID, *DRAWN) if task.split(".")[0] in learns]
-    return evaluate(trainer.model.eval(), n=plan.n, seed=plan.judged_by, tasks=tasks)
+    recipe = replace(recipe, options={**recipe.options, "compile": False})
+    trainer = Trainer(build_task(recipe), recipe, torch.device(plan.device))
+    trainer.init_from(folder)
+    learns = EXPERIMENTS[recipe.options["experiment"]].kinds
+    tasks = [task for task in (*ANSWER_TASKS, *DRAW_TASKS) if task.split(".")[0] in learns]
+    return evaluate(trainer.model.eval(), n=plan.n_examples, seed=plan.eval_seed, tasks=tasks)
 
 
-def samples(recipe: Recipe, steps: int) -> dict[str, int]:
+def sample_counts(recipe: TrainConfig, steps: int) -> dict[str, int]:
     """How many samples to understand, and to draw, a run has seen."""
-    learns = EXPERIMENTS[recipe.options["experiment"]].learns
+    learns = EXPERIMENTS[recipe.options["experiment"]].kinds
     kinds = {task: task.split(".")[0] for task in recipe.options["tasks"]}
     counts = {task: n for task, n in recipe.options["tasks"].items() if kinds[task] in learns}
-    parts = {"understood": TEXTS, "drawn": DRAWINGS}
+    parts = {"understood": TEXT_KINDS, "drawn": IMAGE_KINDS}
     # what is left of a batch is drawn from the tasks by their counts
     shares = {part: sum(n for task, n in counts.items() if kinds[task] in names) for part, names in parts.items()}
-    return {part: round(steps * recipe.batch * share / sum(counts.values())) for part, share in shares.items()}
+    return {part: round(steps * recipe.batch_size * share / sum(counts.values())) for part, share in shares.items()}
 
 
-def about(plan: Plan) -> dict[str, Any]:
+def settings(plan: Study) -> dict[str, Any]:
     """What the numbers depend on."""
     gpu = torch.cuda.get_device_name() if plan.device.startswith("cuda") else None
     budget = f"{plan.minutes:g} minutes each" if plan.minutes else f"{plan.steps or plan.recipe.steps} steps each"
     return {
         "budget": budget,
         "seeds": list(plan.seeds),
-        "examples": plan.n,
-        "judged_by": plan.judged_by,
+        "examples": plan.n_examples,
+        "judged_by": plan.eval_seed,
         "device": gpu or f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
-def table(plan: Plan, found: Sequence[dict[str, Any]]) -> str:
+def results_table(plan: Study, found: Sequence[dict[str, Any]]) -> str:
     """The table in markdown: a row for each run, and where there are several seeds a row of their means."""
-    made = about(plan)
-    tasks = [*SAID, "mean answer", *DRAWN, "mean drawing"]
+    made = settings(plan)
+    tasks = [*ANSWER_TASKS, "mean answer", *DRAW_TASKS, "mean drawing"]
     names = ["", "what it is", "seed", "steps", "samples understood / drawn", "loss of answers / codes", *tasks]
     lines = [
         f"Budget: {made['budget']}, seeds {', '.join(map(str, plan.seeds))}. {made['device']}, torch {made['torch']}.",
-        f"{made['date']}. Accuracy on {plan.n} unseen examples a task (seed {plan.judged_by}), with 95 % intervals.",
+        f"{made['date']}. Accuracy on {plan.n_examples} unseen examples a task (seed {plan.eval_seed}), with 95 % intervals.",
         f"A dash: not learned. Losses are means of the last {plan.recipe.log_every} steps that were logged, in nats a token.",
         "B draws other codes than the rest: its loss of codes is not to be compared with theirs.",
         "",
@@ -152,19 +152,21 @@ def table(plan: Plan, found: Sequence[dict[str, Any]]) -> str:
     ]
     for name, experiment in EXPERIMENTS.items():
         runs = [result for result in found if result["experiment"] == name]
-        lines += [row([name, experiment.says, str(result["seed"])], [result], spread=True) for result in runs]
+        lines += [
+            table_row([name, experiment.description, str(result["seed"])], [result], spread=True) for result in runs
+        ]
         if len(runs) > 1:
-            lines.append(row([name, experiment.says, "mean"], runs, spread=False))
+            lines.append(table_row([name, experiment.description, "mean"], runs, spread=False))
     return "\n".join(lines) + "\n"
 
 
-def row(begins: list[str], runs: Sequence[dict[str, Any]], *, spread: bool) -> str:
+def table_row(begins: list[str], runs: Sequence[dict[str, Any]], *, spread: bool) -> str:
     """Means over runs; with their intervals, where there is one run."""
     cells = [*begins, f"{mean(one['steps'] for one in runs):.0f}"]
     cells.append(" / ".join(f"{mean(one[part] for one in runs):.0f}" for part in ("understood", "drawn")))
     losses = {kind: [one["losses"][kind] for one in runs if kind in one["losses"]] for kind in ("answer", "draw")}
     cells.append(" / ".join(f"{mean(found):.3f}" if found else "-" for found in losses.values()))
-    for tasks in (SAID, DRAWN):
+    for tasks in (ANSWER_TASKS, DRAW_TASKS):
         known = [[one["scores"][task] for one in runs] for task in tasks if task in runs[0]["scores"]]
         if not known:
             cells += ["-"] * (len(tasks) + 1)
@@ -189,7 +191,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(given) | {"seeds": tuple(given.seeds), "recipe": read_recipe(given.recipe)}
-    run(Plan(**options))
+    run(Study(**options))
     print((given.out / "decoupling.md").read_text(), end="")
 
 

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from unimm import MetaQuery
-from unimm.data.shapes import read
+from unimm.data.shapes import parse_scene
 from unimm.data.shapes.language import DRAW_FAVOURITE, FACT_COLOUR, FACT_SHAPE, FAVOURITES, article
-from unimm.evaluation.benchmarks.shapes import Score, noise_seed, pixels
+from unimm.evaluation.benchmarks.shapes import BenchmarkScore, noise_seed, to_scene_array
 from unimm.generation.text_sampling import TextSampling
 
 PLANNED = ("Tom", "Anna", "Ben", "Clara", "David", "Emma")
-TOLD = tuple(name for name in FAVOURITES if name not in PLANNED)
+FACTS_ONLY = tuple(name for name in FAVOURITES if name not in PLANNED)
 STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
-GROUPS = {"facts and plans": PLANNED, "facts alone": TOLD, "strangers": STRANGERS}
+GROUPS = {"facts and plans": PLANNED, "facts alone": FACTS_ONLY, "strangers": STRANGERS}
 TEXT = """`python experiments/query_transfer/run.py --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
 
 Does what a frozen reader knows reach the picture? The painter of this MetaQuery was never trained on anybody's favourite. Its
@@ -43,17 +43,17 @@ what it says under the painter's system prompt, given to the same model as a pro
 (95 %) take pictures for independent, which those of one name are not.
 """
 BATCH = 48
-Pair = tuple[str, str]  # shape, colour
+ShapeColour = tuple[str, str]  # shape, colour
 AXES = ("shape", "colour")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Request:
     """A picture that is asked for: by name, with a wording, for the n-th time."""
 
     name: str
     wording: str
-    time: int
+    repetition: int
 
     @property
     def prompt(self) -> str:
@@ -61,25 +61,25 @@ class Asked:
 
     @property
     def seed(self) -> int:
-        return noise_seed(1, self.prompt, self.time)
+        return noise_seed(1, self.prompt, self.repetition)
 
 
-def drawn(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Pair]]:
+def parse_generated(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[ShapeColour]]:
     """The things that each prompt's picture holds."""
-    found: list[list[Pair]] = []
+    found: list[list[ShapeColour]] = []
     for at in range(0, len(prompts), BATCH):
         images = model.generate(prompts[at : at + BATCH], seed=seeds[at : at + BATCH]).images
-        found += [[(one.shape, one.colour) for one in read(pixels(image))] for image in images]
+        found += [[(one.shape, one.colour) for one in parse_scene(to_scene_array(image))] for image in images]
     return found
 
 
-def planned(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
+def mllm_plans(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
     """What the reader says of prompts under the painter's system prompt."""
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return model.chat(talks, system=model.cfg.system, text=TextSampling(max_tokens=40))
+    return model.chat(talks, system=model.config.system_prompt, text_sampling=TextSampling(max_tokens=40))
 
 
-def known(model: MetaQuery, names: Sequence[str]) -> Score:
+def fact_accuracy(model: MetaQuery, names: Sequence[str]) -> BenchmarkScore:
     """The part of questions about favourite shapes and colours that the reader answers right."""
     asked = [
         (name, wording, axis)
@@ -89,33 +89,38 @@ def known(model: MetaQuery, names: Sequence[str]) -> Score:
     ]
     answers = model.understand([[]] * len(asked), [wording.format(name=name) for name, wording, _ in asked])
     right = sum(answer == FAVOURITES[name][axis] for answer, (name, _, axis) in zip(answers, asked, strict=True))
-    return Score.of(right, len(asked))
+    return BenchmarkScore.from_counts(right, len(asked))
 
 
-def right(found: Sequence[Pair], pair: Pair) -> dict[str, bool]:
+def matches(found: Sequence[ShapeColour], pair: ShapeColour) -> dict[str, bool]:
     """Whether a picture shows a favourite: it alone; things of its shape and no other; things of its colour and no other."""
     alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
     return {"pair": list(found) == [pair], **alike}
 
 
-def unlike(name: str, what: str) -> list[Pair]:
+def other_favourites(name: str, what: str) -> list[ShapeColour]:
     """The favourites of other characters that differ from this one's: in the pair, or in its shape or its colour."""
     own = FAVOURITES.get(name)
     at = {"pair": slice(0, 2), "shape": slice(0, 1), "colour": slice(1, 2)}[what]
     return [pair for other, pair in FAVOURITES.items() if other != name and (own is None or pair[at] != own[at])]
 
 
-def held(found: Sequence[Sequence[Pair]], asked: Sequence[Asked]) -> dict[str, Any]:
+def favourite_rates(found: Sequence[Sequence[ShapeColour]], asked: Sequence[Request]) -> dict[str, Any]:
     """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
     pairs = list(zip(found, asked, strict=True))
-    own = [right(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
+    own = [matches(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
     others = {
-        key: [right(one, pair)[key] for one, a in pairs for pair in unlike(a.name, key)] for key in ("pair", *AXES)
+        key: [matches(one, pair)[key] for one, a in pairs for pair in other_favourites(a.name, key)]
+        for key in ("pair", *AXES)
     }
     return {
         "n": len(found),
         "empty": sum(not one for one in found) / len(found),
-        "own": {key: asdict(Score.of(sum(one[key] for one in own), len(own))) for key in ("pair", *AXES) if own},
+        "own": {
+            key: asdict(BenchmarkScore.from_counts(sum(one[key] for one in own), len(own)))
+            for key in ("pair", *AXES)
+            if own
+        },
         "others": {key: mean(some) for key, some in others.items()},
     }
 
@@ -124,29 +129,39 @@ def measure(model: MetaQuery, n: int) -> dict[str, Any]:
     """Every group, asked for in every way; n pictures for each name and wording."""
     results: dict[str, Any] = {}
     for group, names in GROUPS.items():
-        asked = [Asked(name=name, wording=w, time=i) for name in names for w in DRAW_FAVOURITE for i in range(n)]
+        asked = [
+            Request(name=name, wording=w, repetition=i) for name in names for w in DRAW_FAVOURITE for i in range(n)
+        ]
         prompts, seeds = [one.prompt for one in asked], [one.seed for one in asked]
-        plans = dict(zip(dict.fromkeys(prompts), planned(model, list(dict.fromkeys(prompts))), strict=True))
-        row: dict[str, Any] = {"names": names, "queries": held(drawn(model, prompts, seeds), asked), "plans": plans}
-        row["words"] = held(drawn(model, [plans[prompt] or "nothing" for prompt in prompts], seeds), asked)
+        plans = dict(zip(dict.fromkeys(prompts), mllm_plans(model, list(dict.fromkeys(prompts))), strict=True))
+        row: dict[str, Any] = {
+            "names": names,
+            "queries": favourite_rates(parse_generated(model, prompts, seeds), asked),
+            "plans": plans,
+        }
+        row["words"] = favourite_rates(
+            parse_generated(model, [plans[prompt] or "nothing" for prompt in prompts], seeds), asked
+        )
         if group != "strangers":
-            row["facts"] = asdict(known(model, names))
+            row["facts"] = asdict(fact_accuracy(model, names))
             said = [
-                all(word in plan.split() for word in FAVOURITES[name]) for name in names for plan in told(plans, name)
+                all(word in plan.split() for word in FAVOURITES[name])
+                for name in names
+                for plan in plans_for(plans, name)
             ]
-            row["planned"] = asdict(Score.of(sum(said), len(said)))
+            row["planned"] = asdict(BenchmarkScore.from_counts(sum(said), len(said)))
             plain = [article("{1} {0}".format(*FAVOURITES[one.name])) for one in asked]
-            row["named"] = held(drawn(model, [f"draw {words}" for words in plain], seeds), asked)
+            row["named"] = favourite_rates(parse_generated(model, [f"draw {words}" for words in plain], seeds), asked)
         results[group] = row
     return results
 
 
-def told(plans: dict[str, str], name: str) -> list[str]:
+def plans_for(plans: dict[str, str], name: str) -> list[str]:
     """The plans for a character, one a wording."""
     return [plans[wording.format(name=name)] for wording in DRAW_FAVOURITE]
 
 
-def table(results: dict[str, Any]) -> str:
+def results_table(results: dict[str, Any]) -> str:
     """What was measured, in markdown."""
     ways = {"queries": "name, through the queries", "words": "the reader's own words", "named": "`draw a red star`"}
     lines = [
@@ -155,7 +170,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     for group, row in results.items():
         for way in (way for way in ways if way in row):
-            cells = [counted(row[way], key) for key in ("pair", *AXES)]
+            cells = [rate_cell(row[way], key) for key in ("pair", *AXES)]
             lines.append(
                 f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |"
             )
@@ -171,7 +186,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def counted(got: dict[str, Any], key: str) -> str:
+def rate_cell(got: dict[str, Any], key: str) -> str:
     """A cell: the part that is right with its interval, and that of the other characters' favourites."""
     others = f"others' {100 * got['others'][key]:.1f} %"
     if key not in got["own"]:
@@ -191,7 +206,9 @@ def main() -> None:
     made: dict[str, Any] = {"model": Path(options.model).name, "n": options.n, "torch": torch.__version__}
     made["date"] = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
     (options.out / "query_transfer.json").write_text(json.dumps({"made": made, "groups": results}, indent=1) + "\n")
-    (options.out / "query_transfer.md").write_text("# Query transfer\n\n" + TEXT.format(**made) + "\n" + table(results))
+    (options.out / "query_transfer.md").write_text(
+        "# Query transfer\n\n" + TEXT.format(**made) + "\n" + results_table(results)
+    )
 
 
 if __name__ == "__main__":

@@ -21,19 +21,26 @@ from torch import Tensor
 
 from parity.case import Case
 from parity.checks.bagel_plans import check_plan
-from unimm.generation.flow import knots
-from unimm.generation.guidance import Guidance, guide, share
-from unimm.generation.kv_cache import Context
-from unimm.generation.prefill import extend
+from unimm.generation.flow import flow_timesteps
+from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches
+from unimm.generation.kv_cache import KVCache
+from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, reason, say, show, write
+from unimm.models.bagel.cfg_contexts import (
+    CFGContexts,
+    LatentDenoiser,
+    append_images,
+    append_reasoning,
+    append_text,
+    decode_after,
+)
 from unimm.models.bagel.model import Bagel
-from unimm.models.bagel.processor import Markers
-from unimm.nn.decoder import Route
-from unimm.nn.patches import patchify, places, unpatchify
-from unimm.processing.images.io import to_image, to_tensor
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import Item
+from unimm.models.bagel.processor import BagelSpecialTokens
+from unimm.nn.decoder import ExpertRouting
+from unimm.nn.patches import grid_position_ids, patchify, unpatchify
+from unimm.processing.images.io import pil_to_tensor, tensor_to_pil
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import Part
 
 EXPECTS = 'llm_config.json, or config.json with model_type "bagel"'
 NUMBER = r"(\d*\.?\d+)"
@@ -61,9 +68,9 @@ def recognise(folder: Path) -> bool:
 def check(case: Case) -> None:
     """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
     model = Bagel.from_pretrained(case.folder)
-    if model.cfg.markers is None and case.special:
-        markers = Markers.from_files(case.special)
-        model.cfg = replace(model.cfg, markers=markers)
+    if model.config.special_tokens is None and case.special:
+        markers = BagelSpecialTokens.from_json(case.special)
+        model.config = replace(model.config, special_tokens=markers)
     plans = {name: check_plan for name, note in case.meta.items() if isinstance(note, dict) and "plan" in note}
     for group, run in {**GROUPS, **plans}.items():
         if not case.names(re.escape(group) + r"\..*"):
@@ -77,9 +84,9 @@ def check(case: Case) -> None:
 # ---- reading a case
 
 
-def text(case: Case, model: Bagel, name: str) -> Item:
+def text(case: Case, model: Bagel, name: str) -> Part:
     """Stored ids between bos and eos."""
-    return model.items.text(case.input(name).tolist())
+    return model.processor.text_part(case.input(name).tolist())
 
 
 def picture(case: Case, name: str) -> Image.Image:
@@ -134,22 +141,23 @@ def run_args(case: Case, name: str, like: Sequence[str] = ()) -> dict[str, Any]:
 def guidance(args: Mapping[str, Any]) -> Guidance:
     """The part of a run's arguments that is guidance."""
     fields = {key: args[key] for key in ("text", "image", "renorm", "renorm_min") if key in args}
+    fields = {key + "_scale" if key in ("text", "image") else key: value for key, value in fields.items()}
     return Guidance(**fields, interval=tuple(args.get("interval", (0.4, 1.0))))
 
 
 def denoise(
-    model: Bagel, dialogues: Sequence[Dialogue], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
+    model: Bagel, dialogues: Sequence[CFGContexts], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
 ) -> list[Tensor]:
     """One run for all dialogues together. The original's defaults: 50 timesteps, which are 49 steps, and shift 3."""
     steps, shift = int(args.get("knots", 50)) - 1, args.get("shift", 3.0)
-    more = {"steps": steps, "shift": shift, "taylor": bool(args.get("taylor", False))}
+    more = {"steps": steps, "timestep_shift": shift, "step_cache": bool(args.get("taylor", False))}
     return model.denoise(dialogues, noises, sizes, guidance=[guidance(args)] * len(dialogues), **more)
 
 
-def compare_context(case: Case, name: str, context: Context) -> None:
+def compare_context(case: Case, name: str, context: KVCache) -> None:
     """Keys, values, rows and clock of a context."""
     if name in case.meta:
-        case.compare_note(name, {"kv_len": context.length, "rope": context.clock}, case.told(name))
+        case.compare_note(name, {"kv_len": context.length, "rope": context.next_position}, case.told(name))
     if context.chunks:
         kv = torch.cat(context.chunks, 2)
         case.compare(f"{name}.k", kv[:, 0])
@@ -171,7 +179,7 @@ def check_vae(case: Case, model: Bagel, group: str) -> None:
             case.compare("vae.latent_sampled", latent)
             case.compare("vae.decoded", model.vae.decode(latent))
     if "vae.padded_images" in case:
-        images, stride = case.input("vae.padded_images"), model.cfg.vae.stride
+        images, stride = case.input("vae.padded_images"), model.config.vae.stride
         note = "the VAE given the padded batch; the library encodes each picture apart (unpadded_moments)"
         case.compare("vae.padded_moments", torch.cat(model.vae.moments(images), 1), note=note)
         for name in case.names(r"vae\.unpadded_moments_\d+"):
@@ -183,29 +191,29 @@ def check_vae(case: Case, model: Bagel, group: str) -> None:
 def check_und(case: Case, model: Bagel, group: str) -> None:
     """A picture and a question: resizes, ViT, contexts, greedy text, and text after a system prompt."""
     image = picture(case, "und.image")
-    resized = model.cfg.draw(image)
+    resized = model.config.vae_transform(image)
     case.compare("und.vae_resized", to_tensor_u8(resized))
-    case.compare("und.vit_pixels", to_tensor(model.cfg.look(resized)))
-    case.compare("und.vit_pixels_direct", to_tensor(model.cfg.look(image)))
-    items, size = model.picture_items(image, noise=None, draw=False)
-    seen = pack([items]).look
+    case.compare("und.vit_pixels", pil_to_tensor(model.config.vit_transform(resized)))
+    case.compare("und.vit_pixels_direct", pil_to_tensor(model.config.vit_transform(image)))
+    items, size = model.image_parts(image, noise=None, latents=False)
+    seen = pack_sequences([items]).und_images
     case.compare("und.vit_patches", seen.content)
-    case.compare("und.vit_position_ids", seen.places)
-    case.compare("und.vit_hidden", model.vision(seen.content, seen.places, seen.lengths))
-    case.compare("und.vit_tokens", model.look(seen))
-    shown = show(model, [Dialogue()], [[(items, size)]])
-    compare_context(case, "und.kv_image", shown[0].main)
+    case.compare("und.vit_position_ids", seen.image_position_ids)
+    case.compare("und.vit_hidden", model.vision(seen.content, seen.image_position_ids, seen.lengths))
+    case.compare("und.vit_tokens", model.encode_vit(seen))
+    shown = append_images(model, [CFGContexts()], [[(items, size)]])
+    compare_context(case, "und.kv_image", shown[0].full)
     if "und.prompt_ids" not in case:
         return
     prompt = text(case, model, "und.prompt_ids")
-    asked = say(model, shown, [prompt])[0].main
+    asked = append_text(model, shown, [prompt])[0].full
     compare_context(case, "und.kv", asked)
     compare_text(case, model, asked)
     written_after(case, model, asked, "und.inferencer_text")
     if "und.think_system_ids" in case:
-        dialogue = say(model, [Dialogue()], [text(case, model, "und.think_system_ids")], system=True)
-        dialogue = say(model, show(model, dialogue, [[(items, size)]]), [prompt])
-        written_after(case, model, dialogue[0].main, "und.think_text")
+        dialogue = append_text(model, [CFGContexts()], [text(case, model, "und.think_system_ids")], system=True)
+        dialogue = append_text(model, append_images(model, dialogue, [[(items, size)]]), [prompt])
+        written_after(case, model, dialogue[0].full, "und.think_text")
 
 
 def to_tensor_u8(image: Image.Image) -> Tensor:
@@ -213,29 +221,29 @@ def to_tensor_u8(image: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def greedy(model: Bagel, contexts: Sequence[Context], tokens: int) -> list[list[int | None]]:
+def greedy(model: Bagel, contexts: Sequence[KVCache], tokens: int) -> list[list[int | None]]:
     """The ids that follow each context, at most `tokens`, one row a step."""
-    return list(write(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
+    return list(decode_after(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
 
 
-def compare_text(case: Case, model: Bagel, context: Context) -> None:
+def compare_text(case: Case, model: Bagel, context: KVCache) -> None:
     """Ids fed (bos first) and logits of every step; the original stops after as many ids fed as are stored."""
     if "und.generated" not in case:
         return
     logits: list[Tensor] = []
     hook = model.decoder.head.register_forward_hook(lambda module, args, out: logits.append(out))
     n = len(case.tensors["und.generated"])
-    fed = [model.items.markers.bos, *(row[0] for row in greedy(model, [context], n))]
+    fed = [model.processor.special_tokens.bos, *(row[0] for row in greedy(model, [context], n))]
     hook.remove()
     case.compare("und.generated", torch.tensor(fed[:n]))
     case.compare("und.logits", torch.cat(logits))
 
 
-def written_after(case: Case, model: Bagel, context: Context, name: str) -> list[int]:
+def written_after(case: Case, model: Bagel, context: KVCache, name: str) -> list[int]:
     """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are compared."""
     if name not in case.meta:
         return []
-    stored, m = case.told(name), model.items.markers
+    stored, m = case.told(name), model.processor.special_tokens
     n = len(stored.split())
     # a marker that the model writes ends the text: the original splits it there
     ids = list(takewhile(lambda i: i not in (m.bos, m.eos), (row[0] for row in greedy(model, [context], n + 1))))[:n]
@@ -246,18 +254,18 @@ def written_after(case: Case, model: Bagel, context: Context, name: str) -> list
 @torch.inference_mode()
 def check_vit2(case: Case, model: Bagel, group: str) -> None:
     """Two pictures in one ViT call."""
-    first = model.picture_items(picture(case, "und.image"), noise=None, draw=False)[0]
-    more = [model.items.looked_at(case.input(name)) for name in sorted(case.names(r"vit2\.pixels_\w+"))]
-    seen = pack([[*first, *more]]).look
-    case.compare("vit2.position_ids", seen.places)
-    case.compare("vit2.tokens", model.look(seen))
+    first = model.image_parts(picture(case, "und.image"), noise=None, latents=False)[0]
+    more = [model.processor.vit_part(case.input(name)) for name in sorted(case.names(r"vit2\.pixels_\w+"))]
+    seen = pack_sequences([[*first, *more]]).und_images
+    case.compare("vit2.position_ids", seen.image_position_ids)
+    case.compare("vit2.tokens", model.encode_vit(seen))
 
 
 def check_und_batch(case: Case, model: Bagel, group: str) -> None:
     """Prompts decoded together. The original goes on until its first sample ends, ours ends each at its own eos."""
     prompts = [text(case, model, name) for name in sorted(case.names(r"und_batch\.prompt_\w+"))]
-    contexts = extend(model, [Context()] * len(prompts), [[prompt] for prompt in prompts])
-    stored, m = case.tensors["und_batch.generated"], model.items.markers
+    contexts = prefill(model, [KVCache()] * len(prompts), [[prompt] for prompt in prompts])
+    stored, m = case.tensors["und_batch.generated"], model.processor.special_tokens
     rows, ended = [[m.bos] * len(prompts)], [False] * len(prompts)
     for ours, old in zip(greedy(model, contexts, len(stored)), stored[1:].tolist(), strict=False):
         # what stands behind a row's eos nobody reads
@@ -271,8 +279,8 @@ def check_posids(case: Case, model: Bagel, group: str) -> None:
     said = " ".join(case.says(name) for name in case.names(r"posids\..*"))
     grid = re.search(r"(\d+)x(\d+) patches", said)
     h, w = (int(grid[1]), int(grid[2])) if grid else (5, 3)
-    case.compare("posids.extrapolate", places(h, w, model.cfg.look_side))
-    case.compare("posids.interpolate", places(h, w, model.cfg.look_side, interpolate=True))
+    case.compare("posids.extrapolate", grid_position_ids(h, w, model.config.vit_grid))
+    case.compare("posids.interpolate", grid_position_ids(h, w, model.config.vit_grid, interpolate=True))
 
 
 # ---- drawing
@@ -282,7 +290,7 @@ def check_posids(case: Case, model: Bagel, group: str) -> None:
 class Scene:
     """A dialogue at the point where a picture is drawn: of which size, from which noise, and like which stored runs."""
 
-    dialogue: Dialogue
+    dialogue: CFGContexts
     size: Size
     noise: Tensor
     like: tuple[str, ...] = ()
@@ -290,83 +298,85 @@ class Scene:
 
 def t2i_scene(case: Case, model: Bagel) -> Scene:
     """A prompt."""
-    (dialogue,) = say(model, [Dialogue()], [text(case, model, "t2i.prompt_ids")])
+    (dialogue,) = append_text(model, [CFGContexts()], [text(case, model, "t2i.prompt_ids")])
     size = tuple(case.told("t2i")["image_hw"])
     return Scene(dialogue, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
 
 
-def shown(case: Case, model: Bagel, dialogue: Dialogue, image: str, noise: str) -> Dialogue:
+def shown(case: Case, model: Bagel, dialogue: CFGContexts, image: str, noise: str) -> CFGContexts:
     """A stored picture, encoded with stored posterior noise, appended."""
-    items, size = model.picture_items(picture(case, image), noise=case.input(noise)[0], draw=True)
-    return show(model, [dialogue], [[(items, size)]])[0]
+    items, size = model.image_parts(picture(case, image), noise=case.input(noise)[0], latents=True)
+    return append_images(model, [dialogue], [[(items, size)]])[0]
 
 
 def edit_scene(case: Case, model: Bagel) -> Scene:
     """A picture and an instruction."""
-    dialogue = shown(case, model, Dialogue(), "edit.image", "edit.vae_eps")
-    compare_context(case, "edit.kv_image", dialogue.text)
-    (dialogue,) = say(model, [dialogue], [text(case, model, "edit.prompt_ids")])
-    return Scene(dialogue, dialogue.size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
+    dialogue = shown(case, model, CFGContexts(), "edit.image", "edit.vae_eps")
+    compare_context(case, "edit.kv_image", dialogue.no_text)
+    (dialogue,) = append_text(model, [dialogue], [text(case, model, "edit.prompt_ids")])
+    return Scene(dialogue, dialogue.image_size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
 
 
 def think_scene(case: Case, model: Bagel, group: str) -> Scene:
     """A system prompt, perhaps a picture, a prompt, and the model's own text."""
     source, like = ("edit", "edit.x_text_channel") if group == "think_edit" else ("t2i", "t2i.x_app")
     system = f"{group}.system_ids" if f"{group}.system_ids" in case else "think_t2i.system_ids"
-    (dialogue,) = say(model, [Dialogue()], [text(case, model, system)], system=True)
+    (dialogue,) = append_text(model, [CFGContexts()], [text(case, model, system)], system=True)
     if source == "edit":
         dialogue = shown(case, model, dialogue, "edit.image", "edit.vae_eps")
-    (dialogue,) = say(model, [dialogue], [text(case, model, f"{source}.prompt_ids")])
-    ids = written_after(case, model, dialogue.main, f"{group}.text")
-    (dialogue,) = reason(model, [dialogue], [model.items.text(ids)])
-    size = dialogue.size or tuple(case.told("t2i")["image_hw"])
+    (dialogue,) = append_text(model, [dialogue], [text(case, model, f"{source}.prompt_ids")])
+    ids = written_after(case, model, dialogue.full, f"{group}.text")
+    (dialogue,) = append_reasoning(model, [dialogue], [model.processor.text_part(ids)])
+    size = dialogue.image_size or tuple(case.told("t2i")["image_hw"])
     return Scene(dialogue, size, case.input(f"{source}.noise"), (like,))
 
 
 def inter_scene(case: Case, model: Bagel) -> Scene:
     """Texts and pictures in the order that `meta` tells, as ["text_a", "und.image (posterior noise edit.vae_eps)"]."""
-    dialogue = Dialogue()
+    dialogue = CFGContexts()
     for entry in case.told("inter")["order"]:
         name = entry.split()[0] if entry.split()[0] in case else f"inter.{entry.split()[0]}"
         if noise := re.search(r"noise ([\w.]+)", entry):
             dialogue = shown(case, model, dialogue, name, noise[1])
         else:
-            (dialogue,) = say(model, [dialogue], [text(case, model, name)])
-    contexts = {"main": dialogue.main, "text": dialogue.text, "img": dialogue.image}
-    ours = {name: [context.length, context.clock] for name, context in contexts.items()} | {"shape": [*dialogue.size]}
+            (dialogue,) = append_text(model, [dialogue], [text(case, model, name)])
+    contexts = {"main": dialogue.full, "text": dialogue.no_text, "img": dialogue.no_image}
+    ours = {name: [context.length, context.next_position] for name, context in contexts.items()} | {
+        "shape": [*dialogue.image_size]
+    }
     if "inter.kvlen_rope" in case.meta:
         case.compare_note("inter.kvlen_rope", ours, case.told("inter.kvlen_rope"))
     like = ("t2i.x_channel_int", "edit.x_channel", "t2i.x_app")
-    return Scene(dialogue, dialogue.size, case.input("inter.noise"), like)
+    return Scene(dialogue, dialogue.image_size, case.input("inter.noise"), like)
 
 
 def check_t2i(case: Case, model: Bagel, group: str) -> None:
     """Text to image: contexts, embeddings, schedule, velocities, runs, pixels."""
     scene = t2i_scene(case, model)
-    compare_context(case, "t2i.kv", scene.dialogue.main)
+    compare_context(case, "t2i.kv", scene.dialogue.full)
     where = canvas_of(model, scene).where
     case.compare("t2i.latent_position_ids", where)
-    case.compare("t2i.x_embed_t1", model.latent_tokens(scene.noise, torch.ones(1), where))
+    case.compare("t2i.x_embed_t1", model.embed_latents(scene.noise, torch.ones(1), where))
     if times := re.search(r"at t = ([\d., ]*\d)", case.says("t2i.time_embed")):
-        case.compare("t2i.time_embed", model.time(torch.tensor([float(t) for t in times[1].split(",")])))
+        case.compare("t2i.time_embed", model.time_embedder(torch.tensor([float(t) for t in times[1].split(",")])))
     if "t2i.timesteps" in case:
         args = {"knots": len(case.tensors["t2i.timesteps"]), "shift": 3.0, **stated(case.says("t2i.timesteps"))}
-        case.compare("t2i.timesteps", knots(int(args["knots"]) - 1, args["shift"]))
+        case.compare("t2i.timesteps", flow_timesteps(int(args["knots"]) - 1, args["shift"]))
     check_drawing(case, model, group, scene)
 
 
 def check_edit(case: Case, model: Bagel, group: str) -> None:
     """Editing: the picture's pixels and latents, three contexts, velocities, runs, pixels."""
-    image = model.cfg.draw(picture(case, "edit.image"))
-    latent = model.vae.encode(to_tensor(image)[None], noise=case.input("edit.vae_eps"))
-    case.compare("edit.vae_pixels", to_tensor(image))
+    image = model.config.vae_transform(picture(case, "edit.image"))
+    latent = model.vae.encode(pil_to_tensor(image)[None], noise=case.input("edit.vae_eps"))
+    case.compare("edit.vae_pixels", pil_to_tensor(image))
     case.compare("edit.latent", latent)
-    case.compare("edit.latent_tokens", patchify(latent[0], model.cfg.latent_patch))
+    case.compare("edit.latent_tokens", patchify(latent[0], model.config.latent_patch_size))
     scene = edit_scene(case, model)
     if told := case.told("edit"):
         case.compare_note("edit: image_hw", [*scene.size], told["image_hw"])
-    compare_context(case, "edit.kv", scene.dialogue.main)
-    compare_context(case, "edit.kv_cfg_img", scene.dialogue.image)
+    compare_context(case, "edit.kv", scene.dialogue.full)
+    compare_context(case, "edit.kv_cfg_img", scene.dialogue.no_image)
     check_drawing(case, model, group, scene)
 
 
@@ -393,10 +403,10 @@ def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
     check_pixels(case, model, group, scene, latents)
 
 
-def canvas_of(model: Bagel, scene: Scene) -> Canvas:
+def canvas_of(model: Bagel, scene: Scene) -> LatentDenoiser:
     """What a picture is denoised on."""
-    h, w = (side // model.cfg.stride for side in scene.size)
-    return Canvas(model, [scene.dialogue], [(h, w)])
+    h, w = (side // model.config.latent_downsample for side in scene.size)
+    return LatentDenoiser(model, [scene.dialogue], [(h, w)])
 
 
 def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
@@ -405,17 +415,17 @@ def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
     single = re.fullmatch(r"(\w+)\.v_(?:cfg_)?(cond|text|img)_t(\d)(\d*)", name)
     if single:
         group, context, whole, rest = single.groups()
-        branch = canvas.canonical((0, {"cond": "main", "text": "text", "img": "image"}[context]))
+        branch = canvas.canonical((0, {"cond": "full", "text": "no_text", "img": "no_image"}[context]))
         with layers_of(model) as layers:
             (hidden,) = canvas.features(scene.noise, float(f"{whole}.{rest or 0}"), [branch])
-        case.compare(name, model.velocity(hidden))
+        case.compare(name, model.llm_to_velocity(hidden))
         layout, _, rows, _ = canvas.plans[(branch,)]
-        case.compare(f"{name}_hidden", torch.stack([Route(rows).join(parts) for parts in layers]))
+        case.compare(f"{name}_hidden", torch.stack([ExpertRouting(rows).join(parts) for parts in layers]))
         if context == "cond":
-            case.compare(f"{group}.query_position_ids", layout.positions)
+            case.compare(f"{group}.query_position_ids", layout.position_ids)
     elif not name.endswith("_hidden"):
         g = guidance({**run_args(case, name, scene.like), "interval": (0.0, 1.0)})
-        velocity = guide(share(canvas.features, canvas.canonical), model.velocity, [g])
+        velocity = cfg_velocity(deduplicate_branches(canvas.features, canvas.canonical), model.llm_to_velocity, [g])
         time = re.search(rf"\bt ?= ?{NUMBER}", case.says(name))
         case.compare(name, velocity(scene.noise, float(time[1]) if time else 1.0))
 
@@ -441,18 +451,21 @@ def check_pixels(case: Case, model: Bagel, group: str, scene: Scene, latents: Ma
     said = " ".join(case.says(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
     run = re.search(rf"{group}\.x\w*", said)
     if run and run[0] in latents:
-        x, height = latents[run[0]], scene.size[0] // model.cfg.stride
-        pixels = model.paint(x, scene.size)
-        case.compare(f"{group}.latent_chw", unpatchify(x, model.cfg.latent_patch, height)[None])
+        x, height = latents[run[0]], scene.size[0] // model.config.latent_downsample
+        pixels = model.decode_latents(x, scene.size)
+        case.compare(f"{group}.latent_chw", unpatchify(x, model.config.latent_patch_size, height)[None])
         case.compare(f"{group}.decoded", pixels[None])
-        case.compare(f"{group}.pixels_u8", to_tensor_u8(to_image(pixels)))
+        case.compare(f"{group}.pixels_u8", to_tensor_u8(tensor_to_pil(pixels)))
 
 
 def check_batch(case: Case, model: Bagel, group: str) -> None:
     """Pictures of several sizes in one batch: each as when it is alone. The original's global norm mixes them."""
     first = t2i_scene(case, model)
     more = sorted(case.names(r"batch\.prompt_\w+"))
-    dialogues = [first.dialogue, *say(model, [Dialogue()] * len(more), [text(case, model, name) for name in more])]
+    dialogues = [
+        first.dialogue,
+        *append_text(model, [CFGContexts()] * len(more), [text(case, model, name) for name in more]),
+    ]
     noises = [first.noise, *(case.input(name.replace("prompt", "noise")) for name in more)]
     sizes = [tuple(size) for size in case.told("batch")["sizes"]]
     for run in sorted({name.rpartition("_")[0] for name in case.names(r"batch\.x_\w+_\d+")}):

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from parity.case import Case
 from unimm.checkpoint.keymap import released_names
-from unimm.generation.flow import shift_time
+from unimm.generation.flow import shift_timesteps
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.weights import KEYS
 from unimm.nn.patches import patchify
-from unimm.sequence.packing import Pack, pack
-from unimm.sequence.parts import IGNORE, Item, image_item
-from unimm.training.tasks.bagel_plans import Dropout, Part, drop
+from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX, Part, image_part
+from unimm.training.tasks.bagel_plans import ConditionDropout, PlannedPart, drop_conditions
 
 
 class Plan:
@@ -35,52 +35,59 @@ class Plan:
         self.random = chain(given, repeat(rest[-1] if rest else 1.0))
         self.draws = 0
 
-    def samples(self) -> list[list[Item]]:
+    def samples(self) -> list[list[Part]]:
         """The items of each sample that its dropout leaves, image contents still empty."""
-        ours = {"text": "text", "vae": "draw", "vit": "look"}
-        dropout = Dropout(**{ours[kind]: rate for kind, rate in self.told.get("dropout_probs", {}).items()})
-        return [drop([self.part(entry) for entry in entries], dropout, self.draw) for entries in self.told["plan"]]
+        ours = {"text": "text", "vae": "gen_image", "vit": "und_image"}
+        dropout = ConditionDropout(**{ours[kind]: rate for kind, rate in self.told.get("dropout_probs", {}).items()})
+        return [
+            drop_conditions([self.part(entry) for entry in entries], dropout, self.draw)
+            for entries in self.told["plan"]
+        ]
 
     def draw(self) -> float:
         self.draws += 1
         return next(self.random)
 
-    def part(self, entry: Mapping[str, Any]) -> Part:
+    def part(self, entry: Mapping[str, Any]) -> PlannedPart:
         """One entry of a plan."""
         make = {"text": self.text, "vae_image": self.latent, "vit_image": self.patches}[entry["type"]]
-        return Part(make(entry), droppable=entry["enable_cfg"] == 1)
+        return PlannedPart(make(entry), droppable=entry["enable_cfg"] == 1)
 
-    def text(self, entry: Mapping[str, Any]) -> Item:
+    def text(self, entry: Mapping[str, Any]) -> Part:
         ids = self.case.input(entry["text"]).tolist()
-        item = (self.model.items.answer if entry["loss"] else self.model.items.text)(ids)
+        item = (self.model.processor.answer_part if entry["loss"] else self.model.processor.text_part)(ids)
         return replace(item, labels=torch.cat((item.labels[:-1], torch.tensor([self.end_label(entry)]))))
 
-    def latent(self, entry: Mapping[str, Any]) -> Item:
-        cfg, loss, starts = self.model.cfg, bool(entry["loss"]), entry.get("split_start", True)
+    def latent(self, entry: Mapping[str, Any]) -> Part:
+        cfg, loss, starts = self.model.config, bool(entry["loss"]), entry.get("split_start", True)
         if starts:
             self.first = entry
         if loss and starts:
             raw = torch.tensor(next(self.normals))
-            self.time, self.drawn = float(shift_time(raw.sigmoid(), cfg.train_shift)), self.drawn + 1
-        side = [n * cfg.latent_patch for n in entry["grid"]]
+            self.time, self.drawn = float(shift_timesteps(raw.sigmoid(), cfg.train_timestep_shift)), self.drawn + 1
+        side = [n * cfg.latent_patch_size for n in entry["grid"]]
         empty = torch.zeros(cfg.vae.latent_channels, *side)
-        item = self.model.items.drawn(empty, time=self.time if loss else 0.0, noised=loss)
+        item = self.model.processor.latent_part(empty, timestep=self.time if loss else 0.0, noised=loss)
         grouped = "frame_delta" in self.first
         frame = (entry.get("frame_delta", 0 if loss else 1), not starts) if grouped else None
         return self.marked(item, entry, frame)
 
-    def patches(self, entry: Mapping[str, Any]) -> Item:
-        side = [n * self.model.cfg.vision.patch for n in entry["grid"]]
-        return self.marked(self.model.items.looked_at(torch.zeros(self.model.cfg.vision.channels, *side)), entry, None)
+    def patches(self, entry: Mapping[str, Any]) -> Part:
+        side = [n * self.model.config.vision.patch_size for n in entry["grid"]]
+        return self.marked(
+            self.model.processor.vit_part(torch.zeros(self.model.config.vision.channels, *side)), entry, None
+        )
 
-    def marked(self, item: Item, entry: Mapping[str, Any], frame: tuple[int, bool] | None) -> Item:
+    def marked(self, item: Part, entry: Mapping[str, Any], frame: tuple[int, bool] | None) -> Part:
         """An image's item with a label at its closing marker, or as a frame of a video."""
-        again = {"markers": tuple(item.ids.tolist()), "time": item.time, "noised": item.noised}
-        return image_item(item.kind, item.tokens, item.places, **again, frame=frame, end_label=self.end_label(entry))
+        again = {"boundary_ids": tuple(item.ids.tolist()), "timestep": item.timestep, "noised": item.noised}
+        return image_part(
+            item.kind, item.tokens, item.image_position_ids, **again, video_frame=frame, end_label=self.end_label(entry)
+        )
 
     @staticmethod
     def end_label(entry: Mapping[str, Any]) -> int:
-        return entry["special_token_label"] if entry.get("special_token_loss") else IGNORE
+        return entry["special_token_label"] if entry.get("special_token_loss") else IGNORE_INDEX
 
 
 def check_plan(case: Case, model: Bagel, group: str) -> None:
@@ -90,60 +97,60 @@ def check_plan(case: Case, model: Bagel, group: str) -> None:
     samples = plan.samples()
     if f"{group}.padded_images" in case:
         samples = filled(case, model, group, samples)
-    batch = pack(samples)
-    check_layout(case, group, batch, samples, model.cfg.train_shift)
+    batch = pack_sequences(samples)
+    check_layout(case, group, batch, samples, model.config.train_timestep_shift)
     check_told(case, group, batch, plan)
     if f"{group}.flow_noise" in case:
         check_losses(case, model, group, batch)
 
 
 @torch.no_grad()
-def filled(case: Case, model: Bagel, group: str, samples: Sequence[Sequence[Item]]) -> list[list[Item]]:
+def filled(case: Case, model: Bagel, group: str, samples: Sequence[Sequence[Part]]) -> list[list[Part]]:
     """The same items with their images: latents of the padded batch cut to size, patches from the stored rows."""
     padded = case.input(f"{group}.padded_images")
     latents = model.vae.encode(padded, noise=case.input(f"{group}.vae_eps"))
     note = "encoded together as the original does; the library encodes each picture apart"
     case.compare(f"{group}.padded_latent", latents, note=note)
     grids = iter(zip(latents, case.told(group)["vae_latent_shapes"], strict=True))
-    looks = [len(item.tokens) for item in chain(*samples) if item.kind == "look"]
+    looks = [len(item.tokens) for item in chain(*samples) if item.kind == "und_image"]
     patches = iter(case.input(f"{group}.vit_tokens").split(looks) if looks else ())
-    p = model.cfg.latent_patch
+    p = model.config.latent_patch_size
 
-    def fill(item: Item) -> Item:
-        if item.kind == "draw":
+    def fill(item: Part) -> Part:
+        if item.kind == "gen_image":
             latent, (h, w) = next(grids)
             return replace(item, tokens=patchify(latent[:, : h * p, : w * p], p))
-        return replace(item, tokens=next(patches)) if item.kind == "look" else item
+        return replace(item, tokens=next(patches)) if item.kind == "und_image" else item
 
     return [[fill(item) for item in items] for items in samples]
 
 
-def check_layout(case: Case, group: str, batch: Pack, samples: Sequence[Sequence[Item]], shift: float) -> None:
+def check_layout(case: Case, group: str, batch: PackedBatch, samples: Sequence[Sequence[Part]], shift: float) -> None:
     """Mask, rows, ids, positions, labels and times of a pack."""
     none = torch.zeros(0, dtype=torch.long)
-    at = batch.labels != IGNORE
+    at = batch.labels != IGNORE_INDEX
     found = {
         "mask": batch.layout.mask.dense(),
         "packed_text_ids": batch.ids,
         "packed_text_indexes": batch.id_rows,
-        "packed_position_ids": batch.layout.positions,
-        "packed_vae_token_indexes": batch.draw.rows if batch.draw else none,
-        "packed_vit_token_indexes": batch.look.rows if batch.look else none,
+        "packed_position_ids": batch.layout.position_ids,
+        "packed_vae_token_indexes": batch.gen_images.rows if batch.gen_images else none,
+        "packed_vit_token_indexes": batch.und_images.rows if batch.und_images else none,
         "packed_label_ids": batch.labels[at],
         "ce_loss_indexes": batch.id_rows[at],
-        "mse_loss_indexes": batch.draw.rows[batch.noised] if batch.draw else none,
-        "vit_token_seqlens": torch.tensor(batch.look.lengths) if batch.look else none,
-        "vit_position_ids": batch.look.places if batch.look else none,
-        "latent_position_ids": batch.draw.places if batch.draw else none,
-        "timesteps": batch.times,
-        "packed_timesteps_raw": torch.logit(shift_time(batch.times, 1 / shift)),
-        "ce_loss_weights": batch.weights[batch.labels != IGNORE],
+        "mse_loss_indexes": batch.gen_images.rows[batch.noised] if batch.gen_images else none,
+        "vit_token_seqlens": torch.tensor(batch.und_images.lengths) if batch.und_images else none,
+        "vit_position_ids": batch.und_images.image_position_ids if batch.und_images else none,
+        "latent_position_ids": batch.gen_images.image_position_ids if batch.gen_images else none,
+        "timesteps": batch.timesteps,
+        "packed_timesteps_raw": torch.logit(shift_timesteps(batch.timesteps, 1 / shift)),
+        "ce_loss_weights": batch.label_weights[batch.labels != IGNORE_INDEX],
     }
     for name, ours in found.items():
         case.compare(f"{group}.{name}", ours)
 
 
-def check_told(case: Case, group: str, batch: Pack, plan: Plan) -> None:
+def check_told(case: Case, group: str, batch: PackedBatch, plan: Plan) -> None:
     """The counts that `meta` holds beside a plan."""
     blocks = list(chain(*batch.layout.mask.samples))
     grids = [[*entry["grid"]] for entries in plan.told["plan"] for entry in entries if entry["type"] == "vae_image"]
@@ -161,12 +168,12 @@ def check_told(case: Case, group: str, batch: Pack, plan: Plan) -> None:
         case.compare_note(f"{group}: vae_latent_shapes", grids, plan.told["vae_latent_shapes"])
 
 
-def check_losses(case: Case, model: Bagel, group: str, batch: Pack) -> None:
+def check_losses(case: Case, model: Bagel, group: str, batch: PackedBatch) -> None:
     """Losses of every token, their means, and every parameter's gradient."""
     losses = model(batch, case.input(f"{group}.flow_noise"))
     case.compare(f"{group}.ce", losses.ce)
     case.compare(f"{group}.mse", losses.mse)
-    weights = batch.weights[batch.labels != IGNORE]
+    weights = batch.label_weights[batch.labels != IGNORE_INDEX]
     ce, mse = losses.ce.mean(), losses.mse.mean()
     means = {"ce": ce, "mse": mse, "ce_reweighted": (losses.ce * weights).sum() / weights.sum()}
     total = ce + mse

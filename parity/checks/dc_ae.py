@@ -24,9 +24,9 @@ def check(case: Case) -> None:
     """Compare both ways."""
     model, image = load_dc_ae(case.folder), case.input("image")
     latent = model.encode(image)
-    case.compare("latent", latent / model.config.scale)
+    case.compare("latent", latent / model.config.scaling_factor)
     case.compare("latent_scaled", latent)
-    case.compare("decoded", model.decode(model.config.scale * case.input("z")))
+    case.compare("decoded", model.decode(model.config.scaling_factor * case.input("z")))
     case.compare("reconstruction", model.decode(latent))
     x = model.encoder.conv_in(image)
     case.compare("stage.encoder_conv_in", x)

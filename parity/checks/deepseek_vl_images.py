@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from parity.case import Case
-from unimm.processing.chat_templates import DEFAULT_SYSTEM, Message, format_conversation
-from unimm.processing.images.deepseek_vl import PadSquare
+from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT, TemplateMessage, apply_chat_template
+from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 
 EXPECTS = "prompts.json"
 
@@ -37,20 +37,20 @@ def check(case: Case) -> None:
 def check_picture(case: Case, group: str, words: str) -> None:
     """A picture to its square, exactly, and to its pixels."""
     numbers = {name: int(n) for name, n in re.findall(r"\b(image_size|min_size)=(\d+)", words)}
-    rule = PadSquare.from_files(numbers, size=numbers["image_size"])
+    rule = DeepseekVLImageProcessor.from_json(numbers, size=numbers["image_size"])
     image = Image.fromarray(case.input(f"{group}/image").numpy())
     square = torch.frombuffer(bytearray(rule(image).tobytes()), dtype=torch.uint8).view(rule.size, rule.size, 3)
     case.compare_note(f"{group}/resized", square.permute(2, 0, 1).tolist(), case.tensors[f"{group}/resized"].tolist())
-    case.compare(f"{group}/pixel_values", rule.pixels(image)[None])
+    case.compare(f"{group}/pixel_values", rule.preprocess(image)[None])
 
 
 def check_prompts(case: Case, stored: dict) -> None:
     """Every conversation to its text, exactly."""
-    case.compare_note("prompts: default_system_prompt", DEFAULT_SYSTEM, stored["default_system_prompt"])
+    case.compare_note("prompts: default_system_prompt", DEFAULT_SYSTEM_PROMPT, stored["default_system_prompt"])
     for i, entry in enumerate(stored["prompts"]):
-        messages = [Message(said["role"], said["content"]) for said in entry["conversation"]]
-        system = DEFAULT_SYSTEM if entry["system"] == "default" else entry["system"]
-        text = format_conversation(messages, system=system, template=entry["sft_format"])
+        messages = [TemplateMessage(said["role"], said["content"]) for said in entry["conversation"]]
+        system = DEFAULT_SYSTEM_PROMPT if entry["system"] == "default" else entry["system"]
+        text = apply_chat_template(messages, system=system, template=entry["sft_format"])
         case.compare_note(
             f"prompts: {i} {entry['sft_format']} {entry['case']} system={entry['system']!r}", text, entry["text"]
         )

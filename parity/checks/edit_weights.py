@@ -51,13 +51,13 @@ def check_group(case: Case, group: str, weights: EditWeights, notes: dict) -> No
     if not picture.size:
         return
     if names and len(references) == 1:
-        white = weights.differing(references[0], picture)
-        for stage, mask in (("mask0_diff", white), ("mask1_closed", closed := weights.closed(white)),
-                            ("mask2_filtered", weights.filtered(closed))):  # fmt: skip
+        white = weights.difference_mask(references[0], picture)
+        for stage, mask in (("mask0_diff", white), ("mask1_closed", closed := weights.close_gaps(white)),
+                            ("mask2_filtered", weights.drop_small_components(closed))):  # fmt: skip
             compare_mask(case, f"{group}.{stage}", mask)
     error = None
     try:
-        found, cells = weights(references, picture), weights.cells(references, picture)
+        found, cells = weights(references, picture), weights.latent_mask(references, picture)
     except ValueError as raised:
         error = raised
     name, told = f"{group}: error_{weights.function}", notes.get(f"error_{weights.function}")

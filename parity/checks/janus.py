@@ -19,15 +19,15 @@ from torch import Tensor
 from parity.case import Case
 from parity.checks.vq import pixels as as_bytes
 from parity.checks.vq import vq_checks
-from unimm.checkpoint.save import released_state
-from unimm.generation.decode import Rows
-from unimm.generation.image_tokens import CodeSampling
+from unimm.checkpoint.save import released_state_dict
+from unimm.generation.decode import DecodeSession
+from unimm.generation.image_tokens import ImageTokenSampling
 from unimm.kernels import attention
-from unimm.models.common.deepseek_chat import Conversing
-from unimm.models.common.deepseek_processor import Markers, unconditional
+from unimm.models.common.deepseek_chat import DeepseekChatModel
+from unimm.models.common.deepseek_processor import JanusSpecialTokens, padded_unconditional
 from unimm.models.janus.model import Janus
-from unimm.sequence.packing import Pack, pack
-from unimm.sequence.parts import IGNORE, Item, text_item
+from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 
 EXPECTS = 'config.json with model_type "multi_modality" or "janus"'
 
@@ -42,9 +42,11 @@ def check(case: Case) -> None:
     """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
     model = Janus.from_pretrained(case.folder)
     special = json.loads((case.outputs / "special.json").read_text())
-    model.special = Markers(**{field.name: special[field.name] for field in fields(Markers)})
+    model.fallback_special_tokens = JanusSpecialTokens(
+        **{field.name: special[field.name] for field in fields(JanusSpecialTokens)}
+    )
     if (case.folder / "keys.json").exists():
-        shapes = {key: list(x.shape) for key, x in released_state(model, *model.weights().values()).items()}
+        shapes = {key: list(x.shape) for key, x in released_state_dict(model, *model.key_maps().values()).items()}
         case.compare_note(
             "keys.json: names and shapes as saved", shapes, json.loads((case.folder / "keys.json").read_text())
         )
@@ -72,7 +74,7 @@ def check_vision(case: Case, model: Janus, group: str, special: dict) -> None:
     features = model.vision(images)
     case.compare("vision/features", features)
     case.compare("vision/aligned", model.aligner(features))
-    if model.layout == "transformers":
+    if model.checkpoint_layout == "transformers":
         case.input("vision/attn_pool")  # that layout leaves the pool out, and nothing reads it
     else:
         case.compare("vision/attn_pool", trunk.attn_pool(features))
@@ -81,7 +83,7 @@ def check_vision(case: Case, model: Janus, group: str, special: dict) -> None:
 # ---- understanding
 
 
-def prompts_of(case: Case, model: Conversing, group: str, special: dict) -> list[list[Item]]:
+def prompts_of(case: Case, model: DeepseekChatModel, group: str, special: dict) -> list[list[Part]]:
     """The items of each left-padded row of stored ids: its texts, and its pictures between their markers."""
     pixels, there = case.input(f"{group}/pixel_values"), case.input(f"{group}/images_emb_mask")
     mask, found = case.input(f"{group}/attention_mask").bool(), []
@@ -90,11 +92,11 @@ def prompts_of(case: Case, model: Conversing, group: str, special: dict) -> list
         left, items = ids[mask[row]].tolist(), []
         while special["image"] in left:
             start = left.index(special["image"]) - 1
-            item = model.prompts.looked_at(next(pictures), (left[start], special["eoi"]))
-            items += [text_item(left[:start]), item]
+            item = model.processor.und_image_part(next(pictures), (left[start], special["eoi"]))
+            items += [text_part(left[:start]), item]
             assert left[start + item.n_tokens + 1] == special["eoi"], "the marker behind a picture"
             left = left[start + item.n_tokens + 2 :]
-        found.append([*items, text_item(left)] if left else items)
+        found.append([*items, text_part(left)] if left else items)
     return found
 
 
@@ -105,22 +107,24 @@ def padded(rows: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def states(model: Any, batch: Pack) -> Tensor:
+def states(model: Any, batch: PackedBatch) -> Tensor:
     """Last hidden states of a pack, after the final norm [N, D]."""
     (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     return next(iter(model.decoder.norms.values()))(hidden)
 
 
-def compare_states(case: Case, model: Conversing, group: str, prompts: Sequence[list[Item]], special: dict) -> None:
+def compare_states(
+    case: Case, model: DeepseekChatModel, group: str, prompts: Sequence[list[Part]], special: dict
+) -> None:
     """Rows in, positions, rows out, logits: where the mask is 1."""
     mask, ids = case.tensors[f"{group}/attention_mask"].bool(), case.tensors[f"{group}/input_ids"]
-    batch = pack(prompts)
+    batch = pack_sequences(prompts)
     entered, stored = padded(model.embed(batch), mask), case.tensors[f"{group}/inputs_embeds"]
     case.compare(f"{group}/inputs_embeds", torch.where(mask[..., None], entered, stored), note="where the mask is 1")
-    case.compare(f"{group}/position_ids", padded(batch.layout.positions, mask))
-    assert batch.look is not None, "understanding without a picture"
-    seen = torch.zeros(len(batch.layout.positions), dtype=torch.uint8)
-    seen[batch.look.rows] = 1
+    case.compare(f"{group}/position_ids", padded(batch.layout.position_ids, mask))
+    assert batch.und_images is not None, "understanding without a picture"
+    seen = torch.zeros(len(batch.layout.position_ids), dtype=torch.uint8)
+    seen[batch.und_images.rows] = 1
     case.compare(f"{group}/images_seq_mask", padded(seen, mask) * (ids == special["image"]))
     hidden = states(model, batch)
     case.compare(f"{group}/last_hidden", padded(hidden, mask))
@@ -133,8 +137,8 @@ def check_understanding(case: Case, model: Janus, group: str, special: dict) -> 
     compare_states(case, model, group, prompts, special)
     if f"{group}/greedy_ids" in case:
         steps = case.tensors[f"{group}/greedy_ids"].shape[1]
-        contexts, last = model.prefilled(prompts)
-        rows, ids, logits = Rows(model, contexts, steps), [torch.tensor(last)], []
+        contexts, last = model.prefill_prompts(prompts)
+        rows, ids, logits = DecodeSession(model, contexts, steps), [torch.tensor(last)], []
         for n in range(steps):
             logits.append(model.decoder.logits(rows(model.decoder.embed(ids[-1]), n)))
             ids.append(logits[-1].argmax(-1))
@@ -156,28 +160,32 @@ def check_codes(case: Case, model: Janus, group: str, special: dict) -> None:
 def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
     """Guided codes of a whole picture, and the numbers of its first steps."""
     ids = case.input("gen/prompt_ids").tolist()
-    prompt, w = [text_item(ids)], special["cfg_weight"]
-    free = unconditional(prompt, special["pad"])
+    prompt, w = [text_part(ids)], special["cfg_weight"]
+    free = padded_unconditional(prompt, special["pad"])
     rows = torch.tensor([ids, free[0].ids.tolist()])
     case.compare("gen/tokens", rows)
     case.compare("gen/tokens_p2", rows.repeat(2, 1))
     case.compare("gen/prompt_embeds", model.decoder.embed(rows))
-    codes = model.codes(
-        [prompt], [torch.Generator()], guidance=[w], sampling=CodeSampling(temperature=0.0), grid=(special["grid"],) * 2
+    codes = model.generate_image_tokens(
+        [prompt],
+        [torch.Generator()],
+        guidance=[w],
+        image_sampling=ImageTokenSampling(temperature=0.0),
+        grid=(special["grid"],) * 2,
     )
     case.compare("gen/ids", codes[0])
-    painted = model.paint(codes, grid=(special["grid"],) * 2)
+    painted = model.decode_image_tokens(codes, grid=(special["grid"],) * 2)
     case.compare("gen/pixels", painted)
     case.compare("gen/uint8", torch.stack([as_bytes(image) for image in painted]))
     steps = case.tensors["gen/cfg_logits"].shape[0]
-    stepper = Rows(model, model.prefilled([prompt, free])[0], steps)
+    stepper = DecodeSession(model, model.prefill_prompts([prompt, free])[0], steps)
     x, hidden = model.decoder.embed(rows[:, -1]), []
     for n in range(steps):
         hidden.append(stepper(x, n))
-        x = model.code_rows(codes[0, n].expand(2))
+        x = model.embed_image_tokens(codes[0, n].expand(2))
     hidden = torch.stack(hidden, 1)
     case.compare("gen/step_hidden", next(iter(model.decoder.norms.values()))(hidden))
-    logits = model.code_logits(hidden)
+    logits = model.image_logits(hidden)
     case.compare("gen/step_logits", logits)
     case.compare("gen/cfg_logits", logits[1] + w * (logits[0] - logits[1]))
 
@@ -188,24 +196,24 @@ def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
 def check_training(case: Case, model: Janus, group: str, special: dict) -> None:
     """Teacher forcing: a picture's codes after a prompt, and the labelled text of the understanding sample."""
     ids, codes = case.tensors["gen/prompt_ids"].tolist(), case.input("tf/image_ids")
-    batch = pack([[text_item(ids[:-1]), model.drawn(codes, ids[-1])]])
-    case.compare("tf/image_embeds", model.code_rows(codes)[None])
-    assert batch.draw is not None, "a picture is drawn"
+    batch = pack_sequences([[text_part(ids[:-1]), model.image_token_part(codes, ids[-1])]])
+    case.compare("tf/image_embeds", model.embed_image_tokens(codes)[None])
+    assert batch.gen_images is not None, "a picture is drawn"
     case.compare("tf/hidden", states(model, batch)[None])
-    (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
-    case.compare("tf/gen_logits", model.code_logits(hidden[batch.draw.rows - 1])[None])
-    case.compare("tf/loss", model(batch).codes.mean()[None])
-    labels = F.pad(case.input("tf/text_labels")[1:], (0, 1), value=IGNORE)
-    case.compare("tf/text_loss", model(pack([labelled(case, model, labels, special)])).text.mean()[None])
+    (hidden,) = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    case.compare("tf/gen_logits", model.image_logits(hidden[batch.gen_images.rows - 1])[None])
+    case.compare("tf/loss", model(batch).image.mean()[None])
+    labels = F.pad(case.input("tf/text_labels")[1:], (0, 1), value=IGNORE_INDEX)
+    case.compare("tf/text_loss", model(pack_sequences([labelled(case, model, labels, special)])).text.mean()[None])
 
 
-def labelled(case: Case, model: Janus, labels: Tensor, special: dict) -> list[Item]:
+def labelled(case: Case, model: Janus, labels: Tensor, special: dict) -> list[Part]:
     """The understanding sample with a label at each of its rows; rows of pictures have none."""
     items, at = [], 0
     for item in prompts_of(case, model, "und", special)[0]:
         n = item.segment.length
         given = labels[at : at + n].tolist()
-        assert item.tokens is None or set(given) == {IGNORE}, "a label at a picture's row"
-        items.append(item if item.tokens is not None else text_item(item.ids.tolist(), labels=given))
+        assert item.tokens is None or set(given) == {IGNORE_INDEX}, "a label at a picture's row"
+        items.append(item if item.tokens is not None else text_part(item.ids.tolist(), labels=given))
         at += n
     return items

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from parity.case import Case
 from unimm.kernels import attention
-from unimm.models.janusflow.config import STREAM
+from unimm.models.janusflow.config import EXPERT
 from unimm.models.janusflow.model import JanusFlow
-from unimm.models.janusflow.network import unconditional
+from unimm.models.janusflow.network import bos_unconditional
 from unimm.nn.patches import patchify
-from unimm.sequence.packing import Pack, pack
-from unimm.sequence.parts import Item, text_item
+from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.parts import Part, text_part
 
 EXPECTS = "config.json with vision_gen_enc_config"
 
@@ -40,7 +40,7 @@ def check(case: Case) -> None:
     """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
     model, special = JanusFlow.from_pretrained(case.folder), json.loads((case.folder / "special.json").read_text())
     if "gen/noise" in case:
-        model.cfg = replace(model.cfg, latent=tuple(case.tensors["gen/noise"].shape[2:]))
+        model.config = replace(model.config, latent_size=tuple(case.tensors["gen/noise"].shape[2:]))
     for group, run in {"und": check_understanding, "gen": check_drawing, "train": check_training}.items():
         if not case.names(f"{group}/.*"):
             continue
@@ -65,7 +65,7 @@ def watched(**modules: torch.nn.Module) -> Iterator[dict[str, list[tuple[Any, An
             hook.remove()
 
 
-def plain(batch: Pack) -> Any:
+def plain(batch: PackedBatch) -> Any:
     """An attention over a pack alone."""
     return lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)
 
@@ -73,16 +73,16 @@ def plain(batch: Pack) -> Any:
 # ---- looking
 
 
-def row_items(model: JanusFlow, ids: Sequence[int], pictures: Sequence[Tensor], *, image: int) -> list[Item]:
+def row_items(model: JanusFlow, ids: Sequence[int], pictures: Sequence[Tensor], *, image: int) -> list[Part]:
     """Stored ids without pads, placeholders in them, as items: a picture takes its run of placeholders and both neighbours."""
-    items: list[Item] = []
-    at, n = 0, model.vision.side**2
+    items: list[Part] = []
+    at, n = 0, model.vision.grid_side**2
     for pixels in pictures:
         first = ids.index(image, at)
-        items += [text_item(ids[at : first - 1])] if first - 1 > at else []
-        items.append(model.prompts.looked_at(pixels, (ids[first - 1], ids[first + n])))
+        items += [text_part(ids[at : first - 1])] if first - 1 > at else []
+        items.append(model.processor.und_image_part(pixels, (ids[first - 1], ids[first + n])))
         at = first + n + 1
-    return [*items, text_item(ids[at:])] if at < len(ids) else items
+    return [*items, text_part(ids[at:])] if at < len(ids) else items
 
 
 def check_understanding(case: Case, model: JanusFlow, special: dict) -> None:
@@ -96,18 +96,20 @@ def check_understanding(case: Case, model: JanusFlow, special: dict) -> None:
         row_items(model, row[mask].tolist(), list(some), image=special["image"])
         for row, mask, some in zip(ids, seen, shown, strict=True)
     ]
-    batch = pack(rows)
-    hidden = model.hidden(batch, plain(batch))[STREAM]
-    last = model.decoder.norms[STREAM](hidden)
+    batch = pack_sequences(rows)
+    hidden = model.backbone(batch, plain(batch))[EXPERT]
+    last = model.decoder.norms[EXPERT](hidden)
 
     def padded(x: Tensor, pads: Tensor) -> Tensor:
         return pads.masked_scatter(seen.view(*seen.shape, *[1] * (pads.ndim - 2)), x)
 
     case.compare("und/inputs_embeds", padded(model.embed(batch), model.decoder.embed(ids)))
     case.compare("und/last_hidden", padded(last, torch.zeros(*ids.shape, last.shape[-1])))
-    case.compare("und/logits", padded(model.decoder.head(last), torch.zeros(*ids.shape, model.cfg.decoder.vocab)))
+    case.compare(
+        "und/logits", padded(model.decoder.head(last), torch.zeros(*ids.shape, model.config.decoder.vocab_size))
+    )
     # what stands at pads is nobody's business
-    case.compare("und/position_ids", padded(batch.layout.positions, case.tensors["und/position_ids"]))
+    case.compare("und/position_ids", padded(batch.layout.position_ids, case.tensors["und/position_ids"]))
 
 
 # ---- drawing
@@ -117,15 +119,20 @@ def check_drawing(case: Case, model: JanusFlow, special: dict) -> None:
     """Every step from noise to latents under guidance, and what passes between the modules at the first of them."""
     tokens, noise = case.input("gen/tokens"), case.input("gen/noise")
     n, steps = len(noise), len(case.tensors["gen/velocities"])
-    prompts = [[text_item(row[:-1].tolist())] for row in tokens[:n]]
+    prompts = [[text_part(row[:-1].tolist())] for row in tokens[:n]]
     case.compare("gen/prompt_embeds", model.decoder.embed(tokens[:, :-1]))
-    height, width = (model.cfg.encoder.grid(side) for side in noise.shape[2:])
+    height, width = (model.config.gen_encoder.grid_size(side) for side in noise.shape[2:])
     seen = torch.ones(len(tokens), tokens.shape[1] + height * width)
     for row, prompt in enumerate(prompts):
-        first, gap = unconditional(prompt)
+        first, gap = bos_unconditional(prompt)
         seen[n + row, first.segment.length : first.segment.length + gap.segment.advance] = 0
     case.compare("gen/attention_mask", seen.int())
-    with watched(encoder=model.encoder, norm=model.to_grid_norm, grid=model.to_grid, painter=model.painter) as calls:
+    with watched(
+        encoder=model.gen_encoder,
+        norm=model.gen_decoder_norm,
+        grid=model.gen_decoder_aligner,
+        painter=model.gen_decoder,
+    ) as calls:
         final = model.denoise(prompts, noise, guidance=[float(special["cfg_weight"])] * n, steps=steps)
     entered = [made for _, made in calls["encoder"]]
     case.compare("gen/enc_out0", twice(entered[0][0]))
@@ -155,10 +162,10 @@ def check_training(case: Case, model: JanusFlow, special: dict) -> None:
         raise ValueError(f"no time in {case.says('train/v')!r}: expected t=...")
     prompts = case.input("gen/tokens")[: len(clean)]
     time = 1 - float(stated[1])
-    drawn = [model.drawn(latent, special["boi"], time=time) for latent in clean]
-    batch = pack([[text_item(row[:-1].tolist()), item] for row, item in zip(prompts, drawn, strict=True)])
-    noises = torch.cat([patchify(one, model.cfg.patch) for one in noise])
-    with watched(painter=model.painter) as calls:
+    drawn = [model.latent_part(latent, special["boi"], timestep=time) for latent in clean]
+    batch = pack_sequences([[text_part(row[:-1].tolist()), item] for row, item in zip(prompts, drawn, strict=True)])
+    noises = torch.cat([patchify(one, model.config.latent_patch_size) for one in noise])
+    with watched(painter=model.gen_decoder) as calls:
         losses = model(batch, noises)
     case.compare("train/v", calls["painter"][0][1])
     case.compare("train/loss", losses.mse.mean()[None])

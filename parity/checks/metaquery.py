@@ -15,11 +15,11 @@ from torch import Tensor
 
 from parity.case import Case
 from unimm.checkpoint.keymap import released_names
-from unimm.denoisers.sana import TIMESTEPS
-from unimm.generation.flow import whole_times
+from unimm.denoisers.sana import TIMESTEP_SCALE
+from unimm.generation.flow import integer_timesteps
 from unimm.models.metaquery.model import MetaQuery
-from unimm.models.metaquery.processor import Asked
-from unimm.sequence.parts import Item, text_item
+from unimm.models.metaquery.processor import ConditionBatch
+from unimm.sequence.parts import Part, text_part
 
 EXPECTS = 'config.json with model_type "metaquery"'
 PAD = "<|endoftext|>"
@@ -53,8 +53,8 @@ def check(case: Case) -> None:
     model = MetaQuery.from_pretrained(case.folder)
     notes = json.loads((case.outputs / "io.json").read_text())
     # the original sets the limits itself; a case of small numbers says which it had
-    least, most = notes.get("mllm_pixels_override") or (model.cfg.min_pixels, model.cfg.max_pixels)
-    model.cfg = replace(model.cfg, min_pixels=least, max_pixels=most)
+    least, most = notes.get("mllm_pixels_override") or (model.config.min_pixels, model.config.max_pixels)
+    model.config = replace(model.config, min_pixels=least, max_pixels=most)
     check_notes(case, model, notes)
     stored = Stored.of(notes)
     groups: dict[str, Any] = dict.fromkeys(stored.runs, check_run)
@@ -69,20 +69,22 @@ def check(case: Case) -> None:
 
 def check_notes(case: Case, model: MetaQuery, notes: dict[str, Any]) -> None:
     """Ids of the markers, the length of the reader's tokenizer, and how many released tensors are trained."""
-    first = model.prompts.first
+    first = model.processor.begin_image_id
     ours = {"begin_of_img": first, "end_of_img": first + 1, "img0": first + 2}
     for name, stored in notes["special_ids"].items():
-        case.compare_note(f"special_ids: {name}", ours.get(name, model.prompts.words.id(name)), stored)
+        case.compare_note(f"special_ids: {name}", ours.get(name, model.processor.text_tokenizer.token_id(name)), stored)
     if "tokenizer_len" in notes:
-        case.compare_note("tokenizer_len", model.prompts.words.inner.get_vocab_size(), notes["tokenizer_len"])
+        case.compare_note(
+            "tokenizer_len", model.processor.text_tokenizer.backend.get_vocab_size(), notes["tokenizer_len"]
+        )
     if "trainable_parameters" in notes:
-        (table,) = model.weights().values()
-        names = [name for name, _ in model.named_parameters() if not name.startswith(("reader.", "vae."))]
+        (table,) = model.key_maps().values()
+        names = [name for name, _ in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
         trained = {key for name in names for key in released_names(name, table)}
         case.compare_note("trainable_parameters", len(trained), notes["trainable_parameters"])
 
 
-def ids_of(items: Sequence[Item], pad: int) -> list[int]:
+def ids_of(items: Sequence[Part], pad: int) -> list[int]:
     """A sample's ids as the original has them: a placeholder for every cell of a picture, behind its marker."""
     return [one for item in items for one in (*item.ids.tolist(), *[pad] * item.n_tokens)]
 
@@ -93,26 +95,29 @@ def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
     captions = [run["caption"]] if isinstance(run["caption"], str) else run["caption"]
     counts = run["n_images"] if isinstance(run["n_images"], list) else [run["n_images"]] * len(captions)
     shown = [[Image.fromarray(case.input(f"image{i}.raw_uint8").numpy()) for i in range(n)] for n in counts]
-    asked = Asked(model.prompts)
+    asked = ConditionBatch(model.processor)
     named = zip(captions, shown, strict=True)
     # the original reads every branch of every picture, in that order, whether another has it or its weight is 0
     image = 3.0 if stored.image > 1 else 1.0
-    every = [asked.branches(a, b, negative="", text=2.0, image=image) for a, b in named]
+    every = [asked.guidance_branches(a, b, negative_prompt="", guidance=2.0, image_guidance=image) for a, b in named]
     order = [some[i][0] for i in range(len(every[0])) for some in every]
     named = zip(captions, shown, strict=True)
-    branches = [asked.branches(a, b, negative="", text=stored.text, image=stored.image) for a, b in named]
+    branches = [
+        asked.guidance_branches(a, b, negative_prompt="", guidance=stored.text, image_guidance=stored.image)
+        for a, b in named
+    ]
     samples = [asked.samples[row] for row in order]
     check_prompts(case, model, group, samples, stored)
     with torch.inference_mode():
-        answers = model.ask(asked.samples)
+        answers = model.query_states(asked.samples)
         case.compare(f"{group}.query_hidden", answers[order])
         case.compare(f"{group}.connector_out", model.connector(answers)[order])
         noise = case.input(f"{group}.noise")
-        guided = model.guided(model.told(answers), branches)
+        guided = model.guided_velocity(model.condition(answers), branches)
         told, path, velocities = [], [], []
 
         def recorded(x: Tensor, time: float) -> Tensor:
-            told.append(round(TIMESTEPS * time))
+            told.append(round(TIMESTEP_SCALE * time))
             path.append(x)
             velocities.append(guided(x, time))
             return velocities[-1]
@@ -122,10 +127,10 @@ def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
     for i, v in enumerate(velocities):
         case.compare(f"{group}.guided_velocity.{i}", v)
         case.compare(f"{group}.latents.{i}", [*path[1:], final][i])
-    case.compare(f"{group}.image", (model.paint(final) / 2 + 0.5).clamp(0, 1))
+    case.compare(f"{group}.image", (model.decode_latents(final) / 2 + 0.5).clamp(0, 1))
 
 
-def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Sequence[Item]], stored: Stored) -> None:
+def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Sequence[Part]], stored: Stored) -> None:
     """Ids, padded on the left, their text, and the pictures as patches."""
     rows = [ids_of(items, stored.ids["<|image_pad|>"]) for items in samples]
     longest = max(map(len, rows))
@@ -139,58 +144,58 @@ def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Se
         )
     pictures = [item for items in samples for item in items if item.tokens is not None]
     if pictures:
-        merge = model.cfg.reader.vision.merge
+        merge = model.config.mllm.vision.merge
         patches = [
             rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures if item.tokens is not None
         ]
         case.compare(f"{group}.pixel_values", torch.cat(patches))
-        grids = [item.places.amax(0) + 1 for item in pictures if item.places is not None]
+        grids = [item.image_position_ids.amax(0) + 1 for item in pictures if item.image_position_ids is not None]
         case.compare(f"{group}.image_grid_thw", torch.stack(grids) * torch.tensor([1, merge, merge]))
 
 
 def spelt(model: MetaQuery, ids: Sequence[int]) -> str:
     """Ids as a text in which markers show."""
-    prompts = model.prompts
+    prompts = model.processor
     queries = [f"<img{i}>" for i in range(prompts.n_queries)]
-    names = {prompts.first + i: name for i, name in enumerate(("<begin_of_img>", "<end_of_img>", *queries))}
-    names |= {at: token for token, at in prompts.words.markers.items()}
+    names = {prompts.begin_image_id + i: name for i, name in enumerate(("<begin_of_img>", "<end_of_img>", *queries))}
+    names |= {at: token for token, at in prompts.text_tokenizer.special_ids.items()}
     text, words = "", []
     for one in [*ids, None]:
         if one in names or one is None:
-            text += prompts.words.decode(words) + names.get(one, "")
+            text += prompts.text_tokenizer.decode(words) + names.get(one, "")
             words = []
         else:
             words.append(one)
     return text
 
 
-def given(case: Case, model: MetaQuery, group: str) -> list[list[Item]]:
+def given(case: Case, model: MetaQuery, group: str) -> list[list[Part]]:
     """Samples of stored ids, which are texts alone."""
     mask = case.input(f"{group}.attention_mask").bool()
-    return [[text_item(ids[real].tolist())] for ids, real in zip(case.input(f"{group}.input_ids"), mask, strict=True)]
+    return [[text_part(ids[real].tolist())] for ids, real in zip(case.input(f"{group}.input_ids"), mask, strict=True)]
 
 
 @torch.inference_mode()
 def check_velocity(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
     """One velocity of the transformer under stored captions."""
-    answers = model.ask(given(case, model, group))
+    answers = model.query_states(given(case, model, group))
     case.compare("vel.connector_out", model.connector(answers))
-    times = case.input("vel.timestep").float() / TIMESTEPS
-    case.compare("vel.velocity", model.painter(case.input("vel.latents"), times, model.told(answers)))
+    times = case.input("vel.timestep").float() / TIMESTEP_SCALE
+    case.compare("vel.velocity", model.denoiser(case.input("vel.latents"), times, model.condition(answers)))
 
 
 def check_training(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
     """The loss of a batch, and gradients of the new rows and of the connector."""
-    times = whole_times(case.input("loss.u"))
-    case.compare("loss.timesteps", TIMESTEPS * times)
-    asking = model.prompts.asking(given(case, model, group))
+    times = integer_timesteps(case.input("loss.u"))
+    case.compare("loss.timesteps", TIMESTEP_SCALE * times)
+    asking = model.processor.query_batch(given(case, model, group))
     with torch.no_grad():
         latents = model.vae.encode(case.input("loss.target"))
-    model.reader.requires_grad_(False)
+    model.mllm.requires_grad_(False)
     loss = model(asking, latents, case.input("loss.noise"), times, torch.arange(len(latents))).mean()
     loss.backward()
     case.compare("loss.loss", loss)
-    first = model.connector.layers[0]
+    first = model.connector.blocks[0]
     grads = {"embed_new_rows": model.queries.grad, "connector_norm": model.connector.norm.weight.grad}
     grads |= {"connector_q0": first.attention.qkv.weight.grad.chunk(3)[0], "q_norm_gamma": first.attention.q_scale.grad}
     for name, grad in grads.items():

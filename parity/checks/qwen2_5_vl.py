@@ -14,18 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from parity.case import Case
-from unimm.generation.decode import Rows
-from unimm.processing.images.qwen2_vl import Grid, smart_size
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import Item
-from unimm.vlms.base import STREAM
+from unimm.generation.decode import DecodeSession
+from unimm.processing.images.qwen2_vl import PatchGrid, smart_resize
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import Part
+from unimm.vlms.base import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
-from unimm.vlms.qwen2_5_vl.processor import QwenPrompts
-from unimm.vlms.qwen2_5_vl.vision import cells, windows
+from unimm.vlms.qwen2_5_vl.processor import QwenVLProcessor
+from unimm.vlms.qwen2_5_vl.vision import cell_positions, window_order
 
 EXPECTS = 'config.json with model_type "qwen2_5_vl"'
 LOGITS = 2e-4  # of the largest value stored: a product with the whole vocabulary behind all layers
-Shown = tuple[Tensor, Grid]  # patches of a picture and their grid
+Shown = tuple[Tensor, PatchGrid]  # patches of a picture and their grid
 
 
 def recognise(folder: Path) -> bool:
@@ -40,7 +40,7 @@ def check(case: Case) -> None:
     model = QwenVL.from_pretrained(case.folder)
     notes = json.loads((case.outputs / "io.json").read_text())
     for entry in notes.get("smart_resize_cases", []):
-        size = smart_size(*(entry[name] for name in ("h", "w", "factor", "min_pixels", "max_pixels")))
+        size = smart_resize(*(entry[name] for name in ("h", "w", "factor", "min_pixels", "max_pixels")))
         case.compare_note(f"smart_resize {entry['h']}x{entry['w']} by {entry['factor']}", [*size], entry["out"])
     names = sorted({name.partition(".")[0] for name in case.names(r"image\d+\..*")}, key=lambda name: int(name[5:]))
     groups: dict[str, Callable] = dict.fromkeys(names, check_picture)
@@ -62,7 +62,9 @@ def stored(case: Case, name: str) -> Shown:
 def check_picture(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
     """A picture alone: preprocessing and features."""
     if f"{group}.raw_uint8" in case:
-        patches, grid = model.cfg.pixels.patches([Image.fromarray(case.input(f"{group}.raw_uint8").numpy())])
+        patches, grid = model.config.image_processor.to_patches(
+            [Image.fromarray(case.input(f"{group}.raw_uint8").numpy())]
+        )
         case.compare(f"{group}.pixel_values", patches)
         case.compare(f"{group}.grid_thw", torch.tensor([grid]))
     else:
@@ -76,22 +78,26 @@ def check_pictures(case: Case, model: QwenVL, group: str, names: list[str]) -> N
     """All pictures in one call, and their windows."""
     patches, grids = zip(*(stored(case, name) for name in names), strict=True)
     case.compare("images.vision_features", model.vision(torch.cat(patches), grids))
-    m = model.cfg.vision.merge
-    order, lengths = windows([cells(grid, m) for grid in grids], model.cfg.vision.span)
+    m = model.config.vision.spatial_merge_size
+    order, lengths = window_order([cell_positions(grid, m) for grid in grids], model.config.vision.window_cells)
     case.compare("images.window_index", order)
     case.compare("images.cu_window_seqlens", torch.tensor([0, *lengths]).cumsum(0) * m * m)
 
 
-def items_of(prompts: QwenPrompts, ids: list[int], pictures: list[Shown]) -> list[Item]:
+def items_of(prompts: QwenVLProcessor, ids: list[int], pictures: list[Shown]) -> list[Part]:
     """A row of ids as items: each run of placeholders is the first picture left that has as many cells."""
     left, shown, at = list(pictures), [], 0
     while at < len(ids):
-        length = next((n for n, one in enumerate(ids[at:]) if one != prompts.markers.image), len(ids) - at)
+        length = next((n for n, one in enumerate(ids[at:]) if one != prompts.special_tokens.image_pad), len(ids) - at)
         if length:
-            found = next(i for i, (_, grid) in enumerate(left) if len(cells(grid, prompts.vision.merge)) == length)
+            found = next(
+                i
+                for i, (_, grid) in enumerate(left)
+                if len(cell_positions(grid, prompts.vision_config.spatial_merge_size)) == length
+            )
             shown.append(left.pop(found))
         at += length + 1
-    return prompts.items(ids, shown)
+    return prompts.ids_to_parts(ids, shown)
 
 
 def padded(rows: Tensor, mask: Tensor, like: Tensor) -> Tensor:
@@ -106,19 +112,19 @@ def check_run(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
     mask = case.input(f"{group}.attention_mask").bool()
     pictures = [stored(case, name) for name in names]
     rows = zip(case.input(f"{group}.input_ids"), mask, strict=True)
-    samples = [items_of(model.prompts, ids[real].tolist(), pictures) for ids, real in rows]
-    batch, layers = pack(samples), model.cfg.decoder.n_layers
-    at = model.positions(batch)
+    samples = [items_of(model.processor, ids[real].tolist(), pictures) for ids, real in rows]
+    batch, layers = pack_sequences(samples), model.config.decoder.n_layers
+    at = model.position_ids(batch)
     at = at if at.ndim == 2 else at[:, None].expand(-1, 3)
     like = torch.zeros(*mask.shape, 3, dtype=torch.long)
     case.compare(f"{group}.position_ids", padded(at, mask, like).movedim(-1, 0))
-    case.compare(f"{group}.rope_deltas", torch.tensor(batch.layout.clocks)[:, None] - mask.shape[1])
+    case.compare(f"{group}.rope_deltas", torch.tensor(batch.layout.next_positions)[:, None] - mask.shape[1])
     outs: list[Tensor] = [model.embed(batch)]
     hooks = [
-        block.register_forward_hook(lambda module, args, out: outs.append(out[STREAM]))
+        block.register_forward_hook(lambda module, args, out: outs.append(out[EXPERT]))
         for block in model.decoder.blocks
     ]
-    hidden = model.states(batch)
+    hidden = model.last_hidden_state(batch)
     for hook in hooks:
         hook.remove()
     for name in case.names(rf"{group}\.hidden\.\d+"):
@@ -133,10 +139,10 @@ def check_run(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
         case.compare(f"{group}.greedy", greedy(model, samples, case.tensors[f"{group}.greedy"].shape[1]))
 
 
-def greedy(model: QwenVL, samples: list[list[Item]], steps: int) -> Tensor:
+def greedy(model: QwenVL, samples: list[list[Part]], steps: int) -> Tensor:
     """The likeliest ids after each sample [B, steps], with a cache; nothing ends them."""
-    contexts, last = model.prefilled(samples)
-    rows, ids = Rows(model, contexts, steps), [torch.tensor(last)]
+    contexts, last = model.prefill_prompts(samples)
+    rows, ids = DecodeSession(model, contexts, steps), [torch.tensor(last)]
     for n in range(steps):
         ids.append(model.decoder.logits(rows(model.decoder.embed(ids[-1]), n)).argmax(-1))
     return torch.stack(ids[1:], 1)

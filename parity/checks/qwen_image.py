@@ -25,11 +25,11 @@ def check(case: Case) -> None:
     model, text = load_qwen_image(case.folder), case.input("encoder_hidden_states")
     pictures = [(f, h, w) for f, h, w in case.input("img_shapes").tolist()]
     seen = case.input("encoder_hidden_states_mask") if "encoder_hidden_states_mask" in case else None
-    condition = model.condition(text, pictures, seen=seen)
+    condition = model.condition(text, pictures, key_padding_mask=seen)
     (modulation,) = model.modulations(case.input("timestep")[None])
     case.compare("velocity", model(case.input("hidden_states"), condition, modulation))
-    of_text, of_pictures = torch.view_as_real(condition.angles).split(
-        (text.shape[1], len(condition.angles) - text.shape[1])
+    of_text, of_pictures = torch.view_as_real(condition.rotations).split(
+        (text.shape[1], len(condition.rotations) - text.shape[1])
     )
     case.compare("rope.txt_angle", of_text)
     case.compare("rope.img_angle", of_pictures)

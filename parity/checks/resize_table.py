@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from parity.case import Row
-from unimm.models.bagel.processor import Resize
+from unimm.models.bagel.processor import BagelImageProcessor
 
 
 def check_table(path: Path) -> list[Row]:
@@ -24,23 +24,23 @@ def check_table(path: Path) -> list[Row]:
     return rows
 
 
-def _rule(label: str) -> Resize | None:
+def _rule(label: str) -> BagelImageProcessor | None:
     stated = re.search(r"\((\d+), *(\d+), *(\d+)(?:, *max_pixels (\d+))?\)", label)
     if not stated:
         return None
     longest, shortest, stride = (int(n) for n in stated.groups()[:3])
     pixels = {"max_pixels": int(stated[4])} if stated[4] else {}
-    return Resize.from_files(pixels, longest=longest, shortest=shortest, stride=stride)
+    return BagelImageProcessor.from_json(pixels, max_size=longest, min_size=shortest, stride=stride)
 
 
-def _fits(label: str, entry: dict[str, list[int]], rules: dict[str, Resize]) -> bool:
-    def named(word: str) -> Resize:
+def _fits(label: str, entry: dict[str, list[int]], rules: dict[str, BagelImageProcessor]) -> bool:
+    def named(word: str) -> BagelImageProcessor:
         return next(rule for at, rule in rules.items() if at.startswith(word))
 
     size = tuple(entry["in_wh"])
     if chain := re.search(r"(\w+) then (\w+)", label):
-        first = named(chain[1]).size(*size)
-        return [*first] == entry[f"{chain[1]}_wh"] and [*named(chain[2]).size(*first)] == entry[f"{chain[2]}_wh"]
+        first = named(chain[1]).output_size(*size)
+        return [*first] == entry[f"{chain[1]}_wh"] and [*named(chain[2]).output_size(*first)] == entry[f"{chain[2]}_wh"]
     images = int(shared[1]) if (shared := re.search(r"img_num=(\d+)", label)) else 1
     rule = rules.get(label) or named(label.partition(" ")[0])
-    return [*rule.size(*size, images=images)] == entry["out_wh"]
+    return [*rule.output_size(*size, n_images=images)] == entry["out_wh"]

@@ -11,8 +11,15 @@ from einops import rearrange
 from torch import Tensor
 
 from parity.case import Case
-from unimm.denoisers.sana import TIMESTEPS, Sana, load_sana
-from unimm.generation.flow import Velocity, in_whole_steps, reshifted_knots, sample, sample_dpm, solver_knots
+from unimm.denoisers.sana import TIMESTEP_SCALE, SanaTransformer, load_sana
+from unimm.generation.flow import (
+    Velocity,
+    dpm_solver_pp,
+    dpm_timesteps,
+    euler,
+    reshifted_timesteps,
+    with_integer_timesteps,
+)
 
 EXPECTS = 'config.json with _class_name "SanaTransformer2DModel"'
 
@@ -28,52 +35,57 @@ def check(case: Case) -> None:
     """Compare the transformer, its parts, and both samplers."""
     sana = load_sana(case.folder)
     latents, caption = case.input("hidden_states"), case.input("encoder_hidden_states")
-    times = case.input("timestep").float() / TIMESTEPS
+    times = case.input("timestep").float() / TIMESTEP_SCALE
     seen = sana.condition(caption, case.input("encoder_attention_mask"))
     case.compare("velocity", sana(latents, times, seen))
     case.compare("velocity_nomask", sana(latents, times, sana.condition(caption)))
-    x = rearrange(sana.patch(latents), "B D h w -> B (h w) D")
+    x = rearrange(sana.patch_embed(latents), "B D h w -> B (h w) D")
     case.compare("stage.patch_embed", x)
-    embedded, shifts = sana.embed(times)
+    embedded, shifts = sana.embed_timesteps(times)
     case.compare("stage.time_embed", embedded)
     case.compare("stage.time_embed6", shifts.flatten(1))
     case.compare("stage.caption", seen.tokens)
     # these are of the stored patches, so that they stand alone
     x = case.tensors["stage.patch_embed"]
-    block, height = sana.blocks[0], latents.shape[2] // sana.config.patch
+    block, height = sana.blocks[0], latents.shape[2] // sana.config.patch_size
     case.compare("stage.attn1_block0_of_patch_embed", block.attention(x))
     mixed = block.mlp(rearrange(x, "B (h w) D -> B h w D", h=height))
     case.compare("stage.ff_block0_of_patch_embed", rearrange(mixed, "B h w D -> B D h w"))
     check_sampling(case, sana, json.loads((case.outputs / "io.json").read_text()))
 
 
-def check_sampling(case: Case, sana: Sana, notes: dict[str, Any]) -> None:
+def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> None:
     """The times and the latents after every step, with the stored guidance."""
     noise, steps, schedulers = case.input("sampling.noise"), notes["steps"], notes["schedulers"]
     condition = sana.condition(case.input("sampling.condition"))
-    v = guided(sana, condition.rows(torch.tensor([0] * len(noise) + [1] * len(noise))), notes["guidance_scale"])
-    dpm, euler = schedulers["dpm"], schedulers["euler"]
-    trained = dpm["num_train_timesteps"]
-    knots = solver_knots(steps, shift=dpm["flow_shift"], trained=trained)
+    v = guided(sana, condition.select_rows(torch.tensor([0] * len(noise) + [1] * len(noise))), notes["guidance_scale"])
+    dpm_config, euler_config = schedulers["dpm"], schedulers["euler"]
+    trained = dpm_config["num_train_timesteps"]
+    knots = dpm_timesteps(steps, shift=dpm_config["flow_shift"], train_steps=trained)
     for name, times, sampler, cut in (
-        ("dpm", knots, sample_dpm, True),
-        ("euler", reshifted_knots(steps, euler["shift"], trained=euler["num_train_timesteps"]), sample, False),
+        ("dpm", knots, dpm_solver_pp, True),
+        (
+            "euler",
+            reshifted_timesteps(steps, euler_config["shift"], train_steps=euler_config["num_train_timesteps"]),
+            euler,
+            False,
+        ),
     ):
         told, path = [], []
 
         def recorded(x: Tensor, time: float, told: list = told, path: list = path) -> Tensor:
-            told.append(TIMESTEPS * time)
+            told.append(TIMESTEP_SCALE * time)
             path.append(x)
             return v(x, time)
 
-        final = sampler(in_whole_steps(recorded, trained=trained) if cut else recorded, noise, times)
+        final = sampler(with_integer_timesteps(recorded, train_steps=trained) if cut else recorded, noise, times)
         case.compare(f"sampling.{name}.sigmas", times)
         case.compare(f"sampling.{name}.timesteps", torch.tensor(told))
         for i, x in enumerate([*path[1:], final]):
             case.compare(f"sampling.{name}.latents.{i}", x)
 
 
-def guided(sana: Sana, condition: Any, scale: float) -> Velocity:
+def guided(sana: SanaTransformer, condition: Any, scale: float) -> Velocity:
     """Guidance under a condition of twice the rows: first those without the caption."""
 
     def velocity(x: Tensor, time: float) -> Tensor:

@@ -26,11 +26,11 @@ def check(case: Case) -> None:
     """Compare the preprocessing, the layers and the ends of the tower."""
     tower = load_siglip(case.folder)
     if raw := sorted(case.names(r"raw\d+_uint8"), key=lambda name: int(name[3:].partition("_")[0])):
-        pixels = [tower.pixels.pixels(Image.fromarray(case.input(name).numpy())) for name in raw]
+        pixels = [tower.image_processor.preprocess(Image.fromarray(case.input(name).numpy())) for name in raw]
         case.compare("pixel_values", torch.stack(pixels))
     # the stored pixels, so that a difference there shows in one place only
     images = case.tensors["pixel_values"] if raw else case.input("pixel_values")
-    outs: list[Tensor] = [tower.embed(images)]
+    outs: list[Tensor] = [tower.embed_patches(images)]
     hooks = [block.register_forward_hook(lambda module, args, out: outs.append(out)) for block in tower.blocks]
     features = tower(images)
     for hook in hooks:
@@ -38,5 +38,5 @@ def check(case: Case) -> None:
     for i, out in enumerate(outs):
         case.compare(f"hidden.{i}", out.reshape(features.shape))
     case.compare("last_hidden_state", features)
-    if tower.pool is not None:
-        case.compare("pooler_output", tower.pooled(features))
+    if tower.pooling_head is not None:
+        case.compare("pooler_output", tower.pool_features(features))

@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
-from unimm.generation.flow import dynamic_shift, in_whole_steps, knots, solver_knots, whole_times
-from unimm.models.uniworld.processor import any_ratio
-from unimm.processing.images.qwen2_vl import smart_size
-from unimm.training.ema import ramp
-from unimm.training.tasks.edit_weights import WEIGHTS
+from unimm.generation.flow import (
+    dpm_timesteps,
+    dynamic_shift,
+    flow_timesteps,
+    integer_timesteps,
+    with_integer_timesteps,
+)
+from unimm.models.uniworld.processor import nearest_aspect_size
+from unimm.processing.images.qwen2_vl import smart_resize
+from unimm.training.ema import ramped_decay
+from unimm.training.tasks.edit_weights import AREA_FUNCTIONS
 
 ROUNDED = 1e-6  # the table has seven digits
 INFERENCE = TRAINING = 448 * 448  # pixels that UniWorld's reader sees, least and most
@@ -29,13 +35,15 @@ def near(ours: Iterable[float], stored: list[float]) -> bool:
 def flux(entry: dict[str, Any]) -> bool:
     """Flow Euler with a shift by the number of tokens."""
     shift = dynamic_shift(entry["image_tokens"])
-    return near([math.log(shift)], [entry["mu"]]) and near(knots(entry["steps"], shift).tolist(), entry["sigmas"])
+    return near([math.log(shift)], [entry["mu"]]) and near(
+        flow_timesteps(entry["steps"], shift).tolist(), entry["sigmas"]
+    )
 
 
 def sana(entry: dict[str, Any]) -> bool:
     """DPM-Solver++'s times, and what the model is told."""
-    times, told = solver_knots(entry["steps"]), []
-    velocity = in_whole_steps(lambda x, time: told.append(round(1000 * time)) or x)
+    times, told = dpm_timesteps(entry["steps"]), []
+    velocity = with_integer_timesteps(lambda x, time: told.append(round(1000 * time)) or x)
     for time in times[:-1].tolist():
         velocity(torch.zeros(1), time)
     return near(times.tolist(), entry["sigmas"]) and told == entry["timesteps"]
@@ -44,34 +52,36 @@ def sana(entry: dict[str, Any]) -> bool:
 def drawn(entry: dict[str, Any]) -> bool:
     """The size that a picture is drawn at."""
     ratios = int(re.findall(r"\d+", entry["anyres"])[0])
-    found = any_ratio(entry["h"], entry["w"], pixels=entry["anchor_pixels"], ratios=ratios, stride=entry["stride"])
+    found = nearest_aspect_size(
+        entry["h"], entry["w"], image_pixels=entry["anchor_pixels"], n_ratios=ratios, side_unit=entry["stride"]
+    )
     return [*found] == entry["out_hw"]
 
 
 def seen(entry: dict[str, Any]) -> bool:
     """The size that a picture is seen at: resized twice when drawing, once in training."""
-    first = smart_size(entry["h"], entry["w"], 28, INFERENCE, INFERENCE)
-    second = smart_size(*first, 28, INFERENCE, INFERENCE)
-    trained = smart_size(entry["h"], entry["w"], 56, TRAINING, TRAINING)
+    first = smart_resize(entry["h"], entry["w"], 28, INFERENCE, INFERENCE)
+    second = smart_resize(*first, 28, INFERENCE, INFERENCE)
+    trained = smart_resize(entry["h"], entry["w"], 56, TRAINING, TRAINING)
     return [[*first], [*second], [*trained]] == [entry["first"], entry["second"], entry["train_factor56"]]
 
 
 def decays(table: dict[str, Any]) -> bool:
     """The decay of the weights' average at an update."""
     values = table["values"]
-    return near([ramp(int(step) - 1, table["decay"]) for step in values], list(values.values()))
+    return near([ramped_decay(int(step) - 1, table["decay"]) for step in values], list(values.values()))
 
 
 def functions(table: dict[str, list[float]]) -> bool:
     """The weights of an edited region."""
-    return all(near(map(WEIGHTS[name], table["x"]), stored) for name, stored in table.items() if name != "x")
+    return all(near(map(AREA_FUNCTIONS[name], table["x"]), stored) for name, stored in table.items() if name != "x")
 
 
 def trained(table: dict[str, Any]) -> bool:
     """The note says in words what the times of training are: all thousandths, the first draw the noisiest."""
     draws = (torch.arange(1000) + 0.5) / 1000
     return "timestep 1000-i" in table["note"] and near(
-        whole_times(draws).tolist(), [(1000 - i) / 1000 for i in range(1000)]
+        integer_timesteps(draws).tolist(), [(1000 - i) / 1000 for i in range(1000)]
     )
 
 

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from parity.case import Case
-from unimm.denoisers.flux import grid
-from unimm.denoisers.mmdit import SIDE, pack
-from unimm.generation.flow import dynamic_shift, knots, shift_time
-from unimm.models.uniworld.model import ANSWERER, Reading, UniWorld
+from unimm.denoisers.flux import flux_position_ids
+from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents
+from unimm.generation.flow import dynamic_shift, flow_timesteps, shift_timesteps
+from unimm.models.uniworld.model import ASSISTANT, MLLMOutput, UniWorld
 
 EXPECTS = 'config.json with model_type "univa_qwen2p5vl"'
 # gradients are stored under names with the dots replaced
-OURS = {"denoise_projector": "from_reader", "siglip_projector": "from_look", "vae_projector": "from_latents"}
+OURS = {"denoise_projector": "mllm_projector", "siglip_projector": "siglip_projector", "vae_projector": "vae_projector"}
 LAYERS = {"0": "fc1", "2": "fc2"}
 PADDED = "the original attends to padding, and projects it; here a row of a batch is what it is alone"
 
@@ -36,9 +36,11 @@ def check(case: Case) -> None:
     notes = json.loads((case.outputs / "io.json").read_text())
     model = UniWorld.from_pretrained(case.folder)
     limits = {name: notes[name] for name in ("min_pixels", "max_pixels") if name in notes}
-    reader = model.cfg.reader
-    model.cfg = replace(model.cfg, reader=replace(reader, pixels=replace(reader.pixels, **limits)))
-    model.reader.cfg = model.cfg.reader
+    reader = model.config.mllm
+    model.config = replace(
+        model.config, mllm=replace(reader, image_processor=replace(reader.image_processor, **limits))
+    )
+    model.mllm.config = model.config.mllm
     images = [Image.fromarray(case.input(name).numpy()) for name in sorted(case.names(r"image\d+\.raw_uint8"))]
     check_notes(case, model, notes)
     runs = {name: check_run(case, model, name, images, notes) for name in notes["runs"]}
@@ -51,12 +53,12 @@ def check(case: Case) -> None:
 
 def check_notes(case: Case, model: UniWorld, notes: dict[str, Any]) -> None:
     """Ids that are looked up by their strings, and the widths that no config says."""
-    words = model.reader.prompts.words
-    case.compare_note("assistant_token_id", words.encode(ANSWERER), [notes["assistant_token_id"]])
+    words = model.mllm.processor.text_tokenizer
+    case.compare_note("assistant_token_id", words.encode(ASSISTANT), [notes["assistant_token_id"]])
     for string, stored in notes.get("special_ids", {}).items():
-        case.compare_note(f"special_ids: {string}", words.id(string), stored)
-    linears = {"siglip_projector": model.from_look, "denoise_projector": model.from_reader,
-               "vae_projector": model.from_latents, "task_head": model.decide}  # fmt: skip
+        case.compare_note(f"special_ids: {string}", words.token_id(string), stored)
+    linears = {"siglip_projector": model.siglip_projector, "denoise_projector": model.mllm_projector,
+               "vae_projector": model.vae_projector, "task_head": model.task_head}  # fmt: skip
     for name, stored in notes.get("tiny_widths", {}).items():
         one = linears[name]
         ours = [] if one is None else [one.fc1.in_features, one.fc1.out_features, one.fc2.out_features]
@@ -64,40 +66,40 @@ def check_notes(case: Case, model: UniWorld, notes: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image], notes: dict[str, Any]) -> Reading:
+def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image], notes: dict[str, Any]) -> MLLMOutput:
     """One prompt: its ids and patches, what is read and told, and the way from noise."""
     run = notes["runs"][name]
     shown = images[: run["images"]]
-    (reading,) = model.read([model.prompts.drawing(run["text"], shown)])
-    looks = model.parts.look(shown) if shown else None
+    (reading,) = model.encode_prompts([model.processor.prompt_parts(run["text"], shown)])
+    looks = model.auxiliary.encode_siglip(shown) if shown else None
     case.compare(f"{name}.input_ids", ids(model, reading)[None])
-    resize = model.cfg.reader.pixels
+    resize = model.config.mllm.image_processor
     once = [resize(image) for image in shown]
     case.compare_note(f"{name}.first_resize", [[one.height, one.width] for one in once], run["first_resize"])
     if once:
-        patches, grids = zip(*(resize.patches([one]) for one in once), strict=True)
+        patches, grids = zip(*(resize.to_patches([one]) for one in once), strict=True)
         case.compare(f"{name}.pixel_values", torch.cat(patches))
         case.compare(f"{name}.image_grid_thw", torch.tensor(grids))
         case.compare(f"{name}.siglip_hidden", looks)
-    case.compare(f"{name}.vlm_hidden", reading.states[None])
-    case.compare(f"{name}.task_vector", model.asker([reading.items], [reading.states]))
-    case.compare(f"{name}.task_logits", model.decision(reading))
-    (told,) = model.told([reading.items], [reading.states], looks)
+    case.compare(f"{name}.vlm_hidden", reading.hidden_states[None])
+    case.compare(f"{name}.task_vector", model.task_head_state([reading.parts], [reading.hidden_states]))
+    case.compare(f"{name}.task_logits", model.route_logits(reading))
+    (told,) = model.condition([reading.parts], [reading.hidden_states], looks)
     case.compare(f"{name}.condition", told[None])
     check_drawing(case, model, name, told, notes)
     return reading
 
 
-def ids(model: UniWorld, reading: Reading) -> Tensor:
+def ids(model: UniWorld, reading: MLLMOutput) -> Tensor:
     """A sample's ids as the original has them: a placeholder for each of a picture's cells."""
-    image = model.cfg.reader.markers.image
-    return torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), image))) for one in reading.items])
+    image = model.config.mllm.special_tokens.image_pad
+    return torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), image))) for one in reading.parts])
 
 
 def check_drawing(case: Case, model: UniWorld, name: str, told: Tensor, notes: dict[str, Any]) -> None:
     """Every step with T5's states behind what is told, or before it, and the end without them."""
     noise, pooled, t5 = (case.input(one) for one in (f"{name}.noise", "pooled", "t5_embeds"))
-    times = check_times(case, f"{name}.sigmas", noise.shape[2] * noise.shape[3] // SIDE**2, notes)
+    times = check_times(case, f"{name}.sigmas", noise.shape[2] * noise.shape[3] // PATCH_SIZE**2, notes)
     joined, how = torch.cat((told, t5[0])), {"pooled": pooled, "guidance": notes["guidance_scale"]}
     way = [*path(model, joined, noise, times, **how)]
     for i, x in enumerate(way):
@@ -105,7 +107,7 @@ def check_drawing(case: Case, model: UniWorld, name: str, told: Tensor, notes: d
     *_, plain = path(model, told, noise, times, **how)
     case.compare(f"{name}.latents_final_no_t5", plain)
     v = model.velocity([joined], noise, torch.tensor([0.44]), pooled=pooled, guidance=1.0)
-    case.compare(f"{name}.velocity_t044_g1", pack(v))
+    case.compare(f"{name}.velocity_t044_g1", patchify_latents(v))
     *_, first = path(model, torch.cat((t5[0], told)), noise, times, **how)
     # the order of what is told does not matter: both differences are rounding
     apart, stored = float((first - way[-1]).abs().max()), notes["runs"][name]["t5_first_max_abs_diff"]
@@ -114,7 +116,7 @@ def check_drawing(case: Case, model: UniWorld, name: str, told: Tensor, notes: d
 
 def check_times(case: Case, name: str, tokens: int, notes: dict[str, Any]) -> Tensor:
     """The sampler's times by the stored scheduler; with the released numbers they are those of the library."""
-    times = knots(notes["num_inference_steps"], shift_of(tokens, notes))
+    times = flow_timesteps(notes["num_inference_steps"], shift_of(tokens, notes))
     case.compare(name, times)
     return times
 
@@ -132,14 +134,14 @@ def path(
 ) -> list[Tensor]:
     """Packed latents after every step: a run of a step more each, from the noise of the run itself."""
     ends = [
-        model.denoise([told], noise, pooled=pooled, guidance=guidance, times=times[: i + 2])
+        model.denoise([told], noise, pooled=pooled, guidance=guidance, timesteps=times[: i + 2])
         for i in range(len(times) - 1)
     ]
-    return [pack(x) for x in ends]
+    return [patchify_latents(x) for x in ends]
 
 
 @torch.inference_mode()
-def check_batch(case: Case, model: UniWorld, runs: dict[str, Reading]) -> None:
+def check_batch(case: Case, model: UniWorld, runs: dict[str, MLLMOutput]) -> None:
     """Prompts of several lengths in one pack: each as it is alone, with nothing of the padding."""
     stored, mask = case.input("batch.input_ids"), case.input("batch.attention_mask").bool()
     rows = []
@@ -149,10 +151,10 @@ def check_batch(case: Case, model: UniWorld, runs: dict[str, Reading]) -> None:
             case.miss("batch.condition", "a row of the batch is no run's prompt")
             return
         rows.append(same[0])
-    readings = model.read([runs[name].items for name in rows])
+    readings = model.encode_prompts([runs[name].parts for name in rows])
     looks = [case.tensors[f"{name}.siglip_hidden"] for name in rows if f"{name}.siglip_hidden" in case]
-    told = model.told(
-        [one.items for one in readings], [one.states for one in readings], torch.cat(looks) if looks else None
+    told = model.condition(
+        [one.parts for one in readings], [one.hidden_states for one in readings], torch.cat(looks) if looks else None
     )
     alone = [case.tensors[f"{name}.condition"][0] for name in rows]
     longest = max(len(one) for one in alone)
@@ -174,34 +176,34 @@ def right_mask(rows: list[Tensor], length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def check_references(case: Case, model: UniWorld, runs: dict[str, Reading], notes: dict[str, Any]) -> None:
+def check_references(case: Case, model: UniWorld, runs: dict[str, MLLMOutput], notes: dict[str, Any]) -> None:
     """Latents of references beside the picture: their places, the times, and where the way ends."""
     for group in sorted({name.partition(".")[0] for name in case.names(r"ref\w*\.noise")}):
         noise, below = case.input(f"{group}.noise"), case.input(f"{group}.ref_latents")
         h, w = noise.shape[2:]
         below = torch.cat([*below], 1)[None]
-        rows = (h + below.shape[2]) // SIDE
-        case.compare(f"{group}.img_ids", grid(rows, w // SIDE))
-        times = check_times(case, f"{group}.sigmas", rows * w // SIDE, notes)
+        rows = (h + below.shape[2]) // PATCH_SIZE
+        case.compare(f"{group}.img_ids", flux_position_ids(rows, w // PATCH_SIZE))
+        times = check_times(case, f"{group}.sigmas", rows * w // PATCH_SIZE, notes)
         about = notes["tensors"][f"{group}.latents_final"]["about"]
         run = re.search(r"condition = (\w+)\.condition", about)
         told = case.tensors[f"{run[1] if run else 'edit'}.condition"][0]
         pooled = case.input("pooled")
         final = model.denoise(
-            [told], noise, pooled=pooled, guidance=notes["guidance_scale"], times=times, references=below
+            [told], noise, pooled=pooled, guidance=notes["guidance_scale"], timesteps=times, reference_latents=below
         )
-        case.compare(f"{group}.latents_final", torch.cat((pack(final), pack(below)), 1))
+        case.compare(f"{group}.latents_final", torch.cat((patchify_latents(final), patchify_latents(below)), 1))
 
 
-def check_loss(case: Case, model: UniWorld, runs: dict[str, Reading], notes: dict[str, Any]) -> None:
+def check_loss(case: Case, model: UniWorld, runs: dict[str, MLLMOutput], notes: dict[str, Any]) -> None:
     """The time of the draw, the velocity there, the weighted loss, and its gradients."""
     x0, noise, gauss, weights = (case.input(f"loss.{name}") for name in ("x0", "noise", "gaussian", "weight_map"))
-    times = shift_time(gauss.sigmoid(), shift_of(x0.shape[2] * x0.shape[3] // SIDE**2, notes))
+    times = shift_timesteps(gauss.sigmoid(), shift_of(x0.shape[2] * x0.shape[3] // PATCH_SIZE**2, notes))
     case.compare("loss.sigma", times)
     run = "edit" if "edit" in runs else [*runs][-1]
     looks = case.tensors.get(f"{run}.siglip_hidden")
     pooled = case.input("pooled")
-    told = model.told([runs[run].items], [runs[run].states], looks)
+    told = model.condition([runs[run].parts], [runs[run].hidden_states], looks)
     noised = (1 - times) * x0 + times * noise
     case.compare("loss.pred", model.velocity(told, noised, times, pooled=pooled, guidance=1.0))
     loss = model(told, x0, noise, times, pooled=pooled, weights=weights).mean()

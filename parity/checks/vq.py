@@ -8,13 +8,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from unimm.processing.images.io import to_image
-from unimm.tokenizers.vq import VQ
+from unimm.processing.images.io import tensor_to_pil
+from unimm.tokenizers.vq import VQModel
 
 INPUTS = ("vq/image", "vq/rand_ids")
 
 
-def vq_checks(model_vq: VQ, io: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str]]:
+def vq_checks(model_vq: VQModel, io: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str]]:
     """For each stored output its name, ours, and a note: what `Case.compare` takes. INPUTS are the names of the rest."""
     z = model_vq.encode(io["vq/image"])
     grid = (z.shape[2], z.shape[3])
@@ -38,5 +38,5 @@ def raw_ids(z: Tensor, codebook: Tensor) -> Tensor:
 
 def pixels(image: Tensor) -> Tensor:
     """image [3, h, w] in [-1, 1] -> uint8 [h, w, 3], as it is saved."""
-    picture = to_image(image)
+    picture = tensor_to_pil(image)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(picture.height, picture.width, 3)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from unimm import Bagel
 from unimm.checkpoint.keymap import Place, released_names
-from unimm.checkpoint.load import CheckpointError, check_keys, fill, load_into
-from unimm.checkpoint.save import released_state
-from unimm.models.bagel.config import WEIGHTS, BagelConfig
+from unimm.checkpoint.load import CheckpointError, check_keys, load_weights, materialize
+from unimm.checkpoint.save import released_state_dict
+from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.weights import VAE_KEYS
 
 GOLDEN = STORE / "bagel"
@@ -103,10 +103,10 @@ def full_size(monkeypatch, folder: Path, top: dict | None) -> Bagel:
 @pytest.mark.parametrize("top", [TOP, None], ids=["config.json", "no config.json"])
 def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
     model = full_size(monkeypatch, tmp_path, top)
-    assert (model.cfg.latent_side, model.cfg.look_side) == (64, 70)
-    assert model.cfg.vision.n_layers == 26 and model.cfg.decoder.qk_norm
+    assert (model.config.latent_grid, model.config.vit_grid) == (64, 70)
+    assert model.config.vision.n_layers == 26 and model.config.decoder.qk_norm
     state, met = model.state_dict(), set()
-    for names, table in model.weights().items():
+    for names, table in model.key_maps().items():
         of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (table is VAE_KEYS)}
         found = check_keys(MANIFEST[names[0]], table, of_file, names[0])
         assert len(set(found.values())) == len(found) == len(MANIFEST[names[0]])
@@ -122,7 +122,7 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
 )
 def test_manifest_walk_can_fail(monkeypatch, tmp_path, key):
     model = full_size(monkeypatch, tmp_path, TOP)
-    table = model.weights()[WEIGHTS]
+    table = model.key_maps()[WEIGHT_FILES]
     wanted = {name: x for name, x in model.state_dict().items() if not name.startswith("vae.")}
     shapes = MANIFEST["ema.safetensors"]
     with pytest.raises(CheckpointError, match=f"missing keys: {key}"):
@@ -158,7 +158,7 @@ FUSED_KEYS = {
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
     model, path = Fused(), tmp_path / f"model.{suffix}"
-    state = released_state(model, FUSED_KEYS)
+    state = released_state_dict(model, FUSED_KEYS)
     assert {key: tuple(x.shape) for key, x in state.items()} == {
         **{f"layer.{p}.weight": (2, 4) for p in "qkv"},
         **{f"layer.{p}.bias": (2,) for p in "qkv"},
@@ -169,12 +169,12 @@ def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
     torch.save(state, path) if suffix == "bin" else save_file(state, path)
     with torch.device("meta"):
         loaded = Fused()
-    load_into(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
     assert same(model, loaded)
     del state["layer.v.bias"]
     torch.save(state, path) if suffix == "bin" else save_file(state, path)
     with pytest.raises(CheckpointError, match=r"missing keys: layer\.v\.bias"):
-        load_into(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_tables_stack_rows(tmp_path):
@@ -188,32 +188,32 @@ def test_tables_stack_rows(tmp_path):
             self.new = torch.nn.Parameter(torch.randn(n, 4))
 
     model, path = Stacked(), tmp_path / "model.safetensors"
-    state = released_state(model, keys)
+    state = released_state_dict(model, keys)
     assert torch.equal(state["table"], torch.cat((model.old.weight, model.new))) and set(state) == {
         "table", "norm.weight", "norm.bias",
     }  # fmt: skip
     save_file(state, path)
     with torch.device("meta"):
         loaded, other = Stacked(), Stacked(3)
-    load_into(loaded, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(loaded, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
     assert same(model, loaded)
     assert loaded.old.weight.untyped_storage().data_ptr() != loaded.new.untyped_storage().data_ptr()
     with pytest.raises(CheckpointError, match=r"wrong shapes: table: got \[7, 4\], expected \[8, 4\]"):
-        load_into(other, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(other, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_a_bin_of_code_is_refused(tmp_path):
     torch.save({"x": Place("x")}, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match="expected tensors alone"):
-        load_into(Fused(), [tmp_path / "model.bin"], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(Fused(), [tmp_path / "model.bin"], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_fill_is_for_what_nothing_reads():
     with torch.device("meta"):
         model = Fused()
     with pytest.raises(CheckpointError, match=r"no file holds table"):
-        fill(model, ("qkv.{}",), dtype=torch.float32, device=torch.device("cpu"))
-    fill(model, ("qkv.{}", "table"), dtype=torch.float32, device=torch.device("cpu"))
+        materialize(model, ("qkv.{}",), dtype=torch.float32, device=torch.device("cpu"))
+    materialize(model, ("qkv.{}", "table"), dtype=torch.float32, device=torch.device("cpu"))
     assert not model.table.is_meta and not model.table.any()
 
 
@@ -235,7 +235,7 @@ def test_round_trip_in_float32(tmp_path):
     again = Bagel.from_pretrained(tmp_path / "saved")
     assert same(model, again) and not again.training
     # config.json has no word for markers that only a tokenizer knows
-    assert again.cfg == model.cfg
+    assert again.config == model.config
     assert all(p.requires_grad for p in again.parameters())
     assert not any(x.is_meta for x in again.state_dict().values())
 
@@ -272,7 +272,7 @@ def test_nothing_is_half_saved(golden, folder, monkeypatch, failing):
             raise OSError("no space left on device")
         path.write_bytes(b"a part")
 
-    monkeypatch.setattr("unimm.models.base.save_state", save)
+    monkeypatch.setattr("unimm.models.base.save_safetensors", save)
     with pytest.raises(OSError, match="no space"):
         golden.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -320,14 +320,19 @@ def test_configs_nested_in_config_json(golden, folder, file):
 
 
 def test_missing_fields_are_the_released_codes_own():
-    cfg = BagelConfig.from_files(LLM, VIT, {})
-    assert (cfg.latent_patch, cfg.latent_side, cfg.look_side, cfg.stride) == (2, 64, 70, 16)
-    assert cfg.decoder.qk_norm and cfg.draws and not cfg.interpolate_places and cfg.markers is None
-    assert (cfg.draw.longest, cfg.draw.shortest, cfg.look.longest, cfg.look.shortest) == (1024, 512, 980, 224)
+    cfg = BagelConfig.from_json(LLM, VIT, {})
+    assert (cfg.latent_patch_size, cfg.latent_grid, cfg.vit_grid, cfg.latent_downsample) == (2, 64, 70, 16)
+    assert cfg.decoder.qk_norm and cfg.visual_gen and not cfg.interpolate_pos_embed and cfg.special_tokens is None
+    assert (
+        cfg.vae_transform.max_size,
+        cfg.vae_transform.min_size,
+        cfg.vit_transform.max_size,
+        cfg.vit_transform.min_size,
+    ) == (1024, 512, 980, 224)
     with pytest.raises(ValueError, match=r"lacks hidden_size.*llm_config\.json"):
-        BagelConfig.from_files({}, VIT, {})
+        BagelConfig.from_json({}, VIT, {})
     with pytest.raises(ValueError, match=r"lacks patch_size.*vit_config\.json"):
-        BagelConfig.from_files(LLM, {key: value for key, value in VIT.items() if key != "patch_size"}, {})
+        BagelConfig.from_json(LLM, {key: value for key, value in VIT.items() if key != "patch_size"}, {})
 
 
 # ---- what is refused
@@ -412,8 +417,8 @@ def test_a_checkpoint_that_only_draws(folder, tmp_path):
         Bagel.from_pretrained(folder)
     change(folder / "config.json", visual_und=False)
     model = Bagel.from_pretrained(folder)
-    assert model.cfg.vision is None and not any(name.startswith("vision") for name in model.state_dict())
-    model.tokenizer = toy(llm={"vocab_size": model.cfg.decoder.vocab}).tokenizer
+    assert model.config.vision is None and not any(name.startswith("vision") for name in model.state_dict())
+    model.tokenizer = toy(llm={"vocab_size": model.config.decoder.vocab_size}).tokenizer
     assert model.generate("a circle", size=(16, 32), steps=1).image.size == (32, 16)
     for asked in (
         lambda: model.understand(picture(), "what is it?"),
@@ -433,7 +438,7 @@ def looks(folder) -> Bagel:
     (folder / "ae.safetensors").unlink()
     change(folder / "config.json", visual_gen=False)
     model = Bagel.from_pretrained(folder)
-    model.tokenizer = toy(llm={"vocab_size": model.cfg.decoder.vocab}).tokenizer
+    model.tokenizer = toy(llm={"vocab_size": model.config.decoder.vocab_size}).tokenizer
     return model
 
 

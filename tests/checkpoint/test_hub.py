@@ -25,7 +25,7 @@ def asked(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    hub.remind.cache_clear()
+    hub.warn_licence.cache_clear()
     return found
 
 
@@ -46,7 +46,7 @@ def test_configs_alone(asked, caplog):
 
 def test_folders_of_a_repository_alone(asked):
     """FLUX.1-dev holds its transformer twice, 48 GB that UniWorld has no use for."""
-    hub.resolve("black-forest-labs/FLUX.1-dev", parts=("vae", "tokenizer"))
+    hub.resolve("black-forest-labs/FLUX.1-dev", subfolders=("vae", "tokenizer"))
     ((_, patterns),) = asked
     assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= {*patterns}
     assert all(pattern.startswith(("vae/", "tokenizer/")) for pattern in patterns)
@@ -64,6 +64,6 @@ def test_older_files_of_a_part(monkeypatch, tmp_path):
     )
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "model.safetensors").touch()
-    hub.resolve("a/b", parts=("vae",))
+    hub.resolve("a/b", subfolders=("vae",))
     first, second = found
     assert set(second) - set(first) == {"vae/*.bin"} and all(pattern.startswith("vae/") for pattern in second)

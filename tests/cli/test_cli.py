@@ -14,10 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import unimm
-from unimm.cli.demo import sheet
+from unimm.cli.demo import caption_grid
 from unimm.cli.generate import parse_size
 from unimm.cli.main import app
-from unimm.cli.releases import amount
+from unimm.cli.releases import format_count
 from unimm.evaluation.benchmarks.shapes import TASKS
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
@@ -65,7 +65,7 @@ def test_help():
 
 
 def test_options_are_those_pinned_here():
-    commands = typer.main.get_command(app).commands
+    commands = typer.full.get_command(app).commands
     assert {name: " ".join(p.name for p in command.params) for name, command in commands.items()} == OPTIONS
 
 
@@ -188,8 +188,8 @@ def test_eval_bad_input():
 
 def test_train(tmp_path):
     recipe = yaml.safe_load((RECIPES / "bagel-nano-vae.yaml").read_text())
-    recipe |= {"steps": 2, "batch": 2, "log_every": 1, "precision": "float32"}
-    recipe["options"] |= {"measured": 4}
+    recipe |= {"steps": 2, "batch_size": 2, "log_every": 1, "precision": "float32"}
+    recipe["options"] |= {"measured_scenes": 4}
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe))
     shown = fine("train", path, out, "--workers", 0)
@@ -217,11 +217,13 @@ def test_demo(tmp_path):
 
 def test_a_sheet_holds_every_picture():
     colours = ["red", "lime", "blue", "yellow", "black"]
-    page = sheet([(Image.new("RGB", (64, 64), colour), f"this is {colour} " * 20) for colour in colours], columns=2)
+    page = caption_grid(
+        [(Image.new("RGB", (64, 64), colour), f"this is {colour} " * 20) for colour in colours], columns=2
+    )
     found = {colour for _, colour in page.getcolors(maxcolors=10_000)}
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
 
 
 def test_sizes_and_amounts():
     assert parse_size("64x96") == (64, 96)
-    assert [amount(n) for n in (12, 9_515_379, 14_691_079_811)] == ["12", "9.5 M", "14.7 G"]
+    assert [format_count(n) for n in (12, 9_515_379, 14_691_079_811)] == ["12", "9.5 M", "14.7 G"]

@@ -15,7 +15,7 @@ from walk import BUNDLED
 
 import unimm
 from unimm.training.config import read_recipe
-from unimm.training.tasks.base import build
+from unimm.training.tasks.base import build_task
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 # samples a batch: enough for every kind of task that a recipe has
@@ -65,7 +65,7 @@ def objective(tmp_path_factory):
         recipe = read_recipe(RECIPES / f"{name}.yaml")
         options = {key: OPTIONS.get(key, value) for key, value in recipe.options.items()}
         options |= {key: str(released(other)) for key, other in needs(options).items()}
-        return build(dataclasses.replace(recipe, options=options, batch=SAMPLES, precision="float32"))
+        return build_task(dataclasses.replace(recipe, options=options, batch_size=SAMPLES, precision="float32"))
 
     @functools.cache
     def released(name: str) -> Path:

@@ -8,7 +8,7 @@ from helpers.cases import cases, found
 from helpers.paths import GOLDEN
 
 import unimm
-from unimm.models.registry import owner
+from unimm.models.registry import detect_family
 
 BUNDLED = {row.name: row for row in unimm.releases() if row.hub is None}
 # stored cases without weights, and why
@@ -21,7 +21,7 @@ WEIGHTLESS = {
 def case_family(case: str) -> str | None:
     """The family whose release a stored case is laid out as; None for a part of one."""
     folder = GOLDEN / case
-    return owner(folder) if (folder / "config.json").exists() and not case.startswith("blocks/") else None
+    return detect_family(folder) if (folder / "config.json").exists() and not case.startswith("blocks/") else None
 
 
 GOLDENS = {case: family for case in cases() if (family := case_family(case))}

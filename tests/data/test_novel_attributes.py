@@ -7,9 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unimm.data.shapes import HELD_OUT, PALETTE, TASKS, Scene, example, read, render
+from unimm.data.shapes import HELD_OUT, PALETTE, TASKS, Scene, example, parse_scene, render
 from unimm.data.shapes.language import plural
-from unimm.data.shapes.novel_attributes import FAR, nameless_colour, new_look, painted, reworded, unnamed
+from unimm.data.shapes.novel_attributes import (
+    MIN_COLOUR_DISTANCE,
+    augment_novel_attributes,
+    render_novel,
+    reword,
+    sample_novel_attributes,
+    sample_novel_colour,
+)
 from unimm.data.shapes.world import BACKGROUND
 
 CHANGED = tuple(task for task in TASKS if task.startswith(("draw.", "edit.")) and task != "draw.favourite")
@@ -18,19 +25,19 @@ CHANGED = tuple(task for task in TASKS if task.startswith(("draw.", "edit.")) an
 def test_colours_are_far_from_the_named_ones():
     dice = random.Random(0)
     for _ in range(50):
-        colour = nameless_colour(dice)
-        assert min(math.dist(colour, other) for other in (*PALETTE.values(), BACKGROUND)) > FAR
+        colour = sample_novel_colour(dice)
+        assert min(math.dist(colour, other) for other in (*PALETTE.values(), BACKGROUND)) > MIN_COLOUR_DISTANCE
 
 
 def test_a_thing_keeps_what_it_does_not_lose():
-    scene, dice = example("draw.one", 0).after, random.Random(0)
+    scene, dice = example("draw.one", 0).target_scene, random.Random(0)
     (thing,) = scene.things
     empty = render(Scene(things=()))
-    recoloured = (painted(scene, [new_look("colour", dice)]) != empty).any(-1)
+    recoloured = (render_novel(scene, [sample_novel_attributes("colour", dice)]) != empty).any(-1)
     assert np.array_equal(recoloured, (render(scene) != empty).any(-1)), "the same shape at the same place"
-    blob = painted(scene, [new_look("shape", dice)])
+    blob = render_novel(scene, [sample_novel_attributes("shape", dice)])
     assert {tuple(pixel) for pixel in blob.reshape(-1, 3).tolist()} == {BACKGROUND, PALETTE[thing.colour]}
-    assert np.array_equal(painted(scene, [None]), render(scene))
+    assert np.array_equal(render_novel(scene, [None]), render(scene))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +60,7 @@ def test_a_thing_keeps_what_it_does_not_lose():
     ],
 )
 def test_a_prompt_says_what_is_left(prompt, pair, kind, others, expected):
-    assert reworded(prompt, pair, kind, others) == expected
+    assert reword(prompt, pair, kind, others) == expected
 
 
 @pytest.mark.parametrize("task", CHANGED)
@@ -62,11 +69,11 @@ def test_nothing_held_out_is_shown_or_named(task):
     held_out = {form for shape, colour in HELD_OUT for form in (f"{colour} {shape}", f"{colour} {plural(shape)}")}
     for index in range(150):
         one = example(task, index)
-        new = unnamed(one, dice, colours=0.3, shapes=0.3)
+        new = augment_novel_attributes(one, dice, colours=0.3, shapes=0.3)
         changed += new.target is not None and not np.array_equal(new.target, one.target)
         assert not any(words in new.prompt for words in held_out)
         for image in (*new.images, new.target):
-            assert not {(seen.shape, seen.colour) for seen in read(image)} & set(HELD_OUT)
+            assert not {(seen.shape, seen.colour) for seen in parse_scene(image)} & set(HELD_OUT)
     assert changed > 30
 
 
@@ -76,8 +83,8 @@ def test_an_edit_leaves_the_others_to_the_pixel(task):
     dice = random.Random(0)
     for index in range(60):
         one = example(task, index)
-        new = unnamed(one, dice, colours=0.4, shapes=0.4)
-        moved = set(one.before.things) ^ set(one.after.things)
+        new = augment_novel_attributes(one, dice, colours=0.4, shapes=0.4)
+        moved = set(one.source_scene.things) ^ set(one.target_scene.things)
         free = np.zeros(one.target.shape[:2], bool)
         for thing in moved:
             free[thing.y - 8 : thing.y + 9, thing.x - 8 : thing.x + 9] = True
@@ -89,11 +96,11 @@ def test_a_recoloured_blob_keeps_its_shape_and_takes_the_named_colour():
     seen = Counter()
     for index in range(200):
         one = example("edit.recolour", index)
-        new = unnamed(one, random.Random(index), colours=0.0, shapes=1.0)
-        thing, after = one.before.things[0], one.after.things[0]
+        new = augment_novel_attributes(one, random.Random(index), colours=0.0, shapes=1.0)
+        thing, after = one.source_scene.things[0], one.target_scene.things[0]
         y, x = (slice(at - 8, at + 9) for at in (thing.y, thing.x))
         was, is_now = (image[y, x] != BACKGROUND for image in (new.images[0], new.target))
         seen[bool(np.array_equal(was.any(-1), is_now.any(-1)))] += 1
-        blob = not np.array_equal(new.target[y, x], render(one.after)[y, x])
+        blob = not np.array_equal(new.target[y, x], render(one.target_scene)[y, x])
         assert not blob or (new.target[y, x][is_now.any(-1)] == PALETTE[after.colour]).all()
     assert set(seen) == {True}

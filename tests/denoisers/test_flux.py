@@ -9,10 +9,24 @@ from safetensors.torch import load_file
 
 from unimm.checkpoint.keymap import Place
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.denoisers.flux import BFL_WEIGHTS, Flux, FluxConfig, bfl_keys, grid, keys, load_flux
-from unimm.denoisers.mmdit import by_step, pack, turn, turns, unpack
-from unimm.generation.flow import knots, sample
+from unimm.checkpoint.save import released_state_dict
+from unimm.denoisers.flux import (
+    BFL_WEIGHT_FILES,
+    FluxConfig,
+    FluxTransformer,
+    flux_bfl_key_map,
+    flux_key_map,
+    flux_position_ids,
+    load_flux,
+)
+from unimm.denoisers.mmdit import (
+    apply_complex_rope,
+    complex_rope,
+    modulation_per_step,
+    patchify_latents,
+    unpatchify_latents,
+)
+from unimm.generation.flow import euler, flow_timesteps
 
 CASE = found("blocks/flux/dev")
 FILES = json.loads((CASE / "config.json").read_text())
@@ -48,37 +62,37 @@ def assert_equal(got, expected):
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def made(**changes) -> Flux:
+def made(**changes) -> FluxTransformer:
     torch.manual_seed(0)
-    model = Flux(FluxConfig.from_files(FILES | changes)).eval()
+    model = FluxTransformer(FluxConfig.from_json(FILES | changes)).eval()
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     return model.requires_grad_(False)
 
 
-def inputs(model: Flux, rows: int = 2, tokens: int = 5, height: int = 3, width: int = 4) -> dict:
+def inputs(model: FluxTransformer, rows: int = 2, tokens: int = 5, height: int = 3, width: int = 4) -> dict:
     cfg = model.config
     return {
         "latents": torch.randn(rows, height * width, cfg.in_channels),
         "text": torch.randn(rows, tokens, cfg.text_dim),
         "pooled": torch.randn(rows, cfg.pooled_dim),
-        "places": grid(height, width),
-        "guidance": 3.5 if cfg.guided else None,
+        "places": flux_position_ids(height, width),
+        "guidance": 3.5 if cfg.guidance_embeds else None,
     }
 
 
-def velocity(model: Flux, given: dict, times: torch.Tensor) -> torch.Tensor:
+def velocity(model: FluxTransformer, given: dict, times: torch.Tensor) -> torch.Tensor:
     """At times [B]."""
     (modulation,) = model.modulations(times[None], given["pooled"], guidance=given["guidance"])
     return model(given["latents"], model.condition(given["text"], given["places"]), modulation)
 
 
-@pytest.mark.parametrize(("name", "table"), [("diffusers", keys), ("bfl", bfl_keys)])
+@pytest.mark.parametrize(("name", "table"), [("diffusers", flux_key_map), ("bfl", flux_bfl_key_map)])
 def test_manifest_fits_the_released_model(name, table):
     shapes = manifest(f"flux1_dev_transformer_{name}")
-    config = FluxConfig.from_files(RELEASED)
+    config = FluxConfig.from_json(RELEASED)
     with torch.device("meta"):
-        state = Flux(config).state_dict()
+        state = FluxTransformer(config).state_dict()
     assert sum(p.numel() for p in state.values()) == 11_901_408_320
     assert len(shapes) == {"diffusers": 1160, "bfl": 780}[name]
     assert {place.name for place in check_keys(shapes, table(config), state, "here").values()} == set(state)
@@ -88,7 +102,7 @@ def test_manifest_fits_the_released_model(name, table):
 
 
 def test_sizes_are_read_from_the_released_weights():
-    assert FluxConfig.from_shapes(manifest("flux1_dev_transformer_bfl")) == FluxConfig.from_files(RELEASED)
+    assert FluxConfig.from_shapes(manifest("flux1_dev_transformer_bfl")) == FluxConfig.from_json(RELEASED)
     with pytest.raises(ValueError, match=r"the weights lack txt_in\.weight"):
         FluxConfig.from_shapes({k: s for k, s in manifest("flux1_dev_transformer_bfl").items() if k != "txt_in.weight"})
 
@@ -96,8 +110,8 @@ def test_sizes_are_read_from_the_released_weights():
 def test_the_layouts_hold_the_same_weights():
     one, other = load_flux(CASE), load_flux(CASE / "model_bfl.safetensors")
     assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
-    for table, path in ((keys, "model.safetensors"), (bfl_keys, "model_bfl.safetensors")):
-        state, stored = released_state(one, table(one.config)), load_file(CASE / path)
+    for table, path in ((flux_key_map, "model.safetensors"), (flux_bfl_key_map, "model_bfl.safetensors")):
+        state, stored = released_state_dict(one, table(one.config)), load_file(CASE / path)
         assert state.keys() == stored.keys() and all(torch.equal(x, stored[key]) for key, x in state.items())
 
 
@@ -114,7 +128,7 @@ def test_equal_to_diffusers(tmp_path, changes):
     ours = load_flux(tmp_path)
     given, times = inputs(ours), torch.tensor([0.93, 0.12])
     text_places = torch.randint(0, 9, (5, 3)).float()
-    guidance = torch.tensor([1.0, 4.5]) if ours.config.guided else None
+    guidance = torch.tensor([1.0, 4.5]) if ours.config.guidance_embeds else None
     wanted = theirs(
         given["latents"],
         given["text"],
@@ -125,7 +139,7 @@ def test_equal_to_diffusers(tmp_path, changes):
         guidance,
         return_dict=False,
     )[0]
-    condition = ours.condition(given["text"], given["places"], text_places=text_places)
+    condition = ours.condition(given["text"], given["places"], text_position_ids=text_places)
     (modulation,) = ours.modulations(times[None], given["pooled"], guidance=guidance)
     assert_equal(ours(given["latents"], condition, modulation), wanted)
     # and what we write, diffusers reads
@@ -152,7 +166,7 @@ def test_the_original_layout_needs_no_config(tmp_path):
     model = made(attention_head_dim=128, axes_dims_rope=[16, 56, 56], num_attention_heads=1)
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").unlink()
-    assert load_flux(tmp_path).config == load_flux(tmp_path / BFL_WEIGHTS[0]).config == model.config
+    assert load_flux(tmp_path).config == load_flux(tmp_path / BFL_WEIGHT_FILES[0]).config == model.config
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -161,16 +175,16 @@ def test_the_original_layout_needs_no_config(tmp_path):
 
 def test_a_feed_forward_of_any_width(tmp_path):
     """Shares of the fused linear are no whole multiples of the width."""
-    config = FluxConfig(**(vars(FluxConfig.from_files(FILES)) | {"mlp_ratio": 2.25}))
+    config = FluxConfig(**(vars(FluxConfig.from_json(FILES)) | {"mlp_ratio": 2.25}))
     torch.manual_seed(0)
-    model = Flux(config)
-    state = released_state(model, keys(config))
+    model = FluxTransformer(config)
+    state = released_state_dict(model, flux_key_map(config))
     assert state["single_transformer_blocks.1.proj_mlp.weight"].shape == (72, 32)
     parts = [
         state[f"single_transformer_blocks.1.{name}.bias"]
         for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     ]
-    assert torch.equal(torch.cat(parts), model.trunk.singles[1].into.bias)
+    assert torch.equal(torch.cat(parts), model.mmdit.single_blocks[1].qkv_mlp.bias)
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="head_dim, 16"):  # whose axes nothing tells
@@ -190,12 +204,12 @@ def test_a_picture_does_not_depend_on_its_batch():
 @torch.inference_mode()
 def test_steps_modulated_at_once_are_the_steps():
     model = made()
-    given, times = inputs(model), knots(4, 3.0)
+    given, times = inputs(model), flow_timesteps(4, 3.0)
     condition = model.condition(given["text"], given["places"])
     steps = model.modulations(times[:-1], given["pooled"], guidance=3.5)
     assert len(steps) == 4
-    at_once = sample(by_step(model, condition, steps), given["latents"], times)
-    one_by_one = sample(
+    at_once = euler(modulation_per_step(model, condition, steps), given["latents"], times)
+    one_by_one = euler(
         lambda x, t: velocity(model, given | {"latents": x}, torch.full((2,), t)), given["latents"], times
     )
     assert_equal(at_once, one_by_one)
@@ -207,9 +221,9 @@ def test_a_step_computes_nothing_that_is_known(monkeypatch):
     model = made()
     given = inputs(model, rows=3)
     want = velocity(model, given | {"text": given["text"][[1, 1, 0]]}, torch.full((3,), 0.4))
-    condition = model.condition(given["text"], given["places"]).rows(torch.tensor([1, 1, 0]))
+    condition = model.condition(given["text"], given["places"]).select_rows(torch.tensor([1, 1, 0]))
     (modulation,) = model.modulations(torch.tensor([0.4]), given["pooled"], guidance=3.5)
-    known = [model.time, model.guidance, model.pooled, model.trunk.text]
+    known = [model.time_embed, model.guidance_embed, model.pooled_embed, model.mmdit.text_in]
     known += [module for name, module in model.named_modules() if name.endswith("modulation")]
     assert len(known) == 4 + 2 * 2 + 2 + 1
     for module in known:
@@ -225,29 +239,31 @@ def test_gradients_reach_every_parameter():
 
 def test_packing():
     latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
-    tokens = pack(latents)
+    tokens = patchify_latents(latents)
     # token (row 1, column 2), channel 1, its lower left number
     assert tokens.shape == (2, 6, 12) and tokens[1, 1 * 3 + 2, 1 * 4 + 2] == latents[1, 1, 3, 4]
-    assert torch.equal(unpack(tokens, height=4, width=6), latents)
+    assert torch.equal(unpatchify_latents(tokens, height=4, width=6), latents)
     with pytest.raises(ValueError, match=r"\[2, 3, 4, 5\].*even sides"):
-        pack(latents[..., :5])
+        patchify_latents(latents[..., :5])
     with pytest.raises(ValueError, match="for 6 x 6 latents"):
-        unpack(tokens, height=6, width=6)
+        unpatchify_latents(tokens, height=6, width=6)
 
 
 def test_turns_are_exact_far_away():
     """In float64: at place 4000 a float32 angle would be off by 1e-4."""
-    table = turns(torch.tensor([[0.0, 4000.0, 1.0]]), (2, 4, 2), dtype=torch.float64)
+    table = complex_rope(torch.tensor([[0.0, 4000.0, 1.0]]), (2, 4, 2), dtype=torch.float64)
     assert table[0].angle()[[0, 3]].tolist() == [0.0, 1.0]
     assert torch.allclose(table[0, 2], torch.polar(torch.tensor(1.0), torch.tensor(40.0)), atol=1e-6)
 
 
 @torch.inference_mode()
 def test_compiled_turns_are_the_turns():
-    table, x = turns(torch.randint(0, 9, (5, 2)), (4, 8), dtype=torch.float64), torch.randn(2, 5, 3, 12)
-    assert_equal(torch.compile(turn, backend="eager", fullgraph=True)(x, table), turn(x, table))
-    assert turn(x.bfloat16(), table).dtype == torch.bfloat16
-    assert_equal(turn(x, table).square().sum(-1), x.square().sum(-1))
+    table, x = complex_rope(torch.randint(0, 9, (5, 2)), (4, 8), dtype=torch.float64), torch.randn(2, 5, 3, 12)
+    assert_equal(
+        torch.compile(apply_complex_rope, backend="eager", fullgraph=True)(x, table), apply_complex_rope(x, table)
+    )
+    assert apply_complex_rope(x.bfloat16(), table).dtype == torch.bfloat16
+    assert_equal(apply_complex_rope(x, table).square().sum(-1), x.square().sum(-1))
 
 
 @pytest.mark.parametrize("target", ["x[swap]", "x[2:5/5]", "x[0/5]"])
@@ -261,9 +277,9 @@ def test_places_of_key_tables(target):
 
 def test_config_round_trips():
     for changes in SIZES:
-        config = FluxConfig.from_files(FILES | changes)
-        assert FluxConfig.from_files(json.loads(json.dumps(config.to_files()))) == config
-    assert FluxConfig.from_files(RELEASED).sizes.dim == 3072
+        config = FluxConfig.from_json(FILES | changes)
+        assert FluxConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert FluxConfig.from_json(RELEASED).mmdit.dim == 3072
 
 
 @pytest.mark.parametrize(
@@ -272,7 +288,7 @@ def test_config_round_trips():
         ({"_class_name": "SanaTransformer2DModel"}, "got _class_name 'Sana.*', expected 'FluxTransformer2DModel'"),
         ({"patch_size": 2}, "got patch_size 2, expected 1"),
         ({"joint_attention_dim": None}, "lacks joint_attention_dim"),
-        ({"axes_dims_rope": [4, 6, 8]}, r"got axes \[4, 6, 8\]: .*head_dim, 16"),
+        ({"axes_dims_rope": [4, 6, 8]}, r"got rope_axes_dims \[4, 6, 8\]: .*head_dim, 16"),
         ({"axes_dims_rope": [4, 7, 5]}, "even numbers"),
         ({"num_attention_heads": 0}, "got n_heads 0.*positive"),
         ({"num_layers": 0, "num_single_layers": 0}, "a block of either kind"),
@@ -280,7 +296,7 @@ def test_config_round_trips():
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        FluxConfig.from_files(FILES | changes)
+        FluxConfig.from_json(FILES | changes)
 
 
 def test_wrong_inputs():
@@ -312,6 +328,6 @@ def test_wrong_inputs():
 def test_wrong_weights(tmp_path):
     model = made()
     model.save_pretrained(tmp_path, layout="bfl")
-    (tmp_path / "config.json").write_text(json.dumps(model.config.to_files() | {"num_layers": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_json() | {"num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing keys: double_blocks\.2"):
         load_flux(tmp_path)

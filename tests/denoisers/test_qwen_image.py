@@ -7,8 +7,14 @@ import torch
 from helpers.cases import found, manifest
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.denoisers.mmdit import by_step
-from unimm.denoisers.qwen_image import KEYS, QwenImage, QwenImageConfig, load_qwen_image, places
+from unimm.denoisers.mmdit import modulation_per_step
+from unimm.denoisers.qwen_image import (
+    KEY_MAP,
+    QwenImageConfig,
+    QwenImageTransformer,
+    load_qwen_image,
+    msrope_position_ids,
+)
 
 FILES = json.loads((found("blocks/qwenimage/dev") / "config.json").read_text())
 RELEASED = FILES | {
@@ -36,7 +42,7 @@ def assert_equal(got, expected):
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    model = QwenImage(QwenImageConfig.from_files(FILES)).eval()
+    model = QwenImageTransformer(QwenImageConfig.from_json(FILES)).eval()
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     return model.requires_grad_(False)
@@ -49,12 +55,12 @@ def count(pictures) -> int:
 def test_manifest_fits_the_released_model():
     shapes = manifest("qwenimage_transformer")
     with torch.device("meta"):
-        state = QwenImage(QwenImageConfig.from_files(RELEASED)).state_dict()
+        state = QwenImageTransformer(QwenImageConfig.from_json(RELEASED)).state_dict()
     assert sum(p.numel() for p in state.values()) == 20_430_401_088 and len(shapes) == 1933
-    assert {place.name for place in check_keys(shapes, KEYS, state, "here").values()} == set(state)
+    assert {place.name for place in check_keys(shapes, KEY_MAP, state, "here").values()} == set(state)
     without = {key: shape for key, shape in shapes.items() if key != "transformer_blocks.7.txt_mlp.net.2.bias"}
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.7\.txt_mlp\.net\.2\.bias"):
-        check_keys(without, KEYS, state, "here")
+        check_keys(without, KEY_MAP, state, "here")
 
 
 @pytest.mark.parametrize(("changes", "pictures"), [*zip(SIZES, PICTURES, strict=True)], ids=["golden", "two", "frames"])
@@ -76,7 +82,7 @@ def test_equal_to_diffusers(tmp_path, changes, pictures):
     for mask in (None, seen):
         wanted = theirs(latents, text, mask, times, img_shapes=[pictures] * 3, return_dict=False)[0]
         (modulation,) = ours.modulations(times[None])
-        assert_equal(ours(latents, ours.condition(text, pictures, seen=mask), modulation), wanted)
+        assert_equal(ours(latents, ours.condition(text, pictures, key_padding_mask=mask), modulation), wanted)
     # and what we write, diffusers reads
     ours.save_pretrained(tmp_path)
     again = QwenImageTransformer2DModel.from_pretrained(tmp_path)
@@ -84,15 +90,15 @@ def test_equal_to_diffusers(tmp_path, changes, pictures):
 
 
 def test_places():
-    of_pictures, of_text = places([(1, 3, 4), (2, 1, 7)], 3)
+    of_pictures, of_text = msrope_position_ids([(1, 3, 4), (2, 1, 7)], 3)
     assert of_pictures[:5].tolist() == [[0, -2, -2], [0, -2, -1], [0, -2, 0], [0, -2, 1], [0, -1, -2]]
     # the second's frames count from 1; of 7 columns the middle is the fifth
     assert of_pictures[12].tolist() == [1, -1, -4] and of_pictures[-1].tolist() == [2, -1, 2]
     assert of_text.tolist() == [[3, 3, 3], [4, 4, 4], [5, 5, 5]]
     with pytest.raises(ValueError, match="expected one or more of"):
-        places([(1, 0, 4)], 3)
+        msrope_position_ids([(1, 0, 4)], 3)
     with pytest.raises(ValueError, match="to end before 4096"):
-        places([(1, 64, 64)], 4090)
+        msrope_position_ids([(1, 64, 64)], 4090)
 
 
 @torch.inference_mode()
@@ -109,7 +115,7 @@ def test_save_and_load(tmp_path, small):
 def test_a_picture_does_not_depend_on_its_batch(small):
     latents, text, times = torch.randn(3, 6, 16), torch.randn(3, 5, 36), torch.tensor([[0.9, 0.1, 0.5]])
     seen = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
-    together = small(latents, small.condition(text, [(1, 3, 2)], seen=seen), small.modulations(times)[0])
+    together = small(latents, small.condition(text, [(1, 3, 2)], key_padding_mask=seen), small.modulations(times)[0])
     for i in range(3):
         # alone, without the padding behind its text
         condition = small.condition(text[i : i + 1, : seen[i].sum()], [(1, 3, 2)])
@@ -119,13 +125,15 @@ def test_a_picture_does_not_depend_on_its_batch(small):
 @torch.inference_mode()
 def test_a_step_computes_nothing_that_is_known(small, monkeypatch):
     latents, text = torch.randn(2, 6, 16), torch.randn(1, 5, 36)
-    condition = small.condition(text, [(1, 3, 2)], seen=torch.tensor([[1, 1, 1, 0, 1]])).rows(torch.tensor([0, 0]))
-    steps = small.modulations(torch.tensor([0.8, 0.3]), rows=2)
+    condition = small.condition(text, [(1, 3, 2)], key_padding_mask=torch.tensor([[1, 1, 1, 0, 1]])).select_rows(
+        torch.tensor([0, 0])
+    )
+    steps = small.modulations(torch.tensor([0.8, 0.3]), batch_size=2)
     want = [small(latents, condition, small.modulations(torch.full((1, 2), t))[0]) for t in (0.8, 0.3)]
     known = [module for name, module in small.named_modules() if name.endswith("modulation")]
-    for module in (small.time, small.text_norm, small.trunk.text, *known):
+    for module in (small.time_embed, small.text_norm, small.mmdit.text_in, *known):
         monkeypatch.setattr(module, "forward", None)
-    velocity = by_step(small, condition, steps)
+    velocity = modulation_per_step(small, condition, steps)
     for expected in want:
         assert_equal(velocity(latents, 0.0), expected)
 
@@ -136,8 +144,8 @@ def test_gradients_reach_every_parameter_but_the_last_texts(small):
     small(torch.randn(2, 6, 16), condition, modulation).square().mean().backward()
     dead = {name for name, p in small.named_parameters() if p.grad is None or not p.grad.any()}
     # nothing reads what the last block makes of its text
-    last = "trunk.doubles.1.text."
-    assert {name.removeprefix(last).split(".")[0] for name in dead} == {"out", "mlp", "q_norm"}
+    last = "mmdit.double_blocks.1.text."
+    assert {name.removeprefix(last).split(".")[0] for name in dead} == {"out_proj", "mlp", "q_norm"}
     assert all(name.startswith(last) for name in dead)
 
 
@@ -154,7 +162,7 @@ def test_gradients_reach_every_parameter_but_the_last_texts(small):
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        QwenImageConfig.from_files(FILES | changes)
+        QwenImageConfig.from_json(FILES | changes)
 
 
 def test_wrong_inputs(small):
@@ -165,7 +173,7 @@ def test_wrong_inputs(small):
     with pytest.raises(ValueError, match=r"got 2 latents, a condition of 1 rows"):
         small(torch.zeros(2, 6, 16), condition, modulation)
     with pytest.raises(ValueError, match=r"got seen \[1, 2\] for a text \[1, 3, 36\]"):
-        small.condition(torch.zeros(1, 3, 36), [(1, 2, 3)], seen=torch.ones(1, 2))
+        small.condition(torch.zeros(1, 3, 36), [(1, 2, 3)], key_padding_mask=torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"expected \[B, M, 36\]"):
         small.condition(torch.zeros(1, 3, 35), [(1, 2, 3)])
     with pytest.raises(ValueError, match=r"expected \[S\] or \[S, B\]"):
@@ -174,6 +182,6 @@ def test_wrong_inputs(small):
 
 def test_wrong_weights(tmp_path, small):
     small.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(small.config.to_files() | {"num_layers": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(small.config.to_json() | {"num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.2"):
         load_qwen_image(tmp_path)

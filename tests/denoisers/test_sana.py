@@ -10,8 +10,8 @@ from helpers.sana_toys import FILES, RELEASED
 from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.denoisers.sana import KEYS, Sana, SanaConfig, load_sana
+from unimm.checkpoint.save import released_state_dict
+from unimm.denoisers.sana import KEY_MAP, SanaConfig, SanaTransformer, load_sana
 
 GOLDEN = STORE / "blocks"
 SIZES = [
@@ -31,17 +31,17 @@ def assert_equal(got, expected):
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    model = Sana(SanaConfig.from_files(FILES)).eval()
+    model = SanaTransformer(SanaConfig.from_json(FILES)).eval()
     for name, p in model.named_parameters():
         if name.endswith("table"):
             torch.nn.init.normal_(p, std=0.3)
     return model.requires_grad_(False)
 
 
-def write(folder: Path, model: Sana) -> Path:
+def write(folder: Path, model: SanaTransformer) -> Path:
     """A folder in the released layout."""
-    (folder / "config.json").write_text(json.dumps(model.config.to_files()))
-    save_file(released_state(model, KEYS), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
+    save_file(released_state_dict(model, KEY_MAP), folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 
@@ -59,13 +59,13 @@ def named(manifest: dict) -> dict[str, tuple[int, ...]]:
 def test_manifest_fits_the_released_model(name):
     shapes = named(json.loads((GOLDEN / "manifests.json").read_text())[name])
     with torch.device("meta"):
-        model = Sana(SanaConfig.from_files(RELEASED | {"sample_size": 16 if "512" in name else 32}))
+        model = SanaTransformer(SanaConfig.from_json(RELEASED | {"sample_size": 16 if "512" in name else 32}))
     assert sum(p.numel() for p in model.parameters()) == 1_604_462_752 and len(shapes) == 396
     state = model.state_dict()
-    assert {place.name for place in check_keys(shapes, KEYS, state, "here").values()} == set(state)
+    assert {place.name for place in check_keys(shapes, KEY_MAP, state, "here").values()} == set(state)
     without = {key: shape for key, shape in shapes.items() if key != "transformer_blocks.3.attn1.to_k.weight"}
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.3\.attn1\.to_k\.weight"):
-        check_keys(without, KEYS, state, "here")
+        check_keys(without, KEY_MAP, state, "here")
 
 
 @pytest.mark.parametrize("changes", SIZES, ids=["golden", "patches", "bias"])
@@ -115,11 +115,11 @@ def test_a_condition_serves_every_step_and_picture(small, monkeypatch):
     caption, latents = torch.randn(2, 5, 20), torch.randn(4, 6, 4, 4)
     condition = small.condition(caption, torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
     index = torch.tensor([1, 1, 0, 1])
-    want = small(latents, torch.full((4,), 0.5), small.condition(caption[index], condition.seen[index, 0, 0]))
+    want = small(latents, torch.full((4,), 0.5), small.condition(caption[index], condition.attention_mask[index, 0, 0]))
     # a step touches neither the caption's layers nor the projections of keys and values
-    for module in (small.caption, small.caption_norm, *(block.cross.kv for block in small.blocks)):
+    for module in (small.caption_proj, small.caption_norm, *(block.cross_attention.kv for block in small.blocks)):
         monkeypatch.setattr(module, "forward", None)
-    assert_equal(small(latents, torch.full((4,), 0.5), condition.rows(index)), want)
+    assert_equal(small(latents, torch.full((4,), 0.5), condition.select_rows(index)), want)
 
 
 def test_gradients_reach_every_parameter(small):
@@ -130,10 +130,10 @@ def test_gradients_reach_every_parameter(small):
 
 def test_config_round_trips():
     for changes in SIZES:
-        config = SanaConfig.from_files(FILES | changes)
-        assert SanaConfig.from_files(json.loads(json.dumps(config.to_files()))) == config
-    assert SanaConfig.from_files(FILES | {"out_channels": None}).out_channels == 6
-    assert SanaConfig.from_files(RELEASED).dim == 2240
+        config = SanaConfig.from_json(FILES | changes)
+        assert SanaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert SanaConfig.from_json(FILES | {"out_channels": None}).out_channels == 6
+    assert SanaConfig.from_json(RELEASED).dim == 2240
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_config_round_trips():
         ({"guidance_embeds": True}, "expected False"),
         ({"cross_attention_dim": 31}, "got cross_attention_dim 31, expected 32"),
         ({"num_layers": None}, "lacks num_layers"),
-        ({"patch_size": 0}, "got patch 0 .*positive"),
+        ({"patch_size": 0}, "got patch_size 0 .*positive"),
     ],
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        SanaConfig.from_files(FILES | changes)
+        SanaConfig.from_json(FILES | changes)
 
 
 def test_wrong_inputs(small):
@@ -167,6 +167,6 @@ def test_wrong_inputs(small):
 
 def test_wrong_weights(tmp_path, small):
     write(tmp_path, small)
-    (tmp_path / "config.json").write_text(json.dumps(small.config.to_files() | {"num_layers": 4}))
+    (tmp_path / "config.json").write_text(json.dumps(small.config.to_json() | {"num_layers": 4}))
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.3"):
         load_sana(tmp_path)

@@ -10,9 +10,9 @@ from helpers.toys import picture
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.encoders.siglip import Siglip, SiglipConfig, keys, load_siglip
-from unimm.processing.images.siglip import Stretch
+from unimm.checkpoint.save import released_state_dict
+from unimm.encoders.siglip import SiglipConfig, SiglipVisionEncoder, load_siglip, siglip_file_key_map
+from unimm.processing.images.siglip import SiglipImageProcessor
 
 # so400m; what is missing is as in the class
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
@@ -44,15 +44,15 @@ def transformers_tower(**changes):
 
 
 @pytest.fixture
-def small() -> Siglip:
-    return shaken(Siglip(SiglipConfig.from_files(TOY))).requires_grad_(False)
+def small() -> SiglipVisionEncoder:
+    return shaken(SiglipVisionEncoder(SiglipConfig.from_json(TOY))).requires_grad_(False)
 
 
-def write(folder: Path, model: Siglip, **changes) -> Path:
+def write(folder: Path, model: SiglipVisionEncoder, **changes) -> Path:
     """A folder in the released layout."""
-    (folder / "config.json").write_text(json.dumps(model.cfg.to_files() | changes))
-    (folder / "preprocessor_config.json").write_text(json.dumps(model.pixels.to_files()))
-    save_file(released_state(model, keys(model.cfg)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_json() | changes))
+    (folder / "preprocessor_config.json").write_text(json.dumps(model.image_processor.to_json()))
+    save_file(released_state_dict(model, siglip_file_key_map(model.config)), folder / "model.safetensors")
     return folder
 
 
@@ -60,13 +60,15 @@ def write(folder: Path, model: Siglip, **changes) -> Path:
 def test_manifests_fit_the_released_towers(patch, size):
     shapes = manifest(f"siglip2_so400m_patch{patch}_{size}_vision")
     with torch.device("meta"):
-        model = Siglip(SiglipConfig.from_files({"vision_config": SO400M | {"patch_size": patch, "image_size": size}}))
-    assert len(shapes) == 448 and model.cfg.side**2 == {224: 256, 384: 729, 512: 1024}[size]
-    state, table = model.state_dict(), keys(model.cfg)
+        model = SiglipVisionEncoder(
+            SiglipConfig.from_json({"vision_config": SO400M | {"patch_size": patch, "image_size": size}})
+        )
+    assert len(shapes) == 448 and model.config.grid_side**2 == {224: 256, 384: 729, 512: 1024}[size]
+    state, table = model.state_dict(), siglip_file_key_map(model.config)
     # in a whole release the tower of texts stands beside it
     beside = {"text_model.head.bias": (3,), "text_model.encoder.layers.0.mlp.fc1.bias": (4,), "logit_scale": (1,)}
     assert {place.name for place in check_keys(shapes | beside, table, state, "here").values()} == set(state)
-    assert set(released_state(model, table)) == set(shapes)
+    assert set(released_state_dict(model, table)) == set(shapes)
     without = {key: shape for key, shape in shapes.items() if key != "vision_model.encoder.layers.3.mlp.fc1.bias"}
     with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.encoder\.layers\.3\.mlp\.fc1\.bias"):
         check_keys(without, table, state, "here")
@@ -82,11 +84,11 @@ def test_equals_transformers(tmp_path, changes):
     state = load_file(tmp_path / "model.safetensors")
     save_file({f"vision_model.{key}": x for key, x in state.items()}, tmp_path / "model.safetensors")
     assert all(torch.equal(x, ours.state_dict()[key]) for key, x in load_siglip(tmp_path).state_dict().items())
-    images = torch.randn(3, 3, ours.cfg.size, ours.cfg.size)
+    images = torch.randn(3, 3, ours.config.image_size, ours.config.image_size)
     expected = theirs(images, output_hidden_states=True)
     assert_close(ours(images), expected.last_hidden_state)
-    assert_close(ours.layers(images), expected.hidden_states[-1])
-    assert_close(ours.pooled(ours(images)), expected.pooler_output)
+    assert_close(ours.pre_norm_features(images), expected.hidden_states[-1])
+    assert_close(ours.pool_features(ours(images)), expected.pooler_output)
 
 
 @torch.inference_mode()
@@ -107,18 +109,18 @@ def test_pixels_equal_transformers():
 
     for resample in (2, 3):
         theirs = SiglipImageProcessorPil(size={"height": 30, "width": 30}, resample=resample)
-        rule = Stretch.from_files(theirs.to_dict(), size=30)
-        assert rule.resample == resample and Stretch.from_files(rule.to_files(), size=30) == rule
+        rule = SiglipImageProcessor.from_json(theirs.to_dict(), size=30)
+        assert rule.resample == resample and SiglipImageProcessor.from_json(rule.to_json(), size=30) == rule
         for i, size in enumerate([(30, 30), (7, 90), (101, 40)]):
             image = picture(*size, seed=i)
-            assert torch.equal(rule.pixels(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+            assert torch.equal(rule.preprocess(image), theirs(image, return_tensors="pt")["pixel_values"][0])
 
 
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
     again = load_siglip(write(tmp_path, small))
-    images = torch.stack([small.pixels.pixels(picture(40, 31, seed=i)) for i in range(2)])
-    assert again.cfg == small.cfg and again.pixels == small.pixels and not again.training
+    images = torch.stack([small.image_processor.preprocess(picture(40, 31, seed=i)) for i in range(2)])
+    assert again.config == small.config and again.image_processor == small.image_processor and not again.training
     assert torch.equal(again(images), small(images))
     assert_close(small(images)[1:], small(images[1:]))
     assert {p.dtype for p in load_siglip(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
@@ -131,8 +133,8 @@ def test_without_a_head(tmp_path, small):
     tower, images = load_siglip(tmp_path), torch.randn(1, 3, 23, 23)
     assert torch.equal(tower(images), small(images))
     with pytest.raises(ValueError, match="no pooling head"):
-        tower.pooled(tower(images))
-    save_file(released_state(tower, keys(tower.cfg)), tmp_path / "model.safetensors")
+        tower.pool_features(tower(images))
+    save_file(released_state_dict(tower, siglip_file_key_map(tower.config)), tmp_path / "model.safetensors")
     assert torch.equal(load_siglip(tmp_path)(images), small(images))
     (tmp_path / "config.json").write_text(json.dumps(TOY))
     with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.head"):
@@ -141,7 +143,7 @@ def test_without_a_head(tmp_path, small):
 
 def test_gradients_reach_every_parameter(small):
     small.requires_grad_(True)
-    small.pooled(small(torch.randn(2, 3, 23, 23))).square().mean().backward()
+    small.pool_features(small(torch.randn(2, 3, 23, 23))).square().mean().backward()
     assert [name for name, p in small.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -156,14 +158,14 @@ def test_gradients_reach_every_parameter(small):
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        SiglipConfig.from_files(TOY | changes)
+        SiglipConfig.from_json(TOY | changes)
 
 
 def test_wrong_inputs(tmp_path, small):
     with pytest.raises(ValueError, match=r"got pictures \[1, 3, 24, 24\]: expected \[B, 3, 23, 23\]"):
         small(torch.zeros(1, 3, 24, 24))
     with pytest.raises(ValueError, match="unknown activation 'gelo'"):
-        Siglip(SiglipConfig.from_files(TOY | {"hidden_act": "gelo"}))
+        SiglipVisionEncoder(SiglipConfig.from_json(TOY | {"hidden_act": "gelo"}))
     for changes, words in [
         ({"size": {"height": 24, "width": 23}}, "expected sides of 23"),
         ({"size": 24}, "expected sides of 23"),
@@ -172,7 +174,7 @@ def test_wrong_inputs(tmp_path, small):
         ({"resample": 9}, "got resample 9"),
     ]:
         with pytest.raises(ValueError, match=words):
-            Stretch.from_files(changes, size=23)
+            SiglipImageProcessor.from_json(changes, size=23)
 
 
 def test_wrong_weights(tmp_path, small):

@@ -9,10 +9,10 @@ from helpers.cases import manifest
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
+from unimm.checkpoint.save import released_state_dict
 from unimm.encoders import clip_text, t5
-from unimm.encoders.clip_text import ClipText, ClipTextConfig, load_clip_text
-from unimm.encoders.t5 import T5Config, T5Encoder, distances, load_t5
+from unimm.encoders.clip_text import CLIPTextConfig, CLIPTextEncoder, load_clip_text
+from unimm.encoders.t5 import T5Config, T5Encoder, load_t5, relative_position_buckets
 
 CLIP = dict(
     hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, vocab_size=50, max_position_embeddings=11,
@@ -26,8 +26,8 @@ T5 = dict(
 CLIP_L = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "eos_token_id": 2}
 T5_XXL = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
 KINDS = {
-    "clip": (ClipText, ClipTextConfig, CLIP, clip_text.keys(), load_clip_text),
-    "t5": (T5Encoder, T5Config, T5, t5.KEYS, load_t5),
+    "clip": (CLIPTextEncoder, CLIPTextConfig, CLIP, clip_text.clip_text_key_map(), load_clip_text),
+    "t5": (T5Encoder, T5Config, T5, t5.KEY_MAP, load_t5),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -50,13 +50,13 @@ def shaken(model):
 def small(kind: str):
     build, config, files, _, _ = KINDS[kind]
     torch.manual_seed(4)
-    return shaken(build(config.from_files(files))).requires_grad_(False)
+    return shaken(build(config.from_json(files))).requires_grad_(False)
 
 
 def write(folder: Path, model, keys) -> Path:
     """A folder in the released layout."""
-    (folder / "config.json").write_text(json.dumps(model.cfg.to_files()))
-    save_file(released_state(model, keys), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
+    save_file(released_state_dict(model, keys), folder / "model.safetensors")
     return folder
 
 
@@ -71,11 +71,11 @@ def test_manifests_fit_the_released_encoders(kind, name, files, n, without):
     build, config, _, keys, _ = KINDS[kind]
     shapes = manifest(name)
     with torch.device("meta"):
-        model = build(config.from_files(files))
+        model = build(config.from_json(files))
     state = model.state_dict()
     assert sum(p.numel() for p in model.parameters()) == n
     assert {place.name for place in check_keys(shapes, keys, state, "here").values()} == set(state)
-    assert {key: tuple(x.shape) for key, x in released_state(model, keys).items()} == shapes
+    assert {key: tuple(x.shape) for key, x in released_state_dict(model, keys).items()} == shapes
     with pytest.raises(CheckpointError, match=f"missing keys: {without}"):
         check_keys({key: shape for key, shape in shapes.items() if key != without}, keys, state, "here")
 
@@ -97,8 +97,8 @@ def test_clip_equals_transformers(tmp_path, changes):
     ids[2, 2] = 49  # above the end: of the two rules only the older one looks for the largest id
     expected = theirs(ids)
     assert_close(ours(ids), expected.last_hidden_state)
-    assert_close(ours.pooled(ids), expected.pooler_output)
-    assert torch.equal(ours.pooled(ids), ours(ids)[[0, 1, 2], [4, 10, 6 if changes else 2]])
+    assert_close(ours.pool(ids), expected.pooler_output)
+    assert torch.equal(ours.pool(ids), ours(ids)[[0, 1, 2], [4, 10, 6 if changes else 2]])
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def test_t5_equals_transformers(tmp_path, changes):
     ids = torch.randint(0, 40, (2, 70))
     assert_close(ours(ids), theirs(ids).last_hidden_state)
     # and what we write, transformers reads
-    again = T5EncoderModel.from_pretrained(write(tmp_path, ours, t5.KEYS))
+    again = T5EncoderModel.from_pretrained(write(tmp_path, ours, t5.KEY_MAP))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
 
 
@@ -155,7 +155,7 @@ def test_distances_equal_transformers(buckets, furthest):
 
     apart = torch.arange(600)[None] - torch.arange(600)[:, None]
     expected = T5Attention._relative_position_bucket(apart, True, buckets, furthest)
-    got = distances(600, buckets, furthest, torch.device("cpu"))
+    got = relative_position_buckets(600, buckets, furthest, torch.device("cpu"))
     assert torch.equal(got, expected) and got.unique().tolist() == [n for n in range(buckets) if n != buckets // 2]
 
 
@@ -166,13 +166,16 @@ def test_save_and_load(tmp_path, kind):
     model, ids = small(kind), torch.randint(0, 40, (2, 7))
     again = load(write(tmp_path, model, keys))
     assert (
-        again.cfg == model.cfg == config.from_files(json.loads(json.dumps(model.cfg.to_files()))) and not again.training
+        again.config == model.config == config.from_json(json.loads(json.dumps(model.config.to_json())))
+        and not again.training
     )
     assert torch.equal(again(ids), model(ids))
     assert_close(model(ids[1:]), model(ids)[1:])
     half = load(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} == {half(ids).dtype}
-    (tmp_path / "config.json").write_text(json.dumps(model.cfg.to_files() | {"num_hidden_layers": 3, "num_layers": 3}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(model.config.to_json() | {"num_hidden_layers": 3, "num_layers": 3})
+    )
     with pytest.raises(CheckpointError, match=r"missing keys: .*\.2\."):
         load(tmp_path)
 
@@ -210,7 +213,7 @@ def test_who_sees_whom():
 def test_wrong_configs(kind, changes, words):
     _, config, files, _, _ = KINDS[kind]
     with pytest.raises(ValueError, match=words):
-        config.from_files(files | changes)
+        config.from_json(files | changes)
 
 
 def test_wrong_inputs():
@@ -222,7 +225,7 @@ def test_wrong_inputs():
 
 def test_a_t5_whose_table_goes_by_its_other_name(tmp_path):
     model = small("t5")
-    write(tmp_path, model, t5.KEYS)
+    write(tmp_path, model, t5.KEY_MAP)
     weights = load_file(tmp_path / "model.safetensors")
     weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
     save_file(weights, tmp_path / "model.safetensors")
@@ -232,8 +235,8 @@ def test_a_t5_whose_table_goes_by_its_other_name(tmp_path):
 
 
 def test_an_activation_beside_the_feed_forwards_own():
-    T5Config.from_files(T5 | {"dense_act_fn": "gelu_new"})
+    T5Config.from_json(T5 | {"dense_act_fn": "gelu_new"})
     with pytest.raises(
         ValueError, match="got dense_act_fn 'relu' beside feed_forward_proj 'gated-gelu': expected 'gelu_new'"
     ):
-        T5Config.from_files(T5 | {"dense_act_fn": "relu"})
+        T5Config.from_json(T5 | {"dense_act_fn": "relu"})

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import unimm
 from unimm import Janus, TextSampling
-from unimm.encoders.timm_vit import Tower, TowerConfig, ViTNumbers
-from unimm.sequence.packing import pack
+from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder, TimmViTConfig
+from unimm.sequence.packing import pack_sequences
 
 
 @pytest.mark.parametrize(
@@ -31,19 +31,23 @@ def test_encoders_of_timm_by_name(tmp_path, name, size, width, n):
     model = Janus.from_folder(tmp_path).eval()
     model.save_pretrained(tmp_path)
     again = unimm.load(tmp_path)
-    assert again.cfg == model.cfg and again.cfg.tower.vit is None
+    assert again.config == model.config and again.config.tower.vit is None
     assert [x for x in differences(model, again) if not x.endswith("num_batches_tracked")] == []
-    item = model.prompts.conversation([{"role": "user", "content": "a", "images": picture()}])[1]
+    item = model.processor.conversation_parts([{"role": "user", "content": "a", "images": picture()}])[1]
     assert item.n_tokens == n
     sampling = TextSampling(max_tokens=3)
-    assert again.understand(picture(), "what?", text=sampling) == model.understand(picture(), "what?", text=sampling)
+    assert again.understand(picture(), "what?", text_sampling=sampling) == model.understand(
+        picture(), "what?", text_sampling=sampling
+    )
     with torch.inference_mode():
-        assert model.seen(pack([[item]]).look).shape == (n, width)
+        assert model.image_features(pack_sequences([[item]]).und_images).shape == (n, width)
 
 
 @torch.inference_mode()
 def test_a_grid_with_channels_last_is_read_in_raster_order():
-    tower = Tower(TowerConfig(name="swin_tiny_patch4_window7_224", size=64, vit=None)).eval()
+    tower = TimmVisionEncoder(
+        TimmEncoderConfig(model_name="swin_tiny_patch4_window7_224", image_size=64, vit=None)
+    ).eval()
     images = torch.randn(2, 3, 64, 64)
     grid = tower.trunk.forward_features(images)
     assert grid.shape == (2, 2, 2, 768)
@@ -59,23 +63,26 @@ def test_pixels_that_make_no_patch_are_not_seen(tmp_path):
         num_classes=0,
     ).eval()  # fmt: skip
     whole.load_state_dict(model.vision.trunk.state_dict())
-    image = model.pixels.pixels(picture(24, 24))
-    item = model.prompts.looked_at(image, (1, 2))
+    image = model.image_processor.preprocess(picture(24, 24))
+    item = model.processor.und_image_part(image, (1, 2))
     assert item.n_tokens == 16
     torch.testing.assert_close(
-        model.seen(pack([[item]]).look), whole.forward_features(image[None])[0], rtol=1e-5, atol=1e-5
+        model.image_features(pack_sequences([[item]]).und_images),
+        whole.forward_features(image[None])[0],
+        rtol=1e-5,
+        atol=1e-5,
     )
-    assert isinstance(model.understand(picture(), "what?", text=TextSampling(max_tokens=2)), str)
+    assert isinstance(model.understand(picture(), "what?", text_sampling=TextSampling(max_tokens=2)), str)
 
 
 def test_a_released_name_with_other_numbers():
     """Numbers in the file go before those that the name means; without any, the name's."""
     files = {"image_size": 384, "model_name": "siglip_large_patch16_384"}
-    assert TowerConfig.from_files(files).vit == ViTNumbers(dim=1024, n_layers=24, n_heads=16, patch=16)
-    other = TowerConfig.from_files(files | {"layers": 3, "width": 64, "heads": 4})
-    assert other.vit == ViTNumbers(dim=64, n_layers=3, n_heads=4, patch=16)
-    assert TowerConfig.from_files(other.to_files()) == other
-    assert TowerConfig.from_files(files).to_files().keys() == {
+    assert TimmEncoderConfig.from_json(files).vit == TimmViTConfig(dim=1024, n_layers=24, n_heads=16, patch_size=16)
+    other = TimmEncoderConfig.from_json(files | {"layers": 3, "width": 64, "heads": 4})
+    assert other.vit == TimmViTConfig(dim=64, n_layers=3, n_heads=4, patch_size=16)
+    assert TimmEncoderConfig.from_json(other.to_json()) == other
+    assert TimmEncoderConfig.from_json(files).to_json().keys() == {
         "image_size",
         "model_name",
         "select_layer",

@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from unimm.data.shapes import example
-from unimm.evaluation.benchmarks.shapes import REASON, TASKS, Score, checked, evaluate, noise_seed, pixels
+from unimm.evaluation.benchmarks.shapes import (
+    REASONING_TASKS,
+    TASKS,
+    BenchmarkScore,
+    check_tasks,
+    evaluate,
+    noise_seed,
+    to_scene_array,
+)
 from unimm.models.base import Generation
 
 N, SEED = 6, 3
@@ -67,7 +75,7 @@ def test_larger_pictures_are_read_too():
 @pytest.mark.parametrize("batch", [1, 4, N, 50])
 def test_prompts_and_seeds_do_not_depend_on_the_batch(batch):
     oracle = Oracle()
-    evaluate(oracle, n=N, seed=SEED, tasks=["draw.count"], batch=batch, progress=False)
+    evaluate(oracle, n=N, seed=SEED, tasks=["draw.count"], batch_size=batch, progress=False)
     asked = [pair for prompts, _, seeds in oracle.calls for pair in zip(prompts, seeds, strict=True)]
     prompts = [example("draw.count", i, seed=SEED, split="test").prompt for i in range(N)]
     assert asked == [(prompt, noise_seed(SEED, "draw.count", i)) for i, prompt in enumerate(prompts)]
@@ -83,8 +91,8 @@ def test_reasoning_is_asked_for_where_the_task_says_so():
 
 
 def test_tasks_are_those_promised():
-    assert {task + ".think" for task in REASON} <= set(TASKS)
-    assert REASON == tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
+    assert {task + ".think" for task in REASONING_TASKS} <= set(TASKS)
+    assert REASONING_TASKS == tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -93,13 +101,13 @@ def test_tasks_are_those_promised():
     [(0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (50, 100, 0.403832, 0.596168), (475, 500, 0.927232, 0.965906)],
 )
 def test_interval(right, n, low, high):
-    score = Score.of(right, n)
+    score = BenchmarkScore.from_counts(right, n)
     assert score.accuracy == right / n
     assert (score.low, score.high) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_a_score_is_json():
-    assert json.loads(json.dumps(asdict(Score.of(1, 2)))).keys() == {"accuracy", "n", "low", "high"}
+    assert json.loads(json.dumps(asdict(BenchmarkScore.from_counts(1, 2)))).keys() == {"accuracy", "n", "low", "high"}
 
 
 def test_noise_seeds_differ():
@@ -109,18 +117,18 @@ def test_noise_seeds_differ():
 
 
 def test_pixels_take_any_mode():
-    assert pixels(Image.new("RGBA", (128, 128), (10, 20, 30, 255))).shape == (64, 64, 3)
+    assert to_scene_array(Image.new("RGBA", (128, 128), (10, 20, 30, 255))).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["n", "batch"])
+@pytest.mark.parametrize("name", ["n", "batch_size"])
 def test_numbers_below_one(name):
     with pytest.raises(ValueError, match=f"got {name} 0: expected at least 1"):
-        evaluate(Oracle(), **{"n": 1, "batch": 1, name: 0}, seed=0, progress=False)
+        evaluate(Oracle(), **{"n": 1, "batch_size": 1, name: 0}, seed=0, progress=False)
 
 
 def test_unknown_tasks():
     with pytest.raises(ValueError, match=r"unknown task 'draw\.on': .*draw\.one"):
-        checked(["draw.one", "draw.on"])
+        check_tasks(["draw.one", "draw.on"])
     with pytest.raises(ValueError, match="no tasks"):
-        checked([])
-    assert checked(["draw.two", "draw.one", "draw.two"]) == ("draw.two", "draw.one")
+        check_tasks([])
+    assert check_tasks(["draw.two", "draw.one", "draw.two"]) == ("draw.two", "draw.one")

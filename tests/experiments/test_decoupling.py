@@ -16,7 +16,7 @@ from experiments.decoupling.task import EXPERIMENTS
 from unimm import Janus
 from unimm.tokenizers.semantic_vq import SemanticVQ
 from unimm.training.tasks import janus
-from unimm.training.tasks.base import build
+from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer
 
 NAME = "janus-nano-decoupling"
@@ -26,7 +26,7 @@ SCRIPT = ROOT / "experiments" / "decoupling" / "run.py"
 @pytest.fixture(scope="module", autouse=True)
 def quick_text_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(janus, "text_model", text_model)
+        patch.setattr(janus, "train_tokenizer", text_model)
         yield
 
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objectives(folder):
-    return {name: build(small(NAME, folder, options={"experiment": name}, batch=15)) for name in EXPERIMENTS}
+    return {name: build_task(small(NAME, folder, options={"experiment": name}, batch_size=15)) for name in EXPERIMENTS}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_one_encoder_looks_through_the_codes_it_draws_with(objectives, folder):
     with torch.no_grad():
         for name in "AB":
             model = objectives[name].model
-            ids = model.vq.ids(image)
+            ids = model.vq.encode_ids(image)
             seen = model.vision(image)
             assert len(ids.unique()) > 1
             if name == "A":
@@ -77,18 +77,18 @@ def test_one_encoder_looks_through_the_codes_it_draws_with(objectives, folder):
 def test_tasks_are_those_that_an_experiment_learns(objectives):
     for name, objective in objectives.items():
         batch = objective.batch(0)
-        understands, draws = bool((batch.text_groups >= 0).any()), batch.pack.draw is not None
+        understands, draws = bool((batch.text_kinds >= 0).any()), batch.pack.draw is not None
         assert (understands, draws) == (name != "F", name != "E")
     # equal tasks, equal pictures to draw and words to say, whatever looks
     a, b, d = (objectives[name].batch(2) for name in "ABD")
     assert torch.equal(a.images, d.images) and torch.equal(b.images, d.images)
-    assert torch.equal(a.text_groups, d.text_groups)
+    assert torch.equal(a.text_kinds, d.text_kinds)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_few_steps_of_each(objectives, folder, name, tmp_path):
     objective = objectives[name]
-    recipe = dataclasses.replace(small(NAME, folder, options={"experiment": name}), warmup=0, lr=3e-3)
+    recipe = dataclasses.replace(small(NAME, folder, options={"experiment": name}), warmup_steps=0, lr=3e-3)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch, before = objective.batch(0), {key: x.clone() for key, x in objective.model.state_dict().items()}
     first = {key: loss.item() for key, loss in objective.losses(batch).items()}
@@ -98,12 +98,12 @@ def test_a_few_steps_of_each(objectives, folder, name, tmp_path):
     assert first and all(after[key] < first[key] for key in first), (first, after)
     moved = {key.split(".")[0] for key, x in objective.model.state_dict().items() if not torch.equal(x, before[key])}
     # what looks is not trained
-    draws = {"code_embed", "code_aligner", "code_head"}
+    draws = {"gen_embed", "gen_aligner", "gen_head"}
     assert moved == {"decoder"} | ({"aligner"} if name != "F" else set()) | (draws if name != "E" else set())
     objective.model.eval()
     assert isinstance(objective.model.understand(Image.new("RGB", (64, 64)), "how many circles are there?"), str)
-    objective.save(tmp_path / "release") if EXPERIMENTS[name].looks is None else objective.save(tmp_path)
-    if EXPERIMENTS[name].looks is None:
+    objective.save(tmp_path / "release") if EXPERIMENTS[name].encoder is None else objective.save(tmp_path)
+    if EXPERIMENTS[name].encoder is None:
         Janus.from_pretrained(tmp_path / "release")
     else:
         assert "decoder.embed.weight" in load_file(tmp_path / "decoupling.safetensors")
@@ -111,17 +111,17 @@ def test_a_few_steps_of_each(objectives, folder, name, tmp_path):
 
 def test_what_is_missing_is_named(folder):
     with pytest.raises(ValueError, match=r"got 'C' for experiment.*one of \['A', 'B', 'D', 'E', 'F'\]"):
-        build(small(NAME, folder, options={"experiment": "C"}))
+        build_task(small(NAME, folder, options={"experiment": "C"}))
     with pytest.raises(ValueError, match=r"run `unimm train janus-nano-semantic"):
-        build(small(NAME, folder, options={"experiment": "B", "semantic": "/nowhere"}))
+        build_task(small(NAME, folder, options={"experiment": "B", "semantic": "/nowhere"}))
     with pytest.raises(ValueError, match="experiment F learns"):
-        build(small(NAME, folder, options={"experiment": "F", "tasks": {"caption": 1}}))
+        build_task(small(NAME, folder, options={"experiment": "F", "tasks": {"caption": 1}}))
 
 
 def test_one_command_for_all(script, folder, tmp_path):
-    recipe = small(NAME, folder, batch=15)
-    plan = script.Plan(
-        out=tmp_path, recipe=recipe, seeds=(3,), minutes=None, steps=2, n=1, judged_by=1, device="cpu", workers=0
+    recipe = small(NAME, folder, batch_size=15)
+    plan = script.Study(
+        out=tmp_path, recipe=recipe, seeds=(3,), minutes=None, steps=2, n=1, eval_seed=1, device="cpu", workers=0
     )
     script.run(plan)
     runs = json.loads((tmp_path / "decoupling.json").read_text())["runs"]
@@ -135,34 +135,38 @@ def test_one_command_for_all(script, folder, tmp_path):
     assert seen == {"A": (18, 12), "B": (18, 12), "D": (18, 12), "E": (30, 0), "F": (0, 30)}
     assert all(set(one["losses"]) == learned[one["experiment"]] for one in runs)
     table = (tmp_path / "decoupling.md").read_text()
-    assert all(f"| {name} | {one.says} | 3 | 2 |" in table for name, one in EXPERIMENTS.items())
+    assert all(f"| {name} | {one.description} | 3 | 2 |" in table for name, one in EXPERIMENTS.items())
     # what is scored already is not made again
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))]
     script.run(plan)
     assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))] and len(before) == 5
     # and stands for no other question
     with pytest.raises(ValueError, match="was made under"):
-        script.run(dataclasses.replace(plan, n=2))
+        script.run(dataclasses.replace(plan, n_examples=2))
 
 
 def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
-    plan = script.Plan(
+    plan = script.Study(
         out=tmp_path,
         recipe=small(NAME, folder),
         seeds=(0, 1),
         minutes=15.0,
         steps=None,
         n=10,
-        judged_by=1,
+        eval_seed=1,
         device="cpu",
     )
     runs = [
         {"experiment": "E", "seed": seed, "steps": 100 + 10 * seed, "understood": 50, "drawn": 0}
         | {"losses": {"answer": 0.5 + seed}}
-        | {"scores": {task: {"accuracy": 0.5 + 0.1 * seed, "low": 0.25, "high": 0.75, "n": 10} for task in script.SAID}}
+        | {
+            "scores": {
+                task: {"accuracy": 0.5 + 0.1 * seed, "low": 0.25, "high": 0.75, "n": 10} for task in script.ANSWER_TASKS
+            }
+        }
         for seed in (0, 1)
     ]
-    lines = script.table(plan, runs).splitlines()
+    lines = script.results_table(plan, runs).splitlines()
     assert "15 minutes each" in lines[0]
     assert lines[-3].startswith("| E | D, understanding only | 0 | 100 | 50 / 0 | 0.500 / - | 0.50 (0.25-0.75) |")
     means = "0.55 | 0.55 | 0.55 | 0.55 | 0.550 | - | - | - | - | -"
@@ -171,18 +175,18 @@ def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
 
 
 def test_a_run_that_was_stopped_is_not_scored(script, folder, tmp_path, monkeypatch):
-    plan = script.Plan(
+    plan = script.Study(
         out=tmp_path,
         recipe=small(NAME, folder),
         seeds=(0,),
         minutes=15.0,
         steps=9,
         n=1,
-        judged_by=1,
+        eval_seed=1,
         device="cpu",
         workers=0,
     )
     monkeypatch.setattr(script, "train", lambda *args, **options: 4)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 4"):
-        script.one(plan, "D", 0)
+        script.run_experiment(plan, "D", 0)
     assert not list(tmp_path.rglob("scores.json"))

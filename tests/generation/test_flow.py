@@ -7,39 +7,39 @@ import torch
 
 from unimm.generation.flow import (
     add_noise,
+    dpm_solver_pp,
+    dpm_timesteps,
     dynamic_shift,
-    in_whole_steps,
-    knots,
-    reshifted_knots,
-    sample,
-    sample_dpm,
-    shift_time,
-    solver_knots,
-    whole_times,
+    euler,
+    flow_timesteps,
+    integer_timesteps,
+    reshifted_timesteps,
+    shift_timesteps,
+    with_integer_timesteps,
 )
-from unimm.generation.guidance import Guidance, guide, share
+from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches
 from unimm.generation.step_cache import TaylorSeer
 
 
 def test_knots():
-    times = knots(6, 3.0)
+    times = flow_timesteps(6, 3.0)
     assert times[0] == 1 and times[-1] == 0 and len(times) == 7
     expected = [3 * t / (1 + 2 * t) for t in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]
     assert times.tolist() == pytest.approx(expected, abs=1e-6)
-    assert knots(4, 1.0).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert shift_time(torch.tensor(0.0), 4.0) == 0
+    assert flow_timesteps(4, 1.0).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert shift_timesteps(torch.tensor(0.0), 4.0) == 0
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-3, 1.0), (4, 0.0), (4, -1.0)])
 def test_knots_refuse(steps, shift):
     with pytest.raises(ValueError, match="expected"):
-        knots(steps, shift)
+        flow_timesteps(steps, shift)
 
 
 def test_the_sampler_is_exact_on_a_straight_path():
     data, noise = torch.randn(2, 5, 3)
     for steps in (1, 7):
-        found = sample(lambda x, t: noise - data, noise, knots(steps, 3.0))
+        found = euler(lambda x, t: noise - data, noise, flow_timesteps(steps, 3.0))
         torch.testing.assert_close(found, data, rtol=1e-5, atol=1e-5)
     middle = add_noise(data, noise, torch.full((5,), 0.25))
     torch.testing.assert_close(middle, 0.75 * data + 0.25 * noise)
@@ -60,20 +60,20 @@ def test_guidance_follows_the_formulas():
     shrunk = u * (length(v) / length(u)).clamp(0, 1)
     expected["text_channel"] = image + 2 * (shrunk - image)
     for renorm, truth in expected.items():
-        found = Guidance(text=4, image=2, renorm=renorm).combine(v, text, image)
+        found = Guidance(text_scale=4, image_scale=2, renorm=renorm).combine(v, text, image)
         torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(Guidance(text=4, image=2, renorm_min=1.0).combine(v, text, image), w)
+    torch.testing.assert_close(Guidance(text_scale=4, image_scale=2, renorm_min=1.0).combine(v, text, image), w)
     # renormalisation only ever shrinks
-    small = Guidance(text=1.5).combine(v, v * 3)
+    small = Guidance(text_scale=1.5).combine(v, v * 3)
     torch.testing.assert_close(small, v * 3 + 1.5 * (v - v * 3))
 
 
 def test_guidance_interval_is_open_below():
-    guidance = Guidance(interval=(0.4, 0.9), image=1.0)
-    assert guidance.branches(0.4) == ("main",) and guidance.branches(0.9) == ("main", "text")
-    assert guidance.branches(0.91) == ("main",)
-    assert Guidance(interval=(0.0, 1.0)).branches(1.0) == ("main", "text", "image")
-    assert Guidance(text=1.0, image=2.0).branches(0.7) == ("main",)
+    guidance = Guidance(interval=(0.4, 0.9), image_scale=1.0)
+    assert guidance.branches(0.4) == ("full",) and guidance.branches(0.9) == ("full", "no_text")
+    assert guidance.branches(0.91) == ("full",)
+    assert Guidance(interval=(0.0, 1.0)).branches(1.0) == ("full", "no_text", "no_image")
+    assert Guidance(text_scale=1.0, image_scale=2.0).branches(0.7) == ("full",)
 
 
 @pytest.mark.parametrize("options", [dict(renorm="local"), dict(renorm_min=1.5), dict(renorm_min=-0.1)])
@@ -84,13 +84,16 @@ def test_guidance_refuses(options):
 
 def test_a_batch_is_guided_sample_by_sample():
     """The original takes one norm over the batch; here each picture has its own."""
-    table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("main", "text", "image")}
+    table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("full", "no_text", "no_image")}
 
     def features(x, time, branches):
         return [table[b] for b in branches]
 
-    guidance = [Guidance(text=3.0, image=1.0, interval=(0.0, 1.0)), Guidance(text=2.0, image=2.0, interval=(0.0, 1.0))]
-    both = guide(features, lambda h: h, guidance)(torch.zeros(7, 2), 0.5)
+    guidance = [
+        Guidance(text_scale=3.0, image_scale=1.0, interval=(0.0, 1.0)),
+        Guidance(text_scale=2.0, image_scale=2.0, interval=(0.0, 1.0)),
+    ]
+    both = cfg_velocity(features, lambda h: h, guidance)(torch.zeros(7, 2), 0.5)
     for i, g in enumerate(guidance):
         alone = g.combine(*(table[i, name] for name in g.branches(0.5)))
         torch.testing.assert_close(both[3 * i : 3 + 4 * i], alone, rtol=0, atol=0)
@@ -106,18 +109,18 @@ def test_taylor_is_exact_on_a_line_and_counts_each_branch():
     seer = TaylorSeer(features)
     calls = [torch.tensor(float(n)) for n in range(14)]
     for n, time in enumerate(calls):
-        branches = [(0, "main")] + ([(0, "text")] if n < 8 else [])
+        branches = [(0, "full")] + ([(0, "no_text")] if n < 8 else [])
         found = seer(torch.zeros(1), float(time), branches)
         # a feature that is linear in the call index is met exactly as soon as two orders are known
         torch.testing.assert_close(found[0], torch.full((2, 3), float(time)), rtol=1e-6, atol=1e-6)
     assert [time for time, _ in asked] == [0, 1, 2, 3, 4, 7, 10, 13]
-    assert asked[5][1] == ((0, "main"), (0, "text")) and asked[6][1] == ((0, "main"),)
+    assert asked[5][1] == ((0, "full"), (0, "no_text")) and asked[6][1] == ((0, "full"),)
 
 
 def test_taylor_series_is_the_formula():
     values = [math.exp(0.3 * n) for n in range(9)]
     seer = TaylorSeer(lambda x, time, branches: [torch.tensor([values[int(time)]], dtype=torch.float64)])
-    found = [float(seer(torch.zeros(1), float(n), [(0, "main")])[0]) for n in range(9)]
+    found = [float(seer(torch.zeros(1), float(n), [(0, "full")])[0]) for n in range(9)]
     assert found[:5] == pytest.approx(values[:5])
     # at call 4 the orders are F1 = v4 - v3 (the series before it, at call 3, held F0 alone), so F2 does not exist yet
     assert found[5] == pytest.approx(values[4] + (values[4] - values[3]))
@@ -134,9 +137,9 @@ def test_share_asks_once():
         asked.append(list(branches))
         return [torch.tensor([float(i)]) for i, _ in branches]
 
-    same = share(features, lambda branch: (branch[0], "main" if branch[1] == "image" else branch[1]))
-    out = same(torch.zeros(1), 0.5, [(0, "main"), (0, "image"), (1, "image")])
-    assert asked == [[(0, "main"), (1, "main")]] and [float(one) for one in out] == [0, 0, 1]
+    same = deduplicate_branches(features, lambda branch: (branch[0], "full" if branch[1] == "no_image" else branch[1]))
+    out = same(torch.zeros(1), 0.5, [(0, "full"), (0, "no_image"), (1, "no_image")])
+    assert asked == [[(0, "full"), (1, "full")]] and [float(one) for one in out] == [0, 0, 1]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with a newer numpy
@@ -148,7 +151,7 @@ def test_solver_equals_diffusers(steps, shift):
 
     theirs = DPMSolverMultistepScheduler(flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True)
     theirs.set_timesteps(steps)
-    times, x = solver_knots(steps, shift=shift), torch.randn(2, 3)
+    times, x = dpm_timesteps(steps, shift=shift), torch.randn(2, 3)
     assert torch.allclose(times.float(), theirs.sigmas.float(), atol=1e-6)
     told, noise = [], x
 
@@ -156,7 +159,7 @@ def test_solver_equals_diffusers(steps, shift):
         told.append(round(1000 * time))
         return (x + 0.3) * (1 + time) ** -0.5 - x.sin()
 
-    ours = sample_dpm(in_whole_steps(velocity), noise, times)
+    ours = dpm_solver_pp(with_integer_timesteps(velocity), noise, times)
     for t in theirs.timesteps:
         x = theirs.step(velocity(x, t.item() / 1000), t, x).prev_sample
     assert told[:steps] == theirs.timesteps.tolist() == told[steps:]
@@ -170,33 +173,36 @@ def test_euler_times_equal_diffusers(steps):
 
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(steps)
-    assert torch.allclose(reshifted_knots(steps, 3.0).float(), theirs.sigmas, atol=1e-6)
+    assert torch.allclose(reshifted_timesteps(steps, 3.0).float(), theirs.sigmas, atol=1e-6)
     even = torch.linspace(1, 1 / steps, steps).tolist()
     theirs.set_timesteps(sigmas=even)
-    assert torch.allclose(knots(steps, 3.0), theirs.sigmas, atol=1e-6)
+    assert torch.allclose(flow_timesteps(steps, 3.0), theirs.sigmas, atol=1e-6)
     flux = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     flux.set_timesteps(sigmas=even, mu=math.log(dynamic_shift(4096)))
     assert math.log(dynamic_shift(4096)) == pytest.approx(1.15)
-    assert torch.allclose(knots(steps, dynamic_shift(4096)), flux.sigmas, atol=1e-6)
+    assert torch.allclose(flow_timesteps(steps, dynamic_shift(4096)), flux.sigmas, atol=1e-6)
 
 
 def test_the_solver_is_exact_where_data_is_constant():
     data, noise = torch.randn(5), torch.randn(5)
     # at time 1 itself, too, where nothing is known of the data
-    for times in (knots(6, 2.0), solver_knots(6)):
-        found = sample_dpm(lambda x, t: (x - data) / t, noise, times)
+    for times in (flow_timesteps(6, 2.0), dpm_timesteps(6)):
+        found = dpm_solver_pp(lambda x, t: (x - data) / t, noise, times)
         assert torch.allclose(found, data, atol=1e-5)
     # of second order: the error falls by four where the steps double
-    truth = sample(lambda x, t: x.cos(), noise.double(), knots(20000, 1.0))
-    off = [(sample_dpm(lambda x, t: x.cos(), noise.double(), knots(n, 1.0)) - truth).abs().max() for n in (40, 80)]
+    truth = euler(lambda x, t: x.cos(), noise.double(), flow_timesteps(20000, 1.0))
+    off = [
+        (dpm_solver_pp(lambda x, t: x.cos(), noise.double(), flow_timesteps(n, 1.0)) - truth).abs().max()
+        for n in (40, 80)
+    ]
     assert off[1] < 0.4 * off[0]
 
 
 def test_whole_times():
-    assert whole_times(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx(
+    assert integer_timesteps(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx(
         [1, 1, 0.999, 0.5, 0.001]
     )
-    for make in (lambda n, s: solver_knots(n, shift=s), reshifted_knots):
+    for make in (lambda n, s: dpm_timesteps(n, shift=s), reshifted_timesteps):
         with pytest.raises(ValueError, match="got steps 0"):
             make(0, 3.0)
         with pytest.raises(ValueError, match="got shift 0"):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from unimm.generation.decode import TextStream, decode
-from unimm.generation.kv_cache import Cache, Context
-from unimm.generation.text_sampling import TextSampling, next_ids
+from unimm.generation.decode import TextStream, sampling_loop
+from unimm.generation.kv_cache import KVBuffer, KVCache
+from unimm.generation.text_sampling import TextSampling, sample_token
 
 
 def generators(*seeds):
@@ -13,25 +13,28 @@ def generators(*seeds):
 
 
 def test_greedy_takes_the_largest():
-    assert next_ids(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), TextSampling(), generators(0, 0)) == [1, 0]
+    assert sample_token(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), TextSampling(), generators(0, 0)) == [1, 0]
 
 
 def test_temperature_and_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    draws = [next_ids(logits, TextSampling(temperature=1.0), generators(seed))[0] for seed in range(2000)]
+    draws = [sample_token(logits, TextSampling(temperature=1.0), generators(seed))[0] for seed in range(2000)]
     shares = torch.bincount(torch.tensor(draws), minlength=4) / 2000
     torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.04)
     # 0.64 of the mass lies on the first id: 0.6 keeps it alone, 0.7 the first two
-    assert {next_ids(logits, TextSampling(temperature=1.0, top_p=0.6), generators(s))[0] for s in range(200)} == {0}
-    assert {next_ids(logits, TextSampling(temperature=1.0, top_p=0.7), generators(s))[0] for s in range(200)} == {0, 1}
-    assert {next_ids(logits, TextSampling(temperature=0.05), generators(s))[0] for s in range(200)} == {0}
+    assert {sample_token(logits, TextSampling(temperature=1.0, top_p=0.6), generators(s))[0] for s in range(200)} == {0}
+    assert {sample_token(logits, TextSampling(temperature=1.0, top_p=0.7), generators(s))[0] for s in range(200)} == {
+        0,
+        1,
+    }
+    assert {sample_token(logits, TextSampling(temperature=0.05), generators(s))[0] for s in range(200)} == {0}
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     logits = torch.randn(3, 50)
     sampling = TextSampling(temperature=1.0)
-    together = next_ids(logits, sampling, generators(4, 5, 6))
-    assert together == [next_ids(logits[i : i + 1], sampling, generators(4 + i))[0] for i in range(3)]
+    together = sample_token(logits, sampling, generators(4, 5, 6))
+    assert together == [sample_token(logits[i : i + 1], sampling, generators(4 + i))[0] for i in range(3)]
 
 
 @pytest.mark.parametrize("options", [dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1), dict(max_tokens=0)])
@@ -54,10 +57,10 @@ def script(rows):
 
 def test_decode_ends_row_by_row():
     steps = list(
-        decode(script([[3, 4, 9], [5, 9, 7]]), [1, 1], end=9, sampling=TextSampling(max_tokens=8), seeds=[0, 0])
+        sampling_loop(script([[3, 4, 9], [5, 9, 7]]), [1, 1], end=9, sampling=TextSampling(max_tokens=8), seeds=[0, 0])
     )
     assert steps == [[3, 5], [4, None]]
-    long = list(decode(script([[3]]), [1], end=9, sampling=TextSampling(max_tokens=4), seeds=[0]))
+    long = list(sampling_loop(script([[3]]), [1], end=9, sampling=TextSampling(max_tokens=4), seeds=[0]))
     assert long == [[3]] * 4
 
 
@@ -80,10 +83,10 @@ def test_the_cache_keeps_contexts_apart():
     def chunk(n, value):
         return torch.full((2, 2, n, 1, 4), float(value))
 
-    a, b = Context().extended(chunk(3, 1), 3), Context().extended(chunk(1, 2), 1).extended(chunk(1, 3), 2)
-    cache = Cache([a, b], [2, 1], empty=torch.empty(2, 2, 0, 1, 4))
+    a, b = KVCache().appended(chunk(3, 1), 3), KVCache().appended(chunk(1, 2), 1).appended(chunk(1, 3), 2)
+    cache = KVBuffer([a, b], [2, 1], empty=torch.empty(2, 2, 0, 1, 4))
     assert cache.buffer[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0, 2, 3, 0]
-    past = cache.past(1)
-    assert (past.length, past.clock, past.start) == (2, 2, 5)
-    assert cache.past(0, behind=1).length == 4
-    assert b.length == 2 and Context().length == 0
+    past = cache.prefix(1)
+    assert (past.length, past.next_position, past.buffer_start) == (2, 2, 5)
+    assert cache.prefix(0, n_written=1).length == 4
+    assert b.length == 2 and KVCache().length == 0

@@ -33,7 +33,7 @@ RELEASED = {
 class Letters:
     """ASCII as ids, and the markers of LLaVA-OneVision."""
 
-    markers: ClassVar = {"<|im_start|>": 150, "<|im_end|>": 151, "<image>": 154, "<video>": 155}
+    special_ids: ClassVar = {"<|im_start|>": 150, "<|im_end|>": 151, "<image>": 154, "<video>": 155}
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) % 128 for letter in text]
@@ -41,8 +41,8 @@ class Letters:
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(one) for one in ids if one < 128)
 
-    def id(self, token: str) -> int | None:
-        return self.markers.get(token)
+    def token_id(self, token: str) -> int | None:
+        return self.special_ids.get(token)
 
     def save(self, folder: Path) -> None:
         pass

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.paths import GOLDEN as STORE
-from unimm.checkpoint.save import released_state
+from unimm.checkpoint.save import released_state_dict
 from unimm.tokenizers import dc_ae
 from unimm.tokenizers.dc_ae import DCAE, DCAEConfig
 from unimm.tokenizers.text import SentencePieceTokenizer
@@ -36,10 +36,10 @@ WIDTHS = dict(
 
 def save_reader(folder: Path, tokenizer: SentencePieceTokenizer, **changes) -> Path:
     """An untrained Qwen2.5-VL in the released layout, around a tokenizer with its markers."""
-    ids = {name: tokenizer.markers[string] for name, string in STRINGS.items()}
-    files = TEXT | ids | {"vocab_size": tokenizer.inner.vocab_size(), "vision_config": VISION} | changes
+    ids = {name: tokenizer.special_ids[string] for name, string in STRINGS.items()}
+    files = TEXT | ids | {"vocab_size": tokenizer.backend.vocab_size(), "vision_config": VISION} | changes
     torch.manual_seed(5)
-    reader = QwenVL(QwenVLConfig.from_files(files, {}))
+    reader = QwenVL(QwenVLConfig.from_json(files, {}))
     reader.tokenizer = tokenizer
     reader.save_pretrained(folder)
     return folder
@@ -48,8 +48,10 @@ def save_reader(folder: Path, tokenizer: SentencePieceTokenizer, **changes) -> P
 def save_dcae(folder: Path) -> Path:
     """An untrained autoencoder of 16 pixels a latent, in the released layout."""
     torch.manual_seed(6)
-    model = DCAE(DCAEConfig.from_files(WIDTHS))
+    model = DCAE(DCAEConfig.from_json(WIDTHS))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config.to_files()))
-    save_file(released_state(model, dc_ae.keys(model.config)), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
+    save_file(
+        released_state_dict(model, dc_ae.dc_ae_key_map(model.config)), folder / "diffusion_pytorch_model.safetensors"
+    )
     return folder

@@ -23,7 +23,7 @@ SIZES = [(8, 8), (24, 16), (20, 37), (40, 40), (16, 100)]  # cells of 8 pixels, 
 class Letters:
     """ASCII as ids, and the markers of Qwen2.5."""
 
-    markers: ClassVar = {
+    special_ids: ClassVar = {
         "<|im_start|>": 150, "<|im_end|>": 151, "<|vision_start|>": 152, "<|vision_end|>": 153, "<|image_pad|>": 154,
     }  # fmt: skip
 
@@ -33,8 +33,8 @@ class Letters:
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(one) for one in ids if one < 128)
 
-    def id(self, token: str) -> int | None:
-        return self.markers.get(token)
+    def token_id(self, token: str) -> int | None:
+        return self.special_ids.get(token)
 
     def save(self, folder: Path) -> None:
         pass

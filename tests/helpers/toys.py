@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.model import Bagel
-from unimm.models.bagel.processor import Markers
-from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES
-from unimm.models.common.deepseek_processor import Markers as JanusMarkers
+from unimm.models.bagel.processor import BagelSpecialTokens
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES
+from unimm.models.common.deepseek_processor import JanusSpecialTokens as JanusMarkers
 from unimm.models.janus.model import Janus
-from unimm.processing.chat_templates import DEFAULT_SYSTEM
+from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT
 
 LLM = dict(
     hidden_size=48,
@@ -42,7 +42,12 @@ TOP = dict(
     vae_transform=dict(max_image_size=48, min_image_size=16, image_stride=8),
     vit_transform=dict(max_image_size=48, min_image_size=16, image_stride=8),
     generation=dict(
-        steps=4, shift=2.0, size=[24, 32], think_tokens=6, think_draw="think then draw", think_answer="think"
+        steps=4,
+        shift=2.0,
+        size=[24, 32],
+        max_think_tokens=6,
+        think_generate_prompt="think then draw",
+        think_understand_prompt="think",
     ),
 )
 
@@ -60,7 +65,7 @@ class Words:
         return "".join(f" {i}" for i in ids)
 
     def id(self, token: str) -> int | None:
-        names = list(Markers.STRINGS.values())
+        names = list(BagelSpecialTokens.TOKENS.values())
         return self.vocab - 4 + names.index(token) if token in names else None
 
     def save(self, folder) -> None:
@@ -70,12 +75,12 @@ class Words:
 def toy(seed: int = 0, *, llm: dict | None = None, vit: dict | None = None, top: dict | None = None) -> Bagel:
     """A random Bagel of two layers; the arguments change numbers of its released files."""
     torch.manual_seed(seed)
-    model = Bagel(BagelConfig.from_files(LLM | (llm or {}), VIT | (vit or {}), copy.deepcopy(TOP) | (top or {})))
+    model = Bagel(BagelConfig.from_json(LLM | (llm or {}), VIT | (vit or {}), copy.deepcopy(TOP) | (top or {})))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("decoder") and parameter.ndim == 2:
                 parameter.normal_(std=2 * parameter.shape[1] ** -0.5)  # larger than usual, so that differences show
-    model.tokenizer = Words(model.cfg.decoder.vocab)
+    model.tokenizer = Words(model.config.decoder.vocab_size)
     return model.eval()
 
 
@@ -126,7 +131,7 @@ def janus(
         for name, x in model.named_parameters():
             if name.endswith("pos_embed"):
                 x.normal_()
-            elif name.startswith(("decoder", "code_head")) and x.ndim == 2:
+            elif name.startswith(("decoder", "gen_head")) and x.ndim == 2:
                 x.normal_(std=2 * x.shape[1] ** -0.5)  # larger than usual, so that differences show
     model.save_pretrained(folder)
     return folder
@@ -148,8 +153,8 @@ def byte_tokenizer(
     inner.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=letters, show_progress=False)
-    inner.train_from_iterator([DEFAULT_SYSTEM], trainer)
-    known = [*JanusMarkers.STRINGS.values(), PLACEHOLDER, *(ROLES if roles else ())]
+    inner.train_from_iterator([DEFAULT_SYSTEM_PROMPT], trainer)
+    known = [*JanusMarkers.TOKENS.values(), IMAGE_PLACEHOLDER, *(ROLES if roles else ())]
     tokens = [token for token in known if token not in lacks]
     random.Random(seed).shuffle(tokens)
     inner.add_tokens([AddedToken(token, special=token not in plain, normalized=False) for token in tokens])
@@ -175,5 +180,5 @@ def differences(a: torch.nn.Module, b: torch.nn.Module) -> list[str]:
 def made(model: Janus) -> tuple[list[str], list[bytes]]:
     """What a model says and draws."""
     sampling = TextSampling(max_tokens=5, temperature=1.0)
-    texts = model.understand([picture(), None], ["what is it?", "who?"], text=sampling)
+    texts = model.understand([picture(), None], ["what is it?", "who?"], text_sampling=sampling)
     return texts, [image.tobytes() for image in model.generate(["a cat", "b"], images=[picture(), None]).images]

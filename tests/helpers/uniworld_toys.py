@@ -8,10 +8,10 @@ import torch
 
 from helpers.paths import GOLDEN
 from unimm import UniWorld
-from unimm.encoders.clip_text import ClipText, ClipTextConfig
+from unimm.encoders.clip_text import CLIPTextConfig, CLIPTextEncoder
 from unimm.encoders.t5 import T5Config, T5Encoder
-from unimm.tokenizers.captions import clip_captions, t5_captions
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.tokenizers.captions import load_clip_captions, load_t5_captions
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 
 CASE = GOLDEN / "uniworld" / "dev"
 CLIP = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=8,
@@ -41,14 +41,19 @@ def uniworld(*, vae: bool = True, clip: bool = True, t5: bool = True) -> UniWorl
     torch.manual_seed(4)
     folder = words(Path(HOME.name))
     if vae:
-        model.parts.vae = VAE(VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4)).eval()
+        model.auxiliary.vae = AutoencoderKL(
+            AutoencoderKLConfig(width=32, channel_multipliers=(1, 1, 1, 1), n_res_blocks=1, latent_channels=4)
+        ).eval()
     if clip:
-        model.parts.clip, model.parts.clip_captions = (
-            ClipText(ClipTextConfig.from_files(CLIP)).eval(),
-            clip_captions(folder),
+        model.auxiliary.clip, model.auxiliary.clip_tokenizer = (
+            CLIPTextEncoder(CLIPTextConfig.from_json(CLIP)).eval(),
+            load_clip_captions(folder),
         )
-        torch.nn.init.normal_(model.parts.clip.positions)
+        torch.nn.init.normal_(model.auxiliary.clip.pos_embed)
     if t5:
-        model.parts.t5, model.parts.t5_captions = T5Encoder(T5Config.from_files(T5)).eval(), t5_captions(folder)
-    model.cfg = model.cfg.__class__(**vars(model.cfg) | {"pixels": 64 * 64, "steps": 2, "t5_length": 16})
+        model.auxiliary.t5, model.auxiliary.t5_tokenizer = (
+            T5Encoder(T5Config.from_json(T5)).eval(),
+            load_t5_captions(folder),
+        )
+    model.config = model.config.__class__(**vars(model.config) | {"image_pixels": 64 * 64, "steps": 2, "t5_tokens": 16})
     return model.requires_grad_(False)

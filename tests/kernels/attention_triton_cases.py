@@ -16,10 +16,10 @@ from helpers.triton_harness import in_child, mend_bfloat16, poisoned, red_zone, 
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from unimm.kernels.attention.attention_triton import backward, forward
-from unimm.kernels.attention.decode_triton import decode
-from unimm.kernels.attention.tile_configs import Config, Loop
-from unimm.kernels.attention.tile_schedule import Runs
+from unimm.kernels.attention.attention_triton import launch_attention, launch_attention_backward
+from unimm.kernels.attention.decode_triton import launch_decode
+from unimm.kernels.attention.tile_configs import LoopConfig, TileConfig
+from unimm.kernels.attention.tile_schedule import TileRuns
 
 if not in_child():
     pytest.skip("Triton interprets only in a child: run test_attention_triton.py", allow_module_level=True)
@@ -33,9 +33,9 @@ LSE = 1e-6  # relative beyond 1, absolute below; float32 whatever the inputs
 LARGE = 1e4  # what no row may see, yet must be a number: 0 times infinity is none
 
 
-def small(rows: int = 32, keys: int = 32, steps: tuple[int, int, int] = (16, 32, 16)) -> Config:
+def small(rows: int = 32, keys: int = 32, steps: tuple[int, int, int] = (16, 32, 16)) -> TileConfig:
     """A configuration of few operations a step; steps differ so that each kernel cuts tiles in its own way."""
-    return Config(rows, keys, *(Loop(step, 4, 2) for step in steps))
+    return TileConfig(rows, keys, *(LoopConfig(step, 4, 2) for step in steps))
 
 
 SMALL = small()
@@ -90,7 +90,7 @@ def ranges_of(dense: Tensor) -> Tensor:
     return torch.tensor(padded, dtype=torch.int32).reshape(-1, most, 2).permute(1, 2, 0).contiguous()
 
 
-def runs_of(dense: Tensor, rows: int, keys: int) -> Runs:
+def runs_of(dense: Tensor, rows: int, keys: int) -> TileRuns:
     """The runs of full and of partial tiles of each block of rows, by looking at every tile."""
     found: dict[str, tuple[list[int], list[int]]] = {"full": ([0], []), "part": ([0], [])}
     for at in range(0, dense.shape[0], rows):
@@ -103,7 +103,7 @@ def runs_of(dense: Tensor, rows: int, keys: int) -> Runs:
             ptr.append(len(flat) // 2)
     # a list is never empty, and what lies past its end is not read
     out = [red_zone(torch.tensor(x or [0, 0], dtype=torch.int32)) for pair in found.values() for x in pair]
-    return Runs(*out)
+    return TileRuns(*out)
 
 
 # ------------------------------------------------------------------------------------------------------------- the definition
@@ -133,7 +133,7 @@ class Case:
     group: int = 1
     key_heads: int = 2
     dtype: torch.dtype = FLOAT32
-    config: Config = SMALL
+    config: TileConfig = SMALL
     scale: float | None = None
     layout: Callable[[Tensor], Tensor] = Tensor.contiguous
 
@@ -151,8 +151,8 @@ class Case:
         ranges, c = red_zone(ranges_of(self.dense)), self.config
         by_row = runs_of(self.dense, c.rows, c.keys)
         by_key = runs_of(self.dense.T, c.keys, c.rows)
-        o, lse = forward(q, k, v, ranges, by_row, c, scale=self.scale)
-        got = [o, *backward(do, q, k, v, o, lse, ranges, by_row, by_key, c, scale=self.scale)]
+        o, lse = launch_attention(q, k, v, ranges, by_row, c, scale=self.scale)
+        got = [o, *launch_attention_backward(do, q, k, v, o, lse, ranges, by_row, by_key, c, scale=self.scale)]
         exact, exact_lse = self.plainly(q, k, v, do, dtype=torch.float64)
         same_dtype, _ = self.plainly(q, k, v, do, dtype=self.dtype)
         for name, x, y, z in zip(("o", "dq", "dk", "dv"), got, exact, same_dtype, strict=True):
@@ -226,7 +226,7 @@ def test_packed_samples(seed, dtype, head_dim, group, layout):
 
 def test_a_tile_as_on_a_gpu():
     dense = packed([[("text", 40), ("image", 90), ("noised", 70)], [("text", 60)]])
-    config = Config(128, 64, Loop(64, 8, 3), Loop(64, 8, 2), Loop(64, 8, 2))
+    config = TileConfig(128, 64, LoopConfig(64, 8, 3), LoopConfig(64, 8, 2), LoopConfig(64, 8, 2))
     Case(dense, 128, group=2, key_heads=1, dtype=BFLOAT16, config=config).check()
 
 
@@ -278,9 +278,9 @@ def test_empty(n, m):
     q, k, v, do = (torch.randn(r, 2, 16) for r in (n, m, m, n))
     ranges = torch.zeros(1, 2, m, dtype=torch.int32)
     by_row, by_key = runs_of(case.dense, 32, 32), runs_of(case.dense.T, 32, 32)
-    o, lse = forward(q, k, v, ranges, by_row, case.config)
+    o, lse = launch_attention(q, k, v, ranges, by_row, case.config)
     assert o.shape == q.shape and not o.any() and bool((lse == float("-inf")).all())
-    grads = backward(do, q, k, v, o, lse, ranges, by_row, by_key, case.config)
+    grads = launch_attention_backward(do, q, k, v, o, lse, ranges, by_row, by_key, case.config)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not any(g.any() for g in grads)
 
 
@@ -288,9 +288,11 @@ def test_a_gradient_expanded_from_one_number():
     dense = packed([[("text", 40)]])
     q, k, v, _ = Case(dense, 16).draw()
     runs = runs_of(dense, 32, 32), runs_of(dense.T, 32, 32)
-    o, lse = forward(q, k, v, ranges_of(dense), runs[0], SMALL)
+    o, lse = launch_attention(q, k, v, ranges_of(dense), runs[0], SMALL)
     one = torch.ones(()).expand_as(o)
-    got, same = (backward(x, q, k, v, o, lse, ranges_of(dense), *runs, SMALL) for x in (one, one.contiguous()))
+    got, same = (
+        launch_attention_backward(x, q, k, v, o, lse, ranges_of(dense), *runs, SMALL) for x in (one, one.contiguous())
+    )
     assert all(map(torch.equal, got, same))
 
 
@@ -309,8 +311,8 @@ def test_strides_beyond_31_bits(dim):
     near = [torch.randn(6, 6, 16, dtype=FLOAT16) for _ in range(4)]
     outs = []
     for q, k, v, do in (near, [far_apart(x, dim) for x in near]):
-        o, lse = forward(q, k, v, ranges_of(dense), runs[0], SMALL)
-        outs.append([o, *backward(do, q, k, v, o, lse, ranges_of(dense), *runs, SMALL)])
+        o, lse = launch_attention(q, k, v, ranges_of(dense), runs[0], SMALL)
+        outs.append([o, *launch_attention_backward(do, q, k, v, o, lse, ranges_of(dense), *runs, SMALL)])
     assert all(map(torch.equal, *outs))
 
 
@@ -323,7 +325,7 @@ def test_decode(dtype, head_dim, group, layout):
     q = red_zone(layout(torch.randn(4, g * group, head_dim).to(dtype)))
     k, v = (red_zone(layout(torch.randn(300, g, head_dim).to(dtype))) for _ in range(2))
     at, n = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths))
-    got = decode(q, k, v, at, n)
+    got = launch_decode(q, k, v, at, n)
     key = torch.arange(300)
     dense = (key >= at[:, None]) & (key < (at + n)[:, None])
     exact, same = (plain(*(x.to(d) for x in (q, k, v)), dense, head_dim**-0.5)[0] for d in (torch.float64, dtype))

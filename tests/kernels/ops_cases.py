@@ -12,8 +12,8 @@ from helpers.triton_harness import in_child, mend_bfloat16, poisoned, red_zone
 from torch import Tensor
 
 from unimm.kernels import use_kernels
-from unimm.kernels.adaln import _modulate, _modulate_backward, modulate
-from unimm.kernels.cfg_combine import RENORMS, _guided, guided
+from unimm.kernels.adaln import _adaln_modulate, _adaln_modulate_backward, adaln_modulate
+from unimm.kernels.cfg_combine import RENORM_TYPES, _cfg_combine, cfg_combine
 from unimm.kernels.qk_norm_rope import _norm_rope, _norm_rope_backward, qk_norm_rope
 from unimm.kernels.rms_norm import _rms_norm, _rms_norm_backward, rms_norm
 from unimm.kernels.swiglu import _swiglu, _swiglu_backward, swiglu
@@ -83,7 +83,7 @@ def norm_case(*shape: int) -> Case:
 
 
 def modulate_case(b: int, n: int, d: int) -> Case:
-    return Case(f"modulate-{b}-{n}-{d}", partial(modulate, eps=EPS), modulate64, ((b, n, d), (b, d), (b, d)), 3)
+    return Case(f"modulate-{b}-{n}-{d}", partial(adaln_modulate, eps=EPS), modulate64, ((b, n, d), (b, d), (b, d)), 3)
 
 
 def swiglu_case(*shape: int) -> Case:
@@ -184,18 +184,18 @@ if in_child():
             found = nearest_code(rows * 4, codebook)
         assert found.equal(torch.arange(len(rows)))
 
-    @pytest.mark.parametrize("renorm", RENORMS)
+    @pytest.mark.parametrize("renorm", RENORM_TYPES)
     @pytest.mark.parametrize(
         ("size", "scale", "least"), [((3, 5), 4.0, 0.0), ((70, 64), 4.0, 0.9), ((33, 100), 0.5, 0.0)]
     )
     def test_guidance(renorm, size, scale, least):
         velocities = [torch.randn(size) for _ in range(3)]
         for held in (velocities, velocities[:2]):
-            options = dict(text_scale=scale, image_scale=1.5, renorm=renorm, least=least)
+            options = dict(text_scale=scale, image_scale=1.5, renorm=renorm, renorm_min=least)
             with use_kernels("triton"):
-                found = guided(*held, **options)
+                found = cfg_combine(*held, **options)
             with use_kernels("reference"):
-                reference, truth = guided(*held, **options), guided(*(t.double() for t in held), **options)
+                reference, truth = cfg_combine(*held, **options), cfg_combine(*(t.double() for t in held), **options)
             ours, theirs = errors([found, reference], [truth, truth])
             assert ours <= 2 * theirs + FLOOR[torch.float32]
 
@@ -208,14 +208,14 @@ if in_child():
         return {
             _rms_norm: (x, w, EPS),
             _rms_norm_backward: (cut[0], cut[0], cut[1], EPS),
-            _modulate: (y, s, s, EPS),
-            _modulate_backward: (cut[2], cut[2], cut[3], EPS),
+            _adaln_modulate: (y, s, s, EPS),
+            _adaln_modulate_backward: (cut[2], cut[2], cut[3], EPS),
             _swiglu: (x, torch.randn(6, 8, requires_grad=True)),
             _swiglu_backward: (cut[0],) * 3,
             _norm_rope: (heads, two, e, angles, EPS),
             _norm_rope_backward: (cut[4], cut[4], cut[5], e, angles, EPS),
             _nearest_code: (cut[0], cut[0]),
-            _guided: (cut[0], cut[0] * 2, None, 4.0, 1.5, "global", 0.0),
+            _cfg_combine: (cut[0], cut[0] * 2, None, 4.0, 1.5, "global", 0.0),
         }
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own

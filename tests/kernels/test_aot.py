@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.triton_harness import FLAVOUR, SHARED, Report, child, compile_ahead, in_child
 
-from unimm.kernels.attention.tile_configs import DECODE, TABLE, Config
+from unimm.kernels.attention.tile_configs import DECODE_LOOPS, TILE_CONFIGS, TileConfig
 
 pytest.importorskip("triton")
 
@@ -39,18 +39,18 @@ class Job:
     ranges: int = 1
 
     @property
-    def config(self) -> Config:
-        return next(config for width, config in TABLE[self.target, self.size].items() if self.head_dim <= width)
+    def config(self) -> TileConfig:
+        return next(config for width, config in TILE_CONFIGS[self.target, self.size].items() if self.head_dim <= width)
 
 
 TABLE_JOBS = [
     *(
         Job(kernel, target, size, width)
-        for (target, size), widths in TABLE.items()
+        for (target, size), widths in TILE_CONFIGS.items()
         for width in widths
         for kernel in ATTENTION
     ),
-    *(Job(kernel, target, size, 128) for target in SHARED for size in DECODE for kernel in ("part", "merge")),
+    *(Job(kernel, target, size, 128) for target in SHARED for size in DECODE_LOOPS for kernel in ("part", "merge")),
     # a head padded to the next power of two, and two ranges a key: the most masks there are
     *(Job(kernel, target, 2, 80, 2) for target in SHARED for kernel in ATTENTION),
 ]
@@ -67,13 +67,13 @@ def compiled(job: Job) -> Report:
     """In the child: the report of one compile."""
     from unimm.kernels.attention import attention_triton, decode_triton
 
-    constants = dict(HEAD=job.head_dim, WIDTH=attention_triton.width(job.head_dim))
+    constants = dict(HEAD=job.head_dim, WIDTH=attention_triton.padded_head_dim(job.head_dim))
     if job.kernel in ATTENTION:
         kernel, config = getattr(attention_triton, f"{job.kernel}_kernel"), job.config
         how = getattr(config, job.kernel)
         constants |= dict(ROWS=config.rows, KEYS=config.keys, STEP=how.step, RANGES=job.ranges, STAGES=how.stages)
     else:
-        kernel, how = getattr(decode_triton, f"{job.kernel}_kernel"), DECODE[job.size]
+        kernel, how = getattr(decode_triton, f"{job.kernel}_kernel"), DECODE_LOOPS[job.size]
         steps = dict(STEP=how.step, STAGES=how.stages) if job.kernel == "part" else dict(PARTS=MOST_PARTS)
         constants |= dict(ROWS=GROUP_ROWS) | steps
     strides = [name for name in kernel.arg_names if name.endswith(("_row", "_head", "_sample"))]
@@ -137,7 +137,7 @@ def test_whole_table(request, tmp_path):
 
 
 def test_steps_divide_tiles():
-    for config in (config for widths in TABLE.values() for config in widths.values()):
+    for config in (config for widths in TILE_CONFIGS.values() for config in widths.values()):
         assert config.keys % config.forward.step == config.keys % config.dq.step == config.rows % config.dkv.step == 0
 
 

@@ -9,66 +9,72 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unimm.kernels import Block, Mask, attention, backend, use_kernels
+from unimm.kernels import AttentionMask, KeyRange, attention, get_backend, use_kernels
 from unimm.kernels.attention.attention import (
-    _attention_by_block,
-    _attention_free,
+    _attention_by_chunk,
+    _attention_by_range,
     _attention_padded,
-    _through_op,
+    _attention_via_op,
     attention_reference,
 )
-from unimm.kernels.dispatch import resolve, why_not
+from unimm.kernels.dispatch import resolve_backend, unsupported_reason
 
 blocks = st.lists(
-    st.builds(Block, st.integers(0, 5), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
+    st.builds(KeyRange, st.integers(0, 5), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
 )
 N_HEADS, N_GROUPS, HEAD = 4, 2, 8
 
 
-def op(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    return _through_op(q, k, v, mask, "sdpa")
+def op(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    return _attention_via_op(q, k, v, mask, "sdpa")
 
 
-def inputs(mask: Mask, *, extra: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
+def inputs(
+    mask: AttentionMask, *, extra: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False
+) -> list[Tensor]:
     """q, k and v for a mask; `extra` rows of keys behind what it describes."""
     sizes = ((mask.n_queries, N_HEADS), (mask.n_keys + extra, N_GROUPS), (mask.n_keys + extra, N_GROUPS))
     return [torch.randn(*size, HEAD, dtype=dtype).requires_grad_(grad) for size in sizes]
 
 
-def packs() -> dict[str, Mask]:
+def packs() -> dict[str, AttentionMask]:
     """Masks of every shape that the ways tell apart."""
-    first = [Block(3), Block(4, full=True), Block(3, full=True, visible=False), Block(2)]
+    first = [KeyRange(3), KeyRange(4, full=True), KeyRange(3, full=True, visible=False), KeyRange(2)]
     keys = torch.arange(30)
     window = (keys, (keys + 7).clamp(max=28))  # row 0 sees key 0, and the last two keys are seen by nobody
     blind = (torch.full((9,), 4), torch.full((9,), 7))  # rows 0 to 3 and 7 see nothing
     return {
-        "one": Mask([first]),
-        "many": Mask([first, [Block(40), Block(3, full=True)]]),
-        "cached": Mask([first, [Block(9), Block(3, full=True)]], queries=[2, 3], key_starts=[2, 20]),
-        "empty": Mask([[Block(3)], [], [Block(2, full=True)], [Block(4)]], queries=[3, 0, 2, 0]),
-        "window": Mask.from_ranges(window[0].clamp(max=28), window[1], queries=28),
-        "blind": Mask.from_ranges(*blind, queries=8),
-        "two": Mask.from_ranges(
-            torch.zeros(6), torch.full((6,), 2), (torch.arange(6) + 2, torch.full((6,), 9)), queries=9
+        "one": AttentionMask([first]),
+        "many": AttentionMask([first, [KeyRange(40), KeyRange(3, full=True)]]),
+        "cached": AttentionMask(
+            [first, [KeyRange(9), KeyRange(3, full=True)]], query_lengths=[2, 3], key_starts=[2, 20]
+        ),
+        "empty": AttentionMask(
+            [[KeyRange(3)], [], [KeyRange(2, full=True)], [KeyRange(4)]], query_lengths=[3, 0, 2, 0]
+        ),
+        "window": AttentionMask.from_ranges(window[0].clamp(max=28), window[1], n_queries=28),
+        "blind": AttentionMask.from_ranges(*blind, n_queries=8),
+        "two": AttentionMask.from_ranges(
+            torch.zeros(6), torch.full((6,), 2), (torch.arange(6) + 2, torch.full((6,), 9)), n_queries=9
         ),
     }
 
 
-def ways(mask: Mask) -> list:
+def ways(mask: AttentionMask) -> list:
     if not mask.samples:
-        return [_attention_free, op]
-    return [_attention_padded, _attention_by_block, op]
+        return [_attention_by_chunk, op]
+    return [_attention_padded, _attention_by_range, op]
 
 
 @given(st.lists(blocks, min_size=1, max_size=4), st.data())
 @settings(max_examples=60, deadline=None)
 def test_every_way_gives_the_same(samples, data):
-    samples = [[*sample, Block(2, full=data.draw(st.booleans()))] for sample in samples]
+    samples = [[*sample, KeyRange(2, full=data.draw(st.booleans()))] for sample in samples]
     totals = [sum(b.length for b in sample) for sample in samples]
     queries = [data.draw(st.integers(1, n)) for n in totals]
     gaps = [data.draw(st.integers(0, 3)) for _ in totals]
     starts = [sum(totals[:i]) + sum(gaps[: i + 1]) for i in range(len(totals))]
-    mask = Mask(samples, queries=queries, key_starts=starts)
+    mask = AttentionMask(samples, query_lengths=queries, key_starts=starts)
     q, k, v = inputs(mask)
     expected = attention_reference(q, k, v, mask)
     for way in ways(mask):
@@ -78,9 +84,9 @@ def test_every_way_gives_the_same(samples, data):
 @pytest.mark.parametrize("name", packs())
 @pytest.mark.parametrize("rows", [512, 5])
 def test_gradients_of_every_way(name, rows, monkeypatch):
-    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "CALL_ROWS", rows)
+    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "MAX_CALL_ROWS", rows)
     mask = packs()[name]
-    mask.padded &= rows == 512
+    mask.use_padding &= rows == 512
     x = inputs(mask, grad=True)
     towards = torch.randn(mask.n_queries, N_HEADS, HEAD, dtype=torch.float64)
     truth_y = attention_reference(*x, mask)
@@ -138,9 +144,9 @@ def test_flex_gives_the_same(name):
 
 
 def test_long_samples_are_not_padded(monkeypatch):
-    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "PADDED_ROWS", 4)
-    mask = Mask([[Block(6, full=True)], [Block(5)]])
-    assert not mask.padded
+    monkeypatch.setattr(import_module("unimm.kernels.attention.mask"), "MAX_PADDED_ROWS", 4)
+    mask = AttentionMask([[KeyRange(6, full=True)], [KeyRange(5)]])
+    assert not mask.use_padding
     q, k, v = inputs(mask)
     torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask))
 
@@ -154,7 +160,7 @@ def test_keys_may_go_on_behind_the_mask(kernels):
 
 
 def test_unwritten_rows_do_not_leak():
-    mask = Mask([[Block(2)], [Block(5)]], key_starts=[0, 4])
+    mask = AttentionMask([[KeyRange(2)], [KeyRange(5)]], key_starts=[0, 4])
     q, k, v = inputs(mask, extra=1)
     expected = attention_reference(q, k, v, mask)
     for t in (k, v):
@@ -172,10 +178,10 @@ def test_autocast_reaches_every_backend():
 
 
 def test_backend_is_chosen_and_refused(monkeypatch):
-    mask = Mask([[Block(3)]])
+    mask = AttentionMask([[KeyRange(3)]])
     q, k, v = torch.randn(3, 3, 2, 4)
     with use_kernels("reference"):
-        assert backend() == "reference"
+        assert get_backend() == "reference"
         torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask), rtol=0, atol=0)
     monkeypatch.setenv("UNIMM_KERNELS", "fast")
     with pytest.raises(ValueError, match="unknown kernel backend 'fast'.*reference"):
@@ -184,25 +190,25 @@ def test_backend_is_chosen_and_refused(monkeypatch):
 
 def test_what_cannot_be_met_is_an_error(monkeypatch):
     dispatch = import_module("unimm.kernels.dispatch")
-    monkeypatch.setattr(dispatch, "interprets", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreter_enabled", lambda: False)
     x = torch.randn(3, 2, 8)
-    assert resolve("attention", x) == "sdpa"
+    assert resolve_backend("attention", x) == "sdpa"
     with use_kernels("triton"), pytest.raises(ValueError, match="backend 'triton' was asked for, but got cpu tensors"):
-        resolve("attention", x)
+        resolve_backend("attention", x)
     with use_kernels("triton"), pytest.raises(ValueError, match=re.escape("got torch.float64: cast")):
-        resolve("attention", x.double())
-    assert "up to 256" in why_not("attention", "triton", torch.randn(1, 1, 300))
+        resolve_backend("attention", x.double())
+    assert "up to 256" in unsupported_reason("attention", "triton", torch.randn(1, 1, 300))
     with use_kernels("flex"), pytest.raises(ValueError, match="it has no gradient on cpu"):
-        resolve("attention", x, x.clone().requires_grad_(), x)
+        resolve_backend("attention", x, x.clone().requires_grad_(), x)
     with use_kernels("flex"):
-        assert resolve("swiglu", x) == "sdpa"
+        assert resolve_backend("swiglu", x) == "sdpa"
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with use_kernels("triton"), pytest.raises(ValueError, match="triton is not installed"):
-        resolve("attention", x)
+        resolve_backend("attention", x)
 
 
 def test_shapes_are_checked():
-    mask = Mask([[Block(3)]])
+    mask = AttentionMask([[KeyRange(3)]])
     with pytest.raises(ValueError, match="H % G"):
         attention(torch.ones(3, 3, 4), torch.ones(3, 2, 4), torch.ones(3, 2, 4), mask)
     with pytest.raises(ValueError, match="4 query rows, the mask describes 3"):

@@ -16,11 +16,11 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from unimm.kernels import Block, Mask, attention, prepare, use_kernels
-from unimm.kernels.attention.attention import _through_op
+from unimm.kernels import AttentionMask, KeyRange, attention, plan_attention, use_kernels
+from unimm.kernels.attention.attention import _attention_via_op
 
 D, H, G = 16, 4, 2
-op = partial(_through_op, way="sdpa")
+op = partial(_attention_via_op, backend="sdpa")
 
 
 class Layer(nn.Module):
@@ -31,22 +31,22 @@ class Layer(nn.Module):
         self.qkv = nn.Linear(D, (H + 2 * G) * 4)
         self.attend = attend
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (-1, 4)).split((H, G, G), 1)
         return x + self.attend(q, k, v, mask).flatten(1)
 
 
-def layout(seed: int, rows: int | None = None) -> Mask:
+def layout(seed: int, rows: int | None = None) -> AttentionMask:
     """A few samples of text and images; the last one fills up to `rows`."""
     rng = random.Random(seed)
     kinds = ({}, {"full": True}, {"full": True, "visible": False})
-    samples = [[Block(rng.randint(3, 9), **kind) for kind in kinds] for _ in range(rng.randint(2, 5))]
+    samples = [[KeyRange(rng.randint(3, 9), **kind) for kind in kinds] for _ in range(rng.randint(2, 5))]
     if rows:
-        samples.append([Block(rows - sum(b.length for sample in samples for b in sample))])
-    return Mask(samples)
+        samples.append([KeyRange(rows - sum(b.length for sample in samples for b in sample))])
+    return AttentionMask(samples)
 
 
-def loss_and_gradients(layer: nn.Module, x: Tensor, mask: Mask) -> tuple[Tensor, ...]:
+def loss_and_gradients(layer: nn.Module, x: Tensor, mask: AttentionMask) -> tuple[Tensor, ...]:
     loss = layer(x, mask).square().mean()
     return loss, *torch.autograd.grad(loss, (x, *layer.parameters()))
 
@@ -62,7 +62,7 @@ def test_one_graph_for_all_layouts(lengths):
         mask = layout(seed, 200 if lengths == "one length" else None)
         x = torch.randn(mask.n_queries, D, dtype=torch.float64, requires_grad=True)
         torch._dynamo.maybe_mark_dynamic(x, 0)
-        prepare(mask, x.view(-1, H, 4))
+        plan_attention(mask, x.view(-1, H, 4))
         expected = loss_and_gradients(layer, x, mask)
         torch.testing.assert_close(loss_and_gradients(compiled, x, mask), expected)
         still = x.detach()
@@ -76,7 +76,7 @@ def test_one_graph_for_all_layouts(lengths):
 def test_a_graph_knows_its_backend():
     layer, mask = Layer().double(), layout(0)
     x = torch.randn(mask.n_queries, D, dtype=torch.float64)
-    prepare(mask, x.view(-1, H, 4))
+    plan_attention(mask, x.view(-1, H, 4))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -95,7 +95,7 @@ def test_inductor():
     for seed in range(2):
         mask = layout(seed)
         x = torch.randn(mask.n_queries, D, requires_grad=True)
-        prepare(mask, x.view(-1, H, 4))
+        plan_attention(mask, x.view(-1, H, 4))
         torch.testing.assert_close(loss_and_gradients(compiled, x, mask), loss_and_gradients(layer, x, mask))
 
 
@@ -104,7 +104,7 @@ def test_inductor():
 def test_opcheck(from_ranges):
     mask = layout(0)
     if from_ranges:
-        mask = Mask.from_ranges(*mask.ranges[0])
+        mask = AttentionMask.from_ranges(*mask.ranges[0])
     q, k, v = (torch.randn(mask.n_queries, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (H, G, G))
     rest = (mask.ranges, mask.table, [], [], "sdpa")
     opcheck(torch.ops.unimm.attention, (q, k, v, *rest))
@@ -117,8 +117,8 @@ def test_opcheck(from_ranges):
 @pytest.mark.filterwarnings("default")
 def test_checkpointing(keep, monkeypatch):
     home = import_module("unimm.kernels.attention.attention")
-    forward, runs = home._forward, []
-    monkeypatch.setattr(home, "_forward", lambda *args: runs.append(1) or forward(*args))
+    forward, runs = home._forward_without_triton, []
+    monkeypatch.setattr(home, "_forward_without_triton", lambda *args: runs.append(1) or forward(*args))
     layer, mask = Layer(op).double(), layout(0)
     x = torch.randn(mask.n_queries, D, dtype=torch.float64, requires_grad=True)
     expected = loss_and_gradients(layer, x, mask)
@@ -131,12 +131,12 @@ def test_checkpointing(keep, monkeypatch):
 
 
 def test_tensors_without_memory():
-    blocks = [[Block(5), Block(4, full=True)], [Block(7)]]
+    blocks = [[KeyRange(5), KeyRange(4, full=True)], [KeyRange(7)]]
     sizes = ((16, H, 64), (16, G, 64), (16, G, 64))
     q, k, v = (torch.empty(size, device="meta") for size in sizes)
-    assert attention(q, k, v, Mask(blocks, device="meta")).shape == q.shape
+    assert attention(q, k, v, AttentionMask(blocks, device="meta")).shape == q.shape
     with FakeTensorMode():
-        mask = Mask(blocks, device="cuda")
+        mask = AttentionMask(blocks, device="cuda")
         q, k, v = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
         for kernels in ("auto", "triton", "sdpa", "reference"):
             if kernels == "triton":
@@ -149,7 +149,7 @@ def test_tensors_without_memory():
         assert (lse.shape, lse.dtype) == ((H, 16), torch.float32)
         grads = torch.ops.unimm.attention_backward(o, q, k, v, o, lse, *rest)
         assert [g.shape for g in grads] == [torch.Size(size) for size in sizes]
-        one = Mask(blocks, queries=[1, 1], device="cuda")
+        one = AttentionMask(blocks, query_lengths=[1, 1], device="cuda")
         assert attention(q[:2], k, v, one).shape == (2, H, 64)
 
 
@@ -169,7 +169,7 @@ def sharded(rank: int, store: str) -> None:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     batches = [(mask, torch.randn(mask.n_queries, D)) for mask in (layout(0), layout(1))]
 
-    def loss(layers: nn.ModuleList, mask: Mask, x: Tensor) -> Tensor:
+    def loss(layers: nn.ModuleList, mask: AttentionMask, x: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x, mask)
         return x.square().mean()
@@ -192,12 +192,12 @@ def interpreted() -> None:
         with use_kernels("reference"):
             expected = loss_and_gradients(layer, x, mask)
         with use_kernels("triton"):
-            prepare(mask, x.view(-1, H, 4))
+            plan_attention(mask, x.view(-1, H, 4))
             for way in (layer, compiled):
                 torch.testing.assert_close(loss_and_gradients(way, x, mask), expected)
     assert counter.frame_count == 1
-    past = [Block(40, full=True), Block(1)]
-    mask = Mask([past, past[1:]], queries=[1, 1], key_starts=[3, 50])
+    past = [KeyRange(40, full=True), KeyRange(1)]
+    mask = AttentionMask([past, past[1:]], query_lengths=[1, 1], key_starts=[3, 50])
     q, (k, v) = torch.randn(2, H, 16), torch.randn(2, 60, G, 16)
     with use_kernels("reference"):
         o = attention(q, k, v, mask)

@@ -6,8 +6,8 @@ import torch
 from helpers.toys import picture, toy
 
 from unimm import Guidance
-from unimm.kernels import Block, Mask, attention, use_kernels
-from unimm.sequence.packing import pack
+from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
+from unimm.sequence.packing import pack_sequences
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +26,11 @@ def test_verbs_give_the_same():
 
 def test_training_gives_the_same():
     cpu, gpu = toy(0), toy(0).to("cuda")
-    items = [cpu.items.answer([1, 2, 3]), cpu.items.drawn(torch.randn(3, 4, 6), time=0.4, noised=True)]
-    batch, noise = pack([items]), torch.randn(6, cpu.cfg.latent_dim)
+    items = [
+        cpu.processor.answer_part([1, 2, 3]),
+        cpu.processor.latent_part(torch.randn(3, 4, 6), timestep=0.4, noised=True),
+    ]
+    batch, noise = pack_sequences([items]), torch.randn(6, cpu.config.latent_dim)
     expected, found = cpu(batch, noise), gpu(batch.to("cuda"), noise.to("cuda"))
     torch.testing.assert_close(found.ce.cpu(), expected.ce, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.mse.cpu(), expected.mse, rtol=1e-3, atol=1e-3)
@@ -42,8 +45,8 @@ def test_bfloat16_draws():
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("width", [64, 80, 128])
 def test_attention_kernels(dtype, allowed, width):
-    long = [Block(70), Block(300, full=True, visible=False), Block(300, full=True), Block(40)]
-    mask = Mask([long, [Block(129, full=True), Block(200)]], device="cuda")
+    long = [KeyRange(70), KeyRange(300, full=True, visible=False), KeyRange(300, full=True), KeyRange(40)]
+    mask = AttentionMask([long, [KeyRange(129, full=True), KeyRange(200)]], device="cuda")
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(mask.n_queries, heads, width, generator=generator).to("cuda", dtype) for heads in (6, 2, 2)]
     grad = torch.randn(inputs[0].shape, generator=generator).to("cuda")
@@ -59,7 +62,7 @@ def test_attention_kernels(dtype, allowed, width):
 
 
 def test_attention_in_a_captured_graph():
-    mask = Mask([[Block(40), Block(200, full=True, visible=False)]], device="cuda")
+    mask = AttentionMask([[KeyRange(40), KeyRange(200, full=True, visible=False)]], device="cuda")
     q, k, v = (torch.randn(mask.n_queries, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     expected = attention(q, k, v, mask)
     graph, out = torch.cuda.CUDAGraph(), None

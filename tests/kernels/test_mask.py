@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from unimm.kernels import Block, Mask
-from unimm.kernels.attention.mask_plot import CAUSAL, FULL, HIDDEN, INVISIBLE, PAPER
-from unimm.kernels.attention.tile_schedule import RUNS, Runs, Spans
+from unimm.kernels import AttentionMask, KeyRange
+from unimm.kernels.attention.mask_plot import BACKGROUND, CAUSAL, FULL, INVISIBLE, MASKED
+from unimm.kernels.attention.tile_schedule import MIN_RUNS, KeySpans, TileRuns
 
 blocks = st.lists(
-    st.builds(Block, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
+    st.builds(KeyRange, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
 )
 SIZES = ((1, 1), (4, 4), (8, 3), (16, 16))
 
 
-def by_definition(sample: list[Block]) -> Tensor:
+def by_definition(sample: list[KeyRange]) -> Tensor:
     """The rule of unimm.sequence.segments, one pair at a time."""
     of = [(i, block) for i, block in enumerate(sample) for _ in range(block.length)]
     rows = [
@@ -45,17 +45,17 @@ def listed(ptr: Tensor, runs: Tensor, shape: tuple[int, int]) -> Tensor:
         for begin, end in runs[2 * a : 2 * z].reshape(-1, 2).tolist():
             assert free <= begin < end <= shape[1]
             out[i, begin:end], free = True, end + 1
-    assert len(runs) >= 2 * RUNS and len(runs) & (len(runs) - 1) == 0 and not runs[2 * ptr[-1] :].any()
+    assert len(runs) >= 2 * MIN_RUNS and len(runs) & (len(runs) - 1) == 0 and not runs[2 * ptr[-1] :].any()
     return out
 
 
-def agree(mask: Mask, expected: Tensor) -> None:
+def agree(mask: AttentionMask, expected: Tensor) -> None:
     """Ranges, spans and tiles of every size against a dense mask."""
     n, m = expected.shape
     assert mask.ranges.dtype == torch.int32 and mask.ranges.shape[1:] == (2, m)
     assert torch.equal(seen_by(mask.ranges, n), expected)
     assert torch.equal(mask.dense(), expected)
-    assert mask.spans.n_visible == int(expected.sum())
+    assert mask.spans.n_visible_pairs == int(expected.sum())
     for rows, keys in SIZES:
         shape = (-(-n // rows), -(-m // keys))
         padded = torch.zeros(shape[0] * rows, shape[1] * keys, dtype=torch.long)
@@ -63,9 +63,9 @@ def agree(mask: Mask, expected: Tensor) -> None:
         counts = padded.view(shape[0], rows, shape[1], keys).sum((1, 3))
         full = counts == rows * keys
         part = (counts > 0) & ~full
-        tiles = mask.tiles(rows, keys)
+        tiles = mask.schedule(rows, keys)
         for runs, turn in ((tiles.by_row, False), (tiles.by_key, True)):
-            assert isinstance(runs, Runs) and all(t.dtype == torch.int32 for t in runs)
+            assert isinstance(runs, TileRuns) and all(t.dtype == torch.int32 for t in runs)
             for ptr, pairs, want in ((*runs[:2], full), (*runs[2:], part)):
                 want = want.T if turn else want
                 assert torch.equal(listed(ptr, pairs, tuple(want.shape)), want), (rows, keys)
@@ -73,7 +73,7 @@ def agree(mask: Mask, expected: Tensor) -> None:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[Mask, Tensor]:
+def layouts(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
     """Samples of which some rows ask, over keys with gaps; and what their rule gives."""
     samples = draw(st.lists(blocks, min_size=1, max_size=4))
     totals = [sum(b.length for b in sample) for sample in samples]
@@ -87,11 +87,11 @@ def layouts(draw: st.DrawFn) -> tuple[Mask, Tensor]:
     for sample, n, m, start in zip(samples, queries, totals, starts, strict=True):
         expected[row : row + n, start : start + m] = by_definition(sample)[m - n :]
         row += n
-    return Mask(samples, queries=queries, key_starts=starts), expected
+    return AttentionMask(samples, query_lengths=queries, key_starts=starts), expected
 
 
 @st.composite
-def freely(draw: st.DrawFn) -> tuple[Mask, Tensor]:
+def freely(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
     """Ranges of any kind: wild ones, ones that grow, steps of one, empty ones, one or two a key."""
     n, m = draw(st.integers(1, 20)), draw(st.integers(1, 40))
     kind = draw(st.sampled_from(("wild", "growing", "window")))
@@ -103,7 +103,7 @@ def freely(draw: st.DrawFn) -> tuple[Mask, Tensor]:
         b = (a + torch.tensor([[draw(st.integers(0, 5))], [draw(st.integers(0, 9))]])).clamp(max=n)
     second = (a[1], b[1]) if draw(st.booleans()) else None
     both = torch.stack((a, b), 1)
-    return Mask.from_ranges(a[0], b[0], second, queries=n), seen_by(both if second else both[:1], n)
+    return AttentionMask.from_ranges(a[0], b[0], second, n_queries=n), seen_by(both if second else both[:1], n)
 
 
 def pictured(text: str) -> list[tuple[list[list[bool]], list[list[int]]]]:
@@ -118,19 +118,19 @@ def pictured(text: str) -> list[tuple[list[list[bool]], list[list[int]]]]:
 
 
 def test_the_rows_of_the_docstring():
-    mask = Mask([[Block(3), Block(2, full=True), Block(2, full=True, visible=False), Block(1)]])
-    ((cells, bounds),) = pictured(Mask.__doc__)
+    mask = AttentionMask([[KeyRange(3), KeyRange(2, full=True), KeyRange(2, full=True, visible=False), KeyRange(1)]])
+    ((cells, bounds),) = pictured(AttentionMask.__doc__)
     assert len(cells) == 8
-    assert cells == mask.of(0).tolist() == mask.dense().tolist()
+    assert cells == mask.dense_sample(0).tolist() == mask.dense().tolist()
     assert bounds == mask.ranges[0].T.tolist()
 
 
 def test_the_rows_of_from_ranges():
-    pictures = pictured(Mask.from_ranges.__doc__)
+    pictures = pictured(AttentionMask.from_ranges.__doc__)
     assert len(pictures) == 3
     for cells, bounds in pictures:
         first, last, *second = torch.tensor(bounds).T
-        mask = Mask.from_ranges(first, last, tuple(second) or None)
+        mask = AttentionMask.from_ranges(first, last, tuple(second) or None)
         assert cells == mask.dense().tolist()
         assert len(mask.ranges) == (2 if second else 1)
 
@@ -140,9 +140,11 @@ def test_the_rows_of_from_ranges():
 def test_a_mask_is_its_definition(case):
     mask, expected = case
     agree(mask, expected)
-    for i, (row, n, key, m) in enumerate(zip(mask.query_starts, mask.queries, mask.key_starts, mask.keys, strict=True)):
-        assert torch.equal(mask.of(i), expected[row : row + n, key : key + m])
-    assert torch.equal(Mask.from_table(mask.table).ranges, mask.ranges)
+    for i, (row, n, key, m) in enumerate(
+        zip(mask.query_starts, mask.query_lengths, mask.key_starts, mask.key_lengths, strict=True)
+    ):
+        assert torch.equal(mask.dense_sample(i), expected[row : row + n, key : key + m])
+    assert torch.equal(AttentionMask.from_table(mask.table).ranges, mask.ranges)
 
 
 @given(freely())
@@ -163,7 +165,7 @@ def test_thousands(one, other):
 @settings(max_examples=60, deadline=None)
 def test_calls_hold_every_pair_once(case):
     mask, expected = case
-    for calls, back in (mask.buckets, mask._long_calls()):
+    for calls, back in (mask.padded_calls, mask._unpadded_calls()):
         parts = []
         for q_rows, k_rows, allowed in calls:
             allowed = torch.ones(*q_rows.shape, k_rows.shape[1], dtype=torch.bool) if allowed is None else allowed
@@ -176,50 +178,64 @@ def test_calls_hold_every_pair_once(case):
 def test_block_masks_are_the_same_tiles():
     window = torch.arange(300)
     masks = (
-        Mask([[Block(70), Block(130, full=True), Block(90, full=True, visible=False), Block(50)], [Block(200)]]),
-        Mask.from_ranges(window, (window + 40).clamp(max=300), (window.clamp(min=250), torch.full_like(window, 300))),
+        AttentionMask(
+            [
+                [KeyRange(70), KeyRange(130, full=True), KeyRange(90, full=True, visible=False), KeyRange(50)],
+                [KeyRange(200)],
+            ]
+        ),
+        AttentionMask.from_ranges(
+            window, (window + 40).clamp(max=300), (window.clamp(min=250), torch.full_like(window, 300))
+        ),
     )
     for mask in masks:
         dense = mask.dense()
         flex = mask.block_mask(64, 32)
         rows, keys = torch.meshgrid(*map(torch.arange, dense.shape), indexing="ij")
         assert torch.equal(flex.mask_mod(0, 0, rows, keys), dense)
-        tiles = mask.tiles(64, 32)
+        tiles = mask.schedule(64, 32)
         assert int(flex.full_kv_num_blocks.sum()) == tiles.n_full and int(flex.kv_num_blocks.sum()) == tiles.n_partial
         assert flex.shape == (1, 1, *dense.shape)
 
 
 def test_on_another_device_the_host_work_is_kept():
-    mask = Mask([[Block(3)], [Block(4, full=True)]])
-    tiles = mask.tiles(4, 4)
+    mask = AttentionMask([[KeyRange(3)], [KeyRange(4, full=True)]])
+    tiles = mask.schedule(4, 4)
     moved = mask.to("meta")
     assert mask.to("cpu") is mask
-    assert moved.spans is mask.spans and moved.tiles(4, 4).n_full == tiles.n_full
-    assert moved.ranges.is_meta and moved.tiles(4, 4).by_key.part.is_meta and moved.dense().is_meta
+    assert moved.spans is mask.spans and moved.schedule(4, 4).n_full == tiles.n_full
+    assert moved.ranges.is_meta and moved.schedule(4, 4).by_key.partial.is_meta and moved.dense().is_meta
 
 
 def test_decoding_is_recognised():
-    past = [Block(5, full=True), Block(1)]
-    assert [t.tolist() for t in Mask([past, past], queries=[1, 1], key_starts=[0, 9]).single] == [[0, 9], [6, 6]]
-    assert Mask([past, past], queries=[1, 2]).single is None
-    assert Mask([[Block(5, full=True, visible=False), Block(1)]], queries=[1]).single is None
-    assert Mask.from_ranges(torch.zeros(3), torch.ones(3), queries=1).single is None
+    past = [KeyRange(5, full=True), KeyRange(1)]
+    assert [t.tolist() for t in AttentionMask([past, past], query_lengths=[1, 1], key_starts=[0, 9]).decode_ranges] == [
+        [0, 9],
+        [6, 6],
+    ]
+    assert AttentionMask([past, past], query_lengths=[1, 2]).decode_ranges is None
+    assert (
+        AttentionMask([[KeyRange(5, full=True, visible=False), KeyRange(1)]], query_lengths=[1]).decode_ranges is None
+    )
+    assert AttentionMask.from_ranges(torch.zeros(3), torch.ones(3), n_queries=1).decode_ranges is None
 
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="more rows than it has"):
-        Mask([[Block(3)]], queries=[4])
+        AttentionMask([[KeyRange(3)]], query_lengths=[4])
     with pytest.raises(ValueError, match=r"from 0 to 9: expected rows 0 to 3; give `queries`"):
-        Mask.from_ranges(torch.zeros(3), torch.full((3,), 9))
+        AttentionMask.from_ranges(torch.zeros(3), torch.full((3,), 9))
     with pytest.raises(ValueError, match="0 rows"):
-        Mask([[]]).show()
+        AttentionMask([[]]).plot()
 
 
 def test_spans_are_few():
     """A span a block, whatever the length: what keeps the schedule cheap."""
-    mask = Mask([[Block(500), Block(4098, full=True), Block(4098, full=True, visible=False), Block(30)]] * 4)
+    mask = AttentionMask(
+        [[KeyRange(500), KeyRange(4098, full=True), KeyRange(4098, full=True, visible=False), KeyRange(30)]] * 4
+    )
     assert len(mask.spans.start) == 16
-    assert len(Spans.found(mask.spans.ranges().astype(np.int64), mask.n_queries).start) == 16
+    assert len(KeySpans.from_ranges(mask.spans.ranges().astype(np.int64), mask.n_queries).start) == 16
 
 
 def colours(picture) -> set[tuple[int, ...]]:
@@ -227,27 +243,29 @@ def colours(picture) -> set[tuple[int, ...]]:
 
 
 def test_pictures():
-    mask = Mask([[Block(3), Block(2, full=True), Block(2, full=True, visible=False), Block(1)], [Block(4)]])
-    picture = mask.show(size=12 * 12)
+    mask = AttentionMask(
+        [[KeyRange(3), KeyRange(2, full=True), KeyRange(2, full=True, visible=False), KeyRange(1)], [KeyRange(4)]]
+    )
+    picture = mask.plot(size=12 * 12)
     assert picture.size == (144, 144)
     middles = np.asarray(picture)[6::12, 6::12]
-    assert np.array_equal((middles != HIDDEN).any(-1), mask.dense().numpy())
+    assert np.array_equal((middles != MASKED).any(-1), mask.dense().numpy())
     assert tuple(middles[4, 0]) == CAUSAL and tuple(middles[4, 3]) == FULL and tuple(middles[6, 5]) == INVISIBLE
     assert (0, 0, 0) in colours(picture)  # a line where the second sample begins
 
-    tiled = np.asarray(mask.show(size=12 * 12, tiles=(4, 4)))[6::12, 6::12]
-    assert (tiled[0, 8:] == PAPER).all() and tuple(tiled[0, 5]) not in (
-        PAPER,
-        HIDDEN,
+    tiled = np.asarray(mask.plot(size=12 * 12, tiles=(4, 4)))[6::12, 6::12]
+    assert (tiled[0, 8:] == BACKGROUND).all() and tuple(tiled[0, 5]) not in (
+        BACKGROUND,
+        MASKED,
     )  # empty tiles are blank, others are not
-    large = Mask([[Block(900), Block(1200, full=True)], [Block(900)]])
-    assert large.show(size=300).size == (300, 300) and large.show(size=300, tiles=(128, 64)).size == (300, 300)
-    assert Mask.from_ranges(torch.zeros(9), torch.full((9,), 3), queries=3).show(size=90).size == (90, 30)
+    large = AttentionMask([[KeyRange(900), KeyRange(1200, full=True)], [KeyRange(900)]])
+    assert large.plot(size=300).size == (300, 300) and large.plot(size=300, tiles=(128, 64)).size == (300, 300)
+    assert AttentionMask.from_ranges(torch.zeros(9), torch.full((9,), 3), n_queries=3).plot(size=90).size == (90, 30)
 
 
 @pytest.mark.parametrize(("name", "tiles"), [("mask", None), ("tiles", (8, 8))])
 def test_the_pictures_of_the_guide_are_what_the_code_draws(name, tiles):
-    first = [Block(6), Block(9, full=True, visible=False), Block(9, full=True), Block(4)]
-    drawn = Mask([first, [Block(9, full=True), Block(5)]]).show(tiles=tiles)
+    first = [KeyRange(6), KeyRange(9, full=True, visible=False), KeyRange(9, full=True), KeyRange(4)]
+    drawn = AttentionMask([first, [KeyRange(9, full=True), KeyRange(5)]]).plot(tiles=tiles)
     kept = Image.open(ROOT / "unimm" / "kernels" / "attention" / f"{name}.png")
     assert np.array_equal(np.asarray(drawn), np.asarray(kept))

@@ -8,9 +8,14 @@ from ops_cases import DTYPES, EPS, FLOOR, each_case, errors, experts, results, t
 from torch import nn
 
 from unimm.kernels import use_kernels
-from unimm.kernels.adaln import modulate
-from unimm.kernels.cfg_combine import guided
-from unimm.kernels.cross_entropy import _gradients, _loss, linear_cross_entropy, linear_cross_entropy_reference
+from unimm.kernels.adaln import adaln_modulate
+from unimm.kernels.cfg_combine import cfg_combine
+from unimm.kernels.cross_entropy import (
+    _linear_cross_entropy,
+    _linear_cross_entropy_backward,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from unimm.kernels.dispatch import HAS_TRITON
 from unimm.kernels.qk_norm_rope import qk_norm_rope
 from unimm.kernels.rms_norm import rms_norm
@@ -18,7 +23,7 @@ from unimm.kernels.routed import _sliced, _weight_gradients, routed_linear, rout
 from unimm.kernels.swiglu import swiglu
 from unimm.kernels.vq_lookup import nearest_code
 from unimm.nn.layers import RMSNorm
-from unimm.nn.rope import apply_rope, rope
+from unimm.nn.rope import apply_rope, rope_cos_sin
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
@@ -38,7 +43,11 @@ def test_references_are_the_layers(dtype):
     norms = [RMSNorm(8, EPS).to(dtype) for _ in range(2)]
     for norm in norms:
         nn.init.uniform_(norm.weight)
-    q, k, angles = torch.randn(9, 4, 8).to(dtype), torch.randn(9, 2, 8).to(dtype), rope(torch.arange(9), 8, 1e4, dtype)
+    q, k, angles = (
+        torch.randn(9, 4, 8).to(dtype),
+        torch.randn(9, 2, 8).to(dtype),
+        rope_cos_sin(torch.arange(9), 8, 1e4, dtype),
+    )
     assert rms_norm(q, norms[0].weight, EPS).equal(norms[0](q))
     expert = experts(9, 2)
     weights = torch.stack([norm.weight for norm in norms])
@@ -73,7 +82,7 @@ def test_cross_entropy(dtype, chunk):
     truth = results(
         lambda *i: linear_cross_entropy_reference64(*i, labels), [t.detach().double().requires_grad_() for t in inputs]
     )
-    found = results(lambda *i: linear_cross_entropy(*i, labels, chunk=chunk), inputs)
+    found = results(lambda *i: linear_cross_entropy(*i, labels, chunk_rows=chunk), inputs)
     reference = results(lambda *i: linear_cross_entropy_reference(*i, labels), inputs)
     assert found[0].dtype == torch.float32 and not found[0][labels == -100].any()
     for ours, theirs in zip(errors(found, truth), errors(reference, truth), strict=True):
@@ -110,7 +119,7 @@ def test_cross_entropy_holds_no_logits(monkeypatch):
 
     x, weight, labels = loss_inputs(torch.float32, n=200, d=4, v=101)
     with Watch():
-        linear_cross_entropy(x, weight, labels, chunk=10).sum().backward()
+        linear_cross_entropy(x, weight, labels, chunk_rows=10).sum().backward()
     assert largest <= 10 * 101
 
 
@@ -172,8 +181,8 @@ def contracts():
     cut = x.detach(), weight.detach()
     experts = [torch.randn(5, 16, requires_grad=True) for _ in range(3)]
     return {
-        _loss: (x, weight, labels, -100, 8),
-        _gradients: (torch.randn(37), *cut, labels, torch.randn(37), -100, 8, [True, True]),
+        _linear_cross_entropy: (x, weight, labels, -100, 8),
+        _linear_cross_entropy_backward: (torch.randn(37), *cut, labels, torch.randn(37), -100, 8, [True, True]),
         _sliced: (x, experts, [torch.randn(5, requires_grad=True) for _ in range(3)], [30, 0, 7]),
         _weight_gradients: (torch.randn(37, 5), cut[0], [30, 0, 7]),
     }
@@ -201,8 +210,8 @@ def test_bad_shapes_say_what_is_expected():
     x = torch.zeros(4, 8)
     with pytest.raises(ValueError, match=r"rms_norm got x, weight \[\(4, 8\), \(7,\)\]: expected \[..., D\], \[D\]"):
         rms_norm(x, torch.zeros(7), EPS)
-    with pytest.raises(ValueError, match=r"modulate got .* expected \[B, L, D\], \[B, D\], \[B, D\]"):
-        modulate(x, x, x, EPS)
+    with pytest.raises(ValueError, match=r"adaln_modulate got .* expected \[B, L, D\], \[B, D\], \[B, D\]"):
+        adaln_modulate(x, x, x, EPS)
     with pytest.raises(ValueError, match="expected one shape and dtype"):
         swiglu(x, x.double())
     with pytest.raises(ValueError, match="expected .N. for more than one"):
@@ -212,7 +221,7 @@ def test_bad_shapes_say_what_is_expected():
     with pytest.raises(ValueError, match="V at least 1"):
         nearest_code(x, x[:0])
     with pytest.raises(ValueError, match="unknown renorm 'tokens'"):
-        guided(x, x, text_scale=1.0, image_scale=1.0, renorm="tokens", least=0.0)
+        cfg_combine(x, x, text_scale=1.0, image_scale=1.0, renorm="tokens", renorm_min=0.0)
     with pytest.raises(ValueError, match="sizes that add up to the rows"):
         routed_linear(x, [torch.zeros(3, 8)], [3])
     with pytest.raises(ValueError, match="expected one dtype; cast one"):
@@ -244,18 +253,18 @@ def programs():
     )
 
     for d in (1536, 3584, 8192):
-        rows, columns, warps = rms_norm_triton.tile(d)
+        rows, columns, warps = rms_norm_triton.row_tile_shape(d)
         sizes = dict(D=d, ROWS=rows, COLUMNS=columns)
         for kernel in ("rms_norm", "rms_norm_backward", "modulate", "modulate_backward"):
             yield getattr(rms_norm_triton, f"{kernel}_kernel"), sizes, warps
     for half, e in ((64, 1), (64, 2), (64, 8), (36, 2)):
         for kernel, held in (("norm_rope", 1), ("norm_rope_backward", e)):
-            rows, columns = qk_norm_rope_triton.tile(half, held)
+            rows, columns = qk_norm_rope_triton.head_tile_shape(half, held)
             sizes = dict(HEADS=28, HALF=half, ROWS=rows, COLUMNS=columns, EXPERTS=e)
             sizes |= dict(SLOTS=e) if kernel == "norm_rope_backward" else {}
             yield getattr(qk_norm_rope_triton, f"{kernel}_kernel"), sizes | (dict(expert_ptr=None) if e == 1 else {}), 4
     for kernel in (swiglu_triton.swiglu_kernel, swiglu_triton.swiglu_backward_kernel):
-        yield kernel, dict(F=18944, COLUMNS=swiglu_triton.MOST), 4
+        yield kernel, dict(F=18944, COLUMNS=swiglu_triton.MAX_COLUMNS), 4
     yield (
         vq_lookup_triton.nearest_code_kernel,
         dict(D=8, DIMS=16, ROWS=vq_lookup_triton.ROWS, CODES=vq_lookup_triton.CODES),

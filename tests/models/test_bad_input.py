@@ -6,8 +6,8 @@ from helpers.toys import picture, toy
 from PIL import Image
 
 from unimm import Bagel, TextSampling
-from unimm.generation.kv_cache import Context
-from unimm.generation.prefill import extend
+from unimm.generation.kv_cache import KVCache
+from unimm.generation.prefill import prefill
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def test_a_prompt_longer_than_the_positions(model):
     with pytest.raises(ValueError, match="reach position 302, the model knows 256"):
         model.generate("word " * 300)
     with pytest.raises(ValueError, match="max_tokens"):
-        model.understand(None, "word", text=TextSampling(max_tokens=300))
-    assert extend(model, [Context()], [[model.items.text([1] * 254)]])[0].clock == 256
+        model.understand(None, "word", text_sampling=TextSampling(max_tokens=300))
+    assert prefill(model, [KVCache()], [[model.processor.text_part([1] * 254)]])[0].next_position == 256
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from helpers.cases import GOLDEN
 
 import unimm
-from unimm.checkpoint.hub import bundled
+from unimm.checkpoint.hub import bundled_names
 from unimm.evaluation.benchmarks.shapes import evaluate
 
 NANO = GOLDEN.parents[1] / "unimm" / "pretrained"
@@ -27,7 +27,7 @@ def size(folder) -> int:
 
 
 def test_all_are_small_and_known():
-    sizes = {name: size(NANO / name) for name in bundled()}
+    sizes = {name: size(NANO / name) for name in bundled_names()}
     assert max(sizes.values()) <= 20e6 and sum(sizes.values()) <= 60e6, sizes
     known = {row.name for row in unimm.releases() if row.source == "bundled"}
     assert known == set(sizes) >= set(FLOORS)

@@ -8,14 +8,14 @@ import torch
 from helpers.toys import picture, toy
 
 from unimm import Guidance, TextSampling
-from unimm.generation.guidance import share
-from unimm.generation.kv_cache import Context
-from unimm.generation.prefill import extend
+from unimm.generation.guidance import deduplicate_branches
+from unimm.generation.kv_cache import KVCache
+from unimm.generation.prefill import prefill
 from unimm.kernels import attention, use_kernels
-from unimm.models.bagel.cfg_contexts import Canvas, Dialogue, say, show, write
+from unimm.models.bagel.cfg_contexts import CFGContexts, LatentDenoiser, append_images, append_text, decode_after
 from unimm.nn.decoder import Decoder, DecoderConfig
-from unimm.sequence.packing import pack
-from unimm.training.tasks.bagel_plans import Shown, answer, edit, text_to_image
+from unimm.sequence.packing import pack_sequences
+from unimm.training.tasks.bagel_plans import ImageForms, plan_answer, plan_edit, plan_text_to_image
 
 SIZES = [
     dict(),
@@ -38,13 +38,13 @@ def model(request):
 def test_two_streams_with_equal_weights_are_one_stream():
     torch.manual_seed(0)
     cfg = DecoderConfig(
-        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_dim=48, vocab=11, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
-        act="silu", qkv_bias=True, qk_norm=True, streams=("one",),
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_dim=48, vocab_size=11, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
+        act="silu", qkv_bias=True, qk_norm=True, experts=("one",),
     )  # fmt: skip
-    one, two = Decoder(cfg), Decoder(dataclasses.replace(cfg, streams=("und", "gen")))
+    one, two = Decoder(cfg), Decoder(dataclasses.replace(cfg, experts=("und", "gen")))
     for ours, theirs in zip(two.blocks, one.blocks, strict=True):
-        for stream in ours.streams.values():
-            stream.load_state_dict(theirs.streams["one"].state_dict())
+        for stream in ours.experts.values():
+            stream.load_state_dict(theirs.experts["one"].state_dict())
     x = torch.randn(11, 32, requires_grad=True)
     mask = torch.ones(11, 11, dtype=torch.bool).tril()
 
@@ -65,35 +65,37 @@ def test_two_streams_with_equal_weights_are_one_stream():
     (a.square().sum()).backward()
     (b.square().sum()).backward()
     for ours, theirs in zip(two.blocks, one.blocks, strict=True):
-        for name, weight in theirs.streams["one"].named_parameters():
-            both = sum(stream.get_parameter(name).grad for stream in ours.streams.values())
+        for name, weight in theirs.experts["one"].named_parameters():
+            both = sum(stream.get_parameter(name).grad for stream in ours.experts.values())
             torch.testing.assert_close(both, weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def samples(model):
     """One sample of every released plan, of different sizes."""
-    items = model.items
-    z, s = model.cfg.vae.latent_channels, model.cfg.latent_patch
+    items = model.processor
+    z, s = model.config.vae.latent_channels, model.config.latent_patch_size
 
     def shown(h, w, seed):
         g = torch.Generator().manual_seed(seed)
         latent, pixels = torch.randn(z, h * s, w * s, generator=g), torch.rand(3, 16, 24, generator=g) * 2 - 1
-        noised = items.drawn(latent, time=0.3 + 0.1 * seed, noised=True)
-        return Shown(clean=items.drawn(latent), look=items.looked_at(pixels), noised=noised)
+        noised = items.latent_part(latent, timestep=0.3 + 0.1 * seed, noised=True)
+        return ImageForms(vae=items.latent_part(latent), vit=items.vit_part(pixels), noised=noised)
 
     a, b, c = shown(2, 3, 1), shown(1, 2, 2), shown(3, 2, 3)
     plans = [
-        text_to_image(items.text([5, 6, 7]), a.noised),
-        edit(b, [(items.text([8, 9]), c), (items.text([3]), a)]),
-        answer([a.look, c.look], [items.text([4, 4]), items.answer([1, 2, 3]), items.answer([6])]),
+        plan_text_to_image(items.text_part([5, 6, 7]), a.noised),
+        plan_edit(b, [(items.text_part([8, 9]), c), (items.text_part([3]), a)]),
+        plan_answer([a.vit, c.vit], [items.text_part([4, 4]), items.answer_part([1, 2, 3]), items.answer_part([6])]),
     ]
-    return [[part.item for part in plan] for plan in plans]
+    return [[part.part for part in plan] for plan in plans]
 
 
 def losses(model, plans, seed=0):
-    packed = pack(plans)
-    tokens = sum(len(item.tokens) for plan in plans for item in plan if item.kind == "draw" and item.tokens is not None)
-    noise = torch.randn(tokens, model.cfg.latent_dim, generator=torch.Generator().manual_seed(seed))
+    packed = pack_sequences(plans)
+    tokens = sum(
+        len(item.tokens) for plan in plans for item in plan if item.kind == "gen_image" and item.tokens is not None
+    )
+    noise = torch.randn(tokens, model.config.latent_dim, generator=torch.Generator().manual_seed(seed))
     return model(packed, noise), noise
 
 
@@ -102,8 +104,8 @@ def test_packed_equals_one_by_one(model):
     packed, noise = losses(model, plans)
     ce, mse, at = [], [], 0
     for plan in plans:
-        n = sum(len(item.tokens) for item in plan if item.kind == "draw" and item.tokens is not None)
-        alone = model(pack([plan]), noise[at : at + n])
+        n = sum(len(item.tokens) for item in plan if item.kind == "gen_image" and item.tokens is not None)
+        alone = model(pack_sequences([plan]), noise[at : at + n])
         at += n
         ce.append(alone.ce)
         mse.append(alone.mse)
@@ -116,9 +118,7 @@ def test_every_backend_gives_the_same_losses_and_gradients(model):
     for name in ("reference", "sdpa"):
         with use_kernels(name):
             got, _ = losses(model, samples(model))
-        grads = torch.autograd.grad(
-            got.ce.sum() + got.mse.sum(), [model.decoder.embed.weight, model.from_latent.weight]
-        )
+        grads = torch.autograd.grad(got.ce.sum() + got.mse.sum(), [model.decoder.embed.weight, model.vae2llm.weight])
         found.append((got.ce, got.mse, *grads))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
@@ -137,21 +137,21 @@ def test_every_parameter_learns(model):
 def test_cached_equals_uncached(model):
     """Contexts extended turn by turn hold the keys and values of one forward over all turns."""
     plan = samples(model)[2]
-    (whole,) = extend(model, [Context()], [plan])
-    context = Context()
+    (whole,) = prefill(model, [KVCache()], [plan])
+    context = KVCache()
     for item in plan:
-        (context,) = extend(model, [context], [[item]])
-    assert whole.clock == context.clock and whole.length == context.length
+        (context,) = prefill(model, [context], [[item]])
+    assert whole.next_position == context.next_position and whole.length == context.length
     torch.testing.assert_close(torch.cat(context.chunks, 2), whole.chunks[0], rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_equals_teacher_forcing(model):
-    context = extend(model, [Context()], [[model.items.text([3, 1, 2])]])[0]
-    ids = [one[0] for one in write(model, [context], TextSampling(max_tokens=6), [0])]
+    context = prefill(model, [KVCache()], [[model.processor.text_part([3, 1, 2])]])[0]
+    ids = [one[0] for one in decode_after(model, [context], TextSampling(max_tokens=6), [0])]
     assert len(ids) == 6
-    batch = pack([[model.items.text([3, 1, 2]), model.items.text(ids)]])
+    batch = pack_sequences([[model.processor.text_part([3, 1, 2]), model.processor.text_part(ids)]])
     with use_kernels("reference"), torch.inference_mode():
-        hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))
+        hidden = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))
     predicted = model.decoder.logits(hidden["und"]).argmax(-1)
     assert predicted[5 : 5 + len(ids)].tolist() == ids
 
@@ -162,9 +162,9 @@ def test_a_batch_equals_the_single_runs(model):
     seeds = [3, 1, 4, 1]
     guidance = [
         Guidance(),
-        Guidance(text=1.0),
-        Guidance(image=2.0, renorm="text_channel", interval=(0.0, 1.0)),
-        Guidance(text=2.5, image=1.0, renorm="channel", renorm_min=0.3),
+        Guidance(text_scale=1.0),
+        Guidance(image_scale=2.0, renorm="text_channel", interval=(0.0, 1.0)),
+        Guidance(text_scale=2.5, image_scale=1.0, renorm="channel", renorm_min=0.3),
     ]
     options = dict(steps=4)
     batch = model.generate(prompts, images=images, seed=seeds, guidance=guidance, **options)
@@ -179,9 +179,9 @@ def test_a_batch_of_answers_equals_the_single_ones(model):
     questions = ["how many", "a longer question about two pictures", "no picture"]
     images = [picture(), [picture(20, 44, 1), picture(16, 16, 2)], None]
     sampling = TextSampling(temperature=0.8, top_p=0.9, max_tokens=7)
-    answers = model.understand(images, questions, text=sampling, seed=[5, 6, 7])
+    answers = model.understand(images, questions, text_sampling=sampling, seed=[5, 6, 7])
     for i, one in enumerate(answers):
-        assert model.understand(images[i], questions[i], text=sampling, seed=5 + i) == one
+        assert model.understand(images[i], questions[i], text_sampling=sampling, seed=5 + i) == one
 
 
 def test_thinking_in_a_batch_equals_the_single_runs(model):
@@ -192,17 +192,17 @@ def test_thinking_in_a_batch_equals_the_single_runs(model):
 
 
 def latents(model, guidance, seed=0, prompt=(3, 4, 5)):
-    dialogue = say(model, [Dialogue()], [model.items.text(list(prompt))])
-    noise = model.noise((24, 32), torch.Generator().manual_seed(seed))
-    return model.denoise(dialogue, [noise], [(24, 32)], guidance=[guidance], steps=5, shift=2.0)[0]
+    dialogue = append_text(model, [CFGContexts()], [model.processor.text_part(list(prompt))])
+    noise = model.initial_noise((24, 32), torch.Generator().manual_seed(seed))
+    return model.denoise(dialogue, [noise], [(24, 32)], guidance=[guidance], steps=5, timestep_shift=2.0)[0]
 
 
 def test_guidance_one_equals_none(model):
-    plain = latents(model, Guidance(text=1.0, image=1.0))
-    torch.testing.assert_close(latents(model, Guidance(text=1.0, image=3.0)), plain, rtol=0, atol=0)
-    torch.testing.assert_close(latents(model, Guidance(text=4.0, interval=(1.0, 1.0))), plain, rtol=0, atol=0)
+    plain = latents(model, Guidance(text_scale=1.0, image_scale=1.0))
+    torch.testing.assert_close(latents(model, Guidance(text_scale=1.0, image_scale=3.0)), plain, rtol=0, atol=0)
+    torch.testing.assert_close(latents(model, Guidance(text_scale=4.0, interval=(1.0, 1.0))), plain, rtol=0, atol=0)
     # and the limit from above is the same picture
-    nearly = latents(model, Guidance(text=1.0 + 1e-6, image=1.0, renorm_min=1.0))
+    nearly = latents(model, Guidance(text_scale=1.0 + 1e-6, image_scale=1.0, renorm_min=1.0))
     torch.testing.assert_close(nearly, plain, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(latents(model, Guidance()), plain, rtol=1e-2, atol=1e-2)
 
@@ -210,42 +210,42 @@ def test_guidance_one_equals_none(model):
 @torch.inference_mode()
 def test_equal_contexts_share_one_velocity(model):
     """The app's text 4, image 1.5 on a prompt without pictures costs two passes and acts as text 1 + 1.5 (4 - 1)."""
-    dialogue = say(model, [Dialogue()], [model.items.text([1, 2])])
-    canvas = Canvas(model, dialogue, [(2, 2)])
+    dialogue = append_text(model, [CFGContexts()], [model.processor.text_part([1, 2])])
+    canvas = LatentDenoiser(model, dialogue, [(2, 2)])
     asked = []
 
     def features(x, time, branches):
         asked.append(list(branches))
         return canvas.features(x, time, branches)
 
-    x = torch.randn(4, model.cfg.latent_dim)
-    both = share(features, canvas.canonical)(x, 0.5, [(0, "main"), (0, "text"), (0, "image")])
-    assert asked == [[(0, "main"), (0, "text")]]
+    x = torch.randn(4, model.config.latent_dim)
+    both = deduplicate_branches(features, canvas.canonical)(x, 0.5, [(0, "full"), (0, "no_text"), (0, "no_image")])
+    assert asked == [[(0, "full"), (0, "no_text")]]
     torch.testing.assert_close(both[0], both[2], rtol=0, atol=0)
-    thrice = latents(model, Guidance(text=4.0, image=1.5, renorm_min=1.0))
+    thrice = latents(model, Guidance(text_scale=4.0, image_scale=1.5, renorm_min=1.0))
     torch.testing.assert_close(
-        thrice, latents(model, Guidance(text=5.5, image=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
+        thrice, latents(model, Guidance(text_scale=5.5, image_scale=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
     )
 
 
 def test_fork_does_not_copy_the_prefix(model):
-    context = extend(model, [Context()], [[model.items.text([1, 2, 3])]])[0]
+    context = prefill(model, [KVCache()], [[model.processor.text_part([1, 2, 3])]])[0]
     fork = context.fork()
-    a, b = extend(model, [context, fork], [[model.items.text([4])], [model.items.text([5, 6])]])
+    a, b = prefill(model, [context, fork], [[model.processor.text_part([4])], [model.processor.text_part([5, 6])]])
     assert a.chunks[0].data_ptr() == b.chunks[0].data_ptr() == context.chunks[0].data_ptr()
     assert (context.length, a.length, b.length) == (5, 8, 9) and len(context.chunks) == 1
 
 
 def test_contexts_of_guidance_are_those_of_the_original(model):
-    text = [model.items.text([n]) for n in range(3)]
-    items, size = model.picture_items(picture(), noise=None, draw=True)
-    told = say(model, say(model, [Dialogue()], [text[0]], system=True), [text[1]])[0]
-    assert told.text.length == 3 and told.main is told.image  # T2I: text = system prompt only, image = main
-    shown = show(model, [Dialogue()], [[(items, size)]])
-    edited = say(model, shown, [text[2]])[0]
+    text = [model.processor.text_part([n]) for n in range(3)]
+    items, size = model.image_parts(picture(), noise=None, latents=True)
+    told = append_text(model, append_text(model, [CFGContexts()], [text[0]], system=True), [text[1]])[0]
+    assert told.no_text.length == 3 and told.full is told.no_image  # T2I: text = system prompt only, image = main
+    shown = append_images(model, [CFGContexts()], [[(items, size)]])
+    edited = append_text(model, shown, [text[2]])[0]
     rows = sum(item.segment.length for item in items)
-    assert (edited.main.length, edited.text.length, edited.image.length) == (rows + 3, rows, 3)
-    assert (edited.main.clock, edited.text.clock, edited.image.clock) == (5, 2, 3)
+    assert (edited.full.length, edited.no_text.length, edited.no_image.length) == (rows + 3, rows, 3)
+    assert (edited.full.next_position, edited.no_text.next_position, edited.no_image.next_position) == (5, 2, 3)
 
 
 def test_the_same_seed_draws_the_same_picture():
@@ -265,7 +265,9 @@ def test_the_same_seed_draws_the_same_picture():
 
 def going_on(model, *outputs: str, items=("a prompt",), seed: int = 0) -> list:
     """The pieces that follow, texts as they are and pictures as arrays."""
-    pieces = model.interleave(list(items), outputs=outputs, text=TextSampling(max_tokens=3), steps=3, seed=seed)
+    pieces = model.interleave(
+        list(items), outputs=outputs, text_sampling=TextSampling(max_tokens=3), steps=3, seed=seed
+    )
     return [piece if isinstance(piece, str) else np.asarray(piece) for piece in pieces]
 
 
@@ -295,20 +297,22 @@ def test_interleave_goes_on_with_what_it_made():
 def test_streamed_pieces_are_the_answer():
     model = toy(0)
     sampling = TextSampling(max_tokens=9)
-    whole = model.understand(picture(), "what is it", text=sampling)
-    pieces = list(model.understand(picture(), "what is it", text=sampling, stream=True))
+    whole = model.understand(picture(), "what is it", text_sampling=sampling)
+    pieces = list(model.understand(picture(), "what is it", text_sampling=sampling, stream=True))
     assert len(pieces) > 1 and "".join(pieces) == whole
     stop = whole.split()[3]
-    cut = model.understand(picture(), "what is it", text=dataclasses.replace(sampling, stop=(stop,)))
+    cut = model.understand(picture(), "what is it", text_sampling=dataclasses.replace(sampling, stop=(stop,)))
     assert cut == whole[: whole.index(stop)]
-    streamed = model.understand(picture(), "what is it", text=dataclasses.replace(sampling, stop=(stop,)), stream=True)
+    streamed = model.understand(
+        picture(), "what is it", text_sampling=dataclasses.replace(sampling, stop=(stop,)), stream=True
+    )
     assert "".join(streamed) == cut
 
 
 def test_taylor_leaks_nothing():
     model = toy(0)
     plain = model.generate("one two", seed=1, steps=12).image
-    quick = model.generate("one two", seed=1, steps=12, taylor=True).image
+    quick = model.generate("one two", seed=1, steps=12, step_cache=True).image
     again = model.generate("one two", seed=1, steps=12).image
     assert np.array_equal(np.asarray(plain), np.asarray(again))
     assert not np.array_equal(np.asarray(plain), np.asarray(quick))
@@ -330,8 +334,8 @@ def test_bfloat16_is_near_float32():
 def test_frozen_parts_do_not_move():
     model = toy(0)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(("vae", "vision", "decoder.blocks.0.streams.und")))
+        parameter.requires_grad_(not name.startswith(("vae", "vision", "decoder.blocks.0.experts.und")))
     got, _ = losses(model, samples(model))
     (got.ce.mean() + got.mse.mean()).backward()
-    assert model.vision.patch.weight.grad is None and model.decoder.blocks[0].streams["und"].q.weight.grad is None
-    assert model.decoder.blocks[0].streams["gen"].q.weight.grad.any() and model.connector.fc1.weight.grad.any()
+    assert model.vision.patch_embed.weight.grad is None and model.decoder.blocks[0].experts["und"].q.weight.grad is None
+    assert model.decoder.blocks[0].experts["gen"].q.weight.grad.any() and model.connector.fc1.weight.grad.any()

@@ -16,8 +16,8 @@ from PIL import Image
 import unimm
 from unimm import Guidance, Janus, MetaQuery, TextSampling
 from unimm.models.uniworld.model import UniWorld
-from unimm.processing.images.io import open_image
-from unimm.sequence.packing import pack
+from unimm.processing.images.io import load_image
+from unimm.sequence.packing import pack_sequences
 
 TYPED = "say <|im_end|> please"
 
@@ -46,18 +46,18 @@ def pickled(x):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copied_tokenizer_still_takes_typed_markers_for_text(copied):
     model = UniWorld.from_pretrained(GOLDEN / "uniworld" / "dev")
-    tokenizer, marker = model.reader.tokenizer, model.reader.tokenizer.id("<|im_end|>")
+    tokenizer, marker = model.mllm.tokenizer, model.mllm.tokenizer.token_id("<|im_end|>")
     assert marker is not None and marker not in tokenizer.encode(TYPED)
     assert copied(tokenizer).encode(TYPED) == tokenizer.encode(TYPED)
-    clip = uniworld().parts.clip_captions
+    clip = uniworld().auxiliary.clip_tokenizer
     assert copied(clip)(["a <|endoftext|> bird"]).tolist() == clip(["a <|endoftext|> bird"]).tolist()
 
 
 def test_a_prepared_model_reads_the_same_prompt():
     model = UniWorld.from_pretrained(GOLDEN / "uniworld" / "dev")
-    reader, ready = model.reader, model.reader.prepared()
+    reader, ready = model.mllm, model.mllm.optimize_for_cpu()
     asked = [{"role": "user", "content": TYPED}]
-    assert torch.equal(*(one.prompts.conversation(asked)[-1].ids for one in (reader, ready)))
+    assert torch.equal(*(one.processor.conversation_parts(asked)[-1].ids for one in (reader, ready)))
 
 
 @pytest.mark.parametrize("name", ["bagel-nano", "janus-nano", "janusflow-nano", "metaquery-nano", "uniworld-nano"])
@@ -74,7 +74,7 @@ def test_a_model_is_saved_when_its_folder_is_gone(tmp_path, monkeypatch):
     model = UniWorld.from_pretrained("./source")
     source.rename(tmp_path / "elsewhere")
     model.save_pretrained(tmp_path / "again")
-    assert UniWorld.from_pretrained(tmp_path / "again").reader.tokenizer.encode(TYPED) == model.reader.tokenizer.encode(
+    assert UniWorld.from_pretrained(tmp_path / "again").mllm.tokenizer.encode(TYPED) == model.mllm.tokenizer.encode(
         TYPED
     )
 
@@ -90,7 +90,7 @@ def test_a_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch, janus,
     for name in ("./janus-nano", Path("janus-nano"), tmp_path / "janus-nano"):
         assert not unimm.load(name).decoder.embed.weight.any(), name
         assert not Janus.from_pretrained(name).decoder.embed.weight.any(), name
-    unimm.checkpoint.hub.remind_of_folder.cache_clear()
+    unimm.checkpoint.hub.warn_shadowed_folder.cache_clear()
     assert unimm.load("janus-nano").decoder.embed.weight.any()
     assert caplog.messages == ["janus-nano is the bundled model: for the folder of that name write ./janus-nano"]
 
@@ -121,7 +121,7 @@ def test_saving_over_another_model(tmp_path, janus):
 def test_a_home_folder(tmp_path, monkeypatch, janus):
     monkeypatch.setenv("HOME", str(tmp_path))
     janus.save_pretrained("~/kept")
-    assert (tmp_path / "kept" / "config.json").exists() and unimm.load("~/kept").cfg == janus.cfg
+    assert (tmp_path / "kept" / "config.json").exists() and unimm.load("~/kept").config == janus.config
 
 
 def test_another_family_is_named():
@@ -174,15 +174,15 @@ def test_prompts_that_are_none(bagel, janus, prompt):
     lambda: TextSampling(temperature=float("nan")),
     lambda: TextSampling(stop=("",)),
     lambda: TextSampling(stop=None),
-    lambda: unimm.CodeSampling(temperature=float("nan")),
-    lambda: Guidance(text=float("nan")),
-    lambda: Guidance(image=-1.0),
+    lambda: unimm.ImageTokenSampling(temperature=float("nan")),
+    lambda: Guidance(text_scale=float("nan")),
+    lambda: Guidance(image_scale=-1.0),
     lambda: Guidance(interval=(1.0, 0.0)),
     lambda: unimm.load("janus-nano").generate("a", guidance=float("nan")),
     lambda: unimm.load("metaquery-nano").generate("a", image_guidance=float("nan")),
     lambda: unimm.load("uniworld-nano").generate("a", guidance=float("nan")),
     lambda: unimm.load("janus-nano", dtype="float8_e4m3fn"),
-    lambda: toy(0).generate("a", shift=float("nan")),
+    lambda: toy(0).generate("a", timestep_shift=float("nan")),
     lambda: toy(0).generate("a", guidance={"text": 3}),
 ])  # fmt: skip
 def test_what_is_no_number(call):
@@ -191,8 +191,8 @@ def test_what_is_no_number(call):
 
 
 def test_a_number_is_the_texts_scale(bagel):
-    ours, default = bagel.generate("a b", guidance=3.0), bagel.cfg.defaults.draw
-    assert (pixels(ours) == pixels(bagel.generate("a b", guidance=replace(default, text=3.0)))).all()
+    ours, default = bagel.generate("a b", guidance=3.0), bagel.config.defaults.generate_guidance
+    assert (pixels(ours) == pixels(bagel.generate("a b", guidance=replace(default, text_scale=3.0)))).all()
 
 
 def test_a_stop_string_is_one(janus):
@@ -202,20 +202,21 @@ def test_a_stop_string_is_one(janus):
     for given in (stop, (stop,), [stop]):
         # however many tokens the model's config allows: a sampling that names no number keeps to that
         assert (
-            janus.understand(image, "describe the picture", text=TextSampling(stop=given)) == whole[: whole.index(stop)]
+            janus.understand(image, "describe the picture", text_sampling=TextSampling(stop=given))
+            == whole[: whole.index(stop)]
         )
 
 
 def test_one_question_in_a_list_streams(bagel, janus):
     for model in (bagel, janus):
         text = TextSampling(max_tokens=6)
-        assert "".join(model.understand(None, ["a b"], stream=True, text=text)) == model.understand(
-            None, "a b", text=text
+        assert "".join(model.understand(None, ["a b"], stream=True, text_sampling=text)) == model.understand(
+            None, "a b", text_sampling=text
         )
 
 
 def test_one_thing_to_go_on_from(bagel):
-    short = dict(outputs=("text",), text=TextSampling(max_tokens=4))
+    short = dict(outputs=("text",), text_sampling=TextSampling(max_tokens=4))
     assert list(bagel.interleave("a b", **short)) == list(bagel.interleave(["a b"], **short))
     assert list(bagel.interleave(picture(), **short)) == list(bagel.interleave([picture()], **short))
     with pytest.raises(ValueError, match="got outputs"):
@@ -230,20 +231,20 @@ def test_pictures_of_whole_numbers():
     grey = plain.convert("L")
     expected = np.asarray(grey.convert("RGB"))
     for other in (grey.convert("I"), Image.fromarray(np.asarray(grey).astype(np.int32))):
-        assert (np.asarray(open_image(other)) == expected).all()
+        assert (np.asarray(load_image(other)) == expected).all()
     wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert (np.asarray(open_image(wide)) == expected).all()
+    assert (np.asarray(load_image(wide)) == expected).all()
     with pytest.raises(ValueError, match="floats"):
-        open_image(Image.fromarray(np.asarray(grey).astype(np.float32) / 255))
+        load_image(Image.fromarray(np.asarray(grey).astype(np.float32) / 255))
     with pytest.raises(ValueError, match="0x0|expected a pixel"):
-        open_image(Image.new("RGB", (0, 0)))
+        load_image(Image.new("RGB", (0, 0)))
 
 
 def test_pictures_stand_upright(tmp_path):
     plain, exif = picture(24, 16), Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     plain.save(tmp_path / "a.png", exif=exif)
-    assert (np.asarray(open_image(tmp_path / "a.png")) == np.asarray(plain.transpose(Image.Transpose.ROTATE_270))).all()
+    assert (np.asarray(load_image(tmp_path / "a.png")) == np.asarray(plain.transpose(Image.Transpose.ROTATE_270))).all()
 
 
 # ---- torch's own switches
@@ -266,15 +267,15 @@ def test_other_default_dtypes(name, dtype):
 def test_a_model_that_is_cast(name):
     model = unimm.load(name).to(torch.bfloat16)
     assert model.generate("make it red", images=picture(64, 64)).image.size == (64, 64)
-    assert isinstance(model.understand(picture(64, 64), "what is it?", text=TextSampling(max_tokens=3)), str)
+    assert isinstance(model.understand(picture(64, 64), "what is it?", text_sampling=TextSampling(max_tokens=3)), str)
     if name == "uniworld-nano":
         assert model.respond("draw a red circle") is not None
 
 
 def test_a_pack_that_was_looked_at_serves_training(bagel):
-    drawn = bagel.items.drawn(torch.randn(3, 4, 6), time=0.4, noised=True)
-    batch = pack([[bagel.items.answer([1, 2, 3]), drawn]])
-    noise = torch.randn(6, bagel.cfg.latent_dim)
+    drawn = bagel.processor.latent_part(torch.randn(3, 4, 6), timestep=0.4, noised=True)
+    batch = pack_sequences([[bagel.processor.answer_part([1, 2, 3]), drawn]])
+    noise = torch.randn(6, bagel.config.latent_dim)
     model = copy.deepcopy(bagel)
     with torch.inference_mode():
         model(batch, noise)

@@ -8,10 +8,18 @@ import torch
 import torch.nn.functional as F
 from helpers.paths import ROOT
 
-from unimm.generation.decode import Rows
-from unimm.generation.kv_cache import EMPTY
-from unimm.kernels import Block, Mask, attention, use_kernels
-from unimm.nn.packed_linear import SMALL, Half, Int8, Pair, can_pack, linear_few_rows, pack
+from unimm.generation.decode import DecodeSession
+from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
+from unimm.nn.packed_linear import (
+    MIN_PACKED_WEIGHTS,
+    PackedFloat16,
+    PackedInt8,
+    SplitFloat16,
+    can_pack,
+    pack_weight,
+    packed_linear,
+)
 
 packs = pytest.mark.skipif(not can_pack(), reason="PyTorch has packed products on x86 alone")
 OUT, IN = 576, 600  # no multiples of what a product takes at once
@@ -32,20 +40,22 @@ def error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
 def test_packed_weights_lose_nothing(rows, bias):
     x = torch.randn(rows, IN)
-    for kind, dtype in ((Half, torch.bfloat16), (Half, torch.float16), (Pair, torch.float32)):
+    for kind, dtype in ((PackedFloat16, torch.bfloat16), (PackedFloat16, torch.float16), (SplitFloat16, torch.float32)):
         w, b = weights(dtype, bias=bias)
         # x in float32, so that nothing is rounded but the sums: 600 of them, 6e-8 each, in any order
         assert error(kind(w, b)(x), x, w, b) < 2e-6
-    assert error(Half(w, b)(x), x, w, b) > 1e-5  # half of a pair is not enough, and this test sees it
+    assert error(PackedFloat16(w, b)(x), x, w, b) > 1e-5  # half of a pair is not enough, and this test sees it
 
 
 @packs
 def test_a_pair_is_off_by_a_last_bit_at_most():
     w, _ = weights(torch.float32)
-    assert (Pair.lost(w).abs() <= 2.0**-23 * w.abs().clamp(min=2.0**-12)).all()  # near 0 float16's own steps end
-    assert Pair.lost(w).norm() < 2.0**-24 * w.norm()
+    assert (
+        SplitFloat16.rounding_error(w).abs() <= 2.0**-23 * w.abs().clamp(min=2.0**-12)
+    ).all()  # near 0 float16's own steps end
+    assert SplitFloat16.rounding_error(w).norm() < 2.0**-24 * w.norm()
     w, _ = weights(torch.bfloat16)
-    assert Half.lost(w).abs().max() < 2.0**-24
+    assert PackedFloat16.rounding_error(w).abs().max() < 2.0**-24
 
 
 @packs
@@ -53,41 +63,41 @@ def test_results_have_the_dtype_and_shape_of_x():
     w, b = weights(torch.bfloat16)
     x = torch.randn(1, 2, IN).bfloat16()
     with torch.no_grad():
-        y = linear_few_rows(x, w, b, pack(w, b))
+        y = packed_linear(x, w, b, pack_weight(w, b))
     assert y.dtype == torch.bfloat16 and y.shape == (1, 2, OUT)
     assert error(y[0], x[0], w, b) < 2.0**-8  # a rounding to bfloat16
 
 
 @packs
 def test_what_is_not_packed():
-    assert isinstance(pack(*weights(torch.float32)), Pair)
-    assert isinstance(pack(*weights(torch.bfloat16)), Half)
-    assert pack(*weights(torch.float64)) is None
-    assert pack(*weights(torch.float32, std=1e6)) is None  # infinite in float16
-    assert pack(*weights(torch.bfloat16, std=1e6)) is None
-    assert pack(*weights(torch.bfloat16, std=1e-6)) is None  # below what float16 tells apart
-    assert pack(torch.randn(SMALL // 8, 4), None) is None
-    assert pack(torch.randn(OUT, IN, device="meta"), None) is None
+    assert isinstance(pack_weight(*weights(torch.float32)), SplitFloat16)
+    assert isinstance(pack_weight(*weights(torch.bfloat16)), PackedFloat16)
+    assert pack_weight(*weights(torch.float64)) is None
+    assert pack_weight(*weights(torch.float32, std=1e6)) is None  # infinite in float16
+    assert pack_weight(*weights(torch.bfloat16, std=1e6)) is None
+    assert pack_weight(*weights(torch.bfloat16, std=1e-6)) is None  # below what float16 tells apart
+    assert pack_weight(torch.randn(MIN_PACKED_WEIGHTS // 8, 4), None) is None
+    assert pack_weight(torch.randn(OUT, IN, device="meta"), None) is None
 
 
 @packs
 def test_gradients_and_many_rows_take_the_plain_way():
     w, b = weights(torch.float32)
-    packed, x = pack(w, b), torch.randn(2, IN, requires_grad=True)
-    assert torch.equal(linear_few_rows(x, w, b, packed), F.linear(x, w, b))
-    (grad,) = torch.autograd.grad(linear_few_rows(x, w, b, packed).sum(), x)
+    packed, x = pack_weight(w, b), torch.randn(2, IN, requires_grad=True)
+    assert torch.equal(packed_linear(x, w, b, packed), F.linear(x, w, b))
+    (grad,) = torch.autograd.grad(packed_linear(x, w, b, packed).sum(), x)
     torch.testing.assert_close(grad, w.sum(0).expand(2, -1))
     with torch.no_grad():
-        many = torch.randn(Pair.MOST + 1, IN)
-        assert torch.equal(linear_few_rows(many, w, b, packed), F.linear(many, w, b))
-        assert not torch.equal(linear_few_rows(many[:2], w, b, packed), F.linear(many[:2], w, b))
+        many = torch.randn(SplitFloat16.MAX_ROWS + 1, IN)
+        assert torch.equal(packed_linear(many, w, b, packed), F.linear(many, w, b))
+        assert not torch.equal(packed_linear(many[:2], w, b, packed), F.linear(many[:2], w, b))
 
 
 @packs
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_int8(rows):
     w, b = weights(torch.float32)
-    x, product = torch.randn(rows, IN) * torch.logspace(-3, 3, rows)[:, None], Int8(w, b)
+    x, product = torch.randn(rows, IN) * torch.logspace(-3, 3, rows)[:, None], PackedInt8(w, b)
     y = product(x)
     for i in range(rows):  # each with its own scale, and sums that are exact
         assert torch.equal(product(x[i : i + 1])[0], y[i])
@@ -101,24 +111,24 @@ def test_decoding_samples_of_one_length_gathers_nothing():
     torch.manual_seed(0)
     k, v = torch.randn(2, 40, 2, 8)
     q = torch.randn(3, 4, 8, requires_grad=True)
-    even = Mask([[Block(9)]] * 3, queries=[1] * 3, key_starts=[2, 14, 26])
-    assert even.even == (2, 12, 9)
+    even = AttentionMask([[KeyRange(9)]] * 3, query_lengths=[1] * 3, key_starts=[2, 14, 26])
+    assert even.uniform_decode == (2, 12, 9)
     y = attention(q, k, v, even)
     with use_kernels("reference"):
         truth = attention(q, k, v, even)
     torch.testing.assert_close(y, truth)
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), q)[0] for t in (y, truth)))
-    alone = Mask([[Block(3, full=True), Block(2)]], queries=[1], key_starts=[4])
-    together = Mask([[Block(5)]] * 3, queries=[1] * 3, key_starts=[4, 9, 14])
+    alone = AttentionMask([[KeyRange(3, full=True), KeyRange(2)]], query_lengths=[1], key_starts=[4])
+    together = AttentionMask([[KeyRange(5)]] * 3, query_lengths=[1] * 3, key_starts=[4, 9, 14])
     torch.testing.assert_close(attention(q[:1], k, v, alone)[0], attention(q, k, v, together)[0])
     for samples, starts in (
-        ([[Block(9)], [Block(8)]], [0, 9]),  # lengths differ
-        ([[Block(9)]] * 3, [0, 9, 20]),  # steps differ
-        ([[Block(9)]] * 2, [9, 0]),
-        ([[Block(4, visible=False), Block(5)]] * 2, [0, 9]),  # not all is seen
+        ([[KeyRange(9)], [KeyRange(8)]], [0, 9]),  # lengths differ
+        ([[KeyRange(9)]] * 3, [0, 9, 20]),  # steps differ
+        ([[KeyRange(9)]] * 2, [9, 0]),
+        ([[KeyRange(4, visible=False), KeyRange(5)]] * 2, [0, 9]),  # not all is seen
     ):
-        assert Mask(samples, queries=[1] * len(samples), key_starts=starts).even is None
-    assert Mask([[Block(9)]] * 2).even is None
+        assert AttentionMask(samples, query_lengths=[1] * len(samples), key_starts=starts).uniform_decode is None
+    assert AttentionMask([[KeyRange(9)]] * 2).uniform_decode is None
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +148,7 @@ def model(bench):
 def test_the_rivals_choose_the_same_codes(bench, model, tmp_path):
     ids = [1, *range(10, 20), 4]
     codes = bench.ours(model)(ids, 2, 12)
-    assert torch.equal(bench.ours(model.prepared())(ids, 2, 12), codes)
+    assert torch.equal(bench.ours(model.optimize_for_cpu())(ids, 2, 12), codes)
     assert torch.equal(bench.captured(model)[0](ids, 2, 12), codes)
     model.save_pretrained(tmp_path, layout="transformers")
     theirs, _ = bench.transformers(tmp_path, torch.float32, "cpu")
@@ -149,11 +159,11 @@ def test_the_rivals_choose_the_same_codes(bench, model, tmp_path):
 @packs
 def test_a_prepared_model_is_the_same_model(bench, model, tmp_path):
     before = {name: type(part) for name, part in model.named_modules()}
-    ready = model.prepared()
+    ready = model.optimize_for_cpu()
     assert {name: type(part) for name, part in model.named_modules()} == before
     assert all(ours is theirs for ours, theirs in zip(ready.parameters(), model.parameters(), strict=True))
     kinds = {name: type(part).__name__ for name, part in ready.named_modules() if "Linear" in type(part).__name__}
-    assert kinds["decoder.blocks.0.streams.all.q"] == kinds["code_head.fc2"] == "PackedLinear"
+    assert kinds["decoder.blocks.0.experts.all.q"] == kinds["gen_head.fc2"] == "PackedLinear"
     assert not [name for name, kind in kinds.items() if kind != "Linear" and name.startswith("vision")]
     ready.save_pretrained(tmp_path)
     assert bench.Janus.from_pretrained(tmp_path).state_dict().keys() == model.state_dict().keys()
@@ -161,13 +171,13 @@ def test_a_prepared_model_is_the_same_model(bench, model, tmp_path):
 
 @packs
 def test_an_int8_model(bench, model, tmp_path):
-    small = model.prepared(int8=True)
+    small = model.optimize_for_cpu(int8=True)
     kept = sum(p.numel() for p in small.decoder.blocks.parameters())
     assert kept == sum(p.numel() for name, p in model.decoder.blocks.named_parameters() if "norm" in name)
     x, logits = torch.randn(2, 512), []
     for one in (model, small):
         with torch.inference_mode():
-            logits.append(one.code_logits(Rows(one, [EMPTY, EMPTY], 1)(x, 0)))
+            logits.append(one.image_logits(DecodeSession(one, [EMPTY_CACHE, EMPTY_CACHE], 1)(x, 0)))
     # 14 products of about 1 % each, in two layers that add to the stream
     assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.05
     with pytest.raises(ValueError, match="is in int8, which no file holds"):
@@ -177,12 +187,12 @@ def test_an_int8_model(bench, model, tmp_path):
 def test_int8_needs_the_products(model, monkeypatch):
     monkeypatch.setattr("unimm.nn.packed_linear.can_pack", lambda: False)
     with pytest.raises(ValueError, match="int8 needs PyTorch's x86 engine"):
-        model.prepared(int8=True)
+        model.optimize_for_cpu(int8=True)
 
 
 def test_the_cache_of_decoding_is_wide_on_a_cpu(bench):
     half = bench.build("toy", 1, torch.bfloat16, "cpu")
-    rows = Rows(half, [EMPTY, EMPTY], 3)
-    assert rows.cache.buffer.dtype == torch.float32
+    rows = DecodeSession(half, [EMPTY_CACHE, EMPTY_CACHE], 3)
+    assert rows.buffer.buffer.dtype == torch.float32
     with torch.inference_mode():
         assert rows(torch.randn(2, 512).bfloat16(), 0).dtype == torch.bfloat16

@@ -11,11 +11,11 @@ from helpers.paths import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
-from unimm.models.bagel.processor import Resize
-from unimm.nn.patches import patchify, places, unpatchify
+from unimm.models.bagel.processor import BagelImageProcessor
+from unimm.nn.patches import grid_position_ids, patchify, unpatchify
 from unimm.processing.images import io as pixels
-from unimm.processing.images.deepseek_vl import PadSquare
-from unimm.processing.images.io import CropSquare, open_image, to_image, to_tensor
+from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
+from unimm.processing.images.io import CropSquare, load_image, pil_to_tensor, tensor_to_pil
 
 PREPROC = GOLDEN / "janus" / "preproc"
 NOTES = json.loads((PREPROC / "io.json").read_text())
@@ -24,44 +24,44 @@ SIZES = {name: entry["desc"] for name, entry in NOTES.items() if "image_size" in
 
 def test_modes_become_rgb(tmp_path):
     grey = Image.fromarray(np.full((4, 5), 100, np.uint8))
-    assert np.asarray(open_image(grey)).tolist() == [[[100] * 3] * 5] * 4
+    assert np.asarray(load_image(grey)).tolist() == [[[100] * 3] * 5] * 4
     sixteen = Image.fromarray(np.full((4, 5), 100 * 257, np.uint16))
-    assert np.asarray(open_image(sixteen)).tolist() == [[[100] * 3] * 5] * 4
+    assert np.asarray(load_image(sixteen)).tolist() == [[[100] * 3] * 5] * 4
     clear = Image.new("RGBA", (5, 4), (10, 20, 30, 0))
-    assert np.asarray(open_image(clear)).min() == 255, "transparency shows white"
-    half = np.asarray(open_image(Image.new("RGBA", (1, 1), (0, 0, 0, 128))))[0, 0]
+    assert np.asarray(load_image(clear)).min() == 255, "transparency shows white"
+    half = np.asarray(load_image(Image.new("RGBA", (1, 1), (0, 0, 0, 128))))[0, 0]
     assert abs(int(half[0]) - 127) <= 1
     palette = Image.new("P", (2, 2))
     palette.info["transparency"] = 0
-    assert open_image(palette).mode == "RGB"
+    assert load_image(palette).mode == "RGB"
     sixteen.save(tmp_path / "sixteen.png")
-    assert np.asarray(open_image(tmp_path / "sixteen.png"))[0, 0].tolist() == [100] * 3
+    assert np.asarray(load_image(tmp_path / "sixteen.png"))[0, 0].tolist() == [100] * 3
 
 
 def test_broken_pictures_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no image at"):
-        open_image(tmp_path / "none.png")
+        load_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot read"):
-        open_image(tmp_path / "text.png")
+        load_image(tmp_path / "text.png")
     data = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(data, "PNG")
     (tmp_path / "short.png").write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
     with pytest.raises(ValueError, match="broken or cut short"):
-        open_image(tmp_path / "short.png")
+        load_image(tmp_path / "short.png")
     with pytest.raises(ValueError, match="type ndarray.*expected a PIL image or a path"):
-        open_image(np.zeros((4, 4, 3)))
+        load_image(np.zeros((4, 4, 3)))
     monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11x10: expected at most 100 pixels"):
-        open_image(Image.new("RGB", (11, 10)))
+        load_image(Image.new("RGB", (11, 10)))
 
 
 def test_pixels_go_there_and_back():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
-    x = to_tensor(image)
+    x = pil_to_tensor(image)
     assert x.shape == (3, 6, 9) and -1 <= x.min() and x.max() <= 1
-    assert np.abs(np.asarray(to_image(x)).astype(int) - np.asarray(image)).max() <= 1
-    assert np.asarray(to_image(torch.full((3, 1, 1), 9.0))).tolist() == [[[255] * 3]]
+    assert np.abs(np.asarray(tensor_to_pil(x)).astype(int) - np.asarray(image)).max() <= 1
+    assert np.asarray(tensor_to_pil(torch.full((3, 1, 1), 9.0))).tolist() == [[[255] * 3]]
 
 
 @pytest.mark.parametrize(("patch", "h", "w"), [(1, 3, 2), (2, 4, 6), (3, 3, 9)])
@@ -75,43 +75,45 @@ def test_patches(patch, h, w):
 
 
 def test_places():
-    assert places(2, 3, 10).tolist() == [0, 1, 2, 10, 11, 12]
+    assert grid_position_ids(2, 3, 10).tolist() == [0, 1, 2, 10, 11, 12]
     with pytest.raises(ValueError, match="2x11 patches.*at most 10x10"):
-        places(2, 11, 10)
-    spread = places(2, 2, 10, interpolate=True)
+        grid_position_ids(2, 11, 10)
+    spread = grid_position_ids(2, 2, 10, interpolate=True)
     assert spread.tolist() == [0, 5, 50, 55]
 
 
 def test_resize_keeps_its_promises():
-    rule = Resize(longest=112, shortest=48, stride=16)
+    rule = BagelImageProcessor(max_size=112, min_size=48, stride=16)
     for size in ((1, 1), (300, 20), (20, 300), (57, 91), (112, 112), (5000, 5000)):
-        w, h = rule.size(*size)
+        w, h = rule.output_size(*size)
         assert w % 16 == h % 16 == 0 and 16 <= min(w, h) and max(w, h) <= 112
-    assert rule(Image.new("RGB", (57, 91))).size == rule.size(57, 91)
+    assert rule(Image.new("RGB", (57, 91))).size == rule.output_size(57, 91)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_squares_equal_the_original(name):
     stored, group = load_file(PREPROC / "io.safetensors"), name.removesuffix("/image")
     size, least = map(int, re.findall(r"size=(\d+)", SIZES[name]))
-    rule, image = PadSquare(size=size, min_size=least), Image.fromarray(stored[name].numpy())
+    rule, image = DeepseekVLImageProcessor(size=size, min_size=least), Image.fromarray(stored[name].numpy())
     assert np.array_equal(np.asarray(rule(image)).transpose(2, 0, 1), stored[f"{group}/resized"].numpy())
     # the same operations in the same precisions: equal, and one rounding is allowed
-    assert (rule.pixels(image)[None] - stored[f"{group}/pixel_values"]).abs().max() <= 1e-6
-    assert torch.equal(rule.pixels(rule(image)), rule.pixels(image)), "a square of the right size stays as it is"
+    assert (rule.preprocess(image)[None] - stored[f"{group}/pixel_values"]).abs().max() <= 1e-6
+    assert torch.equal(rule.preprocess(rule(image)), rule.preprocess(image)), (
+        "a square of the right size stays as it is"
+    )
 
 
 def test_square_config():
     files = {"image_size": 96, "min_size": 8, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.3, 0.2, 0.1]}
-    rule = PadSquare.from_files(
+    rule = DeepseekVLImageProcessor.from_json(
         files | {"background_color": [0, 0, 0], "image_processor_type": "VLMImageProcessor"}, size=32
     )
-    assert rule == PadSquare(size=96, min_size=8, mean=(0.48, 0.46, 0.41), std=(0.3, 0.2, 0.1))
-    assert rule.fill == (122, 117, 104), "cut, not rounded"
-    assert PadSquare.from_files(json.loads(json.dumps(rule.to_files())), size=1) == rule
-    assert PadSquare.from_files({}, size=32) == PadSquare(size=32)
-    assert PadSquare(size=32).fill == (127, 127, 127)
-    assert rule.pixels(Image.new("RGB", (20, 40))).shape == (3, 96, 96)
+    assert rule == DeepseekVLImageProcessor(size=96, min_size=8, mean=(0.48, 0.46, 0.41), std=(0.3, 0.2, 0.1))
+    assert rule.background_color == (122, 117, 104), "cut, not rounded"
+    assert DeepseekVLImageProcessor.from_json(json.loads(json.dumps(rule.to_json())), size=1) == rule
+    assert DeepseekVLImageProcessor.from_json({}, size=32) == DeepseekVLImageProcessor(size=32)
+    assert DeepseekVLImageProcessor(size=32).background_color == (127, 127, 127)
+    assert rule.preprocess(Image.new("RGB", (20, 40))).shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_square_config():
 )
 def test_wrong_square_configs(files):
     with pytest.raises(ValueError, match=r"got .*expected .*"):
-        PadSquare.from_files(files, size=32)
+        DeepseekVLImageProcessor.from_json(files, size=32)
 
 
 @pytest.mark.parametrize("size", [(48, 31), (31, 48), (16, 16), (7, 500), (33, 20)])

@@ -10,8 +10,8 @@ from helpers.paths import GOLDEN as STORE
 from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, Level, keys, linear_attention, load_dc_ae
+from unimm.checkpoint.save import released_state_dict
+from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, DCAELevel, dc_ae_key_map, linear_attention, load_dc_ae
 
 GOLDEN = STORE / "blocks"
 CONVOLUTIONS, ATTENTION = "ResBlock", "EfficientViTBlock"
@@ -43,13 +43,13 @@ def assert_equal(got, expected):
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    return DCAE(DCAEConfig.from_files(three())).eval().requires_grad_(False)
+    return DCAE(DCAEConfig.from_json(three())).eval().requires_grad_(False)
 
 
 def write(folder: Path, model: DCAE) -> Path:
     """A folder in the released layout."""
-    (folder / "config.json").write_text(json.dumps(model.config.to_files()))
-    save_file(released_state(model, keys(model.config)), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
+    save_file(released_state_dict(model, dc_ae_key_map(model.config)), folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 
@@ -57,10 +57,10 @@ def test_manifest_fits_the_released_model():
     manifest = json.loads((GOLDEN / "manifests.json").read_text())["dcae_f32c32_sana"]
     shapes = {key: tuple(shape) for key, shape in manifest.items()}
     with torch.device("meta"):
-        model = DCAE(DCAEConfig.from_files(RELEASED))
+        model = DCAE(DCAEConfig.from_json(RELEASED))
     assert sum(p.numel() for p in model.parameters()) == 312_250_275 and len(shapes) == 375
     assert model.config.stride == 32
-    state, table = model.state_dict(), keys(model.config)
+    state, table = model.state_dict(), dc_ae_key_map(model.config)
     assert {place.name for place in check_keys(shapes, table, state, "here").values()} == set(state)
     lost = "encoder.down_blocks.4.1.attn.to_v.weight"
     with pytest.raises(CheckpointError, match=f"missing keys: {lost}"):
@@ -80,8 +80,8 @@ def test_equal_to_diffusers(tmp_path, files):
     ours = load_dc_ae(tmp_path)
     image = torch.rand(2, 3, 3 * ours.config.stride, 2 * ours.config.stride) * 2 - 1
     latent = theirs.encode(image).latent
-    assert_equal(ours.encode(image), ours.config.scale * latent)
-    assert_equal(ours.decode(ours.config.scale * latent), theirs.decode(latent).sample)
+    assert_equal(ours.encode(image), ours.config.scaling_factor * latent)
+    assert_equal(ours.decode(ours.config.scaling_factor * latent), theirs.decode(latent).sample)
     # and what we write, diffusers reads
     again = AutoencoderDC.from_pretrained(write(tmp_path, ours))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
@@ -125,10 +125,10 @@ def test_gradients_reach_every_parameter(small):
 
 def test_config_round_trips():
     for files in (FILES, RELEASED, three(), three(**PLAIN)):
-        config = DCAEConfig.from_files(files)
-        assert DCAEConfig.from_files(json.loads(json.dumps(config.to_files()))) == config
-    assert DCAEConfig.from_files(three()).encoder[1] == Level(width=8, n_blocks=2, kernels=(3, 5))
-    assert DCAEConfig.from_files(three(decoder_norm_types=["rms_norm"] * 3)) == DCAEConfig.from_files(three())
+        config = DCAEConfig.from_json(files)
+        assert DCAEConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert DCAEConfig.from_json(three()).encoder[1] == DCAELevel(width=8, n_blocks=2, kernels=(3, 5))
+    assert DCAEConfig.from_json(three(decoder_norm_types=["rms_norm"] * 3)) == DCAEConfig.from_json(three())
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_config_round_trips():
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        DCAEConfig.from_files(three(**changes))
+        DCAEConfig.from_json(three(**changes))
     with pytest.raises(ValueError, match="lacks latent_channels"):
-        DCAEConfig.from_files({})
+        DCAEConfig.from_json({})
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 8), (1, 1, 8, 8), (3, 8, 8)])

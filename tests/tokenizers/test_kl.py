@@ -7,10 +7,17 @@ import torch
 from helpers.paths import GOLDEN as STORE
 from safetensors.torch import load_file
 
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 
 GOLDEN = STORE / "bagel" / "dev"
-SMALL = {"width": 32, "multipliers": (1, 2), "n_blocks": 2, "latent_channels": 3, "scale": 0.5, "shift": 0.25}
+SMALL = {
+    "width": 32,
+    "channel_multipliers": (1, 2),
+    "n_res_blocks": 2,
+    "latent_channels": 3,
+    "scaling_factor": 0.5,
+    "shift_factor": 0.25,
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def stored():
 @pytest.fixture(scope="module")
 def released():
     files = json.loads((GOLDEN / "config.json").read_text())
-    vae = VAE(VAEConfig.from_files(files["vae_config"]))
+    vae = AutoencoderKL(AutoencoderKLConfig.from_json(files["vae_config"]))
     vae.load_state_dict(load_file(GOLDEN / "ae.safetensors"))
     return vae.eval().requires_grad_(False)
 
@@ -29,7 +36,7 @@ def released():
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    return VAE(VAEConfig(**SMALL)).eval().requires_grad_(False)
+    return AutoencoderKL(AutoencoderKLConfig(**SMALL)).eval().requires_grad_(False)
 
 
 def assert_equal(got, expected):
@@ -55,7 +62,7 @@ def test_pixels_equal_the_original(released, stored):
 
 def test_released_size():
     with torch.device("meta"):
-        vae = VAE(VAEConfig())
+        vae = AutoencoderKL(AutoencoderKLConfig())
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
     assert vae.config.stride == 8
     shapes = {name: tuple(p.shape) for name, p in vae.named_parameters()}
@@ -84,7 +91,7 @@ def test_a_picture_does_not_depend_on_its_batch(small):
 
 
 def test_gradients_reach_every_parameter():
-    vae = VAE(VAEConfig(**SMALL))
+    vae = AutoencoderKL(AutoencoderKLConfig(**SMALL))
     mean, logvar = vae.moments(torch.rand(1, 3, 8, 8))
     (vae.decode(mean + logvar).square().mean()).backward()
     assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -96,18 +103,18 @@ def test_channels_last_changes_nothing(small):
 
 
 def test_config_files_round_trip():
-    config = VAEConfig(**SMALL)
-    files = config.to_files()
+    config = AutoencoderKLConfig(**SMALL)
+    files = config.to_json()
     assert json.loads(json.dumps(files)) == files
     assert files["downsample"] == config.stride == 2
-    assert VAEConfig.from_files(files) == config
+    assert AutoencoderKLConfig.from_json(files) == config
 
 
 def test_missing_keys_are_the_released_numbers():
-    assert VAEConfig.from_files({"z_channels": 16, "downsample": 8}) == VAEConfig()
-    assert VAEConfig() == VAEConfig(
-        in_channels=3, out_channels=3, width=128, multipliers=(1, 2, 4, 4), n_blocks=2, latent_channels=16,
-        scale=0.3611, shift=0.1159,
+    assert AutoencoderKLConfig.from_json({"z_channels": 16, "downsample": 8}) == AutoencoderKLConfig()
+    assert AutoencoderKLConfig() == AutoencoderKLConfig(
+        in_channels=3, out_channels=3, width=128, channel_multipliers=(1, 2, 4, 4), n_res_blocks=2, latent_channels=16,
+        scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
 
 
@@ -123,7 +130,7 @@ def test_missing_keys_are_the_released_numbers():
 )
 def test_wrong_configs(files, words):
     with pytest.raises(ValueError, match=words):
-        VAEConfig.from_files(files)
+        AutoencoderKLConfig.from_json(files)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 8), (1, 3, 8, 9), (1, 1, 8, 8), (3, 8, 8)])

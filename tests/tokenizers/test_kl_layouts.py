@@ -9,11 +9,23 @@ from helpers.cases import found
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.tokenizers.kl import VAE, VAEConfig
-from unimm.tokenizers.kl_layouts import ATTENTION, OLD_ATTENTION, diffusers_keys, load_vae
+from unimm.checkpoint.save import released_state_dict
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
+from unimm.tokenizers.kl_layouts import (
+    ATTENTION_NAMES,
+    LEGACY_ATTENTION_NAMES,
+    kl_diffusers_key_map,
+    load_autoencoder_kl,
+)
 
-SMALL = {"width": 32, "multipliers": (1, 2, 2), "n_blocks": 1, "latent_channels": 4, "scale": 0.13025, "shift": 0.0}
+SMALL = {
+    "width": 32,
+    "channel_multipliers": (1, 2, 2),
+    "n_res_blocks": 1,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "shift_factor": 0.0,
+}
 SDXL = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.18.0.dev0",
@@ -36,14 +48,14 @@ def assert_equal(got, expected):
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def small(**numbers) -> VAE:
-    return VAE(VAEConfig(**SMALL | numbers)).eval().requires_grad_(False)
+def small(**numbers) -> AutoencoderKL:
+    return AutoencoderKL(AutoencoderKLConfig(**SMALL | numbers)).eval().requires_grad_(False)
 
 
-def write(folder: Path, vae: VAE, *, attention=ATTENTION) -> Path:
+def write(folder: Path, vae: AutoencoderKL, *, attention=ATTENTION_NAMES) -> Path:
     """A folder in diffusers' layout."""
     (folder / "config.json").write_text(json.dumps(vae.config.to_diffusers()))
-    state = released_state(vae, diffusers_keys(vae.config, attention=attention))
+    state = released_state_dict(vae, kl_diffusers_key_map(vae.config, attention=attention))
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     return folder
 
@@ -51,7 +63,7 @@ def write(folder: Path, vae: VAE, *, attention=ATTENTION) -> Path:
 @torch.inference_mode()
 def test_stored_outputs():
     case = found("blocks/fluxvae/dev")
-    vae, stored = load_vae(case), load_file(case / "io.safetensors")
+    vae, stored = load_autoencoder_kl(case), load_file(case / "io.safetensors")
     assert_equal(torch.cat(vae.moments(stored["image"]), 1), stored["moments"])
     assert_equal(vae.encode(stored["image"]), stored["latent"])
     assert_equal(vae.encode(stored["image"], noise=stored["posterior_noise"]), stored["latent_sampled"])
@@ -59,18 +71,18 @@ def test_stored_outputs():
 
 
 def test_sdxl_has_its_released_size():
-    config = VAEConfig.from_diffusers(SDXL)
-    assert config == VAEConfig(latent_channels=4, scale=0.13025, shift=0.0, quant_convs=True)
+    config = AutoencoderKLConfig.from_diffusers(SDXL)
+    assert config == AutoencoderKLConfig(latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_convs=True)
     with torch.device("meta"):
-        vae = VAE(config)
+        vae = AutoencoderKL(config)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    shapes = {key: tuple(x.shape) for key, x in released_state(vae, diffusers_keys(config)).items()}
+    shapes = {key: tuple(x.shape) for key, x in released_state_dict(vae, kl_diffusers_key_map(config)).items()}
     assert len(shapes) == 248
     assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.bias"] == (4,)
     assert shapes["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)
     assert shapes["decoder.up_blocks.3.resnets.0.conv1.weight"] == (128, 256, 3, 3)
     assert shapes["encoder.mid_block.attentions.0.to_out.0.weight"] == (512, 512)
-    assert len(check_keys(shapes, diffusers_keys(config), vae.state_dict(), "here")) == 248
+    assert len(check_keys(shapes, kl_diffusers_key_map(config), vae.state_dict(), "here")) == 248
 
 
 @pytest.mark.parametrize("quant_convs", [True, False])
@@ -85,8 +97,8 @@ def test_equal_to_diffusers(tmp_path, quant_convs, widths):
         up_block_types=["UpDecoderBlock2D"] * len(widths),
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
-    ours, image = load_vae(tmp_path), torch.rand(2, 3, 16, 24) * 2 - 1
-    assert ours.config.quant_convs == quant_convs and ours.config.shift == 0
+    ours, image = load_autoencoder_kl(tmp_path), torch.rand(2, 3, 16, 24) * 2 - 1
+    assert ours.config.quant_convs == quant_convs and ours.config.shift_factor == 0
     latent = theirs.encode(image).latent_dist.mean * 0.3
     assert_equal(ours.encode(image), latent)
     assert_equal(ours.decode(latent), theirs.decode(latent / 0.3).sample)
@@ -100,15 +112,17 @@ def test_equal_to_diffusers(tmp_path, quant_convs, widths):
 def test_round_trips(tmp_path, quant_convs):
     vae, image = small(quant_convs=quant_convs), torch.rand(1, 3, 16, 16)
     config = vae.config
-    assert VAEConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
-    assert VAEConfig.from_files(json.loads(json.dumps(config.to_files()))) == config
-    for attention in (ATTENTION, OLD_ATTENTION):
-        assert torch.equal(load_vae(write(tmp_path, vae, attention=attention)).encode(image), vae.encode(image))
+    assert AutoencoderKLConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
+    assert AutoencoderKLConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for attention in (ATTENTION_NAMES, LEGACY_ATTENTION_NAMES):
+        assert torch.equal(
+            load_autoencoder_kl(write(tmp_path, vae, attention=attention)).encode(image), vae.encode(image)
+        )
     flux = tmp_path / "flux"
     flux.mkdir()
-    (flux / "vae_config.json").write_text(json.dumps(config.to_files()))
+    (flux / "vae_config.json").write_text(json.dumps(config.to_json()))
     save_file(vae.state_dict(), flux / "ae.safetensors")
-    assert torch.equal(load_vae(flux).encode(image), vae.encode(image))
+    assert torch.equal(load_autoencoder_kl(flux).encode(image), vae.encode(image))
 
 
 @torch.inference_mode()
@@ -116,11 +130,11 @@ def test_quant_convs_act_on_both_sides():
     vae, image = small(quant_convs=True), torch.rand(1, 3, 8, 8)
     mean, logvar = vae.moments(image)
     assert_equal(torch.cat((mean, logvar), 1), vae.quant_conv(vae.encoder(image)))
-    assert_equal(vae.decode(mean * vae.config.scale), vae.decoder(vae.post_quant_conv(mean)))
+    assert_equal(vae.decode(mean * vae.config.scaling_factor), vae.decoder(vae.post_quant_conv(mean)))
 
 
 def test_load_casts(tmp_path):
-    vae = load_vae(write(tmp_path, small()), dtype=torch.bfloat16)
+    vae = load_autoencoder_kl(write(tmp_path, small()), dtype=torch.bfloat16)
     assert {p.dtype for p in vae.parameters()} == {torch.bfloat16} and not vae.training
 
 
@@ -137,14 +151,14 @@ def test_load_casts(tmp_path):
 )
 def test_wrong_configs(files, words):
     with pytest.raises(ValueError, match=words):
-        VAEConfig.from_diffusers(SDXL | files)
+        AutoencoderKLConfig.from_diffusers(SDXL | files)
 
 
 def test_wrong_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights in .*expected ae\.safetensors"):
-        load_vae(tmp_path)
+        load_autoencoder_kl(tmp_path)
     write(tmp_path, small())
     files = small(quant_convs=True).config.to_diffusers()
     (tmp_path / "config.json").write_text(json.dumps(files))
     with pytest.raises(CheckpointError, match=r"missing keys: post_quant_conv\.bias"):
-        load_vae(tmp_path)
+        load_autoencoder_kl(tmp_path)

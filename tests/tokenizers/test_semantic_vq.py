@@ -8,14 +8,14 @@ import torch
 from helpers.paths import RECIPES
 from safetensors.torch import load_file, save_file
 
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.encoders.timm_vit import Tower, TowerConfig
-from unimm.tokenizers.semantic_vq import BranchConfig, SemanticVQ
+from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
+from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.tokenizers.vq import VQConfig
 from unimm.training.config import read_recipe
-from unimm.training.tasks.base import build
-from unimm.training.tasks.semantic_vq import teacher
-from unimm.training.tasks.vq import fresh, save_vq
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.semantic_vq import load_teacher
+from unimm.training.tasks.vq import init_vq, save_vq
 from unimm.training.trainer import train
 
 VIT = dict(
@@ -29,8 +29,8 @@ BRANCH = dict(dim=32, n_layers=2, n_heads=2, mlp_dim=48, side=16)
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    vq = VQConfig(width=32, multipliers=(1, 2), n_blocks=1, latent_channels=32, n_codes=24, code_dim=4)
-    branch = BranchConfig(code_dim=4, out_dim=6, **BRANCH | {"side": 5})
+    vq = VQConfig(width=32, channel_multipliers=(1, 2), n_res_blocks=1, latent_channels=32, n_codes=24, code_dim=4)
+    branch = SemanticBranchConfig(code_dim=4, out_dim=6, **BRANCH | {"side": 5})
     return SemanticVQ(vq, branch).eval().requires_grad_(False)
 
 
@@ -39,12 +39,20 @@ def recipe(tmp_path_factory):
     """The recipe with small numbers, around an untrained ViT."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    save_file(NaViT(VisionConfig.from_files(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
     full = read_recipe(RECIPES / "janus-nano-semantic.yaml")
     model = {"vq": MODEL, "branch": BRANCH, "teacher": VIT}
-    options = {**full.options, "judged": 4, "teacher": str(folder), "start": None}
+    options = {**full.options, "scored_scenes": 4, "teacher": str(folder), "init_from": None}
     return dataclasses.replace(
-        full, model=model, options=options, steps=6, batch=2, precision="float32", warmup=0, lr=3e-3, average=0.0
+        full,
+        model=model,
+        options=options,
+        steps=6,
+        batch_size=2,
+        precision="float32",
+        warmup_steps=0,
+        lr=3e-3,
+        ema_decay=0.0,
     )
 
 
@@ -66,10 +74,10 @@ def test_a_code_is_read_with_those_before_it(small):
 def test_wrong_branches(small):
     with pytest.raises(ValueError, match="holds at most 5x5"):
         small.features(torch.zeros(1, 6).long(), grid=(6, 1))
-    files = small.branch.config.to_files()
-    assert BranchConfig.from_files(json.loads(json.dumps(files))) == small.branch.config
+    files = small.branch.config.to_json()
+    assert SemanticBranchConfig.from_json(json.loads(json.dumps(files))) == small.branch.config
     with pytest.raises(ValueError, match="expected \\['code_dim'"):
-        BranchConfig.from_files({**files, "depth": 3})
+        SemanticBranchConfig.from_json({**files, "depth": 3})
     with pytest.raises(ValueError, match="multiple of n_heads"):
         dataclasses.replace(small.branch.config, n_heads=3)
     with pytest.raises(ValueError, match="codes of 4, expected 8"):
@@ -78,34 +86,36 @@ def test_wrong_branches(small):
 
 def test_teachers_see_as_their_encoders(tmp_path):
     torch.manual_seed(0)
-    tower = Tower(TowerConfig.from_files(TIMM)).eval()
+    tower = TimmVisionEncoder(TimmEncoderConfig.from_json(TIMM)).eval()
     for p in tower.parameters():  # built to be loaded, so it holds anything
         torch.nn.init.normal_(p, std=0.1)
     save_file(tower.trunk.state_dict(), tmp_path / "vision.safetensors")
     image = torch.rand(2, 3, 64, 64) * 2 - 1
-    seen = teacher(TIMM, tmp_path)
+    seen = load_teacher(TIMM, tmp_path)
     assert seen.out_dim == 32 and seen(image).shape == (2, 32, 4, 4)
     torch.testing.assert_close(seen(image).flatten(2).mT, tower(image))
-    save_file(NaViT(VisionConfig.from_files(VIT, drop_last=True)).state_dict(), tmp_path / "vision.safetensors")
-    seen = teacher(VIT, tmp_path)
+    save_file(
+        SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), tmp_path / "vision.safetensors"
+    )
+    seen = load_teacher(VIT, tmp_path)
     assert seen.out_dim == 32 and seen(image[..., :32]).shape == (2, 32, 4, 2)
     torch.testing.assert_close(seen(image[1:]), seen(image)[1:], rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in seen.parameters())
     with pytest.raises(ValueError, match=r"no vision.safetensors in .*run `unimm train bagel-nano-vit"):
-        teacher(VIT, tmp_path / "none")
+        load_teacher(VIT, tmp_path / "none")
 
 
 def test_a_code_is_taught_the_patch_it_lies_in(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     image = objective.batch(0).image
-    seen = objective.seen(image, (16, 16)).unflatten(1, (16, 16))
+    seen = objective.teacher_features(image, (16, 16)).unflatten(1, (16, 16))
     patches = objective.teacher(image)
     assert patches.shape == (2, 32, 4, 4)
     torch.testing.assert_close(seen[:, 7, 13], patches[:, :, 1, 3])
 
 
 def test_what_is_said_teaches_the_encoder(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     objective.losses(objective.batch(0))["cosine"].backward()
     grads = {name: p.grad is not None and bool(p.grad.any()) for name, p in objective.model.named_parameters()}
     assert all(given for name, given in grads.items() if name.startswith("branch."))
@@ -114,7 +124,7 @@ def test_what_is_said_teaches_the_encoder(recipe):
 
 
 def test_steps_teach_and_are_written(recipe, tmp_path):
-    objective = build(recipe)
+    objective = build_task(recipe)
     before = {name: loss.item() for name, loss in objective.losses(objective.batch(0)).items()}
     assert set(before) == set(objective.loss_names) - {"entropy"}
     train(objective, recipe, tmp_path, workers=0)
@@ -122,8 +132,8 @@ def test_steps_teach_and_are_written(recipe, tmp_path):
     assert all(after[name] < before[name] for name in ("l1", "mse", "cosine", "features")), (before, after)
     release = tmp_path / "release"
     files = json.loads((release / "vq_config.json").read_text())
-    branch = BranchConfig.from_files(json.loads((release / "semantic_config.json").read_text()))
-    model = SemanticVQ(VQConfig.from_files(files["params"], files["cls"]), branch)
+    branch = SemanticBranchConfig.from_json(json.loads((release / "semantic_config.json").read_text()))
+    model = SemanticVQ(VQConfig.from_json(files["params"], files["cls"]), branch)
     model.vq.load_state_dict(load_file(release / "vq.safetensors"))
     model.branch.load_state_dict(load_file(release / "semantic.safetensors"))
     report = json.loads((release / "report.json").read_text())
@@ -132,7 +142,7 @@ def test_steps_teach_and_are_written(recipe, tmp_path):
 
 def test_starts_from_a_trained_tokenizer(recipe, tmp_path):
     torch.manual_seed(5)
-    vq = fresh(build(recipe).model.vq.config)
+    vq = init_vq(build_task(recipe).model.vq.config)
     save_vq(vq, tmp_path, torch.float32)
-    started = build(dataclasses.replace(recipe, options={**recipe.options, "start": str(tmp_path)})).model.vq
+    started = build_task(dataclasses.replace(recipe, options={**recipe.options, "init_from": str(tmp_path)})).model.vq
     assert all(torch.equal(x, started.state_dict()[name]) for name, x in vq.state_dict().items())

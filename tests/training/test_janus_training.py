@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unimm import Janus
-from unimm.data.batching import THOUGHTS, taken
-from unimm.data.shapes import HELD_OUT, example, read
-from unimm.sequence.parts import IGNORE
+from unimm.data.batching import THOUGHT_TASKS, training_example
+from unimm.data.shapes import HELD_OUT, example, parse_scene
+from unimm.sequence.parts import IGNORE_INDEX
 from unimm.training.config import read_recipe
 from unimm.training.tasks import janus
-from unimm.training.tasks.base import build
-from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
 from unimm.training.trainer import Trainer, train
 
 STAGES = ("janus-nano-stage1", "janus-nano-stage2", "janus-nano-stage3")
@@ -28,19 +28,19 @@ TABLE = {  # docs/originals/janus.md, "Training": lr, schedule, weight decay, un
     STAGES[1]: (1e-4, "constant", 0.0, (2, 3, 5)),
     STAGES[2]: (2e-5, "constant", 0.1, (7, 3, 10)),
 }
-ADAPTORS = {"aligner", "code_aligner", "code_head"}
+ADAPTORS = {"aligner", "gen_aligner", "gen_head"}
 TRAINED = {
     STAGES[0]: ADAPTORS,
-    STAGES[1]: ADAPTORS | {"code_embed", "decoder"},
-    STAGES[2]: ADAPTORS | {"code_embed", "decoder", "vision"},
-    "janus-nano": ADAPTORS | {"code_embed", "decoder"},
+    STAGES[1]: ADAPTORS | {"gen_embed", "decoder"},
+    STAGES[2]: ADAPTORS | {"gen_embed", "decoder", "vision"},
+    "janus-nano": ADAPTORS | {"gen_embed", "decoder"},
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_text_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(janus, "text_model", text_model)
+        patch.setattr(janus, "train_tokenizer", text_model)
         yield
 
 
@@ -55,18 +55,18 @@ def objective(folder):
     tasks = dict.fromkeys(
         [*read_recipe(RECIPES / "janus-nano.yaml").options["tasks"], "fact.forward", "fact.math2", "reason.map1"], 1
     )
-    return build(small("janus-nano", folder, options={"tasks": tasks, "dropout": 0.2}, batch=len(tasks)))
+    return build_task(small("janus-nano", folder, options={"tasks": tasks, "dropout": 0.2}, batch_size=len(tasks)))
 
 
 def of(objective, *tasks, dropout=0.0, seed=0):
     """A batch of examples of some tasks."""
     worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=dropout))
-    return worlds.batch([taken(task, i, seed=seed) for i, task in enumerate(tasks)], random.Random(0))
+    return worlds.batch([training_example(task, i, seed=seed) for i, task in enumerate(tasks)], random.Random(0))
 
 
 def same(a, b):
     return all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "text_groups", "draw_groups")
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "text_kinds", "image_kinds")
     ) and (torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.pack.draw.content, b.pack.draw.content))
 
 
@@ -83,19 +83,19 @@ def test_batches_are_a_function_of_seed_and_step_and_need_no_model(objective):
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    assert set(batch.draw_groups.tolist()) == set(range(len(DRAWINGS)))
-    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
-    assert len(batch.draw_groups) == len(batch.pack.draw.content) == 16 * len(batch.images)
-    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert set(batch.image_kinds.tolist()) == set(range(len(IMAGE_KINDS)))
+    assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
+    assert len(batch.image_kinds) == len(batch.pack.draw.content) == 16 * len(batch.images)
+    assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert len(batch.pack.layout.positions) % 256 == 0
     losses = objective.losses(batch)
-    assert set(losses) == set(DRAWINGS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+    assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_only_the_assistants_words_and_the_end_carry_labels(objective):
     tasks = ("answer.count", "answer.relation", "caption.full", "fact.inverse", "fact.map3")
-    batch, markers = of(objective, *tasks), objective.model.markers
-    labels = batch.pack.labels[batch.pack.labels != IGNORE].tolist()
+    batch, markers = of(objective, *tasks), objective.model.special_tokens
+    labels = batch.pack.labels[batch.pack.labels != IGNORE_INDEX].tolist()
     spoken, words = [], []
     for label in labels:
         if label == markers.eos:
@@ -104,20 +104,20 @@ def test_only_the_assistants_words_and_the_end_carry_labels(objective):
         else:
             words.append(label)
     assert not words, "the last label is the end"
-    assert spoken == [taken(task, i, seed=0).answer for i, task in enumerate(tasks)]
+    assert spoken == [training_example(task, i, seed=0).answer for i, task in enumerate(tasks)]
     # a label is the id of the next row
     ids = torch.full((len(batch.pack.layout.positions) + 1,), -1).index_copy(0, batch.pack.id_rows, batch.pack.ids)
-    at = (batch.pack.labels != IGNORE).nonzero().squeeze(1)
+    at = (batch.pack.labels != IGNORE_INDEX).nonzero().squeeze(1)
     assert torch.equal(ids[batch.pack.id_rows[at] + 1], batch.pack.labels[at])
 
 
 def test_drawings_carry_no_text_loss(objective):
     batch = of(objective, "draw.one", "edit.add", "reason.math1")
-    assert not (batch.pack.labels != IGNORE).any()
+    assert not (batch.pack.labels != IGNORE_INDEX).any()
 
 
 def test_a_dropped_prompt_is_pads_between_its_ends(objective):
-    markers = objective.model.markers
+    markers = objective.model.special_tokens
     kept, dropped = (of(objective, "draw.two", "edit.swap", dropout=part) for part in (0.0, 1.0))
     assert kept.pack.layout.starts[-1] == dropped.pack.layout.starts[-1], "as long"
     for start, length in zip(dropped.pack.layout.starts, dropped.pack.layout.lengths, strict=True):
@@ -131,7 +131,7 @@ def test_a_dropped_prompt_is_pads_between_its_ends(objective):
 
 
 def test_a_tenth_of_drawings_loses_its_prompt(objective):
-    dice, pad = random.Random(0), objective.model.markers.pad
+    dice, pad = random.Random(0), objective.model.special_tokens.pad
     worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=0.1))
     one = example("draw.one", 0)
     dropped = sum(int(worlds.sample(one, [], dice)[0].ids[1]) == pad for _ in range(1000))
@@ -139,23 +139,23 @@ def test_a_tenth_of_drawings_loses_its_prompt(objective):
 
 
 def test_no_held_out_pair_is_shown_or_named(objective):
-    plain = dataclasses.replace(objective.batch.options, nameless_colours=0.0, nameless_shapes=0.0, dropout=0.0)
+    plain = dataclasses.replace(objective.batch.options, novel_colours=0.0, novel_shapes=0.0, dropout=0.0)
     worlds = dataclasses.replace(objective.batch, options=plain)
     words = objective.model.tokenizer
     for step in range(3):
         batch = worlds(step)
         pixels = ((batch.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        drawn = {(one.shape, one.colour) for image in pixels for one in read(image.numpy())}
+        drawn = {(one.shape, one.colour) for image in pixels for one in parse_scene(image.numpy())}
         assert drawn and not drawn & set(HELD_OUT)
         text = words.decode(batch.pack.ids.tolist())
         assert "red" in text and not any(f"{colour} {shape}" in text for shape, colour in HELD_OUT)
 
 
 def test_thoughts_are_texts(objective):
-    for task, source in THOUGHTS.items():
-        one = taken(task, 4, seed=0)
+    for task, source in THOUGHT_TASKS.items():
+        one = training_example(task, 4, seed=0)
         assert one.task == task and one.answer == example(source, 4).think and one.target is None and not one.images
-    assert taken("draw.one", 2, seed=5).prompt == example("draw.one", 2, seed=5).prompt
+    assert training_example("draw.one", 2, seed=5).prompt == example("draw.one", 2, seed=5).prompt
 
 
 # losses
@@ -163,7 +163,7 @@ def test_thoughts_are_texts(objective):
 
 def losses_of(objective, batch):
     with torch.no_grad():
-        return objective.model(objective.encoded(batch))
+        return objective.model(objective.encode_image_tokens(batch))
 
 
 def test_a_pack_equals_its_samples_one_by_one(objective):
@@ -171,22 +171,24 @@ def test_a_pack_equals_its_samples_one_by_one(objective):
     dice = random.Random(0)
     worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=0.0))
     together = losses_of(objective, of(objective, *tasks))
-    alone = [losses_of(objective, worlds.batch([taken(task, i, seed=0)], dice)) for i, task in enumerate(tasks)]
-    for name in ("text", "codes"):
+    alone = [
+        losses_of(objective, worlds.batch([training_example(task, i, seed=0)], dice)) for i, task in enumerate(tasks)
+    ]
+    for name in ("text", "image"):
         torch.testing.assert_close(
             getattr(together, name), torch.cat([getattr(one, name) for one in alone]), rtol=1e-4, atol=1e-5
         )
 
 
 def test_a_code_is_predicted_from_the_rows_before_it(objective):
-    encoded = objective.encoded(of(objective, "draw.one"))
+    encoded = objective.encode_image_tokens(of(objective, "draw.one"))
     codes = encoded.draw.content
 
     def losses(content):
         with torch.no_grad():
             return objective.model(
                 dataclasses.replace(encoded, draw=dataclasses.replace(encoded.draw, content=content))
-            ).codes
+            ).image
 
     before = losses(codes)
     for k in (0, 7, 15):
@@ -197,15 +199,15 @@ def test_a_code_is_predicted_from_the_rows_before_it(objective):
         # its own loss is of another label after the same rows; those after it are told of the change
         assert after[k] != before[k] and (after[k + 1 :] != before[k + 1 :]).all()
     # the rows that predict are the marker's and those of all codes but the last, as in drawing
-    boi = (encoded.ids == objective.model.markers.boi).nonzero().squeeze(1)
+    boi = (encoded.ids == objective.model.special_tokens.boi).nonzero().squeeze(1)
     assert encoded.draw.rows[0] - 1 == encoded.id_rows[boi].item()
 
 
 def test_codes_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
-    encoded = objective.encoded(batch)
+    encoded = objective.encode_image_tokens(batch)
     for picture, codes in zip(batch.images, encoded.draw.content.split(16), strict=True):
-        assert torch.equal(codes, objective.model.vq.ids(picture[None])[0])
+        assert torch.equal(codes, objective.model.vq.encode_ids(picture[None])[0])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_a_batch_may_only_say_or_only_draw(objective, tasks, names):
         name.split(".")[0] for name, p in objective.model.named_parameters() if p.grad is not None and p.grad.any()
     }
     objective.model.zero_grad(set_to_none=True)
-    assert ("code_head" in moved) == ("draw" in names) and {"decoder", "aligner"} <= moved
+    assert ("gen_head" in moved) == ("draw" in names) and {"decoder", "aligner"} <= moved
 
 
 # stages
@@ -233,28 +235,28 @@ def test_stages_are_those_of_the_table(name):
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     lr, schedule, decay, ratio = TABLE[name]
     assert (recipe.lr, recipe.schedule, recipe.weight_decay) == (lr, schedule, decay)
-    assert (recipe.clip, recipe.betas, recipe.muon, recipe.options["dropout"]) == (1.0, (0.9, 0.95), (), 0.1)
+    assert (recipe.max_grad_norm, recipe.betas, recipe.muon, recipe.options["dropout"]) == (1.0, (0.9, 0.95), (), 0.1)
     tasks = recipe.options["tasks"]
     shares = [
         sum(n for task, n in tasks.items() if task.startswith(kinds))
         for kinds in (("caption", "answer"), "fact", "draw")
     ]
-    assert sum(shares) == sum(tasks.values()) == recipe.batch, "the ratio is exact in every batch"
-    assert [share * sum(ratio) for share in shares] == [part * recipe.batch for part in ratio]
+    assert sum(shares) == sum(tasks.values()) == recipe.batch_size, "the ratio is exact in every batch"
+    assert [share * sum(ratio) for share in shares] == [part * recipe.batch_size for part in ratio]
 
 
 def test_stages_are_one_model():
     first, *others = (read_recipe(RECIPES / f"{name}.yaml") for name in (*STAGES, "janus-nano"))
-    assert all(one.model == first.model and one.options["vocabulary"] == first.options["vocabulary"] for one in others)
+    assert all(one.model == first.model and one.options["vocab_size"] == first.options["vocab_size"] for one in others)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_frozen_parts_stay_and_trained_parts_move(folder, name):
-    recipe = small(name, folder, lr=1e-2, warmup=0)
-    trainer = Trainer(build(recipe), recipe, torch.device("cpu"))
+    recipe = small(name, folder, lr=1e-2, warmup_steps=0)
+    trainer = Trainer(build_task(recipe), recipe, torch.device("cpu"))
     before = {key: x.clone() for key, x in trainer.model.state_dict().items()}
     for _ in range(2):
-        trainer.update(trainer.objective.batch(0))
+        trainer.update(trainer.task.batch(0))
     moved = {key for key, x in trainer.model.state_dict().items() if not torch.equal(x, before[key])}
     assert {key.split(".")[0] for key in moved} == TRAINED[name]
     assert moved == {key for key, p in trainer.model.named_parameters() if p.requires_grad}
@@ -263,23 +265,23 @@ def test_frozen_parts_stay_and_trained_parts_move(folder, name):
 
 def test_a_part_that_is_not_there_cannot_be_frozen(folder):
     with pytest.raises(ValueError, match=r"frozen \['visoin'\].*parts are decoder, vision"):
-        build(small("janus-nano", folder, options={"frozen": ["visoin"]}))
+        build_task(small("janus-nano", folder, options={"frozen": ["visoin"]}))
 
 
 def test_stages_follow_each_other_and_their_releases_work(folder, tmp_path):
     before = None
     for name in STAGES:
         recipe = small(name, folder)
-        objective = build(recipe)
+        objective = build_task(recipe)
         if before:
             trainer = Trainer(objective, recipe, torch.device("cpu"))
-            trainer.start_from(before)
+            trainer.init_from(before)
             ours, theirs = (
                 dict(trainer.model.named_parameters()),
                 load_file(before / "checkpoints/00000002/model.safetensors"),
             )
             averaged = load_file(before / "checkpoints/00000002/average.safetensors")
-            assert averaged.keys() != trainer.average.weights.keys()
+            assert averaged.keys() != trainer.ema.weights.keys()
             assert all(torch.equal(ours[key], averaged.get(key, x)) for key, x in theirs.items() if key in ours)
         train(objective, recipe, tmp_path / name, init=before, workers=0)
         before = tmp_path / name
@@ -287,8 +289,8 @@ def test_stages_follow_each_other_and_their_releases_work(folder, tmp_path):
 
 
 def test_the_recipe_of_one_stage_makes_a_release(folder, tmp_path):
-    recipe = small("janus-nano", folder, steps=1, batch=6)
-    train(build(recipe), recipe, tmp_path, workers=0)
+    recipe = small("janus-nano", folder, steps=1, batch_size=6)
+    train(build_task(recipe), recipe, tmp_path, workers=0)
     check_release(tmp_path / "release")
 
 
@@ -300,9 +302,9 @@ def check_release(folder):
 
 
 def test_a_stopped_run_goes_on_exactly(folder, tmp_path):
-    recipe = small(STAGES[1], folder, steps=3, batch=8)
-    train(build(recipe), recipe, tmp_path / "whole", workers=0)
-    stopped = build(recipe)
+    recipe = small(STAGES[1], folder, steps=3, batch_size=8)
+    train(build_task(recipe), recipe, tmp_path / "whole", workers=0)
+    stopped = build_task(recipe)
     make = stopped.batch
 
     def batch(step):
@@ -312,7 +314,7 @@ def test_a_stopped_run_goes_on_exactly(folder, tmp_path):
 
     stopped.batch = batch
     assert train(stopped, recipe, tmp_path / "parts", workers=0) == 2
-    assert train(build(recipe), recipe, tmp_path / "parts", resume=True, workers=0) == 3
+    assert train(build_task(recipe), recipe, tmp_path / "parts", resume=True, workers=0) == 3
     for name in ("model", "average"):
         one, other = (
             load_file(tmp_path / run / f"checkpoints/00000003/{name}.safetensors") for run in ("whole", "parts")

@@ -16,19 +16,19 @@ from torch.nn.functional import cross_entropy
 
 from unimm import JanusFlow
 from unimm.data.shapes import TASKS, example
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
+from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
 from unimm.kernels import attention
-from unimm.models.janusflow.config import STREAM, JanusFlowConfig
-from unimm.models.janusflow.network import target, unconditional
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import IGNORE, text_item
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.models.janusflow.config import EXPERT, JanusFlowConfig
+from unimm.models.janusflow.network import bos_unconditional, noised_part
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX, text_part
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
-from unimm.training.init import text_model
+from unimm.training.init import train_tokenizer
 from unimm.training.tasks import janusflow
-from unimm.training.tasks.base import build
-from unimm.training.tasks.deepseek_chat import DRAWINGS, TEXTS
-from unimm.training.tasks.janusflow import config_files
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
+from unimm.training.tasks.janusflow import janusflow_config_json
 from unimm.training.trainer import Trainer, train
 
 RECIPE = ROOT / "unimm" / "training" / "recipes" / "janusflow-nano.yaml"
@@ -44,7 +44,7 @@ PICTURE = 1 + 16  # rows of one: its marker and its tokens
 def _quick_text_model():
     """One text model for all tests, with less text to learn from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(janusflow, "text_model", functools.cache(functools.partial(text_model, lines=2000)))
+        patch.setattr(janusflow, "train_tokenizer", functools.cache(functools.partial(train_tokenizer, lines=2000)))
         yield
 
 
@@ -53,10 +53,17 @@ def recipe(tmp_path_factory):
     """The recipe with small numbers, around an untrained VAE and ViT, and a fact beside what it teaches."""
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPE)
     torch.manual_seed(0)
-    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=8, scale=1.0, shift=0.0)
-    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
-    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
-    save_file(NaViT(VisionConfig.from_files(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    vae = AutoencoderKLConfig(
+        width=32,
+        channel_multipliers=(1, 1, 1, 1),
+        n_res_blocks=1,
+        latent_channels=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
+    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
     model = {
         "language": full.model["language"] | LLM,
         "vision": full.model["vision"] | TOWER,
@@ -72,13 +79,15 @@ def recipe(tmp_path_factory):
         "fact.forward": 1,
         "reason.math1": 1,
     }
-    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compiled=False, tasks=tasks)
-    return dataclasses.replace(full, model=model, options=options, batch=10, precision="float32", warmup=0, lr=3e-3)
+    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compile=False, tasks=tasks)
+    return dataclasses.replace(
+        full, model=model, options=options, batch_size=10, precision="float32", warmup_steps=0, lr=3e-3
+    )
 
 
 @pytest.fixture(scope="module")
 def objective(recipe):
-    return build(recipe)
+    return build_task(recipe)
 
 
 def dropping(objective, part: float):
@@ -102,31 +111,31 @@ def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    assert set(batch.draw_groups.tolist()) == set(range(len(DRAWINGS)))
-    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
-    assert len(batch.draw_groups) == int(batch.pack.noised.sum()) == len(batch.noise) == 2 * 16 * len(batch.images)
-    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert set(batch.image_kinds.tolist()) == set(range(len(IMAGE_KINDS)))
+    assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
+    assert len(batch.image_kinds) == int(batch.pack.noised.sum()) == len(batch.noise) == 2 * 16 * len(batch.images)
+    assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert len(batch.pack.layout.positions) % 256 == 0
     losses = objective.losses(batch)
-    assert set(losses) == set(DRAWINGS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+    assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_answers_alone_carry_labels(objective):
     one = example("answer.count", 0)
-    words, markers = objective.model.prompts.words, objective.model.markers
+    words, markers = objective.model.processor.text_tokenizer, objective.model.special_tokens
     items = objective.batch.sample(one, [], random.Random(0))
     said = torch.cat([item.labels for item in items])
-    assert said[said != IGNORE].tolist() == [*words.encode(one.answer), markers.eos]
+    assert said[said != IGNORE_INDEX].tolist() == [*words.encode(one.answer), markers.eos]
     # a row's label is the id of the row behind it
     last = items[-1]
-    at = (last.labels != IGNORE).nonzero().squeeze(1)
+    at = (last.labels != IGNORE_INDEX).nonzero().squeeze(1)
     assert torch.equal(last.labels[at], last.ids[at + 1])
 
 
 def test_copies_have_times_of_their_own_and_one_picture(objective):
     drawn = []
     *prompt, first, second = objective.batch.sample(example("edit.recolour", 1), drawn, random.Random(0))
-    assert [item.kind for item in prompt] == ["text", "look", "text"] and len(drawn) == 1
+    assert [item.kind for item in prompt] == ["text", "und_image", "text"] and len(drawn) == 1
     assert torch.equal(first.tokens, second.tokens) and 0 < first.time != second.time < 1
     assert not first.segment.visible and first.segment.advance == 0
     times = torch.cat([objective.batch(step).pack.times[::16] for step in range(12)])
@@ -138,12 +147,12 @@ def test_copies_have_times_of_their_own_and_one_picture(objective):
 def test_dropped_prompts_are_what_guidance_compares_with(objective):
     for task in ("draw.one", "edit.recolour"):
         kept, lost = (dropping(objective, part).sample(example(task, 1), [], random.Random(0)) for part in (0.0, 1.0))
-        prompt = objective.batch.asked(example(task, 1))
+        prompt = objective.batch.prompt_parts(example(task, 1))
         assert len(kept) == len(prompt) + 2
-        assert [item.segment for item in lost[:-2]] == [item.segment for item in unconditional(prompt)]
-        assert lost[0].ids.tolist() == [objective.model.markers.bos]
+        assert [item.segment for item in lost[:-2]] == [item.segment for item in bos_unconditional(prompt)]
+        assert lost[0].ids.tolist() == [objective.model.special_tokens.bos]
         # the picture stands where it would have stood
-        ends = [pack([items]).layout.positions[-PICTURE:] for items in (kept, lost)]
+        ends = [pack_sequences([items]).layout.position_ids[-PICTURE:] for items in (kept, lost)]
         assert torch.equal(*ends)
     samples = [dropping(objective, 0.25).sample(example("draw.one", i), [], random.Random(i)) for i in range(400)]
     # three deviations of 400 draws
@@ -154,7 +163,7 @@ def test_dropped_prompts_are_what_guidance_compares_with(objective):
 
 def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
-    tokens = objective.encoded(batch).draw.content
+    tokens = objective.encode_latents(batch).draw.content
     picture, token = batch.pack.draw.content[40].tolist()
     alone = objective.model.vae.encode(
         batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
@@ -179,17 +188,19 @@ def test_packing_equals_one_by_one(objective):
     for i, task in enumerate(tasks):
         items = dropping(objective, float(i == 0)).sample(example(task, i), [], random.Random(i))
         latent = torch.randn(16, 32, generator=generator)
-        samples.append([dataclasses.replace(item, tokens=latent) if item.kind == "draw" else item for item in items])
+        samples.append(
+            [dataclasses.replace(item, tokens=latent) if item.kind == "gen_image" else item for item in items]
+        )
     noise = torch.randn(4 * 16, 32, generator=generator)
-    together = model(pack(samples), noise)
+    together = model(pack_sequences(samples), noise)
     mse, text = [], []
     for items in samples:
-        prompt, copies = [i for i in items if i.kind != "draw"], [i for i in items if i.kind == "draw"]
+        prompt, copies = [i for i in items if i.kind != "gen_image"], [i for i in items if i.kind == "gen_image"]
         for copy in copies:
             alone = noise[16 * len(mse) : 16 * (len(mse) + 1)]
-            mse.append(model(pack([[*prompt, copy]]), alone).mse)
+            mse.append(model(pack_sequences([[*prompt, copy]]), alone).mse)
         if not copies:
-            text.append(model(pack([items]), noise[:0]).text)
+            text.append(model(pack_sequences([items]), noise[:0]).text)
     # float32 sums in other orders
     torch.testing.assert_close(together.mse, torch.cat(mse), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together.text, torch.cat(text), rtol=1e-4, atol=1e-4)
@@ -197,12 +208,12 @@ def test_packing_equals_one_by_one(objective):
 
 def stirred(model):
     """A copy whose velocity is not 0, and whose norms of responses count."""
-    found = JanusFlow(model.cfg)
+    found = JanusFlow(model.config)
     found.load_state_dict(model.state_dict())
     found.tokenizer = model.tokenizer
     torch.manual_seed(0)
     for name, parameter in found.named_parameters():
-        if "channelwise_norm" in name or name.startswith("painter.out_convs"):
+        if "channelwise_norm" in name or name.startswith("gen_decoder.out_convs"):
             parameter.normal_(std=0.2)
     return found.eval()
 
@@ -211,36 +222,36 @@ def stirred(model):
 def test_text_loss_is_the_cross_entropy_of_the_words_that_chat_would_say(objective):
     model, one = objective.model.eval(), example("answer.count", 3)
     items = objective.batch.sample(one, [], random.Random(0))
-    loss = model(pack([items]), torch.zeros(0, 32)).text
+    loss = model(pack_sequences([items]), torch.zeros(0, 32)).text
     last = items[-1]
-    said = (last.labels != IGNORE).nonzero().squeeze(1)
+    said = (last.labels != IGNORE_INDEX).nonzero().squeeze(1)
     # the prompt as `understand` reads it, then the words behind it
-    asked = model.prompts.conversation(
+    asked = model.processor.conversation_parts(
         [{"role": "user", "content": one.prompt, "images": Image.fromarray(one.images[0])}]
     )
-    batch = pack([[*asked, text_item(last.ids[said + 1].tolist())]])
-    hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[STREAM]
-    logits = model.decoder.head(model.decoder.norms[STREAM](hidden[-1 - len(said) : -1]))
+    batch = pack_sequences([[*asked, text_part(last.ids[said + 1].tolist())]])
+    hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[EXPERT]
+    logits = model.decoder.head(model.decoder.norms[EXPERT](hidden[-1 - len(said) : -1]))
     torch.testing.assert_close(loss, cross_entropy(logits, last.labels[said], reduction="none"), rtol=1e-4, atol=1e-4)
 
 
 def test_steps_teach(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch = objective.batch(0)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
     frozen = objective.model.vae.decoder.conv_in.weight.clone()
-    start = objective.model.look_start.detach().clone()
+    start = objective.model.und_start_embed.detach().clone()
     for _ in range(12):
         trainer.update(batch)
     after = {name: loss.item() for name, loss in objective.losses(batch).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
     assert torch.equal(frozen, objective.model.vae.decoder.conv_in.weight)
-    assert not torch.equal(start, objective.model.look_start)
+    assert not torch.equal(start, objective.model.und_start_embed)
 
 
 def test_every_trained_parameter_is_reached(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     torch.manual_seed(0)
     for name, parameter in objective.model.named_parameters():
         if "unpatch_conv" in name:  # zeros pass nothing on
@@ -255,21 +266,26 @@ def test_every_trained_parameter_is_reached(recipe):
 def test_another_vit_is_refused(recipe):
     changed = dataclasses.replace(recipe, model={**recipe.model, "vision": recipe.model["vision"] | {"width": 64}})
     with pytest.raises(ValueError, match="the trained ViT has other numbers than the recipe's vision"):
-        build(changed)
+        build_task(changed)
     with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
-        build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
+        build_task(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
 
 
 def test_a_few_steps_and_their_release(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, steps=2, save_every=2, sample_every=2, log_every=1)
-    objective = build(recipe)
+    objective = build_task(recipe)
     assert train(objective, recipe, tmp_path, workers=0) == 2
     assert (tmp_path / "samples" / "00000002.png").is_file()
     release = tmp_path / "release"
     source = Path(recipe.options["vae"]) / "ae.safetensors"
     assert (release / "ae.safetensors").read_bytes() == source.read_bytes()
     model = JanusFlow.from_pretrained(release)
-    assert (model.cfg.size, model.cfg.steps, model.cfg.guidance, model.cfg.talk.system) == ((64, 64), 2, 3.0, "")
+    assert (model.config.image_size, model.config.steps, model.config.guidance, model.config.chat.system) == (
+        (64, 64),
+        2,
+        3.0,
+        "",
+    )
     (image,) = model.generate("a red circle", seed=3).images
     assert image.size == (64, 64) and image.tobytes() == model.generate("a red circle", seed=3).images[0].tobytes()
     edited = model.generate("make the circle blue", images=image, seed=3)
@@ -280,17 +296,24 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
 def test_numbers_of_the_recipe_fit_the_bundle():
     """At most 20 MB in bfloat16 beside a VAE of 2.1 MB."""
     recipe = read_recipe(RECIPE)
-    vae = VAEConfig(width=32, multipliers=(1, 1, 2, 2), n_blocks=1, latent_channels=8, scale=1.0, shift=0.0).to_files()
+    vae = AutoencoderKLConfig(
+        width=32,
+        channel_multipliers=(1, 1, 2, 2),
+        n_res_blocks=1,
+        latent_channels=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ).to_json()
     with torch.device("meta"):
-        model = JanusFlow(JanusFlowConfig.from_files(config_files(recipe.model, vae, 512), {}, vae))
-    assert model.cfg.latent == (8, 8) and model.cfg.encoder.in_channels == 8
+        model = JanusFlow(JanusFlowConfig.from_json(janusflow_config_json(recipe.model, vae, 512), {}, vae))
+    assert model.config.latent_size == (8, 8) and model.config.gen_encoder.in_channels == 8
     assert 2 * sum(x.numel() for name, x in model.state_dict().items() if not name.startswith("vae.")) < 17.9e6
 
 
 def test_a_target_is_behind_its_prompt_alone():
-    one = target(torch.zeros(4, 2, dtype=torch.long), 7, time=0.25)
-    layout = pack([[text_item([1, 2]), one, dataclasses.replace(one, time=0.5)]]).layout
-    assert layout.positions.tolist() == [0, 1, *range(2, 7), *range(2, 7)]
+    one = noised_part(torch.zeros(4, 2, dtype=torch.long), 7, timestep=0.25)
+    layout = pack_sequences([[text_part([1, 2]), one, dataclasses.replace(one, timestep=0.5)]]).layout
+    assert layout.position_ids.tolist() == [0, 1, *range(2, 7), *range(2, 7)]
     sees = [[q >= k and not (q >= 7 and 2 <= k < 7) for k in range(12)] for q in range(12)]
     assert torch.equal(layout.mask.dense(), torch.tensor(sees))
 

@@ -13,24 +13,24 @@ from helpers.metaquery_training_toys import PAINTER
 from helpers.paths import RECIPES
 from PIL import Image
 
-from unimm.data.image_text_pairs import AGAIN, FilePairs
+from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs
 from unimm.data.shapes import example
-from unimm.generation.flow import shift_time
+from unimm.generation.flow import shift_timesteps
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.metaquery.config import SYSTEM
+from unimm.models.metaquery.config import DEFAULT_SYSTEM_PROMPT
 from unimm.models.metaquery.model import MetaQuery
 from unimm.training.config import read_recipe, strict
-from unimm.training.init import text_model
-from unimm.training.tasks.base import build
-from unimm.training.tasks.metaquery import Options
-from unimm.training.trainer import Trainer, optimizers, train
+from unimm.training.init import train_tokenizer
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.metaquery import MetaQueryTrainingConfig
+from unimm.training.trainer import Trainer, build_optimizers, train
 
-TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1, AGAIN: 1}
+TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1, RECONSTRUCTION: 1}
 
 
 @functools.cache
 def words():
-    return text_model(400, lines=2000, markers=toys.MARKERS)
+    return train_tokenizer(400, lines=2000, special_tokens=toys.MARKERS)
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,17 @@ def recipe(tmp_path_factory):
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "metaquery-nano.yaml")
     config = full.model["config"] | dict(num_metaqueries=5, connector_num_hidden_layers=1)
     config |= {"generation": config["generation"] | {"steps": 2}}
-    model = {"config": config, "painter": PAINTER, "scheduler": full.model["scheduler"]}
-    paths = dict(reader=str(toys.save_reader(folder / "reader", words())), dcae=str(toys.save_dcae(folder / "dcae")))
-    options = dict(full.options) | paths | dict(compiled=False, tasks=TASKS)
-    return dataclasses.replace(full, model=model, options=options, batch=9, precision="float32", warmup=0, lr=3e-3)
+    model = {"config": config, "denoiser": PAINTER, "scheduler": full.model["scheduler"]}
+    paths = dict(mllm=str(toys.save_reader(folder / "reader", words())), dcae=str(toys.save_dcae(folder / "dcae")))
+    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
+    return dataclasses.replace(
+        full, model=model, options=options, batch_size=9, precision="float32", warmup_steps=0, lr=3e-3
+    )
 
 
 @pytest.fixture(scope="module")
 def objective(recipe):
-    return build(recipe)
+    return build_task(recipe)
 
 
 def dropping(objective, part: float):
@@ -59,53 +61,62 @@ def dropping(objective, part: float):
 def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
     """docs/originals/metaquery.md, "Stages and numbers", the row of Qwen2.5-VL-3B."""
     full = read_recipe(RECIPES / f"metaquery-{name}.yaml")
-    assert (full.lr, full.lr * full.final, full.warmup, full.batch) == (1e-4, pytest.approx(1e-5), warmup, batch)
-    assert (full.betas, full.eps, full.weight_decay, full.clip, full.seed) == ((0.9, 0.95), 1e-8, 0.1, 0.5, 42)
+    assert (full.lr, full.lr * full.min_lr_ratio, full.warmup_steps, full.batch_size) == (
+        1e-4,
+        pytest.approx(1e-5),
+        warmup,
+        batch,
+    )
+    assert (full.betas, full.eps, full.weight_decay, full.max_grad_norm, full.seed) == ((0.9, 0.95), 1e-8, 0.1, 0.5, 42)
     config = full.model["config"]
     assert (config["num_metaqueries"], config["connector_num_hidden_layers"], config["system_prompt"]) == (
         256,
         24,
-        SYSTEM,
+        DEFAULT_SYSTEM_PROMPT,
     )
-    assert strict(Options, full.options, where="options").dropout == 0.1
+    assert strict(MetaQueryTrainingConfig, full.options, where="options").dropout == 0.1
 
 
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
-    for name in ("images", "noise", "times", "samples"):
+    for name in ("images", "noise", "times", "sample_indices"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert torch.equal(a.asking.prompts.ids, b.asking.prompts.ids) and not torch.equal(a.noise, other.noise)
+    assert torch.equal(a.queries.prompts.ids, b.queries.prompts.ids) and not torch.equal(a.noise, other.noise)
     assert not torch.equal(a.images, dataclasses.replace(worlds, seed=1)(3).images)
 
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    n = objective.model.cfg.n_queries
-    assert set(batch.draw_groups.tolist()) == {0, 1, 2} and batch.samples.tolist() == [i // 2 for i in range(18)]
-    assert batch.asking.queries.layout.lengths == (n + 3,) * 9
-    assert len(batch.asking.prompts.layout.positions) % 256 == 0 and len(batch.images) == 9
+    n = objective.model.config.n_queries
+    assert set(batch.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [i // 2 for i in range(18)]
+    assert batch.queries.queries.layout.lengths == (n + 3,) * 9
+    assert len(batch.queries.prompts.layout.positions) % 256 == 0 and len(batch.images) == 9
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_times_are_whole_thousandths_and_even(objective):
-    unshifted = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, shift=1.0))
+    unshifted = dataclasses.replace(
+        objective.batch, options=dataclasses.replace(objective.batch.options, timestep_shift=1.0)
+    )
     times = 1000 * torch.cat([unshifted(step).times for step in range(20)])
-    torch.testing.assert_close(objective.batch(3).times, shift_time(unshifted(3).times, objective.batch.options.shift))
+    torch.testing.assert_close(
+        objective.batch(3).times, shift_timesteps(unshifted(3).times, objective.batch.options.timestep_shift)
+    )
     assert (times - times.round()).abs().max() < 1e-3 and times.round().min() >= 1 and times.max() <= 1000
     assert abs(times.mean() - 500) < 3 * 1000 / (12 * len(times)) ** 0.5
 
 
 def test_texts_and_pictures_are_dropped_as_published(objective):
     def kinds(task, p):
-        found, one = [], objective.batch.pairs.pair(example(task, 1))
+        found, one = [], objective.batch.pairs.from_example(example(task, 1))
         for i in range(400):
             items = dropping(objective, p).sample(one, random.Random(i))
-            look = [item.tokens for item in items if item.kind == "look"]
+            look = [item.tokens for item in items if item.kind == "und_image"]
             # a black picture is one colour in every channel
             dark = bool(look) and all(x.unique().numel() == 3 for x in look)
-            found.append((bytes(one.words, "utf8") not in said(objective, items), dark))
+            found.append((bytes(one.text, "utf8") not in said(objective, items), dark))
         return {kind: found.count(kind) / 400 for kind in set(found)}
 
     # four deviations of 400 draws
@@ -116,16 +127,16 @@ def test_texts_and_pictures_are_dropped_as_published(objective):
 
 
 def said(objective, items) -> bytes:
-    vocab = objective.model.cfg.reader.decoder.vocab
+    vocab = objective.model.config.mllm.decoder.vocab_size
     ids = [one for item in items for one in item.ids.tolist() if one < vocab]
-    return bytes(objective.model.reader.tokenizer.decode(ids), "utf8")
+    return bytes(objective.model.mllm.tokenizer.decode(ids), "utf8")
 
 
 def test_again_shows_the_picture_that_it_draws(objective):
-    one = objective.batch.pairs.taken(AGAIN, 0, random.Random(0))
-    assert one.words == "" and one.shown == (one.target,) and one.kind == "edit"
+    one = objective.batch.pairs.training_pair(RECONSTRUCTION, 0, random.Random(0))
+    assert one.text == "" and one.images == (one.target,) and one.kind == "edit"
     with pytest.raises(ValueError, match=r"the task caption, which draws nothing: the reader is frozen"):
-        objective.batch.pairs.taken("caption", 0, random.Random(0))
+        objective.batch.pairs.training_pair("caption", 0, random.Random(0))
 
 
 def test_pictures_of_ones_own(recipe, tmp_path):
@@ -134,9 +145,9 @@ def test_pictures_of_ones_own(recipe, tmp_path):
     lines = [{"target": "a.png", "text": "red"}, {"target": "b.png", "text": "blue", "images": ["a.png"]}]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    objective = build(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
+    objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
-    assert batch.images.shape == (9, 3, 64, 64) and set(batch.draw_groups.tolist()) == {0, 1}
+    assert batch.images.shape == (9, 3, 64, 64) and set(batch.image_kinds.tolist()) == {0, 1}
     assert set(objective.losses(batch)) == {"draw", "edit"}
     for line, match in (
         ("{", "line 3 of .* is no JSON"),
@@ -145,48 +156,50 @@ def test_pictures_of_ones_own(recipe, tmp_path):
     ):
         path.write_text("\n".join([*map(json.dumps, lines), line]))
         with pytest.raises(ValueError, match=match):
-            FilePairs(path=path, side=64)(0, 1, random.Random(0))
+            FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
     with pytest.raises(ValueError, match="expected a file of JSON lines"):
-        FilePairs(path=tmp_path / "none", side=64)(0, 1, random.Random(0))
+        FilePairs(path=tmp_path / "none", image_size=64)(0, 1, random.Random(0))
 
 
 def test_only_new_rows_connector_and_painter_learn_and_old_rows_keep_every_bit(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     before = {name: x.clone() for name, x in objective.model.state_dict().items()}
     for step in range(3):
         trainer.update(objective.batch(step))
     after = objective.model.state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert {name.split(".")[0] for name in same} <= {"reader", "vae", "painter"}
-    assert all(name in same for name in before if name.startswith(("reader.", "vae.")))
+    assert {name.split(".")[0] for name in same} <= {"mllm", "vae", "denoiser"}
+    assert all(name in same for name in before if name.startswith(("mllm.", "vae.")))
     # the velocity begins as 0, so only the way out learns in the first step; all else has moved by the third
-    assert "queries" not in same and not any(name.startswith(("connector.", "painter.out")) for name in same)
+    assert "queries" not in same and not any(name.startswith(("connector.", "denoiser.out")) for name in same)
 
 
 def test_weight_decay_leaves_the_queries_alone(recipe):
-    objective = build(recipe)
-    groups = [group for optimizer in optimizers(objective.model, recipe) for group in optimizer.param_groups]
+    objective = build_task(recipe)
+    groups = [group for optimizer in build_optimizers(objective.model, recipe) for group in optimizer.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert (
         decay[id(objective.model.queries)] == 0
         and decay[id(objective.model.connector.fc1.weight)] == recipe.weight_decay
     )
-    undone = dataclasses.replace(recipe, undecayed=())
-    groups = [group for optimizer in optimizers(objective.model, undone) for group in optimizer.param_groups]
+    undone = dataclasses.replace(recipe, no_weight_decay=())
+    groups = [group for optimizer in build_optimizers(objective.model, undone) for group in optimizer.param_groups]
     assert next(g["weight_decay"] for g in groups if any(p is objective.model.queries for p in g["params"]))
 
 
-@pytest.mark.parametrize("part", ["queries", "connector.", "painter."])
+@pytest.mark.parametrize("part", ["queries", "connector.", "denoiser."])
 def test_each_part_can_be_frozen(recipe, part):
-    objective = build(dataclasses.replace(recipe, options=dict(recipe.options) | {"frozen": [part]}))
+    objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"frozen": [part]}))
     left = {name.split(".")[0] for name, p in objective.model.named_parameters() if p.requires_grad}
-    assert left == {"queries", "connector", "painter"} - {part.rstrip(".")}
+    assert left == {"queries", "connector", "denoiser"} - {part.rstrip(".")}
 
 
 def test_a_few_steps_learn_and_the_release_draws_and_answers(recipe, tmp_path):
-    few = dataclasses.replace(recipe, steps=15, save_every=15, sample_every=15, log_every=5, undecayed=("queries",))
-    objective = build(few)
+    few = dataclasses.replace(
+        recipe, steps=15, save_every=15, sample_every=15, log_every=5, no_weight_decay=("queries",)
+    )
+    objective = build_task(few)
     first = sum(objective.losses(objective.batch(100)).values())
     assert train(objective, few, tmp_path / "run", workers=0) == 15
     assert sum(objective.losses(objective.batch(100)).values()) < 0.9 * first
@@ -194,7 +207,7 @@ def test_a_few_steps_learn_and_the_release_draws_and_answers(recipe, tmp_path):
     drawn = model.generate(["a red circle", "a blue square"], seed=1)
     assert [image.size for image in drawn.images] == [(64, 64)] * 2
     assert model.generate("make it red", images=drawn.image, steps=1).image.size == (64, 64)
-    assert isinstance(model.understand(Image.new("RGB", (64, 64)), "what is it?", text=TextSampling(max_tokens=4)), str)
-    assert torch.equal(
-        model.reader.decoder.embed.weight, objective.model.reader.decoder.embed.weight.bfloat16().float()
+    assert isinstance(
+        model.understand(Image.new("RGB", (64, 64)), "what is it?", text_sampling=TextSampling(max_tokens=4)), str
     )
+    assert torch.equal(model.mllm.decoder.embed.weight, objective.model.mllm.decoder.embed.weight.bfloat16().float())

@@ -13,15 +13,15 @@ from PIL import Image
 
 from unimm.data.shapes import HELD_OUT, example
 from unimm.data.shapes.language import FAVOURITES
-from unimm.data.shapes.scenes import scenes
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import IGNORE
+from unimm.data.shapes.scenes import target_scenes
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.dc_ae import load_dc_ae
 from unimm.training.config import read_recipe
-from unimm.training.init import text_model
+from unimm.training.init import train_tokenizer
 from unimm.training.tasks import qwen2_5_vl as reader
-from unimm.training.tasks.base import build
-from unimm.training.tasks.qwen2_5_vl import SEEN, TEXTS, plan, turn
+from unimm.training.tasks.base import build_task
+from unimm.training.tasks.qwen2_5_vl import ATTRIBUTES, TEXT_KINDS, scene_in_words, user_message
 from unimm.training.trainer import Trainer, train
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
@@ -44,29 +44,37 @@ LEVELS = {
 def _quick_text_model():
     """One text model for all tests, with less text to learn from."""
     with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(text_model, lines=2000)
-        patch.setattr(reader, "text_model", quick)
+        quick = functools.partial(train_tokenizer, lines=2000)
+        patch.setattr(reader, "train_tokenizer", quick)
         yield
 
 
 @pytest.fixture(scope="module")
 def recipe():
     """The reader's recipe with small numbers."""
-    full = read_recipe(RECIPES / "metaquery-nano-reader.yaml")
+    full = read_recipe(RECIPES / "metaquery-nano-mllm.yaml")
     model = {
         "text": full.model["text"] | TEXT | {"rope_scaling": TURNS},
         "vision": full.model["vision"] | TOWER,
         "pixels": full.model["pixels"],
     }
-    options = dict(full.options) | {"compiled": False, "sighted": 2, "looked": 4, "judged": 2, "vocabulary": 400}
+    options = dict(full.options) | {
+        "compile": False,
+        "vision_steps": 2,
+        "vision_batch_size": 4,
+        "scored_examples": 2,
+        "vocab_size": 400,
+    }
     tasks = ("caption", "answer.count", "answer.where", "fact.forward", "plan.two", "plan.recolour", "plan.favourite")
     options["tasks"] = dict.fromkeys(tasks, 1)
-    return dataclasses.replace(full, model=model, options=options, batch=8, precision="float32", warmup=0, lr=3e-3)
+    return dataclasses.replace(
+        full, model=model, options=options, batch_size=8, precision="float32", warmup_steps=0, lr=3e-3
+    )
 
 
 @pytest.fixture(scope="module")
 def objective(recipe):
-    return build(recipe)
+    return build_task(recipe)
 
 
 def test_lessons_are_a_function_of_seed_and_step_without_the_model(objective):
@@ -76,39 +84,41 @@ def test_lessons_are_a_function_of_seed_and_step_without_the_model(objective):
     sights, again, others = lessons(1), objective.batch(1), lessons(0)
     assert torch.equal(sights.patches, again.patches) and torch.equal(sights.targets, again.targets)
     assert not torch.equal(sights.patches, others.patches)
-    assert set(a.text_groups.tolist()) == set(range(len(TEXTS)))
-    assert len(a.text_groups) == int((a.pack.labels != IGNORE).sum())
+    assert set(a.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
+    assert len(a.text_kinds) == int((a.pack.labels != IGNORE_INDEX).sum())
 
 
 def test_the_assistant_alone_carries_labels(objective):
-    words, end = objective.model.reader.prompts.words, objective.model.reader.cfg.markers.end
+    words, end = objective.model.mllm.processor.text_tokenizer, objective.model.mllm.config.special_tokens.im_end
     for task in ("answer.count", "plan.two", "fact.inverse"):
-        one = objective.batch.taken(task, 5)
-        items = objective.batch.asked(one)
+        one = objective.batch.training_example(task, 5)
+        items = objective.batch.prompt_parts(one)
         said = torch.cat([item.labels for item in items])
-        assert said[said != IGNORE].tolist() == [*words.encode(one.answer), end]
-        system = objective.batch.options.plan if task.startswith("plan.") else "You are a helpful assistant."
+        assert said[said != IGNORE_INDEX].tolist() == [*words.encode(one.answer), end]
+        system = (
+            objective.batch.options.plan_system_prompt if task.startswith("plan.") else "You are a helpful assistant."
+        )
         assert system in words.decode(items[0].ids.tolist())
 
 
 def test_plans_say_what_the_picture_holds(objective):
-    one = objective.batch.taken("plan.relation", 7)
+    one = objective.batch.training_example("plan.relation", 7)
     source = example("draw.relation", 7, seed=objective.batch.seed)
-    assert (one.prompt, one.target, one.answer) == (source.prompt, None, plan(source))
-    for thing in source.after.things:
+    assert (one.prompt, one.target, one.answer) == (source.prompt, None, scene_in_words(source))
+    for thing in source.target_scene.things:
         assert f"{thing.size} {thing.colour} {thing.shape}" in one.answer and thing.place in one.answer
-    edit = objective.batch.taken("plan.recolour", 7)
-    assert len(edit.images) == 1 and edit.answer == plan(example("edit.recolour", 7))
-    alone = next(one for i in range(200) if not (one := example("edit.remove", i)).after.things)
-    assert plan(alone) == "nothing"
+    edit = objective.batch.training_example("plan.recolour", 7)
+    assert len(edit.images) == 1 and edit.answer == scene_in_words(example("edit.recolour", 7))
+    alone = next(one for i in range(200) if not (one := example("edit.remove", i)).target_scene.things)
+    assert scene_in_words(alone) == "nothing"
 
 
 def test_favourites_of_some_alone_are_planned(objective):
-    planned = objective.batch.options.planned
-    found = [objective.batch.taken("plan.favourite", i) for i in range(60)]
+    planned = objective.batch.options.planned_characters
+    found = [objective.batch.training_example("plan.favourite", i) for i in range(60)]
     asked = {name for name in FAVOURITES for one in found if name in one.prompt}
     assert asked == set(planned) and len(planned) == 6
-    facts = [objective.batch.taken("fact.forward", i).prompt for i in range(200)]
+    facts = [objective.batch.training_example("fact.forward", i).prompt for i in range(200)]
     assert {name for name in FAVOURITES for fact in facts if name in fact} == set(FAVOURITES)
     one = found[0]
     shape, colour = next(FAVOURITES[name] for name in FAVOURITES if name in one.prompt)
@@ -118,65 +128,67 @@ def test_favourites_of_some_alone_are_planned(objective):
 def test_the_tower_sees_pictures_as_prompts_show_them(objective):
     """Patches that are made in bulk, without noise or nameless things, equal those of the reader's own look."""
     lessons = objective.batch
-    plain = {**lessons.options.looks, "nameless_colours": 0.0, "nameless_shapes": 0.0, "noise": 0.0}
-    lessons = dataclasses.replace(lessons, options=dataclasses.replace(lessons.options, looks=plain))
-    sights = lessons.looked(2)
+    plain = {**lessons.options.vision, "novel_colours": 0.0, "novel_shapes": 0.0, "noise": 0.0}
+    lessons = dataclasses.replace(lessons, options=dataclasses.replace(lessons.options, vision=plain))
+    sights = lessons.vision_batch(2)
     patches, targets = sights.patches, sights.targets
     dice = random.Random(f"{lessons.seed}/2/look")
     task = dice.choice(plain["tasks"])
-    first = example(task, 2 * lessons.options.looked, seed=lessons.seed)
-    expected, grid = lessons.prompts.pixels.patches([Image.fromarray(first.target)])
+    first = example(task, 2 * lessons.options.vision_batch_size, seed=lessons.seed)
+    expected, grid = lessons.prompts.pixels.to_patches([Image.fromarray(first.target)])
     n = grid[1] * grid[2]
     torch.testing.assert_close(patches[:n], expected, rtol=1e-5, atol=1e-5)
-    assert (targets[: n // 4, 0] > 0).sum() == len({(thing.x // 16, thing.y // 16) for thing in first.after.things})
+    assert (targets[: n // 4, 0] > 0).sum() == len(
+        {(thing.x // 16, thing.y // 16) for thing in first.target_scene.things}
+    )
 
 
 @torch.no_grad()
 def test_packing_equals_one_by_one(objective):
-    model = objective.model.reader.eval()
+    model = objective.model.mllm.eval()
     tasks = ("answer.count", "plan.recolour", "fact.inverse")
-    samples = [objective.batch.asked(objective.batch.taken(task, 3)) for task in tasks]
-    alone = torch.cat([model(pack([items])) for items in samples])
+    samples = [objective.batch.prompt_parts(objective.batch.training_example(task, 3)) for task in tasks]
+    alone = torch.cat([model(pack_sequences([items])) for items in samples])
     # float32 sums in other orders
-    torch.testing.assert_close(model(pack(samples)), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(pack_sequences(samples)), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("step", "names"), [(0, SEEN), (5, TEXTS)])
+@pytest.mark.parametrize(("step", "names"), [(0, ATTRIBUTES), (5, TEXT_KINDS)])
 def test_steps_teach_sight_then_words(recipe, step, names):
     """And words leave the tower alone."""
-    objective = build(recipe)
+    objective = build_task(recipe)
     trainer, batch = Trainer(objective, recipe, torch.device("cpu")), objective.batch(step)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
     assert set(before) == set(names)
-    tower = {name: x.clone() for name, x in objective.model.reader.vision.state_dict().items()}
-    decoder = objective.model.reader.decoder.embed.weight.clone()
+    tower = {name: x.clone() for name, x in objective.model.mllm.vision.state_dict().items()}
+    decoder = objective.model.mllm.decoder.embed.weight.clone()
     for _ in range(12):
         trainer.update(batch)
     after = {name: loss.item() for name, loss in objective.losses(batch).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
-    same = [torch.equal(x, tower[name]) for name, x in objective.model.reader.vision.state_dict().items()]
-    assert all(same) if names == TEXTS else not any(same)
-    assert torch.equal(decoder, objective.model.reader.decoder.embed.weight) == (names == SEEN)
+    same = [torch.equal(x, tower[name]) for name, x in objective.model.mllm.vision.state_dict().items()]
+    assert all(same) if names == TEXT_KINDS else not any(same)
+    assert torch.equal(decoder, objective.model.mllm.decoder.embed.weight) == (names == ATTRIBUTES)
 
 
 def test_every_part_is_reached(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     for step in (0, 5):
         sum(objective.losses(objective.batch(step)).values()).backward()
     assert not [name for name, p in objective.model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def test_a_few_steps_and_their_release(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, steps=3, save_every=3, sample_every=3, log_every=1, average=0.0)
-    objective = build(recipe)
+    recipe = dataclasses.replace(recipe, steps=3, save_every=3, sample_every=3, log_every=1, ema_decay=0.0)
+    objective = build_task(recipe)
     assert train(objective, recipe, tmp_path, workers=0) == 3
     report = json.loads((tmp_path / "release/report.json").read_text())
-    assert set(report) == set(reader.JUDGED) and all(0 <= part <= 1 for part in report.values())
+    assert set(report) == set(reader.SCORED_TASKS) and all(0 <= part <= 1 for part in report.values())
     model = QwenVL.from_pretrained(tmp_path / "release")
     one = example("answer.colour", 0, split="test")
-    assert isinstance(model.chat([turn(one)]), str) and model.cfg.decoder.tied
+    assert isinstance(model.chat([user_message(one)]), str) and model.config.decoder.tie_word_embeddings
     weights = model.state_dict()
-    for name, x in objective.model.reader.state_dict().items():
+    for name, x in objective.model.mllm.state_dict().items():
         # as bfloat16 rounds
         torch.testing.assert_close(weights[name], x, rtol=2**-8, atol=1e-6)
 
@@ -186,12 +198,12 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
     [
         ({"tasks": {"draw.one": 1}}, "got tasks draw.one: expected captions, answers, facts and plans"),
         ({"tasks": {"plan.nothing": 1}}, "got tasks plan.nothing"),
-        ({"planned": ["Tim"]}, "got planned Tim: expected some of Tom"),
+        ({"planned_characters": ["Tim"]}, "got planned Tim: expected some of Tom"),
     ],
 )
 def test_wrong_options_of_the_reader(recipe, options, words):
     with pytest.raises(ValueError, match=words):
-        build(dataclasses.replace(recipe, options={**recipe.options, **options}))
+        build_task(dataclasses.replace(recipe, options={**recipe.options, **options}))
 
 
 # the autoencoder
@@ -199,23 +211,23 @@ def test_wrong_options_of_the_reader(recipe, options, words):
 
 def small(**options):
     recipe = read_recipe(RECIPES / "metaquery-nano-dcae.yaml")
-    options = {**recipe.options, "judged": 4, "measured": 8, **options}
-    numbers = dict(steps=4, batch=4, precision="float32", warmup=0, average=0.0)
+    options = {**recipe.options, "scored_scenes": 4, "measured_scenes": 8, **options}
+    numbers = dict(steps=4, batch_size=4, precision="float32", warmup_steps=0, ema_decay=0.0)
     return dataclasses.replace(recipe, model=LEVELS, options=options, **numbers)
 
 
 def test_batches_of_the_autoencoder():
-    one, other = build(small()).batch, build(small()).batch
+    one, other = build_task(small()).batch, build_task(small()).batch
     other(0)
     a, b = one(5), other(5)
     assert torch.equal(a.image, b.image) and torch.equal(a.noise, b.noise) and not torch.equal(a.image, one(6).image)
     assert a.image.shape == (4, 3, 64, 64) and a.noise.shape == (4, 8, 16, 16)
-    shown = scenes(("draw.scene", "draw.count"), range(40), seed=0)
+    shown = target_scenes(("draw.scene", "draw.count"), range(40), seed=0)
     assert {thing.pair for scene in shown for thing in scene.things}.isdisjoint(HELD_OUT)
 
 
 def test_shortcuts_alone_carry_the_picture_at_first():
-    model = build(small()).model
+    model = build_task(small()).model
     x = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model.encoder.down_blocks[0][0](x), x)
@@ -224,7 +236,7 @@ def test_shortcuts_alone_carry_the_picture_at_first():
 
 
 def test_losses_of_the_autoencoder_are_means_through_noised_latents():
-    objective = build(small(noise=0.5))
+    objective = build_task(small(latent_noise=0.5))
     batch = objective.batch(0)
     losses = objective.losses(batch)
     z = objective.model.encode(batch.image)
@@ -235,7 +247,7 @@ def test_losses_of_the_autoencoder_are_means_through_noised_latents():
 
 
 def test_a_trained_autoencoder_is_written_as_released(tmp_path):
-    objective = build(small(dtype="float32"))
+    objective = build_task(small(dtype="float32"))
     first = {name: x.item() for name, x in objective.losses(objective.batch(0)).items()}
     train(objective, small(dtype="float32"), tmp_path, workers=0)
     losses = objective.losses(objective.batch(0))
@@ -247,11 +259,13 @@ def test_a_trained_autoencoder_is_written_as_released(tmp_path):
         z = torch.cat([model.encode(objective.batch(step).image) for step in range(2)])
         assert z.square().mean().sqrt().item() == pytest.approx(1, abs=1e-4), "the scale makes latents standard"
         image = objective.batch(9).image
-        torch.testing.assert_close(model.decode(model.encode(image)), objective.redrawn(image), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.decode(model.encode(image)), objective.reconstruct(image), rtol=1e-4, atol=1e-4
+        )
     found = json.loads((tmp_path / "release/report.json").read_text())
     assert found["scenes"] == 4 and 0 <= found["scenes_right"] <= 1
 
 
 def test_another_dtype_is_refused():
     with pytest.raises(ValueError, match="got dtype 'int8'"):
-        build(small(dtype="int8"))
+        build_task(small(dtype="int8"))

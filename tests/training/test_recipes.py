@@ -9,15 +9,15 @@ import torch
 from helpers.paths import RECIPES
 from safetensors.torch import save_file
 
-from unimm.data.batching import dealt
+from unimm.data.batching import sample_tasks
 from unimm.data.shapes import HELD_OUT, TASKS, example
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.sequence.parts import IGNORE
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.sequence.parts import IGNORE_INDEX
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
-from unimm.training.init import compile_streams, text_model
-from unimm.training.tasks.bagel import BAGEL_MARKERS, FLOWS, TEXTS
-from unimm.training.tasks.base import build
+from unimm.training.init import compile_experts, train_tokenizer
+from unimm.training.tasks.bagel import BAGEL_TOKENS, IMAGE_KINDS, TEXT_KINDS
+from unimm.training.tasks.base import build_task
 from unimm.training.tasks.vit import IGNORED
 from unimm.training.trainer import Trainer
 
@@ -34,28 +34,38 @@ def recipe(tmp_path_factory):
     model = {name: dict(part) for name, part in full.model.items()}
     model["llm"] |= SMALL_LLM
     model["vit"] |= SMALL_VIT
-    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4, scale=1.0, shift=0.0)
-    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
-    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
-    save_file(NaViT(VisionConfig.from_files(model["vit"], drop_last=True)).state_dict(), folder / "vision.safetensors")
-    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compiled=False)
-    return dataclasses.replace(full, model=model, options=options, batch=104, precision="float32")
+    vae = AutoencoderKLConfig(
+        width=32,
+        channel_multipliers=(1, 1, 1, 1),
+        n_res_blocks=1,
+        latent_channels=4,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
+    save_file(
+        SiglipNaViT(SiglipNaViTConfig.from_json(model["vit"], drop_last=True)).state_dict(),
+        folder / "vision.safetensors",
+    )
+    options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compile=False)
+    return dataclasses.replace(full, model=model, options=options, batch_size=104, precision="float32")
 
 
 @pytest.fixture(scope="module")
 def objective(recipe):
-    return build(recipe)
+    return build_task(recipe)
 
 
 def test_every_recipe_is_read():
-    names = {path.stem: read_recipe(path).objective for path in RECIPES.glob("*.yaml")}
+    names = {path.stem: read_recipe(path).task for path in RECIPES.glob("*.yaml")}
     assert names == {
-        "bagel-nano": "shapes",
-        "bagel-nano-vae": "vae",
-        "bagel-nano-vit": "vision",
+        "bagel-nano": "bagel",
+        "bagel-nano-vae": "kl_vae",
+        "bagel-nano-vit": "vit",
         "janus-nano": "janus",
         "janus-nano-decoupling": "decoupling",
-        "janus-nano-semantic": "semantic",
+        "janus-nano-semantic": "semantic_vq",
         "janus-nano-stage1": "janus",
         "janus-nano-stage2": "janus",
         "janus-nano-stage3": "janus",
@@ -64,10 +74,10 @@ def test_every_recipe_is_read():
         "metaquery-instruct": "metaquery",
         "metaquery-nano": "metaquery",
         "metaquery-pretrain": "metaquery",
-        "metaquery-nano-dcae": "dcae",
-        "metaquery-nano-reader": "reader",
+        "metaquery-nano-dcae": "dc_ae",
+        "metaquery-nano-mllm": "qwen2_5_vl",
         "uniworld-nano": "uniworld",
-        "uniworld-nano-decider": "deciding",
+        "uniworld-nano-task-head": "uniworld_task_head",
         "uniworld-stage1": "uniworld",
         "uniworld-stage2": "uniworld",
     }
@@ -75,10 +85,10 @@ def test_every_recipe_is_read():
 
 def test_tasks_fill_a_batch():
     tasks = {"a": 5, "b": 2, "c": 1}
-    few = [dealt(tasks, 8 + 3, random.Random(i)) for i in range(2000)]
+    few = [sample_tasks(tasks, 8 + 3, random.Random(i)) for i in range(2000)]
     assert all(len(batch) == 11 and all(batch[:8].count(task) == n for task, n in tasks.items()) for batch in few)
     # a hand of a deck: never more of a task than the deck holds, and its share on average
-    many = [dealt(tasks, 4, random.Random(i)) for i in range(2000)]
+    many = [sample_tasks(tasks, 4, random.Random(i)) for i in range(2000)]
     assert all(len(batch) == 4 and all(batch.count(task) <= n for task, n in tasks.items()) for batch in many)
     for hands in ([batch[8:] for batch in few], many):
         drawn = [task for hand in hands for task in hand]
@@ -87,12 +97,12 @@ def test_tasks_fill_a_batch():
 
 def test_frozen_parts_are_parts(recipe):
     with pytest.raises(ValueError, match=r"got frozen \['visoin'\], expected beginnings"):
-        build(dataclasses.replace(recipe, options={**recipe.options, "frozen": ["visoin"]}))
+        build_task(dataclasses.replace(recipe, options={**recipe.options, "frozen": ["visoin"]}))
 
 
 def test_missing_parts_are_named(recipe):
     with pytest.raises(ValueError, match=r"no ae.safetensors in /nowhere: run `unimm train bagel-nano-vae"):
-        build(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
+        build_task(dataclasses.replace(recipe, options={**recipe.options, "vae": "/nowhere"}))
 
 
 def test_batches_are_a_function_of_seed_and_step(objective):
@@ -103,13 +113,13 @@ def test_batches_are_a_function_of_seed_and_step(objective):
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    assert set(batch.flow_groups.tolist()) == set(range(len(FLOWS)))
-    assert set(batch.text_groups.tolist()) == set(range(len(TEXTS)))
-    assert len(batch.flow_groups) == int(batch.pack.noised.sum())
-    assert len(batch.text_groups) == int((batch.pack.labels != IGNORE).sum())
+    assert set(batch.image_kinds.tolist()) == set(range(len(IMAGE_KINDS)))
+    assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
+    assert len(batch.image_kinds) == int(batch.pack.noised.sum())
+    assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert all(len(rows) % 256 == 0 for rows in batch.pack.streams.values())
     losses = objective.losses(batch)
-    assert set(losses) == set(FLOWS + TEXTS) and all(torch.isfinite(loss) for loss in losses.values())
+    assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_a_batch_that_draws_nothing(objective):
@@ -121,7 +131,7 @@ def test_a_batch_that_draws_nothing(objective):
 
 def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
-    encoded = objective.encoded(batch)
+    encoded = objective.encode_latents(batch)
     picture, token = batch.pack.draw.content[40].tolist()
     alone = objective.model.vae.encode(
         batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
@@ -140,20 +150,24 @@ def test_every_task_has_a_plan(objective, task):
 def test_steps_teach(recipe, objective):
     # a loss of small weight may rise for some steps while the others fall
     even = dict.fromkeys(recipe.loss_weights, 1.0)
-    trainer = Trainer(objective, dataclasses.replace(recipe, warmup=0, lr=3e-3, loss_weights=even), torch.device("cpu"))
+    trainer = Trainer(
+        objective, dataclasses.replace(recipe, warmup_steps=0, lr=3e-3, loss_weights=even), torch.device("cpu")
+    )
     batch = objective.batch(0)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
-    frozen = objective.model.vision.patch.weight.clone()
+    frozen = objective.model.vision.patch_embed.weight.clone()
     for _ in range(12):
         trainer.update(batch)
     after = {name: loss.item() for name, loss in objective.losses(batch).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
-    assert torch.equal(frozen, objective.model.vision.patch.weight)
+    assert torch.equal(frozen, objective.model.vision.patch_embed.weight)
 
 
 def test_the_vit_learns_to_see():
-    recipe = dataclasses.replace(read_recipe(RECIPES / "bagel-nano-vit.yaml"), batch=32, precision="float32", warmup=0)
-    objective = build(dataclasses.replace(recipe, model={**recipe.model, **SMALL_VIT}))
+    recipe = dataclasses.replace(
+        read_recipe(RECIPES / "bagel-nano-vit.yaml"), batch_size=32, precision="float32", warmup_steps=0
+    )
+    objective = build_task(dataclasses.replace(recipe, model={**recipe.model, **SMALL_VIT}))
     batch = objective.batch(0)
     empty = (batch.targets == 0).all(-1)
     assert (batch.targets[~empty] != 0).all() and 0 < (~empty).float().mean() < 0.4
@@ -171,8 +185,8 @@ def test_the_vit_learns_to_see():
 
 def test_nameless_things_teach_what_has_a_name():
     recipe = read_recipe(RECIPES / "bagel-nano-vit.yaml")
-    options = recipe.options | {"nameless_colours": 0.5, "nameless_shapes": 0.5, "noise": 0.0}
-    batch = build(dataclasses.replace(recipe, options=options, batch=16)).batch(0)
+    options = recipe.options | {"novel_colours": 0.5, "novel_shapes": 0.5, "noise": 0.0}
+    batch = build_task(dataclasses.replace(recipe, options=options, batch_size=16)).batch(0)
     found = batch.targets[batch.targets[:, 2] > 0]  # patches that hold a thing: every size has a name
     shape_missing, colour_missing = (found[:, i] == IGNORED for i in (0, 1))
     assert torch.equal(shape_missing, ~colour_missing) and shape_missing.any() and colour_missing.any()
@@ -181,17 +195,17 @@ def test_nameless_things_teach_what_has_a_name():
 def test_only_drawings_and_edits_lose_names(objective):
     worlds, dice = objective.batch, random.Random(0)
     worlds = dataclasses.replace(
-        worlds, options=dataclasses.replace(worlds.options, nameless_colours=0.5, nameless_shapes=0.5)
+        worlds, options=dataclasses.replace(worlds.options, novel_colours=0.5, novel_shapes=0.5)
     )
     for task in TASKS:
         one = example(task, 3)
-        changed = worlds.unnamed(one, dice)
+        changed = worlds.augment(one, dice)
         assert (changed is one) == (not task.startswith(("draw.", "edit.")) or task == "draw.favourite")
 
 
 def test_a_vit_is_judged_by_plain_scenes():
     recipe = read_recipe(RECIPES / "bagel-nano-vit.yaml")
-    scenes = build(dataclasses.replace(recipe, batch=8)).batch
+    scenes = build_task(dataclasses.replace(recipe, batch_size=8)).batch
     plain, again = scenes.batch(scenes.scenes(3)), scenes.batch(scenes.scenes(3))
     assert torch.equal(plain.patches, again.patches) and int(plain.targets.min()) >= 0
     assert not torch.equal(scenes(3).patches, plain.patches)
@@ -201,8 +215,8 @@ def test_a_vit_is_judged_by_plain_scenes():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 def test_compiled_streams_equal_plain_ones(recipe):
-    plain, fast = build(recipe), build(recipe)
-    compile_streams(fast.model)
+    plain, fast = build_task(recipe), build_task(recipe)
+    compile_experts(fast.model)
     for step in range(2):
         batch = plain.batch(step)
         expected, got = plain.losses(batch), fast.losses(batch)
@@ -211,9 +225,9 @@ def test_compiled_streams_equal_plain_ones(recipe):
 
 
 def test_the_text_model_keeps_markers_out_of_reach():
-    tokenizer = text_model(512, lines=2000, markers=BAGEL_MARKERS)
-    bos = tokenizer.id("<|im_start|>")
-    assert bos is not None and tokenizer.id("no such token") is None
+    tokenizer = train_tokenizer(512, lines=2000, special_tokens=BAGEL_TOKENS)
+    bos = tokenizer.token_id("<|im_start|>")
+    assert bos is not None and tokenizer.token_id("no such token") is None
     assert bos not in tokenizer.encode("a <|im_start|> red circle")
     for text in ("a red circle left of a blue square", "<think>3 - 2 = 1. draw one red circle.</think>", "caf\u00e9"):
         assert tokenizer.decode(tokenizer.encode(text)) == text

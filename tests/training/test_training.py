@@ -14,18 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unimm.data.batching import to_image, to_pixels
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.data.batching import image_to_uint8, uint8_to_image
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training import checkpoints as saving
 from unimm.training import trainer as loop
-from unimm.training.config import Recipe, read_recipe, strict
-from unimm.training.ema import Average
-from unimm.training.tasks.base import OBJECTIVES, build
-from unimm.training.trainer import Trainer, batches, train
+from unimm.training.config import TrainConfig, read_recipe, strict
+from unimm.training.ema import EMA
+from unimm.training.tasks.base import TRAINING_TASKS, build_task
+from unimm.training.trainer import Trainer, iterate_batches, train
 
-RECIPE = Recipe(
-    objective="toy", seed=3, steps=8, batch=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, muon=(), warmup=2,
-    schedule="cosine", final=0.1, clip=1.0, average=0.9, precision="float32", loss_weights={"near": 1.0, "small": 0.5},
+RECIPE = TrainConfig(
+    task="toy", seed=3, steps=8, batch_size=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, muon=(), warmup_steps=2,
+    schedule="cosine", min_lr_ratio=0.1, max_grad_norm=1.0, ema_decay=0.9, precision="float32", loss_weights={"near": 1.0, "small": 0.5},
     save_every=4, sample_every=4, log_every=1,
 )  # fmt: skip
 
@@ -58,7 +58,7 @@ class Toy:
         y = self.model(batch)
         return {"near": (y - batch).square().mean(), "small": y.abs().mean()}
 
-    def picture(self):
+    def sample_image(self):
         assert not self.model.training
         return Image.new("RGB", (2, 2))
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_takes_back_the_steps_after_its_checkpoint(tmp_path):
 
 def test_batches_of_a_worker_equal_those_of_the_loop(tmp_path):
     state = torch.get_rng_state()
-    made = list(batches(Draw(1), 2, 7, workers=1))
+    made = list(iterate_batches(Draw(1), 2, 7, workers=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(made) == 5
     assert all(torch.equal(x, Draw(1)(step)) for step, x in enumerate(made, start=2))
@@ -163,16 +163,16 @@ def test_a_gradient_that_is_no_number_spoils_nothing(tmp_path):
 
 
 def test_parts_that_no_parameter_has():
-    for name in ("muon", "undecayed"):
+    for name in ("muon", "no_weight_decay"):
         with pytest.raises(ValueError, match=rf"got {name} \['decodr'\], expected beginnings of parameters"):
-            loop.optimizers(Toy().model, dataclasses.replace(RECIPE, **{name: ("decodr",)}))
+            loop.build_optimizers(Toy().model, dataclasses.replace(RECIPE, **{name: ("decodr",)}))
 
 
 def test_what_is_not_decayed_is_not_decayed_by_muon_either():
-    recipe = dataclasses.replace(RECIPE, muon=("3.",), undecayed=("3.",), weight_decay=0.5)
+    recipe = dataclasses.replace(RECIPE, muon=("3.",), no_weight_decay=("3.",), weight_decay=0.5)
     model = Toy().model
     before = model[3].weight.clone()
-    for optimizer in loop.optimizers(model, recipe):
+    for optimizer in loop.build_optimizers(model, recipe):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -205,7 +205,7 @@ def test_another_recipe_is_said_aloud(tmp_path, caplog):
 
 def test_time_is_up(tmp_path):
     assert run(tmp_path, hours=0.0)[1] == 1
-    assert [path.name for path in saving.checkpoints(tmp_path)] == ["00000001"]
+    assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000001"]
 
 
 def test_ctrl_c_saves_and_handlers_come_back(tmp_path):
@@ -219,15 +219,15 @@ def test_init_takes_the_average(tmp_path):
     run(tmp_path / "first")
     folder = tmp_path / "first/checkpoints/00000008"
     trainer = Trainer(Toy(), RECIPE, torch.device("cpu"))
-    trainer.start_from(folder)
+    trainer.init_from(folder)
     average = load_file(folder / "average.safetensors")
     weights = dict(trainer.model.named_parameters())
     assert average.keys() < weights.keys()
     assert all(torch.equal(weights[name], x) for name, x in average.items())
-    assert all(torch.equal(trainer.average.weights[name], x) for name, x in average.items())
-    assert (trainer.step, trainer.average.updates) == (0, 0)
+    assert all(torch.equal(trainer.ema.weights[name], x) for name, x in average.items())
+    assert (trainer.step, trainer.ema.n_updates) == (0, 0)
     with pytest.raises(ValueError, match=r"folder of a run.*model.safetensors and average.safetensors"):
-        trainer.start_from(tmp_path)
+        trainer.init_from(tmp_path)
 
 
 def test_init_from_a_run_that_trained_other_parts(tmp_path):
@@ -236,24 +236,24 @@ def test_init_from_a_run_that_trained_other_parts(tmp_path):
     toy.model[0].requires_grad_(True)
     toy.model[2].requires_grad_(False)
     trainer = Trainer(toy, RECIPE, torch.device("cpu"))
-    trainer.start_from(tmp_path / "first")
+    trainer.init_from(tmp_path / "first")
     held, average = (
         load_file(tmp_path / f"first/checkpoints/00000008/{name}.safetensors") for name in ("model", "average")
     )
     assert all(torch.equal(x, average.get(name, held[name])) for name, x in trainer.model.named_parameters())
     # what is frozen now was trained then
-    assert "2.weight" in average and "2.weight" not in trainer.average.weights and "0.weight" in trainer.average.weights
-    assert all(torch.equal(x, trainer.model.get_parameter(name)) for name, x in trainer.average.weights.items())
+    assert "2.weight" in average and "2.weight" not in trainer.ema.weights and "0.weight" in trainer.ema.weights
+    assert all(torch.equal(x, trainer.model.get_parameter(name)) for name, x in trainer.ema.weights.items())
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run(tmp_path)
     path = tmp_path / "checkpoints/00000008/model.safetensors"
     with pytest.raises(ValueError, match=r"lacks \['9.weight'\].*recipe"):
-        saving.read_into(path, {**saving.tensors(Toy().model), "9.weight": torch.zeros(1)})
-    other = {name: torch.zeros(7) if name == "3.bias" else x for name, x in saving.tensors(Toy().model).items()}
+        saving.load_into(path, {**saving.named_tensors(Toy().model), "9.weight": torch.zeros(1)})
+    other = {name: torch.zeros(7) if name == "3.bias" else x for name, x in saving.named_tensors(Toy().model).items()}
     with pytest.raises(ValueError, match=r"3.bias.*\[3\], expected \[7\]"):
-        saving.read_into(path, other)
+        saving.load_into(path, other)
 
 
 # files
@@ -271,7 +271,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         patch.setattr(saving.torch, "save", full)
         with pytest.raises(OSError, match="space"):
             run(tmp_path, resume=True)
-    assert [path.name for path in saving.checkpoints(tmp_path)] == ["00000004"]
+    assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000004"]
     assert (tmp_path / "checkpoints/00000004/state.pt").read_bytes() == old
     assert (tmp_path / "release/model.safetensors").read_bytes() == release
     assert run(tmp_path, resume=True)[1] == 8
@@ -292,7 +292,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 def test_the_state_needs_no_pickle(tmp_path):
     run(tmp_path)
-    state = saving.load_state(saving.checkpoints(tmp_path)[-1])
+    state = saving.load_train_state(saving.list_checkpoints(tmp_path)[-1])
     assert (state["step"], state["updates"]) == (8, 8)
 
 
@@ -314,9 +314,9 @@ def test_the_rate_counts_the_steps_of_this_process(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     trainer = Trainer(Toy(), recipe, torch.device("cpu"))
-    trainer.restore(saving.checkpoints(tmp_path)[-1])
+    trainer.resume(saving.list_checkpoints(tmp_path)[-1])
     for step in (6, 7):
-        trainer.update(trainer.objective.batch(step))
+        trainer.update(trainer.task.batch(step))
     # two steps of four samples in ten seconds; the two before them were another process's
     assert trainer.report()["samples_per_s"] == 0.8
 
@@ -341,7 +341,7 @@ def test_nothing_to_train():
 
 
 def test_one_step_is_adamw_on_the_clipped_gradient():
-    recipe = dataclasses.replace(RECIPE, clip=1e-3, eps=1e-3)
+    recipe = dataclasses.replace(RECIPE, max_grad_norm=1e-3, eps=1e-3)
     trainer, twin = Trainer(Toy(), recipe, torch.device("cpu")), Toy()
     batch = twin.batch(0)
     params = [p for p in twin.model.parameters() if p.requires_grad]
@@ -349,11 +349,11 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
     losses = twin.losses(batch)
     grads = torch.autograd.grad(losses["near"] + 0.5 * losses["small"], params)
     norm = torch.stack([g.norm() for g in grads]).norm()
-    assert norm > recipe.clip
+    assert norm > recipe.max_grad_norm
     torch.manual_seed(5)
     trainer.update(batch)
     for p, g, got in zip(params, grads, trainer.params, strict=True):
-        clipped = g * recipe.clip / (norm + 1e-6)
+        clipped = g * recipe.max_grad_norm / (norm + 1e-6)
         decay = recipe.weight_decay if p.ndim >= 2 else 0.0
         lr = recipe.lr / 2
         expected = p * (1 - lr * decay) - lr * clipped / (clipped.abs() + recipe.eps)
@@ -363,13 +363,13 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
 
 def test_muon_trains_the_matrices_it_is_given(tmp_path):
     # a matrix of two dimensions by Muon, all else by AdamW; both continue from a checkpoint
-    recipe = dataclasses.replace(RECIPE, muon=("3.",), weight_decay=0.0, warmup=0)
+    recipe = dataclasses.replace(RECIPE, muon=("3.",), weight_decay=0.0, warmup_steps=0)
     trainer = Trainer(Toy(), recipe, torch.device("cpu"))
     muon, adamw = trainer.optimizers
     matrix, before = trainer.model[3].weight, trainer.model[3].weight.detach().clone()
     assert [p for group in muon.param_groups for p in group["params"]] == [matrix]
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(trainer.params) - 1
-    trainer.update(trainer.objective.batch(0))
+    trainer.update(trainer.task.batch(0))
     # an orthogonal step, scaled so that its root mean square is 0.2 lr (arXiv 2502.16982, equation 4); the five
     # iterations leave singular values between about 0.7 and 1.2
     values = torch.linalg.svdvals((matrix.detach() - before) / (recipe.lr * 0.2 * 5**0.5))
@@ -413,7 +413,7 @@ def test_bfloat16_keeps_float32_weights(tmp_path):
 
 def test_average_formula():
     model = nn.Linear(2, 1, bias=False)
-    average = Average(model, 0.5)
+    average = EMA(model, 0.5)
     expected = model.weight.detach().double().clone()
     for n in range(20):
         with torch.no_grad():
@@ -422,18 +422,18 @@ def test_average_formula():
         decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(average.weights["weight"].double(), expected, rtol=1e-6, atol=0)
-    assert average.updates == 20
+    assert average.n_updates == 20
 
 
 def test_average_swaps_in_and_back():
     model = nn.Linear(2, 2).to(torch.bfloat16)
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     with torch.no_grad():
         model.weight += 1
     live = model.weight.detach().clone()
 
     def look():
-        with average.swapped_in():
+        with average.swap_in():
             assert torch.equal(model.weight, average.weights["weight"].to(torch.bfloat16))
             raise KeyError
 
@@ -450,7 +450,7 @@ def test_average_swaps_in_and_back():
 def test_our_recipes(path):
     assert path.read_text().startswith(f"# unimm train {path.stem} ")
     recipe = read_recipe(path)
-    assert recipe.objective in OBJECTIVES
+    assert recipe.task in TRAINING_TASKS
 
 
 def fields():
@@ -467,7 +467,7 @@ def test_numbers_as_yaml_writes_them(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"warm_up": 3}, "got 'warm_up' in here.*did you mean 'warmup'"),
+        ({"warm_up": 3}, "got 'warm_up' in here.*did you mean 'warmup_steps'"),
         ({"steps": 0}, "got steps: 0, expected at least 1"),
         ({"steps": 2.5}, "got 2.5 for steps in here, expected int"),
         ({"steps": True}, "got True for steps in here, expected int"),
@@ -478,20 +478,20 @@ def test_numbers_as_yaml_writes_them(tmp_path):
         ({"schedule": "linear"}, "got 'linear' for schedule in here, expected one of \\['constant', 'cosine'\\]"),
         ({"loss_weights": {"near": "much"}}, "got 'much' for near of loss_weights in here, expected float"),
         ({"loss_weights": [1]}, "for loss_weights in here, expected .*Mapping"),
-        ({"average": 1.5}, "got average: 1.5, expected a number from 0 to 1"),
+        ({"ema_decay": 1.5}, "got ema_decay: 1.5, expected a number from 0 to 1"),
     ],
 )
 def test_wrong_recipes(change, words):
     with pytest.raises(ValueError, match=words):
-        strict(Recipe, {**fields(), **change}, where="here")
+        strict(TrainConfig, {**fields(), **change}, where="here")
 
 
 def test_missing_names_are_named(tmp_path):
-    short = {name: value for name, value in fields().items() if name not in ("lr", "clip")}
-    with pytest.raises(ValueError, match="here lacks lr, clip"):
-        strict(Recipe, short, where="here")
+    short = {name: value for name, value in fields().items() if name not in ("lr", "max_grad_norm")}
+    with pytest.raises(ValueError, match="here lacks lr, max_grad_norm"):
+        strict(TrainConfig, short, where="here")
     with pytest.raises(ValueError, match="expected a mapping"):
-        strict(Recipe, None, where="here")
+        strict(TrainConfig, None, where="here")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="no YAML"):
         read_recipe(tmp_path / "bad.yaml")
@@ -500,7 +500,7 @@ def test_missing_names_are_named(tmp_path):
 
 
 def test_learning_rate():
-    recipe = dataclasses.replace(RECIPE, steps=102, warmup=2, lr=1.0, final=0.1)
+    recipe = dataclasses.replace(RECIPE, steps=102, warmup_steps=2, lr=1.0, min_lr_ratio=0.1)
     assert [recipe.lr_at(step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert recipe.lr_at(52) == pytest.approx(0.55)
     assert recipe.lr_at(102) == pytest.approx(0.1)
@@ -508,8 +508,8 @@ def test_learning_rate():
 
 
 def test_unknown_objective():
-    with pytest.raises(ValueError, match=r"'vea'.*did you mean 'vae'"):
-        build(dataclasses.replace(RECIPE, objective="vea"))
+    with pytest.raises(ValueError, match=r"'kl_vea'.*did you mean 'kl_vae'"):
+        build_task(dataclasses.replace(RECIPE, task="kl_vea"))
 
 
 # the autoencoder's objective
@@ -519,12 +519,17 @@ def tiny_vae():
     recipe = read_recipe(RECIPES / "bagel-nano-vae.yaml")
     model = {"width": 32, "multipliers": [1, 1], "n_blocks": 1, "latent_channels": 2}
     return dataclasses.replace(
-        recipe, model=model, options={**recipe.options, "measured": 6}, steps=2, batch=3, precision="float32"
+        recipe,
+        model=model,
+        options={**recipe.options, "measured_scenes": 6},
+        steps=2,
+        batch_size=3,
+        precision="float32",
     )
 
 
 def test_vae_batches_depend_on_seed_and_step_only():
-    one, other = build(tiny_vae()).batch, build(tiny_vae()).batch
+    one, other = build_task(tiny_vae()).batch, build_task(tiny_vae()).batch
     other(0)
     assert torch.equal(one(5).image, other(5).image) and torch.equal(one(5).noise, other(5).noise)
     assert not torch.equal(one(5).image, one(6).image) and not torch.equal(one(5).noise, one(6).noise)
@@ -534,7 +539,7 @@ def test_vae_batches_depend_on_seed_and_step_only():
 
 
 def test_vae_losses_are_means():
-    objective = build(tiny_vae())
+    objective = build_task(tiny_vae())
     batch = objective.batch(0)
     losses = objective.losses(batch)
     mean, logvar = objective.model.moments(batch.image)
@@ -547,14 +552,14 @@ def test_vae_losses_are_means():
 
 
 def test_a_trained_vae_has_standard_latents(tmp_path):
-    objective = build(tiny_vae())
+    objective = build_task(tiny_vae())
     train(objective, tiny_vae(), tmp_path, workers=0)
     with Image.open(tmp_path / "samples/00000002.png") as picture:
         assert picture.size == (512, 128)
-    config = VAEConfig.from_files(json.loads((tmp_path / "release/vae_config.json").read_text()))
+    config = AutoencoderKLConfig.from_json(json.loads((tmp_path / "release/vae_config.json").read_text()))
     weights = load_file(tmp_path / "release/ae.safetensors")
     assert {x.dtype for x in weights.values()} == {torch.float16}
-    vae = VAE(config)
+    vae = AutoencoderKL(config)
     vae.load_state_dict(weights)
     batch = objective.batch(0), objective.batch(1)
     image, noise = torch.cat([b.image for b in batch]), torch.cat([b.noise for b in batch])
@@ -565,5 +570,5 @@ def test_a_trained_vae_has_standard_latents(tmp_path):
 
 def test_pixels_survive_the_way_there_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3).numpy()
-    assert (to_pixels(to_image(pixels)) == pixels).all()
-    assert to_pixels(torch.tensor([-3.0, 3.0, 0.0]).reshape(1, 3, 1, 1)).tolist() == [[[[0, 255, 128]]]]
+    assert (image_to_uint8(uint8_to_image(pixels)) == pixels).all()
+    assert image_to_uint8(torch.tensor([-3.0, 3.0, 0.0]).reshape(1, 3, 1, 1)).tolist() == [[[[0, 255, 128]]]]

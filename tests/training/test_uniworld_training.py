@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from unimm import TextSampling, UniWorld
 from unimm.data.shapes import example
-from unimm.denoisers.flux import Flux, FluxConfig
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.denoisers.flux import FluxConfig, FluxTransformer
+from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
-from unimm.training.ema import Average, ramp
-from unimm.training.init import fresh_tower, text_model
-from unimm.training.tasks.base import build
+from unimm.training.ema import EMA, ramped_decay
+from unimm.training.init import init_siglip, train_tokenizer
+from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
 
 PAINTER = dict(in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=12,
@@ -34,7 +34,7 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 @functools.cache
 def words():
-    return text_model(640, lines=2000, markers=toys.MARKERS, extra=["system user assistant"], kind="bpe")
+    return train_tokenizer(640, lines=2000, special_tokens=toys.MARKERS, extra=["system user assistant"], kind="bpe")
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,29 @@ def recipe(tmp_path_factory):
     """The recipe with small numbers, around an untrained reader, autoencoder and ViT."""
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "uniworld-nano.yaml")
     torch.manual_seed(0)
-    vae = VAEConfig(width=32, multipliers=(1, 1, 1, 1), n_blocks=1, latent_channels=4, scale=1.0, shift=0.0)
-    save_file(VAE(vae).state_dict(), folder / "ae.safetensors")
-    (folder / "vae_config.json").write_text(json.dumps(vae.to_files()))
-    save_file(NaViT(VisionConfig.from_files(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
-    painter = Flux(FluxConfig.from_files(PAINTER))
+    vae = AutoencoderKLConfig(
+        width=32,
+        channel_multipliers=(1, 1, 1, 1),
+        n_res_blocks=1,
+        latent_channels=4,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
+    (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
+    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    painter = FluxTransformer(FluxConfig.from_json(PAINTER))
     for p in painter.parameters():
         torch.nn.init.normal_(p, std=0.2)
     painter.save_pretrained(folder / "flux" / "transformer")
     vision = {**full.model["vision"], **VIT, "num_hidden_layers": 1, "image_size": 64}
     generation = full.model["generation"] | {"steps": 2}
-    model = {"generation": generation, "hidden": {"vae_projector": 5}, "painter": PAINTER, "vision": vision}
+    model = {"generation": generation, "hidden": {"vae_projector": 5}, "denoiser": PAINTER, "vision": vision}
     reader = toys.save_reader(folder / "reader", words())
-    paths = dict(reader=str(reader), vae=str(folder), vit=str(folder))
-    options = dict(full.options) | paths | dict(compiled=False, tasks=TASKS)
+    paths = dict(mllm=str(reader), vae=str(folder), vit=str(folder))
+    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
     return dataclasses.replace(
-        full, model=model, options=options, batch=8, precision="float32", warmup=0, lr=3e-3, muon=()
+        full, model=model, options=options, batch_size=8, precision="float32", warmup_steps=0, lr=3e-3, muon=()
     )
 
 
@@ -68,18 +75,18 @@ def changed(recipe, **options):
 
 def staged(recipe, stage: str):
     """The recipe of a stage, around a painter that is trained already."""
-    return changed(recipe, trained=stage, painter=str(Path(recipe.options["vae"]) / "flux"), begun=True)
+    return changed(recipe, trained=stage, denoiser=str(Path(recipe.options["vae"]) / "flux"), append_vision_start=True)
 
 
 @pytest.fixture(scope="module")
 def objective(recipe):
-    return build(recipe)
+    return build_task(recipe)
 
 
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
-    for name in ("images", "noise", "times", "looks", "weights", "told", "owners"):
+    for name in ("images", "noise", "times", "siglip_images", "weights", "conditioned", "sample_indices"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert not torch.equal(a.images, other.images) and not torch.equal(a.noise, other.noise)
     assert not torch.equal(a.images, dataclasses.replace(worlds, seed=1)(3).images)
@@ -87,50 +94,50 @@ def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    assert set(batch.draw_groups.tolist()) == {0, 1, 2} and batch.owners.tolist() == [i // 2 for i in range(16)]
-    assert sum(one.segment.length for items in batch.samples for one in items) % 256 == 0
-    shown = sum(item.kind == "look" for items in batch.samples for item in items)
-    assert len(batch.looks) == shown > 0 and batch.weights.shape == (8, 1, 8, 8)
+    assert set(batch.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [i // 2 for i in range(16)]
+    assert sum(one.segment.length for items in batch.prompts for one in items) % 256 == 0
+    shown = sum(item.kind == "und_image" for items in batch.prompts for item in items)
+    assert len(batch.siglip_images) == shown > 0 and batch.weights.shape == (8, 1, 8, 8)
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_an_edit_counts_more_where_it_changed_the_picture(objective, recipe):
     edit, drawing = example("edit.recolour", 3), example("draw.one", 3)
-    weights = objective.batch.weights(edit)
+    weights = objective.batch.loss_weights(edit)
     moved = torch.from_numpy((edit.images[0] != edit.target).any(-1))
     inside = torch.nn.functional.max_pool2d(moved[None].float(), 8).bool()
     assert float(weights.min()) == 1 and float(weights.max()) > 2 and (weights[inside] == weights.max()).all()
-    assert (objective.batch.weights(drawing) == 1).all()
-    even = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, weights=""))
-    assert (even.weights(edit) == 1).all()
+    assert (objective.batch.loss_weights(drawing) == 1).all()
+    even = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, edit_weights=""))
+    assert (even.loss_weights(edit) == 1).all()
 
 
 def test_losses_are_those_of_each_copy_alone(objective):
     """Padding in a batch, of text and of the other group's, does not count."""
     batch, model = objective.batch(0), objective.model
-    latents = objective.encoded(batch)
+    latents = objective.encode_latents(batch)
     with torch.no_grad():
         torch.manual_seed(0)
-        for p in model.painter.parameters():  # a painter from scratch says nothing
+        for p in model.denoiser.parameters():  # a painter from scratch says nothing
             p.add_(0.1 * torch.randn_like(p))
         losses = objective.losses(batch)
         found = {}
-        left = iter(batch.looks)
-        for i, items in enumerate(batch.samples[: len(batch.told)]):
-            shown = [next(left) for item in items if item.kind == "look"]
-            looks = model.parts.tower(torch.stack(shown)) if shown else None
-            (told,) = model.told([items], model.reader.read([items]), looks)
-            at = int(batch.shown[i])
-            below = model.parts.vae.encode(batch.below[at : at + 1]) if at >= 0 else None
+        left = iter(batch.siglip_images)
+        for i, items in enumerate(batch.prompts[: len(batch.conditioned)]):
+            shown = [next(left) for item in items if item.kind == "und_image"]
+            looks = model.auxiliary.siglip(torch.stack(shown)) if shown else None
+            (told,) = model.condition([items], model.mllm.read([items]), looks)
+            at = int(batch.reference_indices[i])
+            below = model.auxiliary.vae.encode(batch.reference_images[at : at + 1]) if at >= 0 else None
             assert (at >= 0) == bool(shown)
-            for row in (batch.owners == i).nonzero().squeeze(1).tolist():
+            for row in (batch.sample_indices == i).nonzero().squeeze(1).tolist():
                 loss = model(
-                    [told if batch.told[i] else told[:0]], latents[i : i + 1], batch.noise[row : row + 1],
+                    [told if batch.conditioned[i] else told[:0]], latents[i : i + 1], batch.noise[row : row + 1],
                     batch.times[row : row + 1], pooled=torch.zeros(1, 6), weights=batch.weights[i : i + 1],
-                    references=below,
+                    reference_latents=below,
                 )  # fmt: skip
-                found.setdefault(int(batch.draw_groups[row]), []).append(loss)
+                found.setdefault(int(batch.image_kinds[row]), []).append(loss)
     for group, name in enumerate(("draw", "edit", "reason")):
         torch.testing.assert_close(losses[name], torch.cat(found[group]).mean(), rtol=1e-4, atol=1e-4)
 
@@ -138,37 +145,42 @@ def test_losses_are_those_of_each_copy_alone(objective):
 def test_the_painter_may_be_shown_the_pictures(recipe):
     """As the release has them or not: latents of an edit's picture beside the one that is drawn."""
     generation = recipe.model["generation"] | {"references": None}
-    plain = build(dataclasses.replace(recipe, model={**recipe.model, "generation": generation}))
+    plain = build_task(dataclasses.replace(recipe, model={**recipe.model, "generation": generation}))
     batch = plain.batch(0)
-    assert plain.references(batch, batch.owners[batch.draw_groups == 1]) is None
-    shown = build(recipe)
-    edits, draws = (batch.owners[batch.draw_groups == group] for group in (1, 0))
-    assert shown.references(batch, draws) is None
-    found = shown.references(batch, edits)
+    assert plain.reference_latents(batch, batch.sample_indices[batch.image_kinds == 1]) is None
+    shown = build_task(recipe)
+    edits, draws = (batch.sample_indices[batch.image_kinds == group] for group in (1, 0))
+    assert shown.reference_latents(batch, draws) is None
+    found = shown.reference_latents(batch, edits)
     first = int(edits[0])
-    expected = shown.model.parts.vae.encode(batch.below[batch.shown[first]][None])
+    expected = shown.model.auxiliary.vae.encode(batch.reference_images[batch.reference_indices[first]][None])
     assert found.shape == (len(edits), 4, 8, 8) and torch.allclose(found[:1], expected, atol=1e-5)
 
 
 def test_dropped_prompts_tell_nothing(recipe):
-    objective = build(changed(recipe, dropout=1.0))
+    objective = build_task(changed(recipe, dropout=1.0))
     batch = objective.batch(0)
-    assert not batch.told.any()
+    assert not batch.conditioned.any()
     sum(objective.losses(batch).values()).backward()
-    assert objective.model.from_reader.fc1.weight.grad is None or not objective.model.from_reader.fc1.weight.grad.any()
-    draws = torch.cat([build(changed(recipe, dropout=0.25)).batch(step).told for step in range(40)])
+    assert (
+        objective.model.mllm_projector.fc1.weight.grad is None
+        or not objective.model.mllm_projector.fc1.weight.grad.any()
+    )
+    draws = torch.cat([build_task(changed(recipe, dropout=0.25)).batch(step).conditioned for step in range(40)])
     assert abs(1 - draws.float().mean() - 0.25) < 3 * (0.25 * 0.75 / len(draws)) ** 0.5
 
 
 def test_a_training_prompt_may_end_with_the_marker(objective):
-    begun = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, begun=True))
-    plain, marked = (one.asked("a cat", [])[-1].ids.tolist() for one in (objective.batch, begun))
-    assert marked == [*plain, objective.model.cfg.reader.markers.look]
+    begun = dataclasses.replace(
+        objective.batch, options=dataclasses.replace(objective.batch.options, append_vision_start=True)
+    )
+    plain, marked = (one.prompt_parts("a cat", [])[-1].ids.tolist() for one in (objective.batch, begun))
+    assert marked == [*plain, objective.model.config.mllm.special_tokens.vision_start]
 
 
 def trained(objective) -> set[str]:
     """The parameters that a step changes, those of a fused table by their rows."""
-    recipe = dataclasses.replace(read_recipe(RECIPES / "uniworld-nano.yaml"), lr=1e-2, warmup=0, weight_decay=0.0, muon=(),
+    recipe = dataclasses.replace(read_recipe(RECIPES / "uniworld-nano.yaml"), lr=1e-2, warmup_steps=0, weight_decay=0.0, muon=(),
                                  precision="float32")  # fmt: skip
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
@@ -178,45 +190,47 @@ def trained(objective) -> set[str]:
 
 
 def test_stage_1_trains_what_leads_from_the_reader(recipe):
-    objective = build(staged(recipe, "stage 1"))
+    objective = build_task(staged(recipe, "stage 1"))
     calls = []
-    objective.model.parts.tower.register_forward_hook(lambda *_: calls.append(1))
-    assert trained(objective) == {f"from_reader.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+    objective.model.auxiliary.siglip.register_forward_hook(lambda *_: calls.append(1))
+    assert trained(objective) == {f"mllm_projector.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
     assert not calls, "stage 1 is told no features"
 
 
 def test_stage_2_trains_the_attention_of_the_picture(recipe):
-    objective = build(staged(recipe, "stage 2"))
-    into = objective.model.painter.trunk.singles[0].into
-    old, q = into.weight.detach().clone(), objective.model.painter.trunk.singles[0].split[0]
+    objective = build_task(staged(recipe, "stage 2"))
+    into = objective.model.denoiser.mmdit.single_blocks[0].qkv_mlp
+    old, q = into.weight.detach().clone(), objective.model.denoiser.mmdit.single_blocks[0].split_sizes[0]
     names = trained(objective)
     parts = {name.rpartition(".")[0] for name in names}
-    image = {f"painter.trunk.doubles.0.image.{part}" for part in ("qkv", "q_norm", "k_norm", "out", "modulation")}
-    single = {f"painter.trunk.singles.0.{part}" for part in ("into", "q_norm", "k_norm", "modulation")}
-    ends = {f"{part}.{fc}" for part in ("from_reader", "from_look") for fc in ("fc1", "fc2")}
+    image = {
+        f"painter.mmdit.double_blocks.0.image.{part}" for part in ("qkv", "q_norm", "k_norm", "out_proj", "modulation")
+    }
+    single = {f"painter.mmdit.single_blocks.0.{part}" for part in ("qkv_mlp", "q_norm", "k_norm", "modulation")}
+    ends = {f"{part}.{fc}" for part in ("mllm_projector", "siglip_projector") for fc in ("fc1", "fc2")}
     assert parts == image | single | ends
     moved = (into.weight != old).any(1)
     assert moved[:q].any() and not moved[q:].any(), "rows of the feed-forward stay"
 
 
 def test_everything_else_is_trained_from_scratch(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in objective.model.painter.parameters():
+        for p in objective.model.denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
     sum(objective.losses(objective.batch(0)).values()).backward()
     missed = [
         n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
-    assert missed == ["painter.pooled.fc1.weight"], "which sees zeros: the nano is told no caption"
-    still = {n.split(".")[0] if not n.startswith("parts.") else n[:9] for n, p in objective.model.named_parameters()
+    assert missed == ["painter.pooled_embed.fc1.weight"], "which sees zeros: the nano is told no caption"
+    still = {n.split(".")[0] if not n.startswith("auxiliary.") else n[:13] for n, p in objective.model.named_parameters()
              if not p.requires_grad}  # fmt: skip
-    assert still == {"reader", "from_latents", "parts.vae"}
+    assert still == {"mllm", "vae_projector", "auxiliary.vae"}
 
 
 def test_steps_teach(recipe):
-    objective = build(recipe)
+    objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch = objective.batch(0)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
@@ -228,20 +242,20 @@ def test_steps_teach(recipe):
 
 def test_the_tower_begins_as_the_first_blocks_of_the_vit(objective, recipe):
     """On a picture whose patches have no other place: features of a shorter NaViT."""
-    vit = NaViT(VisionConfig.from_files({**VIT, "num_hidden_layers": 2}, drop_last=True)).eval()
-    tower = fresh_tower(recipe.model["vision"], recipe.options["vit"]).eval()
+    vit = SiglipNaViT(SiglipNaViTConfig.from_json({**VIT, "num_hidden_layers": 2}, drop_last=True)).eval()
+    tower = init_siglip(recipe.model["vision"], recipe.options["vit"]).eval()
     state = torch.nn.Module.state_dict(tower)
-    assert state["patch.weight"].shape == (32, 3, 16, 16) and state["positions"].shape == (16, 32)
+    assert state["patch_embed.weight"].shape == (32, 3, 16, 16) and state["pos_embed"].shape == (16, 32)
     assert {name for name in vit.state_dict() if name.startswith("blocks.")} == {
         n for n in state if n.startswith("blocks.")
     }
     with pytest.raises(ValueError, match="the trained ViT has other numbers"):
-        fresh_tower({**recipe.model["vision"], "hidden_size": 64}, recipe.options["vit"])
+        init_siglip({**recipe.model["vision"], "hidden_size": 64}, recipe.options["vit"])
 
 
 def test_the_average_follows_the_published_ramp():
     model = torch.nn.Linear(1, 1, bias=False)
-    average = Average(model, 0.999)
+    average = EMA(model, 0.999)
     with torch.no_grad():
         model.weight.fill_(5.0)
     average.update()
@@ -249,67 +263,80 @@ def test_the_average_follows_the_published_ramp():
     with torch.no_grad():
         model.weight.fill_(0.0)
     average.update()
-    assert float(average.weights["weight"]) == pytest.approx(5.0 * 2 / 11) and ramp(1, 0.999) == 2 / 11
+    assert float(average.weights["weight"]) == pytest.approx(5.0 * 2 / 11) and ramped_decay(1, 0.999) == 2 / 11
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"tasks": {"answer.count": 1}}, "draws nothing"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
-     ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"weights": "cubic"}, "unknown function 'cubic'")],
+     ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"edit_weights": "cubic"}, "unknown function 'cubic'")],
 )  # fmt: skip
 def test_wrong_recipes(recipe, options, words):
     with pytest.raises(ValueError, match=words):
-        build(changed(recipe, **options)).batch(0)
+        build_task(changed(recipe, **options)).batch(0)
 
 
 def test_a_few_steps_and_their_release(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, steps=2, save_every=2, sample_every=2, log_every=1)
-    objective = build(recipe)
+    objective = build_task(recipe)
     assert train(objective, recipe, tmp_path, workers=0) == 2
     assert (tmp_path / "samples" / "00000002.png").is_file()
     release, source = tmp_path / "release", Path(recipe.options["vae"]) / "ae.safetensors"
     assert (release / "vae" / "ae.safetensors").read_bytes() == source.read_bytes()
     model = UniWorld.from_pretrained(release)
-    cfg = model.cfg
-    assert (cfg.pixels, cfg.ratios, cfg.steps, cfg.text_guidance, cfg.captioned) == (4096, 1, 2, 3.0, False)
-    assert (cfg.system, cfg.in_front, cfg.references) == ("say what to draw.", True, "tokens")
+    cfg = model.config
+    assert (cfg.image_pixels, cfg.n_aspect_ratios, cfg.steps, cfg.true_cfg_scale, cfg.uses_clip) == (
+        4096,
+        1,
+        2,
+        3.0,
+        False,
+    )
+    assert (cfg.system_prompt, cfg.images_first, cfg.reference_latents) == ("say what to draw.", True, "tokens")
     (image,) = model.generate("a red circle", seed=3).images
     assert image.size == (64, 64) and image.tobytes() == model.generate("a red circle", seed=3).images[0].tobytes()
     edited = model.generate("make the circle blue", images=image, seed=3)
     assert edited.images[0].size == (64, 64)
-    assert isinstance(model.understand(image, "how many?", text=TextSampling(max_tokens=3)), str)
+    assert isinstance(model.understand(image, "how many?", text_sampling=TextSampling(max_tokens=3)), str)
 
 
 def test_the_head_learns_who_answers(recipe, tmp_path):
     """On a model of the recipe, whose other parts stay as they are."""
-    model = build(recipe).model
+    model = build_task(recipe).model
     model.save_pretrained(tmp_path / "model")
-    full = read_recipe(RECIPES / "uniworld-nano-decider.yaml")
+    full = read_recipe(RECIPES / "uniworld-nano-task-head.yaml")
     options = {
         "model": str(tmp_path / "model"),
-        "hidden": 16,
+        "hidden_dim": 16,
         "tasks": {"draw.one": 2, "edit.add": 1, "answer.count": 3},
     }
-    deciding = dataclasses.replace(full, options=options, batch=12, steps=40, save_every=40, sample_every=40, warmup=0)
-    objective = build(deciding)
+    deciding = dataclasses.replace(
+        full, options=options, batch_size=12, steps=40, save_every=40, sample_every=40, warmup_steps=0
+    )
+    objective = build_task(deciding)
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
-    assert sorted(batch.wanted.tolist()[:6]) == [0, 0, 0, 1, 1, 1]
+    assert sorted(batch.targets.tolist()[:6]) == [0, 0, 0, 1, 1, 1]
     before = {name: p.clone() for name, p in objective.model.named_parameters()}
     train(objective, deciding, tmp_path / "run", workers=0)
     moved = {name.split(".")[0] for name, p in objective.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"decide"}
+    assert moved == {"task_head"}
     again = UniWorld.from_pretrained(tmp_path / "run" / "release")
     test = objective.batch.batch(
         [example(task, i, split="test") for i in range(6) for task in ("draw.one", "answer.count")]
     )
-    votes = torch.stack([again.decision(one) for one in again.read(test.samples)])
-    assert votes.argmax(1).tolist() == test.wanted.tolist() and again.decide.fc1.weight.dtype == torch.float32
+    votes = torch.stack([again.route_logits(one) for one in again.encode_prompts(test.prompts)])
+    assert votes.argmax(1).tolist() == test.targets.tolist() and again.task_head.fc1.weight.dtype == torch.float32
 
 
 def test_numbers_of_the_recipes_and_their_stages():
     nano, one, two = (read_recipe(RECIPES / f"uniworld-{name}.yaml") for name in ("nano", "stage1", "stage2"))
     assert (one.options["trained"], two.options["trained"], nano.options["trained"]) == ("stage 1", "stage 2", "all")
     for stage in (one, two):
-        assert (stage.betas, stage.weight_decay, stage.average, stage.schedule) == ((0.9, 0.99), 0.0, 0.999, "constant")
-    assert (one.lr, two.lr, two.warmup) == (1e-3, 1e-6, 5000)
+        assert (stage.betas, stage.weight_decay, stage.ema_decay, stage.schedule) == (
+            (0.9, 0.99),
+            0.0,
+            0.999,
+            "constant",
+        )
+    assert (one.lr, two.lr, two.warmup_steps) == (1e-3, 1e-6, 5000)
     assert random.Random(0).random() >= nano.options["dropout"] > 0

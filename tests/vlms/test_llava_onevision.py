@@ -13,18 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
-from unimm.generation.decode import speak
-from unimm.generation.kv_cache import EMPTY
-from unimm.generation.prefill import extend
+from unimm.checkpoint.save import released_state_dict
+from unimm.generation.decode import decode_text
+from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
-from unimm.processing.images.llava_onevision import AnyRes
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import IGNORE, text_item
-from unimm.vlms.llava_onevision.config import GRIDS, LlavaConfig
+from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX, text_part
+from unimm.vlms.llava_onevision.config import GRID_PINPOINTS, LlavaConfig
 from unimm.vlms.llava_onevision.model import LlavaOneVision
-from unimm.vlms.llava_onevision.processor import PLACEHOLDER
-from unimm.vlms.llava_onevision.weights import llava_keys
+from unimm.vlms.llava_onevision.processor import IMAGE_TOKEN
+from unimm.vlms.llava_onevision.weights import llava_key_map
 
 SIZES = [(14, 14), (20, 37), (60, 9), (9, 80), (41, 40), (100, 7), (31, 30)]  # (height, width)
 
@@ -96,7 +96,7 @@ PROMPTS = [
 
 def batch_of(model: LlavaOneVision) -> list[list]:
     """Prompts of a picture, of none, and of three, two of them side by side, as items."""
-    return [model.prompts.items(ids, shown(sizes), tiled=len(sizes) == 1) for ids, sizes in PROMPTS]
+    return [model.processor.ids_to_parts(ids, shown(sizes), tiled=len(sizes) == 1) for ids, sizes in PROMPTS]
 
 
 def for_transformers(samples: list[list], prompts=PROMPTS) -> dict[str, torch.Tensor]:
@@ -111,9 +111,9 @@ def for_transformers(samples: list[list], prompts=PROMPTS) -> dict[str, torch.Te
 
 def greedy(model: LlavaOneVision, samples: list[list], n: int = 8) -> torch.Tensor:
     """The likeliest ids after each sample [B, n]; nothing ends them."""
-    contexts, last = model.prefilled(samples)
+    contexts, last = model.prefill_prompts(samples)
     return torch.tensor(
-        [*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+        [*decode_text(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
     ).T
 
 
@@ -127,12 +127,12 @@ def test_equals_transformers(tmp_path, tied):
     theirs = transformers_model(tied)
     theirs.generation_config.eos_token_id = None
     model = LlavaOneVision.from_pretrained(saved(theirs, tmp_path))
-    assert model.cfg.decoder.tied == tied == ("decoder.head.weight" not in model.state_dict())
+    assert model.config.decoder.tie_word_embeddings == tied == ("decoder.head.weight" not in model.state_dict())
     samples = batch_of(model)
-    given, batch = for_transformers(samples), pack(samples)
+    given, batch = for_transformers(samples), pack_sequences(samples)
     real = given["attention_mask"].bool()
     out = theirs(**given, output_hidden_states=True)
-    hidden = model.states(batch)
+    hidden = model.last_hidden_state(batch)
     assert_close(hidden, out.hidden_states[-1][real])
     assert_close(model.decoder.head(hidden), out.logits[real])
     said = theirs.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, real.shape[1] :]
@@ -143,15 +143,15 @@ def test_equals_transformers(tmp_path, tied):
 def test_pictures_of_any_size_equal_transformers(theirs, ours):
     """Rows of pictures higher and wider than a tile, shrunk ones too, all in one call; and what a row is made of."""
     for size, image in zip(SIZES, shown(), strict=True):
-        item = ours.prompts.looked_at(image, tiled=True)
+        item = ours.processor.und_image_part(image, tiled=True)
         expected = transformers_processor()(image, return_tensors="pt")
-        assert_close(item.tiles, expected["pixel_values"][0])
+        assert_close(item.pixel_values, expected["pixel_values"][0])
         assert [*size] == expected["image_sizes"][0].tolist() == item.tokens[0, :2].tolist()
         (rows,) = theirs.model.get_image_features(**expected).pooler_output
-        assert_close(ours.seen(pack([[item]]).look), rows)
-    items = [ours.prompts.looked_at(image, tiled=i % 2 == 0) for i, image in enumerate(shown())]
-    alone = [ours.seen(pack([[item]]).look) for item in items]
-    assert_close(ours.seen(pack([items]).look), torch.cat(alone))
+        assert_close(ours.image_features(pack_sequences([[item]]).und_images), rows)
+    items = [ours.processor.und_image_part(image, tiled=i % 2 == 0) for i, image in enumerate(shown())]
+    alone = [ours.image_features(pack_sequences([[item]]).und_images) for item in items]
+    assert_close(ours.image_features(pack_sequences([items]).und_images), torch.cat(alone))
 
 
 def test_sizes_are_those_of_the_processor():
@@ -163,24 +163,33 @@ def test_sizes_are_those_of_the_processor():
             self.num_image_tokens, self.vision_aspect_ratio = side**2, f"anyres_max_{most}"
             self.image_processor = type("Pins", (), {"image_grid_pinpoints": [list(pin) for pin in pins]})
 
-    released = AnyRes(size=384, side=27, grids=GRIDS, most=9)
-    assert released.rows(384, 384, tiled=True) == 1485 and released.rows(384, 384, tiled=False) == 730
-    for rule in (released, AnyRes(size=SIZE, side=SIDE, grids=tuple(map(tuple, PINS)), most=MOST)):
-        counting = Counting(rule.grids, rule.side, rule.most)
+    released = LlavaOnevisionImageProcessor(tile_size=384, tile_side=27, grid_pinpoints=GRID_PINPOINTS, max_tiles=9)
+    assert (
+        released.n_image_tokens(384, 384, tiled=True) == 1485 and released.n_image_tokens(384, 384, tiled=False) == 730
+    )
+    for rule in (
+        released,
+        LlavaOnevisionImageProcessor(
+            tile_size=SIZE, tile_side=SIDE, grid_pinpoints=tuple(map(tuple, PINS)), max_tiles=MOST
+        ),
+    ):
+        counting = Counting(rule.grid_pinpoints, rule.tile_side, rule.max_tiles)
         for i in range(1, 60):
             h, w = 17 * i % 301 * 8 + 5, 29 * i % 307 * 8 + 3
-            assert rule.rows(h, w, tiled=True) == counting._get_number_of_features(h, w, rule.size, rule.size)
+            assert rule.n_image_tokens(h, w, tiled=True) == counting._get_number_of_features(
+                h, w, rule.tile_size, rule.tile_size
+            )
 
 
 def test_loss_equals_transformers(theirs, ours):
     turn = {"role": "user", "content": "what?", "images": picture(20, 30)}
-    items = ours.prompts.answered([turn], "a b")
-    batch = pack([items])
-    assert (batch.labels != IGNORE).sum() == 4, "three letters and the end"
+    items = ours.processor.with_answer([turn], "a b")
+    batch = pack_sequences([items])
+    assert (batch.labels != IGNORE_INDEX).sum() == 4, "three letters and the end"
     given = for_transformers([items])
     given |= transformers_processor()(picture(20, 30), return_tensors="pt")
     labels = given["input_ids"].clone()
-    labels[0, :-4] = IGNORE
+    labels[0, :-4] = IGNORE_INDEX
     with torch.inference_mode():
         assert_close(ours(batch).mean(), theirs(**given, labels=labels).loss)
 
@@ -191,8 +200,8 @@ def test_loss_equals_transformers(theirs, ours):
 @torch.inference_mode()
 def test_a_batch_equals_singles(ours):
     samples = batch_of(ours)
-    for got, sample in zip(ours.read(samples), samples, strict=True):
-        assert_close(got, ours.read([sample])[0])
+    for got, sample in zip(ours.encode(samples), samples, strict=True):
+        assert_close(got, ours.encode([sample])[0])
     assert torch.equal(greedy(ours, samples), torch.cat([greedy(ours, [sample]) for sample in samples]))
 
 
@@ -200,43 +209,46 @@ def test_a_batch_equals_singles(ours):
 def test_cached_equals_uncached(ours):
     """A prefix read once, a picture among it; and text written row by row equals text read at once."""
     samples = batch_of(ours)
-    whole, kept = ours.read(samples), [2, 0, 3]
-    contexts = extend(ours, [EMPTY] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
-    rest = ours.read([items[n:] for items, n in zip(samples, kept, strict=True)], contexts=contexts)
+    whole, kept = ours.encode(samples), [2, 0, 3]
+    contexts = prefill(ours, [EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
+    rest = ours.encode([items[n:] for items, n in zip(samples, kept, strict=True)], caches=contexts)
     for got, expected in zip(rest, whole, strict=True):
         assert_close(got, expected[-len(got) :])
     for items, ids in zip(samples, greedy(ours, samples), strict=True):
-        (hidden,) = ours.read([[*items, text_item(ids.tolist())]])
+        (hidden,) = ours.encode([[*items, text_part(ids.tolist())]])
         assert torch.equal(ours.decoder.head(hidden)[-9:-1].argmax(-1), ids)
 
 
 def test_prepared_says_the_same(ours):
     samples = batch_of(ours)
-    assert torch.equal(greedy(ours.prepared(), samples), greedy(ours, samples))
+    assert torch.equal(greedy(ours.optimize_for_cpu(), samples), greedy(ours, samples))
 
 
 def test_understand_and_stream(ours):
     short, images = TextSampling(max_tokens=5), shown()
-    one = ours.understand(images[0], "what?", text=short)
-    assert isinstance(one, str) and "".join(ours.understand(images[0], "what?", text=short, stream=True)) == one
+    one = ours.understand(images[0], "what?", text_sampling=short)
+    assert (
+        isinstance(one, str) and "".join(ours.understand(images[0], "what?", text_sampling=short, stream=True)) == one
+    )
     talks = [[images[0]], [images[1], images[2]], None]
-    batch = ours.understand(talks, ["what?", "which?", "why?"], text=short)
+    batch = ours.understand(talks, ["what?", "which?", "why?"], text_sampling=short)
     assert batch == [
-        ours.understand(some, q, text=short) for some, q in zip(talks, ["what?", "which?", "why?"], strict=True)
+        ours.understand(some, q, text_sampling=short)
+        for some, q in zip(talks, ["what?", "which?", "why?"], strict=True)
     ]
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
         {"role": "user", "content": "he"},
     ]
-    assert isinstance(ours.chat(turns, system="be brief", text=short), str)
+    assert isinstance(ours.chat(turns, system="be brief", text_sampling=short), str)
 
 
 def test_gradients_reach_every_parameter(tmp_path):
     model = LlavaOneVision.from_pretrained(saved(transformers_model(), tmp_path))
     model.tokenizer = Letters()
-    items = model.prompts.answered([{"role": "user", "content": "what?", "images": picture(30, 9)}], "a b")
-    model(pack([items])).sum().backward()
+    items = model.processor.with_answer([{"role": "user", "content": "what?", "images": picture(30, 9)}], "a b")
+    model(pack_sequences([items])).sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == ["vision.norm.weight", "vision.norm.bias"], (
         "the decoder looks at the layer before the tower's norm"
@@ -253,20 +265,20 @@ def test_the_released_template(ours):
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "three"},
     ]
-    text, images = ours.prompts.template(turns, system="be brief")
+    text, images = ours.processor.render(turns, system="be brief")
     assert len(images) == 2 and text == (
         "<|im_start|>system \nbe brief<|im_end|><|im_start|>user <image><image>\none<|im_end|>"
         "<|im_start|>assistant \ntwo<|im_end|><|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
     )
-    assert ours.prompts.template(turns[2:])[0] == "<|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
-    between = {"role": "user", "content": f"is {PLACEHOLDER} like {PLACEHOLDER}?", "images": shown()[:2]}
-    assert ours.prompts.template([between])[0].startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
+    assert ours.processor.render(turns[2:])[0] == "<|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
+    between = {"role": "user", "content": f"is {IMAGE_TOKEN} like {IMAGE_TOKEN}?", "images": shown()[:2]}
+    assert ours.processor.render([between])[0].startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
 
 
 def test_several_pictures_are_not_tiled_unless_asked(ours):
     def rows(images, **how):
-        text, pictures = ours.prompts.template([{"role": "user", "content": "a", "images": images}])
-        return [item.n_tokens for item in ours.prompts.composed(text, pictures, **how) if item.kind == "look"]
+        text, pictures = ours.processor.render([{"role": "user", "content": "a", "images": images}])
+        return [item.n_tokens for item in ours.processor.composed(text, pictures, **how) if item.kind == "und_image"]
 
     images = shown()[1:3]
     assert rows(images) == [SIDE**2 + 1] * 2 == rows(images, tiled=False)
@@ -275,7 +287,7 @@ def test_several_pictures_are_not_tiled_unless_asked(ours):
 
 
 def test_markers_typed_by_a_user_are_text(ours):
-    (item,) = ours.prompts.conversation([{"role": "user", "content": "a<|im_end|>b<video>"}])
+    (item,) = ours.processor.conversation_parts([{"role": "user", "content": "a<|im_end|>b<video>"}])
     assert item.ids.tolist().count(151) == 1 and 155 not in item.ids
 
 
@@ -302,7 +314,7 @@ def test_both_spellings(tmp_path, theirs, ours):
         ours.save_pretrained(folder)
         save_file(state, folder / "model.safetensors")
         again = LlavaOneVision.from_pretrained(folder)
-        assert again.cfg == ours.cfg and all(
+        assert again.config == ours.config and all(
             torch.equal(x, ours.state_dict()[key]) for key, x in again.state_dict().items()
         )
     assert LlavaOneVision.from_pretrained(tmp_path / "ours", dtype="bfloat16").dtype == torch.bfloat16
@@ -313,7 +325,7 @@ def test_a_tied_head_in_the_files_is_left(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "model.safetensors"
     save_file(load_file(path) | {"language_model.lm_head.weight": torch.zeros(160, 32)}, path)
-    assert LlavaOneVision.from_pretrained(tmp_path / "ours").cfg == model.cfg
+    assert LlavaOneVision.from_pretrained(tmp_path / "ours").config == model.config
 
 
 def test_manifest_fits_the_released_model():
@@ -321,24 +333,29 @@ def test_manifest_fits_the_released_model():
     shapes = manifest("metaquery_llavaov0p5_backbone")
     files = RELEASED | {"text_config": RELEASED["text_config"] | {"vocab_size": 152258}}
     with torch.device("meta"):
-        model = LlavaOneVision(LlavaConfig.from_files(files, {}))
-    assert len(shapes) == 716 and model.cfg.pixels.rows(384, 384, tiled=True) == 1485
+        model = LlavaOneVision(LlavaConfig.from_json(files, {}))
+    assert len(shapes) == 716 and model.config.image_processor.n_image_tokens(384, 384, tiled=True) == 1485
     prefixed = {f"model.mllm_backbone.{key}": shape for key, shape in shapes.items()}
     for names, prefix in ((shapes, ""), (prefixed, "model.mllm_backbone.")):
-        table, state = llava_keys(model.cfg, names, prefix=prefix), model.state_dict()
+        table, state = llava_key_map(model.config, names, prefix=prefix), model.state_dict()
         assert {place.name for place in check_keys(names, table, state, "here").values()} == set(state)
-        assert {key: tuple(x.shape) for key, x in released_state(model, table).items()} == names
+        assert {key: tuple(x.shape) for key, x in released_state_dict(model, table).items()} == names
     without = {key: shape for key, shape in shapes.items() if key != "image_newline"}
     with pytest.raises(CheckpointError, match="missing keys: image_newline"):
-        check_keys(without, llava_keys(model.cfg, without), model.state_dict(), "here")
+        check_keys(without, llava_key_map(model.config, without), model.state_dict(), "here")
 
 
 def test_config_round_trips(ours):
-    files = json.loads(json.dumps(ours.cfg.to_files()))
-    assert LlavaConfig.from_files(files["config.json"], files["preprocessor_config.json"]) == ours.cfg
-    cfg = LlavaConfig.from_files(RELEASED, {})
-    assert (cfg.decoder.rope_theta, cfg.decoder.tied, cfg.markers.end, cfg.markers.image) == (1e6, True, 151645, 151646)
-    assert cfg.pixels.grids == GRIDS and cfg.pixels.most == 9
+    files = json.loads(json.dumps(ours.config.to_json()))
+    assert LlavaConfig.from_json(files["config.json"], files["preprocessor_config.json"]) == ours.config
+    cfg = LlavaConfig.from_json(RELEASED, {})
+    assert (
+        cfg.decoder.rope_theta,
+        cfg.decoder.tie_word_embeddings,
+        cfg.special_tokens.im_end,
+        cfg.special_tokens.image,
+    ) == (1e6, True, 151645, 151646)
+    assert cfg.image_processor.grid_pinpoints == GRID_PINPOINTS and cfg.image_processor.max_tiles == 9
 
 
 @pytest.mark.parametrize(
@@ -358,14 +375,14 @@ def test_config_round_trips(ours):
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        LlavaOneVision(LlavaConfig.from_files(TOP | {"text_config": TEXT, "vision_config": VISION} | changes, {}))
+        LlavaOneVision(LlavaConfig.from_json(TOP | {"text_config": TEXT, "vision_config": VISION} | changes, {}))
 
 
 def test_wrong_preprocessors():
     files = TOP | {"text_config": TEXT, "vision_config": VISION}
     for look in ({"size": {"height": 28, "width": 28}}, {"image_grid_pinpoints": [[14, 14]]}, {"do_rescale": False}):
         with pytest.raises(ValueError, match="tiles of 14 pixels and the image_grid_pinpoints"):
-            LlavaConfig.from_files(files, look)
+            LlavaConfig.from_json(files, look)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +392,7 @@ def test_wrong_preprocessors():
         (lambda m: m.understand(picture(8, 8), " "), "got an empty prompt"),
         (lambda m: m.understand(picture(8, 8), "<image> or <image>?"), "got 2 <image> for 1 pictures"),
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "the user to have the last word"),
-        (lambda m: m.prompts.items([154, 3], [], tiled=True), "got 1 placeholders for 0 pictures"),
+        (lambda m: m.processor.ids_to_parts([154, 3], [], tiled=True), "got 1 placeholders for 0 pictures"),
         (lambda m: m.understand(None, "a" * 600), r"would reach position \d+, the model knows 512"),
     ],
 )

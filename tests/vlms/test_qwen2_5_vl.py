@@ -26,21 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.generation.decode import decode, speak
-from unimm.generation.kv_cache import EMPTY
-from unimm.generation.prefill import extend
+from unimm.generation.decode import decode_text, sampling_loop
+from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention
-from unimm.nn.decoder import Decoder, DecoderConfig, turns
-from unimm.nn.rope import rope
-from unimm.processing.images.qwen2_vl import SmartResize, smart_size
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import IGNORE, text_item
-from unimm.vlms.qwen2_5_vl.config import QwenMarkers, QwenVisionConfig, QwenVLConfig
+from unimm.nn.decoder import Decoder, DecoderConfig, mrope_cos_sin
+from unimm.nn.rope import rope_cos_sin
+from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor, smart_resize
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import IGNORE_INDEX, text_part
+from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVisionConfig, QwenVLConfig
 from unimm.vlms.qwen2_5_vl.model import QwenVL
-from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, SHOWN, frames
-from unimm.vlms.qwen2_5_vl.vision import cells, windows
-from unimm.vlms.qwen2_5_vl.weights import nested, qwen_keys
+from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, IMAGE_TEMPLATE, video_frames
+from unimm.vlms.qwen2_5_vl.vision import cell_positions, window_order
+from unimm.vlms.qwen2_5_vl.weights import has_nested_names, qwen_key_map
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def ours(theirs, tmp_path_factory) -> QwenVL:
 
 def shown(model: QwenVL, sizes=SIZES) -> list:
     """Patches and grids of pictures of noise."""
-    return [model.cfg.pixels.patches([picture(w, h, seed=i)]) for i, (h, w) in enumerate(sizes)]
+    return [model.config.image_processor.to_patches([picture(w, h, seed=i)]) for i, (h, w) in enumerate(sizes)]
 
 
 def batch_of(model: QwenVL) -> list[list]:
@@ -65,12 +65,12 @@ def batch_of(model: QwenVL) -> list[list]:
     one, two, three = shown(model, [(20, 37), (24, 16), (16, 40)])
     look, end = [152, 154, 153], [10, 20, 30]
     rows = [([7, 8, *look, 9, *look, *end], [one, two]), ([5, 6, *end], []), ([*look, *end], [three])]
-    return [model.prompts.items(ids, some) for ids, some in rows]
+    return [model.processor.ids_to_parts(ids, some) for ids, some in rows]
 
 
 def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tensor]:
     """The same prompts as the arguments of transformers' model, padded on the left."""
-    rows, patches, grids, m = [], [], [], model.cfg.vision.merge
+    rows, patches, grids, m = [], [], [], model.config.vision.spatial_merge_size
     for items in samples:
         ids: list[int] = []
         for item in items:
@@ -91,9 +91,9 @@ def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tens
 
 def greedy(model: QwenVL, samples: list[list], n: int = 8) -> torch.Tensor:
     """The likeliest ids after each sample [B, n]; nothing ends them."""
-    contexts, last = model.prefilled(samples)
+    contexts, last = model.prefill_prompts(samples)
     return torch.tensor(
-        [*speak(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+        [*decode_text(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
     ).T
 
 
@@ -106,12 +106,12 @@ def test_equals_transformers(tmp_path, tied):
     """Positions, hidden states, logits and greedy text of a batch, through the released layout."""
     theirs = transformers_model(tied)
     model = QwenVL.from_pretrained(saved(theirs, tmp_path))
-    assert model.cfg.decoder.tied == tied == ("decoder.head.weight" not in model.state_dict())
+    assert model.config.decoder.tie_word_embeddings == tied == ("decoder.head.weight" not in model.state_dict())
     samples = batch_of(model)
-    given, batch = for_transformers(model, samples), pack(samples)
+    given, batch = for_transformers(model, samples), pack_sequences(samples)
     real = given["attention_mask"].bool()
     out = theirs(**given, output_hidden_states=True)
-    hidden = model.states(batch)
+    hidden = model.last_hidden_state(batch)
     assert_close(hidden, out.hidden_states[-1][real])
     assert_close(model.decoder.head(hidden), out.logits[real])
     assert torch.equal(
@@ -132,20 +132,22 @@ def test_pictures_of_any_size_equal_transformers(theirs, ours):
 @torch.inference_mode()
 def test_a_video_equals_transformers(theirs, ours):
     """Frames in pairs, the last one twice; the clock of its frames runs with its seconds."""
-    patches, grid = ours.cfg.pixels.patches(frames([picture(40, 24, seed=i) for i in range(3)]))
+    patches, grid = ours.config.image_processor.patches(video_frames([picture(40, 24, seed=i) for i in range(3)]))
     assert grid == (2, 6, 10)
     assert_close(
         ours.vision(patches, [grid]), theirs.model.visual(patches, grid_thw=torch.tensor([grid])).pooler_output
     )
-    items = ours.prompts.items([7, 152, 155, 153, 8], [(patches, grid)], seconds=[0.5])
+    items = ours.processor.ids_to_parts([7, 152, 155, 153, 8], [(patches, grid)], seconds_per_frame=[0.5])
     ids = torch.tensor([[7, 152, *[155] * 30, 153, 8]])
     at, delta = theirs.model.get_rope_index(
         ids, (ids == 155).int() * 2, video_grid_thw=torch.tensor([grid]), second_per_grid_ts=torch.tensor([0.5])
     )
-    batch = pack([items])
-    assert ours.positions(batch)[2:32, 0].tolist() == [2] * 15 + [3] * 15, "0.5 seconds of 3 ticks, cut"
+    batch = pack_sequences([items])
+    assert ours.position_ids(batch)[2:32, 0].tolist() == [2] * 15 + [3] * 15, "0.5 seconds of 3 ticks, cut"
     # transformers 5 counts on from one frame's sides, 4.49 from the largest position: here the same
-    assert torch.equal(ours.positions(batch), at[:, 0].T) and batch.layout.clocks[0] == ids.shape[1] + int(delta)
+    assert torch.equal(ours.position_ids(batch), at[:, 0].T) and batch.layout.next_positions[0] == ids.shape[1] + int(
+        delta
+    )
 
 
 def test_pixels_equal_transformers():
@@ -154,25 +156,32 @@ def test_pixels_equal_transformers():
     theirs = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 640, "longest_edge": 1600}
     )
-    rule = SmartResize.from_files({"size": {"shortest_edge": 640, "longest_edge": 1600}}, patch=4, merge=2, frames=2)
-    assert (rule.min_pixels, rule.max_pixels, rule.cell) == (640, 1600, 8)
-    assert SmartResize.from_files({"size": {"min_pixels": 640, "max_pixels": 1600}}, patch=4, merge=2, frames=2) == rule
+    rule = Qwen2VLImageProcessor.from_json(
+        {"size": {"shortest_edge": 640, "longest_edge": 1600}}, patch_size=4, merge_size=2, temporal_patch_size=2
+    )
+    assert (rule.min_pixels, rule.max_pixels, rule.merged_patch_size) == (640, 1600, 8)
+    assert (
+        Qwen2VLImageProcessor.from_json(
+            {"size": {"min_pixels": 640, "max_pixels": 1600}}, patch_size=4, merge_size=2, temporal_patch_size=2
+        )
+        == rule
+    )
     for i, (h, w) in enumerate([*SIZES, (200, 31)]):
         image = picture(w, h, seed=i)
         expected = theirs(image, return_tensors="pt")
-        patches, grid = rule.patches([image])
+        patches, grid = rule.to_patches([image])
         assert [*grid] == expected["image_grid_thw"][0].tolist()
         assert_close(patches, expected["pixel_values"])
 
 
 def test_loss_equals_transformers(theirs, ours):
     turn = {"role": "user", "content": "what?", "images": picture(20, 30)}
-    items = ours.prompts.answered([turn], "a b")
-    batch = pack([items])
-    assert (batch.labels != IGNORE).sum() == 4, "three letters and the end"
+    items = ours.processor.with_answer([turn], "a b")
+    batch = pack_sequences([items])
+    assert (batch.labels != IGNORE_INDEX).sum() == 4, "three letters and the end"
     given = for_transformers(ours, [items])
     labels = given["input_ids"].clone()
-    labels[0, :-4] = IGNORE
+    labels[0, :-4] = IGNORE_INDEX
     with torch.inference_mode():
         assert_close(ours(batch).mean(), theirs(**given, labels=labels).loss)
 
@@ -183,8 +192,8 @@ def test_loss_equals_transformers(theirs, ours):
 @torch.inference_mode()
 def test_a_batch_equals_singles(ours):
     samples = batch_of(ours)
-    for got, sample in zip(ours.read(samples), samples, strict=True):
-        assert_close(got, ours.read([sample])[0])
+    for got, sample in zip(ours.encode(samples), samples, strict=True):
+        assert_close(got, ours.encode([sample])[0])
     together = greedy(ours, samples)
     assert torch.equal(together, torch.cat([greedy(ours, [sample]) for sample in samples]))
 
@@ -193,21 +202,21 @@ def test_a_batch_equals_singles(ours):
 def test_cached_equals_uncached(ours):
     """A prefix read once, a picture among it; and text written row by row equals text read at once."""
     samples = batch_of(ours)
-    whole = ours.read(samples)
+    whole = ours.encode(samples)
     kept = [3, 0, 1]
-    contexts = extend(ours, [EMPTY] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
-    rest = ours.read([items[n:] for items, n in zip(samples, kept, strict=True)], contexts=contexts)
+    contexts = prefill(ours, [EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
+    rest = ours.encode([items[n:] for items, n in zip(samples, kept, strict=True)], caches=contexts)
     for got, expected in zip(rest, whole, strict=True):
         assert_close(got, expected[-len(got) :])
     said = greedy(ours, samples)
     for items, ids in zip(samples, said, strict=True):
-        (hidden,) = ours.read([[*items, text_item(ids.tolist())]])
+        (hidden,) = ours.encode([[*items, text_part(ids.tolist())]])
         assert torch.equal(ours.decoder.head(hidden)[-9:-1].argmax(-1), ids)
 
 
 def test_prepared_says_the_same(ours):
     samples = batch_of(ours)
-    ready = ours.prepared()
+    ready = ours.optimize_for_cpu()
     assert ready is not ours and ready.decoder.embed.weight is ours.decoder.embed.weight
     assert torch.equal(greedy(ready, samples), greedy(ours, samples))
 
@@ -215,7 +224,7 @@ def test_prepared_says_the_same(ours):
 def test_windows_see_only_themselves(ours):
     """A changed cell reaches its window in the first layer, and all of its frame in the second."""
     patches, grid = shown(ours, [(24, 40)])[0]
-    order, lengths = windows([cells(grid, 2)], 2)
+    order, lengths = window_order([cell_positions(grid, 2)], 2)
     assert lengths == [4, 4, 2, 2, 2, 1] and order[:4].tolist() == [0, 1, 5, 6] and order[-1] == 14
     changed = patches.clone()
     changed[:4] += 1  # the first cell
@@ -236,19 +245,19 @@ def test_windows_see_only_themselves(ours):
 
 
 def test_equal_axes_turn_as_one(ours):
-    cfg, at = ours.cfg.decoder, torch.arange(9) * 7
-    one = turns(at, cfg, torch.float32)
-    assert torch.equal(one, rope(at, cfg.head_dim, cfg.rope_theta, torch.float32))
-    assert torch.equal(turns(at[:, None].expand(-1, 3), cfg, torch.float32), one)
-    axes = turns(torch.stack((at, at + 1, at + 2), 1), cfg, torch.float32)
-    parts = [turns(at + i, cfg, torch.float32).split(cfg.rope_sections, -1)[i] for i in range(3)]
+    cfg, at = ours.config.decoder, torch.arange(9) * 7
+    one = mrope_cos_sin(at, cfg, torch.float32)
+    assert torch.equal(one, rope_cos_sin(at, cfg.head_dim, cfg.rope_theta, torch.float32))
+    assert torch.equal(mrope_cos_sin(at[:, None].expand(-1, 3), cfg, torch.float32), one)
+    axes = mrope_cos_sin(torch.stack((at, at + 1, at + 2), 1), cfg, torch.float32)
+    parts = [mrope_cos_sin(at + i, cfg, torch.float32).split(cfg.rope_sections, -1)[i] for i in range(3)]
     assert torch.equal(axes, torch.cat(parts, -1))
 
 
 def test_a_tied_head_is_the_table():
     cfg = DecoderConfig(
-        dim=12, n_layers=1, n_heads=2, n_kv_heads=1, mlp_dim=8, vocab=20, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
-        act="silu", qkv_bias=True, qk_norm=False, streams=("all",), tied=True,
+        dim=12, n_layers=1, n_heads=2, n_kv_heads=1, mlp_dim=8, vocab_size=20, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
+        act="silu", qkv_bias=True, qk_norm=False, experts=("all",), tie_word_embeddings=True,
     )  # fmt: skip
     decoder, x = Decoder(cfg), torch.randn(3, 12)
     assert decoder.head.weight is decoder.embed.weight and not [name for name in decoder.state_dict() if "head" in name]
@@ -263,7 +272,7 @@ def test_every_parameter_gets_a_gradient(theirs, tmp_path):
     model = QwenVL.from_pretrained(saved(theirs, tmp_path)).train()
     model.tokenizer = Letters()
     turn = {"role": "user", "content": "?", "images": picture(20, 30)}
-    model(pack([model.prompts.answered([turn], "yes")])).mean().backward()
+    model(pack_sequences([model.processor.with_answer([turn], "yes")])).mean().backward()
     assert not [name for name, x in model.named_parameters() if x.grad is None or not x.grad.any()]
 
 
@@ -284,24 +293,34 @@ def test_manifests_fit_the_released_models(name, numbers, tensors, parameters):
     """Every released key meets a parameter of the same shape, every parameter a key, in both spellings."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     text = dict(zip((*names, "vocab_size", "tie_word_embeddings"), numbers, strict=True))
-    config = QwenVLConfig.from_files(text | {"vision_config": {"hidden_size": 1280, "out_hidden_size": numbers[0]}}, {})
-    assert config.decoder.head_dim == 128 and config.decoder.rope_sections == (16, 24, 24) and config.vision.span == 4
+    config = QwenVLConfig.from_json(text | {"vision_config": {"hidden_size": 1280, "out_hidden_size": numbers[0]}}, {})
+    assert (
+        config.decoder.head_dim == 128
+        and config.decoder.rope_sections == (16, 24, 24)
+        and config.vision.window_cells == 4
+    )
     with torch.device("meta"):
         model = QwenVL(config)
     manifest, state = expanded(name), model.state_dict()
     assert len(manifest) == tensors and sum(x.numel() for x in state.values()) == parameters
-    head = not config.decoder.tied
-    assert not nested(manifest)
-    found = check_keys(manifest, qwen_keys(head=head), state, "here")
+    head = not config.decoder.tie_word_embeddings
+    assert not has_nested_names(manifest)
+    found = check_keys(manifest, qwen_key_map(head=head), state, "here")
     assert {place.name for place in found.values()} == set(state)
     deeper = {newer(key): shape for key, shape in manifest.items()}
-    assert nested(deeper) and len(check_keys(deeper, qwen_keys(head=head, nested=True), state, "here")) == tensors
+    assert (
+        has_nested_names(deeper)
+        and len(check_keys(deeper, qwen_key_map(head=head, nested=True), state, "here")) == tensors
+    )
     inside = {f"part.{key}": shape for key, shape in manifest.items()}
     held = nn.ModuleDict({"reader": model}).state_dict()
-    assert len(check_keys(inside, qwen_keys(head=head, prefix="part.", ours="reader."), held, "here")) == tensors
+    assert (
+        len(check_keys(inside, qwen_key_map(head=head, prefix="part.", module_prefix="reader."), held, "here"))
+        == tensors
+    )
     del manifest["model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
-        check_keys(manifest, qwen_keys(head=head), state, "here")
+        check_keys(manifest, qwen_key_map(head=head), state, "here")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -313,36 +332,38 @@ def test_round_trip(tmp_path, tied):
     first = QwenVL.from_pretrained(saved(transformers_model(tied), tmp_path / "theirs"))
     first.save_pretrained(tmp_path / "ours")
     again = QwenVL.from_pretrained(tmp_path / "ours")
-    assert again.cfg == first.cfg
+    assert again.config == first.config
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in first.state_dict().items())
     state = load_file(tmp_path / "ours" / "model.safetensors")
     assert ("lm_head.weight" in state) != tied and any(key.startswith("visual.") for key in state)
     samples = batch_of(first)
-    expected = first.states(pack(samples))
+    expected = first.last_hidden_state(pack_sequences(samples))
     given = for_transformers(first, samples)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     out = theirs(**given, output_hidden_states=True)
     assert_close(out.hidden_states[-1][given["attention_mask"].bool()], expected)
     save_file({newer(key): x for key, x in state.items()}, tmp_path / "ours" / "model.safetensors")
-    assert torch.equal(QwenVL.from_pretrained(tmp_path / "ours").states(pack(samples)), expected)
+    assert torch.equal(QwenVL.from_pretrained(tmp_path / "ours").last_hidden_state(pack_sequences(samples)), expected)
     half = QwenVL.from_pretrained(tmp_path / "ours", dtype="bfloat16")
     assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
     # eight bits of a number, through five layers
-    assert (half.states(pack(samples)).float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (half.last_hidden_state(pack_sequences(samples)).float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_config_round_trip():
-    config = QwenVLConfig.from_files(files(tie_word_embeddings=True), LOOK)
-    written = config.to_files()
-    assert QwenVLConfig.from_files(written["config.json"], written["preprocessor_config.json"]) == config
+    config = QwenVLConfig.from_json(files(tie_word_embeddings=True), LOOK)
+    written = config.to_json()
+    assert QwenVLConfig.from_json(written["config.json"], written["preprocessor_config.json"]) == config
     nested_ = {
         "text_config": TEXT | {"rope_parameters": TURNING},
         "vision_config": VISION,
         "tie_word_embeddings": True,
         **IDS,
     }
-    assert QwenVLConfig.from_files(nested_, LOOK) == config
-    assert config.markers == QwenMarkers(end=151, look=152, looked=153, image=154, video=155)
+    assert QwenVLConfig.from_json(nested_, LOOK) == config
+    assert config.special_tokens == QwenSpecialTokens(
+        im_end=151, vision_start=152, vision_end=153, image_pad=154, video_pad=155
+    )
 
 
 @pytest.mark.parametrize(
@@ -363,7 +384,7 @@ def test_config_round_trip():
 def test_wrong_configs(changes, words):
     found = {key: value for key, value in files(**changes).items() if value is not None}
     with pytest.raises(ValueError, match=words):
-        QwenVLConfig.from_files(found, LOOK)
+        QwenVLConfig.from_json(found, LOOK)
 
 
 def test_wrong_weights(theirs, tmp_path):
@@ -382,54 +403,56 @@ def test_wrong_weights(theirs, tmp_path):
 
 
 def test_sizes():
-    assert smart_size(28, 84, 28, 784, 10**6) == (28, 84)
-    assert smart_size(42, 70, 28, 784, 10**6) == (56, 56), "halves go to even"
-    assert smart_size(1, 150, 28, 784, 10**6) == (28, 364), "no side is lost"
-    assert smart_size(20, 3000, 28, 784, 28 * 28 * 20)[0] == 28
+    assert smart_resize(28, 84, 28, 784, 10**6) == (28, 84)
+    assert smart_resize(42, 70, 28, 784, 10**6) == (56, 56), "halves go to even"
+    assert smart_resize(1, 150, 28, 784, 10**6) == (28, 364), "no side is lost"
+    assert smart_resize(20, 3000, 28, 784, 28 * 28 * 20)[0] == 28
     for bad in ((0, 5), (2, 401)):
         with pytest.raises(ValueError, match="expected at most 200 times as long as wide"):
-            smart_size(*bad, 28, 784, 10**6)
+            smart_resize(*bad, 28, 784, 10**6)
     with pytest.raises(ValueError, match="expected positive sizes"):
-        SmartResize(patch=4, merge=2, frames=2, min_pixels=100, max_pixels=99)
-    grey = SmartResize(patch=4, merge=2, frames=2, min_pixels=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    patches, grid = grey.patches([Image.fromarray(np.full((8, 8, 3), 255, np.uint8))])
+        Qwen2VLImageProcessor(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=100, max_pixels=99)
+    grey = Qwen2VLImageProcessor(
+        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    patches, grid = grey.to_patches([Image.fromarray(np.full((8, 8, 3), 255, np.uint8))])
     assert grid == (1, 2, 2) and patches.shape == (4, 96) and torch.equal(patches, torch.ones(4, 96))
 
 
 def test_template(ours):
     turns_ = [{"role": "user", "content": "a", "images": picture()}, {"role": "assistant", "content": "b"},
-              {"role": "user", "content": f"c {PLACEHOLDER} d", "images": picture()}]  # fmt: skip
-    text, pictures = ours.prompts.template(turns_)
+              {"role": "user", "content": f"c {IMAGE_PAD} d", "images": picture()}]  # fmt: skip
+    text, pictures = ours.processor.render(turns_)
     assert len(pictures) == 2 and text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{SHOWN}a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-        f"<|im_start|>user\nc {SHOWN} d<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{IMAGE_TEMPLATE}a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        f"<|im_start|>user\nc {IMAGE_TEMPLATE} d<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert ours.prompts.template(turns_[2:], system="")[0].startswith("<|im_start|>user")
-    items = ours.prompts.conversation(turns_)
-    assert [item.kind for item in items] == ["text", "look", "text", "look", "text"]
+    assert ours.processor.render(turns_[2:], system="")[0].startswith("<|im_start|>user")
+    items = ours.processor.conversation_parts(turns_)
+    assert [item.kind for item in items] == ["text", "und_image", "text", "und_image", "text"]
     # a marker that a user types is words
-    (item,) = ours.prompts.conversation([{"role": "user", "content": "<|im_end|>"}], system="")
+    (item,) = ours.processor.conversation_parts([{"role": "user", "content": "<|im_end|>"}], system="")
     assert item.ids.tolist().count(151) == 1
 
 
 def test_positions(ours):
     """Worked: 2 words, a picture of 2 x 1 cells behind its marker, its end, a word."""
-    shown_ = ours.cfg.pixels.patches([picture(8, 16)])
-    batch = pack([ours.prompts.items([5, 6, 152, 154, 154, 153, 7], [shown_])])
-    assert ours.positions(batch).tolist() == [[0] * 3, [1] * 3, [2] * 3, [3, 3, 3], [3, 4, 3], [5] * 3, [6] * 3]
-    assert batch.layout.clocks == (7,)
+    shown_ = ours.config.image_processor.to_patches([picture(8, 16)])
+    batch = pack_sequences([ours.processor.ids_to_parts([5, 6, 152, 154, 154, 153, 7], [shown_])])
+    assert ours.position_ids(batch).tolist() == [[0] * 3, [1] * 3, [2] * 3, [3, 3, 3], [3, 4, 3], [5] * 3, [6] * 3]
+    assert batch.layout.next_positions == (7,)
 
 
 def test_verbs(ours):
     ask, look, short = "what is it?", picture(20, 30), TextSampling(max_tokens=6)
-    one = ours.understand(look, ask, text=short)
-    assert isinstance(one, str) and "".join(ours.understand(look, ask, text=short, stream=True)) == one
+    one = ours.understand(look, ask, text_sampling=short)
+    assert isinstance(one, str) and "".join(ours.understand(look, ask, text_sampling=short, stream=True)) == one
     turn = {"role": "user", "content": ask, "images": look}
-    assert ours.chat([turn], text=short) == one
-    assert ours.chat([[turn], [{"role": "user", "content": "b"}]], text=short)[0] == one
-    assert ours.understand([[look], None], [ask, "b"], text=short)[0] == one
-    assert ours.chat([turn], system="be brief", text=short) is not None
+    assert ours.chat([turn], text_sampling=short) == one
+    assert ours.chat([[turn], [{"role": "user", "content": "b"}]], text_sampling=short)[0] == one
+    assert ours.understand([[look], None], [ask, "b"], text_sampling=short)[0] == one
+    assert ours.chat([turn], system="be brief", text_sampling=short) is not None
 
 
 @pytest.mark.parametrize(
@@ -440,18 +463,18 @@ def test_verbs(ours):
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "does not end with the user"),
         (lambda m: m.chat([{"role": "model", "content": "a"}]), "expected a dict of role"),
         (lambda m: m.understand(None, " "), "got an empty prompt"),
-        (lambda m: m.understand(picture(), f"{PLACEHOLDER}{PLACEHOLDER}"), "for 1 pictures: expected one for each"),
+        (lambda m: m.understand(picture(), f"{IMAGE_PAD}{IMAGE_PAD}"), "for 1 pictures: expected one for each"),
         (lambda m: m.understand(picture(900, 4), "a"), "at most 200 times as long"),
         (lambda m: m.understand(None, "a" * 600), "would reach position .*the model knows 512"),
-        (lambda m: m.read([[text_item([1] * 600)]]), "would reach position 600"),
-        (lambda m: m.prompts.items([154, 3], shown(m, [(8, 8)])), "without the marker"),
-        (lambda m: m.prompts.items([152, 154, 3], []), "got 1 placeholders for no picture"),
+        (lambda m: m.encode([[text_part([1] * 600)]]), "would reach position 600"),
+        (lambda m: m.processor.ids_to_parts([154, 3], shown(m, [(8, 8)])), "without the marker"),
+        (lambda m: m.processor.ids_to_parts([152, 154, 3], []), "got 1 placeholders for no picture"),
         (
-            lambda m: m.prompts.items([152, 154, 154, 3], shown(m, [(40, 40)])),
+            lambda m: m.processor.ids_to_parts([152, 154, 154, 3], shown(m, [(40, 40)])),
             "2 placeholders for a picture of 25 cells",
         ),
-        (lambda m: m.prompts.items([152, 3], shown(m, [(8, 8)])), "1 pictures and fewer placeholders"),
-        (lambda m: frames([picture(8, 8), picture(8, 9)]), "of one size"),
+        (lambda m: m.processor.ids_to_parts([152, 3], shown(m, [(8, 8)])), "1 pictures and fewer placeholders"),
+        (lambda m: video_frames([picture(8, 8), picture(8, 9)]), "of one size"),
     ],
 )
 def test_bad_input(ours, call, words):
@@ -467,20 +490,20 @@ def test_no_tokenizer(theirs, tmp_path):
 
 def test_a_given_attention_is_used(ours):
     """States through a caller's attention, at some rows: what a model built around the reader asks for."""
-    batch, calls = pack(batch_of(ours)), []
+    batch, calls = pack_sequences(batch_of(ours)), []
 
     def attend(layer, q, k, v):
         calls.append(layer)
         return attention(q, k, v, batch.layout.mask)
 
     with torch.inference_mode():
-        some = ours.states(batch, attend, rows=torch.tensor([1, 5]))
-        assert calls == [0, 1] and torch.equal(some, ours.states(batch)[[1, 5]])
+        some = ours.last_hidden_state(batch, attend, rows=torch.tensor([1, 5]))
+        assert calls == [0, 1] and torch.equal(some, ours.last_hidden_state(batch)[[1, 5]])
 
 
 def test_vision_config_says_what_it_lacks():
     with pytest.raises(ValueError, match="lacks hidden_size, out_hidden_size"):
-        QwenVisionConfig.from_files({})
+        QwenVisionConfig.from_json({})
 
 
 def test_where_a_config_is_silent():
@@ -491,43 +514,48 @@ def test_where_a_config_is_silent():
     for name in ("rms_norm_eps", "max_position_embeddings"):
         said.pop(name, None)
     vision = {key: value for key, value in said["vision_config"].items() if key != "tokens_per_second"}
-    config = QwenVLConfig.from_files(said | {"vision_config": vision}, {})
+    config = QwenVLConfig.from_json(said | {"vision_config": vision}, {})
     text, tower = Qwen2_5_VLTextConfig(), Qwen2_5_VLVisionConfig()
     assert config.decoder.norm_eps == text.rms_norm_eps and config.decoder.max_positions == text.max_position_embeddings
-    assert config.vision.ticks == tower.tokens_per_second
+    assert config.vision.tokens_per_second == tower.tokens_per_second
     with pytest.raises(ValueError, match="expected a rope_theta of 10000"):
-        QwenVLConfig.from_files(
+        QwenVLConfig.from_json(
             files(vision_config=said["vision_config"] | {"rope_parameters": {"rope_theta": 500.0}}), {}
         )
 
 
 def test_several_ids_end_an_answer(ours, tmp_path):
     ours.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ours.cfg.markers.end, 7]}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [ours.config.special_tokens.im_end, 7]})
+    )
     both = QwenVL.from_pretrained(tmp_path)
-    assert both.cfg.markers.end == ours.cfg.markers.end and both.cfg.markers.ends == (ours.cfg.markers.end, 7)
+    assert (
+        both.config.special_tokens.im_end == ours.config.special_tokens.im_end
+        and both.config.special_tokens.eos_ids == (ours.config.special_tokens.im_end, 7)
+    )
     both.save_pretrained(tmp_path / "again")
-    assert QwenVL.from_pretrained(tmp_path / "again").cfg == both.cfg
+    assert QwenVL.from_pretrained(tmp_path / "again").config == both.config
     step = lambda ids, n: torch.nn.functional.one_hot(torch.tensor([[3, 7], [4, 9]][n]), 10).float()  # noqa: E731
     short = TextSampling(max_tokens=2)
-    assert list(decode(step, [1, 1], end=(9, 7), sampling=short, seeds=[0, 0])) == [[3, None], [4, None]]
-    assert list(decode(step, [1, 1], end=9, sampling=short, seeds=[0, 0])) == [[3, 7], [4, None]]
+    assert list(sampling_loop(step, [1, 1], end=(9, 7), sampling=short, seeds=[0, 0])) == [[3, None], [4, None]]
+    assert list(sampling_loop(step, [1, 1], end=9, sampling=short, seeds=[0, 0])) == [[3, 7], [4, None]]
 
 
 def test_a_prompt_of_one_id(ours):
-    contexts, last = ours.prefilled([[text_item([5])]])
+    contexts, last = ours.prefill_prompts([[text_part([5])]])
     assert contexts[0].length == 0 and last == [5]
 
 
 def test_what_a_preprocessor_says_is_done():
-    rule = SmartResize.from_files({"resample": 2}, patch=4, merge=2, frames=2)
+    rule = Qwen2VLImageProcessor.from_json({"resample": 2}, patch_size=4, merge_size=2, temporal_patch_size=2)
     assert rule.resample == 2 and rule.max_pixels == 28 * 28 * 1280
-    assert SmartResize.from_files(rule.to_files(), patch=4, merge=2, frames=2) == rule
+    assert Qwen2VLImageProcessor.from_json(rule.to_json(), patch_size=4, merge_size=2, temporal_patch_size=2) == rule
     image = picture(64, 48)
-    expected = image.resize(rule.size(image.height, image.width)[::-1], Image.Resampling.BILINEAR)
+    expected = image.resize(rule.resized_size(image.height, image.width)[::-1], Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(rule(image)), np.asarray(expected))
     for name in ("do_resize", "do_rescale", "do_normalize"):
         with pytest.raises(ValueError, match=f"got {name} false"):
-            SmartResize.from_files({name: False}, patch=4, merge=2, frames=2)
+            Qwen2VLImageProcessor.from_json({name: False}, patch_size=4, merge_size=2, temporal_patch_size=2)
     with pytest.raises(ValueError, match="got resample 9"):
-        SmartResize.from_files({"resample": 9}, patch=4, merge=2, frames=2)
+        Qwen2VLImageProcessor.from_json({"resample": 9}, patch_size=4, merge_size=2, temporal_patch_size=2)

@@ -16,7 +16,7 @@ OPTIONAL_FOLDERS = ("siglip", "vae", "text_encoder", "text_encoder_2", "tokenize
 
 
 @contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """A folder to write into; its files move into `folder` only when the body has ended well.
 
     Raises ValueError where `folder` holds files of another model that would be read together with these.
@@ -26,7 +26,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
-        if stale := leftovers(folder, partial):
+        if stale := stale_files(folder, partial):
             raise ValueError(
                 f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
                 "save into another folder, or remove them first"
@@ -40,10 +40,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial)
 
 
-def leftovers(folder: Path, fresh: Path) -> list[str]:
+def stale_files(folder: Path, written: Path) -> list[str]:
     """What a folder holds that would be read together with the files of `fresh`, which do not replace it."""
-    written = [path for path in fresh.rglob("*") if path.is_dir()]
-    beside = [folder / path.relative_to(fresh) / name for path in (fresh, *written) for name in OPTIONAL]
+    subfolders = [path for path in written.rglob("*") if path.is_dir()]
+    beside = [folder / path.relative_to(written) / name for path in (written, *subfolders) for name in OPTIONAL]
     below = [path for name in OPTIONAL_FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
     found = sorted({path.relative_to(folder) for path in (*beside, *below) if path.exists()})
-    return [str(name) for name in found if not (fresh / name).exists()]
+    return [str(name) for name in found if not (written / name).exists()]

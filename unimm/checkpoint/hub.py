@@ -7,10 +7,10 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-NANO = Path(__file__).parents[1] / "pretrained"
-WEIGHTS = "*.safetensors"
+BUNDLED_FOLDER = Path(__file__).parents[1] / "pretrained"
+WEIGHT_PATTERN = "*.safetensors"
 # the last is a part of UniWorld
-PATTERNS = ["*.json", WEIGHTS, "*.model", "merges.txt", "task_head_final.pt"]
+DOWNLOAD_PATTERNS = ["*.json", WEIGHT_PATTERN, "*.model", "merges.txt", "task_head_final.pt"]
 
 # hub ids whose licence, as their pages stated it in 2025, forbids commercial use of the weights, or of a part of them
 _FLUX, _SANA = "FLUX.1 [dev] Non-Commercial License", "NVIDIA License (NSCL v2-custom)"
@@ -24,18 +24,22 @@ NON_COMMERCIAL = {
 }
 
 
-def bundled() -> list[str]:
+def bundled_names() -> list[str]:
     """The names of the models that ship inside the package."""
-    return sorted(path.name for path in NANO.iterdir() if (path / "config.json").exists()) if NANO.exists() else []
+    return (
+        sorted(path.name for path in BUNDLED_FOLDER.iterdir() if (path / "config.json").exists())
+        if BUNDLED_FOLDER.exists()
+        else []
+    )
 
 
 def resolve(
     name: str | Path,
     *,
     revision: str | None = None,
-    known: tuple[str, ...] = (),
+    known_names: tuple[str, ...] = (),
     weights: bool = True,
-    parts: tuple[str, ...] = (),
+    subfolders: tuple[str, ...] = (),
 ) -> Path:
     """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a path.
 
@@ -44,50 +48,52 @@ def resolve(
     bundled ones.
     """
     path = Path(name).expanduser()
-    if isinstance(name, str) and name in bundled():
+    if isinstance(name, str) and name in bundled_names():
         if path.is_dir():
-            remind_of_folder(name)
-        return NANO / name
+            warn_shadowed_folder(name)
+        return BUNDLED_FOLDER / name
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         if weights:
-            remind(str(name))
-        return _download(str(name), revision, weights, parts)
-    names = (*bundled(), *known)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
+            warn_licence(str(name))
+        return _download(str(name), revision, weights, subfolders)
+    names = (*bundled_names(), *known_names)
+    nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
-        f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(near)}"
+        f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(nearest)}"
     )
 
 
 @cache
-def remind_of_folder(name: str) -> None:
+def warn_shadowed_folder(name: str) -> None:
     """Log a warning, once, that a bundled name is taken although the working folder holds a folder of that name."""
     logger.warning("%s is the bundled model: for the folder of that name write ./%s", name, name)
 
 
 @cache
-def remind(name: str) -> None:
+def warn_licence(name: str) -> None:
     """Log a warning, once, for a hub id whose licence forbids commercial use."""
     if name in NON_COMMERCIAL:
         logger.warning("%s is not for commercial use: %s", name, NON_COMMERCIAL[name])
 
 
-def _download(name: str, revision: str | None, weights: bool, parts: tuple[str, ...]) -> Path:
+def _download(name: str, revision: str | None, weights: bool, subfolders: tuple[str, ...]) -> Path:
     # costs half a second to import, and only hub ids need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = PATTERNS if weights else [pattern for pattern in PATTERNS if pattern != WEIGHTS]
-        wanted = [f"{part}/{pattern}" for part in parts for pattern in wanted] or wanted
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-        places = parts or ("",)
-        if weights and not any(any((folder / place).rglob(WEIGHTS)) for place in places):
+        patterns = (
+            DOWNLOAD_PATTERNS if weights else [pattern for pattern in DOWNLOAD_PATTERNS if pattern != WEIGHT_PATTERN]
+        )
+        patterns = [f"{part}/{pattern}" for part in subfolders for pattern in patterns] or patterns
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        places = subfolders or ("",)
+        if weights and not any(any((folder / place).rglob(WEIGHT_PATTERN)) for place in places):
             # an older release, in torch.save's files
-            older = [f"{place}/*.bin".removeprefix("/") for place in places]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, *older]))
+            pickled = [f"{place}/*.bin".removeprefix("/") for place in places]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickled]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         message = f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder"

@@ -12,7 +12,7 @@ from torch import Tensor
 # `{*}` is the rest. Ours may end in `[0/3]`: theirs holds the first third of its rows; in `[1:3/3]`: the other two; in
 # `[...]`: theirs lacks its axes of length 1; in `[swap]`: theirs has the second half of its rows first. Ours may be
 # `a + b`: theirs holds the rows of several of ours, one above the other
-Table = Mapping[str, str | None]
+KeyMap = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Place:
         return ours[self.part * rows : (self.part + self.length) * rows]
 
 
-def released_names(name: str, table: Table) -> dict[str, Place]:
+def released_names(name: str, key_map: KeyMap) -> dict[str, Place]:
     """The released keys of one of our parameters, each with its place in it; none where no row knows the name."""
     found: dict[str, Place] = {}
-    for source, target in table.items():
+    for source, target in key_map.items():
         if target is None:
             continue
         place = Place.of(target)
@@ -73,9 +73,9 @@ def released_names(name: str, table: Table) -> dict[str, Place]:
     return found
 
 
-def unread(key: str, table: Table) -> bool:
+def is_ignored(key: str, key_map: KeyMap) -> bool:
     """Whether the table says that nothing reads a key."""
-    return any(target is None and _pattern(source).fullmatch(key) for source, target in table.items())
+    return any(target is None and _pattern(source).fullmatch(key) for source, target in key_map.items())
 
 
 def _filled(template: str, match: re.Match[str]) -> str:

@@ -13,11 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unimm.checkpoint.keymap import Place, Table, _pattern, released_names, unread
+from unimm.checkpoint.keymap import KeyMap, Place, _pattern, is_ignored, released_names
 
 # where transformers and the hub keep a model's weights, the first that is there
-HUB_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-LARGE = 2**30  # bytes of weights that take long enough to load for a progress bar
+HUB_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+PROGRESS_BAR_BYTES = 2**30  # bytes of weights that take long enough to load for a progress bar
 
 
 class CheckpointError(ValueError):
@@ -38,21 +43,21 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator:
+def open_weights(path: Path) -> Iterator:
     """A file of weights, safetensors or the older .bin and .pt, read tensor by tensor; CheckpointError for a broken one."""
     try:
-        with _open(path) as file:
+        with _open_file(path) as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         message = f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again"
         raise CheckpointError(message) from error
 
 
-def _open(path: Path) -> AbstractContextManager:
+def _open_file(path: Path) -> AbstractContextManager:
     if path.suffix not in (".bin", ".pt") or not path.exists():
         return safe_open(path, framework="pt")
     try:
-        return nullcontext(Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
+        return nullcontext(TorchStateDict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except (UnpicklingError, EOFError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them"
@@ -60,7 +65,7 @@ def _open(path: Path) -> AbstractContextManager:
 
 
 @dataclass(frozen=True)
-class Pickled:
+class TorchStateDict:
     """A state dict of torch.save, read as a safetensors file is."""
 
     state: Mapping[str, Tensor]
@@ -71,8 +76,8 @@ class Pickled:
     def get_tensor(self, key: str) -> Tensor:
         return self.state[key]
 
-    def get_slice(self, key: str) -> "Pickled":
-        return Pickled({"": self.state[key]})
+    def get_slice(self, key: str) -> "TorchStateDict":
+        return TorchStateDict({"": self.state[key]})
 
     def get_shape(self) -> list[int]:
         return list(self.state[""].shape)
@@ -82,13 +87,13 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the files, from their headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        with opened(path) as file:
+        with open_weights(path) as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     return shapes
 
 
 def check_keys(
-    shapes: Mapping[str, tuple[int, ...]], table: Table, wanted: Mapping[str, Tensor], where: str
+    shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap, wanted: Mapping[str, Tensor], where: str
 ) -> dict[str, Place]:
     """Match released keys with our parameters, strictly; {released: where it goes}. Keys that nothing reads are left out.
 
@@ -96,17 +101,19 @@ def check_keys(
     """
     expected: dict[str, Place] = {}
     for name in wanted:
-        expected |= released_names(name, table)
+        expected |= released_names(name, key_map)
     names = {key: expected[key] for key in shapes if key in expected}
     unused = [
-        row for row, to in table.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)
+        row for row, to in key_map.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)
     ]
     shaped = {key: _shape(place, wanted) for key, place in names.items()}
     problems = [
-        _few("unexpected keys", sorted(key for key in shapes if key not in names and not unread(key, table))),
-        _few("missing keys", sorted(expected.keys() - names.keys())),
-        _few("rows of the key table that no key meets", sorted(unused)),
-        _few(
+        _list_some(
+            "unexpected keys", sorted(key for key in shapes if key not in names and not is_ignored(key, key_map))
+        ),
+        _list_some("missing keys", sorted(expected.keys() - names.keys())),
+        _list_some("rows of the key table that no key meets", sorted(unused)),
+        _list_some(
             "wrong shapes",
             [f"{key}: got {list(shapes[key])}, expected {list(to)}" for key, to in shaped.items() if shapes[key] != to],
         ),
@@ -122,8 +129,8 @@ def _shape(place: Place, wanted: Mapping[str, Tensor]) -> tuple[int, ...]:
     return (sum(len(wanted[name]) for name in place.stack), *wanted[place.name].shape[1:])
 
 
-def load_into(
-    model: nn.Module, paths: list[Path], table: Table, *, prefix: str = "", dtype: torch.dtype, device: torch.device
+def load_weights(
+    model: nn.Module, paths: list[Path], key_map: KeyMap, *, prefix: str = "", dtype: torch.dtype, device: torch.device
 ) -> None:
     """Load files into the parameters of `model` (on meta) whose names begin with one of `table`'s targets, strictly.
 
@@ -132,24 +139,24 @@ def load_into(
     """
     shapes = read_shapes(paths)
     strip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if released_names(name, table)}
-    names = check_keys({k[strip:]: s for k, s in shapes.items()}, table, wanted, str(paths[0]))
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if released_names(name, key_map)}
+    names = check_keys({k[strip:]: s for k, s in shapes.items()}, key_map, wanted, str(paths[0]))
     needed = sum(v.numel() for v in wanted.values()) * dtype.itemsize
     check_memory(needed, device)
-    with tqdm(total=len(names), desc="loading", unit="tensor", disable=needed < LARGE, leave=False) as bar:
+    with tqdm(total=len(names), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
         for path in paths:
-            with opened(path) as file:
+            with open_weights(path) as file:
                 for key in file.keys():
                     if place := names.get(key[strip:]):
                         tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                        _assign(model, place, tensor, wanted)
+                        _assign_tensor(model, place, tensor, wanted)
                         bar.update()
 
 
-def _assign(model: nn.Module, place: Place, tensor: Tensor, wanted: Mapping[str, Tensor]) -> None:
+def _assign_tensor(model: nn.Module, place: Place, tensor: Tensor, wanted: Mapping[str, Tensor]) -> None:
     if place.stack:
         for name, rows in zip(place.stack, tensor.split([len(wanted[name]) for name in place.stack]), strict=True):
-            put(model, name, rows.clone())  # parameters that share memory could not be saved
+            set_tensor(model, name, rows.clone())  # parameters that share memory could not be saved
         return
     shape = wanted[place.name].shape
     if place.parts > 1:
@@ -159,10 +166,10 @@ def _assign(model: nn.Module, place: Place, tensor: Tensor, wanted: Mapping[str,
         tensor = whole
     elif place.swapped:
         tensor = place.take(tensor)
-    put(model, place.name, tensor.reshape(shape))
+    set_tensor(model, place.name, tensor.reshape(shape))
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make a tensor the parameter, or the buffer, of that name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -172,7 +179,7 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def fill(model: nn.Module, spare: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
+def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
     """Zeros for the parameters of `spare` (name patterns) that no file held, since nothing reads them; and to the device
     what a module computes for itself.
 
@@ -181,12 +188,12 @@ def fill(model: nn.Module, spare: Sequence[str], *, dtype: torch.dtype, device: 
     state = model.state_dict()
     for name, table in list(model.named_buffers()):
         if name not in state:
-            put(model, name, table.to(device))
+            set_tensor(model, name, table.to(device))
     for name, tensor in state.items():
         if tensor.is_meta:
-            if not any(_pattern(pattern).fullmatch(name) for pattern in spare):
+            if not any(_pattern(pattern).fullmatch(name) for pattern in unused):
                 raise CheckpointError(f"no file holds {name}: the model's key tables leave it out")
-            put(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))
+            set_tensor(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -204,7 +211,7 @@ def check_memory(needed: int, device: torch.device) -> None:
         )
 
 
-def _few(what: str, items: list[str], n: int = 5) -> str:
+def _list_some(what: str, items: list[str], n: int = 5) -> str:
     more = f" and {len(items) - n} more" if len(items) > n else ""
     return f"{what}: {', '.join(items[:n])}{more}" if items else ""
 

@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table, released_names
+from unimm.checkpoint.keymap import KeyMap, released_names
 
 
-def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
+def released_state_dict(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
     """The parameters that `table` knows, under their released names."""
     ours, found = model.state_dict(), {}
     for name, tensor in ours.items():
-        for key, place in released_names(name, table).items():
+        for key, place in released_names(name, key_map).items():
             if place.stack and key not in found:
                 found[key] = torch.cat([ours[one].detach() for one in place.stack])
             elif not place.stack:
@@ -21,7 +21,7 @@ def released_state(model: nn.Module, table: Table) -> dict[str, Tensor]:
     return found
 
 
-def save_state(state: dict[str, Tensor], path: Path) -> None:
+def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file."""
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes files that only their owner can read

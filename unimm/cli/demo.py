@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unimm.cli.options import Model, Seed
+from unimm.cli.options import ModelOption, SeedOption
 
 # yellow circles, purple squares, cyan triangles, orange stars, red diamonds and green crosses were never trained on
 SCENES = (
@@ -34,25 +34,25 @@ QUESTIONS = (
     "what shape is the red thing?",
     "is the circle left of the square?",
 )
-EDIT = "make the circle green"
-THOUGHT = "as many red circles as 2 + 5 - 4"
+EDIT_PROMPT = "make the circle green"
+THINK_PROMPT = "as many red circles as 2 + 5 - 4"
 
 # the sheet, in pixels
-COLUMNS, SIDE, GAP, FONT, LINES = 4, 192, 16, 15, 3
+COLUMNS, TILE_SIZE, MARGIN, FONT_SIZE, CAPTION_LINES = 4, 192, 16, 15, 3
 Panel = tuple[Image.Image, str]
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where the sheet of pictures goes.")] = Path("demo.png"),
-    model: Model = "bagel-nano",
-    seed: Seed = 0,
+    model: ModelOption = "bagel-nano",
+    seed: SeedOption = 0,
 ) -> None:
     """Draw scenes with a nano model, ask about one, edit it, and draw one after thinking, where the model thinks."""
-    run(out, Console(), model=model, seed=seed)
+    run_demo(out, Console(), model=model, seed=seed)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """The nano's matrices are too small to share: threads that wait for a core take 63 s on a busy machine, one takes 3 s."""
     import torch
 
@@ -64,8 +64,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@one_thread()
-def run(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
+@single_thread()
+def run_demo(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
     """Do the main job with the model of that name, telling of it on the console, and save the sheet."""
     from unimm.models.registry import load
 
@@ -75,53 +75,53 @@ def run(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0
     with console.status(f"drawing {len(SCENES)} scenes"):
         drawn = loaded.generate(SCENES, seed=seed)
     scene = drawn.image
-    _tell(console, "drawn", SCENES)
+    _print_lines(console, "drawn", SCENES)
 
     with console.status(f"asking {len(QUESTIONS)} questions"):
         answers = loaded.understand([scene] * len(QUESTIONS), QUESTIONS)
-    console.print(_answers(answers))
+    console.print(_answer_table(answers))
 
     with console.status("editing"):
-        edited = loaded.generate(EDIT, images=scene, seed=seed)
-    _tell(console, "edited", [EDIT])
+        edited = loaded.generate(EDIT_PROMPT, images=scene, seed=seed)
+    _print_lines(console, "edited", [EDIT_PROMPT])
 
     panels = list(zip(drawn.images, SCENES, strict=True))
-    panels += [(scene, "input"), (edited.image, EDIT)]
-    if loaded.THINKS:
+    panels += [(scene, "input"), (edited.image, EDIT_PROMPT)]
+    if loaded.supports_thinking:
         with console.status("thinking, then drawing"):
-            thought = loaded.generate(THOUGHT, think=True, seed=seed)
-        _tell(console, "thought", [THOUGHT, thought.text])
-        panels.append((thought.image, THOUGHT))
+            thought = loaded.generate(THINK_PROMPT, think=True, seed=seed)
+        _print_lines(console, "thought", [THINK_PROMPT, thought.text])
+        panels.append((thought.image, THINK_PROMPT))
     fresh = out.with_name(f"{out.stem}.new.png")
-    sheet(panels).save(fresh)
+    caption_grid(panels).save(fresh)
     fresh.replace(out)
     console.print(Text(f"saved {out} after {time.monotonic() - began:.0f} s"))
 
 
-def sheet(panels: Sequence[Panel], *, columns: int = COLUMNS) -> Image.Image:
+def caption_grid(panels: Sequence[Panel], *, columns: int = COLUMNS) -> Image.Image:
     """Pictures, enlarged, in rows, each with its caption beneath."""
-    font = ImageFont.load_default(FONT)
-    width, height = SIDE + GAP, SIDE + GAP + LINES * (FONT + 4)
+    font = ImageFont.load_default(FONT_SIZE)
+    width, height = TILE_SIZE + MARGIN, TILE_SIZE + MARGIN + CAPTION_LINES * (FONT_SIZE + 4)
     rows = -(-len(panels) // columns)
-    page = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
     pen = ImageDraw.Draw(page)
     for i, (picture, caption) in enumerate(panels):
-        x, y = GAP + i % columns * width, GAP + i // columns * height
-        page.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
-        pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="lightgrey")
-        lines = textwrap.wrap(caption, width=2 * SIDE // FONT, max_lines=LINES, placeholder=" ...")
-        pen.multiline_text((x, y + SIDE + 4), "\n".join(lines), fill="black", font=font)
+        x, y = MARGIN + i % columns * width, MARGIN + i // columns * height
+        page.paste(picture.convert("RGB").resize((TILE_SIZE, TILE_SIZE), Image.Resampling.LANCZOS), (x, y))
+        pen.rectangle((x - 1, y - 1, x + TILE_SIZE, y + TILE_SIZE), outline="lightgrey")
+        lines = textwrap.wrap(caption, width=2 * TILE_SIZE // FONT_SIZE, max_lines=CAPTION_LINES, placeholder=" ...")
+        pen.multiline_text((x, y + TILE_SIZE + 4), "\n".join(lines), fill="black", font=font)
     return page
 
 
-def _answers(answers: Sequence[str]) -> Table:
+def _answer_table(answers: Sequence[str]) -> Table:
     table = Table("question", "answer", title=f"about: {SCENES[0]}", title_justify="left")
     for question, answer in zip(QUESTIONS, answers, strict=True):
         table.add_row(Text(question), Text(answer))
     return table
 
 
-def _tell(console: Console, what: str, lines: Sequence[str]) -> None:
+def _print_lines(console: Console, what: str, lines: Sequence[str]) -> None:
     console.print(Text(what, style="bold"))
     for line in lines:
         console.print(Text(f"  {line}"))

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unimm.cli.options import Device, Dtype, Model, Seed, load_model
+from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, load_model
 
 # name -> module with `evaluate`
 BENCHMARKS = {"shapes": "unimm.evaluation.benchmarks.shapes"}
@@ -18,14 +18,14 @@ BENCHMARKS = {"shapes": "unimm.evaluation.benchmarks.shapes"}
 def evaluate(
     benchmark: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
     *,
-    model: Model = "bagel-nano",
+    model: ModelOption = "bagel-nano",
     n: Annotated[int, typer.Option(help="Examples a task.")] = 500,
-    seed: Seed = 1,
+    seed: SeedOption = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     tasks: Annotated[str | None, typer.Option(help="Some of the tasks, with commas between; all unless given.")] = None,
     batch: Annotated[int, typer.Option(help="Examples at a time; scores do not depend on it.")] = 50,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Score a model: accuracy on unseen examples, with 95 % intervals."""
     from importlib import import_module

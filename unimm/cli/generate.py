@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import Device, Dtype, Model, Seed, load_model
+from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, load_model
 
 
 def generate(
@@ -13,8 +13,8 @@ def generate(
     *,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to edit; may be given several times.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Write the reasoning first.")] = False,
-    model: Model = "bagel-nano",
-    seed: Seed = 0,
+    model: ModelOption = "bagel-nano",
+    seed: SeedOption = 0,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the sampler; the model's own number unless given.")
     ] = None,
@@ -23,14 +23,14 @@ def generate(
     out: Annotated[Path, typer.Option(help="A file; several pictures are numbered before its suffix.")] = Path(
         "out.png"
     ),
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Draw a picture, or edit one."""
     if n < 1:
         raise ValueError(f"got -n {n}: expected at least 1")
     hw = parse_size(size) if size else None
-    writable(out)
+    check_writable(out)
     loaded = load_model(model, device, dtype)
     prompts, images = [prompt] * n, [image] * n if image else None
     drawn = loaded.generate(prompts, images=images, think=think, size=hw, seed=seed, steps=steps, progress=True)
@@ -50,7 +50,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raises ValueError, before any work is done, for a picture's file that could not be written."""
     from PIL import Image
 

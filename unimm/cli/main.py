@@ -18,7 +18,7 @@ from unimm.cli.understand import understand
 USER_ERRORS = (ValueError, NotImplementedError, MemoryError, OSError, FloatingPointError)
 
 
-class Commands(TyperGroup):
+class CommandGroup(TyperGroup):
     """Commands whose user errors end in a line, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -26,12 +26,12 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except USER_ERRORS as error:
-            typer.echo(f"error: {told(error)}", err=True)
+            typer.echo(f"error: {error_line(error)}", err=True)
             raise typer.Exit(2) from error
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     help="Models that understand pictures and draw them.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,7 +48,7 @@ def main() -> None:
     app()
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

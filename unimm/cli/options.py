@@ -5,10 +5,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Model = Annotated[str, typer.Option(help="A bundled name, a folder, or a hub id owner/name.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+ModelOption = Annotated[str, typer.Option(help="A bundled name, a folder, or a hub id owner/name.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
 def load_model(name: str, device: str, dtype: str) -> Any:

@@ -14,11 +14,13 @@ def releases() -> None:
     )
     for row in known():
         where, limit = "hub" if row.hub else "bundled", "" if row.commercial else ", no commercial use"
-        table.add_row(row.name, row.family, amount(row.parameters), row.licence + limit, ", ".join(row.verbs), where)
+        table.add_row(
+            row.name, row.family, format_count(row.parameters), row.licence + limit, ", ".join(row.verbs), where
+        )
     Console().print(table)
 
 
-def amount(n: int) -> str:
+def format_count(n: int) -> str:
     """12800000 -> 12.8 M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if n >= size:

@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from unimm.cli.options import Device
+from unimm.cli.options import DeviceOption
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of ours.")],
     out: Annotated[Path, typer.Argument(help="Folder for the log, samples, checkpoints and the release.")],
     *,
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest checkpoint in OUT.")] = False,
     init: Annotated[
         Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")
@@ -28,17 +28,17 @@ def train(
     """Train a model by a recipe, on one device."""
     from unimm import training
     from unimm.training.config import read_recipe
-    from unimm.training.tasks.base import build
+    from unimm.training.tasks.base import build_task
     from unimm.training.trainer import train as run
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
     plan = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
-    with logged("unimm"):
-        run(build(plan), plan, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
+    with log_to_stderr("unimm"):
+        run(build_task(plan), plan, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
 
 
 @contextmanager
-def logged(name: str) -> Iterator[None]:
+def log_to_stderr(name: str) -> Iterator[None]:
     """Show a logger's lines on stderr, for the length of the body."""
     logger, handler = (
         logging.getLogger(name),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import Device, Dtype, Model, load_model
+from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, load_model
 
 
 def understand(
@@ -13,9 +13,9 @@ def understand(
     question: Annotated[str, typer.Argument(help="What to answer about it.")],
     *,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
-    model: Model = "bagel-nano",
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    model: ModelOption = "bagel-nano",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Answer a question about a picture."""
     answer = load_model(model, device, dtype).understand(image, question, stream=stream)

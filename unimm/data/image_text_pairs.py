@@ -12,62 +12,66 @@ from typing import Protocol
 
 from PIL import Image
 
-from unimm.data.batching import dealt
+from unimm.data.batching import sample_tasks
 from unimm.data.shapes import Example, example
-from unimm.data.shapes.novel_attributes import unnamed
-from unimm.processing.images.io import CropSquare, open_image
+from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.processing.images.io import CropSquare, load_image
 
-AGAIN = "again"  # a task: the picture that is shown, without a word
-SCENES = "draw.scene"  # whose pictures it shows
+RECONSTRUCTION = "reconstruct"  # a task: the picture that is shown, without a word
+RECONSTRUCTION_TASK = "draw.scene"  # whose pictures it shows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ImageTextPair:
     """What is drawn, the words and the pictures that it is drawn from, and the kind of task: draw, edit or reason."""
 
     kind: str
-    words: str
-    shown: tuple[Image.Image, ...]
+    text: str
+    images: tuple[Image.Image, ...]
     target: Image.Image
 
 
-class Pairs(Protocol):
+class PairSource(Protocol):
     """Where pairs come from: a pure function of the step."""
 
-    def __call__(self, step: int, size: int, dice: random.Random) -> list[Pair]: ...
+    def __call__(self, step: int, size: int, rng: random.Random) -> list[ImageTextPair]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldPairs:
+class ShapesPairs:
     """Drawings and edits of the little world, every task as often as said, what is left by these weights."""
 
     tasks: Mapping[str, int]
     # the part of things whose colour, or whose shape, has no name
-    nameless_colours: float
-    nameless_shapes: float
+    novel_colours: float
+    novel_shapes: float
     seed: int
 
-    def __call__(self, step: int, size: int, dice: random.Random) -> list[Pair]:
-        tasks = dealt(self.tasks, size, dice)
-        return [self.taken(task, step * size + i, dice) for i, task in enumerate(tasks)]
+    def __call__(self, step: int, size: int, rng: random.Random) -> list[ImageTextPair]:
+        tasks = sample_tasks(self.tasks, size, rng)
+        return [self.training_pair(task, step * size + i, rng) for i, task in enumerate(tasks)]
 
-    def taken(self, task: str, index: int, dice: random.Random) -> Pair:
+    def training_pair(self, task: str, index: int, rng: random.Random) -> ImageTextPair:
         """A training example. Raises ValueError for a task that draws nothing."""
-        one = example(SCENES if task == AGAIN else task, index, seed=self.seed)
+        one = example(RECONSTRUCTION_TASK if task == RECONSTRUCTION else task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(
                 f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits"
             )
-        if task == AGAIN:
+        if task == RECONSTRUCTION:
             picture = Image.fromarray(one.target)
-            return Pair(kind="edit", words="", shown=(picture,), target=picture)
-        return self.pair(unnamed(one, dice, colours=self.nameless_colours, shapes=self.nameless_shapes))
+            return ImageTextPair(kind="edit", text="", images=(picture,), target=picture)
+        return self.from_example(
+            augment_novel_attributes(one, rng, colours=self.novel_colours, shapes=self.novel_shapes)
+        )
 
-    def pair(self, one: Example) -> Pair:
+    def from_example(self, source: Example) -> ImageTextPair:
         """An example with a target."""
-        assert one.target is not None, f"{one.task} draws nothing"
-        shown = tuple(Image.fromarray(image) for image in one.images)
-        return Pair(kind=one.task.split(".")[0], words=one.prompt, shown=shown, target=Image.fromarray(one.target))
+        assert source.target is not None, f"{source.task} draws nothing"
+        shown = tuple(Image.fromarray(image) for image in source.images)
+        return ImageTextPair(
+            kind=source.task.split(".")[0], text=source.prompt, images=shown, target=Image.fromarray(source.target)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +82,13 @@ class FilePairs:
     """
 
     path: Path
-    side: int
+    image_size: int
 
-    def __call__(self, step: int, size: int, dice: random.Random) -> list[Pair]:
-        return [self.pair(dice.choice(self.lines)) for _ in range(size)]
+    def __call__(self, step: int, size: int, rng: random.Random) -> list[ImageTextPair]:
+        return [self.from_line(rng.choice(self.records)) for _ in range(size)]
 
     @cached_property
-    def lines(self) -> Sequence[Mapping]:
+    def records(self) -> Sequence[Mapping]:
         """What the file says. Raises ValueError for a file that is missing, empty, or says something else."""
         if not self.path.is_file():
             raise ValueError(f"got data {self.path}: expected a file of JSON lines, each with a target")
@@ -105,8 +109,8 @@ class FilePairs:
             raise ValueError(f"{self.path} is empty: expected a line for each picture to draw")
         return found
 
-    def pair(self, line: Mapping) -> Pair:
+    def from_line(self, line: Mapping) -> ImageTextPair:
         """The pair that a line names."""
-        shown = tuple(open_image(self.path.parent / name) for name in line.get("images", ()))
-        target = CropSquare(self.side)(open_image(self.path.parent / line["target"]))
-        return Pair(kind="edit" if shown else "draw", words=line.get("text", ""), shown=shown, target=target)
+        shown = tuple(load_image(self.path.parent / name) for name in line.get("images", ()))
+        target = CropSquare(self.image_size)(load_image(self.path.parent / line["target"]))
+        return ImageTextPair(kind="edit" if shown else "draw", text=line.get("text", ""), images=shown, target=target)

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.flow import Velocity
-from unimm.kernels import modulate
+from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
 
-TIMESTEPS = 1000  # a time in [0, 1] is embedded as one in [0, 1000], and so is a guidance
-TIME_FEATURES = 256  # cosines and sines of a time
-EPS = 1e-6  # of every norm; no config says it
-THETA = 10000.0
-SIDE = 2  # of the patches of latents that make a token
+TIMESTEP_SCALE = 1000  # a time in [0, 1] is embedded as one in [0, 1000], and so is a guidance
+TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
+NORM_EPS = 1e-6  # of every norm; no config says it
+ROPE_THETA = 10000.0
+PATCH_SIZE = 2  # of the patches of latents that make a token
 
 # the attention of a double block in diffusers' words
-ATTENTION_KEYS: Table = {
-    f"transformer_blocks.{{}}.attn.{theirs}": f"trunk.doubles.{{}}.{ours}"
+ATTENTION_KEY_MAP: KeyMap = {
+    f"transformer_blocks.{{}}.attn.{theirs}": f"mmdit.double_blocks.{{}}.{ours}"
     for stream, q, k, v, out, norm in (
         ("image", "to_q", "to_k", "to_v", "to_out.0", "norm_"),
         ("text", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_"),
@@ -38,7 +38,7 @@ ATTENTION_KEYS: Table = {
         f"{q}.{{}}": f"{stream}.qkv.{{}}[0/3]",
         f"{k}.{{}}": f"{stream}.qkv.{{}}[1/3]",
         f"{v}.{{}}": f"{stream}.qkv.{{}}[2/3]",
-        f"{out}.{{}}": f"{stream}.out.{{}}",
+        f"{out}.{{}}": f"{stream}.out_proj.{{}}",
         f"{norm}q.weight": f"{stream}.q_norm.weight",
         f"{norm}k.weight": f"{stream}.k_norm.weight",
     }.items()
@@ -46,31 +46,33 @@ ATTENTION_KEYS: Table = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class MMDiTConfig:
     """Of a trunk. axes: how many numbers of a head each axis of a place turns; n_singles may be 0."""
 
     in_channels: int
     out_channels: int
-    n_doubles: int
-    n_singles: int
+    n_double_blocks: int
+    n_single_blocks: int
     n_heads: int
     head_dim: int
     text_dim: int
-    hidden: int  # of the feed-forwards
-    axes: tuple[int, ...]
+    mlp_dim: int  # of the feed-forwards
+    rope_axes_dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
         numbers = {
-            name: number for name, number in vars(self).items() if name not in ("axes", "n_singles", "n_doubles")
+            name: number
+            for name, number in vars(self).items()
+            if name not in ("rope_axes_dims", "n_single_blocks", "n_double_blocks")
         }
         wrong = [f"{name} {number}" for name, number in numbers.items() if not number > 0]
-        if min(self.n_doubles, self.n_singles) < 0 or not self.n_doubles + self.n_singles:
-            wrong.append(f"n_doubles {self.n_doubles}, n_singles {self.n_singles}")
+        if min(self.n_double_blocks, self.n_single_blocks) < 0 or not self.n_double_blocks + self.n_single_blocks:
+            wrong.append(f"n_double_blocks {self.n_double_blocks}, n_single_blocks {self.n_single_blocks}")
         if wrong:
             raise ValueError(f"got {', '.join(wrong)}: expected positive numbers, and a block of either kind")
-        if sum(self.axes) != self.head_dim or any(n % 2 or n < 0 for n in self.axes):
+        if sum(self.rope_axes_dims) != self.head_dim or any(n % 2 or n < 0 for n in self.rope_axes_dims):
             raise ValueError(
-                f"got axes {list(self.axes)}: expected even numbers whose sum is head_dim, {self.head_dim}"
+                f"got rope_axes_dims {list(self.rope_axes_dims)}: expected even numbers whose sum is head_dim, {self.head_dim}"
             )
 
     @property
@@ -86,181 +88,197 @@ class Modulation(NamedTuple):
     image: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
-    last: Tensor
+    final: Tensor
 
 
-class Condition(NamedTuple):
+class MMDiTCondition(NamedTuple):
     """A text beside a picture's places, as the blocks see it: computed once a picture, and the same at every step.
 
     tokens [B, M, D], projected; angles [J, K/2] complex; seen [B, 1, 1, J] bool, or None where all are.
     """
 
     tokens: Tensor
-    angles: Tensor
-    seen: Tensor | None = None
+    rotations: Tensor
+    attention_mask: Tensor | None = None
 
-    def rows(self, index: Tensor) -> "Condition":
+    def select_rows(self, index: Tensor) -> "MMDiTCondition":
         """The condition of rows `index` [N]: several pictures of one text, or a branch of guidance."""
-        return Condition(self.tokens[index], self.angles, None if self.seen is None else self.seen[index])
+        return MMDiTCondition(
+            self.tokens[index], self.rotations, None if self.attention_mask is None else self.attention_mask[index]
+        )
 
 
-def pack(latents: Tensor) -> Tensor:
+def patchify_latents(latents: Tensor) -> Tensor:
     """latents [B, C, 2h, 2w] -> [B, h w, 4C]: a token is a patch of 2 x 2, row by row; of its numbers the channel is first.
 
     Raises ValueError for odd sides.
     """
-    if latents.ndim != 4 or latents.shape[2] % SIDE or latents.shape[3] % SIDE:
+    if latents.ndim != 4 or latents.shape[2] % PATCH_SIZE or latents.shape[3] % PATCH_SIZE:
         raise ValueError(
             f"got latents of shape {list(latents.shape)}: expected [B, C, h, w] with even sides; pad or crop them"
         )
-    return rearrange(latents, "B C (h y) (w x) -> B (h w) (C y x)", y=SIDE, x=SIDE)
+    return rearrange(latents, "B C (h y) (w x) -> B (h w) (C y x)", y=PATCH_SIZE, x=PATCH_SIZE)
 
 
-def unpack(tokens: Tensor, *, height: int, width: int) -> Tensor:
+def unpatchify_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
     """tokens [B, h w, 4C] -> latents [B, C, 2h, 2w], height and width being those of the latents."""
-    if tokens.ndim != 3 or 4 * tokens.shape[1] != height * width or height % SIDE or tokens.shape[2] % SIDE**2:
+    if (
+        tokens.ndim != 3
+        or 4 * tokens.shape[1] != height * width
+        or height % PATCH_SIZE
+        or tokens.shape[2] % PATCH_SIZE**2
+    ):
         raise ValueError(f"got tokens {list(tokens.shape)} for {height} x {width} latents: expected [B, h * w / 4, 4C]")
-    return rearrange(tokens, "B (h w) (C y x) -> B C (h y) (w x)", h=height // SIDE, y=SIDE, x=SIDE)
+    return rearrange(tokens, "B (h w) (C y x) -> B C (h y) (w x)", h=height // PATCH_SIZE, y=PATCH_SIZE, x=PATCH_SIZE)
 
 
-def turns(places: Tensor, axes: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+def complex_rope(position_ids: Tensor, axes_dims: Sequence[int], *, dtype: torch.dtype) -> Tensor:
     """places [J, A], one number an axis -> [J, K/2] complex: axis a turns axes[a] / 2 pairs by place * 10000^(-2i/axes[a]).
 
     dtype: of the angles, as the original has them; float32 differs from float64 where places are in the thousands.
     Raises ValueError for another number of axes.
     """
-    if places.ndim != 2 or places.shape[1] != len(axes):
-        raise ValueError(f"got places of shape {list(places.shape)}: expected [J, {len(axes)}], one number an axis")
+    if position_ids.ndim != 2 or position_ids.shape[1] != len(axes_dims):
+        raise ValueError(
+            f"got places of shape {list(position_ids.shape)}: expected [J, {len(axes_dims)}], one number an axis"
+        )
     # sines of float64 are not to be had on every device, and the tables are small
-    steps = [THETA ** -(torch.arange(0, n, 2, dtype=torch.float32).to(dtype) / n) for n in axes]
-    angles = torch.cat([places[:, a, None].to("cpu", dtype) * step for a, step in enumerate(steps)], -1)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(places.device)
+    steps = [ROPE_THETA ** -(torch.arange(0, n, 2, dtype=torch.float32).to(dtype) / n) for n in axes_dims]
+    angles = torch.cat([position_ids[:, a, None].to("cpu", dtype) * step for a, step in enumerate(steps)], -1)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(position_ids.device)
 
 
-def turn(x: Tensor, angles: Tensor) -> Tensor:
+def apply_complex_rope(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of x [B, J, H, K] by angles [J, K/2] complex."""
-    pairs, angles = rearrange(x.float(), "B J H (K two) -> B J H K two", two=2), angles[:, None]
+    pairs, rotations = rearrange(x.float(), "B J H (K two) -> B J H K two", two=2), rotations[:, None]
     if torch.compiler.is_compiling():
         # compilers fuse real numbers and leave complex ones alone; uncompiled, on a CPU, these are ten times as slow
         a, b = pairs.unbind(-1)
-        turned = torch.stack((a * angles.real - b * angles.imag, a * angles.imag + b * angles.real), -1)
+        rotated = torch.stack((a * rotations.real - b * rotations.imag, a * rotations.imag + b * rotations.real), -1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * angles)
-    return rearrange(turned, "B J H K two -> B J H (K two)").to(x.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+    return rearrange(rotated, "B J H K two -> B J H (K two)").to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, condition: Condition) -> Tensor:
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition: MMDiTCondition) -> Tensor:
     """q, k, v [B, J, H, K], normed and not yet turned -> [B, J, H K]"""
-    q, k, v = (rearrange(x, "B J H K -> B H J K") for x in (turn(q, condition.angles), turn(k, condition.angles), v))
+    q, k, v = (
+        rearrange(x, "B J H K -> B H J K")
+        for x in (apply_complex_rope(q, condition.rotations), apply_complex_rope(k, condition.rotations), v)
+    )
     # not `kernels.attention`: all rows of a picture see the same keys, which needs no mask of ranges
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.seen)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.attention_mask)
     return rearrange(y, "B H J K -> B J (H K)")
 
 
-class Stream(nn.Module):
+class MMDiTStream(nn.Module):
     """What a double block has for the text, and again for the picture: all but the attention itself."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        dim = sizes.dim
+        dim = config.dim
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(sizes.head_dim, EPS), RMSNorm(sizes.head_dim, EPS)
-        self.mlp = MLP(dim, sizes.hidden, dim, "gelu_pytorch_tanh")
-        self.head_dim = sizes.head_dim
+        self.qkv, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = RMSNorm(config.head_dim, NORM_EPS), RMSNorm(config.head_dim, NORM_EPS)
+        self.mlp = MLP(dim, config.mlp_dim, dim, "gelu_pytorch_tanh")
+        self.head_dim = config.head_dim
 
-    def enter(self, x: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D], shifts [B, 6, D] -> queries and keys, normed, and values, [B, L, H, K] each."""
-        x = modulate(x, shifts[:, 1], shifts[:, 0], EPS)
+        x = adaln_modulate(x, shifts[:, 1], shifts[:, 0], NORM_EPS)
         q, k, v = rearrange(self.qkv(x), "B L (three H K) -> three B L H K", three=3, K=self.head_dim)
         return self.q_norm(q), self.k_norm(k), v
 
-    def leave(self, x: Tensor, y: Tensor, shifts: Tensor) -> Tensor:
+    def output_and_mlp(self, x: Tensor, y: Tensor, shifts: Tensor) -> Tensor:
         """x [B, L, D] and what the attention gave for it, y [B, L, D] -> [B, L, D]"""
         _, _, gate, shift, scale, mlp_gate = shifts[:, :, None].unbind(1)
-        x = torch.addcmul(x, gate, self.out(y))
-        return torch.addcmul(x, mlp_gate, self.mlp(modulate(x, scale[:, 0], shift[:, 0], EPS)))
+        x = torch.addcmul(x, gate, self.out_proj(y))
+        return torch.addcmul(x, mlp_gate, self.mlp(adaln_modulate(x, scale[:, 0], shift[:, 0], NORM_EPS)))
 
 
-class DoubleBlock(nn.Module):
+class DoubleStreamBlock(nn.Module):
     """Two streams with weights of their own, one attention."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.image, self.text = Stream(sizes), Stream(sizes)
+        self.image, self.text = MMDiTStream(config), MMDiTStream(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_shifts: Tensor, text_shifts: Tensor, condition: Condition
+        self, image: Tensor, text: Tensor, image_shifts: Tensor, text_shifts: Tensor, condition: MMDiTCondition
     ) -> tuple[Tensor, Tensor]:
         """image [B, L, D], text [B, M, D], shifts [B, 6, D] of each -> image, text"""
-        parts = zip(self.text.enter(text, text_shifts), self.image.enter(image, image_shifts), strict=True)
+        parts = zip(self.text.project_qkv(text, text_shifts), self.image.project_qkv(image, image_shifts), strict=True)
         q, k, v = (torch.cat(part, 1) for part in parts)
-        y = attend(q, k, v, condition)
+        y = joint_attention(q, k, v, condition)
         of_text, of_image = y.split((text.shape[1], image.shape[1]), 1)
-        return self.image.leave(image, of_image, image_shifts), self.text.leave(text, of_text, text_shifts)
+        return self.image.output_and_mlp(image, of_image, image_shifts), self.text.output_and_mlp(
+            text, of_text, text_shifts
+        )
 
 
-class SingleBlock(nn.Module):
+class SingleStreamBlock(nn.Module):
     """Both streams as one, attention and feed-forward side by side between one linear in and one out."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        dim = sizes.dim
+        dim = config.dim
         self.modulation = nn.Linear(dim, 3 * dim)
-        self.into, self.out = nn.Linear(dim, 3 * dim + sizes.hidden), nn.Linear(dim + sizes.hidden, dim)
-        self.q_norm, self.k_norm = RMSNorm(sizes.head_dim, EPS), RMSNorm(sizes.head_dim, EPS)
-        self.split, self.head_dim = (3 * dim, sizes.hidden), sizes.head_dim
+        self.qkv_mlp, self.out_proj = nn.Linear(dim, 3 * dim + config.mlp_dim), nn.Linear(dim + config.mlp_dim, dim)
+        self.q_norm, self.k_norm = RMSNorm(config.head_dim, NORM_EPS), RMSNorm(config.head_dim, NORM_EPS)
+        self.split_sizes, self.head_dim = (3 * dim, config.mlp_dim), config.head_dim
 
-    def forward(self, x: Tensor, shifts: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x: Tensor, shifts: Tensor, condition: MMDiTCondition) -> Tensor:
         """x [B, J, D], shifts [B, 3, D] -> [B, J, D]"""
         shift, scale, gate = shifts.unbind(1)
-        qkv, hidden = self.into(modulate(x, scale, shift, EPS)).split(self.split, -1)
+        qkv, hidden = self.qkv_mlp(adaln_modulate(x, scale, shift, NORM_EPS)).split(self.split_sizes, -1)
         q, k, v = rearrange(qkv, "B J (three H K) -> three B J H K", three=3, K=self.head_dim)
-        y = attend(self.q_norm(q), self.k_norm(k), v, condition)
-        return torch.addcmul(x, gate[:, None], self.out(torch.cat((y, F.gelu(hidden, approximate="tanh")), -1)))
+        y = joint_attention(self.q_norm(q), self.k_norm(k), v, condition)
+        return torch.addcmul(x, gate[:, None], self.out_proj(torch.cat((y, F.gelu(hidden, approximate="tanh")), -1)))
 
 
-class LastLayer(nn.Module):
+class MMDiTFinalLayer(nn.Module):
     """A norm that the time turns, then the velocity."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.modulation = nn.Linear(sizes.dim, 2 * sizes.dim)
-        self.out = nn.Linear(sizes.dim, sizes.out_channels)
+        self.modulation = nn.Linear(config.dim, 2 * config.dim)
+        self.out_proj = nn.Linear(config.dim, config.out_channels)
 
     def forward(self, x: Tensor, shifts: Tensor) -> Tensor:
         """x [B, L, D], shifts [B, 2, D] -> [B, L, C]"""
-        return self.out(modulate(x, shifts[:, 1], shifts[:, 0], EPS))
+        return self.out_proj(adaln_modulate(x, shifts[:, 1], shifts[:, 0], NORM_EPS))
 
 
-class Trunk(nn.Module):
+class MMDiT(nn.Module):
     """Packed latents beside a text, through double blocks, then single ones, to the velocity."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.sizes = sizes
-        self.image, self.text = nn.Linear(sizes.in_channels, sizes.dim), nn.Linear(sizes.text_dim, sizes.dim)
-        self.doubles = nn.ModuleList(DoubleBlock(sizes) for _ in range(sizes.n_doubles))
-        self.singles = nn.ModuleList(SingleBlock(sizes) for _ in range(sizes.n_singles))
-        self.last = LastLayer(sizes)
+        self.config = config
+        self.image_in, self.text_in = nn.Linear(config.in_channels, config.dim), nn.Linear(config.text_dim, config.dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.n_double_blocks))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.n_single_blocks))
+        self.final_layer = MMDiTFinalLayer(config)
 
     def condition(
-        self, text: Tensor, angles: Tensor, seen: Tensor | None = None, *, norm: nn.Module | None = None
-    ) -> Condition:
+        self, text: Tensor, rotations: Tensor, key_padding_mask: Tensor | None = None, *, norm: nn.Module | None = None
+    ) -> MMDiTCondition:
         """text [B, M, C], angles [J, K/2] complex of it and of the picture, seen [B, M]: 0 where a token is padding; norm:
         of the text, before it is projected.
 
         Raises ValueError for other shapes.
         """
-        if text.ndim != 3 or text.shape[2] != self.sizes.text_dim:
-            raise ValueError(f"got a text of shape {list(text.shape)}: expected [B, M, {self.sizes.text_dim}]")
-        if seen is not None:
-            if seen.shape != text.shape[:2]:
+        if text.ndim != 3 or text.shape[2] != self.config.text_dim:
+            raise ValueError(f"got a text of shape {list(text.shape)}: expected [B, M, {self.config.text_dim}]")
+        if key_padding_mask is not None:
+            if key_padding_mask.shape != text.shape[:2]:
                 raise ValueError(
-                    f"got seen {list(seen.shape)} for a text {list(text.shape)}: expected {list(text.shape[:2])}"
+                    f"got seen {list(key_padding_mask.shape)} for a text {list(text.shape)}: expected {list(text.shape[:2])}"
                 )
-            seen = F.pad(seen.bool(), (0, len(angles) - text.shape[1]), value=True)[:, None, None]
-        return Condition(self.text(norm(text) if norm is not None else text), angles, seen)
+            key_padding_mask = F.pad(key_padding_mask.bool(), (0, len(rotations) - text.shape[1]), value=True)[
+                :, None, None
+            ]
+        return MMDiTCondition(self.text_in(norm(text) if norm is not None else text), rotations, key_padding_mask)
 
     def modulations(self, vectors: Tensor) -> list[Modulation]:
         """vectors [S, B, D], of every step and row -> what `forward` takes, one a step.
@@ -271,39 +289,42 @@ class Trunk(nn.Module):
         vectors = F.silu(vectors)
 
         def of(linear: nn.Linear) -> tuple[Tensor, ...]:
-            return rearrange(linear(vectors), "S B (n D) -> S B n D", D=self.sizes.dim).unbind()
+            return rearrange(linear(vectors), "S B (n D) -> S B n D", D=self.config.dim).unbind()
 
-        doubles, singles = cast("list[DoubleBlock]", self.doubles), cast("list[SingleBlock]", self.singles)
+        doubles, singles = (
+            cast("list[DoubleStreamBlock]", self.double_blocks),
+            cast("list[SingleStreamBlock]", self.single_blocks),
+        )
         streams = (of(x.modulation) for block in doubles for x in (block.image, block.text))
         both = [*zip(*streams, strict=True)] or [()] * len(vectors)
         single = [*zip(*(of(block.modulation) for block in singles), strict=True)] or [()] * len(vectors)
-        last = of(self.last.modulation)
+        last = of(self.final_layer.modulation)
         return [Modulation(x[::2], x[1::2], y, z) for x, y, z in zip(both, single, last, strict=True)]
 
-    def forward(self, latents: Tensor, condition: Condition, modulation: Modulation) -> Tensor:
+    def forward(self, latents: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
         """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree."""
         text, found = condition.tokens, list(latents.shape)
-        tokens = len(condition.angles) - text.shape[1]
-        if len(found) != 3 or found[1:] != [tokens, self.sizes.in_channels]:
+        tokens = len(condition.rotations) - text.shape[1]
+        if len(found) != 3 or found[1:] != [tokens, self.config.in_channels]:
             raise ValueError(
-                f"got latents {found}: expected [B, {tokens}, {self.sizes.in_channels}], packed, as many tokens as the "
+                f"got latents {found}: expected [B, {tokens}, {self.config.in_channels}], packed, as many tokens as the "
                 "condition has places for"
             )
-        if not found[0] == len(text) == len(modulation.last):
+        if not found[0] == len(text) == len(modulation.final):
             raise ValueError(
-                f"got {found[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.last)}: expected as "
-                "many; condition.rows(index) repeats and picks rows"
+                f"got {found[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: expected as "
+                "many; condition.select_rows(index) repeats and picks rows"
             )
-        image = self.image(latents)
-        for block, of_image, of_text in zip(self.doubles, modulation.image, modulation.text, strict=True):
+        image = self.image_in(latents)
+        for block, of_image, of_text in zip(self.double_blocks, modulation.image, modulation.text, strict=True):
             image, text = block(image, text, of_image, of_text, condition)
         x, n_text = torch.cat((text, image), 1), text.shape[1]
-        for block, shifts in zip(self.singles, modulation.single, strict=True):
+        for block, shifts in zip(self.single_blocks, modulation.single, strict=True):
             x = block(x, shifts, condition)
-        return self.last(x[:, n_text:], modulation.last)
+        return self.final_layer(x[:, n_text:], modulation.final)
 
 
-def by_step(model: nn.Module, condition: Condition, modulations: Sequence[Modulation]) -> Velocity:
+def modulation_per_step(model: nn.Module, condition: MMDiTCondition, modulations: Sequence[Modulation]) -> Velocity:
     """A velocity for `flow.sample`: call i takes the modulation of step i, and the time is in it already."""
     left = iter(modulations)
     return lambda x, time: model(x, condition, next(left))

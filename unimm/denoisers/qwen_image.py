@@ -17,44 +17,44 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.atomic import written_beside
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import load_into, weight_files
-from unimm.checkpoint.save import released_state, save_state
+from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import load_weights, weight_files
+from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
-    ATTENTION_KEYS,
-    EPS,
-    SIDE,
-    TIME_FEATURES,
-    TIMESTEPS,
-    Condition,
+    ATTENTION_KEY_MAP,
+    NORM_EPS,
+    PATCH_SIZE,
+    TIMESTEP_EMBED_DIM,
+    TIMESTEP_SCALE,
+    MMDiT,
+    MMDiTCondition,
+    MMDiTConfig,
     Modulation,
-    Sizes,
-    Trunk,
-    turns,
+    complex_rope,
 )
 from unimm.nn.layers import MLP, RMSNorm
-from unimm.nn.timestep import time_features
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
+from unimm.nn.timestep import timestep_embedding
+from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
 MLP_RATIO = 4  # in no config
-RELEASED_AXES = (16, 56, 56)
-PLACES = 4096  # of text and pictures, along each axis: as many as the original's tables have
+RELEASED_AXES_DIMS = (16, 56, 56)
+MAX_POSITIONS = 4096  # of text and pictures, along each axis: as many as the original's tables have
 
-KEYS: Table = {
-    **ATTENTION_KEYS,
-    "time_text_embed.timestep_embedder.linear_{}.{}": "time.fc{}.{}",
+KEY_MAP: KeyMap = {
+    **ATTENTION_KEY_MAP,
+    "time_text_embed.timestep_embedder.linear_{}.{}": "time_embed.fc{}.{}",
     "txt_norm.weight": "text_norm.weight",
-    "txt_in.{}": "trunk.text.{}",
-    "img_in.{}": "trunk.image.{}",
-    "transformer_blocks.{}.img_mod.1.{}": "trunk.doubles.{}.image.modulation.{}",
-    "transformer_blocks.{}.txt_mod.1.{}": "trunk.doubles.{}.text.modulation.{}",
-    "transformer_blocks.{}.img_mlp.net.0.proj.{}": "trunk.doubles.{}.image.mlp.fc1.{}",
-    "transformer_blocks.{}.img_mlp.net.2.{}": "trunk.doubles.{}.image.mlp.fc2.{}",
-    "transformer_blocks.{}.txt_mlp.net.0.proj.{}": "trunk.doubles.{}.text.mlp.fc1.{}",
-    "transformer_blocks.{}.txt_mlp.net.2.{}": "trunk.doubles.{}.text.mlp.fc2.{}",
-    "norm_out.linear.{}": "trunk.last.modulation.{}[swap]",
-    "proj_out.{}": "trunk.last.out.{}",
+    "txt_in.{}": "mmdit.text_in.{}",
+    "img_in.{}": "mmdit.image_in.{}",
+    "transformer_blocks.{}.img_mod.1.{}": "mmdit.double_blocks.{}.image.modulation.{}",
+    "transformer_blocks.{}.txt_mod.1.{}": "mmdit.double_blocks.{}.text.modulation.{}",
+    "transformer_blocks.{}.img_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.image.mlp.fc1.{}",
+    "transformer_blocks.{}.img_mlp.net.2.{}": "mmdit.double_blocks.{}.image.mlp.fc2.{}",
+    "transformer_blocks.{}.txt_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.text.mlp.fc1.{}",
+    "transformer_blocks.{}.txt_mlp.net.2.{}": "mmdit.double_blocks.{}.text.mlp.fc2.{}",
+    "norm_out.linear.{}": "mmdit.final_layer.modulation.{}[swap]",
+    "proj_out.{}": "mmdit.final_layer.out_proj.{}",
 }
 
 
@@ -66,7 +66,7 @@ class QwenImageConfig:
     n_heads: int
     head_dim: int
     text_dim: int
-    axes: tuple[int, ...]
+    rope_axes_dims: tuple[int, ...]
 
     FILES: ClassVar = {
         "in_channels": "in_channels",
@@ -75,12 +75,12 @@ class QwenImageConfig:
         "n_heads": "num_attention_heads",
         "head_dim": "attention_head_dim",
         "text_dim": "joint_attention_dim",
-        "axes": "axes_dims_rope",
+        "rope_axes_dims": "axes_dims_rope",
     }
     # what a config could say and the release does not
     FIXED: ClassVar = {
         "_class_name": "QwenImageTransformer2DModel",
-        "patch_size": SIDE,
+        "patch_size": PATCH_SIZE,
         "guidance_embeds": False,
         "zero_cond_t": False,  # the next three are of the later models for editing and for layers
         "use_additional_t_cond": False,
@@ -88,118 +88,125 @@ class QwenImageConfig:
     }
 
     def __post_init__(self) -> None:
-        _ = self.sizes  # which checks the numbers
-        if len(self.axes) != 3:
-            raise ValueError(f"got axes {list(self.axes)}: expected three, of the frame, the row and the column")
+        _ = self.mmdit  # which checks the numbers
+        if len(self.rope_axes_dims) != 3:
+            raise ValueError(
+                f"got axes {list(self.rope_axes_dims)}: expected three, of the frame, the row and the column"
+            )
 
     @property
-    def sizes(self) -> Sizes:
+    def mmdit(self) -> MMDiTConfig:
         """Those of the trunk."""
-        return Sizes(
+        return MMDiTConfig(
             in_channels=self.in_channels,
-            out_channels=SIDE**2 * self.out_channels,
-            n_doubles=self.n_layers,
-            n_singles=0,
+            out_channels=PATCH_SIZE**2 * self.out_channels,
+            n_double_blocks=self.n_layers,
+            n_single_blocks=0,
             n_heads=self.n_heads,
             head_dim=self.head_dim,
             text_dim=self.text_dim,
-            hidden=MLP_RATIO * self.n_heads * self.head_dim,
-            axes=self.axes,
+            mlp_dim=MLP_RATIO * self.n_heads * self.head_dim,
+            rope_axes_dims=self.rope_axes_dims,
         )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> Self:
+    def from_json(cls, files: Mapping[str, Any]) -> Self:
         """Read the released config.json. Raises ValueError for what is missing, or what Qwen-Image does not have."""
         for key, expected in cls.FIXED.items():
             if files.get(key, expected) != expected:
                 raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in the release of Qwen-Image")
-        files = {"axes_dims_rope": RELEASED_AXES, **files}
+        files = {"axes_dims_rope": RELEASED_AXES_DIMS, **files}
         files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
         if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
             raise ValueError(f"the config lacks {', '.join(lost)}: expected Qwen-Image's released config.json")
         return cls(
-            **{ours: files[theirs] for ours, theirs in cls.FILES.items()} | {"axes": tuple(files["axes_dims_rope"])}
+            **{ours: files[theirs] for ours, theirs in cls.FILES.items()}
+            | {"rope_axes_dims": tuple(files["axes_dims_rope"])}
         )
 
-    def to_files(self) -> dict[str, Any]:
-        """The config.json that `from_files` reads, and that diffusers does."""
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that `from_json` reads, and that diffusers does."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return self.FIXED | files | {"axes_dims_rope": [*self.axes]}
+        return self.FIXED | files | {"axes_dims_rope": [*self.rope_axes_dims]}
 
 
-def places(pictures: Sequence[tuple[int, int, int]], n_text: int) -> tuple[Tensor, Tensor]:
+def msrope_position_ids(images: Sequence[tuple[int, int, int]], n_text_tokens: int) -> tuple[Tensor, Tensor]:
     """Places [L, 3] of the tokens of one or more pictures (frames, height, width), and [n_text, 3] of a text's; int64.
 
     Frames of picture k count from k. Rows and columns count from the middle, so that a larger picture goes on where a
     smaller one ends. The text begins where the largest picture does, at the same number on every axis. Raises ValueError
     for a picture without tokens, and beyond the 4096 places that the original knows.
     """
-    if not pictures or any(len(picture) != 3 or min(picture) < 1 for picture in pictures):
+    if not images or any(len(picture) != 3 or min(picture) < 1 for picture in images):
         raise ValueError(
-            f"got pictures {list(pictures)}: expected one or more of (frames, height, width), in packed tokens"
+            f"got pictures {list(images)}: expected one or more of (frames, height, width), in packed tokens"
         )
     grids = [
         torch.cartesian_prod(torch.arange(k, k + f), torch.arange(h) - (h - h // 2), torch.arange(w) - (w - w // 2))
-        for k, (f, h, w) in enumerate(pictures)
+        for k, (f, h, w) in enumerate(images)
     ]
-    start = max(max(h, w) // 2 for _, h, w in pictures)
-    if start + n_text > PLACES:
-        raise ValueError(f"got {n_text} tokens of text from place {start} on: expected them to end before {PLACES}")
-    return torch.cat(grids), (start + torch.arange(n_text))[:, None].expand(-1, 3)
+    start = max(max(h, w) // 2 for _, h, w in images)
+    if start + n_text_tokens > MAX_POSITIONS:
+        raise ValueError(
+            f"got {n_text_tokens} tokens of text from place {start} on: expected them to end before {MAX_POSITIONS}"
+        )
+    return torch.cat(grids), (start + torch.arange(n_text_tokens))[:, None].expand(-1, 3)
 
 
-class QwenImage(nn.Module):
+class QwenImageTransformer(nn.Module):
     """Noised packed latents, a condition and a step's modulation to the velocity."""
 
     def __init__(self, config: QwenImageConfig):
         super().__init__()
-        self.config, dim = config, config.sizes.dim
-        self.time = MLP(TIME_FEATURES, dim, dim, "silu")
-        self.text_norm = RMSNorm(config.text_dim, EPS)
-        self.trunk = Trunk(config.sizes)
+        self.config, dim = config, config.mmdit.dim
+        self.time_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu")
+        self.text_norm = RMSNorm(config.text_dim, NORM_EPS)
+        self.mmdit = MMDiT(config.mmdit)
 
     def condition(
-        self, text: Tensor, pictures: Sequence[tuple[int, int, int]], *, seen: Tensor | None = None
-    ) -> Condition:
+        self, text: Tensor, images: Sequence[tuple[int, int, int]], *, key_padding_mask: Tensor | None = None
+    ) -> MMDiTCondition:
         """text [B, M, C], the pictures of every row, seen [B, M]: 0 where a token is padding, all seen unless given.
 
         Once a picture. pictures: as for `places`; the first is drawn, others may follow it in the latents. Raises
         ValueError for other shapes.
         """
-        of_pictures, of_text = places(pictures, text.shape[1])
+        of_pictures, of_text = msrope_position_ids(images, text.shape[1])
         # the original's tables are of float32, and far places feel it
-        angles = turns(torch.cat((of_text, of_pictures)), self.config.axes, dtype=torch.float32)
-        return self.trunk.condition(text, angles.to(text.device), seen, norm=self.text_norm)
+        angles = complex_rope(torch.cat((of_text, of_pictures)), self.config.rope_axes_dims, dtype=torch.float32)
+        return self.mmdit.condition(text, angles.to(text.device), key_padding_mask, norm=self.text_norm)
 
-    def modulations(self, times: Tensor, *, rows: int = 1) -> list[Modulation]:
+    def modulations(self, timesteps: Tensor, *, batch_size: int = 1) -> list[Modulation]:
         """times [S] of all steps, in [0, 1], for batches of so many rows; or [S, B] -> a modulation a step.
 
         Before the loop: `model(latents, condition, modulations[i])`. In training `modulations(times[None])[0]`, times [B].
         """
-        if times.ndim not in (1, 2):
-            raise ValueError(f"got times of shape {list(times.shape)}: expected [S] or [S, B]")
-        times = times[:, None].expand(-1, rows) if times.ndim == 1 else times
-        features = time_features(TIMESTEPS * times.float().flatten(), TIME_FEATURES)
-        vectors = self.time(features.to(self.time.fc1.weight.dtype))
-        return self.trunk.modulations(vectors.view(*times.shape, -1))
+        if timesteps.ndim not in (1, 2):
+            raise ValueError(f"got times of shape {list(timesteps.shape)}: expected [S] or [S, B]")
+        timesteps = timesteps[:, None].expand(-1, batch_size) if timesteps.ndim == 1 else timesteps
+        features = timestep_embedding(TIMESTEP_SCALE * timesteps.float().flatten(), TIMESTEP_EMBED_DIM)
+        vectors = self.time_embed(features.to(self.time_embed.fc1.weight.dtype))
+        return self.mmdit.modulations(vectors.view(*timesteps.shape, -1))
 
-    def forward(self, latents: Tensor, condition: Condition, modulation: Modulation) -> Tensor:
+    def forward(self, latents: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
         """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree."""
-        return self.trunk(latents, condition, modulation)
+        return self.mmdit(latents, condition, modulation)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and the weights in the released layout."""
-        with written_beside(folder) as partial:
-            (partial / "config.json").write_text(json.dumps(self.config.to_files(), indent=2))
-            save_state(released_state(self, KEYS), partial / DIFFUSERS_WEIGHTS[0])
+        with atomic_directory(folder) as partial:
+            (partial / "config.json").write_text(json.dumps(self.config.to_json(), indent=2))
+            save_safetensors(released_state_dict(self, KEY_MAP), partial / DIFFUSERS_WEIGHT_FILES[0])
 
 
-def load_qwen_image(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> QwenImage:
+def load_qwen_image(
+    path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> QwenImageTransformer:
     """A transformer from a released folder (config.json beside the weights), strictly, in evaluation mode.
 
     Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
     """
     with torch.device("meta"):
-        model = QwenImage(QwenImageConfig.from_files(json.loads((path / "config.json").read_text())))
-    load_into(model, weight_files(path, DIFFUSERS_WEIGHTS), KEYS, dtype=dtype, device=torch.device(device))
+        model = QwenImageTransformer(QwenImageConfig.from_json(json.loads((path / "config.json").read_text())))
+    load_weights(model, weight_files(path, DIFFUSERS_WEIGHT_FILES), KEY_MAP, dtype=dtype, device=torch.device(device))
     return model.eval()

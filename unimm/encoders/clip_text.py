@@ -16,41 +16,40 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import HUB_WEIGHTS, load_into, read_shapes, weight_files
-from unimm.kernels import Block as Span
-from unimm.kernels import Mask
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
+from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import EncoderBlock
 
 # the end that configs named before transformers corrected them; no id of the released vocabulary's end
-LEGACY_END = 2
+LEGACY_EOS_ID = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
+class CLIPTextConfig:
     dim: int
     n_layers: int
     n_heads: int
     mlp_dim: int
-    vocab: int
+    vocab_size: int
     max_positions: int
     norm_eps: float
     act: str
-    end: int  # id whose first place is pooled; LEGACY_END: the place of the largest id
+    eos_id: int  # id whose first place is pooled; LEGACY_END: the place of the largest id
 
     FILES: ClassVar[dict[str, str]] = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
         "mlp_dim": "intermediate_size",
-        "vocab": "vocab_size",
+        "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
         "norm_eps": "layer_norm_eps",
         "act": "hidden_act",
-        "end": "eos_token_id",
+        "eos_id": "eos_token_id",
     }
     # what CLIPTextConfig says where a config is silent
-    SILENT: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[dict[str, Any]] = {
         "hidden_size": 512,
         "num_hidden_layers": 12,
         "num_attention_heads": 8,
@@ -63,14 +62,22 @@ class ClipTextConfig:
     }
 
     def __post_init__(self) -> None:
-        sizes = (self.dim, self.n_layers, self.n_heads, self.mlp_dim, self.vocab, self.max_positions, self.norm_eps)
+        sizes = (
+            self.dim,
+            self.n_layers,
+            self.n_heads,
+            self.mlp_dim,
+            self.vocab_size,
+            self.max_positions,
+            self.norm_eps,
+        )
         if min(sizes) <= 0 or self.dim % self.n_heads:
             raise ValueError(
                 f"got {self}: expected positive numbers, and a width that is a multiple of the heads; correct config.json"
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> Self:
+    def from_json(cls, files: Mapping[str, Any]) -> Self:
         """Read a released config.json, that of the encoder or of a whole CLIP. Raises ValueError for another model's."""
         text = files.get("text_config", files)
         kind = text.get("model_type", "clip_text_model")
@@ -78,75 +85,78 @@ class ClipTextConfig:
             raise ValueError(
                 f"got model_type {kind!r}: expected 'clip_text_model', as FLUX's text_encoder/config.json says"
             )
-        known = cls.SILENT | {key: value for key, value in text.items() if value is not None}
+        known = cls.DEFAULTS | {key: value for key, value in text.items() if value is not None}
         return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
 
-    def to_files(self) -> dict[str, Any]:
-        """The config.json that `from_files` reads, and that transformers does."""
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that `from_json` reads, and that transformers does."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         return files | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
 
 
-class ClipText(nn.Module):
+class CLIPTextEncoder(nn.Module):
     """Ids of captions to their states: every id sees those before it."""
 
-    def __init__(self, cfg: ClipTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
-        self.positions = nn.Parameter(torch.zeros(cfg.max_positions, cfg.dim))
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.pos_embed = nn.Parameter(torch.zeros(config.max_positions, config.dim))
         self.blocks = nn.ModuleList(
-            EncoderBlock(cfg.dim, cfg.n_heads, cfg.mlp_dim, cfg.act, cfg.norm_eps) for _ in range(cfg.n_layers)
+            EncoderBlock(config.dim, config.n_heads, config.mlp_dim, config.act, config.norm_eps)
+            for _ in range(config.n_layers)
         )
-        self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, L], padding and all -> states after the final norm [B, L, D]."""
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.cfg.max_positions:
-            raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L from 1 to {self.cfg.max_positions}")
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.max_positions:
+            raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L from 1 to {self.config.max_positions}")
         b, n = ids.shape
-        mask = Mask([[Span(n)]] * b, device=ids.device)
-        x = rearrange(self.embed(ids) + self.positions[:n], "b n d -> (b n) d")
+        mask = AttentionMask([[KeyRange(n)]] * b, device=ids.device)
+        x = rearrange(self.embed(ids) + self.pos_embed[:n], "b n d -> (b n) d")
         for block in self.blocks:
             x = block(x, mask)
         return rearrange(self.norm(x), "(b n) d -> b n d", b=b)
 
-    def pooled(self, ids: Tensor, states: Tensor | None = None) -> Tensor:
+    def pool(self, ids: Tensor, states: Tensor | None = None) -> Tensor:
         """One vector a caption [B, D]: the state where it ends. states: what `forward` gave for the ids, if at hand."""
         states = self(ids) if states is None else states
-        ends = ids if self.cfg.end == LEGACY_END else (ids == self.cfg.end).int()
+        ends = ids if self.config.eos_id == LEGACY_EOS_ID else (ids == self.config.eos_id).int()
         return states[torch.arange(len(ids), device=ids.device), ends.argmax(1)]
 
 
-def keys(shapes: Collection[str] = ()) -> Table:
+def clip_text_key_map(shapes: Collection[str] = ()) -> KeyMap:
     """The table of files of these names (none: the released ones), which may hold the rest of a CLIP beside the encoder."""
     # what transformers writes of an encoder alone today has no name around it
     theirs = "" if any(key.startswith("embeddings.") for key in shapes) else "text_model."
     block = theirs + "encoder.layers.{}."
     return {
         theirs + "embeddings.token_embedding.weight": "embed.weight",
-        theirs + "embeddings.position_embedding.weight": "positions",
+        theirs + "embeddings.position_embedding.weight": "pos_embed",
         theirs + "embeddings.position_ids": None,  # a buffer that older files hold
         block + "layer_norm1.{}": "blocks.{}.attn_norm.{}",
         block + "layer_norm2.{}": "blocks.{}.mlp_norm.{}",
         **{block + f"self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
-        block + "self_attn.out_proj.{}": "blocks.{}.o.{}",
+        block + "self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
         block + "mlp.{}.{}": "blocks.{}.mlp.{}.{}",
         theirs + "final_layer_norm.{}": "norm.{}",
         **dict.fromkeys(("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")),
     }
 
 
-KEYS = keys()  # of the released names
+KEY_MAP = clip_text_key_map()  # of the released names
 
 
-def load_clip_text(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> ClipText:
+def load_clip_text(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> CLIPTextEncoder:
     """The encoder of a released folder (FLUX's text_encoder, or a whole CLIP), strictly, in evaluation mode.
 
     Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
     """
     with torch.device("meta"):
-        model = ClipText(ClipTextConfig.from_files(json.loads((folder / "config.json").read_text())))
-    paths = weight_files(folder, HUB_WEIGHTS)
-    load_into(model, paths, keys(read_shapes(paths)), dtype=dtype, device=torch.device(device))
+        model = CLIPTextEncoder(CLIPTextConfig.from_json(json.loads((folder / "config.json").read_text())))
+    paths = weight_files(folder, HUB_WEIGHT_FILES)
+    load_weights(model, paths, clip_text_key_map(read_shapes(paths)), dtype=dtype, device=torch.device(device))
     return model.eval()

@@ -19,12 +19,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import HUB_WEIGHTS, load_into, read_shapes, weight_files
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
 from unimm.nn.layers import RMSNorm, SwiGLU
 
 # how a released config names a feed-forward that is gated, and what the gate goes through
-GATED = {"gated-gelu": "gelu_new", "gated-silu": "silu"}
+GATED_ACTIVATIONS = {"gated-gelu": "gelu_new", "gated-silu": "silu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class T5Config:
     n_heads: int
     head_dim: int
     mlp_dim: int
-    vocab: int
-    buckets: int  # of distances, half of them for each direction
+    vocab_size: int
+    n_buckets: int  # of distances, half of them for each direction
     max_distance: int  # from which on all are one bucket
     norm_eps: float
     feed_forward: str
@@ -46,14 +46,14 @@ class T5Config:
         "n_heads": "num_heads",
         "head_dim": "d_kv",
         "mlp_dim": "d_ff",
-        "vocab": "vocab_size",
-        "buckets": "relative_attention_num_buckets",
+        "vocab_size": "vocab_size",
+        "n_buckets": "relative_attention_num_buckets",
         "max_distance": "relative_attention_max_distance",
         "norm_eps": "layer_norm_epsilon",
         "feed_forward": "feed_forward_proj",
     }
     # what T5Config says where a config is silent
-    SILENT: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[dict[str, Any]] = {
         "d_model": 512,
         "num_layers": 6,
         "num_heads": 8,
@@ -67,37 +67,37 @@ class T5Config:
     }
 
     def __post_init__(self) -> None:
-        sizes = (self.dim, self.n_layers, self.n_heads, self.head_dim, self.mlp_dim, self.vocab, self.norm_eps)
-        if min(sizes) <= 0 or self.buckets % 2 or self.buckets < 4 or self.max_distance <= self.buckets // 4:
+        sizes = (self.dim, self.n_layers, self.n_heads, self.head_dim, self.mlp_dim, self.vocab_size, self.norm_eps)
+        if min(sizes) <= 0 or self.n_buckets % 2 or self.n_buckets < 4 or self.max_distance <= self.n_buckets // 4:
             raise ValueError(
                 f"got {self}: expected positive numbers, an even number of buckets from 4 on, and a max_distance above a "
                 "quarter of them; correct config.json"
             )
-        if self.feed_forward not in GATED:
+        if self.feed_forward not in GATED_ACTIVATIONS:
             raise ValueError(
-                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED)}, as T5 v1.1 has; the first T5 is "
+                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED_ACTIVATIONS)}, as T5 v1.1 has; the first T5 is "
                 "not built"
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> Self:
+    def from_json(cls, files: Mapping[str, Any]) -> Self:
         """Read a released config.json. Raises ValueError for another model's, and for a T5 before v1.1."""
         if (kind := files.get("model_type", "t5")) != "t5":
             raise ValueError(f"got model_type {kind!r}: expected 't5', as FLUX's text_encoder_2/config.json says")
-        known = cls.SILENT | {key: value for key, value in files.items() if value is not None}
+        known = cls.DEFAULTS | {key: value for key, value in files.items() if value is not None}
         kind = known["feed_forward_proj"]
         told = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
         if (act := known.get("dense_act_fn", told)) != told:
             raise ValueError(f"got dense_act_fn {act!r} beside feed_forward_proj {kind!r}: expected {told!r}")
         return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
 
-    def to_files(self) -> dict[str, Any]:
-        """The config.json that `from_files` reads, and that transformers does."""
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that `from_json` reads, and that transformers does."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         return files | {"model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": True}
 
 
-def distances(length: int, buckets: int, furthest: int, device: torch.device) -> Tensor:
+def relative_position_buckets(length: int, n_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """The bucket [L, L] of each pair (id that asks, id that is seen).
 
     Half the buckets are for ids that stand behind; of either half the first half holds one distance each, the rest grow
@@ -105,51 +105,52 @@ def distances(length: int, buckets: int, furthest: int, device: torch.device) ->
     """
     at = torch.arange(length, device=device)
     apart = at[None] - at[:, None]
-    half, near = buckets // 2, buckets // 4
+    half, near = n_buckets // 2, n_buckets // 4
     far = apart.abs().clamp(min=near).float()
     # in float32, and cut: a distance on the edge of a bucket falls where it fell in training
-    far = near + (torch.log(far / near) / math.log(furthest / near) * (half - near)).long()
+    far = near + (torch.log(far / near) / math.log(max_distance / near) * (half - near)).long()
     return torch.where(apart.abs() < near, apart.abs(), far.clamp(max=half - 1)) + half * (apart > 0)
 
 
 class T5Block(nn.Module):
     """Pre-norm attention whose scores are not divided by the root of the width, then the gated feed-forward."""
 
-    def __init__(self, cfg: T5Config):
+    def __init__(self, config: T5Config):
         super().__init__()
-        inner, self.n_heads = cfg.n_heads * cfg.head_dim, cfg.n_heads
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.qkv, self.o = nn.Linear(cfg.dim, 3 * inner, bias=False), nn.Linear(inner, cfg.dim, bias=False)
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, GATED[cfg.feed_forward])
+        inner, self.n_heads = config.n_heads * config.head_dim, config.n_heads
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.qkv, self.out_proj = nn.Linear(config.dim, 3 * inner, bias=False), nn.Linear(inner, config.dim, bias=False)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.mlp_dim, GATED_ACTIVATIONS[config.feed_forward])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, L, D], bias of the scores [1, H, L, L] -> [B, L, D]."""
         q, k, v = rearrange(self.qkv(self.attn_norm(x)), "b n (three h k) -> three b h n k", three=3, h=self.n_heads)
         # not `kernels.attention`, which knows masks and no bias
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        x = x + self.o(rearrange(y, "b h n k -> b n (h k)"))
+        x = x + self.out_proj(rearrange(y, "b h n k -> b n (h k)"))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class T5Encoder(nn.Module):
     """Ids of captions to their states; every id sees all of its row, padding and all."""
 
-    def __init__(self, cfg: T5Config):
+    def __init__(self, config: T5Config):
         super().__init__()
-        self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
-        self.bias = nn.Embedding(cfg.buckets, cfg.n_heads)  # one for all layers
-        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.position_bias = nn.Embedding(config.n_buckets, config.n_heads)  # one for all layers
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, L], padded as in training (FLUX: to 512) -> states after the final norm [B, L, D]."""
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L > 0")
-        cfg, n = self.cfg, ids.shape[1]
+        config, n = self.config, ids.shape[1]
         bias = rearrange(
-            self.bias(distances(n, cfg.buckets, cfg.max_distance, ids.device)), "q k h -> 1 h q k"
+            self.position_bias(relative_position_buckets(n, config.n_buckets, config.max_distance, ids.device)),
+            "q k h -> 1 h q k",
         ).contiguous()
         x = self.embed(ids)
         for block in self.blocks:
@@ -157,14 +158,14 @@ class T5Encoder(nn.Module):
         return self.norm(x)
 
 
-KEYS: Table = {
+KEY_MAP: KeyMap = {
     "shared.weight": "embed.weight",
     "encoder.embed_tokens.weight": None,  # the same again, in older files
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "bias.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position_bias.weight",
     "encoder.block.{}.layer.0.SelfAttention.q.weight": "blocks.{}.qkv.weight[0/3]",
     "encoder.block.{}.layer.0.SelfAttention.k.weight": "blocks.{}.qkv.weight[1/3]",
     "encoder.block.{}.layer.0.SelfAttention.v.weight": "blocks.{}.qkv.weight[2/3]",
-    "encoder.block.{}.layer.0.SelfAttention.o.weight": "blocks.{}.o.weight",
+    "encoder.block.{}.layer.0.SelfAttention.o.weight": "blocks.{}.out_proj.weight",
     "encoder.block.{}.layer.0.layer_norm.weight": "blocks.{}.attn_norm.weight",
     "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "blocks.{}.mlp.gate.weight",
     "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "blocks.{}.mlp.up.weight",
@@ -177,10 +178,10 @@ KEYS: Table = {
 }
 
 
-def keys(shapes: Mapping[str, Any]) -> Table:
+def t5_key_map(shapes: Mapping[str, Any]) -> KeyMap:
     """The key table for files of these names: some hold the table of embeddings under its other name alone."""
     table, other = "shared.weight", "encoder.embed_tokens.weight"
-    return KEYS if table in shapes or other not in shapes else {**KEYS, table: None, other: KEYS[table]}
+    return KEY_MAP if table in shapes or other not in shapes else {**KEY_MAP, table: None, other: KEY_MAP[table]}
 
 
 def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> T5Encoder:
@@ -189,7 +190,7 @@ def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | t
     Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
     """
     with torch.device("meta"):
-        model = T5Encoder(T5Config.from_files(json.loads((folder / "config.json").read_text())))
-    paths = weight_files(folder, HUB_WEIGHTS)
-    load_into(model, paths, keys(read_shapes(paths)), dtype=dtype, device=torch.device(device))
+        model = T5Encoder(T5Config.from_json(json.loads((folder / "config.json").read_text())))
+    paths = weight_files(folder, HUB_WEIGHT_FILES)
+    load_weights(model, paths, t5_key_map(read_shapes(paths)), dtype=dtype, device=torch.device(device))
     return model.eval()

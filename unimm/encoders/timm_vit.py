@@ -14,63 +14,66 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTNumbers:
+class TimmViTConfig:
     """A SigLIP ViT: erf GELU, biases everywhere, LayerNorms of 1e-6, a pooling head that nothing reads."""
 
     dim: int
     n_layers: int
     n_heads: int
-    patch: int
+    patch_size: int
     mlp_ratio: float = 4.0
 
     FILES: ClassVar = {
         "dim": "width",
         "n_layers": "layers",
         "n_heads": "heads",
-        "patch": "patch_size",
+        "patch_size": "patch_size",
         "mlp_ratio": "mlp_ratio",
     }
 
 
 # what a released model_name means
-RELEASED = {
-    "siglip_large_patch16_384": ViTNumbers(dim=1024, n_layers=24, n_heads=16, patch=16),
-    "siglip_large_patch16_256": ViTNumbers(dim=1024, n_layers=24, n_heads=16, patch=16),
-    "siglip_so400m_patch14_384": ViTNumbers(dim=1152, n_layers=27, n_heads=16, patch=14, mlp_ratio=3.7362),
-    "siglip_so400m_patch14_224": ViTNumbers(dim=1152, n_layers=27, n_heads=16, patch=14, mlp_ratio=3.7362),
+RELEASED_VITS = {
+    "siglip_large_patch16_384": TimmViTConfig(dim=1024, n_layers=24, n_heads=16, patch_size=16),
+    "siglip_large_patch16_256": TimmViTConfig(dim=1024, n_layers=24, n_heads=16, patch_size=16),
+    "siglip_so400m_patch14_384": TimmViTConfig(dim=1152, n_layers=27, n_heads=16, patch_size=14, mlp_ratio=3.7362),
+    "siglip_so400m_patch14_224": TimmViTConfig(dim=1152, n_layers=27, n_heads=16, patch_size=14, mlp_ratio=3.7362),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerConfig:
+class TimmEncoderConfig:
     """Which encoder, for pictures of size * size pixels. vit: its numbers; None for another encoder of timm's, by name."""
 
-    name: str
-    size: int
-    vit: ViTNumbers | None
+    model_name: str
+    image_size: int
+    vit: TimmViTConfig | None
     select_layer: int = -1
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "TowerConfig":
+    def from_json(cls, files: Mapping[str, Any]) -> "TimmEncoderConfig":
         """Read the params of a released vision_config; numbers that stand in it go before those that its name means."""
-        known = {ours: files[theirs] for ours, theirs in ViTNumbers.FILES.items() if theirs in files}
-        vit = RELEASED.get(files["model_name"])
-        if vit is None and {"dim", "n_layers", "n_heads", "patch"} <= known.keys():
-            vit = ViTNumbers(**known)
+        known = {ours: files[theirs] for ours, theirs in TimmViTConfig.FILES.items() if theirs in files}
+        vit = RELEASED_VITS.get(files["model_name"])
+        if vit is None and {"dim", "n_layers", "n_heads", "patch_size"} <= known.keys():
+            vit = TimmViTConfig(**known)
         elif vit is not None:
             vit = replace(vit, **known)
         if files.get("select_feature", "same") != "same":
             raise ValueError(f"got select_feature {files['select_feature']!r}: expected 'same', as in every release")
         return cls(
-            name=files["model_name"], size=files["image_size"], vit=vit, select_layer=files.get("select_layer", -1)
+            model_name=files["model_name"],
+            image_size=files["image_size"],
+            vit=vit,
+            select_layer=files.get("select_layer", -1),
         )
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
-        files: dict[str, Any] = {"model_name": self.name, "image_size": self.size}
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
+        files: dict[str, Any] = {"model_name": self.model_name, "image_size": self.image_size}
         files |= {"select_layer": self.select_layer, "select_feature": "same"}
-        if self.vit is not None and self.vit != RELEASED.get(self.name):
-            files |= {theirs: getattr(self.vit, ours) for ours, theirs in ViTNumbers.FILES.items()}
+        if self.vit is not None and self.vit != RELEASED_VITS.get(self.model_name):
+            files |= {theirs: getattr(self.vit, ours) for ours, theirs in TimmViTConfig.FILES.items()}
         return files
 
     @property
@@ -81,38 +84,38 @@ class TowerConfig:
         return min(total, total + s + 1) if s < 0 else min(total, s)
 
 
-class Tower(nn.Module):
+class TimmVisionEncoder(nn.Module):
     """Pictures to features, before the aligner. `trunk` is timm's module; its names are the released ones."""
 
-    def __init__(self, cfg: TowerConfig):
+    def __init__(self, config: TimmEncoderConfig):
         super().__init__()
-        self.trunk = _siglip(cfg, cfg.vit) if cfg.vit else _named(cfg)
+        self.trunk = _build_siglip(config, config.vit) if config.vit else _build_by_name(config)
         # pixels a feature, along each side
-        self.patch: int = cfg.vit.patch if cfg.vit else self.trunk.feature_info[-1]["reduction"]
-        self.side = cfg.size // self.patch
-        if not self.side:
+        self.patch_size: int = config.vit.patch_size if config.vit else self.trunk.feature_info[-1]["reduction"]
+        self.grid_side = config.image_size // self.patch_size
+        if not self.grid_side:
             raise ValueError(
-                f"got pictures of {cfg.size} pixels for {cfg.name}: expected {self.patch} or more, one feature's"
+                f"got pictures of {config.image_size} pixels for {config.model_name}: expected {self.patch_size} or more, one feature's"
             )
         # where an encoder that gives a grid has its features, and how many of a sequence belong to no place
-        self.grid = "b h w d" if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC" else "b d h w"
-        self.prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.feature_axes = "b h w d" if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC" else "b d h w"
+        self.n_prefix_tokens: int = getattr(self.trunk, "num_prefix_tokens", 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S], normalised -> [B, n, D]: after the final norm, without pooling. S: whole patches alone."""
         x = self.trunk.forward_features(images)
-        return rearrange(x, f"{self.grid} -> b (h w) d") if x.ndim == 4 else x[:, self.prefix :]
+        return rearrange(x, f"{self.feature_axes} -> b (h w) d") if x.ndim == 4 else x[:, self.n_prefix_tokens :]
 
 
-def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
+def _build_siglip(config: TimmEncoderConfig, vit: TimmViTConfig) -> Any:
     # two seconds to import, and only models that look through it need it
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = VisionTransformer(
-        img_size=cfg.size // vit.patch * vit.patch,
-        patch_size=vit.patch,
+        img_size=config.image_size // vit.patch_size * vit.patch_size,
+        patch_size=vit.patch_size,
         embed_dim=vit.dim,
-        depth=cfg.depth,
+        depth=config.depth,
         num_heads=vit.n_heads,
         mlp_ratio=vit.mlp_ratio,
         class_token=False,
@@ -126,25 +129,25 @@ def _siglip(cfg: TowerConfig, vit: ViTNumbers) -> Any:
     return trunk
 
 
-def _named(cfg: TowerConfig) -> Any:
+def _build_by_name(config: TimmEncoderConfig) -> Any:
     import timm
 
-    if not timm.is_model(cfg.name):
-        near = ", ".join(timm.list_models(f"*{cfg.name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+    if not timm.is_model(config.model_name):
+        near = ", ".join(timm.list_models(f"*{config.model_name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ValueError(
-            f"unknown vision encoder {cfg.name!r}: expected {', '.join(RELEASED)}, or a name of timm's ({near})"
+            f"unknown vision encoder {config.model_name!r}: expected {', '.join(RELEASED_VITS)}, or a name of timm's ({near})"
         )
-    if cfg.select_layer != -1:
+    if config.select_layer != -1:
         raise ValueError(
-            f"got select_layer {cfg.select_layer} for {cfg.name}: only -1, the whole encoder, is known for it"
+            f"got select_layer {config.select_layer} for {config.model_name}: only -1, the whole encoder, is known for it"
         )
-    known = timm.get_pretrained_cfg(cfg.name)
+    known = timm.get_pretrained_cfg(config.model_name)
     fixed = known is not None and known.fixed_input_size  # of a table of positions; others take any size
-    make: Any = partial(timm.create_model, cfg.name, num_classes=0, pretrained=False)
+    make: Any = partial(timm.create_model, config.model_name, num_classes=0, pretrained=False)
     if fixed:
         with torch.device("meta"):
             patch = make().feature_info[-1]["reduction"]
-        make = partial(make, img_size=cfg.size // patch * patch)
+        make = partial(make, img_size=config.image_size // patch * patch)
     trunk = make()
     stored = trunk.state_dict().keys()
     if any(table.is_meta and name not in stored for name, table in trunk.named_buffers()):

@@ -4,11 +4,11 @@ from typing import Any, Protocol
 
 import torch
 
-from unimm.nn.decoder import Decoder, Parts
-from unimm.sequence.packing import Pack
+from unimm.nn.decoder import Decoder, RowsByExpert
+from unimm.sequence.packing import PackedBatch
 
 
-class Speaker(Protocol):
+class CausalLM(Protocol):
     """What a model brings to a context."""
 
     @property
@@ -20,14 +20,14 @@ class Speaker(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def hidden(self, batch: Pack, attend: Any) -> Parts:
+    def backbone(self, batch: PackedBatch, attend: Any) -> RowsByExpert:
         """Last hidden states of every row of a pack, by stream, before the final norms."""
 
 
-def check_position(model: Speaker, clock: int) -> None:
+def check_max_positions(model: CausalLM, position: int) -> None:
     """Raise ValueError for a position that the model does not know."""
-    known = model.decoder.cfg.max_positions
-    if clock > known:
+    known = model.decoder.config.max_positions
+    if position > known:
         raise ValueError(
-            f"the dialogue would reach position {clock}, the model knows {known}: shorten it, or max_tokens"
+            f"the dialogue would reach position {position}, the model knows {known}: shorten it, or max_tokens"
         )

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unimm.generation.causal_lm import Speaker, check_position
-from unimm.generation.kv_cache import Context, cache_of
-from unimm.generation.text_sampling import TextSampling, next_ids
-from unimm.kernels import Block, Mask
+from unimm.generation.causal_lm import CausalLM, check_max_positions
+from unimm.generation.kv_cache import KVCache, allocate_kv_buffer
+from unimm.generation.text_sampling import TextSampling, sample_token
+from unimm.kernels import AttentionMask, KeyRange
 
 
-class Rows:
+class DecodeSession:
     """One new row at a time behind each of several contexts, all in one buffer with room for `room` rows each.
 
     The rows are of the decoder's first stream. On a CPU the buffer is in float32: one row in bfloat16 attends there four
@@ -22,31 +22,33 @@ class Rows:
     would outgrow the positions that the model knows.
     """
 
-    def __init__(self, model: Speaker, contexts: Sequence[Context], room: int):
-        check_position(model, max(c.clock for c in contexts) + room)
-        self.decoder, self.device, self.room = model.decoder, model.device, room
+    def __init__(self, model: CausalLM, caches: Sequence[KVCache], capacity: int):
+        check_max_positions(model, max(c.next_position for c in caches) + capacity)
+        self.decoder, self.device, self.capacity = model.decoder, model.device, capacity
         wide = torch.promote_types(model.dtype, torch.float32) if self.device.type == "cpu" else model.dtype
-        self.cache = cache_of(model, contexts, [room] * len(contexts), dtype=wide)
-        self.lengths = [c.length for c in contexts]
-        self.rows = {self.decoder.cfg.streams[0]: torch.arange(len(contexts), device=self.device)}
+        self.buffer = allocate_kv_buffer(model, caches, [capacity] * len(caches), dtype=wide)
+        self.prefix_lengths = [c.length for c in caches]
+        self.rows_by_expert = {self.decoder.config.experts[0]: torch.arange(len(caches), device=self.device)}
         # of every step, once: [room, B]
-        steps = torch.arange(room, device=self.device)[:, None]
-        self.positions = steps + torch.tensor([c.clock for c in contexts], device=self.device)
-        starts = torch.tensor([p + n for p, n in zip(self.cache.starts, self.lengths, strict=True)], device=self.device)
-        self.places = steps + starts
+        steps = torch.arange(capacity, device=self.device)[:, None]
+        self.position_ids = steps + torch.tensor([c.next_position for c in caches], device=self.device)
+        starts = torch.tensor(
+            [p + n for p, n in zip(self.buffer.starts, self.prefix_lengths, strict=True)], device=self.device
+        )
+        self.buffer_slots = steps + starts
 
-    def __call__(self, x: Tensor, behind: int) -> Tensor:
+    def __call__(self, x: Tensor, n_written: int) -> Tensor:
         """The `behind`-th new row of each context, x [B, D] -> last hidden states [B, D], before the final norm."""
-        seen = [[Block(n + behind + 1)] for n in self.lengths]
-        mask = Mask(seen, queries=[1] * len(seen), key_starts=self.cache.starts, device=self.device)
-        attend = self.cache.attend_at(self.places[behind], mask)
-        (hidden,) = self.decoder(x, self.positions[behind], self.rows, attend).values()
+        seen = [[KeyRange(n + n_written + 1)] for n in self.prefix_lengths]
+        mask = AttentionMask(seen, query_lengths=[1] * len(seen), key_starts=self.buffer.starts, device=self.device)
+        attend = self.buffer.attend_at_slots(self.buffer_slots[n_written], mask)
+        (hidden,) = self.decoder(x, self.position_ids[n_written], self.rows_by_expert, attend).values()
         return hidden
 
 
-def speak(
-    model: Speaker,
-    contexts: Sequence[Context],
+def decode_text(
+    model: CausalLM,
+    caches: Sequence[KVCache],
     first: Sequence[int],
     *,
     end: int | Sequence[int],
@@ -54,17 +56,17 @@ def speak(
     seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:
     """Text after each context and a `first` id, until `end`: one id a context at a time, None for those that have ended."""
-    rows = Rows(model, contexts, sampling.tokens)
+    rows = DecodeSession(model, caches, sampling.token_limit)
 
     @torch.inference_mode()
     def step(ids: list[int], behind: int) -> Tensor:
         x = model.decoder.embed(torch.tensor(ids, device=model.device))
         return model.decoder.logits(rows(x, behind))
 
-    return decode(step, list(first), end=end, sampling=sampling, seeds=seeds)
+    return sampling_loop(step, list(first), end=end, sampling=sampling, seeds=seeds)
 
 
-def decode(
+def sampling_loop(
     step: Callable[[list[int], int], Tensor],
     first: list[int],
     *,
@@ -79,8 +81,8 @@ def decode(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     ids, done, ends = first, [False] * len(first), {end} if isinstance(end, int) else set(end)
-    for n in range(sampling.tokens):
-        ids = next_ids(step(ids, n), sampling, generators)
+    for n in range(sampling.token_limit):
+        ids = sample_token(step(ids, n), sampling, generators)
         done = [was or chosen in ends for was, chosen in zip(done, ids, strict=True)]
         if all(done):
             return
@@ -101,9 +103,9 @@ class TextStream:
         for step in self.steps:
             for row, one in zip(ids, step, strict=True):
                 row += [] if one is None else [one]
-            if self.stop and all(self._cut(text) != text for text in map(self.decode, ids)):
+            if self.stop and all(self._truncate_at_stop(text) != text for text in map(self.decode, ids)):
                 break
-        return [self._cut(self.decode(row)) for row in ids]
+        return [self._truncate_at_stop(self.decode(row)) for row in ids]
 
     def pieces(self) -> Iterator[str]:
         """The text of a single row as it grows; what may still change (half a character, half a stop string) is held back."""
@@ -113,14 +115,14 @@ class TextStream:
         for (one,) in self.steps:
             ids += [] if one is None else [one]
             text = self.decode(ids)
-            if self._cut(text) != text:
+            if self._truncate_at_stop(text) != text:
                 break
             safe = len(text) - held
             if safe > given and not text.endswith("\ufffd"):
                 yield text[given:safe]
                 given = safe
-        if rest := self._cut(text)[given:]:
+        if rest := self._truncate_at_stop(text)[given:]:
             yield rest
 
-    def _cut(self, text: str) -> str:
+    def _truncate_at_stop(self, text: str) -> str:
         return text[: min((text.index(s) for s in self.stop if s in text), default=len(text))]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeSampling:
+class ImageTokenSampling:
     """How the codes of a picture are chosen. temperature 0 takes the likeliest; top_k and top_p are off unless given."""
 
     temperature: float = 1.0
@@ -25,7 +25,7 @@ class CodeSampling:
             raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
 
 
-def next_codes(logits: Tensor, sampling: CodeSampling, generators: Sequence[torch.Generator]) -> Tensor:
+def sample_image_tokens(logits: Tensor, sampling: ImageTokenSampling, generators: Sequence[torch.Generator]) -> Tensor:
     """One code a row of logits [B, V] -> [B], on their device; each row draws from its own generator, on the CPU.
 
     The likeliest of p / e, with e exponential, is a draw from p: no row waits for another, and nothing leaves the device.

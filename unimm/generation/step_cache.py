@@ -6,7 +6,7 @@ from math import factorial
 import torch
 from torch import Tensor
 
-from unimm.generation.guidance import Branch, Features
+from unimm.generation.guidance import Branch, BranchFeatures
 
 
 class TaylorSeer:
@@ -17,27 +17,27 @@ class TaylorSeer:
     the state of one run and nothing else does.
     """
 
-    def __init__(self, features: Features, *, warm: int = 5, every: int = 3, order: int = 6):
-        self.features, self.warm, self.every, self.order = features, warm, every, order
-        self.calls: dict[Branch, int] = {}
-        self.computed: dict[Branch, int] = {}  # the call of the last forward
+    def __init__(self, features: BranchFeatures, *, warmup: int = 5, interval: int = 3, order: int = 6):
+        self.features, self.warmup, self.interval, self.order = features, warmup, interval, order
+        self.n_calls: dict[Branch, int] = {}
+        self.last_computed: dict[Branch, int] = {}  # the call of the last forward
         self.series: dict[Branch, list[Tensor]] = {}
 
     def __call__(self, x: Tensor, time: float, branches: Sequence[Branch]) -> list[Tensor]:
-        call = {branch: self.calls.get(branch, 0) for branch in branches}
-        due = [b for b in branches if call[b] < self.warm or call[b] - self.computed[b] >= self.every]
+        call = {branch: self.n_calls.get(branch, 0) for branch in branches}
+        due = [b for b in branches if call[b] < self.warmup or call[b] - self.last_computed[b] >= self.interval]
         if due:
             for branch, fresh in zip(due, self.features(x, time, due), strict=True):
                 self._store(branch, fresh, call[branch])
-        self.calls.update({branch: n + 1 for branch, n in call.items()})
-        return [self._extrapolate(branch, call[branch] - self.computed[branch]) for branch in branches]
+        self.n_calls.update({branch: n + 1 for branch, n in call.items()})
+        return [self._extrapolate(branch, call[branch] - self.last_computed[branch]) for branch in branches]
 
-    def _store(self, branch: Branch, fresh: Tensor, call: int) -> None:
+    def _store(self, branch: Branch, computed: Tensor, call: int) -> None:
         """F_0 = fresh, F_i+1 = (F_i - old F_i) / calls since; orders grow only once the run has settled (call > 3)."""
-        old, series = self.series.get(branch, []), [fresh]
+        old, series = self.series.get(branch, []), [computed]
         for i in range(min(self.order, len(old)) if call > 3 else 0):
-            series.append((series[i] - old[i]) / (call - self.computed[branch]))
-        self.series[branch], self.computed[branch] = series, call
+            series.append((series[i] - old[i]) / (call - self.last_computed[branch]))
+        self.series[branch], self.last_computed[branch] = series, call
 
     def _extrapolate(self, branch: Branch, distance: int) -> Tensor:
         terms = [f * (distance**i / factorial(i)) for i, f in enumerate(self.series[branch])]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 512  # new ids of a text, where neither a call nor a config says
+DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither a call nor a config says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,16 @@ class TextSampling:
         object.__setattr__(self, "stop", tuple(stop))
 
     @property
-    def tokens(self) -> int:
+    def token_limit(self) -> int:
         """The most new ids."""
-        return MOST_TOKENS if self.max_tokens is None else self.max_tokens
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
-    def within(self, most: int) -> "TextSampling":
+    def with_default_max_tokens(self, max_tokens: int) -> "TextSampling":
         """The same, with `most` new ids where it names no number of its own."""
-        return replace(self, max_tokens=most) if self.max_tokens is None else self
+        return replace(self, max_tokens=max_tokens) if self.max_tokens is None else self
 
 
-def next_ids(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
+def sample_token(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
     """One id a row of logits [B, V]; each row draws from its own generator, so a row does not depend on its neighbours."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()

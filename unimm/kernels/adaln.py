@@ -12,61 +12,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """layer_norm(x) (1 + scale) + shift: x [B, L, D], scale and shift [B, D] -> [B, L, D]; float32 inside, x's dtype out.
 
     Peebles and Xie 2022, arXiv 2212.09748, section 3.2. Raises ValueError where the shapes disagree.
     """
     if x.ndim != 3 or scale.shape != (len(x), x.shape[2]) or shift.shape != scale.shape:
-        raise ValueError(f"modulate got x, scale, shift {shapes(x, scale, shift)}: expected [B, L, D], [B, D], [B, D]")
+        raise ValueError(
+            f"adaln_modulate got x, scale, shift {tensor_shapes(x, scale, shift)}: expected [B, L, D], [B, D], [B, D]"
+        )
     if scale.dtype != shift.dtype:
-        raise ValueError(f"modulate got scale {scale.dtype}, shift {shift.dtype}: expected one dtype; cast one")
-    if resolve("modulate", x) == "triton":
-        return _modulate(x, scale, shift, eps)
-    return modulate_reference(x, scale, shift, eps)
+        raise ValueError(f"adaln_modulate got scale {scale.dtype}, shift {shift.dtype}: expected one dtype; cast one")
+    if resolve_backend("adaln_modulate", x) == "triton":
+        return _adaln_modulate(x, scale, shift, eps)
+    return adaln_modulate_reference(x, scale, shift, eps)
 
 
-def modulate_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def adaln_modulate_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """The definition, in plain operations."""
-    unit = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (unit * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale.float()[:, None]) + shift.float()[:, None]).to(x.dtype)
 
 
 @torch.library.custom_op("unimm::modulate", mutates_args=())
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def _adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     from unimm.kernels import rms_norm_triton
 
-    return rms_norm_triton.modulate(x, scale, shift, eps)
+    return rms_norm_triton.launch_adaln_modulate(x, scale, shift, eps)
 
 
-@_modulate.register_fake
+@_adaln_modulate.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("unimm::modulate_backward", mutates_args=())
-def _modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from unimm.kernels import rms_norm_triton
 
-    return rms_norm_triton.modulate_backward(grad, x, scale, eps)
+    return rms_norm_triton.launch_adaln_modulate_backward(grad, x, scale, eps)
 
 
-@_modulate_backward.register_fake
+@_adaln_modulate_backward.register_fake
 def _(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, scale, _, ctx.eps = inputs
     ctx.save_for_backward(x, scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return (*_modulate_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+    return (*_adaln_modulate_backward(grad, *ctx.saved_tensors, ctx.eps), None)
 
 
-_modulate.register_autograd(_backward, setup_context=_keep)
+_adaln_modulate.register_autograd(_backward, setup_context=_setup_context)

@@ -10,21 +10,21 @@ picture of 4096 tokens of 64 is 1 MB).
 import torch
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
-RENORMS = ("global", "channel", "text_channel")
+RENORM_TYPES = ("global", "channel", "text_channel")
 
 
-def guided(
-    v: Tensor,
-    text: Tensor,
-    image: Tensor | None = None,
+def cfg_combine(
+    full: Tensor,
+    no_text: Tensor,
+    no_image: Tensor | None = None,
     *,
     text_scale: float,
     image_scale: float,
     renorm: str,
-    least: float,
+    renorm_min: float,
 ) -> Tensor:
     """The guided velocity of one picture, all [L, C]: u = text + s (v - text), then u = image + s' (u - image).
 
@@ -32,45 +32,51 @@ def guided(
     "channel" by those of each token, "text_channel" likewise, but before the image's part. docs/originals/bagel.md,
     "Guidance". The kernel has no backward. Raises ValueError for another renorm, or shapes that differ.
     """
-    if renorm not in RENORMS:
-        raise ValueError(f"unknown renorm {renorm!r}: expected one of {', '.join(RENORMS)}")
-    held = [v, text] if image is None else [v, text, image]
-    if v.ndim != 2 or any(t.shape != v.shape for t in held):
-        raise ValueError(f"guided got velocities {shapes(*held)}: expected [L, C], all of one shape")
-    if resolve("guided", v) == "triton":
-        return _guided(v, text, image, text_scale, image_scale, renorm, least)
-    return guided_reference(v, text, image, text_scale, image_scale, renorm, least)
+    if renorm not in RENORM_TYPES:
+        raise ValueError(f"unknown renorm {renorm!r}: expected one of {', '.join(RENORM_TYPES)}")
+    velocities = [full, no_text] if no_image is None else [full, no_text, no_image]
+    if full.ndim != 2 or any(t.shape != full.shape for t in velocities):
+        raise ValueError(f"cfg_combine got velocities {tensor_shapes(*velocities)}: expected [L, C], all of one shape")
+    if resolve_backend("cfg_combine", full) == "triton":
+        return _cfg_combine(full, no_text, no_image, text_scale, image_scale, renorm, renorm_min)
+    return cfg_combine_reference(full, no_text, no_image, text_scale, image_scale, renorm, renorm_min)
 
 
-def guided_reference(
-    v: Tensor, text: Tensor, image: Tensor | None, text_scale: float, image_scale: float, renorm: str, least: float
+def cfg_combine_reference(
+    full: Tensor,
+    no_text: Tensor,
+    no_image: Tensor | None,
+    text_scale: float,
+    image_scale: float,
+    renorm: str,
+    renorm_min: float,
 ) -> Tensor:
     """The definition, in plain operations."""
-    u = text + text_scale * (v - text)
+    u = no_text + text_scale * (full - no_text)
     if renorm == "text_channel":
-        u = _shrink(u, v, (-1,), least)
-    if image is not None:
-        u = image + image_scale * (u - image)
+        u = _renormalize(u, full, (-1,), renorm_min)
+    if no_image is not None:
+        u = no_image + image_scale * (u - no_image)
     if renorm == "text_channel":
         return u
-    return _shrink(u, v, (-2, -1) if renorm == "global" else (-1,), least)
+    return _renormalize(u, full, (-2, -1) if renorm == "global" else (-1,), renorm_min)
 
 
-def _shrink(u: Tensor, v: Tensor, dims: tuple[int, ...], least: float) -> Tensor:
+def _renormalize(u: Tensor, v: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:
     lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (v, u)]
-    return u * (lengths[0] / (lengths[1] + 1e-8)).clamp(least, 1.0)
+    return u * (lengths[0] / (lengths[1] + 1e-8)).clamp(renorm_min, 1.0)
 
 
 @torch.library.custom_op("unimm::guided", mutates_args=())
-def _guided(
+def _cfg_combine(
     v: Tensor, text: Tensor, image: Tensor | None, text_scale: float, image_scale: float, renorm: str, least: float
 ) -> Tensor:
     from unimm.kernels import cfg_combine_triton
 
-    return cfg_combine_triton.guided(v, text, image, text_scale, image_scale, renorm, least)
+    return cfg_combine_triton.launch_cfg_combine(v, text, image, text_scale, image_scale, renorm, least)
 
 
-@_guided.register_fake
+@_cfg_combine.register_fake
 def _(
     v: Tensor, text: Tensor, image: Tensor | None, text_scale: float, image_scale: float, renorm: str, least: float
 ) -> Tensor:

@@ -79,7 +79,7 @@ def shrink_tokens_kernel(
     tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def guided(
+def launch_cfg_combine(
     v: Tensor, text: Tensor, image: Tensor | None, text_scale: float, image_scale: float, renorm: str, least: float
 ) -> Tensor:
     """v, text and image [L, C] -> [L, C]."""

@@ -10,12 +10,12 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def dense_heads(x: Tensor) -> Tensor:
+def contiguous_heads(x: Tensor) -> Tensor:
     """x with neighbouring numbers of a head side by side; a gradient may come expanded from a single number."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def autocasted(*tensors: Tensor) -> list[Tensor]:
+def autocast_tensors(*tensors: Tensor) -> list[Tensor]:
     """The tensors in autocast's dtype where it is on: PyTorch does so for its own matrix products only."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none
@@ -23,6 +23,6 @@ def autocasted(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
-def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
+def tensor_shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
     """For the texts of errors."""
     return [tuple(t.shape) for t in tensors]

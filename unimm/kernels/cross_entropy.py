@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimm.kernels.common import autocasted, shapes
+from unimm.kernels.common import autocast_tensors, tensor_shapes
 
-HELD = 2**24  # logits held at once: 64 MiB in float32
-LEAST = 512  # rows, whatever the vocabulary: with fewer, a product reads the weight for longer than it computes
+MAX_LOGITS = 2**24  # logits held at once: 64 MiB in float32
+MIN_CHUNK_ROWS = (
+    512  # rows, whatever the vocabulary: with fewer, a product reads the weight for longer than it computes
+)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, *, ignore: int = -100, chunk: int | None = None
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk_rows: int | None = None
 ) -> Tensor:
     """-log softmax(x weight^T)[label] for every row: x [N, D], weight [V, D], labels [N] integers -> [N] float32.
 
@@ -30,18 +32,20 @@ def linear_cross_entropy(
     ValueError where the shapes or dtypes disagree.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
-        got = shapes(x, weight, labels)
+        got = tensor_shapes(x, weight, labels)
         raise ValueError(f"linear_cross_entropy got x, weight, labels {got}: expected [N, D], [V, D], [N]")
-    x, weight = autocasted(x, weight)
+    x, weight = autocast_tensors(x, weight)
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy got x {x.dtype}, weight {weight.dtype}: expected one dtype; cast one")
-    chunk = max(LEAST, HELD // max(1, weight.shape[0])) if chunk is None else chunk
-    return _loss(x, weight, labels, ignore, chunk)[0]
+    chunk_rows = max(MIN_CHUNK_ROWS, MAX_LOGITS // max(1, weight.shape[0])) if chunk_rows is None else chunk_rows
+    return _linear_cross_entropy(x, weight, labels, ignore_index, chunk_rows)[0]
 
 
-def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
+def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """The definition, with all logits."""
-    return torch.nn.functional.cross_entropy((x @ weight.t()).float(), labels, ignore_index=ignore, reduction="none")
+    return torch.nn.functional.cross_entropy(
+        (x @ weight.t()).float(), labels, ignore_index=ignore_index, reduction="none"
+    )
 
 
 def _chunk_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -52,15 +56,15 @@ def _chunk_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return out.copy_(x @ weight.t())
 
 
-def _buffer(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
+def _logits_buffer(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
     return x.new_empty(min(chunk, len(x)), len(weight), dtype=torch.float32)
 
 
 @torch.library.custom_op("unimm::linear_cross_entropy", mutates_args=())
-def _loss(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) -> tuple[Tensor, Tensor]:
     """(loss [N], log-sum-exp [N])."""
     loss, lse = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-    buffer = _buffer(x, weight, chunk)
+    buffer = _logits_buffer(x, weight, chunk)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         logits = _chunk_logits(x[rows], weight, buffer)
@@ -72,14 +76,14 @@ def _loss(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) ->
     return loss.masked_fill_(labels == ignore, 0.0), lse
 
 
-@_loss.register_fake
+@_linear_cross_entropy.register_fake
 def _(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) -> tuple[Tensor, Tensor]:
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(loss)
 
 
 @torch.library.custom_op("unimm::linear_cross_entropy_backward", mutates_args=())
-def _gradients(
+def _linear_cross_entropy_backward(
     grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore: int, chunk: int, wants: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """d logits = grad (softmax - onehot), made a chunk at a time: (dx, dweight); one that is not wanted is empty."""
@@ -87,7 +91,7 @@ def _gradients(
     # chunks add up in float32, whatever the dtype
     dweight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else weight.new_empty(0)
     grad = grad.masked_fill(labels == ignore, 0.0)
-    buffer = _buffer(x, weight, chunk)
+    buffer = _logits_buffer(x, weight, chunk)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         logits = _chunk_logits(x[rows], weight, buffer)
@@ -104,7 +108,7 @@ def _gradients(
     return dx, dweight.to(weight.dtype)
 
 
-@_gradients.register_fake
+@_linear_cross_entropy_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore: int, chunk: int, wants: list[bool]
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +116,7 @@ def _(
     return dx, torch.empty_like(weight) if wants[1] else weight.new_empty(0)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, labels, ctx.ignore, ctx.chunk = inputs
     ctx.save_for_backward(x, weight, labels, output[1])
 
@@ -120,8 +124,8 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     x, weight, labels, lse = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:2])
-    dx, dweight = _gradients(grad, x, weight, labels, lse, ctx.ignore, ctx.chunk, wants)
+    dx, dweight = _linear_cross_entropy_backward(grad, x, weight, labels, lse, ctx.ignore, ctx.chunk, wants)
     return dx if wants[0] else None, dweight if wants[1] else None, None, None, None
 
 
-_loss.register_autograd(_backward, setup_context=_keep)
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

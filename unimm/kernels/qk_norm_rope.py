@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
 
 def qk_norm_rope(
@@ -20,7 +20,7 @@ def qk_norm_rope(
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    angles: Tensor,
+    cos_sin: Tensor,
     eps: float,
     *,
     expert: Tensor | None = None,
@@ -32,10 +32,10 @@ def qk_norm_rope(
     """
     q_weight, k_weight = (w[None] if w.ndim == 1 else w for w in (q_weight, k_weight))
     n, _, width = q.shape
-    same_rows = k.shape[::2] == (n, width) and angles.shape == (2, n, width // 2) and not width % 2
+    same_rows = k.shape[::2] == (n, width) and cos_sin.shape == (2, n, width // 2) and not width % 2
     if not same_rows or q_weight.shape != k_weight.shape or q_weight.shape[1] != width:
         raise ValueError(
-            f"qk_norm_rope got q, k, their weights, angles {shapes(q, k, q_weight, k_weight, angles)}: "
+            f"qk_norm_rope got q, k, their weights, angles {tensor_shapes(q, k, q_weight, k_weight, cos_sin)}: "
             "expected [N, H, K], [N, G, K], [E, K], [E, K], [2, N, K/2] and an even K"
         )
     if (expert is None) != (len(q_weight) == 1) or (expert is not None and expert.shape != (n,)):
@@ -43,17 +43,17 @@ def qk_norm_rope(
         raise ValueError(
             f"qk_norm_rope got weights of {len(q_weight)} experts, expert {found}: expected [N] for more than one"
         )
-    run = _norm_rope if resolve("qk_norm_rope", q) == "triton" else norm_rope_reference
-    return run(q, q_weight, expert, angles, eps), run(k, k_weight, expert, angles, eps)
+    run = _norm_rope if resolve_backend("qk_norm_rope", q) == "triton" else norm_rope_reference
+    return run(q, q_weight, expert, cos_sin, eps), run(k, k_weight, expert, cos_sin, eps)
 
 
-def norm_rope_reference(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float) -> Tensor:
+def norm_rope_reference(x: Tensor, weight: Tensor, expert: Tensor | None, cos_sin: Tensor, eps: float) -> Tensor:
     """The definition for one of q and k, operation for operation: layers.RMSNorm with each row's weight, layers.apply_rope."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weight = weight if expert is None else weight.index_select(0, expert)
     a, b = ((wide * scale).to(x.dtype) * weight[:, None]).chunk(2, -1)
-    cos, sin = angles[:, :, None]
+    cos, sin = cos_sin[:, :, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
@@ -61,7 +61,7 @@ def norm_rope_reference(x: Tensor, weight: Tensor, expert: Tensor | None, angles
 def _norm_rope(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float) -> Tensor:
     from unimm.kernels import qk_norm_rope_triton
 
-    return qk_norm_rope_triton.norm_rope(x, weight, expert, angles, eps)
+    return qk_norm_rope_triton.launch_norm_rope(x, weight, expert, angles, eps)
 
 
 @_norm_rope.register_fake
@@ -75,7 +75,7 @@ def _norm_rope_backward(
 ) -> tuple[Tensor, Tensor]:
     from unimm.kernels import qk_norm_rope_triton
 
-    return qk_norm_rope_triton.norm_rope_backward(grad, x, weight, expert, angles, eps)
+    return qk_norm_rope_triton.launch_norm_rope_backward(grad, x, weight, expert, angles, eps)
 
 
 @_norm_rope_backward.register_fake
@@ -85,7 +85,7 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, expert, angles, ctx.eps = inputs
     ctx.save_for_backward(x, weight, expert, angles)
 
@@ -94,4 +94,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return (*_norm_rope_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None)
 
 
-_norm_rope.register_autograd(_backward, setup_context=_keep)
+_norm_rope.register_autograd(_backward, setup_context=_setup_context)

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimm.kernels.common import dense_heads
+from unimm.kernels.common import contiguous_heads
 
 ENTRIES = 2048  # of half a tile
 PROGRAMS = 512  # of the backward kernel, which leave as many sums of gradients to add
 
 
-def tile(half: int, experts: int) -> tuple[int, int]:
+def head_tile_shape(half: int, experts: int) -> tuple[int, int]:
     """(heads, columns) of half a tile; backward keeps a copy of it an expert."""
     columns = triton.next_power_of_2(half)
     return max(1, min(32, ENTRIES // columns // experts)), columns
@@ -108,12 +108,12 @@ def norm_rope_backward_kernel(
     tl.store(at + HALF, dweight_b, mask=inside)
 
 
-def norm_rope(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float) -> Tensor:
+def launch_norm_rope(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float) -> Tensor:
     """x [N, H, K], weight [E, K], expert [N] or None, angles [2, N, K/2] -> [N, H, K] in x's dtype."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = dense_heads(x)
+    x = contiguous_heads(x)
     n, heads, width = x.shape
-    rows, columns = tile(width // 2, 1)
+    rows, columns = head_tile_shape(width // 2, 1)
     if x.numel():
         with torch.cuda.device_of(x):
             norm_rope_kernel[(triton.cdiv(n * heads, rows),)](
@@ -124,16 +124,16 @@ def norm_rope(x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, 
     return out
 
 
-def norm_rope_backward(
+def launch_norm_rope_backward(
     grad: Tensor, x: Tensor, weight: Tensor, expert: Tensor | None, angles: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(dx [N, H, K], dweight [E, K])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, grad = dense_heads(x), dense_heads(grad)
+    x, grad = contiguous_heads(x), contiguous_heads(grad)
     n, heads, width = x.shape
     experts = 1 if expert is None else len(weight)
     slots = triton.next_power_of_2(experts)
-    rows, columns = tile(width // 2, slots)
+    rows, columns = head_tile_shape(width // 2, slots)
     programs = min(PROGRAMS, triton.cdiv(n * heads, rows))
     sums = torch.empty(programs, experts, width, dtype=torch.float32, device=x.device)
     if x.numel():

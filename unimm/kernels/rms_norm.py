@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises ValueError where the widths differ.
     """
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm got x, weight {shapes(x, weight)}: expected [..., D], [D]")
-    if resolve("rms_norm", x) == "triton":
+        raise ValueError(f"rms_norm got x, weight {tensor_shapes(x, weight)}: expected [..., D], [D]")
+    if resolve_backend("rms_norm", x) == "triton":
         return _rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
@@ -38,7 +38,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from unimm.kernels import rms_norm_triton
 
-    return rms_norm_triton.rms_norm(x, weight, eps)
+    return rms_norm_triton.launch_rms_norm(x, weight, eps)
 
 
 @_rms_norm.register_fake
@@ -50,7 +50,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from unimm.kernels import rms_norm_triton
 
-    return rms_norm_triton.rms_norm_backward(grad, x, weight, eps)
+    return rms_norm_triton.launch_rms_norm_backward(grad, x, weight, eps)
 
 
 @_rms_norm_backward.register_fake
@@ -58,7 +58,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
@@ -67,4 +67,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return (*_rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None)
 
 
-_rms_norm.register_autograd(_backward, setup_context=_keep)
+_rms_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -18,7 +18,7 @@ ENTRIES = 4096  # of a tile: rows of up to this many are shared by one program
 PROGRAMS = 512  # of a backward kernel, which leave as many sums of gradients to add
 
 
-def tile(width: int, most: int = 16) -> tuple[int, int, int]:
+def row_tile_shape(width: int, most: int = 16) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile of whole rows."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(most, ENTRIES // columns))
@@ -66,12 +66,12 @@ def rms_norm_backward_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * D + columns, dweight, mask=columns < D)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D] in the dtype that both promote to."""
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     rows = as_rows(x)
     n, d = rows.shape
-    at_once, columns, warps = tile(d)
+    at_once, columns, warps = row_tile_shape(d)
     if n:
         with torch.cuda.device_of(x):
             rms_norm_kernel[(triton.cdiv(n, at_once),)](
@@ -89,12 +89,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx [..., D], dweight [D])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, grads = as_rows(x), as_rows(grad)
     n, d = rows.shape
-    at_once, columns, warps = tile(d)
+    at_once, columns, warps = row_tile_shape(d)
     programs = min(PROGRAMS, triton.cdiv(n, at_once))
     sums = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     if n:
@@ -171,12 +171,12 @@ def modulate_backward_kernel(
     tl.store(dshift_ptr + at, dshift, mask=columns < D)
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def launch_adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """x [B, L, D], scale and shift [B, D] -> [B, L, D] in x's dtype."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     n, d = rows.shape
-    at_once, columns, warps = tile(d)
+    at_once, columns, warps = row_tile_shape(d)
     if n:
         with torch.cuda.device_of(x):
             modulate_kernel[(triton.cdiv(n, at_once),)](
@@ -186,12 +186,12 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return out
 
 
-def modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [B, L, D], dscale and dshift [B, D])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, grads = as_rows(x), as_rows(grad)
     b, length, d = x.shape
-    at_once, columns, warps = tile(d)
+    at_once, columns, warps = row_tile_shape(d)
     programs = min(max(1, PROGRAMS // max(1, b)), triton.cdiv(length, at_once))
     dscale, dshift = (torch.empty(b, programs, d, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows.numel():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm.kernels.common import autocasted
+from unimm.kernels.common import autocast_tensors
 
 
 def routed_linear(
@@ -44,7 +44,7 @@ def routed_linear(
     if not isinstance(sizes, Tensor) and sum(sizes) != len(x):
         raise ValueError(f"got {len(x)} rows, sizes {list(sizes)}: expected sizes that add up to the rows")
     if isinstance(weights, Tensor):
-        x, weights = autocasted(x, weights)
+        x, weights = autocast_tensors(x, weights)
         if not isinstance(sizes, Tensor):
             sizes = torch.tensor(sizes, device=x.device)
         if _grouped_runs(x, weights):
@@ -52,7 +52,7 @@ def routed_linear(
         weights = weights.unbind()
     if isinstance(sizes, Tensor):
         sizes = sizes.tolist()
-    x, *cast = autocasted(x, *weights, *(() if bias is None else bias))
+    x, *cast = autocast_tensors(x, *weights, *(() if bias is None else bias))
     return _sliced(x, cast[:n_experts], cast[n_experts:], sizes)
 
 

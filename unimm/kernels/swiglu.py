@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"swiglu got gate, up {shapes(gate, up)} in {gate.dtype}, {up.dtype}: expected one shape and dtype"
+            f"swiglu got gate, up {tensor_shapes(gate, up)} in {gate.dtype}, {up.dtype}: expected one shape and dtype"
         )
-    if resolve("swiglu", gate) == "triton":
+    if resolve_backend("swiglu", gate) == "triton":
         return _swiglu(gate, up)
     return swiglu_reference(gate, up)
 
@@ -37,7 +37,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from unimm.kernels import swiglu_triton
 
-    return swiglu_triton.swiglu(gate, up)
+    return swiglu_triton.launch_swiglu(gate, up)
 
 
 @_swiglu.register_fake
@@ -49,7 +49,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     from unimm.kernels import swiglu_triton
 
-    return swiglu_triton.swiglu_backward(grad, gate, up)
+    return swiglu_triton.launch_swiglu_backward(grad, gate, up)
 
 
 @_swiglu_backward.register_fake
@@ -57,7 +57,7 @@ def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -65,4 +65,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-_swiglu.register_autograd(_backward, setup_context=_keep)
+_swiglu.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unimm.kernels.common import as_rows
 
-MOST = 2048  # columns of a program
+MAX_COLUMNS = 2048  # columns of a program
 
 
 @triton.jit
@@ -40,12 +40,12 @@ def swiglu_backward_kernel(
     tl.store(dup_ptr + row * F + columns, dup.to(dup_ptr.dtype.element_ty), mask=columns < F)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def launch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [..., F] of one dtype -> [..., F]."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gates, ups = as_rows(gate), as_rows(up)
     n, f = gates.shape
-    columns = min(MOST, triton.next_power_of_2(f))
+    columns = min(MAX_COLUMNS, triton.next_power_of_2(f))
     if out.numel():
         with torch.cuda.device_of(gate):
             swiglu_kernel[(n, triton.cdiv(f, columns))](
@@ -54,12 +54,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def launch_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup), both [..., F]."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     grads, gates, ups = as_rows(grad), as_rows(gate), as_rows(up)
     n, f = gates.shape
-    columns = min(MOST, triton.next_power_of_2(f))
+    columns = min(MAX_COLUMNS, triton.next_power_of_2(f))
     if dup.numel():
         with torch.cuda.device_of(gate):
             swiglu_backward_kernel[(n, triton.cdiv(f, columns))](

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm.kernels.common import shapes
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.common import tensor_shapes
+from unimm.kernels.dispatch import resolve_backend
 
-HELD = 2**22  # similarities held at once by the reference: 16 MiB
+MAX_SIMILARITIES = 2**22  # similarities held at once by the reference: 16 MiB
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -23,18 +23,18 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(
-            f"nearest_code got z, codebook {shapes(z, codebook)}: expected [N, D] and [V, D], V at least 1"
+            f"nearest_code got z, codebook {tensor_shapes(z, codebook)}: expected [N, D] and [V, D], V at least 1"
         )
     # of unit vectors the nearest is the one of the largest product; what a code is has no gradient
     z, codebook = (F.normalize(t.detach().float(), dim=1) for t in (z, codebook))
-    if resolve("nearest_code", z) == "triton":
+    if resolve_backend("nearest_code", z) == "triton":
         return _nearest_code(z, codebook)
     return nearest_code_reference(z, codebook)
 
 
 def nearest_code_reference(z: Tensor, codebook: Tensor) -> Tensor:
     """The definition for unit vectors, some rows of z at a time."""
-    parts = z.split(max(1, HELD // len(codebook)))
+    parts = z.split(max(1, MAX_SIMILARITIES // len(codebook)))
     return torch.cat([(part @ codebook.t()).argmax(1) for part in parts])
 
 
@@ -42,7 +42,7 @@ def nearest_code_reference(z: Tensor, codebook: Tensor) -> Tensor:
 def _nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     from unimm.kernels import vq_lookup_triton
 
-    return vq_lookup_triton.nearest_code(z, codebook)
+    return vq_lookup_triton.launch_nearest_code(z, codebook)
 
 
 @_nearest_code.register_fake

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CODES = 64, 64
-SHARES = 8  # into which the codebook is cut, so that a picture's few hundred rows fill a GPU
+CODEBOOK_SPLITS = 8  # into which the codebook is cut, so that a picture's few hundred rows fill a GPU
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -43,11 +43,11 @@ def nearest_code_kernel(
     tl.store(code_ptr + at, code, mask=rows < n)
 
 
-def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
+def launch_nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """z [N, D] and codebook [V, D] of unit rows, float32 -> [N] int64."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (n, d), v = z.shape, len(codebook)
-    share = triton.cdiv(triton.cdiv(v, SHARES), CODES) * CODES
+    share = triton.cdiv(triton.cdiv(v, CODEBOOK_SPLITS), CODES) * CODES
     shares = triton.cdiv(v, share)
     scores = torch.empty(shares, n, dtype=torch.float32, device=z.device)
     codes = torch.empty(shares, n, dtype=torch.int32, device=z.device)

@@ -12,14 +12,14 @@ from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.atomic import written_beside
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import fill, load_into, parse_dtype, weight_files
-from unimm.checkpoint.save import released_state, save_state
+from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import load_weights, materialize, parse_dtype, weight_files
+from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.generation.guidance import Guidance
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.release import Release
-from unimm.processing.requests import Picture, sides
+from unimm.processing.requests import ImageInput, parse_size
 from unimm.tokenizers.text import TextTokenizer
 
 
@@ -42,40 +42,40 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageOptions:
     """How a call draws; None is the model's default."""
 
     size: tuple[int, int] | None
     guidance: Sequence[Guidance | float] | None
     steps: int | None
-    shift: float | None = None
-    taylor: bool = False
+    timestep_shift: float | None = None
+    step_cache: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            object.__setattr__(self, "size", sides(self.size))
+            object.__setattr__(self, "size", parse_size(self.size))
 
 
 class UnifiedModel(nn.Module, ABC):
     """One model that understands pictures and draws them."""
 
     RELEASES: ClassVar[dict[str, Release]]
-    THINKS: ClassVar[bool] = False  # whether the verbs have a think mode
+    supports_thinking: ClassVar[bool] = False  # whether the verbs have a think mode
     # what every key of some files begins with; and parameters that nothing reads, zeros where a file lacks them
-    PREFIX: ClassVar[str] = ""
-    SPARE: ClassVar[tuple[str, ...]] = ()
+    KEY_PREFIX: ClassVar[str] = ""
+    UNUSED_PARAMETERS: ClassVar[tuple[str, ...]] = ()
     # parts that stay in float32, as released, by the beginning of their parameters' names
-    FLOAT32: ClassVar[tuple[str, ...]] = ("vae.",)
+    KEEP_FLOAT32: ClassVar[tuple[str, ...]] = ("vae.",)
     tokenizer: TextTokenizer | None
 
     @classmethod
     @abstractmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def _build(cls, folder: Path) -> Self:
         """The model that a folder's config describes, with its tokenizer, on the current default device, without weights."""
 
     @abstractmethod
-    def weights(self) -> dict[tuple[str, ...], Table]:
+    def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file of weights; a file may go by several names, the first is the one written."""
 
     @abstractmethod
@@ -83,14 +83,14 @@ class UnifiedModel(nn.Module, ABC):
         """Write the released config files."""
 
     @classmethod
-    def described(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path) -> Self:
         """`from_folder`, whose errors say whose folder it is if it is another family's."""
-        from unimm.models.registry import owner
+        from unimm.models.registry import detect_family
 
         try:
-            return cls.from_folder(folder)
+            return cls._build(folder)
         except (ValueError, KeyError) as error:
-            if (family := owner(folder)) not in (None, cls.__name__):
+            if (family := detect_family(folder)) not in (None, cls.__name__):
                 raise ValueError(
                     f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load"
                 ) from error
@@ -110,14 +110,14 @@ class UnifiedModel(nn.Module, ABC):
         dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. Raises ValueError for an unknown
         name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
         """
-        folder = hub.resolve(name, revision=revision, known=tuple(cls.RELEASES))
+        folder = hub.resolve(name, revision=revision, known_names=tuple(cls.RELEASES))
         with torch.device("meta"):
-            model = cls.described(folder)
-        for names, table in model.weights().items():
+            model = cls.from_folder(folder)
+        for names, table in model.key_maps().items():
             paths = weight_files(folder, names)
-            kind = torch.float32 if _within(table, cls.FLOAT32) else parse_dtype(dtype)
-            load_into(model, paths, table, prefix=cls.PREFIX, dtype=kind, device=torch.device(device))
-        fill(model, cls.SPARE, dtype=parse_dtype(dtype), device=torch.device(device))
+            kind = torch.float32 if _all_targets_below(table, cls.KEEP_FLOAT32) else parse_dtype(dtype)
+            load_weights(model, paths, table, prefix=cls.KEY_PREFIX, dtype=kind, device=torch.device(device))
+        materialize(model, cls.UNUSED_PARAMETERS, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
@@ -125,13 +125,13 @@ class UnifiedModel(nn.Module, ABC):
 
         dtype: what the weights are cast to, but for a KL autoencoder's; unless given, they are written as they are.
         """
-        with written_beside(Path(folder)) as partial:
+        with atomic_directory(Path(folder)) as partial:
             self.save_config(partial)
-            for names, table in self.weights().items():
-                state = released_state(self, table)
-                if dtype is not None and not _within(table, self.FLOAT32):
+            for names, table in self.key_maps().items():
+                state = released_state_dict(self, table)
+                if dtype is not None and not _all_targets_below(table, self.KEEP_FLOAT32):
                     state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-                save_state(state, partial / names[0])
+                save_safetensors(state, partial / names[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
 
@@ -140,7 +140,7 @@ class UnifiedModel(nn.Module, ABC):
         self,
         prompt: str | Sequence[str],
         *,
-        images: Picture | Sequence | None = None,
+        images: ImageInput | Sequence | None = None,
         think: bool = False,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
@@ -152,19 +152,19 @@ class UnifiedModel(nn.Module, ABC):
     @abstractmethod
     def understand(
         self,
-        images: Picture | Sequence | None,
+        images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
         think: bool = False,
         stream: bool = False,
-        text: TextSampling | None = None,
+        text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Answer a question about pictures: a str, a list of them for a batch, or an iterator of pieces."""
 
     @abstractmethod
     def interleave(
-        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
     ) -> Iterator[str | Image.Image]:
         """Go on with a dialogue of texts and pictures, in texts and pictures."""
 
@@ -174,5 +174,5 @@ class UnifiedModel(nn.Module, ABC):
         return next(self.parameters()).device
 
 
-def _within(table: Table, beginnings: tuple[str, ...]) -> bool:
-    return all(target is not None and target.startswith(beginnings) for target in table.values())
+def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:
+    return all(target is not None and target.startswith(prefixes) for target in key_map.values())

@@ -16,57 +16,61 @@ from unimm.models.release import Release
 class Family:
     """Where a family's class is, and how its folders are told apart."""
 
-    home: str  # module:class, imported when needed
+    class_path: str  # module:class, imported when needed
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    file: str | None = (
+    unique_file: str | None = (
         None  # a file that no other family has, for releases whose config.json is missing or says nothing
     )
-    without: str | None = None  # a key of config.json that families of the same model_type have, and this one has not
-    has: str | None = None  # likewise, one that only this one has
+    absent_key: str | None = (
+        None  # a key of config.json that families of the same model_type have, and this one has not
+    )
+    required_key: str | None = None  # likewise, one that only this one has
 
-    def load(self) -> type[UnifiedModel]:
+    def load_class(self) -> type[UnifiedModel]:
         """The family's class."""
-        module, name = self.home.split(":")
+        module, name = self.class_path.split(":")
         return getattr(import_module(module), name)
 
-    def owns(self, folder: Path, config: dict) -> bool:
+    def matches(self, folder: Path, config: dict) -> bool:
         """Whether a folder with this config.json (empty if missing) is of this family."""
-        if (self.has is not None and self.has not in config) or (self.without is not None and self.without in config):
+        if (self.required_key is not None and self.required_key not in config) or (
+            self.absent_key is not None and self.absent_key in config
+        ):
             return False
         if kind := config.get("model_type"):
             return kind in self.model_types
         if names := config.get("architectures"):
             return any(name in self.architectures for name in names)
-        return self.file is not None and (folder / self.file).exists()
+        return self.unique_file is not None and (folder / self.unique_file).exists()
 
 
 FAMILIES = {
     "Bagel": Family(
-        home="unimm.models.bagel.model:Bagel",
+        class_path="unimm.models.bagel.model:Bagel",
         model_types=("bagel",),
         architectures=("BagelForConditionalGeneration",),
-        file="llm_config.json",
+        unique_file="llm_config.json",
     ),
     "Janus": Family(
-        home="unimm.models.janus.model:Janus",
+        class_path="unimm.models.janus.model:Janus",
         model_types=("multi_modality", "janus"),
         architectures=("MultiModalityCausalLM", "JanusForConditionalGeneration"),
-        without="vision_gen_enc_config",
+        absent_key="vision_gen_enc_config",
     ),
     "JanusFlow": Family(
-        home="unimm.models.janusflow.model:JanusFlow",
+        class_path="unimm.models.janusflow.model:JanusFlow",
         model_types=("multi_modality",),
         architectures=("MultiModalityCausalLM",),
-        has="vision_gen_enc_config",
+        required_key="vision_gen_enc_config",
     ),
     "MetaQuery": Family(
-        home="unimm.models.metaquery.model:MetaQuery",
+        class_path="unimm.models.metaquery.model:MetaQuery",
         model_types=("metaquery",),
         architectures=("MetaQuery",),
     ),
     "UniWorld": Family(
-        home="unimm.models.uniworld.model:UniWorld",
+        class_path="unimm.models.uniworld.model:UniWorld",
         model_types=("univa_qwen2p5vl",),
         architectures=("UnivaQwen2p5VLForConditionalGeneration",),
     ),
@@ -74,7 +78,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed(Release):
+class ReleaseInfo(Release):
     """A release and its name."""
 
     name: str
@@ -85,14 +89,14 @@ class Listed(Release):
         return self.hub or "bundled"
 
 
-def releases() -> list[Listed]:
+def releases() -> list[ReleaseInfo]:
     """All releases of all families that are known by name; other checkpoints of their layouts load as well."""
     return [
-        Listed(
+        ReleaseInfo(
             name=name, family=row.family, hub=row.hub, licence=row.licence, parameters=row.parameters, verbs=row.verbs
         )
         for family in FAMILIES.values()
-        for name, row in family.load().RELEASES.items()
+        for name, row in family.load_class().RELEASES.items()
     ]
 
 
@@ -107,21 +111,21 @@ def load(
 
     Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
     """
-    folder = hub.resolve(name, revision=revision, known=tuple(row.name for row in releases()))
+    folder = hub.resolve(name, revision=revision, known_names=tuple(row.name for row in releases()))
     # by its name, which says more than the folder: where a family's other parts lie
-    return family_of(folder).from_pretrained(name, dtype=dtype, device=device, revision=revision)
+    return family_class(folder).from_pretrained(name, dtype=dtype, device=device, revision=revision)
 
 
-def owner(folder: Path) -> str | None:
+def detect_family(folder: Path) -> str | None:
     """The name of the family that a folder is of, by its config; None where none knows it."""
     config = read_json(folder / "config.json")
-    return next((name for name, family in FAMILIES.items() if family.owns(folder, config)), None)
+    return next((name for name, family in FAMILIES.items() if family.matches(folder, config)), None)
 
 
-def family_of(folder: Path) -> type[UnifiedModel]:
+def family_class(folder: Path) -> type[UnifiedModel]:
     """The class for a folder, by its config. Raises ValueError where no family knows it."""
-    if name := owner(folder):
-        return FAMILIES[name].load()
+    if name := detect_family(folder):
+        return FAMILIES[name].load_class()
     config = read_json(folder / "config.json")
     found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
     known = ", ".join(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from unimm.kernels import qk_norm_rope
 from unimm.nn.layers import RMSNorm, SwiGLU
-from unimm.nn.rope import apply_rope, rope
+from unimm.nn.rope import apply_rope, rope_cos_sin
 
-Parts = dict[str, Tensor]  # stream -> its tokens
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y
+RowsByExpert = dict[str, Tensor]  # stream -> its tokens
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,16 @@ class DecoderConfig:
     n_heads: int
     n_kv_heads: int
     mlp_dim: int
-    vocab: int
+    vocab_size: int
     max_positions: int
     rope_theta: float
     norm_eps: float
     act: str
     qkv_bias: bool
     qk_norm: bool
-    streams: tuple[str, ...]  # who owns weights in a block
+    experts: tuple[str, ...]  # who owns weights in a block
     rope_sections: tuple[int, ...] = ()  # rotary frequencies of each axis, where positions have several
-    tied: bool = False  # the language head is the table of embeddings
+    tie_word_embeddings: bool = False  # the language head is the table of embeddings
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
@@ -57,7 +57,7 @@ class DecoderConfig:
         "n_heads": "num_attention_heads",
         "n_kv_heads": "num_key_value_heads",
         "mlp_dim": "intermediate_size",
-        "vocab": "vocab_size",
+        "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
         "rope_theta": "rope_theta",
         "norm_eps": "rms_norm_eps",
@@ -66,14 +66,14 @@ class DecoderConfig:
     }
 
     @classmethod
-    def from_files(
+    def from_json(
         cls,
         files: Mapping[str, Any],
         *,
         qkv_bias: bool,
-        streams: tuple[str, ...],
+        experts: tuple[str, ...],
         rope_sections: tuple[int, ...] = (),
-        tied: bool = False,
+        tie_word_embeddings: bool = False,
     ) -> "DecoderConfig":
         """Read a Llama- or Qwen2-like config.json. Raises ValueError where a number is missing."""
         if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
@@ -81,12 +81,18 @@ class DecoderConfig:
                 f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json"
             )
         known = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(**known, qkv_bias=qkv_bias, streams=streams, rope_sections=rope_sections, tied=tied)
+        return cls(
+            **known,
+            qkv_bias=qkv_bias,
+            experts=experts,
+            rope_sections=rope_sections,
+            tie_word_embeddings=tie_word_embeddings,
+        )
 
     @classmethod
-    def from_llama(cls, files: Mapping[str, Any], *, stream: str) -> "DecoderConfig":
+    def from_llama(cls, files: Mapping[str, Any], *, expert: str) -> "DecoderConfig":
         """Read a Llama config.json: LlamaConfig's own values for what is missing. Raises ValueError for what is not built."""
-        files = {**LLAMA, **{key: value for key, value in files.items() if value is not None}}
+        files = {**LLAMA_DEFAULTS, **{key: value for key, value in files.items() if value is not None}}
         files = {"num_key_value_heads": files.get("num_attention_heads"), "qk_norm": False, **files}
         files |= {key: value for key, value in files.get("rope_parameters", {}).items() if key == "rope_theta"}
         kind = files.get("rope_parameters", {}).get("rope_type", "default")
@@ -102,11 +108,13 @@ class DecoderConfig:
             raise ValueError(
                 f"the language model's config asks for {', '.join(wrong)}, which no release does and is not built"
             )
-        return cls.from_files(files, qkv_bias=False, streams=(stream,))
+        return cls.from_json(files, qkv_bias=False, experts=(expert,))
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {"tie_word_embeddings": self.tied}
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
+        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
+            "tie_word_embeddings": self.tie_word_embeddings
+        }
 
     @property
     def head_dim(self) -> int:
@@ -114,7 +122,7 @@ class DecoderConfig:
 
 
 # Janus's releases leave these out: what LlamaConfig says where a config is silent
-LLAMA = {
+LLAMA_DEFAULTS = {
     "max_position_embeddings": 2048,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
@@ -125,75 +133,77 @@ LLAMA = {
 }
 
 
-class Route:
+class ExpertRouting:
     """Which rows of a pack belong to which stream; from pack order to stream order and back."""
 
-    def __init__(self, rows: Parts):
+    def __init__(self, rows: RowsByExpert):
         self.rows = {name: at for name, at in rows.items() if len(at)}
         self.sizes = [len(at) for at in self.rows.values()]
-        self.order = torch.cat(list(self.rows.values())).argsort()
+        self.packed_order = torch.cat(list(self.rows.values())).argsort()
 
-    def split(self, x: Tensor) -> Parts:
+    def split(self, x: Tensor) -> RowsByExpert:
         """x [N, ...] -> {stream: [n, ...]}."""
         if len(self.rows) == 1:
             return dict.fromkeys(self.rows, x)
         return {name: x.index_select(0, at) for name, at in self.rows.items()}
 
-    def join(self, parts: Parts) -> Tensor:
+    def join(self, by_expert: RowsByExpert) -> Tensor:
         """{stream: [n, ...]} -> [N, ...]."""
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        return torch.cat([parts[name] for name in self.rows]).index_select(0, self.order)
+        if len(by_expert) == 1:
+            return next(iter(by_expert.values()))
+        return torch.cat([by_expert[name] for name in self.rows]).index_select(0, self.packed_order)
 
 
-class Stream(nn.Module):
+class ExpertWeights(nn.Module):
     """What one kind of token owns in a block: its way into attention and its way out."""
 
-    def __init__(self, cfg: DecoderConfig):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.head_dim = cfg.head_dim
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.q = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.k = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.v = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.o = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg.dim, cfg.mlp_dim, cfg.act)
+        self.head_dim = config.head_dim
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.q = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.mlp_dim, config.act)
 
-    def enter(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, D], angles [2, n, K/2] -> q [n, H, K], k and v [n, G, K], q and k normed and turned."""
         h = self.attn_norm(x)
         q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, angles, self.q_norm.eps)
+            q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos_sin, self.q_norm.eps)
         else:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
         # under autocast the angles are float32; the released code, too, casts back here
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def output_and_mlp(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream x [n, D] and attention's output y [n, H, K] -> [n, D]."""
-        x = x + self.o(rearrange(y, "n h k -> n (h k)"))
+        x = x + self.out_proj(rearrange(y, "n h k -> n (h k)"))
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Streams project apart and attend together; with one stream, a plain decoder block."""
 
-    def __init__(self, cfg: DecoderConfig, layer: int):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.streams = nn.ModuleDict({name: Stream(cfg) for name in cfg.streams})
+        self.experts = nn.ModuleDict({name: ExpertWeights(config) for name in config.experts})
 
-    def forward(self, x: Parts, angles: Parts, route: Route, attend: Attend) -> Parts:
+    def forward(
+        self, x: RowsByExpert, cos_sin: RowsByExpert, routing: ExpertRouting, attend: AttentionFn
+    ) -> RowsByExpert:
         """x {stream: [n, D]}, angles {stream: [2, n, K/2]} -> {stream: [n, D]}."""
-        streams: dict[str, Stream] = {name: self.streams.get_submodule(name) for name in x}  # type: ignore[misc]
-        entered = {name: streams[name].enter(part, angles[name]) for name, part in x.items()}
-        q, k, v = (route.join({name: qkv[i] for name, qkv in entered.items()}) for i in range(3))
-        y = route.split(attend(self.layer, q, k, v))
-        return {name: streams[name].leave(part, y[name]) for name, part in x.items()}
+        experts: dict[str, ExpertWeights] = {name: self.experts.get_submodule(name) for name in x}  # type: ignore[misc]
+        projected = {name: experts[name].project_qkv(part, cos_sin[name]) for name, part in x.items()}
+        q, k, v = (routing.join({name: qkv[i] for name, qkv in projected.items()}) for i in range(3))
+        y = routing.split(attend(self.layer, q, k, v))
+        return {name: experts[name].output_and_mlp(part, y[name]) for name, part in x.items()}
 
 
 class TiedHead(nn.Module):
@@ -201,48 +211,53 @@ class TiedHead(nn.Module):
 
     def __init__(self, embed: nn.Embedding):
         super().__init__()
-        self.table = (embed,)  # no part of this module: its weight would have two names
+        self.embedding = (embed,)  # no part of this module: its weight would have two names
 
     @property
     def weight(self) -> Tensor:
         """[V, D]."""
-        return self.table[0].weight
+        return self.embedding[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
 
-def turns(positions: Tensor, cfg: DecoderConfig, dtype: torch.dtype) -> Tensor:
+def mrope_cos_sin(positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> Tensor:
     """Rotary angles [2, N, K/2] of positions [N]; or of [N, A], where each axis turns the frequencies of its section.
 
     M-RoPE, arXiv 2409.12191, section 2.1: with equal axes it is the rotation of one.
     """
     if positions.ndim == 1:
-        return rope(positions, cfg.head_dim, cfg.rope_theta, dtype)
-    axes = [rope(at, cfg.head_dim, cfg.rope_theta, dtype).split(cfg.rope_sections, -1) for at in positions.unbind(1)]
+        return rope_cos_sin(positions, config.head_dim, config.rope_theta, dtype)
+    axes = [
+        rope_cos_sin(at, config.head_dim, config.rope_theta, dtype).split(config.rope_sections, -1)
+        for at in positions.unbind(1)
+    ]
     return torch.cat([parts[i] for i, parts in enumerate(axes)], -1)
 
 
 class Decoder(nn.Module):
     """Token embedding, blocks, a final norm for each stream, and the language head."""
 
-    def __init__(self, cfg: DecoderConfig):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
-        self.norms = nn.ModuleDict({name: RMSNorm(cfg.dim, cfg.norm_eps) for name in cfg.streams})
-        self.head = TiedHead(self.embed) if cfg.tied else nn.Linear(cfg.dim, cfg.vocab, bias=False)
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.n_layers))
+        self.norms = nn.ModuleDict({name: RMSNorm(config.dim, config.norm_eps) for name in config.experts})
+        self.head = (
+            TiedHead(self.embed) if config.tie_word_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
 
-    def forward(self, x: Tensor, positions: Tensor, rows: Parts, attend: Attend) -> Parts:
+    def forward(self, x: Tensor, positions: Tensor, rows: RowsByExpert, attend: AttentionFn) -> RowsByExpert:
         """x [N, D], positions [N] or [N, axes], rows {stream: [n]} -> {stream: [n, D]}, before the final norms."""
-        route = Route(rows)
-        parts = route.split(x)
-        angles = {name: turns(at, self.cfg, x.dtype) for name, at in route.split(positions).items()}
+        routing = ExpertRouting(rows)
+        by_expert = routing.split(x)
+        cos_sin = {name: mrope_cos_sin(at, self.config, x.dtype) for name, at in routing.split(positions).items()}
         for block in self.blocks:
-            parts = block(parts, angles, route, attend)
-        return parts
+            by_expert = block(by_expert, cos_sin, routing, attend)
+        return by_expert
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states of the first stream [n, D] -> [n, V]."""
-        return self.head(self.norms[self.cfg.streams[0]](x))
+        return self.head(self.norms[self.config.experts[0]](x))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.kernels import Mask, attention, rms_norm, swiglu
+from unimm.kernels import AttentionMask, attention, rms_norm, swiglu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+def get_activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function that a released config means by `name`. Raises ValueError for a name that is not known."""
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r} in the config: expected one of {', '.join(sorted(ACTIVATIONS))}")
@@ -46,11 +46,11 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(act(gate(x)) * up(x)), without biases unless asked. Shazeer 2020, arXiv 2002.05202, equation 6."""
 
-    def __init__(self, dim: int, hidden: int, act: str = "silu", *, bias: bool = False):
+    def __init__(self, dim: int, hidden_dim: int, act: str = "silu", *, bias: bool = False):
         super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden, bias=bias), nn.Linear(dim, hidden, bias=bias)
-        self.down = nn.Linear(hidden, dim, bias=bias)
-        self.act = activation(act)
+        self.gate, self.up = nn.Linear(dim, hidden_dim, bias=bias), nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+        self.act = get_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
@@ -60,10 +60,10 @@ class SwiGLU(nn.Module):
 class MLP(nn.Module):
     """fc2(act(fc1(x))), biased: a ViT's feed-forward, and BAGEL's connector."""
 
-    def __init__(self, dim: int, hidden: int, out: int, act: str):
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, act: str):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out)
-        self.act = activation(act)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        self.act = get_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -72,17 +72,17 @@ class MLP(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm attention under a mask, then the feed-forward; biases everywhere: SigLIP's block, and that of CLIP's texts."""
 
-    def __init__(self, dim: int, n_heads: int, hidden: int, act: str, eps: float):
+    def __init__(self, dim: int, n_heads: int, mlp_dim: int, act: str, eps: float):
         super().__init__()
         self.head_dim = dim // n_heads
         self.attn_norm = nn.LayerNorm(dim, eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.mlp_norm = nn.LayerNorm(dim, eps)
-        self.mlp = MLP(dim, hidden, dim, act)
+        self.mlp = MLP(dim, mlp_dim, dim, act)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         """x [N, D] -> [N, D]."""
         h = self.attn_norm(x)
         q, k, v = (rearrange(p(h), "n (h k) -> n h k", k=self.head_dim) for p in (self.q, self.k, self.v))
-        x = x + self.o(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
+        x = x + self.out_proj(rearrange(attention(q, k, v, mask), "n h k -> n (h k)"))
         return x + self.mlp(self.mlp_norm(x))

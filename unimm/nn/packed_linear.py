@@ -12,113 +12,121 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-ENGINES = ("x86", "fbgemm")
-TINY = torch.finfo(torch.float32).tiny
-SMALL = 2**18  # weights: fewer stay in the cache, where packing gains nothing
+QUANTIZED_ENGINES = ("x86", "fbgemm")
+MIN_SCALE = torch.finfo(torch.float32).tiny
+MIN_PACKED_WEIGHTS = 2**18  # weights: fewer stay in the cache, where packing gains nothing
 
 
-class Half:
+class PackedFloat16:
     """Weights in bfloat16 as float16, which has the bits for them; products and sums in float32."""
 
-    MOST: ClassVar = 8  # rows; more are faster the plain way
-    WORST: ClassVar = 2.0**-16  # of the weights' norm may be lost: those below float16's smallest
+    MAX_ROWS: ClassVar = 8  # rows; more are faster the plain way
+    MAX_RELATIVE_LOSS: ClassVar = 2.0**-16  # of the weights' norm may be lost: those below float16's smallest
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.packed = _pack_half(weight.half(), bias)
+        self.packed = _prepack_float16(weight.half(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, F], in x's dtype."""
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
     @staticmethod
-    def lost(weight: Tensor) -> Tensor:
+    def rounding_error(weight: Tensor) -> Tensor:
         """What packing loses of each weight."""
         return weight.float() - weight.half().float()
 
 
-class Pair:
+class SplitFloat16:
     """Weights in float32 as high + low / 2048, both float16: off by at most the last bit of each."""
 
-    MOST: ClassVar = 16
-    WORST: ClassVar = 2.0**-24
-    STEP: ClassVar = 2048.0  # 2^11: float16 has 11 bits
+    MAX_ROWS: ClassVar = 16
+    MAX_RELATIVE_LOSS: ClassVar = 2.0**-24
+    LOW_SCALE: ClassVar = 2048.0  # 2^11: float16 has 11 bits
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         both = torch.cat(self.split(weight))
-        self.packed = _pack_half(both, None if bias is None else torch.cat((bias, torch.zeros_like(bias))))
+        self.packed = _prepack_float16(both, None if bias is None else torch.cat((bias, torch.zeros_like(bias))))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, F], in x's dtype."""
         high, low = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).chunk(2, -1)
-        return torch.add(high, low, alpha=1 / self.STEP).to(x.dtype)
+        return torch.add(high, low, alpha=1 / self.LOW_SCALE).to(x.dtype)
 
     @classmethod
     def split(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         """high and low, [F, D] float16."""
         high = weight.half()
-        return high, ((weight - high) * cls.STEP).half()
+        return high, ((weight - high) * cls.LOW_SCALE).half()
 
     @classmethod
-    def lost(cls, weight: Tensor) -> Tensor:
+    def rounding_error(cls, weight: Tensor) -> Tensor:
         """What packing loses of each weight."""
         high, low = cls.split(weight)
-        return weight - high - low.float() / cls.STEP
+        return weight - high - low.float() / cls.LOW_SCALE
 
 
-class Int8:
+class PackedInt8:
     """Weights rounded to int8 with a scale an output; rows of x to 8 bits with a scale each, so that none depends on another.
 
     About 1 % of error, as |y - y'| / |y|. The product is exact in int32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.packed = _pack_int8(weight.detach().float())
+        self.packed = _prepack_int8(weight.detach().float())
         self.bias = None if bias is None else bias.detach().float()
-        self.levels = 127 if _sums_widely() else 63
+        self.levels = 127 if _accumulates_in_int32() else 63
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, F], in x's dtype."""
         wide = x.float()
-        scale = wide.abs().amax(-1, keepdim=True).clamp(min=TINY)
-        y = _int8(wide / scale, self.levels, self.packed) * scale
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
+        y = _int8_product(wide / scale, self.levels, self.packed) * scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def can_pack() -> bool:
     """Whether this CPU, and PyTorch as it is set, have the packed products."""
-    return torch.backends.quantized.engine in ENGINES
+    return torch.backends.quantized.engine in QUANTIZED_ENGINES
 
 
-def pack(weight: Tensor, bias: Tensor | None) -> Half | Pair | None:
+def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFloat16 | None:
     """Weights [F, D] once more, in the order in which few rows read them; None where that gains nothing or is not exact.
 
     A matrix with weights beyond float16's range, or with tiny ones alone, is not packed.
     """
-    kinds: dict[torch.dtype, type[Half] | type[Pair]] = {torch.bfloat16: Half, torch.float16: Half, torch.float32: Pair}
-    kind = kinds.get(weight.dtype)
-    if kind is None or not weight.is_cpu or weight.numel() < SMALL or not can_pack():
+    classes: dict[torch.dtype, type[PackedFloat16] | type[SplitFloat16]] = {
+        torch.bfloat16: PackedFloat16,
+        torch.float16: PackedFloat16,
+        torch.float32: SplitFloat16,
+    }
+    packed_class = classes.get(weight.dtype)
+    if packed_class is None or not weight.is_cpu or weight.numel() < MIN_PACKED_WEIGHTS or not can_pack():
         return None
     weight = weight.detach()
-    if not kind.lost(weight).norm() <= kind.WORST * weight.float().norm():  # nan, too, where a weight is too large
+    if (
+        not packed_class.rounding_error(weight).norm() <= packed_class.MAX_RELATIVE_LOSS * weight.float().norm()
+    ):  # nan, too, where a weight is too large
         return None
-    return kind(weight, None if bias is None else bias.detach())
+    return packed_class(weight, None if bias is None else bias.detach())
 
 
-def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Half | Pair | None) -> Tensor:
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedFloat16 | SplitFloat16 | None
+) -> Tensor:
     """F.linear(x, weight, bias), x [..., D] -> [..., F]; few rows without gradients go through `packed`, the same weights."""
     rows = x.numel() // x.shape[-1]
-    if packed is None or rows > packed.MOST or not x.is_cpu or torch.is_grad_enabled():
-        return linear_reference(x, weight, bias)
+    if packed is None or rows > packed.MAX_ROWS or not x.is_cpu or torch.is_grad_enabled():
+        return packed_linear_reference(x, weight, bias)
     return packed(x)
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def packed_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The definition."""
     return F.linear(x, weight, bias)
 
 
-def _pack_int8(weight: Tensor) -> Any:
-    scales = (weight.abs().amax(1).double() / 127).clamp(min=TINY)
+def _prepack_int8(weight: Tensor) -> Any:
+    scales = (weight.abs().amax(1).double() / 127).clamp(min=MIN_SCALE)
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():
         # pytorch/pytorch issue 184982: no product that stays reads as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
@@ -128,31 +136,31 @@ def _pack_int8(weight: Tensor) -> Any:
         )
 
 
-def _int8(x: Tensor, levels: int, packed: Any) -> Tensor:
+def _int8_product(x: Tensor, levels: int, packed: Any) -> Tensor:
     """x [N, D] in [-1, 1], as -levels to levels, times packed weights -> [N, F]."""
     product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
     return product(x, 1 / levels, levels + 1, packed)
 
 
-def _sums_widely() -> bool:
+def _accumulates_in_int32() -> bool:
     """Whether products of 8 bits with 8 add up: without VNNI pairs of them are summed in 16 bits, which is too few."""
     ones = torch.ones(1, 64)
-    return bool(torch.isclose(_int8(ones, 127, _pack_int8(ones)), ones.sum()).all())
+    return bool(torch.isclose(_int8_product(ones, 127, _prepack_int8(ones)), ones.sum()).all())
 
 
-def _pack_half(weight: Tensor, bias: Tensor | None) -> Any:
+def _prepack_float16(weight: Tensor, bias: Tensor | None) -> Any:
     return torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
 
 
 class PackedLinear(nn.Module):
     """A linear whose weights, which it shares with the one given, stand in a second order for few rows."""
 
-    def __init__(self, linear: nn.Linear, packed: Half | Pair):
+    def __init__(self, linear: nn.Linear, packed: PackedFloat16 | SplitFloat16):
         super().__init__()
         self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_few_rows(x, self.weight, self.bias, self.packed)
+        return packed_linear(x, self.weight, self.bias, self.packed)
 
 
 class Int8Linear(nn.Module):
@@ -160,18 +168,18 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.packed = Int8(linear.weight, linear.bias)
-        self.register_state_dict_pre_hook(_refuse)
+        self.packed = PackedInt8(linear.weight, linear.bias)
+        self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed(x)
 
 
-def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise ValueError(f"{prefix.rstrip('.')} is in int8, which no file holds: save the model that was prepared")
 
 
-def prepared(model: M, *, but: Sequence[str] = (), int8: Sequence[str] = ()) -> M:
+def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] = ()) -> M:
     """Another model over the same parameters whose large linears are packed, those below the parts `but` left as they are.
 
     Those below the parts `int8` are kept in int8 instead. Raises ValueError for int8 where the CPU, or PyTorch, has none.
@@ -181,19 +189,21 @@ def prepared(model: M, *, but: Sequence[str] = (), int8: Sequence[str] = ()) -> 
             "int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'"
         )
     shared = [*model.parameters(), *model.buffers()]
-    ready = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    optimized = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     linears = [
-        (name, part) for name, part in ready.named_modules() if isinstance(part, nn.Linear) and not _under(name, but)
+        (name, part)
+        for name, part in optimized.named_modules()
+        if isinstance(part, nn.Linear) and not _is_below(name, skip)
     ]
     n = 0
     for name, linear in linears:
-        packed = None if _under(name, int8) else pack(linear.weight, linear.bias)
-        if packed or _under(name, int8):
-            ready.set_submodule(name, PackedLinear(linear, packed) if packed else Int8Linear(linear))
+        packed = None if _is_below(name, int8) else pack_weight(linear.weight, linear.bias)
+        if packed or _is_below(name, int8):
+            optimized.set_submodule(name, PackedLinear(linear, packed) if packed else Int8Linear(linear))
             n += 1
     log.info("%d of %d linears are packed", n, len(linears))
-    return ready
+    return optimized
 
 
-def _under(name: str, parts: Sequence[str]) -> bool:
+def _is_below(name: str, parts: Sequence[str]) -> bool:
     return any(name == part or name.startswith(part + ".") for part in parts)

@@ -15,19 +15,19 @@ def unpatchify(x: Tensor, patch: int, height: int) -> Tensor:
     return rearrange(x, "(h w) (p q c) -> c (h p) (w q)", h=height, p=patch, q=patch)
 
 
-def places(height: int, width: int, side: int, *, interpolate: bool = False) -> Tensor:
+def grid_position_ids(height: int, width: int, table_side: int, *, interpolate: bool = False) -> Tensor:
     """Where a grid of height x width patches lies in a table of side x side, [n] in raster order.
 
     The top-left corner of the table, or (`interpolate`) the whole table's nearest buckets. Raises ValueError for a grid
     that the table cannot hold: the original's row * side + column would run into the next row unseen.
     """
-    if not interpolate and max(height, width) > side:
+    if not interpolate and max(height, width) > table_side:
         raise ValueError(
-            f"got {height}x{width} patches: the position table holds at most {side}x{side}; use a smaller image"
+            f"got {height}x{width} patches: the position table holds at most {table_side}x{table_side}; use a smaller image"
         )
     if interpolate:
-        edges = torch.arange(1 / side, 1.0, 1 / side)
+        edges = torch.arange(1 / table_side, 1.0, 1 / table_side)
         row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (height, width))
     else:
         row, column = torch.arange(height), torch.arange(width)
-    return (row[:, None] * side + column).flatten()
+    return (row[:, None] * table_side + column).flatten()

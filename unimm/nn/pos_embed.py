@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 
-def sincos_2d(side: int, dim: int) -> Tensor:
+def sincos_pos_embed_2d(side: int, dim: int) -> Tensor:
     """A fixed table of positions for a square grid, [side * side, D]: of (row, column) the column comes first.
 
     concat(E(column), E(row)), E(p) = concat(sin(p w), cos(p w)), w_i = 10000^(-i / (D/4)); in float64, then float32.

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unimm.kernels import Block, Mask
+from unimm.kernels import AttentionMask, KeyRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,39 +26,42 @@ class Segment:
     """
 
     length: int
-    attend: Literal["causal", "full"]
+    attention: Literal["causal", "full"]
     visible: bool = True
     advance: int
     joined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
+class CachedPrefix:
     """What a sample already holds in a cache: rows, the rotary clock after them, where its buffer begins."""
 
     length: int = 0
-    clock: int = 0
-    start: int | None = None
+    next_position: int = 0
+    buffer_start: int | None = None
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where the rows of packed samples lie, at which rotary position, and who sees whom."""
 
-    starts: tuple[tuple[int, ...], ...]  # first row of each segment, by sample
+    segment_starts: tuple[tuple[int, ...], ...]  # first row of each segment, by sample
     lengths: tuple[int, ...]  # rows a sample
-    clocks: tuple[int, ...]  # the rotary clock after each sample
-    positions: Tensor  # [N]
-    mask: Mask
+    next_positions: tuple[int, ...]  # the rotary clock after each sample
+    position_ids: Tensor  # [N]
+    mask: AttentionMask
 
-    def to(self, device: torch.device | str) -> "Layout":
+    def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on a device."""
-        return replace(self, positions=self.positions.to(device), mask=self.mask.to(device))
+        return replace(self, position_ids=self.position_ids.to(device), mask=self.mask.to(device))
 
 
-def lay_out(
-    samples: Sequence[Sequence[Segment]], past: Sequence[Past] | None = None, *, device: torch.device | str = "cpu"
-) -> Layout:
+def build_layout(
+    samples: Sequence[Sequence[Segment]],
+    prefixes: Sequence[CachedPrefix] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> PackedLayout:
     """Pack samples end to end. `past` says what each sample's rows come after; nothing unless given.
 
     Worked rows, one sample: text of 3, clean image of 2 tokens and markers, noised image of 1 token and markers
@@ -66,28 +69,28 @@ def lay_out(
         row       0  1  2 | 3  4  5  6 | 7  8  9
         position  0  1  2 | 3  3  3  3 | 4  4  4      the clock then stands at 4: a noised image does not move it
     """
-    past = past or [Past()] * len(samples)
-    row, starts, clocks, positions, blocks = 0, [], [], [], []
-    for segments, before in zip(samples, past, strict=True):
-        clock, sample_starts = before.clock, []
+    prefixes = prefixes or [CachedPrefix()] * len(samples)
+    row, starts, next_positions, positions, key_ranges = 0, [], [], [], []
+    for segments, prefix in zip(samples, prefixes, strict=True):
+        position, sample_starts = prefix.next_position, []
         for segment in segments:
             sample_starts.append(row)
-            positions.append(clock + torch.arange(segment.length) * (segment.attend == "causal"))
-            row, clock = row + segment.length, clock + segment.advance
+            positions.append(position + torch.arange(segment.length) * (segment.attention == "causal"))
+            row, position = row + segment.length, position + segment.advance
         starts.append(tuple(sample_starts))
-        clocks.append(clock)
-        blocks.append([Block(before.length, full=True), *_blocks(segments)])
+        next_positions.append(position)
+        key_ranges.append([KeyRange(prefix.length, full=True), *_key_ranges(segments)])
     lengths = tuple(sum(segment.length for segment in segments) for segments in samples)
-    key_starts = None if past[0].start is None else [p.start or 0 for p in past]
-    mask = Mask(blocks, queries=lengths, key_starts=key_starts, device=device)
-    return Layout(tuple(starts), lengths, tuple(clocks), torch.cat(positions).to(device), mask)
+    key_starts = None if prefixes[0].buffer_start is None else [p.buffer_start or 0 for p in prefixes]
+    mask = AttentionMask(key_ranges, query_lengths=lengths, key_starts=key_starts, device=device)
+    return PackedLayout(tuple(starts), lengths, tuple(next_positions), torch.cat(positions).to(device), mask)
 
 
-def _blocks(segments: Sequence[Segment]) -> list[Block]:
-    blocks: list[Block] = []
+def _key_ranges(segments: Sequence[Segment]) -> list[KeyRange]:
+    blocks: list[KeyRange] = []
     for segment in segments:
         if segment.joined:
-            blocks[-1] = Block(blocks[-1].length + segment.length, full=True, visible=segment.visible)
+            blocks[-1] = KeyRange(blocks[-1].length + segment.length, full=True, visible=segment.visible)
         else:
-            blocks.append(Block(segment.length, full=segment.attend == "full", visible=segment.visible))
+            blocks.append(KeyRange(segment.length, full=segment.attention == "full", visible=segment.visible))
     return blocks

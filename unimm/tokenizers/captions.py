@@ -15,28 +15,28 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, files_in
+from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, read_files
 
-CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-CLIP_LENGTH, T5_LENGTH = 77, 512  # of FLUX's captions
-LONGEST = 100_000  # a model_max_length above this stands for none
+CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
+CLIP_MAX_LENGTH, T5_MAX_LENGTH = 77, 512  # of FLUX's captions
+LARGEST_MODEL_MAX_LENGTH = 100_000  # a model_max_length above this stands for none
 # words, digits one by one, the rest in runs; of English, what follows an apostrophe
-CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_SPLIT_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class ClipTokenizer(JsonTokenizer):
+class CLIPTokenizer(JsonTokenizer):
     """CLIP's byte pairs: a tokenizer.json, or what vocab.json and merges.txt say."""
 
     def __init__(self, folder: Path):
-        self.files = files_in(folder, self.FILES)
+        self.files = read_files(folder, self.FILES)
         whole = folder / "tokenizer.json"
-        self.inner = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else byte_pairs(folder)
-        self.inner.no_truncation()
-        self.inner.no_padding()
-        self.inner.encode_special_tokens = True  # a marker typed by a user stays text
+        self.backend = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else clip_bpe_tokenizer(folder)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # a marker typed by a user stays text
 
 
-def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+def clip_bpe_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer out of vocab.json and merges.txt. Raises ValueError where one is missing."""
     files = [folder / "vocab.json", folder / "merges.txt"]
     if lost := [path.name for path in files if not path.exists()]:
@@ -44,52 +44,54 @@ def byte_pairs(folder: Path) -> tokenizers.Tokenizer:
             f"no {' and no '.join(lost)} in {folder}: expected those of CLIP's tokenizer, or its tokenizer.json"
         )
     vocab, merges = models.BPE.read_file(*map(str, files))
-    pairs = models.BPE(vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>")
+    pairs = models.BPE(vocab, merges, unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>")
     inner = tokenizers.Tokenizer(pairs)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     inner.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    words = pre_tokenizers.Split(tokenizers.Regex(CLIP_SPLIT), behavior="removed", invert=True)
+    words = pre_tokenizers.Split(tokenizers.Regex(CLIP_SPLIT_PATTERN), behavior="removed", invert=True)
     inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([CLIP_BEGIN, CLIP_END])
+    inner.add_special_tokens([CLIP_BOS, CLIP_EOS])
     return inner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
+class CaptionTokenizer:
     """Begin, the words, cut to fit, the end, and padding up to `length`."""
 
     tokenizer: JsonTokenizer | SentencePieceTokenizer
-    begin: int | None
-    end: int
-    pad: int
-    length: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    max_length: int
 
-    def __call__(self, texts: str | Sequence[str], *, length: int | None = None) -> Tensor:
+    def __call__(self, texts: str | Sequence[str], *, max_length: int | None = None) -> Tensor:
         """Texts, which may be empty -> ids [B, length]. length: instead of the released one."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        n, first = self.length if length is None else length, [] if self.begin is None else [self.begin]
+        n, first = self.max_length if max_length is None else max_length, [] if self.bos_id is None else [self.bos_id]
         if n <= len(first) + 1 or not texts:
             raise ValueError(
                 f"got {len(texts)} captions of length {n}: expected one or more, of {len(first) + 2} ids or more"
             )
-        rows = [[*first, *self.tokenizer.encode(text)[: n - len(first) - 1], self.end] for text in texts]
-        return torch.tensor([ids + [self.pad] * (n - len(ids)) for ids in rows])
+        rows = [[*first, *self.tokenizer.encode(text)[: n - len(first) - 1], self.eos_id] for text in texts]
+        return torch.tensor([ids + [self.pad_id] * (n - len(ids)) for ids in rows])
 
 
-def clip_captions(folder: Path) -> Captions:
+def load_clip_captions(folder: Path) -> CaptionTokenizer:
     """What makes CLIP's captions from a released tokenizer's folder (FLUX's tokenizer).
 
     Raises ValueError where files or markers are missing.
     """
-    tokenizer, told = ClipTokenizer(folder), _config(folder)
+    tokenizer, told = CLIPTokenizer(folder), _read_tokenizer_config(folder)
     begin, end, pad = (
-        _id(tokenizer, told, *name) for name in (("bos", CLIP_BEGIN), ("eos", CLIP_END), ("pad", CLIP_END))
+        _special_id(tokenizer, told, *name) for name in (("bos", CLIP_BOS), ("eos", CLIP_EOS), ("pad", CLIP_EOS))
     )
-    return Captions(tokenizer=tokenizer, begin=begin, end=end, pad=pad, length=_length(told, CLIP_LENGTH))
+    return CaptionTokenizer(
+        tokenizer=tokenizer, bos_id=begin, eos_id=end, pad_id=pad, max_length=_max_length(told, CLIP_MAX_LENGTH)
+    )
 
 
-def t5_captions(folder: Path) -> Captions:
+def load_t5_captions(folder: Path) -> CaptionTokenizer:
     """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or spiece.model.
 
     Raises ValueError where files or markers are missing.
@@ -97,31 +99,35 @@ def t5_captions(folder: Path) -> Captions:
     tokenizer: JsonTokenizer | SentencePieceTokenizer
     if (folder / "tokenizer.json").exists():
         tokenizer = JsonTokenizer(folder)
-        tokenizer.inner.no_truncation()
-        tokenizer.inner.no_padding()
+        tokenizer.backend.no_truncation()
+        tokenizer.backend.no_padding()
     elif (folder / "spiece.model").exists():
         tokenizer = SentencePieceTokenizer((folder / "spiece.model").read_bytes())
     else:
         raise ValueError(f"no tokenizer in {folder}: expected T5's tokenizer.json or spiece.model")
-    told = _config(folder)
-    end, pad = (_id(tokenizer, told, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
-    return Captions(tokenizer=tokenizer, begin=None, end=end, pad=pad, length=_length(told, T5_LENGTH))
+    told = _read_tokenizer_config(folder)
+    end, pad = (_special_id(tokenizer, told, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
+    return CaptionTokenizer(
+        tokenizer=tokenizer, bos_id=None, eos_id=end, pad_id=pad, max_length=_max_length(told, T5_MAX_LENGTH)
+    )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
     names = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
     return {key: value for path in names if path.exists() for key, value in json.loads(path.read_text()).items()}
 
 
-def _length(told: dict[str, Any], otherwise: int) -> int:
+def _max_length(told: dict[str, Any], otherwise: int) -> int:
     length = told.get("model_max_length") or otherwise
-    return int(length) if length < LONGEST else otherwise
+    return int(length) if length < LARGEST_MODEL_MAX_LENGTH else otherwise
 
 
-def _id(tokenizer: JsonTokenizer | SentencePieceTokenizer, told: dict[str, Any], role: str, otherwise: str) -> int:
+def _special_id(
+    tokenizer: JsonTokenizer | SentencePieceTokenizer, told: dict[str, Any], role: str, otherwise: str
+) -> int:
     token = told.get(f"{role}_token") or otherwise
     token = token["content"] if isinstance(token, dict) else token
-    found = tokenizer.id(token)
+    found = tokenizer.token_id(token)
     if found is None:
         raise ValueError(f"the tokenizer has no {token!r}, its {role}_token: fetch the released files again")
     return found

@@ -20,24 +20,24 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import load_into, weight_files
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import load_weights, weight_files
 from unimm.kernels import rms_norm, swiglu
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHTS
+from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
-EPS = 1e-5  # of the norms
-EXPANSION = 4  # of the feed-forward
-TINY = 1e-15  # keeps a row that sees nothing from 0 / 0
+NORM_EPS = 1e-5  # of the norms
+MLP_EXPANSION = 4  # of the feed-forward
+MIN_DENOMINATOR = 1e-15  # keeps a row that sees nothing from 0 / 0
 
-CONVOLUTIONS: Table = {"{*}": "{*}"}
-ATTENTION: Table = {
+CONVOLUTION_KEY_MAP: KeyMap = {"{*}": "{*}"}
+ATTENTION_KEY_MAP: KeyMap = {
     **{f"{{*}}.attn.to_{name}.weight": f"{{*}}.attn.to_qkv.weight[{i}/3]" for i, name in enumerate("qkv")},
     "{*}.conv_out.norm.{}": "{*}.conv_norm.{}",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class DCAELevel:
     """One size of the grid: blocks of one width. kernels: of the attention's wider scales; None for blocks of convolutions."""
 
     width: int
@@ -55,9 +55,9 @@ class DCAEConfig:
     in_channels: int
     latent_channels: int
     head_dim: int
-    scale: float
-    encoder: tuple[Level, ...]
-    decoder: tuple[Level, ...]
+    scaling_factor: float
+    encoder: tuple[DCAELevel, ...]
+    decoder: tuple[DCAELevel, ...]
 
     def __post_init__(self) -> None:
         levels = (*self.encoder, *self.decoder)
@@ -67,9 +67,9 @@ class DCAEConfig:
             )
         if min(self.in_channels, self.latent_channels, self.head_dim, *(min(x.width, x.n_blocks) for x in levels)) < 1:
             raise ValueError(f"got {self}: expected positive numbers")
-        if not self.scale > 0:
+        if not self.scaling_factor > 0:
             raise ValueError(
-                f"got scaling_factor {self.scale}: expected a positive number; 1 leaves latents as they are"
+                f"got scaling_factor {self.scaling_factor}: expected a positive number; 1 leaves latents as they are"
             )
         for side in (self.encoder, self.decoder):
             for fine, coarse in pairwise(side):
@@ -104,7 +104,7 @@ class DCAEConfig:
     KINDS: ClassVar = {"ResBlock": False, "EfficientViTBlock": True}  # whether a kind of block attends
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> DCAEConfig:
+    def from_json(cls, files: Mapping[str, Any]) -> DCAEConfig:
         """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks, shortcuts."""
         for key, expected in cls.FIXED.items():
             got = files.get(key, expected)
@@ -118,13 +118,13 @@ class DCAEConfig:
             in_channels=files.get("in_channels", 3),
             latent_channels=files["latent_channels"],
             head_dim=files["attention_head_dim"],
-            scale=files["scaling_factor"],
+            scaling_factor=files["scaling_factor"],
             encoder=cls._levels(files, "encoder"),
             decoder=cls._levels(files, "decoder"),
         )
 
     @classmethod
-    def _levels(cls, files: Mapping[str, Any], side: str) -> tuple[Level, ...]:
+    def _levels(cls, files: Mapping[str, Any], side: str) -> tuple[DCAELevel, ...]:
         names = [
             f"{side}_{name}" for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")
         ]
@@ -139,14 +139,14 @@ class DCAEConfig:
         if not len(widths) == len(counts) == len(kinds) == len(kernels):
             raise ValueError(f"got {', '.join(names)} of different lengths: expected one entry a level")
         return tuple(
-            Level(width=width, n_blocks=n, kernels=tuple(scales) if cls.KINDS[kind] else None)
+            DCAELevel(width=width, n_blocks=n, kernels=tuple(scales) if cls.KINDS[kind] else None)
             for width, n, kind, scales in zip(widths, counts, kinds, kernels, strict=True)
         )
 
-    def to_files(self) -> dict[str, Any]:
-        """The config.json that `from_files` reads, and that diffusers does."""
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that `from_json` reads, and that diffusers does."""
         files = self.FIXED | {"in_channels": self.in_channels, "latent_channels": self.latent_channels}
-        files |= {"attention_head_dim": self.head_dim, "scaling_factor": self.scale}
+        files |= {"attention_head_dim": self.head_dim, "scaling_factor": self.scaling_factor}
         kinds = {attends: kind for kind, attends in self.KINDS.items()}
         for side, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
             files[f"{side}_block_out_channels"] = [level.width for level in levels]
@@ -163,7 +163,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     2205.14756, section 3.1.
     """
     q, k, v = F.relu(q).float(), F.relu(k).float(), v.float()
-    return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + TINY)
+    return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + MIN_DENOMINATOR)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def channels_first(x: Tensor) -> Tensor:
     return rearrange(x, "B h w C -> B C h w")
 
 
-class Norm(nn.Module):
+class ChannelRMSNorm(nn.Module):
     """RMS norm over the channels, with a bias."""
 
     def __init__(self, dim: int) -> None:
@@ -185,17 +185,17 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C]"""
-        return rms_norm(x, self.weight, EPS) + self.bias
+        return rms_norm(x, self.weight, NORM_EPS) + self.bias
 
 
 class MixFFN(nn.Module):
     """1x1 convolution, SiLU, depthwise 3x3, half of the channels gated by the other, 1x1 convolution. Of Sana's blocks, too."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
-        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden_dim, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim)
+        self.conv_point = nn.Conv2d(hidden_dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C] -> the same; the 1x1 convolutions are products of matrices in this layout."""
@@ -204,21 +204,21 @@ class MixFFN(nn.Module):
         return F.linear(swiglu(gate, y), self.conv_point.weight.flatten(1))
 
 
-class ResBlock(nn.Module):
+class DCAEResBlock(nn.Module):
     """Convolution, SiLU, convolution, norm; and its input added."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.norm = Norm(dim)
+        self.norm = ChannelRMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w]"""
         return x + channels_first(self.norm(channels_last(self.conv2(F.silu(self.conv1(x))))))
 
 
-class Scale(nn.Module):
+class MultiscaleProjection(nn.Module):
     """Queries, keys and values of a wider neighbourhood: a depthwise convolution, then 1x1 inside each group of K."""
 
     def __init__(self, dim: int, kernel: int, head_dim: int) -> None:
@@ -230,7 +230,7 @@ class Scale(nn.Module):
         return self.proj_out(self.proj_in(x))
 
 
-class Attention(nn.Module):
+class MultiscaleLinearAttention(nn.Module):
     """Linear attention at several scales, normed, and its input added.
 
     Each run of 3 K channels is the query, key and value of one head: so `to_q`, `to_k` and `to_v` of the released file
@@ -241,9 +241,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(Scale(3 * dim, kernel, head_dim) for kernel in kernels)
+        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(3 * dim, kernel, head_dim) for kernel in kernels)
         self.to_out = nn.Linear((1 + len(kernels)) * dim, dim, bias=False)
-        self.norm_out = Norm(dim)
+        self.norm_out = ChannelRMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w]"""
@@ -254,14 +254,14 @@ class Attention(nn.Module):
         return x + channels_first(self.norm_out(self.to_out(y)))
 
 
-class ViTBlock(nn.Module):
+class EfficientViTBlock(nn.Module):
     """Attention, then the feed-forward, normed, and its input added. arXiv 2205.14756, figure 2."""
 
     def __init__(self, dim: int, head_dim: int, kernels: Sequence[int]) -> None:
         super().__init__()
-        self.attn = Attention(dim, head_dim, kernels)
-        self.conv_out = MixFFN(dim, EXPANSION * dim)
-        self.conv_norm = Norm(dim)
+        self.attn = MultiscaleLinearAttention(dim, head_dim, kernels)
+        self.conv_out = MixFFN(dim, MLP_EXPANSION * dim)
+        self.conv_norm = ChannelRMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w]"""
@@ -269,57 +269,57 @@ class ViTBlock(nn.Module):
         return x + channels_first(self.conv_norm(self.conv_out(channels_last(x))))
 
 
-class Down(nn.Module):
+class DCAEDownsample(nn.Module):
     """Half the size: a convolution, beside the means of the channels that the four pixels make."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, C', h/2, w/2]"""
         y = self.conv(x)
-        return y + gathered(F.pixel_unshuffle(x, 2), y.shape[1])
+        return y + average_channel_groups(F.pixel_unshuffle(x, 2), y.shape[1])
 
 
-class Up(nn.Module):
+class DCAEUpsample(nn.Module):
     """Twice the size: a convolution of repeated pixels, beside channels that become the four pixels."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, 3, padding=1)
+        self.conv = nn.Conv2d(dim, out_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, C', 2h, 2w]"""
         y = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return y + F.pixel_shuffle(spread(x, 4 * y.shape[1]), 2)
+        return y + F.pixel_shuffle(repeat_channels(x, 4 * y.shape[1]), 2)
 
 
-def gathered(x: Tensor, channels: int) -> Tensor:
+def average_channel_groups(x: Tensor, channels: int) -> Tensor:
     """x [B, C, h, w] -> [B, channels, h, w], the means of neighbouring channels."""
     return reduce(x, "B (C g) h w -> B C h w", "mean", C=channels)
 
 
-def spread(x: Tensor, channels: int) -> Tensor:
+def repeat_channels(x: Tensor, channels: int) -> Tensor:
     """x [B, C, h, w] -> [B, channels, h, w], each channel repeated."""
     return x.repeat_interleave(channels // x.shape[1], 1)
 
 
-def blocks(level: Level, head_dim: int) -> list[nn.Module]:
+def dc_ae_blocks(level: DCAELevel, head_dim: int) -> list[nn.Module]:
     """The blocks of a level."""
     if level.kernels is None:
-        return [ResBlock(level.width) for _ in range(level.n_blocks)]
-    return [ViTBlock(level.width, head_dim, level.kernels) for _ in range(level.n_blocks)]
+        return [DCAEResBlock(level.width) for _ in range(level.n_blocks)]
+    return [EfficientViTBlock(level.width, head_dim, level.kernels) for _ in range(level.n_blocks)]
 
 
-class Encoder(nn.Module):
+class DCAEEncoder(nn.Module):
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         levels = config.encoder
         self.conv_in = nn.Conv2d(config.in_channels, levels[0].width, 3, padding=1)
-        downs = [[Down(fine.width, coarse.width)] for fine, coarse in pairwise(levels)]
+        downs = [[DCAEDownsample(fine.width, coarse.width)] for fine, coarse in pairwise(levels)]
         self.down_blocks = nn.ModuleList(
-            nn.Sequential(*blocks(level, config.head_dim), *down)
+            nn.Sequential(*dc_ae_blocks(level, config.head_dim), *down)
             for level, down in zip(levels, [*downs, []], strict=True)
         )
         self.conv_out = nn.Conv2d(levels[-1].width, config.latent_channels, 3, padding=1)
@@ -330,27 +330,28 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         y = self.conv_out(x)
-        return y + gathered(x, y.shape[1])
+        return y + average_channel_groups(x, y.shape[1])
 
 
-class Decoder(nn.Module):
+class DCAEDecoder(nn.Module):
     """The encoder's mirror. Levels are numbered as the encoder's: `up_blocks.0` is the finest."""
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         levels = config.decoder
         self.conv_in = nn.Conv2d(config.latent_channels, levels[-1].width, 3, padding=1)
-        ups = [[Up(coarse.width, fine.width)] for fine, coarse in pairwise(levels)]
+        ups = [[DCAEUpsample(coarse.width, fine.width)] for fine, coarse in pairwise(levels)]
         self.up_blocks = nn.ModuleList(
-            nn.Sequential(*up, *blocks(level, config.head_dim)) for level, up in zip(levels, [*ups, []], strict=True)
+            nn.Sequential(*up, *dc_ae_blocks(level, config.head_dim))
+            for level, up in zip(levels, [*ups, []], strict=True)
         )
-        self.norm_out = Norm(levels[0].width)
+        self.norm_out = ChannelRMSNorm(levels[0].width)
         self.conv_out = nn.Conv2d(levels[0].width, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, C, h, w] -> image [B, 3, H, W]"""
         x = self.conv_in(z)
-        x = x + spread(z, x.shape[1])
+        x = x + repeat_channels(z, x.shape[1])
         for level in reversed(self.up_blocks):
             x = level(x)
         return self.conv_out(F.relu(channels_first(self.norm_out(channels_last(x)))))
@@ -362,8 +363,8 @@ class DCAE(nn.Module):
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = DCAEEncoder(config)
+        self.decoder = DCAEDecoder(config)
 
     def encode(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w], scaled."""
@@ -373,20 +374,20 @@ class DCAE(nn.Module):
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "
                 f"multiples of {stride}: resize or crop it first"
             )
-        return self.config.scale * self.encoder(image)
+        return self.config.scaling_factor * self.encoder(image)
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent [B, C, h, w] -> image [B, 3, H, W], about [-1, 1] and not clamped."""
         channels = self.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
-        return self.decoder(latent / self.config.scale)
+        return self.decoder(latent / self.config.scaling_factor)
 
 
-def keys(config: DCAEConfig) -> Table:
+def dc_ae_key_map(config: DCAEConfig) -> KeyMap:
     """The key table of the released layout; without the rows that no key would meet."""
     attends = any(level.kernels is not None for level in (*config.encoder, *config.decoder))
-    return {**ATTENTION, **CONVOLUTIONS} if attends else CONVOLUTIONS
+    return {**ATTENTION_KEY_MAP, **CONVOLUTION_KEY_MAP} if attends else CONVOLUTION_KEY_MAP
 
 
 def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
@@ -395,8 +396,12 @@ def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
     """
     with torch.device("meta"):
-        model = DCAE(DCAEConfig.from_files(json.loads((folder / "config.json").read_text())))
-    load_into(
-        model, weight_files(folder, DIFFUSERS_WEIGHTS), keys(model.config), dtype=dtype, device=torch.device(device)
+        model = DCAE(DCAEConfig.from_json(json.loads((folder / "config.json").read_text())))
+    load_weights(
+        model,
+        weight_files(folder, DIFFUSERS_WEIGHT_FILES),
+        dc_ae_key_map(model.config),
+        dtype=dtype,
+        device=torch.device(device),
     )
     return model.eval()

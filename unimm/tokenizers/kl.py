@@ -12,11 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
-EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig:
+class AutoencoderKLConfig:
     """Numbers of the autoencoder; the defaults are FLUX.1's.
 
     Pixels lie in [-1, 1]; a latent is `scale * (z - shift)`, which makes its mean 0 and its deviation about 1.
@@ -25,57 +25,65 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    n_blocks: int = 2
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    n_res_blocks: int = 2
     latent_channels: int = 16
-    scale: float = 0.3611
-    shift: float = 0.1159
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
     quant_convs: bool = False  # 1x1 convolutions on both sides of the latent, as in Stable Diffusion up to XL
 
     def __post_init__(self) -> None:
-        counts = (self.in_channels, self.out_channels, self.n_blocks, self.latent_channels, *self.multipliers)
-        if not self.multipliers or min(counts) < 1:
+        counts = (
+            self.in_channels,
+            self.out_channels,
+            self.n_res_blocks,
+            self.latent_channels,
+            *self.channel_multipliers,
+        )
+        if not self.channel_multipliers or min(counts) < 1:
             raise ValueError(f"got {self}, expected positive counts and one multiplier per level: correct the config")
-        for width in (self.width * multiplier for multiplier in self.multipliers):
+        for width in (self.width * multiplier for multiplier in self.channel_multipliers):
             if width < N_GROUPS or width % N_GROUPS:
                 raise ValueError(
                     f"got a level of width {width}, expected a multiple of {N_GROUPS} (the groups of the norm): "
                     f"change ch or ch_mult"
                 )
-        if not self.scale > 0:
-            raise ValueError(f"got scale_factor {self.scale}, expected a positive number: 1 leaves latents as they are")
+        if not self.scaling_factor > 0:
+            raise ValueError(
+                f"got scale_factor {self.scaling_factor}, expected a positive number: 1 leaves latents as they are"
+            )
 
     @property
     def stride(self) -> int:
         """Pixels per latent, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of every level, finest first."""
-        return tuple(self.width * multiplier for multiplier in self.multipliers)
+        return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> VAEConfig:
+    def from_json(cls, files: Mapping[str, Any]) -> AutoencoderKLConfig:
         """Read `vae_config` of a released config.json: FLUX.1's number for a missing key, other keys ignored."""
         fields: dict[str, Any] = {ours: files[theirs] for ours, theirs in NAMES.items() if theirs in files}
-        if "multipliers" in fields:
-            fields["multipliers"] = tuple(fields["multipliers"])
+        if "channel_multipliers" in fields:
+            fields["channel_multipliers"] = tuple(fields["channel_multipliers"])
         config = cls(**fields)
         if files.get("downsample", config.stride) != config.stride:
             raise ValueError(
-                f"got downsample {files['downsample']}, expected {config.stride} from the {len(config.multipliers)} "
-                f"levels of ch_mult {list(config.multipliers)}: correct one of the two"
+                f"got downsample {files['downsample']}, expected {config.stride} from the {len(config.channel_multipliers)} "
+                f"levels of ch_mult {list(config.channel_multipliers)}: correct one of the two"
             )
         return config
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: value for ours, theirs in NAMES.items() if (value := getattr(self, ours)) is not False}
-        return files | {"ch_mult": list(self.multipliers), "downsample": self.stride}
+        return files | {"ch_mult": list(self.channel_multipliers), "downsample": self.stride}
 
     @classmethod
-    def from_diffusers(cls, files: Mapping[str, Any]) -> VAEConfig:
+    def from_diffusers(cls, files: Mapping[str, Any]) -> AutoencoderKLConfig:
         """Read the config.json of a diffusers AutoencoderKL, with that class's numbers for missing keys.
 
         Raises ValueError for what the released ones do not have: other norms, activations, blocks, latent statistics.
@@ -94,26 +102,26 @@ class VAEConfig:
             in_channels=files.get("in_channels", 3),
             out_channels=files.get("out_channels", 3),
             width=widths[0],
-            multipliers=tuple(width // widths[0] for width in widths),
-            n_blocks=files.get("layers_per_block", 1),
+            channel_multipliers=tuple(width // widths[0] for width in widths),
+            n_res_blocks=files.get("layers_per_block", 1),
             latent_channels=files.get("latent_channels", 4),
-            scale=files.get("scaling_factor", 0.18215),
-            shift=files.get("shift_factor") or 0.0,
+            scaling_factor=files.get("scaling_factor", 0.18215),
+            shift_factor=files.get("shift_factor") or 0.0,
             quant_convs=quant_convs,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
         """The mapping that `from_diffusers` reads, and that diffusers does."""
-        levels = len(self.multipliers)
+        levels = len(self.channel_multipliers)
         files = {key: value for key, value in FIXED.items() if value is not None}
         files |= {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "latent_channels": self.latent_channels,
         }
-        files |= {"block_out_channels": list(self.widths), "layers_per_block": self.n_blocks}
+        files |= {"block_out_channels": list(self.widths), "layers_per_block": self.n_res_blocks}
         files |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-        files |= {"scaling_factor": self.scale, "shift_factor": self.shift}
+        files |= {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         return files | {"use_quant_conv": self.quant_convs, "use_post_quant_conv": self.quant_convs}
 
 
@@ -122,11 +130,11 @@ NAMES = {
     "in_channels": "in_channels",
     "out_channels": "out_ch",
     "width": "ch",
-    "multipliers": "ch_mult",
-    "n_blocks": "num_res_blocks",
+    "channel_multipliers": "ch_mult",
+    "n_res_blocks": "num_res_blocks",
     "latent_channels": "z_channels",
-    "scale": "scale_factor",
-    "shift": "shift_factor",
+    "scaling_factor": "scale_factor",
+    "shift_factor": "shift_factor",
     "quant_convs": "use_quant_conv",
 }
 
@@ -141,19 +149,19 @@ FIXED = {
 }
 
 
-def norm(width: int) -> nn.GroupNorm:
+def group_norm(width: int) -> nn.GroupNorm:
     """The only norm of the autoencoder."""
-    return nn.GroupNorm(N_GROUPS, width, eps=EPS)
+    return nn.GroupNorm(N_GROUPS, width, eps=NORM_EPS)
 
 
-class Block(nn.Module):
+class ResnetBlock(nn.Module):
     """Residual block: twice norm, swish, 3x3 convolution."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.norm1 = norm(width_in)
+        self.norm1 = group_norm(width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = norm(width_out)
+        self.norm2 = group_norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         if width_in != width_out:
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
@@ -166,12 +174,12 @@ class Block(nn.Module):
         return (self.nin_shortcut(x) if self.changes_width else x) + y
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
     """Every place of the grid attends to every other, with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = norm(width)
+        self.norm = group_norm(width)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -185,14 +193,14 @@ class Attention(nn.Module):
         return x + self.proj_out(rearrange(y, "B 1 (h w) C -> B C h w", h=x.shape[2]))
 
 
-class Middle(nn.Module):
+class KLMiddle(nn.Module):
     """Block, attention, block, at the coarsest level."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block_1 = Block(width, width)
-        self.attn_1 = Attention(width)
-        self.block_2 = Block(width, width)
+        self.block_1 = ResnetBlock(width, width)
+        self.attn_1 = SpatialAttention(width)
+        self.block_2 = ResnetBlock(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -219,12 +227,12 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Down(nn.Module):
+class KLEncoderLevel(nn.Module):
     """One level of the encoder: blocks, then half the size (but for the last level)."""
 
     def __init__(self, width_in: int, width_out: int, *, n_blocks: int, last: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Block(width_out if i else width_in, width_out) for i in range(n_blocks))
+        self.block = nn.ModuleList(ResnetBlock(width_out if i else width_in, width_out) for i in range(n_blocks))
         self.last = last
         if not last:
             self.downsample = Downsample(width_out)
@@ -235,12 +243,12 @@ class Down(nn.Module):
         return x if self.last else self.downsample(x)
 
 
-class Up(nn.Module):
+class KLDecoderLevel(nn.Module):
     """One level of the decoder: blocks, then twice the size (but for the last level)."""
 
     def __init__(self, width_in: int, width_out: int, *, n_blocks: int, last: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Block(width_out if i else width_in, width_out) for i in range(n_blocks))
+        self.block = nn.ModuleList(ResnetBlock(width_out if i else width_in, width_out) for i in range(n_blocks))
         self.last = last
         if not last:
             self.upsample = Upsample(width_out)
@@ -251,17 +259,17 @@ class Up(nn.Module):
         return x if self.last else self.upsample(x)
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig) -> None:
+class KLEncoder(nn.Module):
+    def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         widths = config.widths
         self.conv_in = nn.Conv2d(config.in_channels, config.width, 3, padding=1)
         self.down = nn.ModuleList(
-            Down(width_in, width_out, n_blocks=config.n_blocks, last=level == len(widths) - 1)
+            KLEncoderLevel(width_in, width_out, n_blocks=config.n_res_blocks, last=level == len(widths) - 1)
             for level, (width_in, width_out) in enumerate(zip((config.width, *widths[:-1]), widths, strict=True))
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = norm(widths[-1])
+        self.mid = KLMiddle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -272,19 +280,19 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class KLDecoder(nn.Module):
     """The encoder's mirror, with one block more a level. Levels are numbered as the encoder's: `up.0` is the finest."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = KLMiddle(widths[-1])
         self.up = nn.ModuleList(
-            Up(width_in, width_out, n_blocks=config.n_blocks + 1, last=level == 0)
+            KLDecoderLevel(width_in, width_out, n_blocks=config.n_res_blocks + 1, last=level == 0)
             for level, (width_in, width_out) in enumerate(zip((*widths[1:], widths[-1]), widths, strict=True))
         )
-        self.norm_out = norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -295,14 +303,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class VAE(nn.Module):
+class AutoencoderKL(nn.Module):
     """Encoder and decoder; parameters carry the names of FLUX's released ae.safetensors."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = KLEncoder(config)
+        self.decoder = KLDecoder(config)
         channels = config.latent_channels
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs else nn.Identity()
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.quant_convs else nn.Identity()
@@ -324,14 +332,14 @@ class VAE(nn.Module):
         """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w]: the mean, or a sample if given noise [B, C, h, w]."""
         mean, logvar = self.moments(image)
         z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return self.config.scale * (z - self.config.shift)
+        return self.config.scaling_factor * (z - self.config.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent [B, C, h, w] -> image [B, 3, H, W], about [-1, 1] and not clamped."""
         channels = self.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"got a latent of shape {list(latent.shape)}, expected [B, {channels}, h, w]: see encode")
-        z = (latent / self.config.scale + self.config.shift).to(self.dtype)
+        z = (latent / self.config.scaling_factor + self.config.shift_factor).to(self.dtype)
         return self.decoder(self.post_quant_conv(z))
 
     @property

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from unimm.kernels import Block as Span
-from unimm.kernels import Mask, attention
-from unimm.nn.patches import places
-from unimm.tokenizers.vq import VQ, VQConfig
+from unimm.kernels import AttentionMask, KeyRange, attention
+from unimm.nn.patches import grid_position_ids
+from unimm.tokenizers.vq import VQConfig, VQModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchConfig:
+class SemanticBranchConfig:
     """Numbers of the transformer over codes."""
 
     code_dim: int
@@ -44,8 +43,8 @@ class BranchConfig:
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> BranchConfig:
-        """The mapping that `to_files` gives, and nothing beside it."""
+    def from_json(cls, files: Mapping[str, Any]) -> SemanticBranchConfig:
+        """The mapping that `to_json` gives, and nothing beside it."""
         names = {field.name for field in fields(cls)}
         if set(files) != names:
             raise ValueError(
@@ -53,15 +52,15 @@ class BranchConfig:
             )
         return cls(**files)
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         return asdict(self)
 
 
-class Layer(nn.Module):
+class SemanticBlock(nn.Module):
     """Pre-norm causal attention over the codes of each picture, then the feed-forward."""
 
-    def __init__(self, config: BranchConfig) -> None:
+    def __init__(self, config: SemanticBranchConfig) -> None:
         super().__init__()
         self.head_dim = config.dim // config.n_heads
         self.attn_norm = nn.LayerNorm(config.dim)
@@ -69,7 +68,7 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.dim)
         self.fc1, self.fc2 = nn.Linear(config.dim, config.mlp_dim), nn.Linear(config.mlp_dim, config.dim)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         """x [N, D] -> [N, D]"""
         y = self.attn_norm(x)
         q, k, v = (rearrange(part(y), "N (H K) -> N H K", K=self.head_dim) for part in (self.q, self.k, self.v))
@@ -77,23 +76,23 @@ class Layer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
 
-class Branch(nn.Module):
+class SemanticBranch(nn.Module):
     """Codes to what the encoder sees at each of them."""
 
-    def __init__(self, config: BranchConfig) -> None:
+    def __init__(self, config: SemanticBranchConfig) -> None:
         super().__init__()
         self.config = config
         self.inward = nn.Linear(config.code_dim, config.dim)
         self.positions = nn.Embedding(config.side**2, config.dim)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(SemanticBlock(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.outward = nn.Linear(config.dim, config.out_dim)
 
     def forward(self, codes: Tensor) -> Tensor:
         """codes [B, E, h, w] -> features [B, n, F]"""
         n_images, _, height, width = codes.shape
-        where = places(height, width, self.config.side).to(codes.device)
-        mask = Mask([[Span(height * width)]] * n_images, device=codes.device)
+        where = grid_position_ids(height, width, self.config.side).to(codes.device)
+        mask = AttentionMask([[KeyRange(height * width)]] * n_images, device=codes.device)
         x = self.inward(rearrange(codes, "B E h w -> (B h w) E")) + self.positions(
             repeat(where, "n -> (B n)", B=n_images)
         )
@@ -105,14 +104,14 @@ class Branch(nn.Module):
 class SemanticVQ(nn.Module):
     """A VQ autoencoder and the branch that reads its codes."""
 
-    def __init__(self, vq: VQConfig, branch: BranchConfig) -> None:
+    def __init__(self, vq: VQConfig, branch: SemanticBranchConfig) -> None:
         super().__init__()
         if branch.code_dim != vq.code_dim:
             raise ValueError(
                 f"got a branch for codes of {branch.code_dim}, expected {vq.code_dim}, the width of the codebook"
             )
-        self.vq = VQ(vq)
-        self.branch = Branch(branch)
+        self.vq = VQModel(vq)
+        self.branch = SemanticBranch(branch)
 
     def features(self, ids: Tensor, *, grid: tuple[int, int]) -> Tensor:
         """ids [B, n] of a grid (h, w) -> features [B, n, F] to understand the picture by."""

@@ -15,9 +15,9 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as Sequenced
 
-QWEN_FILES = ("vocab.json", "merges.txt")
+QWEN2_FILES = ("vocab.json", "merges.txt")
 # contractions; a word with what stands before it; one digit; signs; ends of lines; blanks
-QWEN_WORDS = (
+QWEN2_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -30,31 +30,33 @@ class JsonTokenizer:
 
     FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
-    def __init__(self, folder: Path, special: Sequence[str] = ()):
-        self.files = files_in(folder, self.FILES)
+    def __init__(self, folder: Path, special_tokens: Sequence[str] = ()):
+        self.files = read_files(folder, self.FILES)
         path = folder / "tokenizer.json"
-        self.inner = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else qwen_tokenizer(folder)
-        self.inner.add_special_tokens([token for token in special if self.inner.token_to_id(token) is not None])
-        self.inner.encode_special_tokens = True  # a marker typed by a user stays text
+        self.backend = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else build_qwen2_tokenizer(folder)
+        self.backend.add_special_tokens(
+            [token for token in special_tokens if self.backend.token_to_id(token) is not None]
+        )
+        self.backend.encode_special_tokens = True  # a marker typed by a user stays text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copying and pickling keep all but this of `inner`."""
         self.__dict__.update(state)
-        self.inner.encode_special_tokens = True
+        self.backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no markers added."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=True)
+        return self.backend.decode(ids, skip_special_tokens=True)
 
-    def id(self, token: str) -> int | None:
-        return self.inner.token_to_id(token)
+    def token_id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
 
     @cached_property
-    def markers(self) -> dict[str, int]:
-        added = self.inner.get_added_tokens_decoder()
+    def special_ids(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder()
         return {token.content: at for at, token in added.items() if token.special}
 
     def save(self, folder: Path) -> None:
@@ -62,18 +64,18 @@ class JsonTokenizer:
             (folder / name).write_bytes(contents)
 
 
-def files_in(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """What some files of a folder hold, those that are there: the folder may be gone when they are written again."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-def qwen_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def build_qwen2_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """Qwen2's tokenizer from vocab.json and merges.txt, its added tokens from tokenizer_config.json: bytes in pairs."""
-    vocab, merges = (str(folder / name) for name in QWEN_FILES)
+    vocab, merges = (str(folder / name) for name in QWEN2_FILES)
     inner = tokenizers.Tokenizer(BPE.from_file(vocab, merges))
     inner.normalizer = NFC()
     inner.pre_tokenizer = Sequenced(
-        [Split(tokenizers.Regex(QWEN_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+        [Split(tokenizers.Regex(QWEN2_SPLIT_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     inner.decoder = ByteLevelDecoder()
     path = folder / "tokenizer_config.json"
@@ -81,10 +83,10 @@ def qwen_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     for _, token in sorted(added.items(), key=lambda entry: int(entry[0])):
         made = tokenizers.AddedToken(token["content"], normalized=False, special=token.get("special", True))
         (inner.add_special_tokens if made.special else inner.add_tokens)([made])
-    wrong = [token["content"] for at, token in added.items() if inner.token_to_id(token["content"]) != int(at)]
-    if wrong:
+    misplaced = [token["content"] for at, token in added.items() if inner.token_to_id(token["content"]) != int(at)]
+    if misplaced:
         raise ValueError(
-            f"{path} gives {', '.join(wrong[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files again"
+            f"{path} gives {', '.join(misplaced[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files again"
         )
     return inner
 
@@ -93,46 +95,48 @@ class SentencePieceTokenizer:
     """A sentencepiece model whose special tokens are control symbols of it: text can never spell one."""
 
     def __init__(self, data: bytes):
-        self.data = data
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.model_proto = data
+        self.backend = sentencepiece.SentencePieceProcessor(model_proto=data)
 
     def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text)
+        return self.backend.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids)
+        return self.backend.decode(ids)
 
-    def id(self, token: str) -> int | None:
-        found = self.inner.piece_to_id(token)
-        return None if found == self.inner.unk_id() else found
+    def token_id(self, token: str) -> int | None:
+        found = self.backend.piece_to_id(token)
+        return None if found == self.backend.unk_id() else found
 
     @cached_property
-    def markers(self) -> dict[str, int]:
-        return {self.inner.id_to_piece(at): at for at in range(self.inner.vocab_size()) if self.inner.is_control(at)}
+    def special_ids(self) -> dict[str, int]:
+        return {
+            self.backend.id_to_piece(at): at for at in range(self.backend.vocab_size()) if self.backend.is_control(at)
+        }
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(self.data)
+        (folder / "tokenizer.model").write_bytes(self.model_proto)
 
 
-class Marked(Protocol):
+class SpecialTokenEncoder(Protocol):
     """A tokenizer that knows its markers."""
 
     @property
-    def markers(self) -> dict[str, int]: ...
+    def special_ids(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]: ...
 
 
-def hide_markers(tokenizer: Marked, text: str, *, but: Sequence[str] = ()) -> str:
+def hide_markers(tokenizer: SpecialTokenEncoder, text: str, *, but: Sequence[str] = ()) -> str:
     """A user's text in which markers, all but some, are not found by `encode_marked`, which encodes them as words."""
     for token, hidden in _hidden(tokenizer).items():
         text = text if token in but else text.replace(token, hidden)
     return text
 
 
-def encode_marked(tokenizer: Marked, text: str) -> list[int]:
+def encode_marked(tokenizer: SpecialTokenEncoder, text: str) -> list[int]:
     """Ids of a text in which markers are markers, as the originals encode their prompts."""
-    known, hidden = tokenizer.markers, _hidden(tokenizer)
+    known, hidden = tokenizer.special_ids, _hidden(tokenizer)
     ids: list[int] = []
     for part in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text) if known else [text]:
         if part in known:
@@ -144,19 +148,21 @@ def encode_marked(tokenizer: Marked, text: str) -> list[int]:
     return ids
 
 
-def _hidden(tokenizer: Marked) -> dict[str, str]:
+def _hidden(tokenizer: SpecialTokenEncoder) -> dict[str, str]:
     """What stands for each marker, the longest first: characters of Unicode's private area, which nobody types."""
-    tokens = sorted(tokenizer.markers, key=len, reverse=True)
+    tokens = sorted(tokenizer.special_ids, key=len, reverse=True)
     return {token: f"\ue000{chr(0xE100 + i)}\ue001" for i, token in enumerate(tokens)}
 
 
-def load_tokenizer(folder: Path, *, special: Sequence[str] = ()) -> "JsonTokenizer | SentencePieceTokenizer | None":
+def load_tokenizer(
+    folder: Path, *, special_tokens: Sequence[str] = ()
+) -> "JsonTokenizer | SentencePieceTokenizer | None":
     """The tokenizer in a model's folder, or None where the folder holds none (golden cases hold ids only).
 
     special: tokens that are markers even where tokenizer.json does not call them special.
     """
-    if (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in QWEN_FILES):
-        return JsonTokenizer(folder, special)
+    if (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in QWEN2_FILES):
+        return JsonTokenizer(folder, special_tokens)
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
     return None
@@ -166,7 +172,7 @@ class TextTokenizer(Protocol):
     """What a model needs of its tokenizer. markers: its special tokens by their strings."""
 
     @property
-    def markers(self) -> dict[str, int]: ...
+    def special_ids(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""
@@ -174,7 +180,7 @@ class TextTokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, markers left out."""
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         """The id of a special token by its string, or None."""
 
     def save(self, folder: Path) -> None:

@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.kernels import nearest_code
-from unimm.tokenizers.kl import N_GROUPS, Attention, Block, Downsample, Upsample, norm
+from unimm.tokenizers.kl import N_GROUPS, Downsample, ResnetBlock, SpatialAttention, Upsample, group_norm
 
 # ids that `codebook_used` holds, whatever the size of the codebook
-WINDOW = 65536
+CODEBOOK_USED_SIZE = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,22 @@ class VQConfig:
 
     channels: int = 3
     width: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    n_blocks: int = 2
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    n_res_blocks: int = 2
     latent_channels: int = 256
     n_codes: int = 16384
     code_dim: int = 8
 
     def __post_init__(self) -> None:
-        counts = (self.channels, self.n_blocks, self.latent_channels, self.n_codes, self.code_dim, *self.multipliers)
-        if not self.multipliers or min(counts) < 1:
+        counts = (
+            self.channels,
+            self.n_res_blocks,
+            self.latent_channels,
+            self.n_codes,
+            self.code_dim,
+            *self.channel_multipliers,
+        )
+        if not self.channel_multipliers or min(counts) < 1:
             raise ValueError(f"got {self}, expected positive counts and one multiplier per level: correct the config")
         for width in (self.width, *self.widths):
             if width < N_GROUPS or width % N_GROUPS:
@@ -47,28 +54,30 @@ class VQConfig:
     @property
     def stride(self) -> int:
         """Pixels per code, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of every level, finest first."""
-        return tuple(self.width * multiplier for multiplier in self.multipliers)
+        return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
 
     @classmethod
-    def from_files(cls, params: Mapping[str, Any], name: str = "VQ-16") -> VQConfig:
+    def from_json(cls, params: Mapping[str, Any], name: str = "VQ-16") -> VQConfig:
         """Read `params` of a released gen_vision_config; `name` is its cls, which says what params leave out."""
-        if name not in VARIANTS:
-            raise ValueError(f"got cls {name!r} for the picture tokenizer, expected one of {sorted(VARIANTS)}")
-        files = {**VARIANTS[name], **params}
+        if name not in VARIANT_DEFAULTS:
+            raise ValueError(f"got cls {name!r} for the picture tokenizer, expected one of {sorted(VARIANT_DEFAULTS)}")
+        files = {**VARIANT_DEFAULTS[name], **params}
         if lost := [theirs for theirs in NAMES.values() if theirs not in files]:
             raise ValueError(f"the config of the picture tokenizer lacks {', '.join(lost)}: add them to its params")
         fields = {ours: files[theirs] for ours, theirs in NAMES.items()}
-        return cls(**{**fields, "multipliers": tuple(fields["multipliers"])})
+        return cls(**{**fields, "channel_multipliers": tuple(fields["channel_multipliers"])})
 
-    def to_files(self, name: str = "VQ-16") -> dict[str, Any]:
-        """The params that `from_files` reads: what cls says already is left out, as in the released config."""
-        files = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()} | {"ch_mult": list(self.multipliers)}
-        return {theirs: value for theirs, value in files.items() if VARIANTS[name].get(theirs) != value}
+    def to_json(self, name: str = "VQ-16") -> dict[str, Any]:
+        """The params that `from_json` reads: what cls says already is left out, as in the released config."""
+        files = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()} | {
+            "ch_mult": list(self.channel_multipliers)
+        }
+        return {theirs: value for theirs, value in files.items() if VARIANT_DEFAULTS[name].get(theirs) != value}
 
 
 # our field -> the key of the released config
@@ -76,24 +85,24 @@ NAMES = {
     "n_codes": "image_token_size",
     "code_dim": "n_embed",
     "width": "ch",
-    "multipliers": "ch_mult",
-    "n_blocks": "num_res_blocks",
+    "channel_multipliers": "ch_mult",
+    "n_res_blocks": "num_res_blocks",
     "latent_channels": "z_channels",
 }
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
     "VQ-16": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256}
 }
 
 
-class Level(nn.Module):
+class VQLevel(nn.Module):
     """Blocks, with attention after each at the coarsest level, then a change of size (but for the last level)."""
 
     def __init__(
         self, width_in: int, width_out: int, *, n_blocks: int, attends: bool, size: Literal["half", "same", "double"]
     ) -> None:
         super().__init__()
-        self.res = nn.ModuleList(Block(width_out if i else width_in, width_out) for i in range(n_blocks))
-        self.attn = nn.ModuleList(Attention(width_out) for _ in range(n_blocks * attends))
+        self.res = nn.ModuleList(ResnetBlock(width_out if i else width_in, width_out) for i in range(n_blocks))
+        self.attn = nn.ModuleList(SpatialAttention(width_out) for _ in range(n_blocks * attends))
         self.size = size
         if size == "half":
             self.downsample = Downsample(width_out)
@@ -111,22 +120,22 @@ class Level(nn.Module):
         return self.downsample(x) if self.size == "half" else self.upsample(x)
 
 
-def middle(width: int) -> nn.Sequential:
+def vq_middle(width: int) -> nn.Sequential:
     """Block, attention, block, at the coarsest level."""
-    return nn.Sequential(Block(width, width), Attention(width), Block(width, width))
+    return nn.Sequential(ResnetBlock(width, width), SpatialAttention(width), ResnetBlock(width, width))
 
 
-class Encoder(nn.Module):
+class VQEncoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.channels, config.width, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, n_blocks=config.n_blocks, attends=i == last, size="same" if i == last else "half")
+            VQLevel(a, b, n_blocks=config.n_res_blocks, attends=i == last, size="same" if i == last else "half")
             for i, (a, b) in enumerate(zip((config.width, *widths[:-1]), widths, strict=True))
         )
-        self.mid = middle(widths[-1])
-        self.norm_out = norm(widths[-1])
+        self.mid = vq_middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -137,19 +146,19 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class VQDecoder(nn.Module):
     """The encoder's mirror, with one block more a level. Levels run as they are used: `conv_blocks.0` is the coarsest."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths, last = config.widths[::-1], len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0])
+        self.mid = vq_middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, n_blocks=config.n_blocks + 1, attends=i == 0, size="same" if i == last else "double")
+            VQLevel(a, b, n_blocks=config.n_res_blocks + 1, attends=i == 0, size="same" if i == last else "double")
             for i, (a, b) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
         )
-        self.norm_out = norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ class Decoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantized:
+class QuantizerOutput:
     """What quantising gave: codes [B, E, h, w], whose gradient goes straight to z; ids [B, n]; two terms to train by.
 
     Both terms are the mean squared distance of z's direction from its code: `codebook` moves the code, `commitment` z.
@@ -169,11 +178,11 @@ class Quantized:
 
     codes: Tensor
     ids: Tensor
-    codebook: Tensor
-    commitment: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
 
 
-class Quantizer(nn.Module):
+class VectorQuantizer(nn.Module):
     """A codebook on the unit sphere: lengths count neither of what is quantised nor of the codes."""
 
     codebook_used: Tensor
@@ -182,9 +191,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(n_codes, code_dim)
         # the ids chosen last in training. Nothing else reads it, but every released file has it
-        self.register_buffer("codebook_used", torch.zeros(WINDOW))
+        self.register_buffer("codebook_used", torch.zeros(CODEBOOK_USED_SIZE))
 
-    def nearest(self, z: Tensor) -> Tensor:
+    def nearest_ids(self, z: Tensor) -> Tensor:
         """z [B, E, h, w] -> ids [B, n] of the codes in the nearest direction, the lowest of equals."""
         ids = nearest_code(rearrange(z, "B E h w -> (B h w) E"), self.embedding.weight)
         return rearrange(ids, "(B n) -> B n", B=len(z))
@@ -194,28 +203,28 @@ class Quantizer(nn.Module):
         codes = F.normalize(F.embedding(ids, self.embedding.weight).float(), dim=-1)
         return rearrange(codes, "B (h w) E -> B E h w", h=grid[0]).to(self.embedding.weight.dtype)
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor) -> QuantizerOutput:
         """z [B, E, h, w]"""
-        ids = self.nearest(z)
+        ids = self.nearest_ids(z)
         codes = self.lookup(ids, (z.shape[2], z.shape[3])).float()
         unit = F.normalize(z.float(), dim=1)
-        return Quantized(
+        return QuantizerOutput(
             codes=(unit + (codes - unit).detach()).to(z.dtype),
             ids=ids,
-            codebook=(codes - unit.detach()).square().mean(),
-            commitment=(codes.detach() - unit).square().mean(),
+            codebook_loss=(codes - unit.detach()).square().mean(),
+            commitment_loss=(codes.detach() - unit).square().mean(),
         )
 
 
-class VQ(nn.Module):
+class VQModel(nn.Module):
     """Encoder, codebook and decoder; parameters carry the names below `gen_vision_model.` of the released files."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config.n_codes, config.code_dim)
+        self.encoder = VQEncoder(config)
+        self.decoder = VQDecoder(config)
+        self.quantize = VectorQuantizer(config.n_codes, config.code_dim)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
@@ -229,9 +238,9 @@ class VQ(nn.Module):
             )
         return self.quant_conv(self.encoder(image))
 
-    def ids(self, image: Tensor) -> Tensor:
+    def encode_ids(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> ids [B, n]"""
-        return self.quantize.nearest(self.encode(image))
+        return self.quantize.nearest_ids(self.encode(image))
 
     def decode(self, ids: Tensor, *, grid: tuple[int, int]) -> Tensor:
         """ids [B, n] of a grid (h, w) -> image [B, 3, H, W], about [-1, 1] and not clamped."""

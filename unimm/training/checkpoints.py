@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.pt"
+WEIGHTS_FILE, EMA_FILE, STATE_FILE = "model.safetensors", "average.safetensors", "state.pt"
 
 
 @contextmanager
@@ -38,42 +38,42 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; tied ones once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def save_checkpoint(
-    out: Path, step: int, model: nn.Module, *, average: Mapping[str, Tensor], state: Mapping[str, Any]
+    out: Path, step: int, model: nn.Module, *, ema: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
     """Write out/checkpoints/<step>, then drop the older ones."""
     folder = out / "checkpoints" / f"{step:08d}"
     with replacing(folder) as fresh:
-        for name, weights in ((WEIGHTS, tensors(model)), (AVERAGE, average)):
+        for name, weights in ((WEIGHTS_FILE, named_tensors(model)), (EMA_FILE, ema)):
             save_file({key: x.detach().contiguous().cpu() for key, x in weights.items()}, fresh / name)
-        torch.save(dict(state), fresh / STATE)
-    for older in checkpoints(out)[:-1]:
+        torch.save(dict(state), fresh / STATE_FILE)
+    for older in list_checkpoints(out)[:-1]:
         shutil.rmtree(older)
     return folder
 
 
-def checkpoints(out: Path) -> list[Path]:
+def list_checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+def load_train_state(folder: Path) -> dict[str, Any]:
     """Optimiser, counters and random states of a checkpoint."""
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
 
 
-def names_in(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
     """What a safetensors file holds."""
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
-def read_into(path: Path, targets: Mapping[str, Tensor]) -> None:
+def load_into(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Copy a safetensors file into tensors of the same names and shapes."""
     source = load_file(path)
     missing, extra = sorted(targets.keys() - source.keys()), sorted(source.keys() - targets.keys())
@@ -100,7 +100,7 @@ def save_release(folder: Path, save: Callable[[Path], None]) -> None:
     logger.info("wrote %s", folder)
 
 
-class Log:
+class JsonlLog:
     """JSON lines, one object for each stretch of steps."""
 
     def __init__(self, path: Path, *, after: int) -> None:

@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainConfig:
     """Numbers of one run; all are spelled out in the file, but for `options` and `model`, which the objective reads."""
 
-    objective: str
+    task: str
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     seed: int
     steps: int
-    batch: int
+    batch_size: int
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -33,42 +33,42 @@ class Recipe:
     weight_decay: float
     # matrices of parts that Muon trains, by the beginning of their parameters' names; AdamW trains the rest
     muon: tuple[str, ...]
-    warmup: int
+    warmup_steps: int
     schedule: Literal["constant", "cosine"]
     # the cosine ends at this fraction of lr
-    final: float
+    min_lr_ratio: float
     # largest norm of the gradient
-    clip: float
+    max_grad_norm: float
     # decay of the weights' running average
-    average: float
+    ema_decay: float
     precision: Literal["float32", "bfloat16"]
     loss_weights: Mapping[str, float]
     save_every: int
     sample_every: int
     log_every: int
     # parts whose matrices are not decayed either, by the beginning of their parameters' names
-    undecayed: tuple[str, ...] = ()
+    no_weight_decay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "sample_every", "log_every"):
+        for name in ("steps", "batch_size", "save_every", "sample_every", "log_every"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "eps", "clip"):
+        for name in ("lr", "eps", "max_grad_norm"):
             check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        for name in ("weight_decay", "warmup"):
+        for name in ("weight_decay", "warmup_steps"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name, value in (("final", self.final), ("average", self.average)):
+        for name, value in (("min_lr_ratio", self.min_lr_ratio), ("ema_decay", self.ema_decay)):
             check(0 <= value <= 1, name, value, "a number from 0 to 1")
         check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to 1, 1 excluded")
         check(bool(self.loss_weights), "loss_weights", {}, "a weight for every loss of the objective")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: a linear rise over `warmup` steps, then the schedule."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def check(fine: bool, name: str, got: object, expected: str) -> None:
@@ -77,7 +77,7 @@ def check(fine: bool, name: str, got: object, expected: str) -> None:
         raise ValueError(f"got {name}: {got}, expected {expected}: correct the recipe")
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path) -> TrainConfig:
     """A recipe from its YAML file."""
     path = Path(path)
     if not path.is_file():
@@ -87,7 +87,7 @@ def read_recipe(path: str | Path) -> Recipe:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    return strict(Recipe, fields, where=str(path))
+    return strict(TrainConfig, fields, where=str(path))
 
 
 def strict(cls: type[T], fields: object, *, where: str) -> T:

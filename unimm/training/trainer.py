@@ -20,28 +20,28 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unimm.training.checkpoints import (
-    AVERAGE,
-    WEIGHTS,
-    Log,
-    checkpoints,
-    load_state,
-    names_in,
-    read_into,
+    EMA_FILE,
+    WEIGHTS_FILE,
+    JsonlLog,
+    list_checkpoints,
+    load_into,
+    load_train_state,
+    named_tensors,
     save_checkpoint,
     save_release,
-    tensors,
+    tensor_names,
 )
-from unimm.training.config import Recipe
-from unimm.training.ema import Average
-from unimm.training.freezing import check_beginnings
-from unimm.training.tasks.base import Objective
+from unimm.training.config import TrainConfig
+from unimm.training.ema import EMA
+from unimm.training.freezing import check_prefixes
+from unimm.training.tasks.base import TrainingTask
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    objective: Objective,
-    recipe: Recipe,
+    task: TrainingTask,
+    recipe: TrainConfig,
     out: str | Path,
     *,
     device: str | torch.device = "cpu",
@@ -58,23 +58,23 @@ def train(
     processes ahead of the loop, or in the loop where that is 0.
     """
     out = Path(out)
-    trainer = Trainer(objective, recipe, torch.device(device))
-    prepare(trainer, out, resume=resume, init=init)
+    trainer = Trainer(task, recipe, torch.device(device))
+    load_start(trainer, out, resume=resume, init=init)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl", after=trainer.step)
+    log = JsonlLog(out / "log.jsonl", after=trainer.step)
     deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-    ahead = closing(batches(objective.batch, trainer.step, recipe.steps, workers=workers))
-    bars = tqdm(total=recipe.steps, initial=trainer.step, desc=objective.name, disable=None)
-    with Stop() as stop, ahead as made, bars as bar:
+    ahead = closing(iterate_batches(task.batch, trainer.step, recipe.steps, workers=workers))
+    bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
+    with StopSignal() as stop, ahead as made, bars as bar:
         for batch in made:
             trainer.update(batch)
             bar.update()
-            stopping = stop.asked or time.monotonic() > deadline or trainer.step == recipe.steps
+            stopping = stop.requested or time.monotonic() > deadline or trainer.step == recipe.steps
             if trainer.step % recipe.log_every == 0:
                 line = trainer.report()
                 log.write(line)
-                bar.set_postfix_str(summary(line))
-                logger.info("step %d of %d  %s", trainer.step, recipe.steps, summary(line))
+                bar.set_postfix_str(format_report(line))
+                logger.info("step %d of %d  %s", trainer.step, recipe.steps, format_report(line))
             if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
                 trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
             if trainer.step % recipe.save_every == 0 or stopping:
@@ -84,9 +84,9 @@ def train(
     return trainer.step
 
 
-def prepare(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | None) -> None:
+def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | None) -> None:
     """Bring in earlier weights, if asked for; refuse to overwrite a run by accident."""
-    found = checkpoints(out)
+    found = list_checkpoints(out)
     if resume and init is not None:
         raise ValueError("got both resume and init, expected one: resume continues a run, init starts another from it")
     if resume and not found:
@@ -94,27 +94,27 @@ def prepare(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | Non
     if found and not resume:
         raise ValueError(f"{out} holds a run of {int(found[-1].name)} steps: resume it, or choose another folder")
     if resume:
-        trainer.restore(found[-1])
+        trainer.resume(found[-1])
     if init is not None:
-        trainer.start_from(Path(init))
+        trainer.init_from(Path(init))
 
 
 class Trainer:
     """A model, its optimisers and its averaged weights, and the step they have reached."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
-        if set(objective.loss_names) != set(recipe.loss_weights):
+    def __init__(self, task: TrainingTask, recipe: TrainConfig, device: torch.device) -> None:
+        if set(task.loss_names) != set(recipe.loss_weights):
             raise ValueError(
                 f"got loss_weights for {sorted(recipe.loss_weights)}, expected one for each of "
-                f"{sorted(objective.loss_names)}, the losses of {objective.name!r}: correct the recipe"
+                f"{sorted(task.loss_names)}, the losses of {task.name!r}: correct the recipe"
             )
-        self.objective, self.recipe, self.device = objective, recipe, device
-        self.model = objective.model.to(device)
+        self.task, self.recipe, self.device = task, recipe, device
+        self.model = task.model.to(device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
-            raise ValueError(f"every parameter of {objective.name!r} is frozen: train at least one part")
-        self.optimizers = optimizers(self.model, recipe)
-        self.average = Average(self.model, recipe.average)
+            raise ValueError(f"every parameter of {task.name!r} is frozen: train at least one part")
+        self.optimizers = build_optimizers(self.model, recipe)
+        self.ema = EMA(self.model, recipe.ema_decay)
         self.step = 0
         # sums since the last line of the log: loss name -> [sum, count]
         self.sums: dict[str, list[float]] = {}
@@ -130,15 +130,15 @@ class Trainer:
                 group["lr"] = lr
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            losses = self.objective.losses(batch)
-        loss = self.weighted(losses)
+            losses = self.task.losses(batch)
+        loss = self.weighted_sum(losses)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step} ({ {k: x.item() for k, x in losses.items()} }): "
                 f"lower lr or clip and resume the last checkpoint"
             )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, recipe.max_grad_norm)
         if not math.isfinite(norm.item()):  # a step would spoil every weight, and the next checkpoint
             raise FloatingPointError(
                 f"the gradient's norm is {norm.item()} at step {self.step}: lower lr or clip and resume the last checkpoint"
@@ -146,19 +146,19 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.average.update()
+        self.ema.update()
         self.step += 1
         for name, value in {**losses, "loss": loss, "grad_norm": norm}.items():
             total = self.sums.setdefault(name, [0.0, 0])
             total[0] += value.item()
             total[1] += 1
 
-    def weighted(self, losses: dict[str, Tensor]) -> Tensor:
+    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum that is minimised, in float32."""
         unknown = sorted(losses.keys() - self.recipe.loss_weights.keys())
         if unknown or not losses:
             raise ValueError(
-                f"{self.objective.name!r} returned the losses {sorted(losses)}, expected some of "
+                f"{self.task.name!r} returned the losses {sorted(losses)}, expected some of "
                 f"{sorted(self.recipe.loss_weights)}: correct its loss_names"
             )
         return torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in losses.items()]).sum()
@@ -167,7 +167,7 @@ class Trainer:
         """Means since the last report, as a line of the log."""
         means = {name: total / count for name, (total, count) in self.sums.items()}
         now, (then, first) = time.monotonic(), self.since
-        rate = (self.step - first) * self.recipe.batch / max(now - then, 1e-9)
+        rate = (self.step - first) * self.recipe.batch_size / max(now - then, 1e-9)
         self.sums, self.since = {}, (now, self.step)
         ends = {name: means.pop(name) for name in ("loss", "grad_norm")}
         lr = self.recipe.lr_at(self.step - 1)
@@ -177,8 +177,8 @@ class Trainer:
     def sample(self, path: Path) -> None:
         """Save the objective's picture, drawn by the averaged weights."""
         self.model.eval()
-        with self.average.swapped_in():
-            image = self.objective.picture()
+        with self.ema.swap_in():
+            image = self.task.sample_image()
         fresh = path.with_suffix(".new.png")
         image.save(fresh)
         fresh.replace(path)
@@ -188,57 +188,57 @@ class Trainer:
         """Write a checkpoint, then the release."""
         state = {
             "step": self.step,
-            "updates": self.average.updates,
+            "updates": self.ema.n_updates,
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "sums": self.sums,
-            "rng": random_states(self.device),
+            "rng": rng_states(self.device),
             "recipe": dataclasses.asdict(self.recipe),
         }
-        save_checkpoint(out, self.step, self.model, average=self.average.weights, state=state)
+        save_checkpoint(out, self.step, self.model, ema=self.ema.weights, state=state)
         self.model.eval()
-        with self.average.swapped_in():
-            save_release(out / "release", self.objective.save)
+        with self.ema.swap_in():
+            save_release(out / "release", self.task.save)
 
-    def restore(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Continue a checkpoint exactly."""
-        state = load_state(folder)
+        state = load_train_state(folder)
         theirs, ours = state["recipe"], dataclasses.asdict(self.recipe)
         changed = [name for name in ours if ours[name] != theirs.get(name)]
         if changed:
             logger.warning("the recipe differs from that of %s in %s: the run goes on by the new one", folder, changed)
-        read_into(folder / WEIGHTS, tensors(self.model))
-        read_into(folder / AVERAGE, self.average.weights)
+        load_into(folder / WEIGHTS_FILE, named_tensors(self.model))
+        load_into(folder / EMA_FILE, self.ema.weights)
         for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.step, self.average.updates, self.sums = state["step"], state["updates"], state["sums"]
+        self.step, self.ema.n_updates, self.sums = state["step"], state["updates"], state["sums"]
         self.since = (time.monotonic(), self.step)
-        restore_random_states(state["rng"], self.device)
+        restore_rng_states(state["rng"], self.device)
 
-    def start_from(self, folder: Path) -> None:
+    def init_from(self, folder: Path) -> None:
         """Take over the averaged weights of another run: of its newest checkpoint, or of the checkpoint that is given."""
-        folder = next(reversed(checkpoints(folder)), folder)
-        if not all((folder / name).is_file() for name in (WEIGHTS, AVERAGE)):
+        folder = next(reversed(list_checkpoints(folder)), folder)
+        if not all((folder / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
             raise ValueError(
-                f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS} and {AVERAGE}"
+                f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} and {EMA_FILE}"
             )
-        ours = tensors(self.model)
-        read_into(folder / WEIGHTS, ours)
+        ours = named_tensors(self.model)
+        load_into(folder / WEIGHTS_FILE, ours)
         # the average holds what that run trained, which need not be what this one trains
-        read_into(folder / AVERAGE, {name: ours[name] for name in names_in(folder / AVERAGE)})
-        self.average = Average(self.model, self.recipe.average)
+        load_into(folder / EMA_FILE, {name: ours[name] for name in tensor_names(folder / EMA_FILE)})
+        self.ema = EMA(self.model, self.recipe.ema_decay)
 
 
-def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982 section 2.2, so that AdamW's learning rate serves) for the
     matrices that the recipe names, AdamW for the rest; weight decay on matrices only, but for those it leaves out."""
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    check_beginnings(model, recipe.muon, where="muon")
-    check_beginnings(model, recipe.undecayed, where="undecayed")
+    check_prefixes(model, recipe.muon, where="muon")
+    check_prefixes(model, recipe.no_weight_decay, where="no_weight_decay")
     for name, p in model.named_parameters():
         if p.requires_grad:
             (hidden if p.ndim == 2 and name.startswith(recipe.muon) else others).append(p)
-    kept = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.startswith(recipe.undecayed)}
+    kept = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.startswith(recipe.no_weight_decay)}
 
     def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
         parts = (
@@ -256,13 +256,13 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failed:
+class BatchError:
     """What a batch's maker raised, for whoever asked for the batch."""
 
     error: Exception
 
 
-class Batches(Dataset[Any]):
+class BatchDataset(Dataset[Any]):
     """Batches by step, for a DataLoader."""
 
     def __init__(self, batch: Callable[[int], Any]) -> None:
@@ -273,75 +273,75 @@ class Batches(Dataset[Any]):
             return self.batch(step)
         except (ValueError, TypeError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
             # raised again in `batches`: the loader would wrap its words in a worker's trace
-            return Failed(error)
+            return BatchError(error)
 
 
-def batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
+def iterate_batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
     """batch(start) ... batch(stop - 1), in order, made ahead by worker processes; close it to be rid of these.
 
     Raises what `batch` raises.
     """
     loader = DataLoader(
-        Batches(batch),
+        BatchDataset(batch),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=deafen,
+        worker_init_fn=ignore_signals,
         # its own generator, so that starting workers does not move the global one and with it a resumed run
         generator=torch.Generator(),
     )
     for made in loader:
-        if isinstance(made, Failed):
+        if isinstance(made, BatchError):
             raise made.error
         yield made
 
 
-def deafen(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let only the main process answer ctrl-C and SIGTERM: it must still get its batches to reach a checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Stop:
+class StopSignal:
     """Turns SIGTERM and ctrl-C into a wish that the loop reads after its step; a second one acts as ever."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
+        self.requested = False
+        self.previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         # python allows handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self.ask)
+                self.previous_handlers[number] = signal.signal(number, self.request)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.previous_handlers = {}
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
         logger.warning("got %s: saving a checkpoint after this step", signal.Signals(number).name)
-        signal.signal(number, self.before[number])
+        signal.signal(number, self.previous_handlers[number])
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
+def rng_states(device: torch.device) -> dict[str, Tensor]:
     """States of the generators that dropout draws from."""
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
-def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+def restore_rng_states(states: dict[str, Tensor], device: torch.device) -> None:
     """Put back what `random_states` gave."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def summary(line: dict[str, Any]) -> str:
+def format_report(line: dict[str, Any]) -> str:
     """A line of the log, for people."""
     losses = "  ".join(f"{name} {value:.4f}" for name, value in line["losses"].items())
     return f"{losses}  norm {line['grad_norm']:.2f}  {line['samples_per_s']:.0f}/s"

@@ -7,9 +7,9 @@ import pytest
 from helpers.toys import byte_tokenizer, janus, picture, user
 
 from unimm import Janus, TextSampling
-from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, JanusSpecialTokens
 
-EOS = Markers.STRINGS["eos"]
+EOS = JanusSpecialTokens.TOKENS["eos"]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def test_empty_prompts(model, prompt):
 
 def test_pictures_and_placeholders(model):
     with pytest.raises(ValueError, match=r"got 2 <image_placeholder> for 1 pictures: expected one for each; give"):
-        model.understand(picture(), f"{PLACEHOLDER} and {PLACEHOLDER}?")
+        model.understand(picture(), f"{IMAGE_PLACEHOLDER} and {IMAGE_PLACEHOLDER}?")
     with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 0 pictures"):
-        model.understand(None, f"what is {PLACEHOLDER}?")
+        model.understand(None, f"what is {IMAGE_PLACEHOLDER}?")
     with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 2 pictures"):
-        model.generate(f"more of {PLACEHOLDER}", images=[picture(), picture()])
+        model.generate(f"more of {IMAGE_PLACEHOLDER}", images=[picture(), picture()])
     with pytest.raises(ValueError, match=r"in the system prompt: pictures belong to the turns"):
-        model.chat([user("what?", picture())], system=f"look at {PLACEHOLDER}")
+        model.chat([user("what?", picture())], system=f"look at {IMAGE_PLACEHOLDER}")
     with pytest.raises(ValueError, match=r"images for 2 prompts: expected a list of 2"):
         model.understand(picture(), ["a", "b"])
     with pytest.raises(ValueError, match="expected a PIL image or a path"):
@@ -119,20 +119,20 @@ def test_what_the_positions_cannot_hold(model):
     with pytest.raises(ValueError, match=r"reach position \d+, the model knows 512"):
         model.generate("word " * 300)
     with pytest.raises(ValueError, match="max_tokens"):
-        model.understand(None, "a", text=TextSampling(max_tokens=600))
+        model.understand(None, "a", text_sampling=TextSampling(max_tokens=600))
 
 
 def test_no_tokenizer(tmp_path):
     model = Janus.from_pretrained(janus(tmp_path / "toy", roles=None))
-    for verb in (lambda: model.generate("a"), lambda: model.understand(None, "a"), lambda: model.markers):
+    for verb in (lambda: model.generate("a"), lambda: model.understand(None, "a"), lambda: model.special_tokens):
         with pytest.raises(ValueError, match=r"no tokenizer: add its tokenizer\.json"):
             verb()
-    model.special = Markers(bos=1, eos=2, pad=3, boi=4, eoi=5)
+    model.fallback_special_tokens = JanusSpecialTokens(bos=1, eos=2, pad=3, boi=4, eoi=5)
     with pytest.raises(ValueError, match=r"no tokenizer: add its tokenizer\.json"):
         model.understand(None, "a")
 
 
-@pytest.mark.parametrize("lacks", [["<begin_of_image>"], [EOS, Markers.STRINGS["pad"]]])
+@pytest.mark.parametrize("lacks", [["<begin_of_image>"], [EOS, JanusSpecialTokens.TOKENS["pad"]]])
 def test_a_tokenizer_without_the_special_tokens(tmp_path, folder, lacks):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -144,7 +144,9 @@ def test_a_tokenizer_without_the_special_tokens(tmp_path, folder, lacks):
             verb()
         assert all(token in str(error.value) for token in lacks)
     byte_tokenizer(
-        tmp_path, lacks=[PLACEHOLDER]
+        tmp_path, lacks=[IMAGE_PLACEHOLDER]
     )  # no model ever sees its id, and the original adds it where it is missing
     model = Janus.from_pretrained(tmp_path)
-    assert isinstance(model.understand(picture(), f"{PLACEHOLDER} what?", text=TextSampling(max_tokens=2)), str)
+    assert isinstance(
+        model.understand(picture(), f"{IMAGE_PLACEHOLDER} what?", text_sampling=TextSampling(max_tokens=2)), str
+    )

@@ -16,7 +16,7 @@ from unimm import Bagel, Janus, JanusFlow, TextSampling
 from unimm.checkpoint.keymap import Place, released_names
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.models.janus.config import JanusConfig
-from unimm.models.registry import family_of
+from unimm.models.registry import family_class
 
 GOLDEN = STORE / "janus"
 
@@ -135,7 +135,7 @@ def release(known: dict, folder: Path, size: str, port: bool) -> Janus:
 def test_manifests_fit_the_released_models(released, tmp_path, name, port):
     size = RELEASES[name]
     model, shapes = release(released, tmp_path, size, port), manifest(f"janus_pro_{size}{'_hf' * port}")
-    (table,) = model.weights().values()
+    (table,) = model.key_maps().values()
     state = model.state_dict()
     wanted = {key: x for key, x in state.items() if not (port and key.startswith(UNREAD))}
     # what from_pretrained does: parameters that the table knows
@@ -153,20 +153,24 @@ def test_manifests_fit_the_released_models(released, tmp_path, name, port):
 
 def test_numbers_that_no_config_states(released, tmp_path):
     for size, port in (("1b", False), ("1b", True), ("7b", False), ("7b", True)):
-        cfg = release(released, tmp_path, size, port).cfg
+        cfg = release(released, tmp_path, size, port).config
         llm = cfg.decoder
-        assert (llm.norm_eps, llm.rope_theta, llm.max_positions, llm.vocab) == (1e-6, 1e4, 16384, 102400)
-        assert (cfg.size, cfg.grid, cfg.guidance) == ((384, 384), (24, 24), 5.0)
-        assert (cfg.pixels.size, cfg.pixels.min_size, cfg.pixels.fill) == (384, 14, (127, 127, 127))
-        assert (cfg.sampling.temperature, cfg.sampling.top_k, cfg.sampling.top_p) == (1.0, None, 1.0)
-    a, b = (release(released, tmp_path, "7b", port).cfg for port in (False, True))
+        assert (llm.norm_eps, llm.rope_theta, llm.max_positions, llm.vocab_size) == (1e-6, 1e4, 16384, 102400)
+        assert (cfg.image_size, cfg.token_grid, cfg.guidance) == ((384, 384), (24, 24), 5.0)
+        assert (cfg.image_processor.size, cfg.image_processor.min_size, cfg.image_processor.background_color) == (
+            384,
+            14,
+            (127, 127, 127),
+        )
+        assert (cfg.image_sampling.temperature, cfg.image_sampling.top_k, cfg.image_sampling.top_p) == (1.0, None, 1.0)
+    a, b = (release(released, tmp_path, "7b", port).config for port in (False, True))
     assert a == b
 
 
 @pytest.mark.parametrize("port", [False, True], ids=["original", "transformers"])
 def test_manifest_walk_can_fail(released, tmp_path, port):
     model, shapes = release(released, tmp_path, "1b", port), manifest(f"janus_pro_1b{'_hf' * port}")
-    (table,) = model.weights().values()
+    (table,) = model.key_maps().values()
     wanted = {key: x for key, x in model.state_dict().items() if released_names(key, table)}
     for key in ("model.aligner.fc1.bias", "lm_head.weight") if port else ("aligner.layers.0.bias", "gen_embed.weight"):
         with pytest.raises(CheckpointError, match=f"missing keys: {key}"):
@@ -202,7 +206,7 @@ def test_every_kind_of_file(toy, folder, layout, kind, suffix):
         index = {key: names[i % 2] for i, key in enumerate(keys)}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     again = Janus.from_pretrained(folder)
-    assert again.layout == layout and not again.training
+    assert again.checkpoint_layout == layout and not again.training
     unread = [name for name in differences(model, again) if not name.startswith(UNREAD)]
     assert unread == []
     if kind == "sharded":
@@ -249,12 +253,16 @@ def test_a_truncated_file(folder):
 def test_layouts_to_each_other_and_back(toy, tmp_path):
     model = Janus.from_pretrained(toy)
     model.save_pretrained(tmp_path / "theirs", layout="transformers")
-    assert model.layout == "original", "saving elsewhere changes nothing here"
+    assert model.checkpoint_layout == "original", "saving elsewhere changes nothing here"
     theirs = Janus.from_pretrained(tmp_path / "theirs")
     theirs.save_pretrained(tmp_path / "again")  # as it came
     theirs.save_pretrained(tmp_path / "back", layout="original")
     again, back = (Janus.from_pretrained(tmp_path / name) for name in ("again", "back"))
-    assert (theirs.layout, again.layout, back.layout) == ("transformers", "transformers", "original")
+    assert (theirs.checkpoint_layout, again.checkpoint_layout, back.checkpoint_layout) == (
+        "transformers",
+        "transformers",
+        "original",
+    )
     assert differences(theirs, again) == differences(theirs, back) == []
     assert {name for name in differences(model, back) if not name.startswith(UNREAD)} == set()
     assert not any(x.any() for name, x in back.state_dict().items() if name.startswith(UNREAD)), (
@@ -262,12 +270,15 @@ def test_layouts_to_each_other_and_back(toy, tmp_path):
     )
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == load_file(toy / "model.safetensors").keys()
     for other in (theirs, again, back):
-        assert other.cfg == model.cfg or other.cfg.tower.name == "siglip"
-        assert (other.cfg.decoder, other.cfg.vq, other.cfg.pixels, other.cfg.talk) == (
-            model.cfg.decoder, model.cfg.vq, model.cfg.pixels, model.cfg.talk,
+        assert other.config == model.config or other.config.vision.model_name == "siglip"
+        assert (other.config.decoder, other.config.vq, other.config.image_processor, other.config.chat) == (
+            model.config.decoder, model.config.vq, model.config.image_processor, model.config.chat,
         )  # fmt: skip
         assert made(other) == made(model)
-    assert {unimm.load(tmp_path / name).layout for name in ("theirs", "back")} == {"transformers", "original"}
+    assert {unimm.load(tmp_path / name).checkpoint_layout for name in ("theirs", "back")} == {
+        "transformers",
+        "original",
+    }
 
 
 def test_what_is_written_is_what_was_read(tmp_path):
@@ -286,7 +297,7 @@ def test_what_is_written_is_what_was_read(tmp_path):
             "torch_dtype",
             "num_res_blocks",
         }
-    assert Janus.from_pretrained(tmp_path / "same").cfg == model.cfg
+    assert Janus.from_pretrained(tmp_path / "same").config == model.config
     model.save_pretrained(tmp_path / "port", layout="transformers")
     shapes = {key: list(x.shape) for key, x in load_file(tmp_path / "port" / "model.safetensors").items()}
     assert shapes == json.loads((GOLDEN / "dev_hf" / "keys.json").read_text())
@@ -297,25 +308,29 @@ def test_what_is_written_is_what_was_read(tmp_path):
     shutil.copy(GOLDEN / "dev_hf" / "config.json", tmp_path / "port")
     port = Janus.from_pretrained(tmp_path / "port")
     assert {name for name in differences(model, port) if not name.startswith(UNREAD)} == set()
-    assert (port.cfg.decoder, port.cfg.vq, port.cfg.tower.vit) == (model.cfg.decoder, model.cfg.vq, model.cfg.tower.vit)
+    assert (port.config.decoder, port.config.vq, port.config.vision.vit) == (
+        model.config.decoder,
+        model.config.vq,
+        model.config.vision.vit,
+    )
 
 
 def test_a_saved_config_keeps_what_is_its_own(tmp_path):
     generation = dict(size=[16, 8], guidance=3.5, sampling=dict(temperature=0.9, top_k=40, top_p=0.8))
     generation["talk"] = dict(system="be short", template="deepseek_old", max_tokens=7)
     model = Janus.from_pretrained(janus(tmp_path / "toy", generation=generation, vision_config=dict(select_layer=-2)))
-    assert (model.cfg.size, model.cfg.guidance, model.cfg.sampling.top_k, model.talk.max_tokens) == (
-        (16, 8),
-        3.5,
-        40,
-        7,
-    )
+    assert (
+        model.config.image_size,
+        model.config.guidance,
+        model.config.image_sampling.top_k,
+        model.chat_config.max_tokens,
+    ) == ((16, 8), 3.5, 40, 7)
     assert len(model.vision.trunk.blocks) == 1
     for layout in ("original", "transformers"):
         model.save_pretrained(tmp_path / layout, layout=layout, dtype="bfloat16")
         again = Janus.from_pretrained(tmp_path / layout)
-        assert (again.cfg.size, again.cfg.guidance, again.cfg.sampling, again.cfg.talk) == (
-            model.cfg.size, model.cfg.guidance, model.cfg.sampling, model.cfg.talk,
+        assert (again.config.image_size, again.config.guidance, again.config.image_sampling, again.config.chat) == (
+            model.config.image_size, model.config.guidance, model.config.image_sampling, model.config.chat,
         )  # fmt: skip
         assert {x.dtype for x in load_file(tmp_path / layout / "model.safetensors").values()} == {torch.bfloat16}
         assert again.generate("a").image.size == (8, 16)
@@ -361,7 +376,7 @@ def test_what_transformers_layout_cannot_say(tmp_path):
 
 
 def test_a_folder_of_another_family(folder, tmp_path):
-    assert type(unimm.load(folder)) is Janus and family_of(GOLDEN / "flow_dev") is JanusFlow
+    assert type(unimm.load(folder)) is Janus and family_class(GOLDEN / "flow_dev") is JanusFlow
     with pytest.raises(ValueError, match=r"flow_dev holds a JanusFlow: load it with unimm\.JanusFlow"):
         Janus.from_pretrained(GOLDEN / "flow_dev")
     with pytest.raises(ValueError, match=r"dev holds a Bagel: load it with unimm\.Bagel"):
@@ -435,11 +450,11 @@ def test_files_that_do_not_fit_each_other(folder):
 def test_the_rule_for_pictures_is_read(folder):
     change(folder / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.3, 0.2], min_size=3)
     model = Janus.from_pretrained(folder)
-    pixels = model.prompts.conversation([{"role": "user", "content": "a", "images": picture(24, 24)}])[1].tokens
-    plain = Janus.from_pretrained(folder).pixels
-    assert plain.mean == (0.4, 0.5, 0.6) and plain.fill == (102, 127, 153) and plain.min_size == 3
-    usual = JanusConfig.from_files(janus_files(), {}).pixels
-    a, b = plain.pixels(picture(24, 24)), usual.pixels(picture(24, 24))
+    pixels = model.processor.conversation_parts([{"role": "user", "content": "a", "images": picture(24, 24)}])[1].tokens
+    plain = Janus.from_pretrained(folder).image_processor
+    assert plain.mean == (0.4, 0.5, 0.6) and plain.background_color == (102, 127, 153) and plain.min_size == 3
+    usual = JanusConfig.from_json(janus_files(), {}).image_processor
+    a, b = plain.preprocess(picture(24, 24)), usual.preprocess(picture(24, 24))
     torch.testing.assert_close(a[2] * 0.2 + 0.6, b[2] * 0.5 + 0.5)
     assert pixels.shape == (9, 8 * 8 * 3)
 
@@ -470,17 +485,19 @@ def test_unseen_models_load_run_and_return(tmp_path, name):
     model = Janus.from_pretrained(janus(tmp_path / "toy", 5, **changes))
     numbers = {key: JANUS[key] | changes.get(key, {}) for key in JANUS}
     llm = numbers["language_config"]
-    assert model.cfg.decoder.n_kv_heads == llm["num_key_value_heads"]
-    assert model.cfg.decoder.rope_theta == llm.get("rope_theta", 10000.0)
-    assert model.cfg.decoder.norm_eps == llm.get("rms_norm_eps", 1e-6)
+    assert model.config.decoder.n_kv_heads == llm["num_key_value_heads"]
+    assert model.config.decoder.rope_theta == llm.get("rope_theta", 10000.0)
+    assert model.config.decoder.norm_eps == llm.get("rms_norm_eps", 1e-6)
     stride = 2 ** (len(numbers["gen_vision_config"]["ch_mult"]) - 1)
-    assert model.cfg.grid == (numbers["vision_config"]["image_size"] // stride,) * 2
+    assert model.config.token_grid == (numbers["vision_config"]["image_size"] // stride,) * 2
     texts, images = made(model)
     assert len(texts) == len(images) == 2
-    assert isinstance("".join(model.understand(picture(), "what?", stream=True, text=TextSampling(max_tokens=3))), str)
+    assert isinstance(
+        "".join(model.understand(picture(), "what?", stream=True, text_sampling=TextSampling(max_tokens=3))), str
+    )
     model.save_pretrained(tmp_path / "again")
     again = Janus.from_pretrained(tmp_path / "again")
-    assert again.cfg == model.cfg and differences(model, again) == []
+    assert again.config == model.config and differences(model, again) == []
     assert made(again) == (texts, images)
     if "own width" not in name:
         model.save_pretrained(tmp_path / "port", layout="transformers")

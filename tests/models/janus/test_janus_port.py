@@ -9,13 +9,13 @@ from transformers import JanusForConditionalGeneration
 
 import unimm
 from unimm import Janus, TextSampling
-from unimm.checkpoint.save import released_state
+from unimm.checkpoint.save import released_state_dict
 from unimm.kernels import attention
-from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, JanusSpecialTokens
 from unimm.models.janus.config import JanusConfig
-from unimm.models.janus.transformers_layout import original_config
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import text_item
+from unimm.models.janus.transformers_layout import original_from_transformers
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import text_part
 
 # the port draws as many codes as its tower sees patches, and has one width for what stands around the codes
 PORTABLE = dict(vision_config=dict(patch_size=4), gen_head_config=dict(image_token_embed=32))
@@ -44,7 +44,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
     """Prompts as transformers wants them: ids padded on the left, placeholders where a picture's rows are, and a mask."""
-    rows, place = [], model.tokenizer.id(PLACEHOLDER)
+    rows, place = [], model.tokenizer.token_id(IMAGE_PLACEHOLDER)
     for items in prompts:
         found: list[int] = []
         for item in items:
@@ -52,7 +52,7 @@ def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
             found += ids if item.tokens is None else [ids[0], *[place] * item.n_tokens, ids[1]]
         rows.append(found)
     longest = max(map(len, rows))
-    ids = [[model.markers.pad] * (longest - len(row)) + row for row in rows]
+    ids = [[model.special_tokens.pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
@@ -61,8 +61,8 @@ def asked(model: Janus) -> tuple[list, torch.Tensor]:
     """Three prompts with a picture, two, and none; the pictures in order."""
     shown = [[picture()], [picture(30, 10, 1), picture(8, 40, 2)], []]
     turns = [[{"role": "user", "content": f"what is {i}?", "images": images}] for i, images in enumerate(shown)]
-    pixels = torch.stack([model.pixels.pixels(image) for images in shown for image in images])
-    return [model.prompts.conversation(turn) for turn in turns], pixels
+    pixels = torch.stack([model.image_processor.preprocess(image) for images in shown for image in images])
+    return [model.processor.conversation_parts(turn) for turn in turns], pixels
 
 
 @torch.inference_mode()
@@ -75,7 +75,7 @@ def test_the_port_sees_and_reads_the_same(both):
     )
     given = padded(model, prompts)
     theirs = port(**given, pixel_values=pixels).logits[given["attention_mask"].bool()]
-    batch = pack(prompts)
+    batch = pack_sequences(prompts)
     (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     assert_equal(model.decoder.logits(hidden), theirs)
 
@@ -87,11 +87,14 @@ def test_the_port_says_the_same(both):
     given = padded(model, prompts)
     written = port.generate(
         **given, pixel_values=pixels, generation_mode="text", max_new_tokens=6, do_sample=False, eos_token_id=None,
-        pad_token_id=model.markers.pad,
+        pad_token_id=model.special_tokens.pad,
     )  # fmt: skip
-    model.special, before = Markers(bos=0, eos=-1, pad=0, boi=0, eoi=0), model.special
-    steps = list(model.written(prompts, TextSampling(max_tokens=6), [0, 0, 0]).steps)
-    model.special = before
+    model.fallback_special_tokens, before = (
+        JanusSpecialTokens(bos=0, eos=-1, pad=0, boi=0, eoi=0),
+        model.fallback_special_tokens,
+    )
+    steps = list(model.decode_answer(prompts, TextSampling(max_tokens=6), [0, 0, 0]).steps)
+    model.fallback_special_tokens = before
     assert written[:, given["input_ids"].shape[1] :].tolist() == torch.tensor(steps).T.tolist()
 
 
@@ -99,19 +102,21 @@ def test_the_port_says_the_same(both):
 def test_the_port_draws_the_same(both):
     model, port = both
     hidden, codes = torch.randn(5, 32), torch.randint(0, 64, (2, 36))
-    assert_equal(model.code_head(hidden), port.model.generation_head(hidden))
-    assert_equal(model.code_rows(codes.flatten()), port.prepare_embeddings_for_image_generation(codes).flatten(0, 1))
+    assert_equal(model.gen_head(hidden), port.model.generation_head(hidden))
+    assert_equal(
+        model.embed_image_tokens(codes.flatten()), port.prepare_embeddings_for_image_generation(codes).flatten(0, 1)
+    )
     painted = port.model.vqmodel.decode(codes)
-    assert_equal(model.paint(codes), painted.permute(0, 3, 1, 2) if painted.shape[-1] == 3 else painted)
-    prompt = [*model.prompts.drawing("a cat"), text_item([model.markers.boi])]
-    batch = pack([[*prompt[:-1], model.drawn(codes[0], model.markers.boi)]])
+    assert_equal(model.decode_image_tokens(codes), painted.permute(0, 3, 1, 2) if painted.shape[-1] == 3 else painted)
+    prompt = [*model.processor.generation_parts("a cat"), text_part([model.special_tokens.boi])]
+    batch = pack_sequences([[*prompt[:-1], model.image_token_part(codes[0], model.special_tokens.boi)]])
     (rows,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     ids = torch.cat([item.ids for item in prompt])
     embedded = torch.cat(
         (port.get_input_embeddings()(ids), port.prepare_embeddings_for_image_generation(codes[:1, :-1])[0])
     )
     theirs = port.model.language_model(inputs_embeds=embedded[None]).last_hidden_state[0, len(ids) - 1 :]
-    assert_equal(model.code_logits(rows[batch.draw.rows - 1]), port.model.generation_head(theirs))
+    assert_equal(model.image_logits(rows[batch.gen_images.rows - 1]), port.model.generation_head(theirs))
 
 
 @torch.inference_mode()
@@ -122,7 +127,7 @@ def test_the_port_encodes_wrongly(both):
     """
     model, port = both
     images = torch.rand(8, 3, 24, 24) * 2 - 1
-    theirs, ours = port.model.vqmodel.encode(images).image_tokens.view(8, -1), model.vq.ids(images)
+    theirs, ours = port.model.vqmodel.encode(images).image_tokens.view(8, -1), model.vq.encode_ids(images)
     z = model.vq.encode(images).flatten(2).transpose(1, 2)
     plain = torch.cdist(z, model.vq.quantize.embedding.weight[None]).argmin(-1)
     assert (theirs == plain).float().mean() > 0.99
@@ -136,23 +141,27 @@ def test_a_folder_that_transformers_wrote(both, tmp_path):
     port.save_pretrained(tmp_path)
     model.tokenizer.save(tmp_path)
     again = unimm.load(tmp_path)
-    assert again.layout == "transformers" and again.cfg.decoder == model.cfg.decoder and again.cfg.vq == model.cfg.vq
+    assert (
+        again.checkpoint_layout == "transformers"
+        and again.config.decoder == model.config.decoder
+        and again.config.vq == model.config.vq
+    )
     assert {name for name in differences(model, again) if not name.startswith(UNREAD)} == set()
     assert made(again) == made(model)
-    (table,) = again.weights().values()
-    assert released_state(again, table).keys() == port.state_dict().keys()
+    (table,) = again.key_maps().values()
+    assert released_state_dict(again, table).keys() == port.state_dict().keys()
 
 
 def test_ours_are_the_ports_own_defaults():
     """Numbers that a config leaves out are those of transformers' classes."""
-    ours = JanusConfig.from_files(original_config({"text_config": {}, "vision_config": {}}), {})
+    ours = JanusConfig.from_json(original_from_transformers({"text_config": {}, "vision_config": {}}), {})
     port = PortConfig()
-    assert (ours.decoder.dim, ours.decoder.vocab) == (port.text_config.hidden_size, port.text_config.vocab_size)
+    assert (ours.decoder.dim, ours.decoder.vocab_size) == (port.text_config.hidden_size, port.text_config.vocab_size)
     assert ours.decoder.n_layers == port.text_config.num_hidden_layers
-    assert ours.vq.code_dim == port.vq_config.embed_dim and ours.vq.multipliers == tuple(
+    assert ours.vq.code_dim == port.vq_config.embed_dim and ours.vq.channel_multipliers == tuple(
         port.vq_config.channel_multiplier
     )
     assert (
-        ours.tower.size == port.vision_config.image_size
-        and ours.tower.vit.n_layers == port.vision_config.num_hidden_layers
+        ours.vision.image_size == port.vision_config.image_size
+        and ours.vision.vit.n_layers == port.vision_config.num_hidden_layers
     )

@@ -15,20 +15,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import unimm
 from unimm import Janus, JanusFlow, JanusFlowConfig, TextSampling
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state
+from unimm.checkpoint.save import released_state_dict
 from unimm.kernels import attention
-from unimm.models.common.deepseek_processor import PLACEHOLDER, Markers
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, JanusSpecialTokens
 from unimm.models.janusflow import model as janusflow
-from unimm.models.janusflow.config import SDXL_VAE, STREAM
-from unimm.models.janusflow.network import before, unconditional
+from unimm.models.janusflow.config import EXPERT, SDXL_VAE
+from unimm.models.janusflow.network import bos_unconditional, rows_before_images
 from unimm.models.janusflow.weights import KEYS
-from unimm.models.registry import family_of
+from unimm.models.registry import family_class
 from unimm.nn.patches import patchify
-from unimm.nn.timestep import time_features
-from unimm.processing.images.io import to_image
-from unimm.sequence.packing import pack
-from unimm.sequence.parts import text_item
-from unimm.tokenizers.kl import VAE, VAEConfig
+from unimm.nn.timestep import timestep_embedding
+from unimm.processing.images.io import tensor_to_pil
+from unimm.sequence.packing import pack_sequences
+from unimm.sequence.parts import text_part
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 
 GOLDEN = STORE / "janus"
 LLM = dict(
@@ -38,7 +38,7 @@ LLM = dict(
 TOWER = dict(model_name="tiny", image_size=24, width=32, layers=2, heads=4, patch_size=8, mlp_ratio=3.0)
 UVIT = dict(block_out_channels=[16], hidden_size=48, layers_in_middle=1, norm_eps=1e-5)
 ENCODER = UVIT | dict(input_channels=3, kernel_size=4, stride=4, padding=0)
-PAINTER = UVIT | dict(in_channels=24, out_channels=3, upsamples=2)
+PAINTER = UVIT | dict(in_channels=24, out_channels=3, n_upsamples=2)
 OWN_VAE = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, z_channels=3, scale_factor=0.5, shift_factor=0.25)
 SIZE = (24, 24)  # 3 * 3 tokens of 4 * 4 latents of 2 * 2 pixels
 
@@ -47,8 +47,8 @@ class Words:
     """Every word has an id by its letters; special tokens have the last ones."""
 
     def __init__(self, vocab: int):
-        tokens = [*Markers.STRINGS.values(), PLACEHOLDER]
-        self.markers = {token: vocab - len(tokens) + i for i, token in enumerate(tokens)}
+        tokens = [*JanusSpecialTokens.TOKENS.values(), IMAGE_PLACEHOLDER]
+        self.special_ids = {token: vocab - len(tokens) + i for i, token in enumerate(tokens)}
         self.words = vocab - len(tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -57,8 +57,8 @@ class Words:
     def decode(self, ids: list[int]) -> str:
         return "".join(f" {i}" for i in ids)
 
-    def id(self, token: str) -> int | None:
-        return self.markers.get(token)
+    def token_id(self, token: str) -> int | None:
+        return self.special_ids.get(token)
 
     def save(self, folder) -> None:
         pass
@@ -69,14 +69,16 @@ def toy(seed: int = 0, *, vae: bool = True, **llm) -> JanusFlow:
     torch.manual_seed(seed)
     parts = {"vision_und_enc": TOWER, "vision_gen_enc": ENCODER, "vision_gen_dec": PAINTER}
     files = {f"{name}_config": {"params": params} for name, params in parts.items()} | {"language_config": LLM | llm}
-    model = JanusFlow(JanusFlowConfig.from_files(files | {"generation": {"steps": 3}}, {}, OWN_VAE if vae else {}))
+    model = JanusFlow(JanusFlowConfig.from_json(files | {"generation": {"steps": 3}}, {}, OWN_VAE if vae else {}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("decoder") and parameter.ndim == 2:
                 parameter.normal_(std=2 * parameter.shape[1] ** -0.5)  # larger than usual, so that differences show
-            if "channelwise_norm" in name or name == "look_start" or "pos_embed" in name:  # zeros, or not yet anything
+            if (
+                "channelwise_norm" in name or name == "und_start_embed" or "pos_embed" in name
+            ):  # zeros, or not yet anything
                 parameter.normal_()
-    model.tokenizer = Words(model.cfg.decoder.vocab)
+    model.tokenizer = Words(model.config.decoder.vocab_size)
     return model.eval()
 
 
@@ -86,7 +88,7 @@ def model():
 
 
 def picture(seed: int = 0) -> Image.Image:
-    return to_image(torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(seed)) * 2 - 1)
+    return tensor_to_pil(torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(seed)) * 2 - 1)
 
 
 def plain(batch):
@@ -124,8 +126,8 @@ def test_manifest_fits_the_released_model():
         "vision_gen_dec": {"in_channels": 768, "out_channels": 4, "upsamples": 1, "layers_in_middle": 2},
     }
     files = {f"{name}_config": {"params": params} for name, params in parts.items()}
-    config = JanusFlowConfig.from_files(files | {"language_config": llm | {"vocab_size": 102400}}, {}, {})
-    assert (config.latent, config.size, config.steps, config.guidance) == ((48, 48), (384, 384), 30, 2.0)
+    config = JanusFlowConfig.from_json(files | {"language_config": llm | {"vocab_size": 102400}}, {}, {})
+    assert (config.latent_size, config.image_size, config.steps, config.guidance) == ((48, 48), (384, 384), 30, 2.0)
     with torch.device("meta"):
         state = JanusFlow(config).state_dict()
     assert {place.name for place in check_keys(manifest, KEYS, state, "here").values()} == set(state)
@@ -144,29 +146,29 @@ def original(model: JanusFlow, ids: list[int], noise: torch.Tensor, *, steps: in
     config = LlamaConfig(**LLM)
     llama = LlamaForCausalLM(config).eval()
     prefix = "language_model."
-    state = released_state(model, KEYS)
+    state = released_state_dict(model, KEYS)
     llama.load_state_dict({key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)})
     tokens = torch.tensor([ids, ids])
-    tokens[1, 1:] = model.markers.pad
+    tokens[1, 1:] = model.special_tokens.pad
     mask = torch.ones(2, len(ids) - 1 + 10)
     mask[1, 1 : len(ids) - 1] = 0
     z = noise[None]
     for step in range(steps):
-        grid, time = model.encoder(torch.cat((z, z)), torch.full((2,), step / steps * 1000))
-        rows = model.from_grid(grid.flatten(2).transpose(1, 2))
+        grid, time = model.gen_encoder(torch.cat((z, z)), torch.full((2,), step / steps * 1000))
+        rows = model.gen_encoder_aligner(grid.flatten(2).transpose(1, 2))
         x = torch.cat((llama.model.embed_tokens(tokens[:, :-1]), time[:, None], rows), 1)
         positions = torch.arange(x.shape[1])[None].expand(2, -1)
         hidden = llama.model(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state[:, -9:]
-        made = model.to_grid(model.to_grid_norm(hidden)).transpose(1, 2).unflatten(2, (3, 3))
-        v = model.painter(made, grid, time)
+        made = model.gen_decoder_aligner(model.gen_decoder_norm(hidden)).transpose(1, 2).unflatten(2, (3, 3))
+        v = model.gen_decoder(made, grid, time)
         z = z + (guidance * v[:1] - (guidance - 1) * v[1:]) / steps
     return z[0]
 
 
 @torch.inference_mode()
 def test_drawing_is_the_original_loop(model):
-    ids, noise = [model.markers.bos, 5, 6, 7, model.markers.boi], torch.randn(3, 12, 12)
-    prompt = [text_item(ids[:-1])]
+    ids, noise = [model.special_tokens.bos, 5, 6, 7, model.special_tokens.boi], torch.randn(3, 12, 12)
+    prompt = [text_part(ids[:-1])]
     for guidance in (1.0, 2.0, 0.0):
         ours = model.denoise([prompt], noise[None], guidance=[guidance], steps=3)[0]
         assert_equal(ours, original(model, ids, noise, steps=3, guidance=guidance))
@@ -174,31 +176,35 @@ def test_drawing_is_the_original_loop(model):
 
 @torch.inference_mode()
 def test_a_cached_prompt_is_a_recomputed_one(model):
-    prompt, x = [text_item([model.markers.bos, 5, 6, 7])], torch.randn(1, 3, 12, 12)
+    prompt, x = [text_part([model.special_tokens.bos, 5, 6, 7])], torch.randn(1, 3, 12, 12)
     ours = model.denoise([prompt], x, guidance=[2.0], steps=2)
     for time in (1.0, 0.5):
-        entered, found = model.enter(x, torch.tensor([time])), []
-        for before_it in (prompt, unconditional(prompt)):
-            batch = pack([[*before_it, model.drawn(x[0], 0, time=time)]])
-            hidden = model.hidden(batch, plain(batch), entered)[STREAM]
-            found.append(model.leave(hidden[batch.draw.rows][None], entered))
+        entered, found = model.encode_latents(x, torch.tensor([time])), []
+        for before_it in (prompt, bos_unconditional(prompt)):
+            batch = pack_sequences([[*before_it, model.latent_part(x[0], 0, timestep=time)]])
+            hidden = model.backbone(batch, plain(batch), entered)[EXPERT]
+            found.append(model.decode_velocity(hidden[batch.gen_images.rows][None], entered))
         x = x - 0.5 * (found[1] + 2.0 * (found[0] - found[1]))
     assert_equal(ours, x)
 
 
 def test_time_is_turned_round_at_the_door(model):
     x = torch.randn(2, 3, 12, 12)
-    entered = model.enter(x, torch.tensor([1.0, 0.25]))
-    assert_equal(entered.time, model.encoder.time_embed(time_features(torch.tensor([0.0, 750.0]), 16)))
+    entered = model.encode_latents(x, torch.tensor([1.0, 0.25]))
+    assert_equal(entered.time_embed, model.gen_encoder.time_embed(timestep_embedding(torch.tensor([0.0, 750.0]), 16)))
     hidden = torch.randn(2, 9, 48)
-    made = model.to_grid(model.to_grid_norm(model.decoder.norms[STREAM](hidden))).transpose(1, 2).unflatten(2, (3, 3))
-    assert_equal(model.leave(hidden, entered), -model.painter(made, entered.skip, entered.time))
+    made = (
+        model.gen_decoder_aligner(model.gen_decoder_norm(model.decoder.norms[EXPERT](hidden)))
+        .transpose(1, 2)
+        .unflatten(2, (3, 3))
+    )
+    assert_equal(model.decode_velocity(hidden, entered), -model.gen_decoder(made, entered.skip, entered.time_embed))
 
 
 def test_times_rounded_as_in_bfloat16(model):
     times = []
-    hook = model.encoder.register_forward_pre_hook(lambda _, given: times.append(float(given[1][0])))
-    prompt, noise = [text_item([1, 2])], torch.randn(1, 3, 12, 12)
+    hook = model.gen_encoder.register_forward_pre_hook(lambda _, given: times.append(float(given[1][0])))
+    prompt, noise = [text_part([1, 2])], torch.randn(1, 3, 12, 12)
     rounded = model.denoise([prompt], noise, guidance=[1.0], steps=30, bf16_time=True)
     hook.remove()
     assert times[:3] == [0.0, 33.25, 66.5] and len(times) == 30  # 33.333 and 66.667 to 8 bits
@@ -211,13 +217,13 @@ def test_times_rounded_as_in_bfloat16(model):
 @torch.inference_mode()
 def test_looking_starts_with_its_own_row(model):
     pixels = torch.randn(2, 3, 24, 24)
-    pictures = [model.prompts.looked_at(one, (3, 4)) for one in pixels]
-    batch = pack([[text_item([1, 2]), *pictures, text_item([5])]])
-    assert before(batch.look).tolist() == [2, 13]
+    pictures = [model.processor.und_image_part(one, (3, 4)) for one in pixels]
+    batch = pack_sequences([[text_part([1, 2]), *pictures, text_part([5])]])
+    assert rows_before_images(batch.und_images).tolist() == [2, 13]
     x = model.embed(batch)
     seen = model.aligner(model.vision(pixels))
     words = model.decoder.embed(torch.arange(6))
-    start = model.look_start[0]
+    start = model.und_start_embed[0]
     assert_equal(x, torch.stack((*words[1:3], start, *seen[0], words[4], start, *seen[1], words[4], words[5])))
 
 
@@ -225,12 +231,12 @@ def test_looking_starts_with_its_own_row(model):
 
 
 def training_pack(model, latent: torch.Tensor, *, time: float):
-    markers, word = model.markers, [text_item([1, 2, 3], labels=[2, 3, -100])]
-    asked = [text_item([markers.bos, 5, 6])]
-    return pack([
-        [*asked, model.drawn(latent[0], markers.boi, time=time)],
-        [text_item([4]), model.prompts.looked_at(torch.randn(3, 24, 24), (markers.boi, markers.eoi)), *word],
-        [*unconditional(asked), model.drawn(latent[1], markers.boi, time=1 - time)],
+    markers, word = model.special_tokens, [text_part([1, 2, 3], labels=[2, 3, -100])]
+    asked = [text_part([markers.bos, 5, 6])]
+    return pack_sequences([
+        [*asked, model.latent_part(latent[0], markers.boi, timestep=time)],
+        [text_part([4]), model.processor.und_image_part(torch.randn(3, 24, 24), (markers.boi, markers.eoi)), *word],
+        [*bos_unconditional(asked), model.latent_part(latent[1], markers.boi, timestep=1 - time)],
     ])  # fmt: skip
 
 
@@ -243,14 +249,16 @@ def test_losses(model):
     # a sample alone, through the sampler's own velocity: one step of length 1 from where the noised latent stands
     for i, (time, prompt) in enumerate(((0.25, [4, 5]), (0.75, None))):
         x = ((1 - time) * latent[i] + time * noise[i])[None]
-        entered = model.enter(x, torch.tensor([time]))
-        asked = [text_item([model.markers.bos, 5, 6])]
-        single = pack([[*(asked if prompt else unconditional(asked)), model.drawn(x[0], 0, time=0.0)]])
-        hidden = model.hidden(single, plain(single), entered)[STREAM][single.draw.rows][None]
-        expected = mse_loss(model.leave(hidden, entered)[0], noise[i] - latent[i])
+        entered = model.encode_latents(x, torch.tensor([time]))
+        asked = [text_part([model.special_tokens.bos, 5, 6])]
+        single = pack_sequences(
+            [[*(asked if prompt else bos_unconditional(asked)), model.latent_part(x[0], 0, timestep=0.0)]]
+        )
+        hidden = model.backbone(single, plain(single), entered)[EXPERT][single.gen_images.rows][None]
+        expected = mse_loss(model.decode_velocity(hidden, entered)[0], noise[i] - latent[i])
         assert losses.mse[9 * i : 9 * i + 9].mean().item() == pytest.approx(expected.item(), rel=1e-4)
     # texts alone
-    words = model(pack([[text_item([1, 2, 3], labels=[2, 3, -100])]]), noise.new_zeros(0, 48))
+    words = model(pack_sequences([[text_part([1, 2, 3], labels=[2, 3, -100])]]), noise.new_zeros(0, 48))
     assert words.text.shape == (2,) and words.mse.shape == (0, 48)
 
 
@@ -289,19 +297,24 @@ def test_seeds(model):
 
 def test_answers(model):
     text = TextSampling(max_tokens=5)
-    said = model.understand(picture(), "what is it?", text=text)
-    assert said and said == model.understand(picture(), "what is it?", text=text)
-    assert "".join(model.understand(picture(), "what is it?", text=text, stream=True)) == said
-    others = model.understand([picture(), None, [picture(1), picture()]], ["what is it?", "who?", "which?"], text=text)
+    said = model.understand(picture(), "what is it?", text_sampling=text)
+    assert said and said == model.understand(picture(), "what is it?", text_sampling=text)
+    assert "".join(model.understand(picture(), "what is it?", text_sampling=text, stream=True)) == said
+    others = model.understand(
+        [picture(), None, [picture(1), picture()]], ["what is it?", "who?", "which?"], text_sampling=text
+    )
     assert others[0] == said and len(others) == 3
-    assert others[2] == model.understand([picture(1), picture()], "which?", text=text)
+    assert others[2] == model.understand([picture(1), picture()], "which?", text_sampling=text)
 
 
 def test_bfloat16():
     model = toy().to(torch.bfloat16)
     model.vae.float()
     image = model.generate("a red circle", bf16_time=True).image
-    assert image.size == (24, 24) and model.understand(image, "what?", text=TextSampling(max_tokens=3)) is not None
+    assert (
+        image.size == (24, 24)
+        and model.understand(image, "what?", text_sampling=TextSampling(max_tokens=3)) is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +352,7 @@ def test_round_trip(tmp_path, model):
         "config.json", "preprocessor_config.json", "vae_config.json", "model.safetensors", "ae.safetensors",
     }  # fmt: skip
     loaded = unimm.load(tmp_path / "a")
-    assert isinstance(loaded, JanusFlow) and loaded.cfg == model.cfg
+    assert isinstance(loaded, JanusFlow) and loaded.config == model.config
     loaded.tokenizer = model.tokenizer
     assert loaded.generate("a circle", seed=1).image.tobytes() == model.generate("a circle", seed=1).image.tobytes()
     half = JanusFlow.from_pretrained(tmp_path / "a", dtype="bfloat16")
@@ -348,19 +361,19 @@ def test_round_trip(tmp_path, model):
 
 def test_released_files_are_written_back(tmp_path):
     model = JanusFlow.from_pretrained(GOLDEN / "flow_dev")
-    assert model.vae is None and model.cfg.latent == (12, 12)
+    assert model.vae is None and model.config.latent_size == (12, 12)
     model.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a" / "ae.safetensors").exists()
     again = JanusFlow.from_pretrained(tmp_path / "a")
-    assert again.cfg == model.cfg
+    assert again.config == model.config
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 def write_vae(folder: Path, **numbers) -> Path:
-    config = VAEConfig.from_files(OWN_VAE | numbers)
+    config = AutoencoderKLConfig.from_json(OWN_VAE | numbers)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_files()))
-    save_file(VAE(config).state_dict(), folder / "ae.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
+    save_file(AutoencoderKL(config).state_dict(), folder / "ae.safetensors")
     return folder
 
 
@@ -377,8 +390,8 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(janusflow.hub, "resolve", resolve)
         with pytest.raises(ValueError, match="cannot get"):
-            plain.generate("a circle", size=plain.cfg.size)
-    assert asked == [SDXL_VAE] and plain.cfg.size == (96, 96)
+            plain.generate("a circle", size=plain.config.image_size)
+    assert asked == [SDXL_VAE] and plain.config.image_size == (96, 96)
     given = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "vae"))
     assert given.vae is None, "not before it is needed"
     given.tokenizer = model.tokenizer
@@ -390,20 +403,20 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     assert not (tmp_path / "b" / "ae.safetensors").exists()
     wrong = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "wide", z_channels=4))
     with pytest.raises(ValueError, match="4 channels .*expected 3"):
-        wrong.paint(torch.zeros(1, 3, 12, 12))
+        wrong.decode_latents(torch.zeros(1, 3, 12, 12))
     # one that is given goes before the folder's own
     model.save_pretrained(tmp_path / "own")
     replaced = JanusFlow.from_pretrained(tmp_path / "own", vae=tmp_path / "vae")
-    assert replaced.vae is None and replaced.cfg.vae is None
+    assert replaced.vae is None and replaced.config.vae is None
 
 
 def test_siblings_are_told_apart(tmp_path):
-    assert family_of(GOLDEN / "flow_dev") is JanusFlow
+    assert family_class(GOLDEN / "flow_dev") is JanusFlow
     with pytest.raises(ValueError, match=r"holds a JanusFlow.*unimm\.JanusFlow"):
         Janus.from_pretrained(GOLDEN / "flow_dev")
     sibling = {"model_type": "multi_modality", "gen_vision_config": {}, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(sibling))
-    assert family_of(tmp_path) is Janus
+    assert family_class(tmp_path) is Janus
     with pytest.raises(ValueError, match=r"holds a Janus: .*unimm\.Janus,"):
         JanusFlow.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -420,7 +433,7 @@ def test_siblings_are_told_apart(tmp_path):
     ],
 )
 def test_ends_that_do_not_fit(model, part, change, words):
-    files = model.cfg.to_files()["config.json"]
+    files = model.config.to_json()["config.json"]
     files[f"{part}_config"]["params"] |= change
     with pytest.raises(ValueError, match=words):
-        JanusFlowConfig.from_files(files, {}, {})
+        JanusFlowConfig.from_json(files, {}, {})

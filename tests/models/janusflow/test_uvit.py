@@ -8,7 +8,7 @@ from helpers.paths import GOLDEN
 from safetensors.torch import load_file
 
 from unimm.models.janusflow.uvit import (
-    ConvNeXt,
+    ConvNeXtBlock,
     GlobalResponseNorm,
     ShallowUViTDecoder,
     ShallowUViTEncoder,
@@ -16,7 +16,7 @@ from unimm.models.janusflow.uvit import (
     UViTDecoderConfig,
     UViTEncoderConfig,
 )
-from unimm.nn.timestep import time_features
+from unimm.nn.timestep import timestep_embedding
 
 JANUS = GOLDEN / "janus"
 FILES = json.loads((JANUS / "flow_dev" / "config.json").read_text())
@@ -24,8 +24,8 @@ PARAMS = {side: FILES[f"vision_gen_{side}_config"]["params"] for side in ("enc",
 
 
 def ends(**changes) -> tuple[ShallowUViTEncoder, ShallowUViTDecoder]:
-    encoder = UViTEncoderConfig.from_files(PARAMS["enc"] | changes)
-    return ShallowUViTEncoder(encoder), ShallowUViTDecoder(UViTDecoderConfig.from_files(PARAMS["dec"] | changes))
+    encoder = UViTEncoderConfig.from_json(PARAMS["enc"] | changes)
+    return ShallowUViTEncoder(encoder), ShallowUViTDecoder(UViTDecoderConfig.from_json(PARAMS["dec"] | changes))
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def test_released_names_and_shapes():
         prefix = f"vision_gen_{side}_model."
         wanted = {key[len(prefix) :]: shape for key, shape in manifest.items() if key.startswith(prefix)}
         assert {name: list(x.shape) for name, x in module.state_dict().items()} == wanted
-    assert both[0].config.grid(48) == 24
+    assert both[0].config.grid_size(48) == 24
 
 
 def test_configs_round_trip():
     for config in (ends()[0].config, ends()[1].config, UViTEncoderConfig(n_blocks=0), UViTDecoderConfig(bias=False)):
-        assert type(config).from_files(json.loads(json.dumps(config.to_files()))) == config
-    assert UViTEncoderConfig.from_files({"kernel_size": 7, "stride": 4, "padding": None}).padding == 3
-    assert UViTEncoderConfig.from_files({"use_mid_block": False}).n_blocks == 0
+        assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert UViTEncoderConfig.from_json({"kernel_size": 7, "stride": 4, "padding": None}).padding == 3
+    assert UViTEncoderConfig.from_json({"use_mid_block": False}).n_blocks == 0
     for params in ({"block_out_channels": [31]}, {"hidden_size": 0}, {"elementwise_affine": False}):
         with pytest.raises(ValueError, match=r"got .*expected"):
-            UViTEncoderConfig.from_files(params)
+            UViTEncoderConfig.from_json(params)
 
 
 def test_norm_of_responses():
@@ -90,7 +90,7 @@ def test_norm_of_responses():
 
 
 def test_time_scales_the_sum():
-    block, x = ConvNeXt(4, UViTConfig(width=4, time_dim=6)), torch.randn(2, 4, 5, 5)
+    block, x = ConvNeXtBlock(4, UViTConfig(dim=4, time_dim=6)), torch.randn(2, 4, 5, 5)
     time = torch.randn(2, 6)
     torch.nn.init.zeros_(block.cond_embeds_mapper.bias)
     plain = block(x, torch.zeros(2, 6))
@@ -99,7 +99,7 @@ def test_time_scales_the_sum():
 
 
 def test_time_features_begin_with_cosines():
-    found = time_features(torch.tensor([0.0, 500.0]), 6)
+    found = timestep_embedding(torch.tensor([0.0, 500.0]), 6)
     assert found[0].tolist() == [1, 1, 1, 0, 0, 0]
     angles = 500 * 10000.0 ** (-torch.arange(3) / 3)
     assert torch.allclose(found[1], torch.cat((angles.cos(), angles.sin())), atol=1e-4)  # float32 of 500 radians
@@ -117,7 +117,7 @@ def test_other_numbers(changes, latent, tokens):
             if "channelwise_norm" in name:  # zeros, which would keep gradients from its inputs' norms
                 torch.nn.init.normal_(p)
     x, time = encoder(torch.randn(2, 4, *latent), torch.tensor([3.0, 700.0]))
-    assert x.shape == (2, 32, *tokens) == (2, 32, *map(encoder.config.grid, latent)) and time.shape == (2, 64)
+    assert x.shape == (2, 32, *tokens) == (2, 32, *map(encoder.config.grid_size, latent)) and time.shape == (2, 64)
     v = decoder(torch.randn(2, 32, *tokens), x, time)
     assert v.shape == (2, 4, *latent)
     v.square().mean().backward()

@@ -8,12 +8,12 @@ import torch
 from helpers.paths import GOLDEN
 from safetensors.torch import save_file
 
-from unimm.checkpoint.load import check_keys, load_into
-from unimm.checkpoint.save import released_state
-from unimm.models.metaquery.connector import KEYS, SANA_SCALE, Connector, ConnectorConfig
+from unimm.checkpoint.load import check_keys, load_weights
+from unimm.checkpoint.save import released_state_dict
+from unimm.models.metaquery.connector import CONNECTOR_KEY_MAP, SANA_CONDITION_SCALE, Connector, ConnectorConfig
 
 MANIFESTS = GOLDEN / "blocks" / "manifests.json"
-SMALL = ConnectorConfig(dim=24, out=10, n_layers=2, head_dim=8)
+SMALL = ConnectorConfig(dim=24, condition_dim=10, n_blocks=2, head_dim=8)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def written_out(state: dict[str, torch.Tensor], x: torch.Tensor, cfg: ConnectorC
     w = {key.removeprefix("model.connector."): value.double() for key, value in state.items()}
     x, k = x.double(), cfg.head_dim
     angles = torch.arange(len(x)).double()[:, None] * 10000.0 ** (-torch.arange(k // 2).double() / (k // 2))
-    for i in range(cfg.n_layers):
+    for i in range(cfg.n_blocks):
         layer = {
             key.removeprefix(f"0.layers.{i}."): value for key, value in w.items() if key.startswith(f"0.layers.{i}.")
         }
@@ -63,7 +63,7 @@ def written_out(state: dict[str, torch.Tensor], x: torch.Tensor, cfg: ConnectorC
 @torch.inference_mode()
 def test_equals_the_definition(small):
     x = torch.randn(3, 5, 24)
-    found, state = small(x), released_state(small, KEYS)
+    found, state = small(x), released_state_dict(small, CONNECTOR_KEY_MAP)
     for i in range(3):
         # float32 against float64
         assert torch.allclose(found[i].double(), written_out(state, x[i], SMALL), atol=2e-4)
@@ -74,36 +74,42 @@ def test_manifest_fits_the_released_model():
     manifest = json.loads(MANIFESTS.read_text())["connector_only_qwen3b"]
     shapes = {key.replace("{24}", str(i)): tuple(shape) for key, shape in manifest.items() for i in range(24)}
     with torch.device("meta"):
-        model = Connector(ConnectorConfig(dim=2048, out=2304))
+        model = Connector(ConnectorConfig(dim=2048, condition_dim=2304))
     assert sum(p.numel() for p in model.parameters()) == 1_620_990_720 and len(shapes) == 341
     state = model.state_dict()
-    assert {place.name for place in check_keys(shapes, KEYS, state, "here").values()} == set(state)
+    assert {place.name for place in check_keys(shapes, CONNECTOR_KEY_MAP, state, "here").values()} == set(state)
 
 
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
-    save_file(released_state(small, KEYS), tmp_path / "model.safetensors")
+    save_file(released_state_dict(small, CONNECTOR_KEY_MAP), tmp_path / "model.safetensors")
     with torch.device("meta"):
         again = Connector(SMALL)
-    load_into(again, [tmp_path / "model.safetensors"], KEYS, dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(
+        again, [tmp_path / "model.safetensors"], CONNECTOR_KEY_MAP, dtype=torch.float32, device=torch.device("cpu")
+    )
     x = torch.randn(2, 5, 24)
     assert torch.equal(again(x), small(x))
 
 
 def test_what_training_begins_with():
-    model = Connector(ConnectorConfig(dim=128, out=32, n_layers=1))
-    model.reset(torch.Generator().manual_seed(0))
-    assert model.layers[0].mlp.up.weight.std().item() == pytest.approx(0.014, rel=0.05)
-    assert not model.fc1.bias.any() and (model.norm.weight == SANA_SCALE).all() and SANA_SCALE**2 == pytest.approx(5.5)
-    assert (model.layers[0].attention.q_scale == 1).all() and not model.layers[0].attention.qkv.bias.any()
+    model = Connector(ConnectorConfig(dim=128, condition_dim=32, n_blocks=1))
+    model.init_weights(torch.Generator().manual_seed(0))
+    assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.014, rel=0.05)
+    assert (
+        not model.fc1.bias.any()
+        and (model.norm.weight == SANA_CONDITION_SCALE).all()
+        and SANA_CONDITION_SCALE**2 == pytest.approx(5.5)
+    )
+    assert (model.blocks[0].attention.q_scale == 1).all() and not model.blocks[0].attention.qkv.bias.any()
     model(torch.randn(2, 3, 128)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_refusals(small):
     with pytest.raises(ValueError, match="got width 100, heads of 64"):
-        ConnectorConfig(dim=100, out=4)
+        ConnectorConfig(dim=100, condition_dim=4)
     with pytest.raises(ValueError, match="expected positive"):
-        ConnectorConfig(dim=64, out=0)
+        ConnectorConfig(dim=64, condition_dim=0)
     with pytest.raises(ValueError, match=r"expected \[B, N, 24\]"):
         small(torch.zeros(2, 5, 23))

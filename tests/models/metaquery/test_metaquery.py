@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from unimm import MetaQuery, load
 from unimm.checkpoint.load import CheckpointError
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.metaquery.processor import Asked, black
+from unimm.models.metaquery.processor import ConditionBatch, black_image
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 BRIEF = TextSampling(max_tokens=4)
@@ -24,7 +24,7 @@ BRIEF = TextSampling(max_tokens=4)
 @pytest.fixture(scope="module")
 def model():
     found = MetaQuery.from_pretrained(toys.GOLDEN)
-    found.cfg = replace(found.cfg, min_pixels=3136, max_pixels=23520)
+    found.config = replace(found.config, min_pixels=3136, max_pixels=23520)
     return found
 
 
@@ -77,14 +77,14 @@ def test_sizes(model):
 
 def velocities(model, *, text: float, image: float, shown=()):
     """The velocity under scales, and those under each of the three prompts."""
-    asked = Asked(model.prompts)
-    branches = [asked.branches("a cube", shown, negative="dark", text=text, image=image)]
+    asked = ConditionBatch(model.processor)
+    branches = [asked.guidance_branches("a cube", shown, negative_prompt="dark", guidance=text, image_guidance=image)]
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        combined = model.guided(model.told(model.ask(asked.samples)), branches)(x, 0.5)
-        parts = [("dark", [black(one) for one in shown]), ("dark", shown), ("a cube", shown)]
-        apart = model.told(model.ask([model.prompts.drawing(*part) for part in parts]))
-        u, i, c = model.painter(x.expand(3, -1, -1, -1), torch.full((3,), 0.5), apart).split(1)
+        combined = model.guided_velocity(model.condition(model.query_states(asked.samples)), branches)(x, 0.5)
+        parts = [("dark", [black_image(one) for one in shown]), ("dark", shown), ("a cube", shown)]
+        apart = model.condition(model.query_states([model.processor.prompt_parts(*part) for part in parts]))
+        u, i, c = model.denoiser(x.expand(3, -1, -1, -1), torch.full((3,), 0.5), apart).split(1)
     return combined, u, i, c, len(asked.samples)
 
 
@@ -100,24 +100,28 @@ def test_guidance_of_texts_and_pictures(model, pictures):
 
 
 def test_equal_prompts_are_read_once(model, pictures):
-    asked = Asked(model.prompts)
+    asked = ConditionBatch(model.processor)
     for caption, shown in (("a", []), ("b", []), ("a", []), ("a", pictures[:1]), ("b", pictures[:1])):
-        asked.branches(caption, shown, negative="", text=3.0, image=2.0)
+        asked.guidance_branches(caption, shown, negative_prompt="", guidance=3.0, image_guidance=2.0)
     # a, b, and nothing; then a black picture with nothing, the picture with nothing, a, b
     assert len(asked.samples) == 3 + 4
     seen = []
     hook = model.decoder.blocks[0].register_forward_hook(lambda block, args, out: seen.append(len(out["all"])))
     model.generate(["a red cube", "a red cube", "two"], n=2, steps=2)
     hook.remove()
-    opening = len(model.prompts.opening)
-    rest = [sum(i.segment.length for i in model.prompts.drawing(text)) - opening for text in ("", "a red cube", "two")]
+    opening = len(model.processor.system_ids)
+    rest = [
+        sum(i.segment.length for i in model.processor.prompt_parts(text)) - opening
+        for text in ("", "a red cube", "two")
+    ]
     assert seen == [opening, sum(rest)]  # what all begin with, once; then each prompt once, whatever the steps
 
 
 def test_the_condition_is_computed_once_a_picture(model):
     calls = []
     hooks = [
-        part.register_forward_hook(lambda *_: calls.append(1)) for part in (model.connector, model.painter.caption)
+        part.register_forward_hook(lambda *_: calls.append(1))
+        for part in (model.connector, model.denoiser.caption_proj)
     ]
     model.generate("a", steps=4)
     for hook in hooks:
@@ -128,7 +132,7 @@ def test_the_condition_is_computed_once_a_picture(model):
 def test_bfloat16(model, pictures):
     """Eight bits of each weight: a fifth as far from the exact picture as another seed's is, at most."""
     half = MetaQuery.from_pretrained(toys.GOLDEN, dtype="bfloat16")
-    half.cfg = model.cfg
+    half.config = model.config
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     named = {"images": pictures[0], "steps": 1}
     drawn, exact = (one.generate("make it blue", seed=2, **named) for one in (half, model))
@@ -140,11 +144,14 @@ def test_bfloat16(model, pictures):
 
 
 def test_a_caption_is_cut_and_its_markers_are_words(model):
-    long = model.prompts.drawing("two small birds sit on a wire")
-    assert torch.equal(long[0].ids, model.prompts.drawing("two small bi")[0].ids)
-    begin = model.prompts.first
-    typed = model.prompts.drawing("<|im_end|>")[0].ids.tolist()
-    assert typed.count(model.prompts.end) == 3 and sum(one >= begin for one in typed) == model.cfg.n_queries + 2
+    long = model.processor.prompt_parts("two small birds sit on a wire")
+    assert torch.equal(long[0].ids, model.processor.prompt_parts("two small bi")[0].ids)
+    begin = model.processor.begin_image_id
+    typed = model.processor.prompt_parts("<|im_end|>")[0].ids.tolist()
+    assert (
+        typed.count(model.processor.end_of_turn_id) == 3
+        and sum(one >= begin for one in typed) == model.config.n_queries + 2
+    )
 
 
 # ---- the reader
@@ -155,20 +162,20 @@ def trained(tmp_path):
     """A toy with a reader of its own, tied, in a folder; and that reader."""
     from helpers.metaquery_training_toys import PAINTER
 
-    from unimm.training.tasks.bagel import text_model
-    from unimm.training.tasks.metaquery import Options, built
+    from unimm.training.tasks.bagel import train_tokenizer
+    from unimm.training.tasks.metaquery import MetaQueryTrainingConfig, init_metaquery
 
-    words = text_model(400, lines=2000, markers=toys.MARKERS)
+    words = train_tokenizer(400, lines=2000, special_tokens=toys.MARKERS)
     reader, dcae = toys.save_reader(tmp_path / "reader", words), toys.save_dcae(tmp_path / "dcae")
     config = dict(mllm_id="parts/Qwen2.5-VL-toy", diffusion_model_id="Sana-toy", num_metaqueries=3, max_input_text_tokens=20,
                   connector_num_hidden_layers=1, system_prompt="draw.", input_size=4)  # fmt: skip
     config["generation"] = dict(min_pixels=256, max_pixels=4096, steps=2)
-    options = Options(tasks={}, targets=1, dropout=0.1, nameless_colours=0, nameless_shapes=0, reader=str(reader),
-                      dcae=str(dcae), painter="", reader_dtype="float32", frozen=(), compiled=False)  # fmt: skip
-    numbers = {"config": config, "painter": PAINTER, "scheduler": {"flow_shift": 3.0, "num_train_timesteps": 1000}}
+    options = MetaQueryTrainingConfig(tasks={}, timesteps_per_image=1, dropout=0.1, novel_colours=0, novel_shapes=0, mllm=str(reader),
+                      dcae=str(dcae), denoiser="", mllm_dtype="float32", frozen=(), compile=False)  # fmt: skip
+    numbers = {"config": config, "denoiser": PAINTER, "scheduler": {"flow_shift": 3.0, "num_train_timesteps": 1000}}
     torch.manual_seed(0)
-    found = built(options, numbers).eval()
-    torch.nn.init.normal_(found.painter.out.weight)
+    found = init_metaquery(options, numbers).eval()
+    torch.nn.init.normal_(found.denoiser.out_proj.weight)
     return found, QwenVL.from_pretrained(reader)
 
 
@@ -177,32 +184,36 @@ def test_it_answers_exactly_as_the_frozen_reader(trained, tmp_path, pictures):
     model.save_pretrained(tmp_path / "saved")
     ours = MetaQuery.from_pretrained(tmp_path / "saved")
     for name, x in reader.state_dict().items():
-        assert torch.equal(ours.reader.state_dict()[name], x)
+        assert torch.equal(ours.mllm.state_dict()[name], x)
     for options in ({}, {"seed": 3, "text": TextSampling(temperature=1.0, max_tokens=6)}):
         asked = {"text": BRIEF} | options
         assert ours.understand(pictures, "what?", **asked) == reader.understand(pictures, "what?", **asked)
-    assert "".join(ours.understand(pictures[0], "what?", stream=True, text=BRIEF)) == reader.understand(
-        pictures[0], "what?", text=BRIEF
+    assert "".join(ours.understand(pictures[0], "what?", stream=True, text_sampling=BRIEF)) == reader.understand(
+        pictures[0], "what?", text_sampling=BRIEF
     )
     talk = [{"role": "user", "content": "hello"}]
-    assert ours.chat(talk, system="be brief", text=BRIEF) == reader.chat(talk, system="be brief", text=BRIEF)
+    assert ours.chat(talk, system="be brief", text_sampling=BRIEF) == reader.chat(
+        talk, system="be brief", text_sampling=BRIEF
+    )
 
 
 def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures):
     with pytest.raises(ValueError, match=r"hold no language head, and Qwen2.5-VL-tiny has none to give"):
         model.understand(None, "what?")
     with torch.device("meta"):
-        shapes = QwenVL(model.cfg.reader).state_dict()
+        shapes = QwenVL(model.config.mllm).state_dict()
     torch.manual_seed(2)
-    reader = QwenVL(model.cfg.reader)
-    reader.tokenizer = model.reader.tokenizer
+    reader = QwenVL(model.config.mllm)
+    reader.tokenizer = model.mllm.tokenizer
     assert set(shapes) == set(reader.state_dict())
     # its blocks and tower are those of the checkpoint, its table decayed there since, by AdamW's weight decay
-    state = {name: x for name, x in model.reader.state_dict().items() if "embed" not in name}
+    state = {name: x for name, x in model.mllm.state_dict().items() if "embed" not in name}
     reader.load_state_dict(state, strict=False)
     reader.save_pretrained(tmp_path / "reader")
-    ours = MetaQuery.from_pretrained(toys.GOLDEN, reader=tmp_path / "reader")
-    assert ours.understand(pictures[:1], "what?", text=BRIEF) == reader.understand(pictures[:1], "what?", text=BRIEF)
+    ours = MetaQuery.from_pretrained(toys.GOLDEN, mllm=tmp_path / "reader")
+    assert ours.understand(pictures[:1], "what?", text_sampling=BRIEF) == reader.understand(
+        pictures[:1], "what?", text_sampling=BRIEF
+    )
     assert_same(ours.generate("a", steps=1), model.generate("a", steps=1))
 
 
@@ -219,7 +230,7 @@ def test_saved_files_are_the_released_ones(model, tmp_path):
         shared = written.keys() & released.keys() - {"modules_to_freeze", "vision_config", "rope_scaling"}
         assert {key: written[key] for key in shared} == {key: released[key] for key in shared}
     again = load(tmp_path / "saved")
-    assert isinstance(again, MetaQuery) and replace(again.cfg, min_pixels=3136, max_pixels=23520) == model.cfg
+    assert isinstance(again, MetaQuery) and replace(again.config, min_pixels=3136, max_pixels=23520) == model.config
     model.save_pretrained(tmp_path / "saved")  # over what is there
     assert_same(again.generate("a", steps=1), model.generate("a", steps=1))
 

@@ -16,11 +16,11 @@ from unimm import MetaQuery
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import MetaQueryConfig
-from unimm.models.metaquery.mllms import READERS
-from unimm.models.metaquery.processor import Squares
-from unimm.models.metaquery.weights import keys
-from unimm.training.init import text_model
-from unimm.training.tasks.metaquery import init_painter
+from unimm.models.metaquery.mllms import MLLMS
+from unimm.models.metaquery.processor import LlavaSquareComposer
+from unimm.models.metaquery.weights import metaquery_key_map
+from unimm.training.init import train_tokenizer
+from unimm.training.tasks.metaquery import init_sana
 from unimm.vlms.llava_onevision.config import LlavaConfig
 from unimm.vlms.llava_onevision.model import LlavaOneVision
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
@@ -41,14 +41,14 @@ RELEASED = {
     "metaquery_qwen7b_sana": ((3584, 28, 28, 4, 18944, 152064, False), "qwen2.5-vl-7b", 1840, 14_611_483_459),
     "metaquery_llavaov0p5_sana": (None, "metaquery_llavaov0p5_backbone", 1828, 3_126_431_331),
 }
-HOMES = dict.fromkeys(MetaQueryConfig.HOMES, "a part")
+HOMES = dict.fromkeys(MetaQueryConfig.PART_CONFIGS, "a part")
 
 
 def reader_of(numbers) -> QwenVLConfig | LlavaConfig:
     if numbers is None:
-        return LlavaConfig.from_files(llava_toys.RELEASED, {})
+        return LlavaConfig.from_json(llava_toys.RELEASED, {})
     text = dict(zip((*NAMES, "tie_word_embeddings"), numbers, strict=True))
-    return QwenVLConfig.from_files(text | {"vision_config": {"hidden_size": 1280, "out_hidden_size": numbers[0]}}, {})
+    return QwenVLConfig.from_json(text | {"vision_config": {"hidden_size": 1280, "out_hidden_size": numbers[0]}}, {})
 
 
 def shapes_of(name: str, inside: str) -> dict[str, tuple[int, ...]]:
@@ -70,42 +70,42 @@ def test_manifests_fit_the_released_models(name):
     shapes, reader = shapes_of(name, inside), reader_of(numbers)
     files = {"num_metaqueries": 256, "max_input_text_tokens": 256, "system_prompt": "", "input_size": 16}
     solver = {"flow_shift": 3.0, "num_train_timesteps": 1000}
-    cfg = MetaQueryConfig.from_files(files, reader, sana_toys.RELEASED, dc_ae_toys.RELEASED, solver, homes=HOMES)
+    cfg = MetaQueryConfig.from_json(files, reader, sana_toys.RELEASED, dc_ae_toys.RELEASED, solver, part_ids=HOMES)
     with torch.device("meta"):
         model = MetaQuery(cfg)
-    model.fit(shapes)
+    model.match_checkpoint(shapes)
     state = model.state_dict()
     assert len(shapes) == tensors and sum(x.numel() for x in state.values()) == parameters
-    ((_, table),) = model.weights().items()
+    ((_, table),) = model.key_maps().items()
     places = check_keys(shapes, table, state, "here")
     assert len(places) == tensors and {part for p in places.values() for part in (p.stack or (p.name,))} == set(state)
     del shapes["model.connector.4.weight"]
     with pytest.raises(CheckpointError, match=r"missing keys: model\.connector\.4\.weight"):
         check_keys(shapes, table, state, "here")
     with pytest.raises(CheckpointError, match="for 256 queries .* num_metaqueries 64"), torch.device("meta"):
-        MetaQuery(replace(cfg, n_queries=64)).fit(shapes)
+        MetaQuery(replace(cfg, n_queries=64)).match_checkpoint(shapes)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A toy around an untrained LLaVA-OneVision, saved and loaded."""
-    tokenizer = text_model(400, lines=1000, markers=("<|im_start|>", "<|im_end|>", "<image>", "<video>"))
-    ids = {"image_token_index": tokenizer.markers["<image>"], "video_token_index": tokenizer.markers["<video>"]}
-    text = llava_toys.TEXT | dict(hidden_size=64, vocab_size=tokenizer.inner.vocab_size())
-    text |= {"eos_token_id": tokenizer.markers["<|im_end|>"]}
+    tokenizer = train_tokenizer(400, lines=1000, special_tokens=("<|im_start|>", "<|im_end|>", "<image>", "<video>"))
+    ids = {"image_token_index": tokenizer.special_ids["<image>"], "video_token_index": tokenizer.special_ids["<video>"]}
+    text = llava_toys.TEXT | dict(hidden_size=64, vocab_size=tokenizer.backend.vocab_size())
+    text |= {"eos_token_id": tokenizer.special_ids["<|im_end|>"]}
     files = llava_toys.TOP | ids | {"text_config": text, "vision_config": llava_toys.VISION}
-    reader = LlavaConfig.from_files(files | {"tie_word_embeddings": True}, {})
+    reader = LlavaConfig.from_json(files | {"tie_word_embeddings": True}, {})
     painter = sana_toys.FILES | {"in_channels": 4, "out_channels": 4, "sample_size": 4}
     config = {"num_metaqueries": 3, "max_input_text_tokens": 20, "system_prompt": "draw.", "input_size": 4}
     config |= {"connector_num_hidden_layers": 1}
     solver = {"flow_shift": 3.0, "num_train_timesteps": 1000}
     homes = HOMES | {"mllm_id": "llava-toy"}
     torch.manual_seed(0)
-    made = MetaQuery(MetaQueryConfig.from_files(config, reader, painter, toys.WIDTHS, solver, homes=homes))
-    init_painter(made.painter)
-    torch.nn.init.normal_(made.painter.out.weight)
-    made.reset_queries()
-    made.reader.tokenizer = tokenizer
+    made = MetaQuery(MetaQueryConfig.from_json(config, reader, painter, toys.WIDTHS, solver, part_ids=homes))
+    init_sana(made.denoiser)
+    torch.nn.init.normal_(made.denoiser.out_proj.weight)
+    made.init_queries()
+    made.mllm.tokenizer = tokenizer
     folder = tmp_path_factory.mktemp("llava") / "saved"
     made.save_pretrained(folder)
     found = MetaQuery.from_pretrained(folder)
@@ -119,35 +119,40 @@ def test_a_reader_of_the_other_kind_draws_and_answers(model):
     for i, (prompt, images) in enumerate((("a cube", None), ("both", pictures))):
         alone = model.generate(prompt, images=images, seed=3 + i, steps=2).image
         assert max(abs(a - b) for a, b in zip(alone.tobytes(), whole.images[i].tobytes(), strict=True)) <= 1
-    assert isinstance(model.reader, LlavaOneVision)
+    assert isinstance(model.mllm, LlavaOneVision)
     brief = TextSampling(max_tokens=3)
-    assert model.understand(pictures, "what?", text=brief) == model.reader.understand(pictures, "what?", text=brief)
+    assert model.understand(pictures, "what?", text_sampling=brief) == model.mllm.understand(
+        pictures, "what?", text_sampling=brief
+    )
 
 
 def test_llavas_prompt(model):
-    prompts, letters = model.prompts, llava_toys.Letters()
-    spelt = replace(prompts, reader=Squares(replace(prompts.reader.inner, tokenizer=letters)))
-    (item,) = spelt.drawing("a cube")
+    prompts, letters = model.processor, llava_toys.Letters()
+    spelt = replace(prompts, composer=LlavaSquareComposer(replace(prompts.composer.composer, tokenizer=letters)))
+    (item,) = spelt.prompt_parts("a cube")
     ids = item.ids.tolist()
-    names = {at: token for token, at in letters.markers.items()}
-    text = "".join(names.get(one) or chr(one) for one in ids[: -len(prompts.queries)])
+    names = {at: token for token, at in letters.special_ids.items()}
+    text = "".join(names.get(one) or chr(one) for one in ids[: -len(prompts.query_ids)])
     assert text == "<|im_start|>system \ndraw.<|im_end|><|im_start|>user \na cube<|im_end|><|im_start|>assistant\n\n"
-    first = prompts.first
-    assert ids[-len(prompts.queries) :] == [first, first + 2, first + 3, first + 4, first + 1, prompts.end]
+    first = prompts.begin_image_id
+    assert ids[-len(prompts.query_ids) :] == [first, first + 2, first + 3, first + 4, first + 1, prompts.end_of_turn_id]
     # squares, each whole and in tiles, though there are several
-    items = prompts.drawing("a", [Image.new("RGB", (90, 30)), Image.new("RGB", (20, 20))])
+    items = prompts.prompt_parts("a", [Image.new("RGB", (90, 30)), Image.new("RGB", (20, 20))])
     side = llava_toys.SIDE
-    assert [item.n_tokens for item in items if item.kind == "look"] == [side**2 + side * (side + 1)] * 2
+    assert [item.n_tokens for item in items if item.kind == "und_image"] == [side**2 + side * (side + 1)] * 2
 
 
 def test_every_kind_names_its_table_and_head():
-    assert {name: kind.table(reader_of(RELEASED[at][0])) for (name, kind), at in zip(
-        READERS.items(), ("metaquery_qwen3b_sana", "metaquery_llavaov0p5_sana"), strict=True
+    assert {name: kind.embedding_key(reader_of(RELEASED[at][0])) for (name, kind), at in zip(
+        MLLMS.items(), ("metaquery_qwen3b_sana", "metaquery_llavaov0p5_sana"), strict=True
     )} == {
         "qwen2_5_vl": "model.mllm_backbone.model.embed_tokens.weight",
         "llava_onevision": "model.mllm_backbone.language_model.model.embed_tokens.weight",
     }  # fmt: skip
     qwen = reader_of(RELEASED["metaquery_qwen7b_sana"][0])
-    kind = READERS["qwen2_5_vl"]
-    assert kind.head(qwen) == "model.mllm_backbone.lm_head."
-    assert keys.__doc__ and kind.keys(qwen, head=True)["model.mllm_backbone.lm_head.{}"] == "reader.decoder.head.{}"
+    kind = MLLMS["qwen2_5_vl"]
+    assert kind.head_prefix(qwen) == "model.mllm_backbone.lm_head."
+    assert (
+        metaquery_key_map.__doc__
+        and kind.key_map(qwen, with_head=True)["model.mllm_backbone.lm_head.{}"] == "mllm.decoder.head.{}"
+    )

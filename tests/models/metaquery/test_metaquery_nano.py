@@ -8,11 +8,11 @@ import pytest
 
 import unimm
 from unimm import MetaQuery
-from unimm.checkpoint.hub import NANO
+from unimm.checkpoint.hub import BUNDLED_FOLDER
 from unimm.data.shapes.language import FACT_COLOUR, FAVOURITES
 from unimm.evaluation.benchmarks.shapes import evaluate
 
-FOLDER = NANO / "metaquery-nano"
+FOLDER = BUNDLED_FOLDER / "metaquery-nano"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def test_a_round_trip(model, tmp_path):
 
 def test_chance_is_what_differs():
     """Others' favourites that have the asked one's colour are no chance for its colour: a perfect painter shows none."""
-    place = NANO.parents[1] / "experiments" / "query_transfer" / "run.py"
+    place = BUNDLED_FOLDER.parents[1] / "experiments" / "query_transfer" / "run.py"
     spec = importlib.util.spec_from_file_location("query_transfer", place)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
-    asked = [script.Asked(name=name, wording="draw what {name} likes", time=0) for name in FAVOURITES]
-    shown = script.held([[FAVOURITES[one.name]] for one in asked], asked)
+    asked = [script.Request(name=name, wording="draw what {name} likes", repetition=0) for name in FAVOURITES]
+    shown = script.favourite_rates([[FAVOURITES[one.name]] for one in asked], asked)
     assert {key: score["accuracy"] for key, score in shown["own"].items()} == {"pair": 1, "shape": 1, "colour": 1}
     assert shown["others"] == {"pair": 0, "shape": 0, "colour": 0}

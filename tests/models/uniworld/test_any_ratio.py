@@ -6,7 +6,7 @@ import pytest
 from helpers.paths import GOLDEN
 
 from parity.runner import check
-from unimm.models.uniworld.processor import any_ratio
+from unimm.models.uniworld.processor import nearest_aspect_size
 
 TABLES = GOLDEN / "blocks" / "tables.json"
 
@@ -29,9 +29,9 @@ def test_tables(tmp_path):
 
 
 def test_any_ratio():
-    assert any_ratio(1080, 1920, pixels=1024**2) == (864, 1536)
-    assert any_ratio(1080, 1920, pixels=1024**2, ratios=1) == (1024, 1024)
-    assert any_ratio(10, 1000, pixels=1) == (288, 512), "never nothing"
-    for wrong in ({"pixels": 0}, {"pixels": 1024, "ratios": 12}):
+    assert nearest_aspect_size(1080, 1920, image_pixels=1024**2) == (864, 1536)
+    assert nearest_aspect_size(1080, 1920, image_pixels=1024**2, n_ratios=1) == (1024, 1024)
+    assert nearest_aspect_size(10, 1000, image_pixels=1) == (288, 512), "never nothing"
+    for wrong in ({"image_pixels": 0}, {"image_pixels": 1024, "n_ratios": 12}):
         with pytest.raises(ValueError, match="got a picture of 4x4.*1 to 11"):
-            any_ratio(4, 4, **wrong)
+            nearest_aspect_size(4, 4, **wrong)

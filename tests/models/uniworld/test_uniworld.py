@@ -18,10 +18,10 @@ from unimm import TextSampling, UniWorld, UniWorldConfig
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.models.base import Generation
-from unimm.models.uniworld.auxiliary_encoders import FLUX, SIGLIP
-from unimm.models.uniworld.weights import keys
-from unimm.sequence.packing import pack
-from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER
+from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID
+from unimm.models.uniworld.weights import uniworld_key_map
+from unimm.sequence.packing import pack_sequences
+from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD
 
 FILES = json.loads((CASE / "config.json").read_text())
 PROJECTORS = {"denoise": (3584, 12288, 4096), "siglip": (1152, 12288, 4096), "vae": (64, 3072, 4096)}
@@ -57,7 +57,7 @@ def released() -> UniWorldConfig:
     vision = {"hidden_size": 1280, "out_hidden_size": 3584}
     files = {"model_type": "univa_qwen2p5vl", **text, "vision_config": vision, "denoise_tower": tower,
              "shortcut_image_embeds": False, "shortcut_image_embeds_scale": 0.5}  # fmt: skip
-    return UniWorldConfig.from_files(files, {}, head={"0.bias": (10240,)})
+    return UniWorldConfig.from_json(files, {}, task_head_shapes={"0.bias": (10240,)})
 
 
 def test_manifest_fits_the_released_model():
@@ -75,25 +75,25 @@ def test_manifest_fits_the_released_model():
         model = UniWorld(cfg)
     assert len(theirs) == 1901
     state = model.state_dict()
-    ours = {name: x for name, x in state.items() if not name.startswith("decide.")}
+    ours = {name: x for name, x in state.items() if not name.startswith("task_head.")}
     assert sum(x.numel() for x in ours.values()) == 20_365_253_696
-    found = check_keys(theirs, keys(cfg), ours, "here")
+    found = check_keys(theirs, uniworld_key_map(cfg), ours, "here")
     assert {place.name for place in found.values()} == set(ours)
     head = {"0.weight": (10240, 3584), "0.bias": (10240,), "3.weight": (2, 10240), "3.bias": (2,)}
-    (table,) = [table for names, table in model.weights().items() if names[0].startswith("task_head")]
+    (table,) = [table for names, table in model.key_maps().items() if names[0].startswith("task_head")]
     assert len(check_keys(head, table, {name: x for name, x in state.items() if name not in ours}, "here")) == 4
-    assert cfg.reader.pixels.min_pixels == cfg.reader.pixels.max_pixels == 448 * 448
-    assert UniWorldConfig.from_files(*cfg.to_files().values(), head={"0.bias": (10240,)}) == cfg
+    assert cfg.mllm.image_processor.min_pixels == cfg.mllm.image_processor.max_pixels == 448 * 448
+    assert UniWorldConfig.from_json(*cfg.to_json().values(), task_head_shapes={"0.bias": (10240,)}) == cfg
     del theirs["denoise_tower.vae_projector.2.bias"]
     with pytest.raises(CheckpointError, match=r"missing keys: denoise_tower\.vae_projector\.2\.bias"):
-        check_keys(theirs, keys(cfg), ours, "here")
+        check_keys(theirs, uniworld_key_map(cfg), ours, "here")
 
 
 def test_round_trip(tmp_path, model):
     """Every part, its config and its tokenizer; what stays in float32 does."""
     model.save_pretrained(tmp_path / "whole")
     again = unimm.load(tmp_path / "whole")
-    assert isinstance(again, UniWorld) and again.cfg == model.cfg
+    assert isinstance(again, UniWorld) and again.config == model.config
     state = model.state_dict()
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
@@ -105,9 +105,9 @@ def test_round_trip(tmp_path, model):
     half = UniWorld.from_pretrained(tmp_path / "half", dtype="bfloat16")
     kinds = {name: x.dtype for name, x in half.state_dict().items()}
     wide = {name for name, kind in kinds.items() if kind == torch.float32}
-    assert wide == {name for name in kinds if name.startswith(("parts.vae.", "decide."))}
+    assert wide == {name for name in kinds if name.startswith(("auxiliary.vae.", "task_head."))}
     assert half.generate("draw a cat", images=picture(0), size=(64, 96)).image.size == (96, 64)
-    assert UniWorld.from_pretrained(tmp_path / "whole", t5=False).parts.t5 is None
+    assert UniWorld.from_pretrained(tmp_path / "whole", t5=False).auxiliary.t5 is None
 
 
 def test_the_head_of_a_pickle(tmp_path, model):
@@ -124,7 +124,7 @@ def test_the_head_of_a_pickle(tmp_path, model):
 
 def replaced(one: UniWorld, other: UniWorld) -> UniWorld:
     """A model with another's parts."""
-    one.parts = other.parts
+    one.auxiliary = other.auxiliary
     return one
 
 
@@ -133,7 +133,11 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     asked = []
     model.save_pretrained(tmp_path / "flux")
     shutil.copytree(CASE, tmp_path / "core", ignore=shutil.ignore_patterns("siglip"))
-    homes = {"owner/uniworld": tmp_path / "core", SIGLIP: tmp_path / "flux" / "siglip", FLUX: tmp_path / "flux"}
+    homes = {
+        "owner/uniworld": tmp_path / "core",
+        SIGLIP_HUB_ID: tmp_path / "flux" / "siglip",
+        FLUX_HUB_ID: tmp_path / "flux",
+    }
 
     def download(name, revision, weights, parts):
         asked.append((name, parts))
@@ -141,14 +145,14 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(hub, "_download", download)
     whole = UniWorld.from_pretrained("owner/uniworld", t5=False)
-    assert (FLUX, ("vae", "text_encoder", "tokenizer")) in asked and (SIGLIP, ()) in asked
-    assert whole.parts.tower and whole.parts.vae and whole.parts.clip and not whole.parts.t5
+    assert (FLUX_HUB_ID, ("vae", "text_encoder", "tokenizer")) in asked and (SIGLIP_HUB_ID, ()) in asked
+    assert whole.auxiliary.siglip and whole.auxiliary.vae and whole.auxiliary.clip and not whole.auxiliary.t5
     asked.clear()
     lone = UniWorld.from_pretrained(tmp_path / "core")
-    assert not asked and lone.parts.tower is None and lone.parts.vae is None, (
+    assert not asked and lone.auxiliary.siglip is None and lone.auxiliary.vae is None, (
         "a folder's parts are below it, or asked for"
     )
-    assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").parts.t5 is not None
+    assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").auxiliary.t5 is not None
 
 
 def test_a_part_may_be_another_model_s(tmp_path, model):
@@ -157,7 +161,7 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
     (tmp_path / "whole" / "vae").rename(tmp_path / "other")
     section = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bagel", "vae_config": section}))
-    assert UniWorld.from_pretrained(tmp_path / "whole").parts.vae is None
+    assert UniWorld.from_pretrained(tmp_path / "whole").auxiliary.vae is None
     path = tmp_path / "whole" / "config.json"
     files = json.loads(path.read_text())
     files["generation"]["parts"] = {"vae": str(tmp_path / "other")}
@@ -180,7 +184,7 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
 )
 def test_wrong_configs(changes, words):
     with pytest.raises(ValueError, match=words):
-        UniWorldConfig.from_files(FILES | changes, {})
+        UniWorldConfig.from_json(FILES | changes, {})
 
 
 def test_parts_of_other_widths_are_refused(tmp_path):
@@ -198,17 +202,17 @@ def test_parts_of_other_widths_are_refused(tmp_path):
 
 def test_what_is_told_is_what_is_read_with_the_features_before_their_marker(model):
     shown = [picture(0), picture(1, 40, 90)]
-    items = model.prompts.drawing("the two", shown)
-    (reading,) = model.read([items])
-    looks = model.parts.look(shown)
-    (told,) = model.told([items], [reading.states], looks)
+    items = model.processor.prompt_parts("the two", shown)
+    (reading,) = model.encode_prompts([items])
+    looks = model.auxiliary.encode_siglip(shown)
+    (told,) = model.condition([items], [reading.hidden_states], looks)
     ids = torch.cat(
-        [torch.cat((one.ids, torch.full((one.n_tokens,), model.cfg.reader.markers.image))) for one in items]
+        [torch.cat((one.ids, torch.full((one.n_tokens,), model.config.mllm.special_tokens.image_pad))) for one in items]
     )
-    rows, seen, at = model.from_reader(reading.states), model.from_look(looks), 0
+    rows, seen, at = model.mllm_projector(reading.hidden_states), model.siglip_projector(looks), 0
     expected = []
     for i, one in enumerate(ids.tolist()):
-        if one == model.cfg.reader.markers.looked:
+        if one == model.config.mllm.special_tokens.vision_end:
             expected.append(seen[at])
             at += 1
         expected.append(rows[i : i + 1])
@@ -216,46 +220,48 @@ def test_what_is_told_is_what_is_read_with_the_features_before_their_marker(mode
 
 
 def test_a_marker_of_a_user_is_text(model):
-    plain, typed = (model.prompts.drawing(f"see {one}", [picture(0)]) for one in ("this", "<|vision_end|>"))
-    assert [one.kind for one in plain] == [one.kind for one in typed] == ["text", "look", "text"]
-    assert model.cfg.reader.markers.looked not in typed[0].ids
+    plain, typed = (model.processor.prompt_parts(f"see {one}", [picture(0)]) for one in ("this", "<|vision_end|>"))
+    assert [one.kind for one in plain] == [one.kind for one in typed] == ["text", "und_image", "text"]
+    assert model.config.mllm.special_tokens.vision_end not in typed[0].ids
 
 
 def test_pictures_stand_behind_the_text_unless_it_says_where(model):
-    def places(prompt, prompts=model.prompts):
-        return [one.kind for one in prompts.drawing(prompt, [picture(0)])], prompts.drawing(prompt, [picture(0)])
+    def places(prompt, prompts=model.processor):
+        return [one.kind for one in prompts.prompt_parts(prompt, [picture(0)])], prompts.prompt_parts(
+            prompt, [picture(0)]
+        )
 
     kinds, behind = places("see this")
-    placed = places(f"{PLACEHOLDER}see this")[1]
-    assert kinds == ["text", "look", "text"] and len(behind[0].ids) > len(placed[0].ids)
-    in_front = places("see this", replace(model.prompts, in_front=True))[1]
+    placed = places(f"{IMAGE_PAD}see this")[1]
+    assert kinds == ["text", "und_image", "text"] and len(behind[0].ids) > len(placed[0].ids)
+    in_front = places("see this", replace(model.processor, images_first=True))[1]
     assert [one.ids.tolist() for one in in_front] == [one.ids.tolist() for one in placed]
-    system = replace(model.prompts, system="draw.").drawing("a cat")
-    assert len(system[0].ids) > len(model.prompts.drawing("a cat")[0].ids)
+    system = replace(model.processor, system_prompt="draw.").prompt_parts("a cat")
+    assert len(system[0].ids) > len(model.processor.prompt_parts("a cat")[0].ids)
 
 
 def test_one_pass_and_one_modulation(model, monkeypatch):
     """A request reads its prompt once, and what depends on the time alone is computed before the first step."""
     calls, modulated = [], []
-    inner = model.reader.decoder.forward
-    monkeypatch.setattr(model.reader.decoder, "forward", lambda x, *rest: calls.append(len(x)) or inner(x, *rest))
-    block = model.painter.trunk.doubles[0].image.modulation
+    inner = model.mllm.decoder.forward
+    monkeypatch.setattr(model.mllm.decoder, "forward", lambda x, *rest: calls.append(len(x)) or inner(x, *rest))
+    block = model.denoiser.mmdit.double_blocks[0].image.modulation
     hook = block.register_forward_hook(lambda *_: modulated.append(1))
     model.generate("a small bird", images=picture(0), steps=3, n=2)
     hook.remove()
-    items = model.prompts.drawing("a small bird", [picture(0)])
+    items = model.processor.prompt_parts("a small bird", [picture(0)])
     assert calls == [sum(one.segment.length for one in items)] and modulated == [1]
     calls.clear()
-    answer = deciding(model, draws=False).respond("a small bird", text=TextSampling(max_tokens=3))
+    answer = deciding(model, draws=False).respond("a small bird", text_sampling=TextSampling(max_tokens=3))
     deciding(model, draws=True)
-    read = sum(one.segment.length for one in model.prompts.drawing("a small bird"))
+    read = sum(one.segment.length for one in model.processor.prompt_parts("a small bird"))
     assert isinstance(answer, str) and calls[0] == read and calls[1:] == [1] * len(calls[1:])
 
 
 def deciding(model: UniWorld, *, draws: bool) -> UniWorld:
     """The model with a head that always decides the same."""
-    torch.nn.init.zeros_(model.decide.fc2.weight)
-    model.decide.fc2.bias.copy_(torch.tensor([0.0, 1.0] if draws else [1.0, 0.0]))
+    torch.nn.init.zeros_(model.task_head.fc2.weight)
+    model.task_head.fc2.bias.copy_(torch.tensor([0.0, 1.0] if draws else [1.0, 0.0]))
     return model
 
 
@@ -266,23 +272,23 @@ def test_the_head_decides_who_answers(model):
         and apart(drawn.image, model.generate("a bird", images=picture(0), seed=3).image) == 0
     )
     sampling = TextSampling(max_tokens=5)
-    said = deciding(model, draws=False).respond("a bird", images=picture(0), text=sampling)
-    shown = {"role": "user", "content": "a bird" + PLACEHOLDER, "images": [model.cfg.reader.pixels(picture(0))]}
-    assert said == model.chat([shown], system="", text=sampling)
-    torch.nn.init.zeros_(model.decide.fc2.bias)
-    assert isinstance(model.respond("a bird", text=sampling), str), "as many votes for both: it answers"
+    said = deciding(model, draws=False).respond("a bird", images=picture(0), text_sampling=sampling)
+    shown = {"role": "user", "content": "a bird" + IMAGE_PAD, "images": [model.config.mllm.image_processor(picture(0))]}
+    assert said == model.chat([shown], system="", text_sampling=sampling)
+    torch.nn.init.zeros_(model.task_head.fc2.bias)
+    assert isinstance(model.respond("a bird", text_sampling=sampling), str), "as many votes for both: it answers"
 
 
 def test_residual_is_what_the_tower_gave(model):
-    items = model.prompts.drawing("see", [picture(0)])
-    (plain,), (half,), (whole,) = (model.read([items], residual=f) for f in (0.0, 0.5, 1.0))
+    items = model.processor.prompt_parts("see", [picture(0)])
+    (plain,), (half,), (whole,) = (model.encode_prompts([items], image_embeds_shortcut=f) for f in (0.0, 0.5, 1.0))
     first = items[0].segment.length + 1
     cells = slice(first, first + items[1].n_tokens)
-    others = [i for i in range(len(plain.states)) if not cells.start <= i < cells.stop]
-    assert torch.equal(plain.states[others], whole.states[others])
-    batch = pack([items])
-    assert torch.allclose(whole.states[cells], model.reader.seen(batch.look), atol=1e-6)
-    assert torch.allclose(half.states, (plain.states + whole.states) / 2, atol=1e-6)
+    others = [i for i in range(len(plain.hidden_states)) if not cells.start <= i < cells.stop]
+    assert torch.equal(plain.hidden_states[others], whole.hidden_states[others])
+    batch = pack_sequences([items])
+    assert torch.allclose(whole.hidden_states[cells], model.mllm.image_features(batch.und_images), atol=1e-6)
+    assert torch.allclose(half.hidden_states, (plain.hidden_states + whole.hidden_states) / 2, atol=1e-6)
 
 
 # ---- drawing
@@ -293,11 +299,11 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     images = [None, picture(0), [picture(1, 40, 40), picture(2, 90, 90)]]
     scales, free = [3.5, 1.0, 2.0], [1.0, 2.0, 1.0]
     together = model.generate(
-        prompts, images=images, seed=[5, 7, 9], guidance=scales, text_guidance=free, size=(64, 96)
+        prompts, images=images, seed=[5, 7, 9], guidance=scales, true_cfg_scale=free, size=(64, 96)
     )
     for i, prompt in enumerate(prompts):
         alone = model.generate(
-            prompt, images=images[i], seed=[5, 7, 9][i], guidance=scales[i], text_guidance=free[i], size=(64, 96)
+            prompt, images=images[i], seed=[5, 7, 9][i], guidance=scales[i], true_cfg_scale=free[i], size=(64, 96)
         )
         assert apart(together.images[i], alone.image) <= 1
     assert apart(together.images[0], together.images[1]) > 1
@@ -314,7 +320,7 @@ def test_text_guidance_leads_away_from_nothing(model):
     told = [torch.randn(9, 40)]
     noise, pooled, times = torch.randn(1, 4, 8, 8), torch.zeros(1, 24), torch.tensor([1.0, 0.0])
     plain, empty, twice, none = (
-        model.denoise(some, noise, pooled=pooled, guidance=3.5, times=times, text_guidance=scale)
+        model.denoise(some, noise, pooled=pooled, guidance=3.5, timesteps=times, true_cfg_scale=scale)
         for some, scale in (
             (told, None),
             ([told[0][:0]], None),
@@ -329,20 +335,20 @@ def test_text_guidance_leads_away_from_nothing(model):
 def test_sizes(model):
     assert model.generate("a cat").image.size == (64, 64)
     assert model.generate("as wide", images=picture(0, 60, 50)).image.size == (160, 128), "5:4, in whole units of 32"
-    cfg = replace(model.cfg, pixels=1024 * 1024)
-    model.cfg, kept = cfg, model.cfg
-    assert model.size_of([picture(0, 192, 108)]) == (864, 1536)
-    assert model.size_of([picture(0, 100, 60), picture(0, 60, 100)]) == model.size_of([]) == (1024, 1024)
-    model.cfg = kept
+    cfg = replace(model.config, image_pixels=1024 * 1024)
+    model.config, kept = cfg, model.config
+    assert model.output_size([picture(0, 192, 108)]) == (864, 1536)
+    assert model.output_size([picture(0, 100, 60), picture(0, 60, 100)]) == model.output_size([]) == (1024, 1024)
+    model.config = kept
 
 
 def test_references(model):
     shown = [picture(0, 64, 64)]
     plain, tokens, condition = (
-        model.generate("a cat", images=shown, references=how).image for how in (None, "tokens", "condition")
+        model.generate("a cat", images=shown, reference_latents=how).image for how in (None, "tokens", "condition")
     )
     assert min(apart(plain, tokens), apart(plain, condition), apart(tokens, condition)) > 0
-    both = model.generate(["a cat", "none"], images=[shown, None], references="tokens", seed=[0, 1])
+    both = model.generate(["a cat", "none"], images=[shown, None], reference_latents="tokens", seed=[0, 1])
     assert apart(both.images[0], tokens) <= 1
     assert apart(both.images[1], model.generate("none", seed=1).image) <= 1, "without a picture there is no reference"
 
@@ -350,12 +356,12 @@ def test_references(model):
 @torch.inference_mode()
 def test_latents_among_what_is_told_are_half_as_fine(model):
     latents = torch.randn(2, 4, 8, 12)
-    told = model.beside(latents)
+    told = model.reference_condition(latents)
     assert told.shape == (2 * 2 * 3, 40)
     # the second picture's token at row 1, column 2: means of four latents each, channel by channel
     corners = [(c, 4 + 2 * y, 8 + 2 * x) for c in range(4) for y in (0, 1) for x in (0, 1)]
     means = torch.stack([latents[1, c, y : y + 2, x : x + 2].mean() for c, y, x in corners])
-    assert torch.allclose(told[-1], model.from_latents(means), atol=1e-5)
+    assert torch.allclose(told[-1], model.vae_projector(means), atol=1e-5)
 
 
 def test_captions(model):
@@ -373,13 +379,13 @@ def test_parts_that_are_asked_for_and_absent():
     bare = uniworld(vae=False, clip=False, t5=False)
     with pytest.raises(ValueError, match=r'without its VAE: give from_pretrained flux="black-forest-labs/FLUX\.1-dev"'):
         bare.generate("a cat")
-    bare.parts.vae = uniworld().parts.vae
+    bare.auxiliary.vae = uniworld().auxiliary.vae
     with pytest.raises(ValueError, match=r"without its text encoder \(CLIP\).*or draw with clip=False"):
         bare.generate("a cat")
     with pytest.raises(ValueError, match=r"without its second text encoder \(T5\)"):
         bare.generate("a cat", t5=True)
     assert bare.generate("a cat", clip=False).image.size == (64, 64)
-    bare.parts.tower = None
+    bare.auxiliary.siglip = None
     with pytest.raises(ValueError, match=r"without its SigLIP2: give from_pretrained siglip="):
         bare.generate("a cat", images=picture(0), clip=False)
 
@@ -393,11 +399,11 @@ def test_parts_that_are_asked_for_and_absent():
         (dict(prompt="a", steps=0), "got steps 0"),
         (dict(prompt="a", n=0), "got n 0"),
         (dict(prompt="a", guidance=-1.0), "scales of 0 or more"),
-        (dict(prompt=["a", "b"], text_guidance=[1.0]), "got 1 text guidances for 2 prompts"),
-        (dict(prompt="a", references="latents"), "got references 'latents'"),
-        (dict(prompt="a", residual=2.0), "got residual 2.0"),
+        (dict(prompt=["a", "b"], true_cfg_scale=[1.0]), "got 1 text guidances for 2 prompts"),
+        (dict(prompt="a", reference_latents="latents"), "got references 'latents'"),
+        (dict(prompt="a", image_embeds_shortcut=2.0), "got residual 2.0"),
         (dict(prompt="a", seed=-1), "got seed -1"),
-        (dict(prompt=f"{PLACEHOLDER} here"), "for 0 pictures"),
+        (dict(prompt=f"{IMAGE_PAD} here"), "for 0 pictures"),
         (dict(prompt="a", images="nowhere.png"), "no image at nowhere.png"),
     ],
 )

@@ -8,11 +8,11 @@ from PIL import Image
 
 import unimm
 from unimm import UniWorld
-from unimm.checkpoint.hub import NANO
+from unimm.checkpoint.hub import BUNDLED_FOLDER
 from unimm.data.shapes import example
 from unimm.models.base import Generation
 
-FOLDER = NANO / "uniworld-nano"
+FOLDER = BUNDLED_FOLDER / "uniworld-nano"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_it_is_small_and_shares_its_vae(model):
     assert sum(path.stat().st_size for path in files) < 6.4e6, "all nano models together have 60 MB"
     assert json.loads((FOLDER / "config.json").read_text())["generation"]["parts"] == {"vae": "bagel-nano"}
     theirs = unimm.Bagel.from_pretrained("bagel-nano").vae.state_dict()
-    ours = model.parts.autoencoder.state_dict()
+    ours = model.auxiliary.required_vae.state_dict()
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
@@ -49,6 +49,6 @@ def test_the_head_tells_questions_from_prompts(model):
     tasks = {"draw.one": 1, "draw.two": 1, "edit.remove": 1, "answer.count": 0, "answer.colour": 0, "answer.where": 0}
     examples = [(example(task, i, split="test"), wanted) for task, wanted in tasks.items() for i in range(10)]
     shown = [[Image.fromarray(image) for image in one.images] for one, _ in examples]
-    asked = [model.prompts.drawing(one.prompt, some) for (one, _), some in zip(examples, shown, strict=True)]
-    votes = [int(model.decision(reading).argmax()) for reading in model.read(asked)]
+    asked = [model.processor.prompt_parts(one.prompt, some) for (one, _), some in zip(examples, shown, strict=True)]
+    votes = [int(model.route_logits(reading).argmax()) for reading in model.encode_prompts(asked)]
     assert sum(vote == wanted for vote, (_, wanted) in zip(votes, examples, strict=True)) >= 57

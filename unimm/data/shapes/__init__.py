@@ -6,10 +6,10 @@ targets for every task of `TASKS`, and `judge` says whether an output is right. 
 never occur in the train split, and every example of the test split asks about one of them.
 """
 
-from unimm.data.shapes.goal import Drawing, Example, Goal, Listing, Saying, Want
-from unimm.data.shapes.scene_parser import UNCLEAR, Seen, read
-from unimm.data.shapes.scoring import judge, meets
-from unimm.data.shapes.tasks import SPLITS, TASKS, example, vocabulary_text
+from unimm.data.shapes.goal import AnswerGoal, CaptionGoal, Example, Goal, ImageGoal, WantedObject
+from unimm.data.shapes.scene_parser import UNCLEAR, ParsedObject, parse_scene
+from unimm.data.shapes.scoring import judge, meets_goal
+from unimm.data.shapes.tasks import SPLITS, TASKS, example, tokenizer_corpus
 from unimm.data.shapes.world import (
     COLOURS,
     HELD_OUT,
@@ -36,21 +36,21 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "UNCLEAR",
-    "Drawing",
+    "AnswerGoal",
+    "CaptionGoal",
     "Example",
     "Goal",
-    "Listing",
-    "Saying",
+    "ImageGoal",
+    "ParsedObject",
     "Scene",
-    "Seen",
     "Thing",
-    "Want",
+    "WantedObject",
     "example",
     "judge",
-    "meets",
+    "meets_goal",
+    "parse_scene",
     "place_of",
-    "read",
     "related",
     "render",
-    "vocabulary_text",
+    "tokenizer_corpus",
 ]

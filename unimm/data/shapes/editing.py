@@ -2,72 +2,76 @@
 
 from dataclasses import replace
 
-from unimm.data.shapes.goal import Drawing, Example, Want
-from unimm.data.shapes.language import ADD, RECOLOUR, REMOVE, RESIZE, SWAP, names, phrase
-from unimm.data.shapes.rng import Dice
-from unimm.data.shapes.world import RELATIONS, SIZES, Pair, Scene, Thing, related, render
+from unimm.data.shapes.goal import Example, ImageGoal, WantedObject
+from unimm.data.shapes.language import ADD, RECOLOUR, REMOVE, RESIZE, SWAP, describe, referring_expressions
+from unimm.data.shapes.rng import ExampleRng
+from unimm.data.shapes.world import RELATIONS, SIZES, Scene, ShapeColour, Thing, related, render
 
 
-def _edited(task: str, prompt: str, before: Scene, after: Scene, goal: Drawing | None = None) -> Example:
+def _edit_example(task: str, prompt: str, before: Scene, after: Scene, goal: ImageGoal | None = None) -> Example:
     """An example whose goal, unless given, is every thing of after at its place."""
-    goal = goal or Drawing(wants=tuple(_kept(thing) for thing in after.things))
+    goal = goal or ImageGoal(wants=tuple(_unchanged(thing) for thing in after.things))
     images, target = (render(before),), render(after)
-    return Example(task=task, prompt=prompt, goal=goal, images=images, target=target, before=before, after=after)
+    return Example(
+        task=task, prompt=prompt, goal=goal, images=images, target=target, source_scene=before, target_scene=after
+    )
 
 
-def _kept(thing: Thing) -> Want:
+def _unchanged(thing: Thing) -> WantedObject:
     """The thing with all its attributes, where it is."""
-    return Want(shape=thing.shape, colour=thing.colour, size=thing.size, at=(thing.x, thing.y))
+    return WantedObject(shape=thing.shape, colour=thing.colour, size=thing.size, position=(thing.x, thing.y))
 
 
-def _around(dice: Dice, pair: Pair, n: int) -> Scene:
+def _scene_with(rng: ExampleRng, pair: ShapeColour, n: int) -> Scene:
     """A scene of n things of different pairs, the first of the given pair."""
     pairs = [pair]
     while len(pairs) < n:
-        pairs.append(dice.other(lambda other: other not in pairs))
-    return dice.scene(pairs)
+        pairs.append(rng.other_pair(lambda other: other not in pairs))
+    return rng.scene(pairs)
 
 
-def _without(scene: Scene, thing: Thing) -> tuple[Thing, ...]:
+def _others(scene: Scene, thing: Thing) -> tuple[Thing, ...]:
     """The other things of the scene."""
     return tuple(other for other in scene.things if other is not thing)
 
 
-def recolour(task: str, dice: Dice) -> Example:
+def edit_recolour(task: str, rng: ExampleRng) -> Example:
     """make the red circle green; the pair that comes of it is the one asked for."""
-    shape, colour = dice.asked()
-    start = dice.other(lambda pair: pair[0] == shape and pair[1] != colour)
-    before = _around(dice, start, dice.whole(1, 3))
+    shape, colour = rng.subject()
+    start = rng.other_pair(lambda pair: pair[0] == shape and pair[1] != colour)
+    before = _scene_with(rng, start, rng.integer(1, 3))
     thing = before.things[0]
-    after = Scene(things=(replace(thing, colour=colour), *_without(before, thing)))
-    prompt = dice.choice(RECOLOUR).format(what=dice.choice(names(thing, before)), colour=colour)
-    return _edited(task, prompt, before, after)
+    after = Scene(things=(replace(thing, colour=colour), *_others(before, thing)))
+    prompt = rng.choice(RECOLOUR).format(what=rng.choice(referring_expressions(thing, before)), colour=colour)
+    return _edit_example(task, prompt, before, after)
 
 
-def remove(task: str, dice: Dice) -> Example:
+def edit_remove(task: str, rng: ExampleRng) -> Example:
     """remove the red circle; the last one leaves an empty canvas."""
-    before = _around(dice, dice.asked(), dice.whole(1, 3))
+    before = _scene_with(rng, rng.subject(), rng.integer(1, 3))
     thing = before.things[0]
-    after = Scene(things=_without(before, thing))
-    return _edited(task, dice.choice(REMOVE).format(what=dice.choice(names(thing, before))), before, after)
+    after = Scene(things=_others(before, thing))
+    return _edit_example(
+        task, rng.choice(REMOVE).format(what=rng.choice(referring_expressions(thing, before))), before, after
+    )
 
 
-def add(task: str, dice: Dice) -> Example:
+def edit_add(task: str, rng: ExampleRng) -> Example:
     """add a blue square, half of the time in a relation to a thing that is there."""
-    pairs = dice.pairs(dice.whole(2, 4))
-    scene = dice.scene(pairs)
+    pairs = rng.distinct_pairs(rng.integer(2, 4))
+    scene = rng.scene(pairs)
     new, old = scene.things[0], scene.things[1:]
-    sized = dice.coin()
-    words = phrase(new, size=sized)
-    want = Want(shape=new.shape, colour=new.colour, size=new.size if sized else None)
+    sized = rng.coin()
+    words = describe(new, size=sized)
+    want = WantedObject(shape=new.shape, colour=new.colour, size=new.size if sized else None)
     before = Scene(things=old)
     relations: tuple[tuple[int, str, int], ...] = ()
-    if dice.coin():
-        index, relation = dice.choice(_relations_of(new, old))
-        words = f"{words} {relation} {dice.choice(names(old[index], before))}"
+    if rng.coin():
+        index, relation = rng.choice(_relations_of(new, old))
+        words = f"{words} {relation} {rng.choice(referring_expressions(old[index], before))}"
         relations = ((0, relation, index + 1),)
-    goal = Drawing(wants=(want, *(_kept(thing) for thing in old)), relations=relations)
-    return _edited(task, dice.choice(ADD).format(what=words), before, scene, goal)
+    goal = ImageGoal(wants=(want, *(_unchanged(thing) for thing in old)), relations=relations)
+    return _edit_example(task, rng.choice(ADD).format(what=words), before, scene, goal)
 
 
 def _relations_of(new: Thing, old: tuple[Thing, ...]) -> list[tuple[int, str]]:
@@ -80,21 +84,21 @@ def _relations_of(new: Thing, old: tuple[Thing, ...]) -> list[tuple[int, str]]:
     ]
 
 
-def swap(task: str, dice: Dice) -> Example:
+def edit_swap(task: str, rng: ExampleRng) -> Example:
     """swap the red circle and the blue square: each stands where the other stood."""
-    before = _around(dice, dice.asked(), dice.whole(2, 3))
+    before = _scene_with(rng, rng.subject(), rng.integer(2, 3))
     a, b = before.things[:2]
     moved = replace(a, cell=b.cell, dx=b.dx, dy=b.dy), replace(b, cell=a.cell, dx=a.dx, dy=a.dy)
     after = Scene(things=(*moved, *before.things[2:]))
-    first, second = dice.mixed([dice.choice(names(thing, before)) for thing in (a, b)])
-    return _edited(task, dice.choice(SWAP).format(a=first, b=second), before, after)
+    first, second = rng.shuffled([rng.choice(referring_expressions(thing, before)) for thing in (a, b)])
+    return _edit_example(task, rng.choice(SWAP).format(a=first, b=second), before, after)
 
 
-def resize(task: str, dice: Dice) -> Example:
+def edit_resize(task: str, rng: ExampleRng) -> Example:
     """make the red circle small, where it was large."""
-    before = _around(dice, dice.asked(), dice.whole(1, 3))
+    before = _scene_with(rng, rng.subject(), rng.integer(1, 3))
     thing = before.things[0]
     size = next(size for size in SIZES if size != thing.size)
-    after = Scene(things=(replace(thing, size=size), *_without(before, thing)))
-    prompt = dice.choice(RESIZE).format(what=dice.choice(names(thing, before)), size=size)
-    return _edited(task, prompt, before, after)
+    after = Scene(things=(replace(thing, size=size), *_others(before, thing)))
+    prompt = rng.choice(RESIZE).format(what=rng.choice(referring_expressions(thing, before)), size=size)
+    return _edit_example(task, prompt, before, after)

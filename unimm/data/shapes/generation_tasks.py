@@ -1,79 +1,89 @@
 """Tasks that draw from words alone."""
 
-from unimm.data.shapes.goal import Drawing, Example, Want
-from unimm.data.shapes.language import DRAW, DRAW_FAVOURITE, FAVOURITES, at, joined, numbered, phrase
-from unimm.data.shapes.rng import Dice
+from unimm.data.shapes.goal import Example, ImageGoal, WantedObject
+from unimm.data.shapes.language import (
+    DRAW,
+    DRAW_FAVOURITE,
+    FAVOURITES,
+    count_phrase,
+    describe,
+    join_phrases,
+    place_phrase,
+)
+from unimm.data.shapes.rng import ExampleRng
 from unimm.data.shapes.world import RELATIONS, Scene, render
 
 
-def drawn(task: str, prompt: str, scene: Scene, goal: Drawing, think: str | None = None) -> Example:
+def generation_example(task: str, prompt: str, scene: Scene, goal: ImageGoal, think: str | None = None) -> Example:
     """An example whose target is the scene."""
-    return Example(task=task, prompt=prompt, goal=goal, think=think, target=render(scene), after=scene)
+    return Example(task=task, prompt=prompt, goal=goal, think=think, target=render(scene), target_scene=scene)
 
 
-def wanted(scene: Scene, *, size: bool = False) -> tuple[Want, ...]:
+def wanted_objects(scene: Scene, *, size: bool = False) -> tuple[WantedObject, ...]:
     """The scene's things as wants, their size asked for or free."""
-    return tuple(Want(shape=t.shape, colour=t.colour, size=t.size if size else None) for t in scene.things)
+    return tuple(WantedObject(shape=t.shape, colour=t.colour, size=t.size if size else None) for t in scene.things)
 
 
-def one(task: str, dice: Dice) -> Example:
+def draw_one(task: str, rng: ExampleRng) -> Example:
     """a large red circle."""
-    scene = dice.scene([dice.asked()])
-    sized = dice.coin()
-    prompt = dice.choice(DRAW).format(what=phrase(scene.things[0], size=sized))
-    return drawn(task, prompt, scene, Drawing(wants=wanted(scene, size=sized)))
+    scene = rng.scene([rng.subject()])
+    sized = rng.coin()
+    prompt = rng.choice(DRAW).format(what=describe(scene.things[0], size=sized))
+    return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene, size=sized)))
 
 
-def count(task: str, dice: Dice) -> Example:
+def draw_count(task: str, rng: ExampleRng) -> Example:
     """three green stars, all of one size."""
-    n = dice.whole(2, 4)
-    pair, size = dice.asked(), dice.choice(("small", "large"))
-    scene = Scene(things=tuple(dice.thing(pair, cell, size=size) for cell in dice.cells(n)))
-    sized = dice.coin()
+    n = rng.integer(2, 4)
+    pair, size = rng.subject(), rng.choice(("small", "large"))
+    scene = Scene(things=tuple(rng.thing(pair, cell, size=size) for cell in rng.distinct_cells(n)))
+    sized = rng.coin()
     words = f"{pair[1]} {pair[0]}"
-    prompt = dice.choice(DRAW).format(what=numbered(n, f"{size} {words}" if sized else words))
-    return drawn(task, prompt, scene, Drawing(wants=wanted(scene, size=sized)))
+    prompt = rng.choice(DRAW).format(what=count_phrase(n, f"{size} {words}" if sized else words))
+    return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene, size=sized)))
 
 
-def two(task: str, dice: Dice) -> Example:
+def draw_two(task: str, rng: ExampleRng) -> Example:
     """a red circle and a blue square, anywhere."""
-    scene = dice.scene(dice.mixed(dice.pairs(2)))
-    sized = dice.coin()
-    prompt = dice.choice(DRAW).format(what=joined([phrase(thing, size=sized) for thing in scene.things]))
-    return drawn(task, prompt, scene, Drawing(wants=wanted(scene, size=sized)))
+    scene = rng.scene(rng.shuffled(rng.distinct_pairs(2)))
+    sized = rng.coin()
+    prompt = rng.choice(DRAW).format(what=join_phrases([describe(thing, size=sized) for thing in scene.things]))
+    return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene, size=sized)))
 
 
-def relation(task: str, dice: Dice) -> Example:
+def draw_relation(task: str, rng: ExampleRng) -> Example:
     """a red circle left of a blue square."""
-    name = dice.choice(RELATIONS)
-    pairs = dice.mixed(dice.pairs(2))
-    cells = dice.related_cells(name)
-    scene = Scene(things=tuple(dice.thing(pair, cell) for pair, cell in zip(pairs, cells, strict=True)))
-    a, b = (phrase(thing) for thing in scene.things)
-    goal = Drawing(wants=wanted(scene), relations=((0, name, 1),))
-    return drawn(task, dice.choice(DRAW).format(what=f"{a} {name} {b}"), scene, goal)
+    name = rng.choice(RELATIONS)
+    pairs = rng.shuffled(rng.distinct_pairs(2))
+    cells = rng.related_cells(name)
+    scene = Scene(things=tuple(rng.thing(pair, cell) for pair, cell in zip(pairs, cells, strict=True)))
+    a, b = (describe(thing) for thing in scene.things)
+    goal = ImageGoal(wants=wanted_objects(scene), relations=((0, name, 1),))
+    return generation_example(task, rng.choice(DRAW).format(what=f"{a} {name} {b}"), scene, goal)
 
 
-def place(task: str, dice: Dice) -> Example:
+def draw_place(task: str, rng: ExampleRng) -> Example:
     """a red circle at the top left."""
-    scene = dice.scene([dice.asked()])
+    scene = rng.scene([rng.subject()])
     thing = scene.things[0]
-    sized = dice.coin()
-    words = f"{phrase(thing, size=sized)} {at(thing.place)}"
-    want = Want(shape=thing.shape, colour=thing.colour, size=thing.size if sized else None, place=thing.place)
-    return drawn(task, dice.choice(DRAW).format(what=words), scene, Drawing(wants=(want,)))
+    sized = rng.coin()
+    words = f"{describe(thing, size=sized)} {place_phrase(thing.place)}"
+    want = WantedObject(shape=thing.shape, colour=thing.colour, size=thing.size if sized else None, place=thing.place)
+    return generation_example(task, rng.choice(DRAW).format(what=words), scene, ImageGoal(wants=(want,)))
 
 
-def full(task: str, dice: Dice) -> Example:
+def draw_scene(task: str, rng: ExampleRng) -> Example:
     """One to four objects with size and place."""
-    scene = dice.scene(dice.pairs(dice.whole(1, 4)))
-    words = joined([phrase(thing, size=True, place=True) for thing in scene.reading_order()])
-    wants = tuple(Want(shape=t.shape, colour=t.colour, size=t.size, place=t.place) for t in scene.things)
-    return drawn(task, dice.choice(DRAW).format(what=words), scene, Drawing(wants=wants))
+    scene = rng.scene(rng.distinct_pairs(rng.integer(1, 4)))
+    words = join_phrases([describe(thing, size=True, place=True) for thing in scene.reading_order()])
+    wants = tuple(WantedObject(shape=t.shape, colour=t.colour, size=t.size, place=t.place) for t in scene.things)
+    return generation_example(task, rng.choice(DRAW).format(what=words), scene, ImageGoal(wants=wants))
 
 
-def favourite(task: str, dice: Dice) -> Example:
+def draw_favourite(task: str, rng: ExampleRng) -> Example:
     """draw what Tom likes; a fact, to which the split does not apply."""
-    name = dice.choice(tuple(FAVOURITES))
-    scene = dice.scene([FAVOURITES[name]])
-    return drawn(task, dice.choice(DRAW_FAVOURITE).format(name=name), scene, Drawing(wants=wanted(scene)))
+    name = rng.choice(tuple(FAVOURITES))
+    scene = rng.scene([FAVOURITES[name]])
+    return generation_example(
+        task, rng.choice(DRAW_FAVOURITE).format(name=name), scene, ImageGoal(wants=wanted_objects(scene))
+    )

@@ -2,43 +2,43 @@
 
 from dataclasses import dataclass
 
-from unimm.data.shapes.world import Picture, Scene
+from unimm.data.shapes.world import ImageArray, Scene
 
 
 @dataclass(frozen=True, kw_only=True)
-class Want:
+class WantedObject:
     """One object asked for; None leaves an attribute free; at is a centre (x, y) in pixels, place a cell's name."""
 
     shape: str
     colour: str
     size: str | None = None
-    at: tuple[int, int] | None = None
+    position: tuple[int, int] | None = None
     place: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageGoal:
     """A picture with these objects and no more; relations are (index of a want, relation, index of a want)."""
 
-    wants: tuple[Want, ...]
+    wants: tuple[WantedObject, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saying:
+class AnswerGoal:
     """One answer, but for case, spaces and a full stop at its end."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
+class CaptionGoal:
     """The phrases of a caption, in any order."""
 
     phrases: tuple[str, ...]
 
 
-Goal = Drawing | Saying | Listing
+Goal = ImageGoal | AnswerGoal | CaptionGoal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,9 +51,9 @@ class Example:
     task: str
     prompt: str
     goal: Goal
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageArray, ...] = ()
     think: str | None = None
     answer: str | None = None
-    target: Picture | None = None
-    before: Scene | None = None
-    after: Scene | None = None
+    target: ImageArray | None = None
+    source_scene: Scene | None = None
+    target_scene: Scene | None = None

@@ -70,28 +70,28 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def numbered(n: int, words: str) -> str:
+def count_phrase(n: int, words: str) -> str:
     """A number word and the words that follow, which end in the noun."""
     return f"{NUMBERS[n]} {words if n == 1 else plural(words)}"
 
 
-def joined(phrases: list[str]) -> str:
+def join_phrases(phrases: list[str]) -> str:
     """a, b and c."""
     return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
 
 
-def phrase(thing: Thing, *, size: bool = False, place: bool = False) -> str:
+def describe(thing: Thing, *, size: bool = False, place: bool = False) -> str:
     """a red circle; with size and place, a large red circle at the top left."""
     words = article(f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}")
-    return f"{words} {at(thing.place)}" if place else words
+    return f"{words} {place_phrase(thing.place)}" if place else words
 
 
-def at(place: str) -> str:
+def place_phrase(place: str) -> str:
     """The place with its preposition."""
     return f"in the {place}" if place == "centre" else f"at the {place}"
 
 
-def names(thing: Thing, scene: Scene) -> list[str]:
+def referring_expressions(thing: Thing, scene: Scene) -> list[str]:
     """Every way to name the thing that fits no other thing of the scene, the longest first."""
     others = [other for other in scene.things if other is not thing]
     found = []

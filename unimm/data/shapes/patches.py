@@ -11,7 +11,7 @@ Mask = NDArray[np.bool_]
 Run = tuple[int, int, int]
 
 
-def patches(mask: Mask, *, least: int) -> list[Mask]:
+def connected_components(mask: Mask, *, min_pixels: int) -> list[Mask]:
     """The parts of mask [h, w] that hang together along edges and have at least so many pixels, from the top."""
     groups: list[list[Run]] = []
     above: list[tuple[Run, int]] = []
@@ -25,7 +25,7 @@ def patches(mask: Mask, *, least: int) -> list[Mask]:
             if other[0] == run[0] - 1 and other[1] < run[2] and run[1] < other[2]:
                 _merge(groups, owner, _root(owner, group), _root(owner, number))
         above.append((run, number))
-    return [_filled(runs, mask.shape) for runs in groups if sum(end - start for _, start, end in runs) >= least]
+    return [_filled(runs, mask.shape) for runs in groups if sum(end - start for _, start, end in runs) >= min_pixels]
 
 
 def _runs(mask: Mask) -> list[Run]:
@@ -60,21 +60,21 @@ def _filled(runs: list[Run], shape: tuple[int, ...]) -> Mask:
     return mask
 
 
-def framed(field: NDArray[T], border: int) -> NDArray[T]:
+def pad_zeros(field: NDArray[T], border: int) -> NDArray[T]:
     """The field [h, w, ...] with zeros around it; np.pad takes ten times as long."""
     wide = np.zeros((field.shape[0] + 2 * border, field.shape[1] + 2 * border, *field.shape[2:]), field.dtype)
     wide[border:-border, border:-border] = field
     return wide
 
 
-def grown(mask: Mask) -> Mask:
+def dilate(mask: Mask) -> Mask:
     """The mask and its eight neighbours."""
-    wide = framed(mask, 1)
+    wide = pad_zeros(mask, 1)
     tall = wide[:-2] | wide[1:-1] | wide[2:]
     return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
 
 
-def shrunk(mask: Mask) -> Mask:
+def erode(mask: Mask) -> Mask:
     """The pixels whose four neighbours are in the mask."""
-    wide = framed(mask, 1)
+    wide = pad_zeros(mask, 1)
     return mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]

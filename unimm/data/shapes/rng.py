@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
 
-from unimm.data.shapes.world import HELD_OUT, PAIRS, RELATIONS, SIZES, TRAIN_PAIRS, Pair, Scene, Thing
+from unimm.data.shapes.world import HELD_OUT, PAIRS, RELATIONS, SIZES, TRAIN_PAIRS, Scene, ShapeColour, Thing
 
 T = TypeVar("T")
 
 
-class Dice:
+class ExampleRng:
     """The draws of one example, the same on every machine."""
 
     def __init__(self, key: str, *, test: bool) -> None:
         """Seed by key; test asks for held-out pairs."""
         self._random = Random(key)
-        self._asked = HELD_OUT if test else TRAIN_PAIRS
-        self._others = PAIRS if test else TRAIN_PAIRS
+        self._subject_pairs = HELD_OUT if test else TRAIN_PAIRS
+        self._scene_pairs = PAIRS if test else TRAIN_PAIRS
 
     def _below(self, n: int) -> int:
         """A whole number in 0..n-1."""
@@ -27,7 +27,7 @@ class Dice:
         """One of the items."""
         return items[self._below(len(items))]
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """A whole number, both ends included."""
         return low + self._below(high + 1 - low)
 
@@ -35,45 +35,47 @@ class Dice:
         """True half of the time."""
         return self._below(2) == 1
 
-    def mixed(self, items: Sequence[T]) -> list[T]:
+    def shuffled(self, items: Sequence[T]) -> list[T]:
         """The items in random order."""
         left = list(items)
         return [left.pop(self._below(len(left))) for _ in items]
 
-    def asked(self) -> Pair:
+    def subject(self) -> ShapeColour:
         """The pair an example is about: held out in the test split."""
-        return self.choice(self._asked)
+        return self.choice(self._subject_pairs)
 
-    def other(self, keep: Callable[[Pair], bool], *, asked: bool = False) -> Pair:
+    def other_pair(self, predicate: Callable[[ShapeColour], bool], *, subject: bool = False) -> ShapeColour:
         """A pair that keep allows, of those that may stand in a scene (asked: of those an example may be about)."""
-        return self.choice([pair for pair in (self._asked if asked else self._others) if keep(pair)])
+        return self.choice(
+            [pair for pair in (self._subject_pairs if subject else self._scene_pairs) if predicate(pair)]
+        )
 
-    def pairs(self, n: int) -> list[Pair]:
+    def distinct_pairs(self, n: int) -> list[ShapeColour]:
         """n different pairs, the first of them asked for."""
-        found = [self.asked()]
+        found = [self.subject()]
         while len(found) < n:
-            found.append(self.other(lambda pair: pair not in found))
+            found.append(self.other_pair(lambda pair: pair not in found))
         return found
 
-    def cells(self, n: int) -> list[int]:
+    def distinct_cells(self, n: int) -> list[int]:
         """n different cells."""
-        return self.mixed(range(9))[:n]
+        return self.shuffled(range(9))[:n]
 
     def related_cells(self, relation: str) -> tuple[int, int]:
         """Two cells that stand in the relation; half of the time in one row, or one column, exactly."""
         low, high = self.choice(((0, 1), (0, 2), (1, 2)))
-        across = self.whole(0, 2)
-        aside = across if self.coin() else (across + self.whole(1, 2)) % 3
+        across = self.integer(0, 2)
+        aside = across if self.coin() else (across + self.integer(1, 2)) % 3
         step, stride = (1, 3) if relation in RELATIONS[:2] else (3, 1)
         first, second = low * step + across * stride, high * step + aside * stride
         return (first, second) if relation in ("left of", "above") else (second, first)
 
-    def thing(self, pair: Pair, cell: int, *, size: str | None = None) -> Thing:
+    def thing(self, pair: ShapeColour, cell: int, *, size: str | None = None) -> Thing:
         """A thing of the pair with jitter, and a random size if none is given."""
-        dx, dy = self.whole(-1, 1), self.whole(-1, 1)
+        dx, dy = self.integer(-1, 1), self.integer(-1, 1)
         return Thing(shape=pair[0], colour=pair[1], size=size or self.choice(SIZES), cell=cell, dx=dx, dy=dy)
 
-    def scene(self, pairs: Sequence[Pair]) -> Scene:
+    def scene(self, pairs: Sequence[ShapeColour]) -> Scene:
         """The pairs in random cells; things stand in the order of the pairs."""
-        placed = zip(pairs, self.cells(len(pairs)), strict=True)
+        placed = zip(pairs, self.distinct_cells(len(pairs)), strict=True)
         return Scene(things=tuple(self.thing(pair, cell) for pair, cell in placed))

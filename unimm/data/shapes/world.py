@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE = 64
-PITCH = 21
+IMAGE_SIZE = 64
+CELL_SIZE = 21
 BACKGROUND = (235, 235, 235)
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 PALETTE = {
@@ -42,11 +42,11 @@ TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # centres closer than this along an axis stand in no relation along it
-CLEAR = 8
+MIN_SEPARATION = 8
 
 # subsamples a pixel and axis; a coverage of FULL is a pixel all inside
 SUBSAMPLES = 8
-FULL = SUBSAMPLES**2
+FULL_COVERAGE = SUBSAMPLES**2
 # a five-pointed star in a box of +-1000, inner radius 0.45 of the outer; written down so that no libm is asked
 STAR = (
     (0, -950),
@@ -61,8 +61,8 @@ STAR = (
     (-278, -282),
 )
 
-Picture = NDArray[np.uint8]
-Pair = tuple[str, str]
+ImageArray = NDArray[np.uint8]
+ShapeColour = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +78,28 @@ class Thing:
 
     def __post_init__(self) -> None:
         """Refuse what the world does not hold."""
-        known("shape", self.shape, SHAPES)
-        known("colour", self.colour, COLOURS)
-        known("size", self.size, SIZES)
+        check_known("shape", self.shape, SHAPES)
+        check_known("colour", self.colour, COLOURS)
+        check_known("size", self.size, SIZES)
         if not 0 <= self.cell < 9:
             raise ValueError(f"got cell {self.cell}, expected 0..8; use row * 3 + column of the 3x3 grid")
         if not (-1 <= self.dx <= 1 and -1 <= self.dy <= 1):
             raise ValueError(f"got dx, dy {self.dx}, {self.dy}, expected -1..1; a wider shift could let objects touch")
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> ShapeColour:
         """Shape and colour, what the split is made by."""
         return self.shape, self.colour
 
     @property
     def x(self) -> int:
         """The pixel column of the centre."""
-        return self.cell % 3 * PITCH + PITCH // 2 + 1 + self.dx
+        return self.cell % 3 * CELL_SIZE + CELL_SIZE // 2 + 1 + self.dx
 
     @property
     def y(self) -> int:
         """The pixel row of the centre."""
-        return self.cell // 3 * PITCH + PITCH // 2 + 1 + self.dy
+        return self.cell // 3 * CELL_SIZE + CELL_SIZE // 2 + 1 + self.dy
 
     @property
     def place(self) -> str:
@@ -124,7 +124,7 @@ class Scene:
         return tuple(sorted(self.things, key=lambda thing: thing.cell))
 
 
-def known(what: str, got: str, names: Collection[str]) -> None:
+def check_known(what: str, got: str, names: Collection[str]) -> None:
     """Raise a ValueError that names the nearest known name, unless got is one."""
     if got not in names:
         near = get_close_matches(str(got), names, n=1, cutoff=0.0)[0]
@@ -133,7 +133,7 @@ def known(what: str, got: str, names: Collection[str]) -> None:
 
 def place_of(x: float, y: float) -> str:
     """The name of the cell that holds the pixel."""
-    row, column = (min(max(int(v - 0.5) // PITCH, 0), 2) for v in (y, x))
+    row, column = (min(max(int(v - 0.5) // CELL_SIZE, 0), 2) for v in (y, x))
     return PLACES[row * 3 + column]
 
 
@@ -141,7 +141,7 @@ def related(a: tuple[float, float], relation: str, b: tuple[float, float]) -> bo
     """Whether a centre (x, y) stands left of, right of, above or below another, by more than CLEAR pixels."""
     axis = 0 if relation in ("left of", "right of") else 1
     sign = 1 if relation in ("left of", "above") else -1
-    return sign * (b[axis] - a[axis]) > CLEAR
+    return sign * (b[axis] - a[axis]) > MIN_SEPARATION
 
 
 @cache
@@ -150,12 +150,12 @@ def coverage(shape: str, width: int) -> NDArray[np.int64]:
     half = width * SUBSAMPLES
     # odd coordinates at the subsamples' centres, half the box is `half`, a pixel is 2 * SUBSAMPLES: all whole numbers
     line = np.arange(1 - half, half, 2, dtype=np.int64)
-    inside = _inside(shape, line[None, :], line[:, None], half)
+    inside = _inside_shape(shape, line[None, :], line[:, None], half)
     covered: NDArray[np.int64] = inside.reshape(width, SUBSAMPLES, width, SUBSAMPLES).sum(axis=(1, 3), dtype=np.int64)
     return covered
 
 
-def _inside(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -> NDArray[np.bool_]:
+def _inside_shape(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -> NDArray[np.bool_]:
     """Which points of the grid lie in the shape; y points down, the box is -half..half."""
     if shape == "circle":
         return x * x + y * y <= half * half
@@ -182,24 +182,24 @@ def _in_polygon(x: NDArray[np.int64], y: NDArray[np.int64], corners: list[tuple[
 
 
 @cache
-def _sprite(shape: str, colour: str, size: str) -> Picture:
+def _sprite(shape: str, colour: str, size: str) -> ImageArray:
     """The object over the background, [width, width, 3]."""
     cover = coverage(shape, WIDTHS[size])[:, :, None]
-    mixed: NDArray[np.int64] = cover * np.array(PALETTE[colour], np.int64) + (FULL - cover) * np.array(
+    mixed: NDArray[np.int64] = cover * np.array(PALETTE[colour], np.int64) + (FULL_COVERAGE - cover) * np.array(
         BACKGROUND, np.int64
     )
-    return ((mixed + FULL // 2) // FULL).astype(np.uint8)
+    return ((mixed + FULL_COVERAGE // 2) // FULL_COVERAGE).astype(np.uint8)
 
 
 @cache
-def _blank() -> Picture:
+def _empty_canvas() -> ImageArray:
     """The empty canvas; callers copy it."""
-    return np.full((SIDE, SIDE, 3), BACKGROUND, dtype=np.uint8)
+    return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
 
 
-def render(scene: Scene) -> Picture:
+def render(scene: Scene) -> ImageArray:
     """The picture of a scene, uint8 [64, 64, 3]; the same bytes on every machine."""
-    canvas = _blank().copy()
+    canvas = _empty_canvas().copy()
     for thing in scene.things:
         half = WIDTHS[thing.size] // 2
         x, y = thing.x, thing.y

@@ -17,34 +17,34 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from unimm.data.shapes import Example, example, judge
-from unimm.data.shapes.world import SIDE
+from unimm.data.shapes.world import IMAGE_SIZE
 from unimm.models.base import Generation, UnifiedModel
 
-THINK = ".think"
-REASON = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
+THINK_SUFFIX = ".think"
+REASONING_TASKS = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
 # what is scored; reasoning tasks twice: drawn at once, and after the model's own reasoning
 TASKS = (
     *("draw.one", "draw.count", "draw.relation", "draw.two"),
     *("answer.count", "answer.colour", "answer.shape", "answer.relation"),
     *("edit.recolour", "edit.remove", "edit.add"),
-    *REASON,
-    *(task + THINK for task in REASON),
+    *REASONING_TASKS,
+    *(task + THINK_SUFFIX for task in REASONING_TASKS),
 )
-Pictures = list[list[Image.Image]]
+ImageLists = list[list[Image.Image]]
 
 
-class Model(Protocol):
+class BenchmarkModel(Protocol):
     """The verbs that are judged, over batches."""
 
     def generate(
-        self, prompt: Sequence[str], *, images: Pictures | None, think: bool, seed: Sequence[int]
+        self, prompt: Sequence[str], *, images: ImageLists | None, think: bool, seed: Sequence[int]
     ) -> Generation: ...
 
-    def understand(self, images: Pictures, question: Sequence[str]) -> list[str]: ...
+    def understand(self, images: ImageLists, question: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class BenchmarkScore:
     """The part that was right of n, and the ends of its 95 % interval (Wilson 1927)."""
 
     accuracy: float
@@ -53,28 +53,28 @@ class Score:
     high: float
 
     @classmethod
-    def of(cls, right: int, n: int) -> "Score":
+    def from_counts(cls, right: int, n: int) -> "BenchmarkScore":
         """From counts."""
         interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
         return cls(accuracy=right / n, n=n, low=float(interval.low), high=float(interval.high))
 
 
 def evaluate(
-    model: Model,
+    model: BenchmarkModel,
     *,
     n: int,
     seed: int,
     split: str = "test",
     tasks: Sequence[str] | None = None,
-    batch: int = 50,
+    batch_size: int = 50,
     progress: bool = True,
-) -> dict[str, Score]:
+) -> dict[str, BenchmarkScore]:
     """Score a model on n examples of each task (all of TASKS unless given), `batch` at a time.
 
     Raises ValueError for a task that is none of TASKS, and for numbers below 1.
     """
-    tasks = checked(TASKS if tasks is None else tasks)
-    for name, number in (("n", n), ("batch", batch)):
+    tasks = check_tasks(TASKS if tasks is None else tasks)
+    for name, number in (("n", n), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"got {name} {number}: expected at least 1")
     scores = {}
@@ -82,20 +82,22 @@ def evaluate(
         for task in tasks:
             bar.set_description(task)
             right = 0
-            for start in range(0, n, batch):
-                verdicts = list(judged(model, task, range(start, min(start + batch, n)), seed=seed, split=split))
+            for start in range(0, n, batch_size):
+                verdicts = list(
+                    score_batch(model, task, range(start, min(start + batch_size, n)), seed=seed, split=split)
+                )
                 right += sum(verdicts)
                 bar.update(len(verdicts))
-            scores[task] = Score.of(right, n)
+            scores[task] = BenchmarkScore.from_counts(right, n)
     return scores
 
 
-def tasks_of(model: UnifiedModel) -> tuple[str, ...]:
+def supported_tasks(model: UnifiedModel) -> tuple[str, ...]:
     """The tasks that a model's verbs can do: without think mode, reasoning tasks are drawn at once only."""
-    return tuple(task for task in TASKS if model.THINKS or not task.endswith(THINK))
+    return tuple(task for task in TASKS if model.supports_thinking or not task.endswith(THINK_SUFFIX))
 
 
-def checked(tasks: Sequence[str]) -> tuple[str, ...]:
+def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks, each once. Raises ValueError for an unknown one, with the nearest."""
     if not tasks:
         raise ValueError(f"got no tasks: expected some of {', '.join(TASKS)}")
@@ -106,32 +108,36 @@ def checked(tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks))
 
 
-def judged(model: Model, task: str, indices: Sequence[int], *, seed: int, split: str) -> Iterator[bool]:
+def score_batch(model: BenchmarkModel, task: str, indices: Sequence[int], *, seed: int, split: str) -> Iterator[bool]:
     """Whether the model is right, for one batch of a task's examples."""
-    name = task.removesuffix(THINK)
+    name = task.removesuffix(THINK_SUFFIX)
     examples = [example(name, index, seed=seed, split=split) for index in indices]
-    prompts, shown = [one.prompt for one in examples], [pictures(one) for one in examples]
+    prompts, shown = [one.prompt for one in examples], [input_images(one) for one in examples]
     if examples[0].answer is not None:
         yield from map(judge, examples, model.understand(shown, prompts))
         return
     drawn = model.generate(
         prompts,
         images=shown if any(shown) else None,
-        think=task.endswith(THINK),
+        think=task.endswith(THINK_SUFFIX),
         seed=[noise_seed(seed, name, index) for index in indices],
     )
-    yield from (judge(one, pixels(image)) for one, image in zip(examples, drawn.images, strict=True))
+    yield from (judge(one, to_scene_array(image)) for one, image in zip(examples, drawn.images, strict=True))
 
 
-def pictures(one: Example) -> list[Image.Image]:
+def input_images(one: Example) -> list[Image.Image]:
     """An example's input pictures."""
     return [Image.fromarray(image) for image in one.images]
 
 
-def pixels(image: Image.Image) -> NDArray[np.uint8]:
+def to_scene_array(image: Image.Image) -> NDArray[np.uint8]:
     """A drawn picture as the judge reads it, uint8 [64, 64, 3]."""
     image = image.convert("RGB")
-    return np.asarray(image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return np.asarray(
+        image
+        if image.size == (IMAGE_SIZE, IMAGE_SIZE)
+        else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    )
 
 
 def noise_seed(seed: int, task: str, index: int) -> int:

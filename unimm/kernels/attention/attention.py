@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import scaled_dot_product_attention
 
-from unimm.kernels.attention.mask import Call, Mask, Runs
-from unimm.kernels.common import autocasted
-from unimm.kernels.dispatch import resolve
+from unimm.kernels.attention.mask import AttentionMask, SDPACall, TileRuns
+from unimm.kernels.common import autocast_tensors
+from unimm.kernels.dispatch import resolve_backend
 
 if TYPE_CHECKING:
-    from unimm.kernels.attention.tile_configs import Config
+    from unimm.kernels.attention.tile_configs import TileConfig
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(K) under `mask`) v, grouped-query: q [N, H, K], k and v [M, G, K] -> [N, H, K].
 
     Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v, which may go on behind
@@ -31,55 +31,59 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:  # a graph that asked the mask for its numbers would be compiled again for each
-        _check(q, k, v, mask)
-    q, k, v = autocasted(q, k, v)
+        _check_shapes(q, k, v, mask)
+    q, k, v = autocast_tensors(q, k, v)
     n_keys = mask.ranges.shape[2] if compiling else mask.n_keys
     k, v = k[:n_keys], v[:n_keys]
-    way = resolve("attention", q, k, v)
-    if way == "reference":
+    backend = resolve_backend("attention", q, k, v)
+    if backend == "reference":
         return attention_reference(q, k, v, mask)
-    if way == "flex":
+    if backend == "flex":
         return _attention_flex(q, k, v, mask)
-    if way == "triton" and mask.single and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
-        return _decode_op(q, k, v, *mask.single)
-    if way == "triton" or compiling:
-        return _through_op(q, k, v, mask, way)
+    if (
+        backend == "triton"
+        and mask.decode_ranges
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+    ):
+        return _decode_op(q, k, v, *mask.decode_ranges)
+    if backend == "triton" or compiling:
+        return _attention_via_op(q, k, v, mask, backend)
     # eager stays plain PyTorch, where fused calls know whether a gradient is wanted: 2.7 ms forward and 13.4 with
     # backward against 11 and 28 through the op (40 samples of 50 rows, 4 heads of 64, bf16, one thread)
     return _attention_eager(q, k, v, mask)
 
 
-def _through_op(q: Tensor, k: Tensor, v: Tensor, mask: Mask, way: str) -> Tensor:
+def _attention_via_op(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> Tensor:
     by_row: list[Tensor] = []
     by_key: list[Tensor] = []
-    if way == "triton":
-        by_row, by_key = (list(runs) for runs in mask.tiles(*_tile(q.device, q.shape[2], q.dtype))[:2])
-    return _op(q, k, v, mask.ranges, mask.table, by_row, by_key, way)[0]
+    if backend == "triton":
+        by_row, by_key = (list(runs) for runs in mask.schedule(*_tile_shape(q.device, q.shape[2], q.dtype))[:2])
+    return _attention_op(q, k, v, mask.ranges, mask.table, by_row, by_key, backend)[0]
 
 
-def prepare(mask: Mask, q: Tensor) -> Mask:
+def plan_attention(mask: AttentionMask, q: Tensor) -> AttentionMask:
     """Compute now all that `attention` will ask of a mask inside a compiled graph, for queries like q [N, H, K]."""
-    if resolve("attention", q) != "triton":
-        return mask.prepare()
-    return mask.prepare(*_tile(q.device, q.shape[2], q.dtype))
+    if resolve_backend("attention", q) != "triton":
+        return mask.precompute()
+    return mask.precompute(*_tile_shape(q.device, q.shape[2], q.dtype))
 
 
-def _config(device: torch.device, head_dim: int, dtype: torch.dtype) -> "Config":
+def _tile_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> "TileConfig":
     """The configuration of Triton's kernels."""
-    from unimm.kernels.attention.tile_configs import arch, pick
+    from unimm.kernels.attention.tile_configs import architecture, pick_tile_config
 
     fake = device.type == "cuda" and not torch.cuda.is_available()  # tracing for a GPU that is not here: any tiles do
-    return pick("sm_90" if fake else arch(device), head_dim, dtype)
+    return pick_tile_config("sm_90" if fake else architecture(device), head_dim, dtype)
 
 
 @torch.compiler.assume_constant_result
-def _tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+def _tile_shape(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows and keys of a tile; a graph holds them as numbers."""
-    config = _config(device, head_dim, dtype)
+    config = _tile_config(device, head_dim, dtype)
     return config.rows, config.keys
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention needs q [N, H, K], k = v [M, G, K], H % G == 0; got {[tuple(t.shape) for t in (q, k, v)]}"
@@ -94,7 +98,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         )
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """The definition, in plain operations, with a dense mask. Rows that nobody wrote must hold numbers."""
     k, v = (repeat(t, "m g k -> m (g r) k", r=q.shape[1] // k.shape[1]) for t in (k, v))
     scores = torch.einsum("nhk, mhk -> hnm", q, k) * q.shape[2] ** -0.5
@@ -109,17 +113,17 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 # ---- eager, with PyTorch's fused attention and its gradients
 
 
-def _attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def _attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     if not mask.samples:
-        return _attention_free(q, k, v, mask)
-    if mask.even:
-        return _attention_even(q, k, v, *mask.even)
-    return (_attention_padded if mask.padded else _attention_by_block)(q, k, v, mask)
+        return _attention_by_chunk(q, k, v, mask)
+    if mask.uniform_decode:
+        return _attention_strided(q, k, v, *mask.uniform_decode)
+    return (_attention_padded if mask.use_padding else _attention_by_range)(q, k, v, mask)
 
 
-def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Samples of like length padded to one, a call a bucket."""
-    buckets, back = mask.buckets
+    buckets, back = mask.padded_calls
     parts = []
     for q_rows, k_rows, allowed in buckets:
         assert allowed is not None  # padding
@@ -128,22 +132,22 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
         # the fused backward is slow here: 15.4 ms against 2.3 written out, forward and backward, 40 samples of 64 rows
         slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        y = (_written_out if slow else _fused)(q_pad, k_pad, v_pad, allowed[:, None])
+        y = (_unfused_attention if slow else _sdpa)(q_pad, k_pad, v_pad, allowed[:, None])
         parts.append(rearrange(y, "b h n k -> (b n) h k"))
     return torch.cat(parts).index_select(0, back)
 
 
-def _attention_even(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n: int) -> Tensor:
+def _attention_strided(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n: int) -> Tensor:
     """Decoding samples of one length, a row each, q [B, H, K]: one call on views of their keys, which nothing gathers."""
     k, v = (rearrange(t[start:].unfold(0, n, step), "b g k m -> b g m k") for t in (k, v))
-    return rearrange(_fused(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
+    return rearrange(_sdpa(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: bool = False) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: bool = False) -> Tensor:
     return scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """q [B, H, n, K], k and v [B, G, m, K], allowed [B, 1, n, m] -> [B, H, n, K]; softmax in float32."""
     g, n = k.shape[1], q.shape[2]
     scores = rearrange(q, "b (g r) n k -> b g (r n) k", g=g) @ rearrange(k, "b g m k -> b g k m") * q.shape[3] ** -0.5
@@ -152,13 +156,13 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     return rearrange(p @ v, "b g (r n) k -> b (g r) n k", n=n)
 
 
-def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def _attention_by_range(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """One call for each block of queries over just the rows it sees: no masked-out work, no dense mask."""
     parts = []
     for i, blocks in enumerate(mask.samples):
         key_at, row = mask.key_starts[i], 0
         seen: list[tuple[int, int]] = []
-        cached = mask.keys[i] - mask.queries[i]
+        cached = mask.key_lengths[i] - mask.query_lengths[i]
         for block in blocks:
             keys = [*seen, (row, row + block.length)]
             if block.visible:
@@ -167,21 +171,25 @@ def _attention_by_block(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             n = min(block.length, row - cached)  # rows of this block that ask
             if n > 0:
                 at = mask.query_starts[i] + row - cached - n
-                parts.append(_attend(q[at : at + n], *(_rows(t, key_at, keys) for t in (k, v)), causal=not block.full))
+                parts.append(
+                    _attend_last_rows(
+                        q[at : at + n], *(_gather_spans(t, key_at, keys) for t in (k, v)), causal=not block.full
+                    )
+                )
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Plain attention of n queries that are the last n of m keys."""
     n, m = q.shape[0], k.shape[0]
     # where all rows ask, no mask is needed: it takes SDPA off its fast path
     square, masked = causal and n == m, causal and 1 < n < m
     allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if masked else None
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
-    return rearrange(_fused(q, k, v, allowed, causal=square), "1 h n k -> n h k")
+    return rearrange(_sdpa(q, k, v, allowed, causal=square), "1 h n k -> n h k")
 
 
-def _rows(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
+def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
     """The rows of several spans; a slice, not a copy, where they touch."""
     joined = [list(spans[0])]
     for a, b in spans[1:]:
@@ -193,30 +201,30 @@ def _rows(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attention_free(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def _attention_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """A mask made from ranges: calls of some rows over the keys that some of them see."""
     parts = []
-    for (q_rows,), (k_rows,), allowed in mask.calls[0]:
+    for (q_rows,), (k_rows,), allowed in mask.sdpa_calls[0]:
         picked = ((q, q_rows), (k, k_rows), (v, k_rows))
         x, keys, values = (rearrange(t.index_select(0, at), "n h k -> 1 h n k") for t, at in picked)
         if allowed is None:
-            y = _fused(x, keys, values, None)
+            y = _sdpa(x, keys, values, None)
         else:
             sees = allowed.any(-1, keepdim=True)  # a row that sees nothing looks at all, and the result is dropped
-            y = _fused(x, keys, values, (allowed | ~sees)[:, None]).masked_fill(~sees, 0.0)
+            y = _sdpa(x, keys, values, (allowed | ~sees)[:, None]).masked_fill(~sees, 0.0)
         parts.append(rearrange(y, "1 h n k -> n h k"))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
-def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """PyTorch's FlexAttention, over the same tiles; compiled on a GPU. On a CPU it is dense, and says so in a warning."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _flex_compiled()
+    run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex_attention()
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        y = run(q, k, v, block_mask=mask.flex, enable_gqa=q.shape[1] != k.shape[1])
+        y = run(q, k, v, block_mask=mask.default_block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return rearrange(y, "1 h n k -> n h k")
 
 
@@ -224,7 +232,7 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 @custom_op("unimm::attention", mutates_args=())
-def _op(
+def _attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -239,33 +247,35 @@ def _op(
     ranges, by_row and by_key: as the mask gives them, for Triton; table: the mask itself, for sdpa, which has no tiles.
     """
     if backend == "triton":
-        from unimm.kernels.attention.attention_triton import forward
+        from unimm.kernels.attention.attention_triton import launch_attention
 
-        return forward(q, k, v, ranges, Runs(*by_row), _config(q.device, q.shape[2], q.dtype))
-    return _forward(q, k, v, _described(table, ranges, len(q)))
+        return launch_attention(q, k, v, ranges, TileRuns(*by_row), _tile_config(q.device, q.shape[2], q.dtype))
+    return _forward_without_triton(q, k, v, _mask_from_tensors(table, ranges, len(q)))
 
 
 @custom_op("unimm::attention_backward", mutates_args=())
-def _backward_op(
+def _attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor, table: Tensor,
     by_row: list[Tensor], by_key: list[Tensor], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `_op`: do [N, H, K] -> dq [N, H, K], dk and dv [M, G, K]."""
     if backend == "triton":
-        from unimm.kernels.attention.attention_triton import backward
+        from unimm.kernels.attention.attention_triton import launch_attention_backward
 
-        config = _config(q.device, q.shape[2], q.dtype)
-        dq, dk, dv = backward(do, q, k, v, o, lse, ranges, Runs(*by_row), Runs(*by_key), config)
+        config = _tile_config(q.device, q.shape[2], q.dtype)
+        dq, dk, dv = launch_attention_backward(
+            do, q, k, v, o, lse, ranges, TileRuns(*by_row), TileRuns(*by_key), config
+        )
         return dq, dk, dv
-    return _backward(do, q, k, v, o, lse, _described(table, ranges, len(q)))
+    return _backward_without_triton(do, q, k, v, o, lse, _mask_from_tensors(table, ranges, len(q)))
 
 
 @custom_op("unimm::decode", mutates_args=())
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """One row a sample, q [B, H, K], over its rows of k and v [M, G, K]: from `starts` on, `lengths` of them, [B] int32."""
-    from unimm.kernels.attention.decode_triton import decode
+    from unimm.kernels.attention.decode_triton import launch_decode
 
-    return decode(q, k, v, starts, lengths)
+    return launch_decode(q, k, v, starts, lengths)
 
 
 @_decode_op.register_fake
@@ -273,80 +283,80 @@ def _(q, k, v, starts, lengths):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@_op.register_fake
+@_attention_op.register_fake
 def _(q, k, v, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[1], q.shape[0]), dtype=_wide(q)
+        (q.shape[1], q.shape[0]), dtype=_accumulation_dtype(q)
     )
 
 
-@_backward_op.register_fake
+@_attention_backward_op.register_fake
 def _(do, q, k, v, o, lse, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, ranges, table, by_row, by_key, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, ranges, table, *by_row, *by_key)
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx, do, _):  # type: ignore[no-untyped-def]
+def _attention_gradients(ctx, do, _):  # type: ignore[no-untyped-def]
     q, k, v, o, lse, ranges, table, *runs = ctx.saved_tensors  # once: checkpointing computes them again when asked
     half = len(runs) // 2
-    grads = _backward_op(do, q, k, v, o, lse, ranges, table, runs[:half], runs[half:], ctx.backend)
+    grads = _attention_backward_op(do, q, k, v, o, lse, ranges, table, runs[:half], runs[half:], ctx.backend)
     return *grads, None, None, [None] * half, [None] * half, None
 
 
-_op.register_autograd(_gradients, setup_context=_save)
+_attention_op.register_autograd(_attention_gradients, setup_context=_setup_context)
 
 
 # ---- the op without Triton, written out: no gradient is recorded inside an op
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype of softmax and of sums."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _described(table: Tensor, ranges: Tensor, n_queries: int) -> Mask:
+def _mask_from_tensors(table: Tensor, ranges: Tensor, n_queries: int) -> AttentionMask:
     """The mask of an op's arguments; the last ones are remembered, since every layer asks for the same."""
     made_from_ranges = not table[0, 0]
     content = ranges.cpu() if made_from_ranges else table
-    return _remembered(
+    return _cached_mask(
         content.numpy().tobytes(), tuple(content.shape), n_queries if made_from_ranges else None, ranges.device
     )
 
 
 @lru_cache(maxsize=16)
-def _remembered(content: bytes, shape: tuple[int, ...], n_queries: int | None, device: torch.device) -> Mask:
+def _cached_mask(content: bytes, shape: tuple[int, ...], n_queries: int | None, device: torch.device) -> AttentionMask:
     if n_queries is None:
-        return Mask.from_table(torch.frombuffer(bytearray(content), dtype=torch.int64).reshape(shape), device)
+        return AttentionMask.from_table(torch.frombuffer(bytearray(content), dtype=torch.int64).reshape(shape), device)
     pairs = torch.frombuffer(bytearray(content), dtype=torch.int32).reshape(shape)
-    return Mask.from_ranges(*pairs[0], *(map(tuple, pairs[1:])), queries=n_queries, device=device)
+    return AttentionMask.from_ranges(*pairs[0], *(map(tuple, pairs[1:])), n_queries=n_queries, device=device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    calls, back = mask.calls
+def _forward_without_triton(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    calls, back = mask.sdpa_calls
     outs, sums = [], []
     for call in calls:
-        qs, ks, vs = _gathered(q, call.q_rows, k), _gathered(k, call.k_rows), _gathered(v, call.k_rows)
+        qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
         scores = _scores(qs, ks, call)
         lse = scores.logsumexp(-1, keepdim=True)
         p = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp_().to(v.dtype)
         outs.append(rearrange(p @ vs, "b g (r n) k -> (b n) (g r) k", n=call.q_rows.shape[1]))
         sums.append(rearrange(lse, "b g (r n) 1 -> (b n) (g r)", n=call.q_rows.shape[1]))
     if not calls:
-        return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=_wide(q))
+        return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=_accumulation_dtype(q))
     return torch.cat(outs).index_select(0, back), torch.cat(sums).index_select(0, back).t().contiguous()
 
 
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Mask
+def _backward_without_triton(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2, algorithm 2 (arXiv 2307.08691), a call at a time: p from lse, ds = p * (dp - sum(o * do))."""
-    calls, back = mask.calls
-    wide = _wide(q)
+    calls, back = mask.sdpa_calls
+    wide = _accumulation_dtype(q)
     dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     sizes = [call.q_rows.numel() for call in calls]
     rows = sum(sizes)
@@ -357,7 +367,7 @@ def _backward(
     do = do.new_zeros(rows, *do.shape[1:]).index_copy_(0, back, do)
     for call, lse_, delta_, do_ in zip(calls, *(x.split(sizes) for x in (lse, delta, do)), strict=True):
         b, n = call.q_rows.shape
-        qs, ks, vs = _gathered(q, call.q_rows, k), _gathered(k, call.k_rows), _gathered(v, call.k_rows)
+        qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
         shape = dict(b=b, g=k.shape[1])
         lse_, delta_ = (rearrange(x, "(b n) (g r) -> b g (r n) 1", **shape) for x in (lse_, delta_))
         do_ = rearrange(do_, "(b n) (g r) k -> b g (r n) k", **shape)
@@ -371,23 +381,23 @@ def _backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _gathered(x: Tensor, rows: Tensor, like: Tensor | None = None) -> Tensor:
+def _gather_heads(x: Tensor, rows: Tensor, like: Tensor | None = None) -> Tensor:
     """Rows [B, n] of x [N, H, K] -> [B, G, r n, K]: the query heads of a group one after the other; r = 1 unless `like`."""
     g = x.shape[1] if like is None else like.shape[1]
     return rearrange(x.index_select(0, rows.flatten()), "(b n) (g r) k -> b g (r n) k", b=len(rows), g=g)
 
 
-def _scores(q: Tensor, k: Tensor, call: Call) -> Tensor:
+def _scores(q: Tensor, k: Tensor, call: SDPACall) -> Tensor:
     """q [B, G, r n, K], k [B, G, m, K] -> [B, G, r n, m], -inf where nothing is seen."""
-    scores = (q @ k.mT * q.shape[3] ** -0.5).to(_wide(q))
-    if call.allowed is None:
+    scores = (q @ k.mT * q.shape[3] ** -0.5).to(_accumulation_dtype(q))
+    if call.attn_mask is None:
         return scores
-    hidden = repeat(~call.allowed, "b n m -> b 1 (r n) m", r=q.shape[2] // call.q_rows.shape[1])
+    hidden = repeat(~call.attn_mask, "b n m -> b 1 (r n) m", r=q.shape[2] // call.q_rows.shape[1])
     return scores.masked_fill_(hidden, float("-inf"))
 
 
 @lru_cache(maxsize=1)
-def _flex_compiled():  # type: ignore[no-untyped-def]
+def _compiled_flex_attention():  # type: ignore[no-untyped-def]
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

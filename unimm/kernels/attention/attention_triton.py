@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimm.kernels.attention.tile_configs import Config
-from unimm.kernels.attention.tile_schedule import Runs
-from unimm.kernels.common import dense_heads
+from unimm.kernels.attention.tile_configs import TileConfig
+from unimm.kernels.attention.tile_schedule import TileRuns
+from unimm.kernels.common import contiguous_heads
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,7 +64,7 @@ def store_rows(ptr, tile, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def _visible(ranges_ptr, rows, keys, n_keys, RANGES: tl.constexpr):
+def _visible_pairs(ranges_ptr, rows, keys, n_keys, RANGES: tl.constexpr):
     """Which row sees which key; rows and keys broadcast against each other, [r, 1] and [1, k] or the other way round.
 
     A key from n_keys on has no range, and no range holds a row from N on: tiles that stick out need no other mask.
@@ -118,7 +118,7 @@ def _forward_runs(
             v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
-                seen = _visible(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES)
+                seen = _visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES)
                 scores = tl.where(seen, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
             # a row that has seen nothing yet: -inf - -inf would be no number
@@ -266,7 +266,7 @@ def _dq_runs(
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse2[:, None])
             if MASKED:
                 # also drops the infinities of rows that see nothing
-                p = tl.where(_visible(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)
+                p = tl.where(_visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -422,7 +422,7 @@ def _dkv_runs(
                 delta = tl.load(delta_ptr + rows)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse2[None, :])
             if MASKED:
-                p = tl.where(_visible(ranges_ptr, rows[None, :], keys[:, None], n_keys, RANGES), p, 0.0)
+                p = tl.where(_visible_pairs(ranges_ptr, rows[None, :], keys[:, None], n_keys, RANGES), p, 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -538,13 +538,13 @@ def dkv_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-def width(head_dim: int) -> int:
+def padded_head_dim(head_dim: int) -> int:
     """The head axis as tiles hold it: a power of two, at least what a matrix instruction needs."""
     return max(MIN_WIDTH, triton.next_power_of_2(head_dim))
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, runs: Runs, config: Config, *, scale: float | None = None
+def launch_attention(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, runs: TileRuns, config: TileConfig, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """q [N, H, K], k and v [M, G, K] -> o [N, H, K] dense, in q's dtype, and lse [H, N] float32, the natural logarithm.
 
@@ -553,7 +553,7 @@ def forward(
     A row that sees nothing gets o = 0 and lse = -inf. Rows of k and v that nobody sees must hold numbers, whichever.
     """
     (n, h, head), (m, g, _) = q.shape, k.shape
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
+    q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
     o = torch.empty(n, h, head, dtype=q.dtype, device=q.device)
     lse = torch.empty(h, n, dtype=torch.float32, device=q.device)
     if not lse.numel():
@@ -561,42 +561,42 @@ def forward(
     how = config.forward
     with torch.cuda.device_of(q):
         forward_kernel[triton.cdiv(n, config.rows), h](
-            q, k, v, o, lse, ranges, runs.full_ptr, runs.full, runs.part_ptr, runs.part,
+            q, k, v, o, lse, ranges, runs.full_ptr, runs.full, runs.partial_ptr, runs.partial,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *o.stride()[:2], n, m, h // g, scale or head**-0.5,
-            HEAD=head, WIDTH=width(head), ROWS=config.rows, KEYS=config.keys, STEP=how.step, RANGES=len(ranges),
+            HEAD=head, WIDTH=padded_head_dim(head), ROWS=config.rows, KEYS=config.keys, STEP=how.step, RANGES=len(ranges),
             STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return o, lse
 
 
-def backward(
+def launch_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor,
-    by_row: Runs, by_key: Runs, config: Config, *, scale: float | None = None,
+    by_row: TileRuns, by_key: TileRuns, config: TileConfig, *, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """From do [N, H, K], the gradient of forward's o: dq [N, H, K], dk and dv [M, G, K], dense, in the dtypes of q, k, v.
 
     by_row: the key tiles of each block of rows, as in forward; by_key: the row tiles of each block of keys.
     """
     (n, h, head), (m, g, _) = q.shape, k.shape
-    do, q, k, v, o = (dense_heads(x) for x in (do, q, k, v, o))
+    do, q, k, v, o = (contiguous_heads(x) for x in (do, q, k, v, o))
     dq = torch.empty(n, h, head, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(m, g, head, dtype=x.dtype, device=x.device) for x in (k, v))
     delta = torch.empty(h, n, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     scale = scale or head**-0.5
-    shape = dict(HEAD=head, WIDTH=width(head), ROWS=config.rows, KEYS=config.keys, RANGES=len(ranges))
+    shape = dict(HEAD=head, WIDTH=padded_head_dim(head), ROWS=config.rows, KEYS=config.keys, RANGES=len(ranges))
     with torch.cuda.device_of(q):
         if dq.numel():
             how = config.dq
             dq_kernel[triton.cdiv(n, config.rows), h](
-                q, k, v, o, do, lse, delta, dq, ranges, by_row.full_ptr, by_row.full, by_row.part_ptr, by_row.part,
+                q, k, v, o, do, lse, delta, dq, ranges, by_row.full_ptr, by_row.full, by_row.partial_ptr, by_row.partial,
                 *strides, *o.stride()[:2], *do.stride()[:2], n, m, h, h // g, scale,
                 **shape, STEP=how.step, STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
             )  # fmt: skip
         if dk.numel():
             how = config.dkv
             dkv_kernel[triton.cdiv(m, config.keys), g](
-                q, k, v, do, lse, delta, dk, dv, ranges, by_key.full_ptr, by_key.full, by_key.part_ptr, by_key.part,
+                q, k, v, do, lse, delta, dk, dv, ranges, by_key.full_ptr, by_key.full, by_key.partial_ptr, by_key.partial,
                 *strides, *do.stride()[:2], n, m, g, h // g, scale,
                 **shape, STEP=how.step, STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
             )  # fmt: skip

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimm.kernels.attention.attention_triton import LN2, LOG2E, load_rows, width
-from unimm.kernels.attention.tile_configs import DECODE
-from unimm.kernels.common import dense_heads
+from unimm.kernels.attention.attention_triton import LN2, LOG2E, load_rows, padded_head_dim
+from unimm.kernels.attention.tile_configs import DECODE_LOOPS
+from unimm.kernels.common import contiguous_heads
 
 # the smallest number of rows of a matrix instruction: a smaller group is padded
 MIN_ROWS = 16
@@ -118,34 +118,36 @@ def merge_kernel(
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def _processor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _parts(device: torch.device, programs: int, longest: int, step: int) -> int:
+def _part_count(device: torch.device, programs: int, longest: int, step: int) -> int:
     """How many parts make enough programs of `programs` (samples x key heads); known from shapes, so no wait for lengths."""
     if device.type != "cuda":
         return INTERPRETED_PARTS
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(device), programs)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _processor_count(device), programs)
     return max(1, min(wanted, MAX_PARTS, triton.cdiv(longest, step)))
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
+def launch_decode(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
     """One query row a sample: q [B, H, K], k and v [M, G, K] packed -> o [B, H, K] dense, in q's dtype.
 
     starts, lengths [B] int32: sample b sees the key rows starts[b] .. starts[b] + lengths[b]; where it sees none, o = 0.
     scale (> 0) is K ** -0.5 unless given.
     """
     (b, h, head), (m, g, _) = q.shape, k.shape
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
+    q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
     o = torch.empty(b, h, head, dtype=q.dtype, device=q.device)
     if not o.numel():
         return o
-    how = DECODE[q.element_size()]
-    rows, n_parts = max(MIN_ROWS, triton.next_power_of_2(h // g)), _parts(q.device, b * g, m, how.step)
-    part = torch.empty(b, g, n_parts, rows, width(head), dtype=torch.float32, device=q.device)
+    how = DECODE_LOOPS[q.element_size()]
+    rows, n_parts = max(MIN_ROWS, triton.next_power_of_2(h // g)), _part_count(q.device, b * g, m, how.step)
+    part = torch.empty(b, g, n_parts, rows, padded_head_dim(head), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(b, g, n_parts, rows, dtype=torch.float32, device=q.device)
-    shape = dict(HEAD=head, WIDTH=width(head), ROWS=rows)
+    shape = dict(HEAD=head, WIDTH=padded_head_dim(head), ROWS=rows)
     with torch.cuda.device_of(q):
         part_kernel[b, g, n_parts](
             q, k, v, part, part_lse, starts, lengths,

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimm.encoders.siglip_navit import NaViT
+from unimm.encoders.siglip_navit import SiglipNaViT
 from unimm.generation.flow import add_noise
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.models.bagel.config import BagelConfig
-from unimm.nn.decoder import Decoder, Parts, Route
+from unimm.nn.decoder import Decoder, ExpertRouting, RowsByExpert
 from unimm.nn.layers import MLP
 from unimm.nn.patches import unpatchify
-from unimm.nn.pos_embed import sincos_2d
-from unimm.nn.timestep import TimeEmbedding
-from unimm.sequence.packing import Pack, Tokens
-from unimm.sequence.parts import IGNORE
-from unimm.tokenizers.kl import VAE
+from unimm.nn.pos_embed import sincos_pos_embed_2d
+from unimm.nn.timestep import TimestepEmbedder
+from unimm.sequence.packing import ImageTokens, PackedBatch
+from unimm.sequence.parts import IGNORE_INDEX
+from unimm.tokenizers.kl import AutoencoderKL
 
 
 @dataclass(frozen=True)
-class Losses:
+class BagelLosses:
     """Per token: cross entropy of every labelled row [n], squared error of every noised latent token [m, C]."""
 
     ce: Tensor
@@ -37,63 +37,70 @@ class Losses:
 class BagelNetwork(nn.Module):
     """A decoder of two experts, a ViT to look with, a VAE to draw with."""
 
-    look_places: Tensor  # [look_side^2, D], the connector's
-    latent_places: Tensor  # [latent_side^2, D]
+    vit_pos_embed: Tensor  # [look_side^2, D], the connector's
+    latent_pos_embed: Tensor  # [latent_side^2, D]
 
-    def __init__(self, cfg: BagelConfig):
+    def __init__(self, config: BagelConfig):
         super().__init__()
-        self.cfg = cfg
-        dim = cfg.decoder.dim
-        self.decoder = Decoder(cfg.decoder)
-        if cfg.vision:
-            self.vision = NaViT(cfg.vision)
-            self.connector = MLP(cfg.vision.dim, dim, dim, cfg.connector_act)
-            self.register_buffer("look_places", sincos_2d(cfg.look_side, dim))
-        if cfg.draws:
-            self.time = TimeEmbedding(dim)
-            self.from_latent, self.to_velocity = nn.Linear(cfg.latent_dim, dim), nn.Linear(dim, cfg.latent_dim)
-            self.register_buffer("latent_places", sincos_2d(cfg.latent_side, dim))
-            self.vae = VAE(cfg.vae)
+        self.config = config
+        dim = config.decoder.dim
+        self.decoder = Decoder(config.decoder)
+        if config.vision:
+            self.vision = SiglipNaViT(config.vision)
+            self.connector = MLP(config.vision.dim, dim, dim, config.connector_act)
+            self.register_buffer("vit_pos_embed", sincos_pos_embed_2d(config.vit_grid, dim))
+        if config.visual_gen:
+            self.time_embedder = TimestepEmbedder(dim)
+            self.vae2llm, self.llm2vae = nn.Linear(config.latent_dim, dim), nn.Linear(dim, config.latent_dim)
+            self.register_buffer("latent_pos_embed", sincos_pos_embed_2d(config.latent_grid, dim))
+            self.vae = AutoencoderKL(config.vae)
 
-    def look(self, tokens: Tokens) -> Tensor:
+    def encode_vit(self, tokens: ImageTokens) -> Tensor:
         """Patches of packed images -> [n, D]: ViT, connector, place."""
-        seen = self.vision(tokens.content.to(self.dtype), tokens.places, tokens.lengths)
-        return self.connector(seen) + self.look_places[tokens.places]
+        features = self.vision(tokens.content.to(self.dtype), tokens.image_position_ids, tokens.lengths)
+        return self.connector(features) + self.vit_pos_embed[tokens.image_position_ids]
 
-    def latent_tokens(self, x: Tensor, times: Tensor, where: Tensor) -> Tensor:
+    def embed_latents(self, x: Tensor, times: Tensor, where: Tensor) -> Tensor:
         """Latent tokens x [n, C] at times [n] (or [1], one for all) and places [n] -> [n, D]."""
-        return self.from_latent(x.to(self.dtype)) + self.time(times) + self.latent_places[where]
+        return self.vae2llm(x.to(self.dtype)) + self.time_embedder(times) + self.latent_pos_embed[where]
 
-    def embed(self, batch: Pack, noise: Tensor | None = None) -> Tensor:
+    def embed(self, batch: PackedBatch, noise: Tensor | None = None) -> Tensor:
         """Every row of a pack, in its order [N, D]; latent tokens are mixed with `noise` [n, C] by their times."""
         parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
-        if batch.look:
-            parts["look"], rows["look"] = self.look(batch.look), batch.look.rows
-        if batch.draw:
-            x = batch.draw.content if noise is None else add_noise(batch.draw.content, noise, batch.times)
-            parts["draw"], rows["draw"] = self.latent_tokens(x, batch.times, batch.draw.places), batch.draw.rows
-        return Route(rows).join(parts)
+        if batch.und_images:
+            parts["look"], rows["look"] = self.encode_vit(batch.und_images), batch.und_images.rows
+        if batch.gen_images:
+            x = (
+                batch.gen_images.content
+                if noise is None
+                else add_noise(batch.gen_images.content, noise, batch.timesteps)
+            )
+            parts["draw"], rows["draw"] = (
+                self.embed_latents(x, batch.timesteps, batch.gen_images.image_position_ids),
+                batch.gen_images.rows,
+            )
+        return ExpertRouting(rows).join(parts)
 
-    def velocity(self, hidden: Tensor) -> Tensor:
+    def llm_to_velocity(self, hidden: Tensor) -> Tensor:
         """The generation expert's last hidden states [n, D] -> velocity [n, C], noise - data."""
-        return self.to_velocity(self.decoder.norms["gen"](hidden))
+        return self.llm2vae(self.decoder.norms["gen"](hidden))
 
-    def forward(self, batch: Pack, noise: Tensor) -> Losses:
+    def forward(self, batch: PackedBatch, noise: Tensor) -> BagelLosses:
         """Training: next-id loss at the labelled rows, flow loss at the noised tokens; noise [n draw tokens, C]."""
-        hidden = self.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), noise)
-        at = (batch.labels != IGNORE).nonzero().squeeze(1)
-        rows = torch.searchsorted(batch.streams["und"], batch.id_rows[at])
-        said = self.decoder.norms["und"](hidden["und"][rows])
-        ce = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
-        if batch.draw is None:
-            return Losses(ce, noise.new_zeros(0, self.cfg.latent_dim))
-        target = noise - batch.draw.content
-        v = self.velocity(hidden["gen"][batch.noised])
-        return Losses(ce, (v.float() - target[batch.noised]).square())
+        hidden = self.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), noise)
+        at = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        rows = torch.searchsorted(batch.rows_by_expert["und"], batch.id_rows[at])
+        states = self.decoder.norms["und"](hidden["und"][rows])
+        ce = linear_cross_entropy(states, self.decoder.head.weight, batch.labels[at])
+        if batch.gen_images is None:
+            return BagelLosses(ce, noise.new_zeros(0, self.config.latent_dim))
+        target = noise - batch.gen_images.content
+        v = self.llm_to_velocity(hidden["gen"][batch.noised])
+        return BagelLosses(ce, (v.float() - target[batch.noised]).square())
 
-    def hidden(self, batch: Pack, attend: Any, noise: Tensor | None = None) -> Parts:
+    def backbone(self, batch: PackedBatch, attend: Any, noise: Tensor | None = None) -> RowsByExpert:
         """Last hidden states of a pack's rows by expert, before the final norms; `attend` as in the decoder."""
-        return self.decoder(self.embed(batch, noise), batch.layout.positions, batch.streams, attend)
+        return self.decoder(self.embed(batch, noise), batch.layout.position_ids, batch.rows_by_expert, attend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +108,8 @@ class BagelNetwork(nn.Module):
         return self.decoder.embed.weight.dtype
 
     @torch.inference_mode()
-    def paint(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    def decode_latents(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Latent tokens [L, C] -> pixels [3, height, width] in [-1, 1]."""
-        return self.vae.decode(unpatchify(tokens.float(), self.cfg.latent_patch, size[0] // self.cfg.stride)[None])[0]
+        return self.vae.decode(
+            unpatchify(tokens.float(), self.config.latent_patch_size, size[0] // self.config.latent_downsample)[None]
+        )[0]

@@ -2,97 +2,117 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
 from unimm.generation.guidance import Guidance
-from unimm.nn.patches import patchify, places
-from unimm.sequence.parts import IGNORE, Item, image_item, text_item
+from unimm.nn.patches import grid_position_ids, patchify
+from unimm.sequence.parts import IGNORE_INDEX, Part, image_part, text_part
 from unimm.tokenizers.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resize:
+class BagelImageProcessor:
     """The released resize: sides between `shortest` and `longest` where both fit, multiples of `stride`, few pixels."""
 
-    longest: int
-    shortest: int
+    max_size: int
+    min_size: int
     stride: int
     max_pixels: int = 14 * 14 * 9 * 1024
 
     FILES: ClassVar = {
-        "longest": "max_image_size",
-        "shortest": "min_image_size",
+        "max_size": "max_image_size",
+        "min_size": "min_image_size",
         "stride": "image_stride",
         "max_pixels": "max_pixels",
     }
 
     @classmethod
-    def from_files(cls, files: Mapping[str, int], *, longest: int, shortest: int, stride: int) -> "Resize":
+    def from_json(cls, files: Mapping[str, int], *, max_size: int, min_size: int, stride: int) -> "BagelImageProcessor":
         """Read a vae_transform or vit_transform; the numbers given for what is missing."""
         known = {ours: files[theirs] for ours, theirs in cls.FILES.items() if theirs in files}
-        return cls(**{"longest": longest, "shortest": shortest, "stride": stride, **known})
+        return cls(**{"max_size": max_size, "min_size": min_size, "stride": stride, **known})
 
-    def to_files(self) -> dict[str, int]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, int]:
+        """The mapping that `from_json` reads."""
         return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
 
-    def size(self, width: int, height: int, *, images: int = 1) -> tuple[int, int]:
+    def output_size(self, width: int, height: int, *, n_images: int = 1) -> tuple[int, int]:
         """(width, height) after the resize, for one of `images` pictures that share max_pixels.
 
         As the released data/transforms.py does: rounds twice, to even, and shrinks by the ratio of pixels where its
         root is meant; both kept, since the models were trained with them.
         """
-        scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
-        w, h = self._scaled(width, height, scale)
-        if w * h > self.max_pixels / images:
-            w, h = self._scaled(w, h, self.max_pixels / images / (w * h))
-        if max(w, h) > self.longest:
-            w, h = self._scaled(w, h, self.longest / max(w, h))
+        scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
+        w, h = self._scaled_size(width, height, scale)
+        if w * h > self.max_pixels / n_images:
+            w, h = self._scaled_size(w, h, self.max_pixels / n_images / (w * h))
+        if max(w, h) > self.max_size:
+            w, h = self._scaled_size(w, h, self.max_size / max(w, h))
         return w, h
 
-    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+    def _scaled_size(self, width: int, height: int, scale: float) -> tuple[int, int]:
         w, h = (max(self.stride, self.stride * round(round(side * scale) / self.stride)) for side in (width, height))
         return w, h
 
-    def __call__(self, image: Image.Image, *, images: int = 1) -> Image.Image:
+    def __call__(self, image: Image.Image, *, n_images: int = 1) -> Image.Image:
         """The resized picture (PIL's bicubic, with its antialias)."""
-        return image.resize(self.size(image.width, image.height, images=images), Image.Resampling.BICUBIC)
+        return image.resize(self.output_size(image.width, image.height, n_images=n_images), Image.Resampling.BICUBIC)
 
 
-THINK = (
+THINK_TEMPLATE = (
     "You should first think about the {0} process in the mind and {1} \n"
     "The {0} process is enclosed within <think> </think> tags, i.e. <think> {0} process here </think> {2} here"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
+class BagelDefaults:
     """What the verbs do unless told otherwise: the released app's numbers. A nano brings its own."""
 
     steps: int = 49  # the app's 50 "timesteps" are knots
-    shift: float = 3.0
-    draw: Guidance = Guidance()
-    edit: Guidance = Guidance(image=2.0, interval=(0.0, 1.0), renorm="text_channel")
+    timestep_shift: float = 3.0
+    generate_guidance: Guidance = Guidance()
+    edit_guidance: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
     size: tuple[int, int] = (1024, 1024)
-    think_tokens: int = 1000
-    think_draw: str = THINK.format("planning", "then generate the image.", "image")
-    think_answer: str = THINK.format("reasoning", "then provide the user with the answer.", "answer")
+    max_think_tokens: int = 1000
+    think_generate_prompt: str = THINK_TEMPLATE.format("planning", "then generate the image.", "image")
+    think_understand_prompt: str = THINK_TEMPLATE.format(
+        "reasoning", "then provide the user with the answer.", "answer"
+    )
+
+    FILES: ClassVar = {
+        "steps": "steps",
+        "timestep_shift": "shift",
+        "generate_guidance": "draw",
+        "edit_guidance": "edit",
+        "size": "size",
+        "max_think_tokens": "think_tokens",
+        "think_generate_prompt": "think_draw",
+        "think_understand_prompt": "think_answer",
+    }
 
     @classmethod
-    def from_files(cls, files: Mapping) -> "Defaults":
+    def from_json(cls, files: Mapping) -> "BagelDefaults":
         """From the mapping that a nano's config.json carries under "generation"; the released numbers for what is missing."""
-        guidance = {
-            k: Guidance(**files[k] | {"interval": tuple(files[k]["interval"])}) for k in ("draw", "edit") if k in files
-        }
-        size = {"size": tuple(files["size"])} if "size" in files else {}
-        return cls(**{**files, **guidance, **size})
+        known: dict[str, Any] = {ours: files[theirs] for ours, theirs in cls.FILES.items() if theirs in files}
+        for name in ("generate_guidance", "edit_guidance"):
+            if name in known:
+                known[name] = Guidance.from_json(known[name])
+        if "size" in known:
+            known["size"] = tuple(known["size"])
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
+        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        return files | {"draw": self.generate_guidance.to_json(), "edit": self.edit_guidance.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Markers:
+class BagelSpecialTokens:
     """Ids around every text (bos, eos) and every image (boi, eoi)."""
 
     bos: int
@@ -100,70 +120,91 @@ class Markers:
     boi: int
     eoi: int
 
-    STRINGS: ClassVar = {"bos": "<|im_start|>", "eos": "<|im_end|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
+    TOKENS: ClassVar = {"bos": "<|im_start|>", "eos": "<|im_end|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
     FILES: ClassVar = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
 
     @classmethod
-    def of(cls, tokenizer: TextTokenizer) -> "Markers":
+    def from_tokenizer(cls, tokenizer: TextTokenizer) -> "BagelSpecialTokens":
         """The ids of the markers by their strings. Raises ValueError for a tokenizer that lacks one."""
-        ids = {name: found for name, token in cls.STRINGS.items() if (found := tokenizer.id(token)) is not None}
-        if lost := [token for name, token in cls.STRINGS.items() if name not in ids]:
+        ids = {name: found for name, token in cls.TOKENS.items() if (found := tokenizer.token_id(token)) is not None}
+        if lost := [token for name, token in cls.TOKENS.items() if name not in ids]:
             raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the Qwen2.5 special tokens")
         return cls(**ids)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, int]) -> "Markers":
+    def from_json(cls, files: Mapping[str, int]) -> "BagelSpecialTokens":
         """From the new_token_ids of a config."""
         return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
 
-    def to_files(self) -> dict[str, int]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, int]:
+        """The mapping that `from_json` reads."""
         return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Items:
+class BagelProcessor:
     """What a text or a picture is in the sequence: its tokens and the markers around them. A patch of None: it has none."""
 
-    markers: Markers
-    patch: int | None  # pixels a side of the ViT's patches
-    look_side: int
-    latent_patch: int | None  # latents a side of a token to draw
-    latent_side: int
-    interpolate: bool
+    special_tokens: BagelSpecialTokens
+    vit_patch_size: int | None  # pixels a side of the ViT's patches
+    vit_grid: int
+    latent_patch_size: int | None  # latents a side of a token to draw
+    latent_grid: int
+    interpolate_pos_embed: bool
 
-    def text(self, ids: Sequence[int]) -> Item:
+    def text_part(self, ids: Sequence[int]) -> Part:
         """[bos] ids [eos], without loss."""
-        return text_item([self.markers.bos, *ids, self.markers.eos])
+        return text_part([self.special_tokens.bos, *ids, self.special_tokens.eos])
 
-    def answer(self, ids: Sequence[int]) -> Item:
+    def answer_part(self, ids: Sequence[int]) -> Part:
         """[bos] ids [eos], with the loss of the next id at all but the last."""
-        return text_item([self.markers.bos, *ids, self.markers.eos], labels=[*ids, self.markers.eos, IGNORE])
+        return text_part(
+            [self.special_tokens.bos, *ids, self.special_tokens.eos],
+            labels=[*ids, self.special_tokens.eos, IGNORE_INDEX],
+        )
 
-    def looked_at(self, pixels: Tensor) -> Item:
+    def vit_part(self, pixels: Tensor) -> Part:
         """An image [3, h, w] in [-1, 1] as the ViT's patches."""
-        if self.patch is None:
+        if self.vit_patch_size is None:
             raise NotImplementedError("this checkpoint was trained without its ViT (visual_und false): it cannot look")
-        p = self.patch
-        where = places(pixels.shape[1] // p, pixels.shape[2] // p, self.look_side, interpolate=self.interpolate)
-        return image_item("look", patchify(pixels, p), where, markers=(self.markers.boi, self.markers.eoi))
+        p = self.vit_patch_size
+        position_ids = grid_position_ids(
+            pixels.shape[1] // p, pixels.shape[2] // p, self.vit_grid, interpolate=self.interpolate_pos_embed
+        )
+        return image_part(
+            "und_image",
+            patchify(pixels, p),
+            position_ids,
+            boundary_ids=(self.special_tokens.boi, self.special_tokens.eoi),
+        )
 
-    def drawn(self, latent: Tensor, *, time: float = 0.0, noised: bool = False) -> Item:
+    def latent_part(self, latent: Tensor, *, timestep: float = 0.0, noised: bool = False) -> Part:
         """A latent [z, h, w]: a clean picture of the past, or a noised target."""
-        p = self.check_draws()
-        return self.named(patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, time=time, noised=noised)
+        p = self.check_visual_gen()
+        return self.latent_token_part(
+            patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, timestep=timestep, noised=noised
+        )
 
-    def named(self, tokens: Tensor, height: int, width: int, *, time: float = 0.0, noised: bool = False) -> Item:
+    def latent_token_part(
+        self, tokens: Tensor, height: int, width: int, *, timestep: float = 0.0, noised: bool = False
+    ) -> Part:
         """Latent tokens [height * width, C], or whatever names them until they are there."""
-        markers = (self.markers.boi, self.markers.eoi)
-        return image_item("draw", tokens, self.latent_grid(height, width), markers=markers, time=time, noised=noised)
+        boundary_ids = (self.special_tokens.boi, self.special_tokens.eoi)
+        return image_part(
+            "gen_image",
+            tokens,
+            self.latent_position_ids(height, width),
+            boundary_ids=boundary_ids,
+            timestep=timestep,
+            noised=noised,
+        )
 
-    def latent_grid(self, height: int, width: int) -> Tensor:
+    def latent_position_ids(self, height: int, width: int) -> Tensor:
         """Places in the table of latent positions, [height * width]."""
-        return places(height, width, self.latent_side, interpolate=self.interpolate)
+        return grid_position_ids(height, width, self.latent_grid, interpolate=self.interpolate_pos_embed)
 
-    def check_draws(self) -> int:
+    def check_visual_gen(self) -> int:
         """The latent patch. Raises NotImplementedError for a checkpoint that cannot draw."""
-        if self.latent_patch is None:
+        if self.latent_patch_size is None:
             raise NotImplementedError("this checkpoint was trained to look only (visual_gen false): it cannot draw")
-        return self.latent_patch
+        return self.latent_patch_size

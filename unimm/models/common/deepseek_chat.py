@@ -10,34 +10,34 @@ from typing import Any
 
 from typing_extensions import Self
 
-from unimm.generation.decode import TextStream, speak
+from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
 from unimm.models.common.deepseek_network import DeepseekNetwork
-from unimm.models.common.deepseek_processor import Markers, Prompts, Talk
-from unimm.nn.decoder import Parts
-from unimm.nn.packed_linear import prepared
-from unimm.processing.images.deepseek_vl import PadSquare
-from unimm.processing.requests import Picture
-from unimm.sequence.packing import Pack
-from unimm.sequence.parts import Item
-from unimm.vlms.chat import Chatting
+from unimm.models.common.deepseek_processor import DeepseekChatConfig, DeepseekProcessor, JanusSpecialTokens
+from unimm.nn.decoder import RowsByExpert
+from unimm.nn.packed_linear import optimize_for_cpu
+from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
+from unimm.processing.requests import ImageInput
+from unimm.sequence.packing import PackedBatch
+from unimm.sequence.parts import Part
+from unimm.vlms.chat import MLLMChat
 
 
-class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
+class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
     """A decoder that is shown pictures through a tower and an aligner, and asked about them."""
 
-    pixels: PadSquare  # the rule for pictures that the tower sees
-    talk: Talk
-    special: Markers | None = None  # the markers of a checkpoint without tokenizer
+    image_processor: DeepseekVLImageProcessor  # the rule for pictures that the tower sees
+    chat_config: DeepseekChatConfig
+    fallback_special_tokens: JanusSpecialTokens | None = None  # the markers of a checkpoint without tokenizer
 
     @abstractmethod
-    def hidden(self, batch: Pack, attend: Any) -> Parts:
+    def backbone(self, batch: PackedBatch, attend: Any) -> RowsByExpert:
         """Last hidden states of every row of a pack, before the final norm."""
 
     # ---- faster on a CPU
 
-    def prepared(self, *, int8: bool = False) -> Self:
+    def optimize_for_cpu(self, *, int8: bool = False) -> Self:
         """This model made ready to write and draw on a CPU: about twice as fast a token, with `int8` three times.
 
         Its weights are this model's own, the large ones packed a second time for products of few rows: as many bytes
@@ -50,18 +50,18 @@ class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
         On another device, or where PyTorch has no packed products (not x86), nothing is packed and nothing changes; with
         int8 that is a ValueError.
         """
-        return prepared(self, but=("vision",), int8=("decoder.blocks",) if int8 else ())
+        return optimize_for_cpu(self, skip=("vision",), int8=("decoder.blocks",) if int8 else ())
 
     # ---- the verbs
 
     def understand(
         self,
-        images: Picture | Sequence | None,
+        images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
         think: bool = False,
         stream: bool = False,
-        text: TextSampling | None = None,
+        text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Answer a question about pictures: a str; for a batch of questions a list; with `stream`, pieces as they come.
@@ -73,10 +73,10 @@ class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
             raise NotImplementedError(f"{type(self).__name__} was not trained to think first: Bagel was")
         if stream and not isinstance(question, str) and len(question) > 1:
             raise ValueError(f"got {len(question)} questions to stream: expected one")
-        return super().understand(images, question, stream=stream, text=text, seed=seed)
+        return super().understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
 
     def interleave(
-        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
     ) -> Iterator:
         """Not for this family."""
         raise NotImplementedError(
@@ -86,20 +86,26 @@ class Conversing(Chatting, DeepseekNetwork, UnifiedModel):
     # ---- prompts
 
     @property
-    def prompts(self) -> Prompts:
+    def processor(self) -> DeepseekProcessor:
         """How this model's prompts are made."""
-        return Prompts(
-            tokenizer=self.tokenizer, pixels=self.pixels, patch=self.vision.patch, talk=self.talk, special=self.special
+        return DeepseekProcessor(
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
+            patch_size=self.vision.patch_size,
+            chat_config=self.chat_config,
+            fallback_special_tokens=self.fallback_special_tokens,
         )
 
     @property
-    def markers(self) -> Markers:
+    def special_tokens(self) -> JanusSpecialTokens:
         """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
-        return self.prompts.markers
+        return self.processor.special_tokens
 
-    def written(self, prompts: Sequence[list[Item]], sampling: TextSampling | None, seed: Sequence[int]) -> TextStream:
+    def decode_answer(
+        self, prompts: Sequence[list[Part]], text_sampling: TextSampling | None, seed: Sequence[int]
+    ) -> TextStream:
         """The assistant's words after each prompt."""
-        sampling = (sampling or TextSampling()).within(self.talk.max_tokens)
-        contexts, last = self.prefilled(prompts)
-        steps = speak(self, contexts, last, end=self.markers.eos, sampling=sampling, seeds=seed)
-        return TextStream(steps, self.prompts.words.decode, len(prompts), sampling.stop)
+        text_sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.chat_config.max_tokens)
+        contexts, last = self.prefill_prompts(prompts)
+        steps = decode_text(self, contexts, last, end=self.special_tokens.eos, sampling=text_sampling, seeds=seed)
+        return TextStream(steps, self.processor.text_tokenizer.decode, len(prompts), text_sampling.stop)

@@ -4,24 +4,24 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.encoders.timm_vit import Tower
+from unimm.encoders.timm_vit import TimmVisionEncoder
 from unimm.nn.decoder import Decoder
-from unimm.sequence.packing import Tokens
+from unimm.sequence.packing import ImageTokens
 
 
 class DeepseekNetwork(nn.Module):
     """A decoder that is shown pictures through a tower."""
 
     decoder: Decoder
-    vision: Tower
+    vision: TimmVisionEncoder
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.decoder.embed.weight.dtype
 
-    def seen(self, tokens: Tokens) -> Tensor:
+    def image_features(self, tokens: ImageTokens) -> Tensor:
         """Pictures of a pack -> the tower's features [n, D of the tower]."""
-        p, side = self.vision.patch, self.vision.side
+        p, side = self.vision.patch_size, self.vision.grid_side
         images = rearrange(tokens.content, "(b h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
         return self.vision(images.to(self.dtype)).flatten(0, 1)

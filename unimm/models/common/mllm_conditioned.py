@@ -6,47 +6,47 @@ from typing import Any
 
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
-from unimm.processing.requests import Picture, Turn
-from unimm.vlms.base import Reader
+from unimm.processing.requests import ImageInput, Message
+from unimm.vlms.base import VisionLanguageModel
 
 
-class AroundReader(UnifiedModel):
+class MLLMConditionedModel(UnifiedModel):
     """A model that draws from what a frozen reader makes of a prompt, and answers as the reader does."""
 
     @property
     @abstractmethod
-    def speaker(self) -> Reader:
+    def chat_mllm(self) -> VisionLanguageModel:
         """The frozen reader, whole."""
 
     def understand(
         self,
-        images: Picture | Sequence | None,
+        images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
         think: bool = False,
         stream: bool = False,
-        text: TextSampling | None = None,
+        text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
         if think:
             raise NotImplementedError(f"{type(self).__name__} does not think before it answers: Bagel does")
-        return self.speaker.understand(images, question, stream=stream, text=text, seed=seed)
+        return self.chat_mllm.understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
 
     def chat(
         self,
-        turns: Sequence[Turn] | Sequence[Sequence[Turn]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         *,
         system: str | None = None,
         stream: bool = False,
-        text: TextSampling | None = None,
+        text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
-        return self.speaker.chat(turns, system=system, stream=stream, text=text, seed=seed)
+        return self.chat_mllm.chat(messages, system=system, stream=stream, text_sampling=text_sampling, seed=seed)
 
     def interleave(
-        self, items: Sequence[str | Picture], *, outputs: Sequence[str] = ("image",), seed: int = 0
+        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
     ) -> Iterator:
         """Not for these families."""
         raise NotImplementedError(f"{type(self).__name__} gives one text or one picture a call: Bagel interleaves")

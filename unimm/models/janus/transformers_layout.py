@@ -7,22 +7,22 @@ its JanusConfig.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from unimm.checkpoint.keymap import Table
-from unimm.encoders.timm_vit import RELEASED, TowerConfig, ViTNumbers
-from unimm.models.common.deepseek_processor import Markers
-from unimm.vlms.llama_layout import llama_keys
+from unimm.checkpoint.keymap import KeyMap
+from unimm.encoders.timm_vit import RELEASED_VITS, TimmEncoderConfig, TimmViTConfig
+from unimm.models.common.deepseek_processor import JanusSpecialTokens
+from unimm.vlms.llama_layout import llama_key_map
 
-Layout = Literal["original", "transformers"]
-Files = dict[str, dict[str, Any]]
+CheckpointLayout = Literal["original", "transformers"]
+ConfigFiles = dict[str, dict[str, Any]]
 
-TEXT: dict[str, Any] = {
+TEXT_DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "vocab_size": 32000,
 }
-VISION: dict[str, Any] = {
+VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -36,7 +36,7 @@ VISION: dict[str, Any] = {
     "projection_dim": 2048,
     "depth": 2,
 }
-VQ: dict[str, Any] = {
+VQ_DEFAULTS: dict[str, Any] = {
     "embed_dim": 8,
     "num_embeddings": 16384,
     "latent_channels": 256,
@@ -49,24 +49,30 @@ VQ: dict[str, Any] = {
     "hidden_act": "gelu",
     "double_latent": False,
 }
-FIXED = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
+FIXED_FIELDS = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
 
 
-def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
+def original_from_transformers(files: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' config.json as the original's. Raises ValueError for what no release asks for and is not built."""
-    llm, vision, vq = TEXT | files["text_config"], VISION | files["vision_config"], VQ | files.get("vq_config", {})
-    for name, asked, usual in (("vision_config", vision, VISION), ("vq_config", vq, VQ)):
-        if wrong := [f"{key} {asked[key]!r}" for key in FIXED if key in usual and asked[key] != usual[key]]:
+    llm, vision, vq = (
+        TEXT_DEFAULTS | files["text_config"],
+        VISION_DEFAULTS | files["vision_config"],
+        VQ_DEFAULTS | files.get("vq_config", {}),
+    )
+    for name, asked, usual in (("vision_config", vision, VISION_DEFAULTS), ("vq_config", vq, VQ_DEFAULTS)):
+        if wrong := [f"{key} {asked[key]!r}" for key in FIXED_FIELDS if key in usual and asked[key] != usual[key]]:
             raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
     d = llm["hidden_size"]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mlp_ratio")
-    vit = ViTNumbers(
-        **dict(zip(("dim", "n_layers", "n_heads", "patch", "mlp_ratio"), (vision[k] for k in sizes), strict=True))
+    vit = TimmViTConfig(
+        **dict(zip(("dim", "n_layers", "n_heads", "patch_size", "mlp_ratio"), (vision[k] for k in sizes), strict=True))
     )
     name = f"siglip_large_patch16_{vision['image_size']}"
     params: dict[str, Any] = {"image_size": vision["image_size"], "model_name": name}
-    if vit != RELEASED.get(name):
-        params |= {"model_name": "siglip"} | {theirs: getattr(vit, ours) for ours, theirs in ViTNumbers.FILES.items()}
+    if vit != RELEASED_VITS.get(name):
+        params |= {"model_name": "siglip"} | {
+            theirs: getattr(vit, ours) for ours, theirs in TimmViTConfig.FILES.items()
+        }
     codes = {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"], "ch": vq["base_channels"]}
     codes |= {
         "ch_mult": vq["channel_multiplier"],
@@ -88,18 +94,23 @@ def original_config(files: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def transformers_files(files: Files, *, markers: Markers | None, image: int | None) -> Files:
+def transformers_from_original(
+    files: ConfigFiles, *, special_tokens: JanusSpecialTokens | None, image_token_id: int | None
+) -> ConfigFiles:
     """The original's config.json and preprocessor_config.json as transformers', with its generation_config.json.
 
     Raises ValueError for what that layout cannot say: a code head of another width than the model, another encoder.
     """
     top, look = files["config.json"], files["preprocessor_config.json"]
     llm, head, codes = top["language_config"], top["gen_head_config"]["params"], top["gen_vision_config"]["params"]
-    tower, aligners = TowerConfig.from_files(top["vision_config"]["params"]), ("aligner_config", "gen_aligner_config")
+    tower, aligners = (
+        TimmEncoderConfig.from_json(top["vision_config"]["params"]),
+        ("aligner_config", "gen_aligner_config"),
+    )
     vit, d = tower.vit, llm["hidden_size"]
     if vit is None:
         raise ValueError(
-            f'got the encoder {tower.name}: transformers knows SigLIP alone; save it with layout="original"'
+            f'got the encoder {tower.model_name}: transformers knows SigLIP alone; save it with layout="original"'
         )
     if short := [name for name in aligners if top[name]["params"]["projector_type"] == "identity"]:
         raise ValueError(
@@ -110,23 +121,32 @@ def transformers_files(files: Files, *, markers: Markers | None, image: int | No
             f"got a code head of width {head['image_token_embed']} in a model of width {d}: transformers has one number "
             'for both; save it with layout="original"'
         )
-    vision = dict(VISION) | {
+    vision = dict(VISION_DEFAULTS) | {
         "hidden_size": vit.dim,
         "num_hidden_layers": tower.depth,
         "num_attention_heads": vit.n_heads,
     }
-    vision |= {"patch_size": vit.patch, "mlp_ratio": vit.mlp_ratio, "image_size": tower.size, "projection_dim": d}
+    vision |= {
+        "patch_size": vit.patch_size,
+        "mlp_ratio": vit.mlp_ratio,
+        "image_size": tower.image_size,
+        "projection_dim": d,
+    }
     vision |= {"depth": top["aligner_config"]["params"]["depth"], "model_type": "janus_vision_model"}
-    vision |= {"num_image_tokens": (tower.size // vit.patch) ** 2}
-    vq = dict(VQ) | {"embed_dim": codes["n_embed"], "num_embeddings": codes["image_token_size"], "projection_dim": d}
+    vision |= {"num_image_tokens": (tower.image_size // vit.patch_size) ** 2}
+    vq = dict(VQ_DEFAULTS) | {
+        "embed_dim": codes["n_embed"],
+        "num_embeddings": codes["image_token_size"],
+        "projection_dim": d,
+    }
     names = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks"}
     vq |= {theirs: codes[ours] for ours, theirs in {**names, "z_channels": "latent_channels"}.items() if ours in codes}
     vq |= {"image_token_embed_dim": d, "num_hidden_layers": top["gen_aligner_config"]["params"]["depth"]}
-    vq |= {"model_type": "janus_vqgan", "num_patches": tower.size // 2 ** (len(vq["channel_multiplier"]) - 1)}
+    vq |= {"model_type": "janus_vqgan", "num_patches": tower.image_size // 2 ** (len(vq["channel_multiplier"]) - 1)}
     config: dict[str, Any] = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
     config |= {"tie_word_embeddings": False}
     config |= {"text_config": llm, "vision_config": vision, "vq_config": vq, "generation": top["generation"]}
-    config |= {"image_token_id": image} if image is not None else {}
+    config |= {"image_token_id": image_token_id} if image_token_id is not None else {}
     side = {"height": look["image_size"], "width": look["image_size"]}
     look = {**look, "image_processor_type": "JanusImageProcessor", "processor_class": "JanusProcessor", "size": side}
     drawn: dict[str, Any] = {
@@ -135,13 +155,17 @@ def transformers_files(files: Files, *, markers: Markers | None, image: int | No
         "do_sample": True,
         "top_k": 0,
     }
-    if markers:
-        drawn |= {"bos_token_id": markers.bos, "eos_token_id": markers.eos, "pad_token_id": markers.pad}
-        drawn |= {"generation_kwargs": {"boi_token_id": markers.boi}}
+    if special_tokens:
+        drawn |= {
+            "bos_token_id": special_tokens.bos,
+            "eos_token_id": special_tokens.eos,
+            "pad_token_id": special_tokens.pad,
+        }
+        drawn |= {"generation_kwargs": {"boi_token_id": special_tokens.boi}}
     return {"config.json": config, "preprocessor_config.json": look, "generation_config.json": drawn}
 
 
-def transformers_keys(depth: int, code_depth: int) -> Table:
+def transformers_key_map(aligner_depth: int, gen_aligner_depth: int) -> KeyMap:
     """transformers' names on the left, ours on the right; the aligners have `depth` and `code_depth` linears."""
     block, ours = "model.vision_model.encoder.layers.{}.", "vision.trunk.blocks.{}."
     return {
@@ -152,32 +176,32 @@ def transformers_keys(depth: int, code_depth: int) -> Table:
         block + "self_attn.projection_layer.{}": ours + "attn.proj.{}",
         block + "mlp.{}.{}": ours + "mlp.{}.{}",
         "model.vision_model.post_layernorm.{}": "vision.trunk.norm.{}",
-        **_projector_keys("model.aligner.", "aligner.", depth),
-        **_projector_keys("model.generation_aligner.", "code_aligner.", code_depth),
-        "model.generation_embeddings.{}": "code_embed.{}",
-        "model.generation_head.proj_out.{}": "code_head.fc1.{}",
-        "model.generation_head.vision_head.{}": "code_head.fc2.{}",
+        **_projector_key_map("model.aligner.", "aligner.", aligner_depth),
+        **_projector_key_map("model.generation_aligner.", "gen_aligner.", gen_aligner_depth),
+        "model.generation_embeddings.{}": "gen_embed.{}",
+        "model.generation_head.proj_out.{}": "gen_head.fc1.{}",
+        "model.generation_head.vision_head.{}": "gen_head.fc2.{}",
         "model.vqmodel.quantize.embedding.{}": "vq.quantize.embedding.{}",
         **{
             f"model.vqmodel.{side}.mid.{theirs}.{{*}}": f"vq.{side}.mid.{i}.{{*}}"
-            for side in SIDES
-            for i, theirs in MIDDLE
+            for side in VQ_STACKS
+            for i, theirs in VQ_MID_BLOCKS
         },
         **{
             f"model.vqmodel.{side}.{stack}.{{}}.{theirs}.{{*}}": f"vq.{side}.conv_blocks.{{}}.{part}.{{*}}"
-            for side, (stack, change) in SIDES.items()
+            for side, (stack, change) in VQ_STACKS.items()
             for theirs, part in (("block", "res"), ("attn", "attn"), (change, change))
         },
-        **{f"model.vqmodel.{side}.{{}}.{{}}": f"vq.{side}.{{}}.{{}}" for side in SIDES},
+        **{f"model.vqmodel.{side}.{{}}.{{}}": f"vq.{side}.{{}}.{{}}" for side in VQ_STACKS},
         **{f"model.vqmodel.{part}.{{}}": f"vq.{part}.{{}}" for part in ("quant_conv", "post_quant_conv")},
-        **llama_keys("model.language_model.", "lm_head", "all"),
+        **llama_key_map("model.language_model.", "lm_head", "all"),
     }
 
 
-SIDES = {"encoder": ("down", "downsample"), "decoder": ("up", "upsample")}
-MIDDLE = ((0, "block_1"), (1, "attn_1"), (2, "block_2"))
+VQ_STACKS = {"encoder": ("down", "downsample"), "decoder": ("up", "upsample")}
+VQ_MID_BLOCKS = ((0, "block_1"), (1, "attn_1"), (2, "block_2"))
 
 
-def _projector_keys(theirs: str, ours: str, depth: int) -> Table:
+def _projector_key_map(theirs: str, ours: str, depth: int) -> KeyMap:
     rows = {theirs + "fc1.{}": ours + "layers.0.{}"}
     return rows | {theirs + f"hidden_layers.{i}.{{}}": ours + f"layers.{2 * i + 2}.{{}}" for i in range(depth - 1)}

@@ -6,53 +6,55 @@ from pathlib import Path
 from typing import Any
 
 from unimm.checkpoint.config_io import read_json
-from unimm.encoders.timm_vit import TowerConfig
-from unimm.models.common.deepseek_processor import Talk
+from unimm.encoders.timm_vit import TimmEncoderConfig
+from unimm.models.common.deepseek_processor import DeepseekChatConfig
 from unimm.models.janusflow.uvit import UViTDecoderConfig, UViTEncoderConfig
 from unimm.nn.decoder import DecoderConfig
-from unimm.processing.images.deepseek_vl import PadSquare
-from unimm.tokenizers.kl import VAEConfig
+from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
+from unimm.tokenizers.kl import AutoencoderKLConfig
 
-STREAM = "all"
+EXPERT = "all"
 SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
-THOUSAND = 1000  # the original's time
+TIME_SCALE = 1000  # the original's time
 
 
 @dataclass(frozen=True, kw_only=True)
 class JanusFlowConfig:
     decoder: DecoderConfig
-    tower: TowerConfig
-    encoder: UViTEncoderConfig
-    painter: UViTDecoderConfig
-    vae: VAEConfig | None  # None: the autoencoder lies elsewhere
-    pixels: PadSquare  # the rule for pictures that are looked at
-    latent: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
+    vision: TimmEncoderConfig
+    gen_encoder: UViTEncoderConfig
+    gen_decoder: UViTDecoderConfig
+    vae: AutoencoderKLConfig | None  # None: the autoencoder lies elsewhere
+    image_processor: DeepseekVLImageProcessor  # the rule for pictures that are looked at
+    latent_size: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
     steps: int
     guidance: float
-    talk: Talk
+    chat: DeepseekChatConfig
 
     def __post_init__(self) -> None:
-        dim, tokens = self.decoder.dim, [self.encoder.grid(side) for side in self.latent]
-        if (self.encoder.time_dim, self.painter.time_dim) != (dim, dim):
+        dim, tokens = self.decoder.dim, [self.gen_encoder.grid_size(side) for side in self.latent_size]
+        if (self.gen_encoder.time_dim, self.gen_decoder.time_dim) != (dim, dim):
             raise ValueError(
-                f"got hidden_size {self.encoder.time_dim}, {self.painter.time_dim} in the U-ViTs: expected {dim}"
+                f"got hidden_size {self.gen_encoder.time_dim}, {self.gen_decoder.time_dim} in the U-ViTs: expected {dim}"
             )
-        if self.encoder.width != self.painter.width or [n * self.patch for n in tokens] != list(self.latent):
+        if self.gen_encoder.dim != self.gen_decoder.dim or [n * self.latent_patch_size for n in tokens] != list(
+            self.latent_size
+        ):
             raise ValueError(
-                f"got {self.encoder} and {self.painter} for a latent of {self.latent}: expected the same width, and a "
+                f"got {self.gen_encoder} and {self.gen_decoder} for a latent of {self.latent_size}: expected the same width, and a "
                 "decoder that gives back the size that the encoder takes"
             )
 
     @property
-    def patch(self) -> int:
+    def latent_patch_size(self) -> int:
         """Latents a token, along each side."""
-        return 2**self.painter.upsamples
+        return 2**self.gen_decoder.n_upsamples
 
     @property
-    def size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of what is drawn."""
         stride = self.vae.stride if self.vae else SDXL_STRIDE
-        return self.latent[0] * stride, self.latent[1] * stride
+        return self.latent_size[0] * stride, self.latent_size[1] * stride
 
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusFlowConfig":
@@ -65,47 +67,54 @@ class JanusFlowConfig:
             raise ValueError(
                 f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}"
             )
-        return cls.from_files(files, look, vae)
+        return cls.from_json(files, look, vae)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any], vae: Mapping[str, Any]) -> "JanusFlowConfig":
+    def from_json(
+        cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
+    ) -> "JanusFlowConfig":
         """From the contents of the released files; of vae_config.json those of FLUX's layout, or nothing."""
-        vision, more = files["vision_und_enc_config"]["params"], files.get("generation", {})
-        tower = TowerConfig.from_files(vision)
-        painter = UViTDecoderConfig.from_files(files["vision_gen_dec_config"]["params"])
+        vision_params, more = files["vision_und_enc_config"]["params"], files.get("generation", {})
+        tower = TimmEncoderConfig.from_json(vision_params)
+        painter = UViTDecoderConfig.from_json(files["vision_gen_dec_config"]["params"])
         # the release draws as many tokens as it sees: 576
-        side = tower.size // (tower.vit.patch if tower.vit else 16) * 2**painter.upsamples
+        side = tower.image_size // (tower.vit.patch_size if tower.vit else 16) * 2**painter.n_upsamples
         return cls(
-            decoder=DecoderConfig.from_llama(files["language_config"], stream=STREAM),
-            tower=tower,
-            encoder=UViTEncoderConfig.from_files(files["vision_gen_enc_config"]["params"]),
-            painter=painter,
-            vae=VAEConfig.from_files(vae) if vae else None,
-            pixels=PadSquare.from_files(look, size=tower.size),
-            latent=tuple(more.get("latent", (side, side))),
+            decoder=DecoderConfig.from_llama(files["language_config"], expert=EXPERT),
+            vision=tower,
+            gen_encoder=UViTEncoderConfig.from_json(files["vision_gen_enc_config"]["params"]),
+            gen_decoder=painter,
+            vae=AutoencoderKLConfig.from_json(vae) if vae else None,
+            image_processor=DeepseekVLImageProcessor.from_json(preprocessor, size=tower.image_size),
+            latent_size=tuple(more.get("latent", (side, side))),
             steps=more.get("steps", 30),
             guidance=more.get("guidance", 2.0),
-            talk=Talk(**more.get("talk", {})),
+            chat=DeepseekChatConfig(**more.get("talk", {})),
         )
 
-    def to_files(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of the files that `from_folder` reads."""
         top = {
             "architectures": ["MultiModalityCausalLM"],
             "model_type": "multi_modality",
-            **_part("vision_und_enc", "CLIPVisionTower", self.tower.to_files()),
-            **_part("vision_gen_enc", "ShallowUViTEncoder", self.encoder.to_files()),
-            **_part("vision_gen_dec", "ShallowUViTDecoder", self.painter.to_files()),
-            "language_config": self.decoder.to_files() | {"model_type": "llama"},
-            "generation": {"latent": list(self.latent), "steps": self.steps, "guidance": self.guidance}
-            | {"talk": asdict(self.talk)},
+            **_module_json("vision_und_enc", "CLIPVisionTower", self.vision.to_json()),
+            **_module_json("vision_gen_enc", "ShallowUViTEncoder", self.gen_encoder.to_json()),
+            **_module_json("vision_gen_dec", "ShallowUViTDecoder", self.gen_decoder.to_json()),
+            "language_config": self.decoder.to_json() | {"model_type": "llama"},
+            "generation": {"latent": list(self.latent_size), "steps": self.steps, "guidance": self.guidance}
+            | {"talk": asdict(self.chat)},
         }
-        files = {"config.json": top, "preprocessor_config.json": self.pixels.to_files()}
-        return files | ({"vae_config.json": self.vae.to_files()} if self.vae else {})
+        files = {"config.json": top, "preprocessor_config.json": self.image_processor.to_json()}
+        return files | ({"vae_config.json": self.vae.to_json()} if self.vae else {})
 
 
-def _part(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
+def _module_json(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}_config": {"cls": kind, "model_type": name, "params": params}}
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)

@@ -17,46 +17,46 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.keymap import Table
-from unimm.generation.causal_lm import check_position
-from unimm.generation.flow import knots, sample
-from unimm.generation.kv_cache import EMPTY, Context, cache_of
-from unimm.generation.prefill import extend
+from unimm.checkpoint.keymap import KeyMap
+from unimm.generation.causal_lm import check_max_positions
+from unimm.generation.flow import euler, flow_timesteps
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer
+from unimm.generation.prefill import prefill
 from unimm.models.base import Generation
-from unimm.models.common.deepseek_chat import Conversing
-from unimm.models.common.deepseek_processor import UNSPEAKABLE
+from unimm.models.common.deepseek_chat import DeepseekChatModel
+from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
 from unimm.models.janusflow import RELEASES
-from unimm.models.janusflow.config import SDXL_VAE, STREAM, WEIGHTS, JanusFlowConfig
-from unimm.models.janusflow.network import JanusFlowNetwork, unconditional
+from unimm.models.janusflow.config import EXPERT, SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
+from unimm.models.janusflow.network import JanusFlowNetwork, bos_unconditional
 from unimm.models.janusflow.weights import KEYS, VAE_KEYS
-from unimm.processing.images.io import to_image
-from unimm.processing.requests import Picture, asked, each, seeds, sides
-from unimm.sequence.parts import Item
-from unimm.sequence.segments import Segment, lay_out
-from unimm.tokenizers.kl import VAE
-from unimm.tokenizers.kl_layouts import load_vae
+from unimm.processing.images.io import tensor_to_pil
+from unimm.processing.requests import ImageInput, broadcast, expand_seeds, parse_requests, parse_size
+from unimm.sequence.parts import Part
+from unimm.sequence.segments import Segment, build_layout
+from unimm.tokenizers.kl import AutoencoderKL
+from unimm.tokenizers.kl_layouts import load_autoencoder_kl
 from unimm.tokenizers.text import load_tokenizer
 
 
-class JanusFlow(JanusFlowNetwork, Conversing):
+class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
     """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
 
     RELEASES = RELEASES
-    SPARE = ("vision.trunk.attn_pool.{*}",)
+    UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}",)
 
-    def __init__(self, cfg: JanusFlowConfig):
-        super().__init__(cfg)
+    def __init__(self, config: JanusFlowConfig):
+        super().__init__(config)
         self.tokenizer = None
-        self.pixels, self.talk = cfg.pixels, cfg.talk
+        self.image_processor, self.chat_config = config.image_processor, config.chat
         self.vae_source: str | Path = SDXL_VAE
         # one from elsewhere, once it is loaded: no part of the model, whose parameters stay what they were
-        self._elsewhere: tuple[VAE, ...] = ()
+        self._external_vae: tuple[AutoencoderKL, ...] = ()
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "JanusFlow":
+    def _build(cls, folder: Path) -> "JanusFlow":
         """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(JanusFlowConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder, special=UNSPEAKABLE)
+        model.tokenizer = load_tokenizer(folder, special_tokens=SPECIAL_TOKENS)
         return model
 
     @classmethod
@@ -76,42 +76,42 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         """
         model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
         if vae is not None:
-            model.cfg, model.vae, model.vae_source = replace(model.cfg, vae=None), None, vae
+            model.config, model.vae, model.vae_source = replace(model.config, vae=None), None, vae
         return model
 
-    def weights(self) -> dict[tuple[str, ...], Table]:
+    def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file of weights; an autoencoder from elsewhere is not written."""
-        return {WEIGHTS: KEYS} | ({("ae.safetensors",): VAE_KEYS} if self.cfg.vae else {})
+        return {WEIGHT_FILES: KEYS} | ({("ae.safetensors",): VAE_KEYS} if self.config.vae else {})
 
     def save_config(self, folder: Path) -> None:
         """Write config.json, preprocessor_config.json and, with an autoencoder of its own, vae_config.json."""
-        for name, contents in self.cfg.to_files().items():
+        for name, contents in self.config.to_json().items():
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
 
     @property
-    def autoencoder(self) -> VAE:
+    def autoencoder(self) -> AutoencoderKL:
         """The autoencoder; one from elsewhere is loaded now. Raises ValueError where it cannot be had or does not fit."""
         if self.vae is not None:
             return self.vae
-        if not self._elsewhere:
+        if not self._external_vae:
             # whoever draws first may do so in inference mode, where tensors are made that nothing can change later
             with torch.inference_mode(False):
-                vae = load_vae(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
-            if vae.config.latent_channels != self.cfg.encoder.in_channels:
+                vae = load_autoencoder_kl(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
+            if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
-                    f"{self.cfg.encoder.in_channels}, as the model draws; give from_pretrained another `vae`"
+                    f"{self.config.gen_encoder.in_channels}, as the model draws; give from_pretrained another `vae`"
                 )
-            self._elsewhere = (vae,)
-        return self._elsewhere[0].to(self.device)
+            self._external_vae = (vae,)
+        return self._external_vae[0].to(self.device)
 
     # ---- drawing
 
     @torch.inference_mode()
     def denoise(
         self,
-        prompts: Sequence[Sequence[Item]],
-        noises: Tensor,
+        prompts: Sequence[Sequence[Part]],
+        noise: Tensor,
         *,
         guidance: Sequence[float],
         steps: int,
@@ -126,38 +126,40 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         a little beyond the end.
         """
         guided = [i for i, w in enumerate(guidance) if w != 1]
-        contexts = self._read_once([*prompts, *(unconditional(prompts[i]) for i in guided)])
+        contexts = self.prefill_unique([*prompts, *(bos_unconditional(prompts[i]) for i in guided)])
         at = torch.tensor([*range(len(prompts)), *guided], device=self.device)
         w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None, None, None]
-        grid = [self.encoder.config.grid(side) for side in noises.shape[2:]]
+        grid = [self.gen_encoder.config.grid_size(side) for side in noise.shape[2:]]
         room = 1 + grid[0] * grid[1]
-        check_position(self, max(c.clock for c in contexts) + room)
-        cache = cache_of(self, contexts, [room] * len(contexts))
-        past = [cache.past(i) for i in range(len(contexts))]
-        layout = lay_out([[Segment(length=room, attend="causal", advance=0)]] * len(contexts), past, device=self.device)
+        check_max_positions(self, max(c.next_position for c in contexts) + room)
+        cache = allocate_kv_buffer(self, contexts, [room] * len(contexts))
+        past = [cache.prefix(i) for i in range(len(contexts))]
+        layout = build_layout(
+            [[Segment(length=room, attention="causal", advance=0)]] * len(contexts), past, device=self.device
+        )
         attend = cache.attend(past, layout.mask)
         pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            entered = self.enter(
+            entered = self.encode_latents(
                 x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time
             )[at]
-            block = torch.cat((entered.time[:, None], entered.rows), 1)
-            hidden = self._decode(block.flatten(0, 1), layout.positions, attend)[STREAM]
-            v = self.leave(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
+            block = torch.cat((entered.time_embed[:, None], entered.token_embeds), 1)
+            hidden = self._run_decoder(block.flatten(0, 1), layout.position_ids, attend)[EXPERT]
+            v = self.decode_velocity(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
             v, free = v.split([len(prompts), len(guided)])
             return pace * (v.index_copy(0, at[len(prompts) :], free + w * (v[guided] - free)) if guided else v)
 
-        return sample(velocity, noises.to(self.device), knots(steps, 1.0), progress=progress)
+        return euler(velocity, noise.to(self.device), flow_timesteps(steps, 1.0), progress=progress)
 
-    def _read_once(self, prompts: Sequence[Sequence[Item]]) -> list[Context]:
+    def prefill_unique(self, prompts: Sequence[Sequence[Part]]) -> list[KVCache]:
         """The context of each prompt; those that are one object are read once."""
         unique = {id(prompt): prompt for prompt in prompts}
-        contexts = dict(zip(unique, extend(self, [EMPTY] * len(unique), list(unique.values())), strict=True))
+        contexts = dict(zip(unique, prefill(self, [EMPTY_CACHE] * len(unique), list(unique.values())), strict=True))
         return [contexts[id(prompt)] for prompt in prompts]
 
     @torch.inference_mode()
-    def paint(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> pixels [B, 3, height, width], about [-1, 1]."""
         return self.autoencoder.decode(latents.float())
 
@@ -165,7 +167,7 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         self,
         prompt: str | Sequence[str],
         *,
-        images: Picture | Sequence | None = None,
+        images: ImageInput | Sequence | None = None,
         think: bool = False,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
@@ -185,23 +187,23 @@ class JanusFlow(JanusFlowNetwork, Conversing):
         """
         if think:
             raise NotImplementedError("JanusFlow does not think before it draws: Bagel does")
-        if size is not None and sides(size) != self.cfg.size:
+        if size is not None and parse_size(size) != self.config.image_size:
             raise ValueError(
-                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.cfg.size} alone"
+                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.config.image_size} alone"
             )
-        prompts, pictures = asked(prompt, images)
-        scales = each(self.cfg.guidance if guidance is None else guidance, len(prompts), "guidances")
+        prompts, pictures = parse_requests(prompt, images)
+        scales = broadcast(self.config.guidance if guidance is None else guidance, len(prompts), "guidances")
         if n < 1 or not all(w >= 0 for w in scales):
             raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
         # the marker that the original appends is dropped by it again
-        items = [self.prompts.drawing(one, some) for one, some in zip(prompts, pictures, strict=True)]
-        seeded = seeds(seed, len(prompts), copies=n)
+        items = [self.processor.generation_parts(one, some) for one, some in zip(prompts, pictures, strict=True)]
+        seeded = expand_seeds(seed, len(prompts), n_images=n)
         latents = self.denoise(
             [one for one in items for _ in range(n)],
-            torch.stack([self.noise(torch.Generator().manual_seed(s)) for s in seeded]),
+            torch.stack([self.initial_noise(torch.Generator().manual_seed(s)) for s in seeded]),
             guidance=[float(w) for w in scales for _ in range(n)],
-            steps=self.cfg.steps if steps is None else steps,
+            steps=self.config.steps if steps is None else steps,
             bf16_time=bf16_time,
             progress=progress,
         )
-        return Generation([to_image(self.paint(one[None])[0]) for one in latents])
+        return Generation([tensor_to_pil(self.decode_latents(one[None])[0]) for one in latents])

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.nn.layers import RMSNorm
-from unimm.nn.timestep import TimeMLP, time_features
+from unimm.nn.timestep import TimestepMLP, timestep_embedding
 
-EXPANSION, KERNEL = 4, 7  # of a ConvNeXt block
-UPSAMPLE = 2  # of each step out of the decoder
+MLP_RATIO, DEPTHWISE_KERNEL_SIZE = 4, 7  # of a ConvNeXt block
+UPSAMPLE_FACTOR = 2  # of each step out of the decoder
 GRN_EPS = 1e-6
 
 
@@ -30,7 +30,7 @@ GRN_EPS = 1e-6
 class UViTConfig:
     """What both ends have; the defaults are the release's."""
 
-    width: int = 768  # of the encoder's blocks, which is that of the skip
+    dim: int = 768  # of the encoder's blocks, which is that of the skip
     n_blocks: int = 2  # 0: no middle
     time_dim: int = 2048
     norm_eps: float = 1e-6
@@ -45,13 +45,13 @@ class UViTConfig:
     }
 
     def __post_init__(self) -> None:
-        if min(self.width, self.time_dim) < 1 or self.n_blocks < 0 or self.width % 2:
+        if min(self.dim, self.time_dim) < 1 or self.n_blocks < 0 or self.dim % 2:
             raise ValueError(
                 f"got {self}: expected positive numbers, and an even width for the time's cosines and sines"
             )
 
     @classmethod
-    def from_files(cls, params: Mapping[str, Any]) -> Self:
+    def from_json(cls, params: Mapping[str, Any]) -> Self:
         """Read `params` of a released config: the release's number for a missing one, kernel less stride for a padding of null.
 
         Raises ValueError for what the release does not have.
@@ -60,15 +60,15 @@ class UViTConfig:
             raise ValueError("got elementwise_affine false in the params of a U-ViT: expected true, as in the release")
         read: dict[str, Any] = {ours: params[theirs] for ours, theirs in cls.FILES.items() if theirs in params}
         if "block_out_channels" in params:
-            read["width"] = params["block_out_channels"][-1]
+            read["dim"] = params["block_out_channels"][-1]
         if "padding" in read and read["padding"] is None:
             read["padding"] = math.ceil(params["kernel_size"] - params["stride"])
         return cls(**(read if params.get("use_mid_block", True) else read | {"n_blocks": 0}))
 
-    def to_files(self) -> dict[str, Any]:
-        """The params that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The params that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
-            "block_out_channels": [self.width]
+            "block_out_channels": [self.dim]
         }
         return files | {"use_mid_block": self.n_blocks > 0, "elementwise_affine": True, "dropout": 0.0}
 
@@ -78,16 +78,21 @@ class UViTEncoderConfig(UViTConfig):
     """The way in: a convolution that gathers patches, then blocks."""
 
     in_channels: int = 4
-    kernel: int = 2
+    kernel_size: int = 2
     stride: int = 2
     padding: int = 0
 
-    OWN: ClassVar = {"in_channels": "input_channels", "kernel": "kernel_size", "stride": "stride", "padding": "padding"}
-    FILES: ClassVar = UViTConfig.FILES | OWN
+    ENCODER_FILES: ClassVar = {
+        "in_channels": "input_channels",
+        "kernel_size": "kernel_size",
+        "stride": "stride",
+        "padding": "padding",
+    }
+    FILES: ClassVar = UViTConfig.FILES | ENCODER_FILES
 
-    def grid(self, side: int) -> int:
+    def grid_size(self, size: int) -> int:
         """Tokens along a side of a latent."""
-        return (side + 2 * self.padding - self.kernel) // self.stride + 1
+        return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +101,13 @@ class UViTDecoderConfig(UViTConfig):
 
     in_channels: int = 768
     out_channels: int = 4
-    upsamples: int = 1
+    n_upsamples: int = 1
 
-    FILES: ClassVar = UViTConfig.FILES | {name: name for name in ("in_channels", "out_channels", "upsamples")}
+    FILES: ClassVar = UViTConfig.FILES | {
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "n_upsamples": "upsamples",
+    }
 
 
 class GlobalResponseNorm(nn.Module):
@@ -110,56 +119,58 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C]"""
-        lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        return self.bias + (self.weight * (lengths / (lengths.mean(-1, keepdim=True) + GRN_EPS)) + 1) * x
+        norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return self.bias + (self.weight * (norms / (norms.mean(-1, keepdim=True) + GRN_EPS)) + 1) * x
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """Depthwise 7x7, norm, Linear, GELU, norm of responses, Linear; then the sum with x is scaled and shifted by the time."""
 
     def __init__(self, dim: int, config: UViTConfig):
         super().__init__()
-        hidden = EXPANSION * dim
-        self.depthwise = nn.Conv2d(dim, dim, KERNEL, padding=KERNEL // 2, groups=dim, bias=config.bias)
+        hidden = MLP_RATIO * dim
+        self.depthwise = nn.Conv2d(
+            dim, dim, DEPTHWISE_KERNEL_SIZE, padding=DEPTHWISE_KERNEL_SIZE // 2, groups=dim, bias=config.bias
+        )
         self.norm = RMSNorm(dim, config.norm_eps)
         self.channelwise_linear_1 = nn.Linear(dim, hidden, bias=config.bias)
         self.channelwise_norm = GlobalResponseNorm(hidden)
         self.channelwise_linear_2 = nn.Linear(hidden, dim, bias=config.bias)
         self.cond_embeds_mapper = nn.Linear(config.time_dim, 2 * dim, bias=config.bias)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_embed: Tensor) -> Tensor:
         """x [B, C, h, w], time [B, D] embedded -> [B, C, h, w]"""
         y = self.norm(rearrange(self.depthwise(x), "B C h w -> B h w C"))
         y = self.channelwise_linear_2(self.channelwise_norm(F.gelu(self.channelwise_linear_1(y))))
         x = x + rearrange(y, "B h w C -> B C h w")
-        scale, shift = rearrange(self.cond_embeds_mapper(F.silu(time)), "B (two C) -> two B C 1 1", two=2)
+        scale, shift = rearrange(self.cond_embeds_mapper(F.silu(time_embed)), "B (two C) -> two B C 1 1", two=2)
         return shift + x * (1 + scale)
 
 
-class Middle(nn.Module):
+class ConvNeXtStack(nn.Module):
     """Blocks of one width."""
 
     def __init__(self, dim: int, config: UViTConfig):
         super().__init__()
-        self.res_blocks = nn.ModuleList(ConvNeXt(dim, config) for _ in range(config.n_blocks))
+        self.res_blocks = nn.ModuleList(ConvNeXtBlock(dim, config) for _ in range(config.n_blocks))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_embed: Tensor) -> Tensor:
         for block in self.res_blocks:
-            x = block(x, time)
+            x = block(x, time_embed)
         return x
 
 
-class Unpatchify(nn.Module):
+class PixelShuffleUpsample(nn.Module):
     """Norm, a 1x1 convolution, and every channel's four values spread over a 2x2 square."""
 
-    def __init__(self, dim: int, out: int, config: UViTConfig):
+    def __init__(self, dim: int, out_dim: int, config: UViTConfig):
         super().__init__()
         self.norm = RMSNorm(dim, config.norm_eps)
-        self.unpatch_conv = nn.Conv2d(dim, out * UPSAMPLE**2, 1, bias=config.bias)
+        self.unpatch_conv = nn.Conv2d(dim, out_dim * UPSAMPLE_FACTOR**2, 1, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, C', 2h, 2w]"""
-        return F.pixel_shuffle(self.unpatch_conv(_normed(self.norm, x)), UPSAMPLE)
+        return F.pixel_shuffle(self.unpatch_conv(_channel_norm(self.norm, x)), UPSAMPLE_FACTOR)
 
 
 class ShallowUViTEncoder(nn.Module):
@@ -168,14 +179,14 @@ class ShallowUViTEncoder(nn.Module):
     def __init__(self, config: UViTEncoderConfig):
         super().__init__()
         self.config = config
-        self.time_embed = TimeMLP(config.width, config.time_dim, bias=config.bias)
-        self.in_conv = nn.Conv2d(config.in_channels, config.width, config.kernel, config.stride, config.padding)
-        self.mid_block = Middle(config.width, config)
+        self.time_embed = TimestepMLP(config.dim, config.time_dim, bias=config.bias)
+        self.in_conv = nn.Conv2d(config.in_channels, config.dim, config.kernel_size, config.stride, config.padding)
+        self.mid_block = ConvNeXtStack(config.dim, config)
 
-    def forward(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], times [B] in [0, 1000] -> tokens [B, C', h, w], which are the skip as well; times [B, D]."""
-        time = self.time_embed(time_features(times, self.config.width).to(x.dtype))
-        return self.mid_block(self.in_conv(x), time), time
+        time_embed = self.time_embed(timestep_embedding(timesteps, self.config.dim).to(x.dtype))
+        return self.mid_block(self.in_conv(x), time_embed), time_embed
 
 
 class ShallowUViTDecoder(nn.Module):
@@ -185,19 +196,19 @@ class ShallowUViTDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_norm = RMSNorm(config.in_channels, config.norm_eps)
-        both = config.in_channels + config.width
-        self.mid_block = Middle(both, config)
-        widths = (both, *[config.width] * (config.upsamples - 1), config.out_channels)
-        self.out_convs = nn.ModuleList(Unpatchify(dim, out, config) for dim, out in pairwise(widths))
+        both = config.in_channels + config.dim
+        self.mid_block = ConvNeXtStack(both, config)
+        widths = (both, *[config.dim] * (config.n_upsamples - 1), config.out_channels)
+        self.out_convs = nn.ModuleList(PixelShuffleUpsample(dim, out, config) for dim, out in pairwise(widths))
 
-    def forward(self, x: Tensor, skip: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor, time_embed: Tensor) -> Tensor:
         """x [B, C, h, w], skip [B, C', h, w], time [B, D] -> [B, out, H, W]"""
-        x = self.mid_block(torch.cat((_normed(self.input_norm, x), skip), 1), time)
+        x = self.mid_block(torch.cat((_channel_norm(self.input_norm, x), skip), 1), time_embed)
         for out_conv in self.out_convs:
             x = out_conv(x)
         return x
 
 
-def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
+def _channel_norm(norm: RMSNorm, x: Tensor) -> Tensor:
     """The norm over the channels of x [B, C, h, w]."""
     return rearrange(norm(rearrange(x, "B C h w -> B h w C")), "B h w C -> B C h w")

@@ -14,23 +14,23 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.config_io import read_json
 from unimm.denoisers.sana import SanaConfig
 from unimm.models.metaquery.connector import ConnectorConfig
-from unimm.models.metaquery.mllms import READER, kind_in, kind_of
-from unimm.models.metaquery.processor import MARKERS
+from unimm.models.metaquery.mllms import RELEASED_PREFIX, mllm_spec_for, mllm_spec_of
+from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS
 from unimm.tokenizers.dc_ae import DCAEConfig
 
-SYSTEM = (
+DEFAULT_SYSTEM_PROMPT = (
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solver:
+class DPMSolverConfig:
     """Numbers of Sana's sampler: scheduler_config.json."""
 
-    shift: float
-    trained: int
+    timestep_shift: float
+    n_train_timesteps: int
 
-    FILES: ClassVar = {"shift": "flow_shift", "trained": "num_train_timesteps"}
+    FILES: ClassVar = {"timestep_shift": "flow_shift", "n_train_timesteps": "num_train_timesteps"}
     # what a config could say, and Sana's does not
     FIXED: ClassVar = {
         "_class_name": "DPMSolverMultistepScheduler",
@@ -50,27 +50,29 @@ class Solver:
         "use_dynamic_shifting": False,
     }
     # where a file of diffusers' is silent, it means something else
-    SPOKEN: ClassVar = ("prediction_type", "use_flow_sigmas")
+    WITHOUT_DIFFUSERS_DEFAULT: ClassVar = ("prediction_type", "use_flow_sigmas")
 
     def __post_init__(self) -> None:
-        if not self.shift > 0 or self.trained < 1:
+        if not self.timestep_shift > 0 or self.n_train_timesteps < 1:
             raise ValueError(f"got {self}: expected positive numbers; correct scheduler_config.json")
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> Self:
+    def from_json(cls, files: Mapping[str, Any]) -> Self:
         """Read a scheduler_config.json. Raises ValueError for another sampler's."""
         for key, expected in cls.FIXED.items():
             if files.get(key, expected) != expected:
                 raise ValueError(
                     f"got {key} {files[key]!r} in the scheduler's config, expected {expected!r}, as Sana's says"
                 )
-        wanted = (*cls.FILES.values(), *(cls.SPOKEN if "_class_name" in files else ()))
-        if lost := [name for name in wanted if name not in files]:
-            raise ValueError(f"the scheduler's config lacks {', '.join(lost)}: expected Sana's scheduler_config.json")
+        required = (*cls.FILES.values(), *(cls.WITHOUT_DIFFUSERS_DEFAULT if "_class_name" in files else ()))
+        if missing := [name for name in required if name not in files]:
+            raise ValueError(
+                f"the scheduler's config lacks {', '.join(missing)}: expected Sana's scheduler_config.json"
+            )
         return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         return self.FIXED | {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
 
 
@@ -78,16 +80,16 @@ class Solver:
 class MetaQueryConfig:
     """homes: the folders below a checkpoint, or hub ids, of the parts whose configs lie apart, by their ids in config.json."""
 
-    reader: Any  # of one of the readers in query_readers
+    mllm: Any  # of one of the readers in query_readers
     connector: ConnectorConfig
-    painter: SanaConfig
+    denoiser: SanaConfig
     vae: DCAEConfig
-    solver: Solver
-    homes: Mapping[str, str]
+    scheduler: DPMSolverConfig
+    part_ids: Mapping[str, str]
     n_queries: int
-    max_text: int  # ids of a caption
-    system: str
-    side: int  # latents a side of what is drawn unless a size is asked for
+    max_text_tokens: int  # ids of a caption
+    system_prompt: str
+    latent_size: int  # latents a side of what is drawn unless a size is asked for
     # of pictures to draw from, in place of what the reader's own config says
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 1280 * 28 * 28
@@ -98,14 +100,14 @@ class MetaQueryConfig:
 
     FILES: ClassVar = {
         "n_queries": "num_metaqueries",
-        "max_text": "max_input_text_tokens",
-        "system": "system_prompt",
-        "side": "input_size",
+        "max_text_tokens": "max_input_text_tokens",
+        "system_prompt": "system_prompt",
+        "latent_size": "input_size",
     }
     # of our own making: no released config has the section
-    OURS: ClassVar = ("min_pixels", "max_pixels", "steps", "guidance", "image_guidance")
+    GENERATION_FIELDS: ClassVar = ("min_pixels", "max_pixels", "steps", "guidance", "image_guidance")
     # id in config.json -> where its config lies below that id's folder
-    HOMES: ClassVar = {
+    PART_CONFIGS: ClassVar = {
         "mllm_id": "config.json",
         "diffusion_model_id": "transformer/config.json",
         "vae_id": "vae/config.json",
@@ -114,31 +116,31 @@ class MetaQueryConfig:
     }
 
     def __post_init__(self) -> None:
-        if min(self.n_queries, self.max_text, self.side, self.steps) < 1:
+        if min(self.n_queries, self.max_text_tokens, self.latent_size, self.steps) < 1:
             raise ValueError(
-                f"got {self.n_queries} queries, max_text {self.max_text}, side {self.side}, steps {self.steps}"
+                f"got {self.n_queries} queries, max_text {self.max_text_tokens}, side {self.latent_size}, steps {self.steps}"
             )
-        widths = (self.connector.dim, self.connector.out), (self.reader.decoder.dim, self.painter.caption_dim)
+        widths = (self.connector.dim, self.connector.condition_dim), (self.mllm.decoder.dim, self.denoiser.caption_dim)
         if widths[0] != widths[1]:
             raise ValueError(
                 f"got a connector of widths {widths[0]}: expected {widths[1]}, the reader's and the painter's"
             )
-        channels = self.painter.in_channels, self.painter.out_channels
-        if channels != (self.vae.latent_channels,) * 2 or self.side % self.painter.patch:
+        channels = self.denoiser.in_channels, self.denoiser.out_channels
+        if channels != (self.vae.latent_channels,) * 2 or self.latent_size % self.denoiser.patch_size:
             raise ValueError(
-                f"got a painter of {channels} channels and patches of {self.painter.patch} for {self.vae.latent_channels} "
-                f"latents on a grid of {self.side}: expected as many channels, and a multiple of the patch"
+                f"got a painter of {channels} channels and patches of {self.denoiser.patch_size} for {self.vae.latent_channels} "
+                f"latents on a grid of {self.latent_size}: expected as many channels, and a multiple of the patch"
             )
 
     @property
-    def n_rows(self) -> int:
+    def embedding_rows(self) -> int:
         """Rows of the table of embeddings as it is released."""
-        return self.reader.decoder.vocab + MARKERS + self.n_queries
+        return self.mllm.decoder.vocab_size + N_BOUNDARY_TOKENS + self.n_queries
 
     @property
-    def size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of what is drawn unless another size is asked for."""
-        return self.side * self.vae.stride, self.side * self.vae.stride
+        return self.latent_size * self.vae.stride, self.latent_size * self.vae.stride
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -146,72 +148,85 @@ class MetaQueryConfig:
         files = read_config(folder / "config.json")
         if files.get("model_type") != "metaquery":
             raise ValueError(f"{folder}/config.json describes no MetaQuery: got model_type {files.get('model_type')!r}")
-        homes = {name: str(files.get(name, files.get("diffusion_model_id"))) for name in cls.HOMES}
-        if files.get("loss_type", "flow") != "flow" or "stable-diffusion" in homes["diffusion_model_id"]:
+        part_ids = {name: str(files.get(name, files.get("diffusion_model_id"))) for name in cls.PART_CONFIGS}
+        if files.get("loss_type", "flow") != "flow" or "stable-diffusion" in part_ids["diffusion_model_id"]:
             raise ValueError(
-                f"got loss_type {files.get('loss_type')!r} with {homes['diffusion_model_id']!r}: the variants on Stable "
+                f"got loss_type {files.get('loss_type')!r} with {part_ids['diffusion_model_id']!r}: the variants on Stable "
                 "Diffusion 1.5 are not built; expected 'flow', with a Sana"
             )
-        if lost := [theirs for theirs in (*cls.FILES.values(), "mllm_id", "diffusion_model_id") if theirs not in files]:
+        if missing := [
+            theirs for theirs in (*cls.FILES.values(), "mllm_id", "diffusion_model_id") if theirs not in files
+        ]:
             raise ValueError(
-                f"{folder}/config.json lacks {', '.join(lost)}: expected the released config.json of a MetaQuery"
+                f"{folder}/config.json lacks {', '.join(missing)}: expected the released config.json of a MetaQuery"
             )
-        reader = home(folder, homes["mllm_id"])
-        known = kind_in(read_config(reader / "config.json")).home.Config
-        parts = [read_config(home(folder, homes[name]) / at) for name, at in list(cls.HOMES.items())[1:4]]
-        return cls.from_files(files, known.from_folder(reader), *parts, homes=homes)
+        mllm_folder = part_folder(folder, part_ids["mllm_id"])
+        mllm_class = mllm_spec_for(read_config(mllm_folder / "config.json")).model_class.config_class
+        parts = [
+            read_config(part_folder(folder, part_ids[name]) / at) for name, at in list(cls.PART_CONFIGS.items())[1:4]
+        ]
+        return cls.from_json(files, mllm_class.from_folder(mllm_folder), *parts, part_ids=part_ids)
 
     @classmethod
-    def from_files(
+    def from_json(
         cls,
         files: Mapping[str, Any],
-        reader: Any,
-        painter: Mapping[str, Any],
+        mllm: Any,
+        denoiser: Mapping[str, Any],
         vae: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         *,
-        homes: Mapping[str, str],
+        part_ids: Mapping[str, str],
     ) -> Self:
         """From the contents of the released files."""
-        painted = SanaConfig.from_files(painter)
-        layers = files.get("connector_num_hidden_layers", 24)
+        denoiser_config = SanaConfig.from_json(denoiser)
+        n_layers = files.get("connector_num_hidden_layers", 24)
         config = cls(
-            reader=reader,
-            connector=ConnectorConfig(dim=reader.decoder.dim, out=painted.caption_dim, n_layers=layers),
-            painter=painted,
-            vae=DCAEConfig.from_files(vae),
-            solver=Solver.from_files(scheduler),
-            homes=dict(homes),
+            mllm=mllm,
+            connector=ConnectorConfig(
+                dim=mllm.decoder.dim, condition_dim=denoiser_config.caption_dim, n_blocks=n_layers
+            ),
+            denoiser=denoiser_config,
+            vae=DCAEConfig.from_json(vae),
+            scheduler=DPMSolverConfig.from_json(scheduler),
+            part_ids=dict(part_ids),
             **{ours: files[theirs] for ours, theirs in cls.FILES.items()},
-            **{name: value for name, value in files.get("generation", {}).items() if name in cls.OURS},
+            **{name: value for name, value in files.get("generation", {}).items() if name in cls.GENERATION_FIELDS},
         )
         expected = {"in_channels": config.vae.latent_channels, "vae_downsample_f": config.vae.stride}
         if wrong := [f"{key} {files[key]}" for key, n in expected.items() if files.get(key, n) != n]:
             raise ValueError(f"got {', '.join(wrong)} in config.json: expected {expected}, as the autoencoder says")
         return config
 
-    def to_files(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of every file that `from_folder` reads, by its path below the folder."""
-        homes = {name: _below(at) for name, at in self.homes.items()}
-        top: dict[str, Any] = {"architectures": ["MetaQuery"], "model_type": "metaquery", **homes}
+        part_ids = {name: _relative_path(at) for name, at in self.part_ids.items()}
+        top: dict[str, Any] = {"architectures": ["MetaQuery"], "model_type": "metaquery", **part_ids}
         top |= {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         top |= {"in_channels": self.vae.latent_channels, "vae_downsample_f": self.vae.stride, "loss_type": "flow"}
-        top |= {"connector_num_hidden_layers": self.connector.n_layers, "modules_to_freeze": ["vae", READER[:-1]]}
-        top |= {"modules_to_unfreeze": [kind_of(self.reader).table(self.reader).removesuffix(".weight")]}
-        top |= {"generation": {name: getattr(self, name) for name in self.OURS}}
-        parts = {f"{homes['mllm_id']}/{name}": contents for name, contents in self.reader.to_files().items()}
-        apart: dict[str, Any] = {"diffusion_model_id": self.painter, "vae_id": self.vae, "scheduler_id": self.solver}
-        parts |= {f"{homes[name]}/{self.HOMES[name]}": part.to_files() for name, part in apart.items()}
+        top |= {
+            "connector_num_hidden_layers": self.connector.n_blocks,
+            "modules_to_freeze": ["vae", RELEASED_PREFIX[:-1]],
+        }
+        top |= {"modules_to_unfreeze": [mllm_spec_of(self.mllm).embedding_key(self.mllm).removesuffix(".weight")]}
+        top |= {"generation": {name: getattr(self, name) for name in self.GENERATION_FIELDS}}
+        parts = {f"{part_ids['mllm_id']}/{name}": contents for name, contents in self.mllm.to_json().items()}
+        other_parts: dict[str, Any] = {
+            "diffusion_model_id": self.denoiser,
+            "vae_id": self.vae,
+            "scheduler_id": self.scheduler,
+        }
+        parts |= {f"{part_ids[name]}/{self.PART_CONFIGS[name]}": part.to_json() for name, part in other_parts.items()}
         return {"config.json": top, **parts}
 
 
-def home(folder: Path, name: str, *, weights: bool = False) -> Path:
+def part_folder(folder: Path, name: str, *, weights: bool = False) -> Path:
     """The folder of a part of a checkpoint: below its own, or else of that name or hub id."""
-    below = folder / _below(name)
+    below = folder / _relative_path(name)
     return below if below.is_dir() else hub.resolve(name, weights=weights)
 
 
-def _below(name: str) -> str:
+def _relative_path(name: str) -> str:
     """A part's name as a path below a checkpoint's folder; of a path that leads out of it, the last step."""
     path = PurePosixPath(name)
     return path.name if path.is_absolute() or ".." in path.parts else str(path)

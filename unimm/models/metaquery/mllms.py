@@ -7,96 +7,100 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unimm.checkpoint.keymap import Table
-from unimm.models.metaquery.processor import Template
-from unimm.vlms.base import Reader
+from unimm.checkpoint.keymap import KeyMap
+from unimm.models.metaquery.processor import MLLMChatFormat
+from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.llava_onevision.model import LlavaOneVision
-from unimm.vlms.llava_onevision.weights import llava_keys
+from unimm.vlms.llava_onevision.weights import llava_key_map
 from unimm.vlms.qwen2_5_vl.model import QwenVL
-from unimm.vlms.qwen2_5_vl.weights import qwen_keys
+from unimm.vlms.qwen2_5_vl.weights import qwen_key_map
 
-READER = "model.mllm_backbone."  # what the released names of a reader's weights begin with
-OURS = "reader."
-EMBED, QUERIES = OURS + "decoder.embed.", "queries"
+RELEASED_PREFIX = "model.mllm_backbone."  # what the released names of a reader's weights begin with
+PREFIX = "mllm."
+EMBED_PREFIX, QUERIES_NAME = PREFIX + "decoder.embed.", "queries"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class MLLMSpec:
     """A kind of reader. pixels: whether the numbers of pixels of the original's own go in place of its config's."""
 
-    home: type[Reader]
-    template: Template
-    named: Callable[[Any, bool], Table]  # (config, whether the files hold a language head) -> the key table
-    pixels: bool
+    model_class: type[VisionLanguageModel]
+    chat_format: MLLMChatFormat
+    inner_key_map: Callable[[Any, bool], KeyMap]  # (config, whether the files hold a language head) -> the key table
+    limits_pixels: bool
 
-    def keys(self, cfg: Any, *, head: bool) -> dict[str, str | None]:
+    def key_map(self, config: Any, *, with_head: bool) -> dict[str, str | None]:
         """The key table of a reader inside a MetaQuery, whose table of embeddings holds the queries, too."""
-        rows = self.named(cfg, head)
-        return {table_name(theirs) if _embeds(ours) else theirs: _with_queries(ours) for theirs, ours in rows.items()}
+        rows = self.inner_key_map(config, with_head)
+        return {
+            weight_key(theirs) if _is_embedding(ours) else theirs: _with_queries(ours) for theirs, ours in rows.items()
+        }
 
-    def table(self, cfg: Any) -> str:
+    def embedding_key(self, config: Any) -> str:
         """The released name of the table of embeddings."""
-        return next(table_name(theirs) for theirs, ours in self.named(cfg, True).items() if _embeds(ours))
+        return next(
+            weight_key(theirs) for theirs, ours in self.inner_key_map(config, True).items() if _is_embedding(ours)
+        )
 
-    def head(self, cfg: Any) -> str:
+    def head_prefix(self, config: Any) -> str:
         """What the released name of the language head begins with."""
-        return self.table(cfg).replace("model.embed_tokens.weight", "lm_head.")
+        return self.embedding_key(config).replace("model.embed_tokens.weight", "lm_head.")
 
 
-def _embeds(ours: str | None) -> bool:
-    return ours is not None and ours.startswith(EMBED)
+def _is_embedding(ours: str | None) -> bool:
+    return ours is not None and ours.startswith(EMBED_PREFIX)
 
 
-def table_name(theirs: str) -> str:
+def weight_key(theirs: str) -> str:
     """The name of the one tensor that a row of a table of embeddings stands for."""
     return theirs.replace("{}", "weight")
 
 
 def _with_queries(ours: str | None) -> str | None:
-    return f"{EMBED}weight + {QUERIES}" if _embeds(ours) else ours
+    return f"{EMBED_PREFIX}weight + {QUERIES_NAME}" if _is_embedding(ours) else ours
 
 
-def _qwen(cfg: Any, head: bool) -> Table:
-    return qwen_keys(head=head, prefix=READER, ours=OURS)
+def _qwen2_5_vl_key_map(config: Any, with_head: bool) -> KeyMap:
+    return qwen_key_map(head=with_head, prefix=RELEASED_PREFIX, module_prefix=PREFIX)
 
 
-def _llava(cfg: Any, head: bool) -> Table:
-    return llava_keys(cfg, {}, head=head, prefix=READER, ours=OURS)
+def _llava_onevision_key_map(config: Any, with_head: bool) -> KeyMap:
+    return llava_key_map(config, {}, head=with_head, prefix=RELEASED_PREFIX, module_prefix=PREFIX)
 
 
 # by the model_type of the reader's config.json
-READERS = {
-    "qwen2_5_vl": Kind(
-        home=QwenVL,
-        template=Template(
-            opening="<|im_start|>system\n{}<|im_end|>\n<|im_start|>",
-            turn="user\n{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n\n",
-            shown="<|vision_start|><|image_pad|><|vision_end|>",
+MLLMS = {
+    "qwen2_5_vl": MLLMSpec(
+        model_class=QwenVL,
+        chat_format=MLLMChatFormat(
+            system_format="<|im_start|>system\n{}<|im_end|>\n<|im_start|>",
+            user_format="user\n{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n\n",
+            image_placeholder="<|vision_start|><|image_pad|><|vision_end|>",
         ),
-        named=_qwen,
-        pixels=True,
+        inner_key_map=_qwen2_5_vl_key_map,
+        limits_pixels=True,
     ),
-    "llava_onevision": Kind(
-        home=LlavaOneVision,
-        template=Template(
-            opening="<|im_start|>system \n{}<|im_end|><|im_start|>",
-            turn="user {pictures}\n{caption}<|im_end|><|im_start|>assistant\n\n",
-            shown="<image>",
+    "llava_onevision": MLLMSpec(
+        model_class=LlavaOneVision,
+        chat_format=MLLMChatFormat(
+            system_format="<|im_start|>system \n{}<|im_end|><|im_start|>",
+            user_format="user {pictures}\n{caption}<|im_end|><|im_start|>assistant\n\n",
+            image_placeholder="<image>",
         ),
-        named=_llava,
-        pixels=False,
+        inner_key_map=_llava_onevision_key_map,
+        limits_pixels=False,
     ),
 }
 
 
-def kind_of(reader: Any) -> Kind:
+def mllm_spec_of(mllm: Any) -> MLLMSpec:
     """The kind of a reader, or of its config."""
-    return next(kind for kind in READERS.values() if isinstance(reader, kind.home | kind.home.Config))
+    return next(spec for spec in MLLMS.values() if isinstance(mllm, spec.model_class | spec.model_class.config_class))
 
 
-def kind_in(files: Mapping[str, Any]) -> Kind:
+def mllm_spec_for(files: Mapping[str, Any]) -> MLLMSpec:
     """The kind that a reader's config.json describes. Raises ValueError for another model's."""
     name = files.get("model_type")
-    if name not in READERS:
-        raise ValueError(f"got a reader of model_type {name!r}: MetaQuery asks {' or '.join(READERS)}; correct mllm_id")
-    return READERS[name]
+    if name not in MLLMS:
+        raise ValueError(f"got a reader of model_type {name!r}: MetaQuery asks {' or '.join(MLLMS)}; correct mllm_id")
+    return MLLMS[name]

@@ -11,149 +11,166 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from unimm.processing.images.io import CropSquare, open_image
-from unimm.processing.requests import Picture
-from unimm.sequence.packing import Pack, pack
-from unimm.sequence.parts import Item, text_item
-from unimm.sequence.segments import Past
+from unimm.processing.images.io import CropSquare, load_image
+from unimm.processing.requests import ImageInput
+from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.parts import Part, text_part
+from unimm.sequence.segments import CachedPrefix
 from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
-from unimm.vlms.llava_onevision.processor import LlavaPrompts
+from unimm.vlms.llava_onevision.processor import LlavaOneVisionProcessor
 
-MARKERS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
+N_BOUNDARY_TOKENS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
 
 
-class Composer(Protocol):
+class PromptComposer(Protocol):
     """What a reader makes of texts and pictures."""
 
     @property
-    def words(self) -> TextTokenizer: ...
+    def text_tokenizer(self) -> TextTokenizer: ...
 
-    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
+    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
         """A text in which markers are markers, with a placeholder for each picture, as items."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Template:
+class MLLMChatFormat:
     """A reader's chat format. What all samples share ends with a marker, so that it can be read once."""
 
-    opening: str  # has a place for the system prompt
-    turn: str  # has places for the pictures and the caption; the queries come behind
-    shown: str  # a picture
+    system_format: str  # has a place for the system prompt
+    user_format: str  # has places for the pictures and the caption; the queries come behind
+    image_placeholder: str  # a picture
 
 
 @dataclass(frozen=True)
-class QueryPrompts:
+class MetaQueryProcessor:
     """Captions and pictures to items that end with the queries.
 
     first: the id of <begin_of_img>, which is how many rows the reader's own table has; end: of the marker after all.
     """
 
-    reader: Composer
-    template: Template
-    system: str
+    composer: PromptComposer
+    chat_format: MLLMChatFormat
+    system_prompt: str
     n_queries: int
-    first: int
-    end: int
-    max_text: int
+    begin_image_id: int
+    end_of_turn_id: int
+    max_text_tokens: int
 
     @property
-    def words(self) -> TextTokenizer:
+    def text_tokenizer(self) -> TextTokenizer:
         """The reader's tokenizer. Raises ValueError for a checkpoint without one."""
-        return self.reader.words
+        return self.composer.text_tokenizer
 
     @cached_property
-    def opening(self) -> list[int]:
+    def system_ids(self) -> list[int]:
         """Ids that every sample begins with."""
-        return encode_marked(self.words, self._opening)
+        return encode_marked(self.text_tokenizer, self._system_text)
 
     @cached_property
-    def queries(self) -> list[int]:
+    def query_ids(self) -> list[int]:
         """Ids of the queries between their markers, and of the end of the turn."""
-        begin, queries = self.first + MARKERS, range(self.n_queries)
-        return [self.first, *(begin + i for i in queries), self.first + 1, self.end]
+        first_query_id, offsets = self.begin_image_id + N_BOUNDARY_TOKENS, range(self.n_queries)
+        return [
+            self.begin_image_id,
+            *(first_query_id + i for i in offsets),
+            self.begin_image_id + 1,
+            self.end_of_turn_id,
+        ]
 
-    def drawing(self, caption: str, pictures: Sequence[Picture] = ()) -> list[Item]:
+    def prompt_parts(self, caption: str, images: Sequence[ImageInput] = ()) -> list[Part]:
         """What a picture is drawn from: pictures first, then the caption, of at most max_text ids.
 
         The caption is cut alone and decoded again, as in the original. Markers in it are its author's words.
         """
-        ids = self.words.encode(caption)
-        cut = caption if len(ids) <= self.max_text else self.words.decode(ids[: self.max_text])
-        shown = self.template.shown * len(pictures)
-        turn = self.template.turn.format(pictures=shown, caption=hide_markers(self.words, cut))
-        *before, last = self.reader.composed(self._opening + turn, pictures)
-        return [*before, text_item([*last.ids.tolist(), *self.queries])]
+        ids = self.text_tokenizer.encode(caption)
+        cut = caption if len(ids) <= self.max_text_tokens else self.text_tokenizer.decode(ids[: self.max_text_tokens])
+        placeholders = self.chat_format.image_placeholder * len(images)
+        user_turn = self.chat_format.user_format.format(
+            pictures=placeholders, caption=hide_markers(self.text_tokenizer, cut)
+        )
+        *before, last = self.composer.composed(self._system_text + user_turn, images)
+        return [*before, text_part([*last.ids.tolist(), *self.query_ids])]
 
-    def asking(self, samples: Sequence[Sequence[Item]], *, multiple: int = 1) -> "Asking":
+    def query_batch(self, samples: Sequence[Sequence[Part]], *, row_multiple: int = 1) -> "QueryBatch":
         """Samples for training; the prompts' rows rounded up to a multiple, with a text that nobody asks about."""
-        prompts = [[*before, text_item(last.ids[: -len(self.queries)].tolist())] for *before, last in samples]
+        prompts = [[*before, text_part(last.ids[: -len(self.query_ids)].tolist())] for *before, last in samples]
         rows = sum(item.segment.length for items in prompts for item in items)
-        packed = pack([*prompts, *([[text_item([self.end] * (-rows % multiple))]] if rows % multiple else [])])
-        ends = list(zip(packed.layout.lengths, packed.layout.clocks, strict=True))[: len(prompts)]
-        past = [Past(length=length, clock=clock) for length, clock in ends]
-        return Asking(packed, pack([[text_item(self.queries)]] * len(prompts), past))
+        packed = pack_sequences(
+            [*prompts, *([[text_part([self.end_of_turn_id] * (-rows % row_multiple))]] if rows % row_multiple else [])]
+        )
+        ends = list(zip(packed.layout.lengths, packed.layout.next_positions, strict=True))[: len(prompts)]
+        prefixes = [CachedPrefix(length=length, next_position=clock) for length, clock in ends]
+        return QueryBatch(packed, pack_sequences([[text_part(self.query_ids)]] * len(prompts), prefixes))
 
-    def rest(self, items: Sequence[Item]) -> list[Item]:
+    def without_system(self, parts: Sequence[Part]) -> list[Part]:
         """A sample without its opening, to be read behind it."""
-        first, *others = items
-        n = len(self.opening)
-        assert first.ids[:n].tolist() == self.opening, "every sample begins with the opening, which ends with a marker"
-        return [text_item(first.ids[n:].tolist()), *others]
+        first, *others = parts
+        n = len(self.system_ids)
+        assert first.ids[:n].tolist() == self.system_ids, (
+            "every sample begins with the opening, which ends with a marker"
+        )
+        return [text_part(first.ids[n:].tolist()), *others]
 
     @property
-    def _opening(self) -> str:
-        return self.template.opening.format(hide_markers(self.words, self.system))
+    def _system_text(self) -> str:
+        return self.chat_format.system_format.format(hide_markers(self.text_tokenizer, self.system_prompt))
 
 
 @dataclass(frozen=True)
-class Asking:
+class QueryBatch:
     """Samples in two packs: all before the queries, which learns nothing while the reader is frozen, and the queries."""
 
-    prompts: Pack
-    queries: Pack
+    prompts: PackedBatch
+    queries: PackedBatch
 
-    def to(self, device: torch.device | str) -> "Asking":
+    def to(self, device: torch.device | str) -> "QueryBatch":
         """The same on a device."""
-        return Asking(self.prompts.to(device), self.queries.to(device))
+        return QueryBatch(self.prompts.to(device), self.queries.to(device))
 
-    def order(self) -> torch.Tensor:
+    def row_order(self) -> torch.Tensor:
         """Which of all rows, the prompts' first, stand before one another in each sample: its prompt's, then its queries'."""
-        first = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
-        old, new, found = 0, sum(self.prompts.layout.lengths), []
-        for before, behind in zip(first, self.queries.layout.lengths, strict=True):
-            found += [torch.arange(old, old + before), torch.arange(new, new + behind)]
-            old, new = old + before, new + behind
-        return torch.cat(found).to(self.queries.ids.device)
+        prompt_lengths = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
+        prompt_row, query_row, order = 0, sum(self.prompts.layout.lengths), []
+        for before, behind in zip(prompt_lengths, self.queries.layout.lengths, strict=True):
+            order += [torch.arange(prompt_row, prompt_row + before), torch.arange(query_row, query_row + behind)]
+            prompt_row, query_row = prompt_row + before, query_row + behind
+        return torch.cat(order).to(self.queries.ids.device)
 
 
-def black(picture: Image.Image) -> Image.Image:
+def black_image(image: Image.Image) -> Image.Image:
     """What stands for a picture that is dropped: a black one of its size."""
-    return Image.new("RGB", picture.size)
+    return Image.new("RGB", image.size)
 
 
 @dataclass
-class Asked:
+class ConditionBatch:
     """What the reader is asked in one call, each sample once, and what each picture takes of the answers.
 
     A branch is a sample and the weight of the velocity under it; the weights of a picture's branches add up to 1.
     """
 
-    prompts: QueryPrompts
-    samples: list[list[Item]] = field(default_factory=list)
-    known: dict[tuple, int] = field(default_factory=dict)
+    processor: MetaQueryProcessor
+    samples: list[list[Part]] = field(default_factory=list)
+    index: dict[tuple, int] = field(default_factory=dict)
 
-    def sample(self, caption: str, pictures: Sequence[Image.Image], *, kind: str) -> int:
+    def add_sample(self, caption: str, images: Sequence[Image.Image], *, kind: str) -> int:
         """The place of a sample. kind: what is shown, "black" in place of the pictures, or the pictures."""
-        look = [black(picture) for picture in pictures] if kind == "black" else list(pictures)
+        shown = [black_image(picture) for picture in images] if kind == "black" else list(images)
         # black pictures are equal where their sizes are; others are where they are one object
-        key = (caption, *(one.size if kind == "black" else id(one) for one in look))
-        if key not in self.known:
-            self.known[key] = len(self.samples)
-            self.samples.append(self.prompts.drawing(caption, look))
-        return self.known[key]
+        key = (caption, *(one.size if kind == "black" else id(one) for one in shown))
+        if key not in self.index:
+            self.index[key] = len(self.samples)
+            self.samples.append(self.processor.prompt_parts(caption, shown))
+        return self.index[key]
 
-    def branches(
-        self, caption: str, pictures: Sequence[Image.Image], *, negative: str, text: float, image: float
+    def guidance_branches(
+        self,
+        caption: str,
+        images: Sequence[Image.Image],
+        *,
+        negative_prompt: str,
+        guidance: float,
+        image_guidance: float,
     ) -> list[tuple[int, float]]:
         """The branches of a picture under its scales of guidance; a branch of weight 0 is not read.
 
@@ -161,31 +178,35 @@ class Asked:
         prompt and black pictures, i the negative prompt and the pictures; at an image scale of 1 or less
         v = i + text (c - i).
         """
-        told = (caption, "shown", text)
-        if not pictures or image <= 1:
-            found = [(negative, "shown", 1 - text), told]
+        conditional = (caption, "shown", guidance)
+        if not images or image_guidance <= 1:
+            branches = [(negative_prompt, "shown", 1 - guidance), conditional]
         else:
-            found = [(negative, "black", 1 - image), (negative, "shown", image - text), told]
-        return [(self.sample(words, pictures, kind=kind), weight) for words, kind, weight in found if weight]
+            branches = [
+                (negative_prompt, "black", 1 - image_guidance),
+                (negative_prompt, "shown", image_guidance - guidance),
+                conditional,
+            ]
+        return [(self.add_sample(words, images, kind=kind), weight) for words, kind, weight in branches if weight]
 
 
 @dataclass(frozen=True)
-class Squares:
+class LlavaSquareComposer:
     """LLaVA-OneVision's prompts as MetaQuery makes them: pictures cropped to the tower's square, all of them tiled."""
 
-    inner: LlavaPrompts
+    composer: LlavaOneVisionProcessor
 
     @property
-    def words(self) -> TextTokenizer:
+    def text_tokenizer(self) -> TextTokenizer:
         """The tokenizer."""
-        return self.inner.words
+        return self.composer.text_tokenizer
 
-    def composed(self, text: str, pictures: Sequence[Picture]) -> list[Item]:
+    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
         """A text in which markers are markers, with a placeholder for each picture, as items."""
-        crop = CropSquare(self.inner.pixels.size)
-        return self.inner.composed(text, [crop(open_image(picture)) for picture in pictures], tiled=True)
+        crop = CropSquare(self.composer.image_processor.tile_size)
+        return self.composer.composed(text, [crop(load_image(picture)) for picture in images], tiled=True)
 
 
-def composer(prompts: Any) -> Composer:
+def prompt_composer(prompts: Any) -> PromptComposer:
     """What makes a reader's texts and pictures into items, the way MetaQuery does."""
-    return Squares(prompts) if isinstance(prompts, LlavaPrompts) else prompts
+    return LlavaSquareComposer(prompts) if isinstance(prompts, LlavaOneVisionProcessor) else prompts

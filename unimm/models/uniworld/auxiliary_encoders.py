@@ -14,60 +14,60 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table
-from unimm.checkpoint.load import HUB_WEIGHTS
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.encoders import clip_text, siglip, t5
-from unimm.encoders.clip_text import ClipText, load_clip_text
-from unimm.encoders.siglip import Siglip, load_siglip
+from unimm.encoders.clip_text import CLIPTextEncoder, load_clip_text
+from unimm.encoders.siglip import SiglipVisionEncoder, load_siglip
 from unimm.encoders.t5 import T5Encoder, load_t5
 from unimm.models.uniworld.config import UniWorldConfig
-from unimm.processing.images.io import to_tensor
-from unimm.tokenizers.captions import Captions, clip_captions, t5_captions
-from unimm.tokenizers.kl import VAE
-from unimm.tokenizers.kl_layouts import load_vae
+from unimm.processing.images.io import pil_to_tensor
+from unimm.tokenizers.captions import CaptionTokenizer, load_clip_captions, load_t5_captions
+from unimm.tokenizers.kl import AutoencoderKL
+from unimm.tokenizers.kl_layouts import load_autoencoder_kl
 from unimm.tokenizers.text import TextTokenizer
 
 T = TypeVar("T")
 
-SIGLIP, FLUX = "google/siglip2-so400m-patch16-512", "black-forest-labs/FLUX.1-dev"
+SIGLIP_HUB_ID, FLUX_HUB_ID = "google/siglip2-so400m-patch16-512", "black-forest-labs/FLUX.1-dev"
 
 
-class Parts(nn.Module):
+class AuxiliaryEncoders(nn.Module):
     """What was found, and None for the rest; a method that needs what is not there says how to have it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tower: Siglip | None = None
-        self.vae: VAE | None = None
-        self.clip: ClipText | None = None
+        self.siglip: SiglipVisionEncoder | None = None
+        self.vae: AutoencoderKL | None = None
+        self.clip: CLIPTextEncoder | None = None
         self.t5: T5Encoder | None = None
-        self.clip_captions: Captions | None = None
-        self.t5_captions: Captions | None = None
+        self.clip_tokenizer: CaptionTokenizer | None = None
+        self.t5_tokenizer: CaptionTokenizer | None = None
 
     # ---- files
 
-    def take(self, homes: Mapping[str, Path], *, dtype: torch.dtype, device: str | torch.device) -> None:
+    def load(self, folders: Mapping[str, Path], *, dtype: torch.dtype, device: str | torch.device) -> None:
         """Load the parts that there are folders for; the VAE stays in float32."""
-        if (at := homes.get("siglip")) is not None:
-            self.tower = load_siglip(at, dtype=dtype, device=device)
-        if (at := homes.get("vae")) is not None:
-            self.vae = load_vae(at, device=device)
-        if (at := homes.get("text_encoder")) is not None:
-            self.clip = load_clip_text(at, dtype=dtype, device=device)
-        if (at := homes.get("text_encoder_2")) is not None:
-            self.t5 = load_t5(at, dtype=dtype, device=device)
-        if (at := homes.get("tokenizer")) is not None:
-            self.clip_captions = clip_captions(at)
-        if (at := homes.get("tokenizer_2")) is not None:
-            self.t5_captions = t5_captions(at)
+        if (folder := folders.get("siglip")) is not None:
+            self.siglip = load_siglip(folder, dtype=dtype, device=device)
+        if (folder := folders.get("vae")) is not None:
+            self.vae = load_autoencoder_kl(folder, device=device)
+        if (folder := folders.get("text_encoder")) is not None:
+            self.clip = load_clip_text(folder, dtype=dtype, device=device)
+        if (folder := folders.get("text_encoder_2")) is not None:
+            self.t5 = load_t5(folder, dtype=dtype, device=device)
+        if (folder := folders.get("tokenizer")) is not None:
+            self.clip_tokenizer = load_clip_captions(folder)
+        if (folder := folders.get("tokenizer_2")) is not None:
+            self.t5_tokenizer = load_t5_captions(folder)
 
-    def check(self, cfg: UniWorldConfig) -> None:
+    def check_widths(self, config: UniWorldConfig) -> None:
         """Raise ValueError for parts of other widths than the checkpoint's."""
         widths = {
-            "SigLIP2": (self.tower and self.tower.cfg.dim, cfg.look_dim),
-            "a VAE": (self.vae and self.vae.config.latent_channels, cfg.latent_channels),
-            "CLIP": (self.clip and self.clip.cfg.dim, cfg.painter.pooled_dim),
-            "T5": (self.t5 and self.t5.cfg.dim, cfg.painter.text_dim),
+            "SigLIP2": (self.siglip and self.siglip.config.dim, config.siglip_dim),
+            "a VAE": (self.vae and self.vae.config.latent_channels, config.latent_channels),
+            "CLIP": (self.clip and self.clip.config.dim, config.denoiser.pooled_dim),
+            "T5": (self.t5 and self.t5.config.dim, config.denoiser.text_dim),
         }
         if wrong := [
             f"{part} of width {got}, expected {n}" for part, (got, n) in widths.items() if got not in (None, n)
@@ -76,87 +76,91 @@ class Parts(nn.Module):
                 f"got {'; '.join(wrong)}: give from_pretrained the parts that the checkpoint was trained with"
             )
 
-    def weights(self, ours: str) -> dict[tuple[str, ...], Table]:
+    def key_maps(self, prefix: str) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file that is written; ours: what our names begin with."""
-        tables: dict[str, Table] = {}
-        if self.tower is not None:
-            tables["siglip"] = siglip.tower_keys("vision_model.", f"{ours}tower.", head=self.tower.cfg.head)
+        tables: dict[str, KeyMap] = {}
+        if self.siglip is not None:
+            tables["siglip"] = siglip.siglip_key_map(
+                "vision_model.", f"{prefix}siglip.", pooling_head=self.siglip.config.has_pooling_head
+            )
         if self.clip is not None:
-            tables["text_encoder"] = _within(clip_text.keys(), f"{ours}clip.")
+            tables["text_encoder"] = _prefixed(clip_text.clip_text_key_map(), f"{prefix}clip.")
         if self.t5 is not None:
-            tables["text_encoder_2"] = _within(t5.KEYS, f"{ours}t5.")
-        found: dict[tuple[str, ...], Table] = {(f"{name}/{HUB_WEIGHTS[0]}",): table for name, table in tables.items()}
-        return found | ({("vae/ae.safetensors",): {"{*}": f"{ours}vae.{{*}}"}} if self.vae is not None else {})
+            tables["text_encoder_2"] = _prefixed(t5.KEY_MAP, f"{prefix}t5.")
+        key_maps: dict[tuple[str, ...], KeyMap] = {
+            (f"{name}/{HUB_WEIGHT_FILES[0]}",): table for name, table in tables.items()
+        }
+        return key_maps | ({("vae/ae.safetensors",): {"{*}": f"{prefix}vae.{{*}}"}} if self.vae is not None else {})
 
-    def to_files(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of every config, by its path below a checkpoint's folder."""
         files: dict[str, dict[str, Any]] = {}
-        if self.tower is not None:
-            files["siglip/config.json"] = self.tower.cfg.to_files()
-            files["siglip/preprocessor_config.json"] = self.tower.pixels.to_files()
+        if self.siglip is not None:
+            files["siglip/config.json"] = self.siglip.config.to_json()
+            files["siglip/preprocessor_config.json"] = self.siglip.image_processor.to_json()
         if self.vae is not None:
-            files["vae/config.json"] = self.vae.config.to_files()
+            files["vae/config.json"] = self.vae.config.to_json()
         if self.clip is not None:
-            files["text_encoder/config.json"] = self.clip.cfg.to_files()
+            files["text_encoder/config.json"] = self.clip.config.to_json()
         if self.t5 is not None:
-            files["text_encoder_2/config.json"] = self.t5.cfg.to_files()
+            files["text_encoder_2/config.json"] = self.t5.config.to_json()
         return files
 
     def tokenizers(self) -> dict[str, TextTokenizer]:
         """The tokenizers of captions, by their folders."""
-        found = {"tokenizer": self.clip_captions, "tokenizer_2": self.t5_captions}
+        found = {"tokenizer": self.clip_tokenizer, "tokenizer_2": self.t5_tokenizer}
         return {name: captions.tokenizer for name, captions in found.items() if captions is not None}
 
     # ---- what they give
 
-    def look(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def encode_siglip(self, images: Sequence[Image.Image]) -> Tensor:
         """SigLIP2's features of pictures [k, patches, C]."""
-        tower = needed(self.tower, "SigLIP2", f'siglip="{SIGLIP}"')
-        seen = torch.stack([tower.pixels.pixels(picture) for picture in pictures])
-        return tower(seen.to(tower.positions))
+        siglip = require_part(self.siglip, "SigLIP2", f'siglip="{SIGLIP_HUB_ID}"')
+        pixel_values = torch.stack([siglip.image_processor.preprocess(picture) for picture in images])
+        return siglip(pixel_values.to(siglip.pos_embed))
 
-    def latents(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+    def encode_vae(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         """The VAE's latents of pictures stretched to (height, width) [k, C, h, w]."""
-        fit = [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
-        return self.autoencoder.encode(self._pixels(torch.stack([to_tensor(one) for one in fit])))
+        resized = [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in images]
+        return self.required_vae.encode(self._to_vae(torch.stack([pil_to_tensor(one) for one in resized])))
 
-    def paint(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, height, width], about [-1, 1]."""
-        return self.autoencoder.decode(self._pixels(latents)).float()
+        return self.required_vae.decode(self._to_vae(latents)).float()
 
     @property
-    def autoencoder(self) -> VAE:
+    def required_vae(self) -> AutoencoderKL:
         """The VAE. Raises ValueError without one."""
-        return needed(self.vae, "VAE", f'flux="{FLUX}"')
+        return require_part(self.vae, "VAE", f'flux="{FLUX_HUB_ID}"')
 
-    def _pixels(self, x: Tensor) -> Tensor:
-        return x.to(next(self.autoencoder.parameters()))
+    def _to_vae(self, x: Tensor) -> Tensor:
+        return x.to(next(self.required_vae.parameters()))
 
-    def pooled(self, texts: Sequence[str]) -> Tensor:
+    def encode_clip(self, texts: Sequence[str]) -> Tensor:
         """CLIP's vector of each text [B, C]."""
-        how = f'flux="{FLUX}", or draw with clip=False'
-        model, captions = (
-            needed(self.clip, "text encoder (CLIP)", how),
-            needed(self.clip_captions, "CLIP tokenizer", how),
+        remedy = f'flux="{FLUX_HUB_ID}", or draw with clip=False'
+        model, tokenizer = (
+            require_part(self.clip, "text encoder (CLIP)", remedy),
+            require_part(self.clip_tokenizer, "CLIP tokenizer", remedy),
         )
-        return model.pooled(captions(texts).to(model.positions.device))
+        return model.pool(tokenizer(texts).to(model.pos_embed.device))
 
-    def captions(self, texts: Sequence[str], length: int) -> Tensor:
+    def encode_t5(self, texts: Sequence[str], length: int) -> Tensor:
         """T5's states of each text, padded to `length` [B, M, C]."""
-        how = f'flux="{FLUX}" and t5=True, or draw with t5=False'
-        model, captions = (
-            needed(self.t5, "second text encoder (T5)", how),
-            needed(self.t5_captions, "T5 tokenizer", how),
+        remedy = f'flux="{FLUX_HUB_ID}" and t5=True, or draw with t5=False'
+        model, tokenizer = (
+            require_part(self.t5, "second text encoder (T5)", remedy),
+            require_part(self.t5_tokenizer, "T5 tokenizer", remedy),
         )
-        return model(captions(texts, length=length).to(model.embed.weight.device))
+        return model(tokenizer(texts, max_length=length).to(model.embed.weight.device))
 
 
-def needed(part: T | None, what: str, how: str) -> T:
+def require_part(part: T | None, name: str, remedy: str) -> T:
     """A part. Raises ValueError, with what to give `from_pretrained`, where it was not found."""
     if part is None:
-        raise ValueError(f"this checkpoint was loaded without its {what}: give from_pretrained {how}")
+        raise ValueError(f"this checkpoint was loaded without its {name}: give from_pretrained {remedy}")
     return part
 
 
-def _within(table: Table, ours: str) -> Table:
-    return {theirs: ours + target for theirs, target in table.items() if target is not None}
+def _prefixed(key_map: KeyMap, prefix: str) -> KeyMap:
+    return {theirs: prefix + target for theirs, target in key_map.items() if target is not None}

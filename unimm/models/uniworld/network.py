@@ -6,108 +6,122 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimm.denoisers.flux import Flux, grid
-from unimm.denoisers.mmdit import SIDE, pack, unpack
+from unimm.denoisers.flux import FluxTransformer, flux_position_ids
+from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.flow import add_noise
-from unimm.models.uniworld.auxiliary_encoders import Parts
+from unimm.models.uniworld.auxiliary_encoders import AuxiliaryEncoders
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.nn.layers import MLP
-from unimm.sequence.parts import Item
+from unimm.sequence.parts import Part
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 
 class UniWorldNetwork(nn.Module):
     """A reader, a painter, what leads from one to the other, and the parts that lie apart."""
 
-    def __init__(self, cfg: UniWorldConfig):
+    def __init__(self, config: UniWorldConfig):
         super().__init__()
-        self.cfg = cfg
-        self.reader, self.painter, self.parts = QwenVL(cfg.reader), Flux(cfg.painter), Parts()
-        wide = cfg.painter.text_dim
-        self.from_reader = MLP(cfg.reader.decoder.dim, cfg.read_hidden, wide, "silu")
-        self.from_look = MLP(cfg.look_dim, cfg.look_hidden, wide, "silu")
-        self.from_latents = MLP(cfg.painter.in_channels, cfg.latent_hidden, wide, "silu")
-        self.decide = MLP(cfg.reader.decoder.dim, cfg.decide_hidden, 2, "silu") if cfg.decide_hidden else None
+        self.config = config
+        self.mllm, self.denoiser, self.auxiliary = (
+            QwenVL(config.mllm),
+            FluxTransformer(config.denoiser),
+            AuxiliaryEncoders(),
+        )
+        condition_dim = config.denoiser.text_dim
+        self.mllm_projector = MLP(config.mllm.decoder.dim, config.mllm_projector_hidden, condition_dim, "silu")
+        self.siglip_projector = MLP(config.siglip_dim, config.siglip_projector_hidden, condition_dim, "silu")
+        self.vae_projector = MLP(config.denoiser.in_channels, config.vae_projector_hidden, condition_dim, "silu")
+        self.task_head = (
+            MLP(config.mllm.decoder.dim, config.task_head_hidden, 2, "silu") if config.task_head_hidden else None
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.reader.dtype
+        return self.mllm.dtype
 
-    def told(
-        self, samples: Sequence[Sequence[Item]], states: Sequence[Tensor], looks: Tensor | None = None
+    def condition(
+        self, samples: Sequence[Sequence[Part]], hidden_states: Sequence[Tensor], siglip_features: Tensor | None = None
     ) -> list[Tensor]:
         """What the painter is told of each sample [m, C], of what was read of it [n, D].
 
         looks [k, patches, C]: features of all pictures, in order, each put between its cells and the marker behind them.
         """
-        projected = self.from_reader(torch.cat(list(states))).split([len(one) for one in states])
-        left = iter(()) if looks is None else iter(self.from_look(looks))
-        told = []
+        projected = self.mllm_projector(torch.cat(list(hidden_states))).split([len(one) for one in hidden_states])
+        features = iter(()) if siglip_features is None else iter(self.siglip_projector(siglip_features))
+        conditions = []
         for items, tokens in zip(samples, projected, strict=True):
-            parts = []
+            pieces = []
             for item, rows in zip(items, tokens.split([one.segment.length for one in items]), strict=True):
-                parts += [rows, next(left)] if item.kind == "look" and looks is not None else [rows]
-            told.append(torch.cat(parts))
-        return told
+                pieces += [rows, next(features)] if item.kind == "und_image" and siglip_features is not None else [rows]
+            conditions.append(torch.cat(pieces))
+        return conditions
 
-    def pooled(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
+    def clip_embedding(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
         """CLIP's vector of each text [B, C]; zeros where the model was trained without, or `clip` is False."""
-        if self.cfg.captioned if clip is None else clip:
-            return self.parts.pooled(texts)
+        if self.config.uses_clip if clip is None else clip:
+            return self.auxiliary.encode_clip(texts)
         return torch.zeros(
-            len(texts), self.cfg.painter.pooled_dim, dtype=self.dtype, device=self.from_reader.fc1.weight.device
+            len(texts), self.config.denoiser.pooled_dim, dtype=self.dtype, device=self.mllm_projector.fc1.weight.device
         )
 
-    def beside(self, latents: Tensor) -> Tensor:
+    def reference_condition(self, latents: Tensor) -> Tensor:
         """Latents of references [k, C, h, w] as what the painter is told [m, C]: half as fine, projected."""
-        return self.from_latents(pack(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
+        return self.vae_projector(patchify_latents(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
 
     def velocity(
         self,
-        told: Sequence[Tensor],
+        conditions: Sequence[Tensor],
         noised: Tensor,
-        times: Tensor,
+        timesteps: Tensor,
         *,
         pooled: Tensor,
         guidance: float | Tensor,
-        references: Tensor | None = None,
+        reference_latents: Tensor | None = None,
     ) -> Tensor:
         """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w].
 
         references [B, C, k h, w]: latents that stand below those drawn.
         """
         h, w = noised.shape[2:]
-        text, seen = padded(told)
-        whole = noised if references is None else torch.cat((noised, references.to(noised)), 2)
-        condition = self.painter.condition(text, grid(whole.shape[2] // SIDE, w // SIDE).to(text.device), seen=seen)
-        (step,) = self.painter.modulations(times[None], pooled, guidance=guidance if self.cfg.painter.guided else None)
-        v = self.painter(pack(whole).to(text.dtype), condition, step)
-        return unpack(v[:, : h * w // SIDE**2], height=h, width=w)
+        text, seen = pad_conditions(conditions)
+        with_references = noised if reference_latents is None else torch.cat((noised, reference_latents.to(noised)), 2)
+        condition = self.denoiser.condition(
+            text,
+            flux_position_ids(with_references.shape[2] // PATCH_SIZE, w // PATCH_SIZE).to(text.device),
+            key_padding_mask=seen,
+        )
+        (modulation,) = self.denoiser.modulations(
+            timesteps[None], pooled, guidance=guidance if self.config.denoiser.guidance_embeds else None
+        )
+        v = self.denoiser(patchify_latents(with_references).to(text.dtype), condition, modulation)
+        return unpatchify_latents(v[:, : h * w // PATCH_SIZE**2], height=h, width=w)
 
     def forward(
         self,
-        told: Sequence[Tensor],
+        conditions: Sequence[Tensor],
         latents: Tensor,
         noise: Tensor,
-        times: Tensor,
+        timesteps: Tensor,
         *,
         pooled: Tensor,
         weights: Tensor | None = None,
         guidance: float = 1.0,
-        references: Tensor | None = None,
+        reference_latents: Tensor | None = None,
     ) -> Tensor:
         """Training: the squared error of the velocity of each picture [B]; weights [B, 1, h, w]: of its places."""
-        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
-        v = self.velocity(told, noised, times, pooled=pooled, guidance=guidance, references=references)
-        off = (v.float() - (noise - latents).float()).square()
-        return (off if weights is None else weights * off).flatten(1).mean(1)
+        noised = add_noise(latents.flatten(1), noise.flatten(1), timesteps).view_as(latents)
+        v = self.velocity(
+            conditions, noised, timesteps, pooled=pooled, guidance=guidance, reference_latents=reference_latents
+        )
+        squared_error = (v.float() - (noise - latents).float()).square()
+        return (squared_error if weights is None else weights * squared_error).flatten(1).mean(1)
 
 
-def padded(told: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def pad_conditions(conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """What samples are told [m, C] as one batch [B, M, C], and which of it is no padding [B, M]; None where all is."""
-    lengths = torch.tensor([len(one) for one in told])
-    batch = nn.utils.rnn.pad_sequence(list(told), batch_first=True)
+    lengths = torch.tensor([len(one) for one in conditions])
+    batch = nn.utils.rnn.pad_sequence(list(conditions), batch_first=True)
     if lengths.unique().numel() == 1:
         return batch, None
     return batch, (torch.arange(batch.shape[1]) < lengths[:, None]).to(batch.device)

@@ -11,38 +11,40 @@ from typing import Literal, get_args
 from PIL import Image
 from typing_extensions import Self
 
-from unimm.models.uniworld.config import RATIOS
-from unimm.processing.requests import drawable, each, seeds
-from unimm.sequence.parts import Item
-from unimm.vlms.qwen2_5_vl.processor import PLACEHOLDER, QwenPrompts
+from unimm.models.uniworld.config import ASPECT_RATIOS
+from unimm.processing.requests import broadcast, check_size, expand_seeds
+from unimm.sequence.parts import Part
+from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, QwenVLProcessor
 
-STRIDE = 32  # pixels; of a side's unit
-LARGEST = 4096  # pixels a side of what is drawn
-References = Literal["tokens", "condition"]
+SIDE_UNIT = 32  # pixels; of a side's unit
+MAX_IMAGE_SIDE = 4096  # pixels a side of what is drawn
+ReferenceLatents = Literal["tokens", "condition"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniWorldPrompts:
+class UniWorldProcessor:
     """Prompts and pictures to items. system: of every prompt, "" for none, as released; in_front: where pictures stand."""
 
-    reader: QwenPrompts
-    system: str
-    in_front: bool
+    mllm_processor: QwenVLProcessor
+    system_prompt: str
+    images_first: bool
 
-    def drawing(self, prompt: str, pictures: Sequence[Image.Image] = ()) -> list[Item]:
+    def prompt_parts(self, prompt: str, images: Sequence[Image.Image] = ()) -> list[Part]:
         """A prompt and its pictures, which stand where it says the placeholder, or else all behind it or in front.
 
         A picture is resized twice, as in the original: the second time its size is another, since the first has rounded
         it. Raises ValueError for an empty prompt.
         """
-        placed = PLACEHOLDER in prompt or self.in_front or not prompt.strip()
-        content = prompt if placed else prompt + PLACEHOLDER * len(pictures)
-        once = [self.reader.pixels(picture) for picture in pictures]
-        return self.reader.conversation([{"role": "user", "content": content, "images": once}], system=self.system)
+        placed = IMAGE_PAD in prompt or self.images_first or not prompt.strip()
+        content = prompt if placed else prompt + IMAGE_PAD * len(images)
+        resized = [self.mllm_processor.image_processor(picture) for picture in images]
+        return self.mllm_processor.conversation_parts(
+            [{"role": "user", "content": content, "images": resized}], system=self.system_prompt
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painting:
+class UniWorldImageOptions:
     """How pictures are painted; sizes, seeds and guidances are one a picture, (height, width) None for the pictures' own.
 
     t5, clip: whether they are told the prompt; None: where they are. references: see `UniWorld.generate`.
@@ -51,32 +53,32 @@ class Painting:
     steps: int
     sizes: Sequence[tuple[int, int] | None] = ()
     seeds: Sequence[int] = ()
-    guidances: Sequence[float] = ()
-    text_guidances: Sequence[float] = ()
+    guidance_scales: Sequence[float] = ()
+    true_cfg_scales: Sequence[float] = ()
     t5: bool | None = None
     clip: bool | None = None
-    references: References | None = None
+    reference_latents: ReferenceLatents | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not all(scale >= 0 for scale in (*self.guidances, *self.text_guidances)):
+        if self.steps < 1 or not all(scale >= 0 for scale in (*self.guidance_scales, *self.true_cfg_scales)):
             raise ValueError(
-                f"got steps {self.steps}, guidances {[*self.guidances]}, text guidances {[*self.text_guidances]}: expected a "
+                f"got steps {self.steps}, guidances {[*self.guidance_scales]}, text guidances {[*self.true_cfg_scales]}: expected a "
                 "step, and scales of 0 or more"
             )
-        if self.references not in (None, *get_args(References)):
-            raise ValueError(f"got references {self.references!r}: expected None, 'tokens' or 'condition'")
+        if self.reference_latents not in (None, *get_args(ReferenceLatents)):
+            raise ValueError(f"got references {self.reference_latents!r}: expected None, 'tokens' or 'condition'")
 
-    def of(
+    def for_prompts(
         self,
-        prompts: int,
+        n_prompts: int,
         n: int,
         *,
         stride: int,
         size: tuple[int, int] | None,
         seed: int | Sequence[int],
         guidance: float | Sequence[float],
-        text_guidance: float | Sequence[float],
+        true_cfg_scale: float | Sequence[float],
     ) -> Self:
         """These options for `n` pictures of each prompt, in the order of the prompts; a guidance is one, or one a prompt.
 
@@ -84,30 +86,30 @@ class Painting:
         """
         if n < 1:
             raise ValueError(f"got n {n}: expected a picture of each prompt, or more")
-        fits = None if size is None else drawable(size, stride, LARGEST)
-        scales = [each(guidance, prompts, "guidances"), each(text_guidance, prompts, "text guidances")]
+        image_size = None if size is None else check_size(size, stride, MAX_IMAGE_SIDE)
+        scales = [broadcast(guidance, n_prompts, "guidances"), broadcast(true_cfg_scale, n_prompts, "text guidances")]
         guidances, text_guidances = ([float(one) for one in some for _ in range(n)] for some in scales)
         return replace(
             self,
-            sizes=[fits] * (n * prompts),
-            seeds=seeds(seed, prompts, copies=n),
-            guidances=guidances,
-            text_guidances=text_guidances,
+            sizes=[image_size] * (n * n_prompts),
+            seeds=expand_seeds(seed, n_prompts, n_images=n),
+            guidance_scales=guidances,
+            true_cfg_scales=text_guidances,
         )
 
 
-def any_ratio(
-    height: int, width: int, *, pixels: int, ratios: int = len(RATIOS), stride: int = STRIDE
+def nearest_aspect_size(
+    height: int, width: int, *, image_pixels: int, n_ratios: int = len(ASPECT_RATIOS), side_unit: int = SIDE_UNIT
 ) -> tuple[int, int]:
     """(height, width) to draw for a picture of the size given: the nearest of the first `ratios` ratios (1, 5, 7, 9 or 11).
 
     A side is a whole multiple of `stride` times the ratio's number, so the area may be far from `pixels`: 16:9 at
     1024 x 1024 is 864 x 1536. Raises ValueError for sides, pixels or ratios below 1.
     """
-    if min(height, width, pixels, stride) < 1 or not 1 <= ratios <= len(RATIOS):
+    if min(height, width, image_pixels, side_unit) < 1 or not 1 <= n_ratios <= len(ASPECT_RATIOS):
         raise ValueError(
-            f"got a picture of {width}x{height}, {pixels} pixels, {ratios} ratios: expected positive sizes, 1 to {len(RATIOS)}"
+            f"got a picture of {width}x{height}, {image_pixels} pixels, {n_ratios} ratios: expected positive sizes, 1 to {len(ASPECT_RATIOS)}"
         )
-    across, down = min(RATIOS[:ratios], key=lambda ratio: abs(ratio[0] / ratio[1] - width / height))
-    scale = max(1, round(math.sqrt(pixels / (across * down * stride**2))))
-    return down * stride * scale, across * stride * scale
+    across, down = min(ASPECT_RATIOS[:n_ratios], key=lambda ratio: abs(ratio[0] / ratio[1] - width / height))
+    scale = max(1, round(math.sqrt(image_pixels / (across * down * side_unit**2))))
+    return down * side_unit * scale, across * side_unit * scale

@@ -7,25 +7,25 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from unimm.processing.images.io import normalised
+from unimm.processing.images.io import normalize
 
 
 @dataclass(frozen=True, kw_only=True)
-class PadSquare:
+class DeepseekVLImageProcessor:
     """Janus's look at a picture: the long side to `size`, the short one padded, values normalised."""
 
     size: int
     min_size: int = 14
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    scale: float = 1 / 255
+    rescale_factor: float = 1 / 255
 
     FILES: ClassVar = {
         "size": "image_size",
         "min_size": "min_size",
         "mean": "image_mean",
         "std": "image_std",
-        "scale": "rescale_factor",
+        "rescale_factor": "rescale_factor",
     }
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class PadSquare:
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], *, size: int) -> "PadSquare":
+    def from_json(cls, files: Mapping[str, Any], *, size: int) -> "DeepseekVLImageProcessor":
         """Read a preprocessor_config.json; `size`, that of the vision tower, where it names none.
 
         background_color is not read: the original, too, computes it from the mean.
@@ -48,10 +48,14 @@ class PadSquare:
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
         return cls(**fields)
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "background_color": list(self.fill)}
+        files |= {
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "background_color": list(self.background_color),
+        }
         return files | {
             "do_normalize": True,
             "image_processor_type": "VLMImageProcessor",
@@ -59,7 +63,7 @@ class PadSquare:
         }
 
     @property
-    def fill(self) -> tuple[int, ...]:
+    def background_color(self) -> tuple[int, ...]:
         """The colour of the padding: the mean, in whole levels."""
         return tuple(int(255 * mean) for mean in self.mean)
 
@@ -68,11 +72,11 @@ class PadSquare:
         longest = max(image.size)
         width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
         side = max(width, height)
-        square = Image.new("RGB", (side, side), self.fill)
+        square = Image.new("RGB", (side, side), self.background_color)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         square.paste(resized, ((side - width) // 2, (side - height) // 2))
         return square
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture, squared, as normalised values [3, size, size] float32."""
-        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
+        return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)

@@ -13,7 +13,7 @@ from torch import Tensor
 MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
 
 
-def open_image(image: Image.Image | str | Path) -> Image.Image:
+def load_image(image: Image.Image | str | Path) -> Image.Image:
     """An RGB picture from a picture or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
 
     Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing, broken or unknown
@@ -22,7 +22,7 @@ def open_image(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, str | Path):
         try:
             with Image.open(image) as opened:
-                return open_image(opened)
+                return load_image(opened)
         except FileNotFoundError:
             raise ValueError(f"no image at {image}: expected a path to a file, or a PIL image") from None
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
@@ -72,20 +72,20 @@ class CropSquare:
         )
 
 
-def normalised(image: Image.Image, *, mean: Sequence[float], std: Sequence[float], scale: float) -> Tensor:
+def normalize(image: Image.Image, *, mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> Tensor:
     """A picture's values times `scale`, less the mean, over the deviation: [3, h, w] float32."""
     # the product in float64, the rest in float32, as in the originals
-    values = (np.asarray(image).astype(np.float64) * scale).astype(np.float32)
+    values = (np.asarray(image).astype(np.float64) * rescale_factor).astype(np.float32)
     normal = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(rearrange(normal, "h w c -> c h w").copy())
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def pil_to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as [3, h, w] float32 in [-1, 1]."""
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
-def to_image(pixels: Tensor) -> Image.Image:
+def tensor_to_pil(image: Tensor) -> Image.Image:
     """[3, h, w] in [-1, 1] as a picture; values are clamped and cut, not rounded, to 8 bits, as the originals do."""
-    values = ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    values = ((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())

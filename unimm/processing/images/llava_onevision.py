@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.processing.images.io import normalised
+from unimm.processing.images.io import normalize
 
 Size = tuple[int, int]  # (height, width)
-SHRINK = 1.1  # features that are longer than allowed by more than this, a side, are shrunk
+SHRINK_THRESHOLD = 1.1  # features that are longer than allowed by more than this, a side, are shrunk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class FeatureCrop:
     """Which part of the features of all tiles shows the picture, and the size that it is brought to."""
 
     top: int
@@ -32,107 +32,135 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyRes:
+class LlavaOnevisionImageProcessor:
     """The whole picture stretched to a tile, then the tiles of the grid that keeps most of it."""
 
-    size: int  # of a tile, a side
-    side: int  # features of a tile, a side
-    grids: tuple[Size, ...]  # sizes in pixels that tiles may make together
-    most: int  # tiles' worth of features; more are shrunk
+    tile_size: int  # of a tile, a side
+    tile_side: int  # features of a tile, a side
+    grid_pinpoints: tuple[Size, ...]  # sizes in pixels that tiles may make together
+    max_tiles: int  # tiles' worth of features; more are shrunk
     resample: int = 3  # PIL's number of a filter: bicubic
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    scale: float = 1 / 255
+    rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {"resample": "resample", "mean": "image_mean", "std": "image_std", "scale": "rescale_factor"}
+    FILES: ClassVar = {
+        "resample": "resample",
+        "mean": "image_mean",
+        "std": "image_std",
+        "rescale_factor": "rescale_factor",
+    }
 
     def __post_init__(self) -> None:
-        bad = [grid for grid in self.grids if min(grid) < 1 or grid[0] % self.size or grid[1] % self.size]
-        if not self.grids or bad or self.most < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        bad = [
+            grid
+            for grid in self.grid_pinpoints
+            if min(grid) < 1 or grid[0] % self.tile_size or grid[1] % self.tile_size
+        ]
+        if (
+            not self.grid_pinpoints
+            or bad
+            or self.max_tiles < 1
+            or len(self.mean) != 3
+            or len(self.std) != 3
+            or min(self.std) <= 0
+        ):
             raise ValueError(
-                f"got image_grid_pinpoints {bad or list(self.grids)}, anyres_max_{self.most}, mean {self.mean}, std {self.std}"
-                f": expected sizes of whole tiles of {self.size} pixels, a positive number of tiles, and three means and "
+                f"got image_grid_pinpoints {bad or list(self.grid_pinpoints)}, anyres_max_{self.max_tiles}, mean {self.mean}, std {self.std}"
+                f": expected sizes of whole tiles of {self.tile_size} pixels, a positive number of tiles, and three means and "
                 "deviations (above 0)"
             )
 
     @classmethod
-    def from_files(
-        cls, files: Mapping[str, Any], *, size: int, side: int, grids: tuple[Size, ...], most: int
-    ) -> "AnyRes":
+    def from_json(
+        cls,
+        files: Mapping[str, Any],
+        *,
+        tile_size: int,
+        tile_side: int,
+        grid_pinpoints: tuple[Size, ...],
+        max_tiles: int,
+    ) -> "LlavaOnevisionImageProcessor":
         """Read a preprocessor_config.json; the released numbers for what is missing. The rest is the model's own.
 
         Raises ValueError where the file asks for other sizes than the model.
         """
         asked = files.get("size") or {}
-        sides = {asked.get(name, size) for name in ("height", "width", "shortest_edge")}
+        sides = {asked.get(name, tile_size) for name in ("height", "width", "shortest_edge")}
         pinned = files.get("image_grid_pinpoints")
         switched = [name for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
-        if sides != {size} or switched or (pinned is not None and {tuple(grid) for grid in pinned} != set(grids)):
+        if (
+            sides != {tile_size}
+            or switched
+            or (pinned is not None and {tuple(grid) for grid in pinned} != set(grid_pinpoints))
+        ):
             raise ValueError(
                 f"got size {asked}, {', '.join(switched) or 'nothing'} switched off, grids {pinned} in "
-                f"preprocessor_config.json: expected tiles of {size} pixels and the image_grid_pinpoints of config.json"
+                f"preprocessor_config.json: expected tiles of {tile_size} pixels and the image_grid_pinpoints of config.json"
             )
         fields = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
-        return cls(size=size, side=side, grids=grids, most=most, **fields)
+        return cls(
+            tile_size=tile_size, tile_side=tile_side, grid_pinpoints=grid_pinpoints, max_tiles=max_tiles, **fields
+        )
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True, "do_pad": True}
         files |= {
-            "size": {"height": self.size, "width": self.size},
-            "image_grid_pinpoints": [list(g) for g in self.grids],
+            "size": {"height": self.tile_size, "width": self.tile_size},
+            "image_grid_pinpoints": [list(g) for g in self.grid_pinpoints],
         }
         return files | {
             "image_processor_type": "LlavaOnevisionImageProcessor",
             "processor_class": "LlavaOnevisionProcessor",
         }
 
-    def grid(self, height: int, width: int) -> Size:
+    def select_grid(self, height: int, width: int) -> Size:
         """Of all grids the one that keeps most of a picture's pixels; of several the one that wastes the fewest."""
 
-        def merit(grid: Size) -> tuple[int, int]:
+        def preference(grid: Size) -> tuple[int, int]:
             scale = min(grid[1] / width, grid[0] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             return kept, kept - grid[0] * grid[1]
 
-        return max(self.grids, key=merit)  # the first of the best, as in the original
+        return max(self.grid_pinpoints, key=preference)  # the first of the best, as in the original
 
-    def frame(self, height: int, width: int) -> Frame:
+    def feature_crop(self, height: int, width: int) -> FeatureCrop:
         """The part of the features that a picture of this size fills; the rest shows the padding around it."""
-        full_h, full_w = (pixels // self.size * self.side for pixels in self.grid(height, width))
+        full_h, full_w = (pixels // self.tile_size * self.tile_side for pixels in self.select_grid(height, width))
         top = left = 0
         if width / height > full_w / full_h:
             top = (full_h - int(round(height * (full_w / width), 7))) // 2
         else:
             left = (full_w - int(round(width * (full_h / height), 7))) // 2
         h, w = full_h - 2 * top, full_w - 2 * left
-        ratio = math.sqrt(h * w / (self.most * self.side**2))
-        size = (int(h // ratio), int(w // ratio)) if ratio > SHRINK else (h, w)
-        return Frame(top=top, left=left, height=h, width=w, size=size)
+        ratio = math.sqrt(h * w / (self.max_tiles * self.tile_side**2))
+        size = (int(h // ratio), int(w // ratio)) if ratio > SHRINK_THRESHOLD else (h, w)
+        return FeatureCrop(top=top, left=left, height=h, width=w, size=size)
 
-    def rows(self, height: int, width: int, *, tiled: bool) -> int:
+    def n_image_tokens(self, height: int, width: int, *, tiled: bool) -> int:
         """Rows of a picture of this size: the whole, then lines of tiles with a newline behind each."""
         if not tiled:
-            return self.side**2 + 1
-        h, w = self.frame(height, width).size
-        return self.side**2 + h * (w + 1)
+            return self.tile_side**2 + 1
+        h, w = self.feature_crop(height, width).size
+        return self.tile_side**2 + h * (w + 1)
 
-    def tiles(self, image: Image.Image, *, tiled: bool) -> Tensor:
+    def preprocess(self, image: Image.Image, *, tiled: bool) -> Tensor:
         """An RGB picture -> [T, C, S, S] float32, normalised: the whole of it, then its tiles in raster order.
 
         Not `tiled`: the whole alone, padded to a square.
         """
         if not tiled:
-            return self._pixels(self._square(image))[None]
-        grid = self.grid(image.height, image.width)
-        canvas, s = self._padded(image, grid), self.size
+            return self._normalize_tile(self._pad_to_square(image))[None]
+        grid = self.select_grid(image.height, image.width)
+        canvas, s = self._resize_and_pad(image, grid), self.tile_size
         corners = [(x, y) for y in range(0, grid[0], s) for x in range(0, grid[1], s)]
         cut = [canvas.crop((x, y, x + s, y + s)) for x, y in corners]
-        return torch.stack([self._pixels(part) for part in (image, *cut)])
+        return torch.stack([self._normalize_tile(part) for part in (image, *cut)])
 
-    def _padded(self, image: Image.Image, grid: Size) -> Image.Image:
+    def _resize_and_pad(self, image: Image.Image, grid: Size) -> Image.Image:
         """The picture as large as it fits a grid, in the middle, on black."""
         down, across = grid[0] / image.height, grid[1] / image.width
         if across < down:
@@ -144,13 +172,13 @@ class AnyRes:
         canvas.paste(resized, ((grid[1] - width) // 2, (grid[0] - height) // 2))
         return canvas
 
-    def _square(self, image: Image.Image) -> Image.Image:
+    def _pad_to_square(self, image: Image.Image) -> Image.Image:
         """The picture on a square of the mean's colour."""
         longest = max(image.size)
         square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in self.mean))
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return square
 
-    def _pixels(self, image: Image.Image) -> Tensor:
-        whole = image.resize((self.size, self.size), Image.Resampling(self.resample))
-        return normalised(whole, mean=self.mean, std=self.std, scale=self.scale)
+    def _normalize_tile(self, image: Image.Image) -> Tensor:
+        whole = image.resize((self.tile_size, self.tile_size), Image.Resampling(self.resample))
+        return normalize(whole, mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)

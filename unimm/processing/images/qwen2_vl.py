@@ -13,26 +13,26 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from unimm.processing.images.io import normalised
+from unimm.processing.images.io import normalize
 
-Grid = tuple[int, int, int]  # patches of a picture in time, down and across
-SILENT_MAX = 28 * 28 * 1280  # where a preprocessor_config.json is silent
-LONGEST = 200  # sides this many times as long as the other are refused, as in the original
+PatchGrid = tuple[int, int, int]  # patches of a picture in time, down and across
+DEFAULT_MAX_PIXELS = 28 * 28 * 1280  # where a preprocessor_config.json is silent
+MAX_ASPECT_RATIO = 200  # sides this many times as long as the other are refused, as in the original
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmartResize:
+class Qwen2VLImageProcessor:
     """Multiples of a cell, `patch * merge` pixels; about the picture's ratio; between min_pixels and max_pixels."""
 
-    patch: int
-    merge: int
-    frames: int  # a patch spans as many; a still picture is repeated
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int  # a patch spans as many; a still picture is repeated
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 16384
     resample: int = 3  # PIL's number of a filter
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    scale: float = 1 / 255
+    rescale_factor: float = 1 / 255
 
     FILES: ClassVar = {
         "min_pixels": "min_pixels",
@@ -40,12 +40,16 @@ class SmartResize:
         "resample": "resample",
         "mean": "image_mean",
         "std": "image_std",
-        "scale": "rescale_factor",
+        "rescale_factor": "rescale_factor",
     }
-    SHARED: ClassVar = {"patch": "patch_size", "merge": "merge_size", "frames": "temporal_patch_size"}
+    SHARED: ClassVar = {
+        "patch_size": "patch_size",
+        "merge_size": "merge_size",
+        "temporal_patch_size": "temporal_patch_size",
+    }
 
     def __post_init__(self) -> None:
-        sizes = (self.patch, self.merge, self.frames, self.min_pixels)
+        sizes = (self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels)
         if self.resample not in list(Image.Resampling):
             raise ValueError(
                 f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json"
@@ -62,12 +66,18 @@ class SmartResize:
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], *, patch: int, merge: int, frames: int) -> "SmartResize":
+    def from_json(
+        cls, files: Mapping[str, Any], *, patch_size: int, merge_size: int, temporal_patch_size: int
+    ) -> "Qwen2VLImageProcessor":
         """Read a preprocessor_config.json. patch, merge, frames: the tower's.
 
         Without a file the released numbers are taken; where a file names no max_pixels, that of transformers, a 13th.
         """
-        tower: dict[str, Any] = {"patch": patch, "merge": merge, "frames": frames}
+        tower: dict[str, Any] = {
+            "patch_size": patch_size,
+            "merge_size": merge_size,
+            "temporal_patch_size": temporal_patch_size,
+        }
         asked = {theirs: (files.get(theirs, tower[ours]), tower[ours]) for ours, theirs in cls.SHARED.items()}
         wrong = [f"{theirs} {got}" for theirs, (got, expected) in asked.items() if got != expected]
         wrong += [f"{name} false" for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
@@ -80,58 +90,64 @@ class SmartResize:
         # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
         edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         named = {ours: size.get(edge, size.get(ours)) for ours, edge in edges.items()}
-        fields: dict[str, Any] = {"max_pixels": SILENT_MAX} if files else {}
+        fields: dict[str, Any] = {"max_pixels": DEFAULT_MAX_PIXELS} if files else {}
         fields |= {name: value for name, value in named.items() if value is not None}
         fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
         return cls(**tower, **fields)
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in (self.FILES | self.SHARED).items()}
         files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True}
         return files | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 
     @property
-    def cell(self) -> int:
+    def merged_patch_size(self) -> int:
         """Pixels of a cell, a side."""
-        return self.patch * self.merge
+        return self.patch_size * self.merge_size
 
-    def size(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after the resize. Raises ValueError for a picture that is longer than `LONGEST` times its width."""
-        return smart_size(height, width, self.cell, self.min_pixels, self.max_pixels)
+        return smart_resize(height, width, self.merged_patch_size, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The resized picture (by PIL, with its antialias)."""
-        height, width = self.size(image.height, image.width)
+        height, width = self.resized_size(image.height, image.width)
         return image.resize((width, height), Image.Resampling(self.resample))
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture, resized, as normalised values [3, h, w] float32."""
-        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
+        return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
-    def patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, Grid]:
+    def to_patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, PatchGrid]:
         """Frames of one size, a still picture is one -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
 
         Cells in raster order, inside a cell its patches in raster order; features ordered (channel, frame, row, column).
         """
-        values = torch.stack([self.pixels(frame) for frame in frames])
-        missing = -len(values) % self.frames
+        values = torch.stack([self.preprocess(frame) for frame in frames])
+        missing = -len(values) % self.temporal_patch_size
         values = torch.cat((values, repeat(values[-1], "c h w -> n c h w", n=missing)))
-        t, h, w = len(values) // self.frames, values.shape[2] // self.patch, values.shape[3] // self.patch
+        t, h, w = (
+            len(values) // self.temporal_patch_size,
+            values.shape[2] // self.patch_size,
+            values.shape[3] // self.patch_size,
+        )
         order = "(t f) c (h m p) (w k q) -> (t h w m k) (c f p q)"
-        p, m = self.patch, self.merge
-        return rearrange(values, order, f=self.frames, p=p, q=p, m=m, k=m), (t, h, w)
+        p, m = self.patch_size, self.merge_size
+        return rearrange(values, order, f=self.temporal_patch_size, p=p, q=p, m=m, k=m), (t, h, w)
 
 
-def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in multiples of `factor`, about the same ratio, between two numbers of pixels.
 
     To the nearest multiples, halves to even; where that is too much, scaled down and cut; where too little, scaled up
     and filled.
     """
-    if min(height, width) < 1 or max(height, width) > LONGEST * min(height, width):
-        raise ValueError(f"got an image of {width}x{height}: expected at most {LONGEST} times as long as wide; crop it")
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"got an image of {width}x{height}: expected at most {MAX_ASPECT_RATIO} times as long as wide; crop it"
+        )
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         ratio = math.sqrt(height * width / max_pixels)

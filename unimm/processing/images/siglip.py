@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from unimm.processing.images.io import normalised
+from unimm.processing.images.io import normalize
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class SiglipImageProcessor:
     """SigLIP's look at a picture: both sides to `size`, whatever their ratio, values normalised.
 
     resample: PIL's number of a filter; 2, bilinear, is that of SigLIP2's releases.
@@ -21,9 +21,14 @@ class Stretch:
     resample: int = 2
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    scale: float = 1 / 255
+    rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {"resample": "resample", "mean": "image_mean", "std": "image_std", "scale": "rescale_factor"}
+    FILES: ClassVar = {
+        "resample": "resample",
+        "mean": "image_mean",
+        "std": "image_std",
+        "rescale_factor": "rescale_factor",
+    }
 
     def __post_init__(self) -> None:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -37,7 +42,7 @@ class Stretch:
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], *, size: int) -> "Stretch":
+    def from_json(cls, files: Mapping[str, Any], *, size: int) -> "SiglipImageProcessor":
         """Read a preprocessor_config.json; the released numbers for what is missing. size: that of the encoder."""
         asked = files.get("size") or {}
         sides = {asked.get("height", size), asked.get("width", size)} if isinstance(asked, Mapping) else {asked}
@@ -51,8 +56,8 @@ class Stretch:
         fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
         return cls(size=size, **fields)
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
         files |= {
             "image_mean": list(self.mean),
@@ -65,6 +70,6 @@ class Stretch:
         """The picture as a square."""
         return image.resize((self.size, self.size), Image.Resampling(self.resample))
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture, stretched, as normalised values [3, size, size] float32."""
-        return normalised(self(image), mean=self.mean, std=self.std, scale=self.scale)
+        return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)

@@ -10,27 +10,27 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.training.config import Recipe, nearest
+from unimm.training.config import TrainConfig, nearest
 
 # name in a recipe -> module and class; imported only when asked for
-OBJECTIVES = {
-    "vae": "unimm.training.tasks.kl_vae:VAEObjective",
-    "dcae": "unimm.training.tasks.dc_ae:DCAEObjective",
-    "reader": "unimm.training.tasks.qwen2_5_vl:ReaderObjective",
-    "vq": "unimm.training.tasks.vq:VQObjective",
-    "semantic": "unimm.training.tasks.semantic_vq:SemanticObjective",
-    "janus": "unimm.training.tasks.janus:JanusObjective",
-    "decoupling": "experiments.decoupling.task:DecouplingObjective",
-    "janusflow": "unimm.training.tasks.janusflow:JanusFlowObjective",
-    "metaquery": "unimm.training.tasks.metaquery:MetaQueryObjective",
-    "uniworld": "unimm.training.tasks.uniworld:UniWorldObjective",
-    "deciding": "unimm.training.tasks.uniworld_task_head:DecidingObjective",
-    "vision": "unimm.training.tasks.vit:VisionObjective",
-    "shapes": "unimm.training.tasks.bagel:ShapesObjective",
+TRAINING_TASKS = {
+    "kl_vae": "unimm.training.tasks.kl_vae:KLTask",
+    "dc_ae": "unimm.training.tasks.dc_ae:DCAETask",
+    "qwen2_5_vl": "unimm.training.tasks.qwen2_5_vl:QwenVLTask",
+    "vq": "unimm.training.tasks.vq:VQTask",
+    "semantic_vq": "unimm.training.tasks.semantic_vq:SemanticVQTask",
+    "janus": "unimm.training.tasks.janus:JanusTask",
+    "decoupling": "experiments.decoupling.task:DecouplingTask",
+    "janusflow": "unimm.training.tasks.janusflow:JanusFlowTask",
+    "metaquery": "unimm.training.tasks.metaquery:MetaQueryTask",
+    "uniworld": "unimm.training.tasks.uniworld:UniWorldTask",
+    "uniworld_task_head": "unimm.training.tasks.uniworld_task_head:TaskHeadTask",
+    "vit": "unimm.training.tasks.vit:ViTTask",
+    "bagel": "unimm.training.tasks.bagel:BagelTask",
 }
 
 
-class Objective(Protocol):
+class TrainingTask(Protocol):
     """A model and what it is trained for. Parameters with `requires_grad` are trained, the rest is left as it is."""
 
     name: str
@@ -43,18 +43,18 @@ class Objective(Protocol):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Mean losses by name, unweighted; a step may leave out tasks that its batch lacks. Moves the batch itself."""
 
-    def picture(self) -> Image.Image:
+    def sample_image(self) -> Image.Image:
         """Samples to look at; called without gradients, in eval mode, with the average weights in place."""
 
     def save(self, folder: Path) -> None:
         """Write the released layout into an empty folder; called as `picture` is."""
 
 
-def build(recipe: Recipe) -> Objective:
+def build_task(recipe: TrainConfig) -> TrainingTask:
     """The objective that a recipe names, with the model that it describes."""
-    if recipe.objective not in OBJECTIVES:
+    if recipe.task not in TRAINING_TASKS:
         raise ValueError(
-            f"got objective {recipe.objective!r}, expected one of {sorted(OBJECTIVES)}{nearest(recipe.objective, OBJECTIVES)}"
+            f"got objective {recipe.task!r}, expected one of {sorted(TRAINING_TASKS)}{nearest(recipe.task, TRAINING_TASKS)}"
         )
-    module, name = OBJECTIVES[recipe.objective].split(":")
+    module, name = TRAINING_TASKS[recipe.task].split(":")
     return getattr(import_module(module), name).from_recipe(recipe)

@@ -14,21 +14,21 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.data.batching import ROUND_ROWS, dealt, taken
+from unimm.data.batching import ROW_MULTIPLE, sample_tasks, training_example
 from unimm.data.shapes import Example
-from unimm.data.shapes.novel_attributes import unnamed
-from unimm.models.common.deepseek_processor import PLACEHOLDER, ROLES, Markers, Prompts
-from unimm.sequence.packing import Pack, pack
-from unimm.sequence.parts import Item, text_item
+from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
+from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.parts import Part, text_part
 
 # a loss for each kind of sample
-DRAWINGS = ("draw", "edit", "reason")
-TEXTS = ("caption", "answer", "fact")
-SYMBOLS = (*Markers.STRINGS.values(), PLACEHOLDER, *ROLES)
+IMAGE_KINDS = ("draw", "edit", "reason")
+TEXT_KINDS = ("caption", "answer", "fact")
+DEEPSEEK_TOKENS = (*JanusSpecialTokens.TOKENS.values(), IMAGE_PLACEHOLDER, *ROLES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class DeepseekChatTrainingConfig:
     """What the `options` of both recipes may say."""
 
     # samples of each task in a batch, or their weights (training/tasks.py)
@@ -36,51 +36,53 @@ class Common:
     # the part of drawings whose prompt is dropped, so that guidance has something to compare with
     dropout: float
     # the part of things in drawings and edits whose colour, or whose shape, has no name
-    nameless_colours: float
-    nameless_shapes: float
+    novel_colours: float
+    novel_shapes: float
     # pieces of the text model
-    vocabulary: int
+    vocab_size: int
     # the folder of a trained ViT, which the tower begins from
     vit: str
     # parts that are not trained, by the beginning of their parameters' names; what makes latents or codes never is
     frozen: tuple[str, ...]
     # whether torch.compile fuses what a token meets before and after attention
-    compiled: bool
+    compile: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversations(ABC):
+class DeepseekChatDataset(ABC):
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
-    options: Common
-    prompts: Prompts
-    size: int
+    options: DeepseekChatTrainingConfig
+    prompts: DeepseekProcessor
+    batch_size: int
     seed: int
 
     @abstractmethod
-    def batch(self, examples: Sequence[Example], dice: random.Random) -> Any:
+    def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
         """Examples as one pack; the dice drop conditions."""
 
     def __call__(self, step: int) -> Any:
-        dice = random.Random(f"{self.seed}/{step}")
-        tasks = dealt(self.options.tasks, self.size, dice)
-        examples = [taken(task, step * self.size + i, seed=self.seed) for i, task in enumerate(tasks)]
-        return self.batch([self.unnamed(one, dice) for one in examples], dice)
+        rng = random.Random(f"{self.seed}/{step}")
+        tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
+        examples = [training_example(task, step * self.batch_size + i, seed=self.seed) for i, task in enumerate(tasks)]
+        return self.batch([self.augment(one, rng) for one in examples], rng)
 
-    def unnamed(self, one: Example, dice: random.Random) -> Example:
+    def augment(self, one: Example, rng: random.Random) -> Example:
         """The example, if it draws or edits with some things that have no name; facts stay as they are."""
-        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
+        return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
-    def asked(self, one: Example) -> list[Item]:
+    def prompt_parts(self, one: Example) -> list[Part]:
         """A question with its labelled answer, or a prompt to draw from, with a picture where it edits one."""
         shown = [Image.fromarray(image) for image in one.images]
         if one.answer is not None:
-            return self.prompts.answered([{"role": "user", "content": one.prompt, "images": shown}], one.answer)
+            return self.prompts.with_answer([{"role": "user", "content": one.prompt, "images": shown}], one.answer)
         assert one.target is not None, f"{one.task} has neither an answer nor a picture"
-        return self.prompts.drawing(one.prompt, shown)
+        return self.prompts.generation_parts(one.prompt, shown)
 
-    def packed(self, samples: Sequence[Sequence[Item]]) -> Pack:
+    def pack(self, samples: Sequence[Sequence[Part]]) -> PackedBatch:
         """One pack, rounded up with a sample without loss: new shapes cost a CPU more than these rows."""
         rows = sum(item.segment.length for items in samples for item in items)
-        filler = [[text_item([self.prompts.markers.pad] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else []
-        return pack([*samples, *filler])
+        filler = (
+            [[text_part([self.prompts.special_tokens.pad] * (-rows % ROW_MULTIPLE))]] if rows % ROW_MULTIPLE else []
+        )
+        return pack_sequences([*samples, *filler])

@@ -18,13 +18,13 @@ Array = NDArray[Any]
 
 # a pixel counts for as much more as its region is smaller: x is the picture's area over the region's. The release has the
 # second; all are 1 at x = 1
-WEIGHTS: dict[str, Callable[[float], float]] = {
+AREA_FUNCTIONS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "log": lambda x: float(np.log2(x)) + 1,
     "exp": lambda x: 2 ** (x**0.5 - 1),
     "quadratic": lambda x: (x**0.5 - 1) ** 2 + 1,
 }
-DIGITS = 6  # that a weight is rounded to
+WEIGHT_DECIMALS = 6  # that a weight is rounded to
 
 
 class SmallEditError(ValueError):
@@ -37,14 +37,14 @@ class EditWeights:
 
     threshold: int = 18  # least difference in brightness, of 255
     closing: int = 5  # side of the ellipse that closes gaps
-    least_component: float = 0.3  # of all white pixels
-    least_area: float = 0.001  # of the picture
+    min_component: float = 0.3  # of all white pixels
+    min_area: float = 0.001  # of the picture
     factor: int = 8  # pixels a cell
     function: str = "log"
 
     def __post_init__(self) -> None:
-        if self.function not in WEIGHTS:
-            raise ValueError(f"unknown function {self.function!r}: expected one of {', '.join(WEIGHTS)}")
+        if self.function not in AREA_FUNCTIONS:
+            raise ValueError(f"unknown function {self.function!r}: expected one of {', '.join(AREA_FUNCTIONS)}")
         if self.closing < 1 or self.closing % 2 == 0 or self.factor < 1:
             raise ValueError(
                 f"got closing {self.closing}, factor {self.factor}: expected an odd side and a positive factor"
@@ -56,29 +56,29 @@ class EditWeights:
         All ones where there is no reference, or no difference from the only one. Raises SmallEditError for an edit under
         `least_area`, ValueError where several references leave no pixel in common, and for other shapes.
         """
-        cells = self.cells(references, target)
+        cells = self.latent_mask(references, target)
         share = cells.sum() / cells.size
-        weight = round(WEIGHTS[self.function](1 / share), DIGITS) if share else 1.0
+        weight = round(AREA_FUNCTIONS[self.function](1 / share), WEIGHT_DECIMALS) if share else 1.0
         return torch.from_numpy(np.where(cells, weight, 1.0).astype(np.float32))[None]
 
-    def cells(self, references: Sequence[Array], target: Array) -> Array:
+    def latent_mask(self, references: Sequence[Array], target: Array) -> Array:
         """The mask at the size of the latents, [H/8, W/8]: stages 1 to 3 of every reference, their intersection, 4."""
         white = np.ones(target.shape[:2], bool)
         for reference in references:
-            white &= self.filtered(self.closed(self.differing(reference, target)))
+            white &= self.drop_small_components(self.close_gaps(self.difference_mask(reference, target)))
         if not white.any():
             if len(references) > 1:
                 raise ValueError(
                     f"got {len(references)} references whose edits share no pixel: weigh this sample evenly"
                 )
             white[:] = True
-        if (area := white.mean()) < self.least_area:
+        if (area := white.mean()) < self.min_area:
             raise SmallEditError(
-                f"got an edit of {area:.4%} of a picture, expected {self.least_area:.2%}: draw another sample"
+                f"got an edit of {area:.4%} of a picture, expected {self.min_area:.2%}: draw another sample"
             )
-        return self.closed(self.pooled(white))
+        return self.close_gaps(self.pool(white))
 
-    def differing(self, reference: Array, target: Array) -> Array:
+    def difference_mask(self, reference: Array, target: Array) -> Array:
         """Stage 1: where the brightness of the difference, channel by channel, reaches the threshold."""
         shapes, bytes_ = (reference.shape, target.shape), reference.dtype == target.dtype == np.uint8
         if shapes[0] != shapes[1] or target.ndim != 3 or target.shape[2] != 3 or not bytes_:
@@ -90,21 +90,21 @@ class EditWeights:
         brightness = (apart @ np.array([19595, 38470, 7471]) + 32768) >> 16
         return brightness >= self.threshold
 
-    def closed(self, white: Array) -> Array:
+    def close_gaps(self, white: Array) -> Array:
         """Stage 2: gaps narrower than the ellipse are filled; what lies outside of the picture says nothing."""
         shape = ellipse(self.closing)
         grown = ndimage.binary_dilation(white, shape)
         return ndimage.binary_erosion(grown, shape, border_value=1)
 
-    def filtered(self, white: Array) -> Array:
+    def drop_small_components(self, white: Array) -> Array:
         """Stage 3: regions of at least a share of all that is white; neighbours may touch at a corner."""
         labels, n = ndimage.label(white, np.ones((3, 3)))
         areas = np.bincount(labels.ravel(), minlength=n + 1)
-        kept = areas >= self.least_component * white.sum()
+        kept = areas >= self.min_component * white.sum()
         kept[0] = False
         return kept[labels]
 
-    def pooled(self, white: Array) -> Array:
+    def pool(self, white: Array) -> Array:
         """Stage 4: cells that hold a white pixel; pixels that fill no cell are left out."""
         h, w = (side // self.factor for side in white.shape)
         whole = white[: h * self.factor, : w * self.factor]

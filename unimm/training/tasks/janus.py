@@ -19,23 +19,29 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimm.data.batching import by_group, drawn_tokens, groups, labels, to_images
+from unimm.data.batching import gen_token_counts, kind_indices, label_counts, mean_by_kind, stack_images
 from unimm.data.shapes import Example
-from unimm.models.common.deepseek_processor import unconditional
+from unimm.models.common.deepseek_processor import padded_unconditional
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.model import Janus
 from unimm.models.janus.network import Projector
-from unimm.sequence.packing import Pack
-from unimm.sequence.parts import Item, image_item, text_item
-from unimm.training.config import Recipe, strict
+from unimm.sequence.packing import PackedBatch
+from unimm.sequence.parts import Part, image_part, text_part
+from unimm.training.config import TrainConfig, strict
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_streams, init_decoder, load_tower, text_model, trained
-from unimm.training.samples import sheet
-from unimm.training.tasks.deepseek_chat import DRAWINGS, SYMBOLS, TEXTS, Common, Conversations
+from unimm.training.init import compile_experts, init_decoder, init_timm_vit, train_tokenizer, trained_file
+from unimm.training.samples import sample_grid
+from unimm.training.tasks.deepseek_chat import (
+    DEEPSEEK_TOKENS,
+    IMAGE_KINDS,
+    TEXT_KINDS,
+    DeepseekChatDataset,
+    DeepseekChatTrainingConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Common):
+class JanusTrainingConfig(DeepseekChatTrainingConfig):
     """What the recipe's `options` may say."""
 
     # the folder of a trained VQ tokenizer
@@ -43,122 +49,135 @@ class Options(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class JanusBatch:
     """A pack whose codes only name their picture and their place in it, until the VQ tokenizer has seen the pictures."""
 
-    pack: Pack
+    pack: PackedBatch
     images: Tensor  # [P, 3, h, w], what is drawn
-    text_groups: Tensor  # [labels with loss], index into TEXTS
-    draw_groups: Tensor  # [codes], index into DRAWINGS
+    text_kinds: Tensor  # [labels with loss], index into TEXTS
+    image_kinds: Tensor  # [codes], index into DRAWINGS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worlds(Conversations):
+class JanusDataset(DeepseekChatDataset):
     """Batches by step, with codes to draw."""
 
-    n_codes: int  # of a picture
+    tokens_per_image: int  # of a picture
 
-    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
+    def batch(self, examples: Sequence[Example], rng: random.Random) -> JanusBatch:
         """Examples as one pack; the dice drop conditions."""
         drawn: list[np.ndarray] = []
-        samples = [self.sample(one, drawn, dice) for one in examples]
-        return Batch(
-            pack=self.packed(samples),
-            images=to_images(drawn),
-            text_groups=groups(TEXTS, examples, labels(samples)),
-            draw_groups=groups(DRAWINGS, examples, drawn_tokens(samples)),
+        samples = [self.sample(one, drawn, rng) for one in examples]
+        return JanusBatch(
+            pack=self.pack(samples),
+            images=stack_images(drawn),
+            text_kinds=kind_indices(TEXT_KINDS, examples, label_counts(samples)),
+            image_kinds=kind_indices(IMAGE_KINDS, examples, gen_token_counts(samples)),
         )
 
-    def sample(self, one: Example, drawn: list[np.ndarray], dice: random.Random) -> list[Item]:
+    def sample(self, one: Example, drawn: list[np.ndarray], rng: random.Random) -> list[Part]:
         """A question with its labelled answer, or a prompt, with a picture where it edits one, and the picture to draw."""
-        markers, prompt = self.prompts.markers, self.asked(one)
+        markers, prompt = self.prompts.special_tokens, self.prompt_parts(one)
         if one.target is None:
             return prompt
-        if dice.random() < self.options.dropout:
+        if rng.random() < self.options.dropout:
             # all between the first id and the marker of the picture
             *_, last = prompt
-            (pads,) = unconditional([*prompt[:-1], text_item([*last.ids.tolist(), markers.boi])], markers.pad)
-            prompt = [text_item(pads.ids[:-1].tolist())]
-        names = torch.stack((torch.full((self.n_codes,), len(drawn)), torch.arange(self.n_codes)), -1)
+            (pads,) = padded_unconditional([*prompt[:-1], text_part([*last.ids.tolist(), markers.boi])], markers.pad)
+            prompt = [text_part(pads.ids[:-1].tolist())]
+        names = torch.stack((torch.full((self.tokens_per_image,), len(drawn)), torch.arange(self.tokens_per_image)), -1)
         drawn.append(one.target)
-        return [*prompt, image_item("draw", names, torch.arange(self.n_codes), markers=(markers.boi,), causal=True)]
+        return [
+            *prompt,
+            image_part(
+                "gen_image", names, torch.arange(self.tokens_per_image), boundary_ids=(markers.boi,), causal=True
+            ),
+        ]
 
 
-class JanusObjective:
+class JanusTask:
     """Janus on the little world."""
 
     name = "janus-nano"
-    loss_names = DRAWINGS + TEXTS
+    loss_names = IMAGE_KINDS + TEXT_KINDS
 
-    def __init__(self, model: Janus, batch: Worlds):
+    def __init__(self, model: Janus, batch: JanusDataset):
         self.model, self.batch = model, batch
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> JanusObjective:
+    def from_recipe(cls, recipe: TrainConfig) -> JanusTask:
         """A fresh model of the recipe's numbers around a trained VQ tokenizer and a trained ViT."""
-        options = strict(Options, recipe.options, where="options")
-        return cls.of(fresh(recipe, options), recipe, options)
+        options = strict(JanusTrainingConfig, recipe.options, where="options")
+        return cls.from_model(init_janus(recipe, options), recipe, options)
 
     @classmethod
-    def of(cls, model: Janus, recipe: Recipe, options: Options) -> JanusObjective:
+    def from_model(cls, model: Janus, recipe: TrainConfig, options: JanusTrainingConfig) -> JanusTask:
         """For a model that is to be trained."""
-        if options.compiled:
-            compile_streams(model.decoder)
+        if options.compile:
+            compile_experts(model.decoder)
         freeze(model, options.frozen, always=("vq.", "vision.trunk.attn_pool."))
-        height, width = model.cfg.grid
-        worlds = Worlds(
-            options=options, prompts=model.prompts, n_codes=height * width, size=recipe.batch, seed=recipe.seed
+        height, width = model.config.token_grid
+        worlds = JanusDataset(
+            options=options,
+            prompts=model.processor,
+            tokens_per_image=height * width,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
         )
         return cls(model, worlds)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: JanusBatch) -> dict[str, Tensor]:
         """Mean cross entropy of every kind of sample in the batch."""
-        losses = self.model(self.encoded(batch).to(self.model.device))
-        drawn = by_group(DRAWINGS, batch.draw_groups, losses.codes)
-        return drawn | by_group(TEXTS, batch.text_groups, losses.text)
+        losses = self.model(self.encode_image_tokens(batch).to(self.model.device))
+        drawn = mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses.image)
+        return drawn | mean_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
 
     @torch.no_grad()
-    def encoded(self, batch: Batch) -> Pack:
+    def encode_image_tokens(self, batch: JanusBatch) -> PackedBatch:
         """The pack with real codes; every picture meets the VQ tokenizer once."""
-        if batch.pack.draw is None:
+        if batch.pack.gen_images is None:
             return batch.pack
-        codes = self.model.vq.ids(batch.images.to(self.model.device)).cpu()
-        picture, place = batch.pack.draw.content.unbind(-1)
-        return replace(batch.pack, draw=replace(batch.pack.draw, content=codes[picture, place]))
+        codes = self.model.vq.encode_ids(batch.images.to(self.model.device)).cpu()
+        picture, place = batch.pack.gen_images.content.unbind(-1)
+        return replace(batch.pack, gen_images=replace(batch.pack.gen_images, content=codes[picture, place]))
 
-    def picture(self) -> Image.Image:
+    def sample_image(self) -> Image.Image:
         """A sheet of test prompts drawn."""
-        return sheet(self.model)
+        return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
         """The released layout, in bfloat16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
 
 
-def fresh(recipe: Recipe, options: Options) -> Janus:
+def init_janus(recipe: TrainConfig, options: JanusTrainingConfig) -> Janus:
     """An untrained model of the recipe's numbers, around a trained VQ tokenizer and a trained ViT."""
-    vq = trained(options.vq, "vq.safetensors", "janus-nano-vq")
-    tokenizer = text_model(options.vocabulary, markers=SYMBOLS)
-    files = config_files(
-        recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.inner.vocab_size()
+    vq = trained_file(options.vq, "vq.safetensors", "janus-nano-vq")
+    tokenizer = train_tokenizer(options.vocab_size, special_tokens=DEEPSEEK_TOKENS)
+    files = janus_config_json(
+        recipe.model, json.loads((vq.parent / "vq_config.json").read_text()), tokenizer.backend.vocab_size()
     )
     torch.manual_seed(recipe.seed)
-    model = Janus(JanusConfig.from_files(files, {}))
+    model = Janus(JanusConfig.from_json(files, {}))
     init_decoder(model.decoder)
-    init_ends(model)
+    init_projectors(model)
     model.vq.load_state_dict({name: x.float() for name, x in load_file(vq).items()})
-    load_tower(model.vision, load_file(trained(options.vit, "vision.safetensors", "bagel-nano-vit")))
+    init_timm_vit(model.vision, load_file(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
     # codes begin as what the VQ tokenizer takes them for
-    model.code_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
+    model.gen_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
     model.tokenizer = tokenizer
     return model
 
 
-def config_files(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
+def janus_config_json(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
     """The contents of a config.json from the recipe's numbers: language, vision, code_head, generation."""
     d = model["language"]["hidden_size"]
     dims = {"aligner_config": model["vision"]["width"], "gen_aligner_config": vq["params"]["n_embed"]}
-    head = {"image_token_embed": model["code_head"], "image_token_size": vq["params"]["image_token_size"], "n_embed": d}
+    head = {
+        "image_token_embed": model["gen_head_dim"],
+        "image_token_size": vq["params"]["image_token_size"],
+        "n_embed": d,
+    }
     return {
         "vision_config": {"params": dict(model["vision"])},
         "gen_vision_config": dict(vq),
@@ -172,15 +191,15 @@ def config_files(model: Mapping, vq: Mapping, vocabulary: int) -> dict:
     }
 
 
-def init_ends(model: Janus) -> None:
+def init_projectors(model: Janus) -> None:
     """What enters beside words begins about as large as they are; the head of codes begins undecided."""
-    for aligner in (model.aligner, model.code_aligner):
-        init_aligner(aligner)
-    nn.init.normal_(model.code_head.fc2.weight, std=0.02)
-    nn.init.zeros_(model.code_head.fc2.bias)
+    for aligner in (model.aligner, model.gen_aligner):
+        init_projector(aligner)
+    nn.init.normal_(model.gen_head.fc2.weight, std=0.02)
+    nn.init.zeros_(model.gen_head.fc2.bias)
 
 
-def init_aligner(aligner: Projector) -> None:
+def init_projector(aligner: Projector) -> None:
     """Its output begins about as large as its hidden rows."""
     last = aligner.layers[-1]
     assert isinstance(last, nn.Linear), "aligners end with a linear"

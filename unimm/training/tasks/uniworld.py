@@ -19,35 +19,35 @@ from torch import Tensor, nn
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
-from unimm.data.batching import ROUND_ROWS, by_group, dealt, groups, to_images
+from unimm.data.batching import ROW_MULTIPLE, kind_indices, mean_by_kind, sample_tasks, stack_images
 from unimm.data.shapes import Example, example
-from unimm.data.shapes.novel_attributes import unnamed
-from unimm.denoisers.flux import Flux, load_flux
-from unimm.denoisers.mmdit import SIDE, SingleBlock, Stream
+from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.denoisers.flux import FluxTransformer, load_flux
+from unimm.denoisers.mmdit import PATCH_SIZE, MMDiTStream, SingleStreamBlock
 from unimm.encoders.siglip import load_siglip
-from unimm.generation.flow import dynamic_shift, shift_time
-from unimm.models.uniworld.config import HIDDEN, UniWorldConfig
+from unimm.generation.flow import dynamic_shift, shift_timesteps
+from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
 from unimm.models.uniworld.model import UniWorld
-from unimm.models.uniworld.processor import UniWorldPrompts
-from unimm.processing.images.siglip import Stretch
-from unimm.sequence.parts import Item, text_item
-from unimm.tokenizers.kl_layouts import load_vae
-from unimm.training.config import Recipe, strict
+from unimm.models.uniworld.processor import UniWorldProcessor
+from unimm.processing.images.siglip import SiglipImageProcessor
+from unimm.sequence.parts import Part, text_part
+from unimm.tokenizers.kl_layouts import load_autoencoder_kl
+from unimm.training.config import TrainConfig, strict
 from unimm.training.freezing import freeze
-from unimm.training.init import fresh_tower
-from unimm.training.samples import sheet
-from unimm.training.tasks.deepseek_chat import DRAWINGS
+from unimm.training.init import init_siglip
+from unimm.training.samples import sample_grid
+from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 # never trained, in any stage: the released data shows no references, whose latents are projected
-READ = ("reader.", "decide.", "from_latents.", "parts.vae.", "parts.clip.", "parts.t5.")
+ALWAYS_FROZEN = ("reader.", "decide.", "from_latents.", "parts.vae.", "parts.clip.", "parts.t5.")
 # of a double block's picture stream, and of a single block, what stage 2 trains: attention and modulation, no feed-forward
-ATTENDS = ("qkv.", "q_norm.", "k_norm.", "out.", "modulation.")
+STAGE_2_SUFFIXES = ("qkv.", "q_norm.", "k_norm.", "out.", "modulation.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class UniWorldTrainingConfig:
     """What the recipe's `options` may say."""
 
     # samples of each task in a batch, or their weights (training/tasks.py)
@@ -57,209 +57,224 @@ class Options:
     # begins with noise
     trained: Literal["stage 1", "stage 2", "all"]
     # noised copies of a picture, each at its own time: cheaper than as many samples
-    targets: int
+    timesteps_per_image: int
     # the part of samples of which nothing is told
     dropout: float
     # whether a prompt ends with the marker that pictures stand behind, as in the original's training and not in its sampling
-    begun: bool
+    append_vision_start: bool
     # how much more an edit's loss counts where it changed the picture: log, linear, exp, quadratic; "" for evenly
-    weights: str
+    edit_weights: str
     # the guidance that the painter is told, where it embeds one
     guidance: float
     # the part of things in drawings and edits whose colour, or whose shape, has no name
-    nameless_colours: float
-    nameless_shapes: float
+    novel_colours: float
+    novel_shapes: float
     # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer below FLUX's, or "" where `captioned` is false;
     # of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's numbers that
     # begins from the trained ViT in the folder `vit`
-    reader: str
+    mllm: str
     vae: str
-    captions: str
-    painter: str
+    text_encoders: str
+    denoiser: str
     siglip: str
     vit: str
     # of the reader's weights, which never change
-    reader_dtype: str
+    mllm_dtype: str
     # whether torch.compile fuses the painter's blocks
-    compiled: bool
+    compile: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class UniWorldBatch:
     """Samples to be read, pictures to be looked at, and noised copies of the pictures to be drawn, a picture a sample."""
 
-    samples: list[list[Item]]
-    told: Tensor  # [P] bool: whether anything is told of a sample
-    looks: Tensor  # [k, 3, S, S], the tower's pictures, sample by sample
-    below: Tensor  # [k, 3, h, w], the same for the VAE, one a sample that has one
-    shown: Tensor  # [P], index into them, -1 for none
+    prompts: list[list[Part]]
+    conditioned: Tensor  # [P] bool: whether anything is told of a sample
+    siglip_images: Tensor  # [k, 3, S, S], the tower's pictures, sample by sample
+    reference_images: Tensor  # [k, 3, h, w], the same for the VAE, one a sample that has one
+    reference_indices: Tensor  # [P], index into them, -1 for none
     images: Tensor  # [P, 3, h, w], what is drawn
     posterior: Tensor  # [P, C, h / 8, w / 8]
     weights: Tensor  # [P, 1, h / 8, w / 8]
     noise: Tensor  # [B, C, h / 8, w / 8]
     times: Tensor  # [B]
-    owners: Tensor  # [B], index into the samples
-    draw_groups: Tensor  # [B], index into DRAWINGS
+    sample_indices: Tensor  # [B], index into the samples
+    image_kinds: Tensor  # [B], index into DRAWINGS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worlds:
+class UniWorldDataset:
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
-    options: Options
-    prompts: UniWorldPrompts
-    look: Stretch
-    latent: tuple[int, int, int]  # (channels, height, width)
-    size: int
+    options: UniWorldTrainingConfig
+    prompts: UniWorldProcessor
+    siglip_transform: SiglipImageProcessor
+    latent_shape: tuple[int, int, int]  # (channels, height, width)
+    batch_size: int
     seed: int
 
-    def __call__(self, step: int) -> Batch:
-        dice = random.Random(f"{self.seed}/{step}")
-        tasks = dealt(self.options.tasks, self.size, dice)
-        return self.batch([self.taken(task, step * self.size + i, dice) for i, task in enumerate(tasks)], dice)
+    def __call__(self, step: int) -> UniWorldBatch:
+        rng = random.Random(f"{self.seed}/{step}")
+        tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
+        return self.batch(
+            [self.training_example(task, step * self.batch_size + i, rng) for i, task in enumerate(tasks)], rng
+        )
 
-    def taken(self, task: str, index: int, dice: random.Random) -> Example:
+    def training_example(self, task: str, index: int, rng: random.Random) -> Example:
         """A training example; some of its things have no name, if it draws or edits. Raises ValueError for a text task."""
         one = example(task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(
                 f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits"
             )
-        return unnamed(one, dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
+        return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
-    def batch(self, examples: Sequence[Example], dice: random.Random) -> Batch:
+    def batch(self, examples: Sequence[Example], rng: random.Random) -> UniWorldBatch:
         """Examples with the dice's times, noises and dropped conditions."""
-        options, n, many = self.options, self.options.targets, len(examples)
-        generator = torch.Generator().manual_seed(dice.getrandbits(62))
+        options, n, many = self.options, self.options.timesteps_per_image, len(examples)
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
         shown = [[Image.fromarray(image) for image in one.images] for one in examples]
-        samples = [self.asked(one.prompt, some) for one, some in zip(examples, shown, strict=True)]
-        looks = [self.look.pixels(picture) for some in shown for picture in some]
+        samples = [self.prompt_parts(one.prompt, some) for one, some in zip(examples, shown, strict=True)]
+        looks = [self.siglip_transform.preprocess(picture) for some in shown for picture in some]
         firsts = [some[0] for some in (one.images for one in examples) if some]
         shown_at = torch.tensor([bool(one.images) for one in examples])
-        shift = dynamic_shift(self.latent[1] * self.latent[2] // SIDE**2)
-        return Batch(
-            samples=self.rounded(samples),
-            told=torch.tensor([dice.random() >= options.dropout for _ in examples]),
-            looks=torch.stack(looks) if looks else torch.zeros(0, 3, self.look.size, self.look.size),
-            below=to_images(firsts),
-            shown=torch.where(shown_at, shown_at.cumsum(0) - 1, -1),
-            images=to_images([one.target for one in examples if one.target is not None]),
-            posterior=torch.randn(many, *self.latent, generator=generator),
-            weights=torch.stack([self.weights(one) for one in examples]),
-            noise=torch.randn(n * many, *self.latent, generator=generator),
-            times=shift_time(torch.randn(n * many, generator=generator).sigmoid(), shift),
-            owners=torch.arange(many).repeat_interleave(n),
-            draw_groups=groups(DRAWINGS, examples, [n] * many),
+        shift = dynamic_shift(self.latent_shape[1] * self.latent_shape[2] // PATCH_SIZE**2)
+        return UniWorldBatch(
+            prompts=self.pad_rows(samples),
+            conditioned=torch.tensor([rng.random() >= options.dropout for _ in examples]),
+            siglip_images=torch.stack(looks)
+            if looks
+            else torch.zeros(0, 3, self.siglip_transform.size, self.siglip_transform.size),
+            reference_images=stack_images(firsts),
+            reference_indices=torch.where(shown_at, shown_at.cumsum(0) - 1, -1),
+            images=stack_images([one.target for one in examples if one.target is not None]),
+            posterior=torch.randn(many, *self.latent_shape, generator=generator),
+            weights=torch.stack([self.loss_weights(one) for one in examples]),
+            noise=torch.randn(n * many, *self.latent_shape, generator=generator),
+            times=shift_timesteps(torch.randn(n * many, generator=generator).sigmoid(), shift),
+            sample_indices=torch.arange(many).repeat_interleave(n),
+            image_kinds=kind_indices(IMAGE_KINDS, examples, [n] * many),
         )
 
-    def asked(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Item]:
+    def prompt_parts(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Part]:
         """A prompt as it is read in training."""
-        *before, last = self.prompts.drawing(prompt, pictures)
+        *before, last = self.prompts.prompt_parts(prompt, pictures)
         ids = last.ids.tolist()
-        return [*before, text_item([*ids, self.prompts.reader.markers.look] if self.options.begun else ids)]
+        return [
+            *before,
+            text_part(
+                [*ids, self.prompts.mllm_processor.special_tokens.vision_start]
+                if self.options.append_vision_start
+                else ids
+            ),
+        ]
 
-    def rounded(self, samples: list[list[Item]]) -> list[list[Item]]:
+    def pad_rows(self, samples: list[list[Part]]) -> list[list[Part]]:
         """With one more, so that all rows fill a round number: new shapes cost a CPU more than these rows."""
         rows = sum(item.segment.length for items in samples for item in items)
-        end = self.prompts.reader.markers.end
-        return [*samples, [text_item([end] * (-rows % ROUND_ROWS))]] if rows % ROUND_ROWS else samples
+        end = self.prompts.mllm_processor.special_tokens.im_end
+        return [*samples, [text_part([end] * (-rows % ROW_MULTIPLE))]] if rows % ROW_MULTIPLE else samples
 
-    def weights(self, one: Example) -> Tensor:
+    def loss_weights(self, one: Example) -> Tensor:
         """How much each place of a sample's loss counts [1, h / 8, w / 8]; evenly where too little was edited to tell."""
         assert one.target is not None, "every sample draws"
-        even = torch.ones(1, *self.latent[1:])
-        if not self.options.weights or not one.images:
+        even = torch.ones(1, *self.latent_shape[1:])
+        if not self.options.edit_weights or not one.images:
             return even
-        weigh = EditWeights(function=self.options.weights, factor=one.target.shape[0] // self.latent[1])
+        weigh = EditWeights(function=self.options.edit_weights, factor=one.target.shape[0] // self.latent_shape[1])
         try:
             return weigh(one.images, one.target)
         except SmallEditError:
             return even
 
 
-class UniWorldObjective:
+class UniWorldTask:
     """UniWorld on the little world."""
 
     name = "uniworld"
-    loss_names = DRAWINGS
+    loss_names = IMAGE_KINDS
 
-    def __init__(self, model: UniWorld, batch: Worlds, vae: Path):
+    def __init__(self, model: UniWorld, batch: UniWorldDataset, vae: Path):
         self.model, self.batch, self.vae = model, batch, vae
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> UniWorldObjective:
+    def from_recipe(cls, recipe: TrainConfig) -> UniWorldTask:
         """What leads to the painter, and the painter, fresh or trained, around a trained reader, tower and autoencoder."""
-        options = strict(Options, recipe.options, where="options")
+        options = strict(UniWorldTrainingConfig, recipe.options, where="options")
         torch.manual_seed(recipe.seed)
-        vae = below(options.vae, "vae")
-        model = built(options, recipe.model, vae)
-        train_parts(model, options.trained)
-        if options.compiled:
-            for block in (*model.painter.trunk.doubles, *model.painter.trunk.singles):
+        vae = uniworld_part_folder(options.vae, "vae")
+        model = init_uniworld(options, recipe.model, vae)
+        freeze_for_stage(model, options.trained)
+        if options.compile:
+            for block in (*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks):
                 block.forward = torch.compile(block.forward, dynamic=True)
-        height, width = model.size_of([])
-        stride = model.parts.autoencoder.config.stride
-        assert model.parts.tower is not None, "built with one"
-        worlds = Worlds(
+        height, width = model.output_size([])
+        stride = model.auxiliary.required_vae.config.stride
+        assert model.auxiliary.siglip is not None, "built with one"
+        worlds = UniWorldDataset(
             options=options,
-            prompts=model.prompts,
-            look=model.parts.tower.pixels,
-            latent=(model.cfg.latent_channels, height // stride, width // stride),
-            size=recipe.batch,
+            prompts=model.processor,
+            siglip_transform=model.auxiliary.siglip.image_processor,
+            latent_shape=(model.config.latent_channels, height // stride, width // stride),
+            batch_size=recipe.batch_size,
             seed=recipe.seed,
         )
         return cls(model, worlds, vae)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: UniWorldBatch) -> dict[str, Tensor]:
         """Mean flow loss of every kind of sample in the batch."""
         model, device = self.model, self.model.device
-        latents = self.encoded(batch)
+        latents = self.encode_latents(batch)
         with torch.no_grad():
-            states = model.reader.read(batch.samples)[: len(batch.told)]
-        seen = len(batch.looks) and self.batch.options.trained != "stage 1"
-        looks = model.parts.tower(batch.looks.to(device)) if seen and model.parts.tower is not None else None
-        whole = model.told(
-            batch.samples[: len(states)], [x.to(model.from_reader.fc1.weight.dtype) for x in states], looks
+            states = model.mllm.encode(batch.prompts)[: len(batch.conditioned)]
+        seen = len(batch.siglip_images) and self.batch.options.trained != "stage 1"
+        looks = (
+            model.auxiliary.siglip(batch.siglip_images.to(device))
+            if seen and model.auxiliary.siglip is not None
+            else None
         )
-        told = [one if some else one[:0] for one, some in zip(whole, batch.told.tolist(), strict=True)]
+        whole = model.condition(
+            batch.prompts[: len(states)], [x.to(model.mllm_projector.fc1.weight.dtype) for x in states], looks
+        )
+        told = [one if some else one[:0] for one, some in zip(whole, batch.conditioned.tolist(), strict=True)]
         # those that are shown pictures are drawn apart: half of the others' text would be padding
-        shown = batch.shown[batch.owners] >= 0
+        shown = batch.reference_indices[batch.sample_indices] >= 0
         parts = [rows for some in (~shown, shown) if len(rows := some.nonzero().squeeze(1))]
-        errors = [self.errors(batch, rows, told, latents) for rows in parts]
-        return by_group(DRAWINGS, batch.draw_groups[torch.cat(parts)], torch.cat(errors))
+        errors = [self.flow_losses(batch, rows, told, latents) for rows in parts]
+        return mean_by_kind(IMAGE_KINDS, batch.image_kinds[torch.cat(parts)], torch.cat(errors))
 
-    def errors(self, batch: Batch, rows: Tensor, told: Sequence[Tensor], latents: Tensor) -> Tensor:
+    def flow_losses(self, batch: UniWorldBatch, rows: Tensor, conditions: Sequence[Tensor], latents: Tensor) -> Tensor:
         """The loss of some of the noised copies [n]."""
-        device, owners = self.model.device, batch.owners[rows]
+        device, owners = self.model.device, batch.sample_indices[rows]
         return self.model(
-            [told[i] for i in owners.tolist()],
+            [conditions[i] for i in owners.tolist()],
             latents[owners.to(device)],
             batch.noise[rows].to(device),
             batch.times[rows].to(device),
-            pooled=self.model.pooled([""]).expand(len(rows), -1),
+            pooled=self.model.clip_embedding([""]).expand(len(rows), -1),
             weights=batch.weights[owners].to(device),
             guidance=self.batch.options.guidance,
-            references=self.references(batch, owners),
+            reference_latents=self.reference_latents(batch, owners),
         )
 
     @torch.no_grad()
-    def references(self, batch: Batch, owners: Tensor) -> Tensor | None:
+    def reference_latents(self, batch: UniWorldBatch, owners: Tensor) -> Tensor | None:
         """The latents of each sample's picture [n, C, h, w], where the model is shown them."""
-        if self.model.cfg.references != "tokens" or int(batch.shown[owners[0]]) < 0:
+        if self.model.config.reference_latents != "tokens" or int(batch.reference_indices[owners[0]]) < 0:
             return None
-        vae, device = self.model.parts.autoencoder, self.model.device
-        return vae.encode(batch.below.to(device))[batch.shown[owners].to(device)]
+        vae, device = self.model.auxiliary.required_vae, self.model.device
+        return vae.encode(batch.reference_images.to(device))[batch.reference_indices[owners].to(device)]
 
     @torch.no_grad()
-    def encoded(self, batch: Batch) -> Tensor:
+    def encode_latents(self, batch: UniWorldBatch) -> Tensor:
         """The pictures' latents [P, C, h, w], a sample of the posterior."""
-        vae = self.model.parts.autoencoder
+        vae = self.model.auxiliary.required_vae
         device = self.model.device
         return vae.encode(batch.images.to(device), noise=batch.posterior.to(device)).float()
 
-    def picture(self) -> Image.Image:
+    def sample_image(self) -> Image.Image:
         """A sheet of test prompts drawn."""
-        return sheet(self.model)
+        return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
         """The released layout, in bfloat16; the VAE's file as it was trained."""
@@ -268,54 +283,56 @@ class UniWorldObjective:
             shutil.copyfile(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
 
 
-def built(options: Options, numbers: Mapping[str, Any], vae: Path) -> UniWorld:
+def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], vae: Path) -> UniWorld:
     """A model of the recipe's numbers around what is trained already: generation, hidden, painter, vision."""
-    reader = QwenVL.from_pretrained(options.reader, dtype=parse_dtype(options.reader_dtype))
-    painter = load_flux(below(options.painter, "transformer")) if options.painter else None
-    tower = load_siglip(hub.resolve(options.siglip)) if options.siglip else fresh_tower(numbers["vision"], options.vit)
-    described = painter.config.to_files() if painter is not None else dict(numbers["painter"])
-    hidden = dict.fromkeys(HIDDEN, 3 * described["joint_attention_dim"]) | dict(numbers.get("hidden", {}))
-    files = reader.cfg.to_files()
+    reader = QwenVL.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
+    painter = load_flux(uniworld_part_folder(options.denoiser, "transformer")) if options.denoiser else None
+    tower = load_siglip(hub.resolve(options.siglip)) if options.siglip else init_siglip(sections["vision"], options.vit)
+    described = painter.config.to_json() if painter is not None else dict(sections["denoiser"])
+    hidden = dict.fromkeys(PROJECTOR_HIDDEN, 3 * described["joint_attention_dim"]) | dict(sections.get("hidden", {}))
+    files = reader.config.to_json()
     top = files["config.json"] | {"model_type": "univa_qwen2p5vl", "denoise_tower": {"denoiser_config": described}}
-    top["generation"] = dict(numbers["generation"]) | {"hidden": hidden | {"siglip": tower.cfg.dim}}
-    model = UniWorld(UniWorldConfig.from_files(top, files["preprocessor_config.json"]))
-    model.reader, model.parts.tower, model.parts.vae = reader, tower, load_vae(vae)
+    top["generation"] = dict(sections["generation"]) | {"hidden": hidden | {"siglip": tower.config.dim}}
+    model = UniWorld(UniWorldConfig.from_json(top, files["preprocessor_config.json"]))
+    model.mllm, model.auxiliary.siglip, model.auxiliary.vae = reader, tower, load_autoencoder_kl(vae)
     if painter is not None:
-        model.painter = painter
+        model.denoiser = painter
     else:
-        init_painter(model.painter)
-    if options.captions:
-        homes = {part: below(options.captions, part) for part in ("text_encoder", "tokenizer")}
-        model.parts.take(homes, dtype=torch.float32, device="cpu")
-    model.parts.check(model.cfg)
+        init_flux(model.denoiser)
+    if options.text_encoders:
+        homes = {part: uniworld_part_folder(options.text_encoders, part) for part in ("text_encoder", "tokenizer")}
+        model.auxiliary.load(homes, dtype=torch.float32, device="cpu")
+    model.auxiliary.check_widths(model.config)
     return model
 
 
-def below(name: str, part: str) -> Path:
+def uniworld_part_folder(name: str, part: str) -> Path:
     """The folder of a part of a release: its own, or the one around it."""
-    folder = hub.resolve(name, parts=(part,)) if name.count("/") == 1 and not Path(name).exists() else hub.resolve(name)
+    folder = (
+        hub.resolve(name, subfolders=(part,)) if name.count("/") == 1 and not Path(name).exists() else hub.resolve(name)
+    )
     return folder / part if (folder / part).is_dir() else folder
 
 
-def train_parts(model: UniWorld, which: str) -> None:
+def freeze_for_stage(model: UniWorld, which: str) -> None:
     """Leave out of training what a stage does not train."""
-    freeze(model, (), always=READ)
+    freeze(model, (), always=ALWAYS_FROZEN)
     if which == "all":
         return
     for name, parameter in model.named_parameters():
-        tail = name.partition(".image.")[2] if ".doubles." in name else ""
-        attends = which == "stage 2" and ".trunk." in name
-        chosen = name.startswith("from_reader.") or (which == "stage 2" and name.startswith("from_look."))
-        chosen |= attends and tail.startswith(ATTENDS)
-        chosen |= attends and ".singles." in name and ".out." not in name
+        tail = name.partition(".image.")[2] if ".double_blocks." in name else ""
+        attends = which == "stage 2" and ".mmdit." in name
+        chosen = name.startswith("mllm_projector.") or (which == "stage 2" and name.startswith("siglip_projector."))
+        chosen |= attends and tail.startswith(STAGE_2_SUFFIXES)
+        chosen |= attends and ".single_blocks." in name and ".out_proj." not in name
         parameter.requires_grad_(chosen)
-    for block in (module for module in model.painter.modules() if isinstance(module, SingleBlock)):
-        for table in (block.into.weight, block.into.bias):
+    for block in (module for module in model.denoiser.modules() if isinstance(module, SingleStreamBlock)):
+        for table in (block.qkv_mlp.weight, block.qkv_mlp.bias):
             if table.requires_grad:
-                table.register_hook(_first(block.split[0]))
+                table.register_hook(_keep_first_rows(block.split_sizes[0]))
 
 
-def _first(rows: int) -> Any:
+def _keep_first_rows(rows: int) -> Any:
     """A gradient of which only the first rows stay: queries, keys and values, which lie above a feed-forward."""
 
     def kept(gradient: Tensor) -> Tensor:
@@ -324,12 +341,12 @@ def _first(rows: int) -> Any:
     return kept
 
 
-def init_painter(painter: Flux) -> None:
+def init_flux(denoiser: FluxTransformer) -> None:
     """A painter from scratch: residual branches are gated shut, and the velocity is 0."""
-    for module in painter.modules():
-        if isinstance(module, Stream | SingleBlock):
+    for module in denoiser.modules():
+        if isinstance(module, MMDiTStream | SingleStreamBlock):
             nn.init.zeros_(module.modulation.weight)
             nn.init.zeros_(module.modulation.bias)
-    last = painter.trunk.last
-    for table in (last.modulation.weight, last.modulation.bias, last.out.weight, last.out.bias):
+    last = denoiser.mmdit.final_layer
+    for table in (last.modulation.weight, last.modulation.bias, last.out_proj.weight, last.out_proj.bias):
         nn.init.zeros_(table)

@@ -18,31 +18,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
-from unimm.data.shapes.novel_attributes import kind_of, new_look, painted
-from unimm.encoders.siglip_navit import NaViT, VisionConfig
-from unimm.nn.patches import places
-from unimm.training.config import Recipe, strict
+from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
+from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.nn.patches import grid_position_ids
+from unimm.training.config import TrainConfig, strict
 
-KINDS = (SHAPES, COLOURS, SIZES)
+ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
 IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ViTTrainingConfig:
     """What the recipe's `options` may say."""
 
     # tasks of unimm.data.shapes that end in a picture, in turn
     tasks: tuple[str, ...]
     # the part of scenes whose things have colours of no name, and the part whose things have shapes of no name: so that
     # a shape is known whatever its colour, and a colour whatever its shape, though some pairs are never shown
-    nameless_colours: float
-    nameless_shapes: float
+    novel_colours: float
+    novel_shapes: float
     # largest standard deviation of the noise on the pixels, which run from -1 to 1
     noise: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class ViTBatch:
     """patches [B * n, p * p * 3] and, for each patch, the shape, colour and size whose centre it holds [B * n, 3]."""
 
     patches: Tensor
@@ -50,92 +50,98 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scenes:
+class ViTDataset:
     """Batches of train scenes, by step."""
 
-    options: Options
-    size: int
+    options: ViTTrainingConfig
+    batch_size: int
     seed: int
     patch: int
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> ViTBatch:
         return self.batch(self.scenes(step), random.Random(f"{self.seed}/{step}/kinds"))
 
     def scenes(self, step: int) -> list[Scene]:
         """The scenes of a step."""
-        dice = random.Random(f"{self.seed}/{step}/look")
+        rng = random.Random(f"{self.seed}/{step}/look")
         tasks = self.options.tasks
-        examples = [example(dice.choice(tasks), step * self.size + i, seed=self.seed) for i in range(self.size)]
-        return [one.after for one in examples if one.after is not None]
+        examples = [
+            example(rng.choice(tasks), step * self.batch_size + i, seed=self.seed) for i in range(self.batch_size)
+        ]
+        return [one.target_scene for one in examples if one.target_scene is not None]
 
-    def batch(self, scenes: Sequence[Scene], dice: random.Random | None = None) -> Batch:
+    def batch(self, scenes: Sequence[Scene], rng: random.Random | None = None) -> ViTBatch:
         """Scenes, and what is centred in each of their patches; with dice, some of them nameless, all of them noisy."""
         p = self.patch
-        kinds = [self.kind(dice) if dice else None for _ in scenes]
+        kinds = [self.novel_kind(rng) if rng else None for _ in scenes]
         images = np.stack(
             [
-                painted(scene, [new_look(kind, dice) if dice and kind else None for _ in scene.things])
+                render_novel(
+                    scene, [sample_novel_attributes(kind, rng) if rng and kind else None for _ in scene.things]
+                )
                 for scene, kind in zip(scenes, kinds, strict=True)
             ]
         )
         side = images.shape[1] // p
-        targets = torch.zeros(len(scenes), side * side, len(KINDS), dtype=torch.long)
+        targets = torch.zeros(len(scenes), side * side, len(ATTRIBUTE_NAMES), dtype=torch.long)
         for i, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):
             for thing in scene.things:
                 names = (thing.shape, thing.colour, thing.size)
-                found = torch.tensor([1 + known.index(name) for known, name in zip(KINDS, names, strict=True)])
+                found = torch.tensor(
+                    [1 + known.index(name) for known, name in zip(ATTRIBUTE_NAMES, names, strict=True)]
+                )
                 if kind:
                     found[{"shape": 0, "colour": 1}[kind]] = IGNORED
                 targets[i, thing.y // p * side + thing.x // p] = found
         pixels = torch.from_numpy(images).float() / 127.5 - 1
-        if dice:
-            generator = torch.Generator().manual_seed(dice.getrandbits(62))
+        if rng:
+            generator = torch.Generator().manual_seed(rng.getrandbits(62))
             sigma = self.options.noise * torch.rand(len(scenes), 1, 1, 1, generator=generator)
             pixels = (pixels + sigma * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
         patches = rearrange(pixels, "b (h p) (w q) c -> (b h w) (p q c)", p=p, q=p)
-        return Batch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
+        return ViTBatch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
 
-    def kind(self, dice: random.Random) -> str | None:
+    def novel_kind(self, rng: random.Random) -> str | None:
         """What of a scene shall have no name: its things' "colour", their "shape", or nothing."""
-        return kind_of(dice, colours=self.options.nameless_colours, shapes=self.options.nameless_shapes)
+        return sample_novel_kind(rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
 
-class Reader(nn.Module):
+class GridProbe(nn.Module):
     """A ViT and, for training only, a linear guess of what is centred in each patch."""
 
-    def __init__(self, cfg: VisionConfig):
+    def __init__(self, cfg: SiglipNaViTConfig):
         super().__init__()
-        self.vision = NaViT(cfg)
-        self.guess = nn.Linear(cfg.dim, sum(len(kind) + 1 for kind in KINDS))
-        self.cfg = cfg
+        self.vision = SiglipNaViT(cfg)
+        self.probe = nn.Linear(cfg.dim, sum(len(kind) + 1 for kind in ATTRIBUTE_NAMES))
+        self.config = cfg
 
     def forward(self, patches: Tensor, side: int) -> tuple[Tensor, ...]:
         """patches [B * n, p*p*3] of square pictures of side * side patches -> for each kind the logits [B * n, names + 1]."""
-        where, n = places(side, side, self.cfg.side).to(patches.device), len(patches) // side**2
+        where, n = grid_position_ids(side, side, self.config.grid_side).to(patches.device), len(patches) // side**2
         seen = self.vision(patches, repeat(where, "n -> (b n)", b=n), [side**2] * n)
-        return self.guess(seen).split([len(kind) + 1 for kind in KINDS], -1)
+        return self.probe(seen).split([len(kind) + 1 for kind in ATTRIBUTE_NAMES], -1)
 
 
-class VisionObjective:
+class ViTTask:
     """Say of every patch which shape, colour and size is centred in it, if any."""
 
     name = "bagel-nano-vit"
     loss_names = ("shape", "colour", "size")
 
-    def __init__(self, model: Reader, batch: Scenes, side: int):
+    def __init__(self, model: GridProbe, batch: ViTDataset, side: int):
         self.model, self.batch, self.side = model, batch, side
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> VisionObjective:
+    def from_recipe(cls, recipe: TrainConfig) -> ViTTask:
         """A fresh ViT of the recipe's config: the keys of a released vit_config.json, and `picture`, pixels a side."""
-        options, files = strict(Options, recipe.options, where="options"), dict(recipe.model)
+        options, files = strict(ViTTrainingConfig, recipe.options, where="options"), dict(recipe.model)
         torch.manual_seed(recipe.seed)
-        model = Reader(VisionConfig.from_files(files, drop_last=True))
-        nn.init.normal_(model.vision.positions.weight, std=0.1)
-        scenes = Scenes(options=options, size=recipe.batch, seed=recipe.seed, patch=files["patch_size"])
-        return cls(model, scenes, files["picture"] // files["patch_size"])
+        model = GridProbe(SiglipNaViTConfig.from_json(files, drop_last=True))
+        nn.init.normal_(model.vision.pos_embed.weight, std=0.1)
+        scenes = ViTDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed, patch=files["patch_size"])
+        return cls(model, scenes, files["train_image_size"] // files["patch_size"])
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: ViTBatch) -> dict[str, Tensor]:
         """Mean cross entropy of each kind."""
         device = next(self.model.parameters()).device
         logits, targets = self.model(batch.patches.to(device), self.side), batch.targets.to(device)
@@ -151,7 +157,7 @@ class VisionObjective:
         right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets.to(device)
         return rearrange(right, "(b n) k -> b (n k)", n=self.side**2).all(-1).float().mean().item()
 
-    def picture(self) -> Image.Image:
+    def sample_image(self) -> Image.Image:
         """A bar as long as the accuracy: this model draws nothing."""
         return Image.fromarray(np.repeat(np.arange(256)[None] < 256 * self.accuracy(), 16, 0).astype(np.uint8) * 255)
 

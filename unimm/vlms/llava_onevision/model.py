@@ -12,49 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Table
-from unimm.encoders.siglip import Siglip
+from unimm.checkpoint.keymap import KeyMap
+from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.nn.decoder import Decoder
 from unimm.nn.layers import MLP
-from unimm.sequence.packing import Tokens
-from unimm.vlms.base import Reader
+from unimm.sequence.packing import ImageTokens
+from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.llava_onevision.config import LlavaConfig
-from unimm.vlms.llava_onevision.processor import PLACEHOLDER, LlavaPrompts
-from unimm.vlms.llava_onevision.vision import arranged
-from unimm.vlms.llava_onevision.weights import llava_keys
+from unimm.vlms.llava_onevision.processor import IMAGE_TOKEN, LlavaOneVisionProcessor
+from unimm.vlms.llava_onevision.vision import arrange_tiles
+from unimm.vlms.llava_onevision.weights import llava_key_map
 
 
-class LlavaOneVision(Reader):
+class LlavaOneVision(VisionLanguageModel):
     """A decoder, a tower to look with, and what brings its features to the decoder's width."""
 
-    Config = LlavaConfig
-    SPECIAL = (PLACEHOLDER, "<video>")
+    config_class = LlavaConfig
+    SPECIAL_TOKENS = (IMAGE_TOKEN, "<video>")
 
-    def __init__(self, cfg: LlavaConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__()
-        self.cfg = cfg
-        self.decoder = Decoder(cfg.decoder)
-        self.vision = Siglip(cfg.vision)
-        self.projector = MLP(cfg.vision.dim, cfg.decoder.dim, cfg.decoder.dim, cfg.act)
-        self.newline = nn.Parameter(torch.randn(cfg.decoder.dim) * cfg.decoder.dim**-0.5)
+        self.config = config
+        self.decoder = Decoder(config.decoder)
+        self.vision = SiglipVisionEncoder(config.vision)
+        self.projector = MLP(config.vision.dim, config.decoder.dim, config.decoder.dim, config.projector_act)
+        self.image_newline = nn.Parameter(torch.randn(config.decoder.dim) * config.decoder.dim**-0.5)
 
-    def keys(self, shapes: Mapping[str, Any]) -> Table:
+    def key_map(self, shapes: Mapping[str, Any]) -> KeyMap:
         """The key table for files of these names, in either spelling; for none the older one."""
-        return llava_keys(self.cfg, shapes)
+        return llava_key_map(self.config, shapes)
 
     @property
-    def prompts(self) -> LlavaPrompts:
+    def processor(self) -> LlavaOneVisionProcessor:
         """How this model's prompts are made."""
-        return LlavaPrompts(tokenizer=self.tokenizer, pixels=self.cfg.pixels, markers=self.cfg.markers)
+        return LlavaOneVisionProcessor(
+            tokenizer=self.tokenizer,
+            image_processor=self.config.image_processor,
+            special_tokens=self.config.special_tokens,
+        )
 
-    def seen(self, tokens: Tokens) -> Tensor:
+    def image_features(self, tokens: ImageTokens) -> Tensor:
         """Pictures of a pack -> a row for each of their tokens [n, D]."""
-        assert tokens.tiles is not None, "the prompts of this model bring tiles"
+        assert tokens.pixel_values is not None, "the prompts of this model bring tiles"
         # the tower's last layer, before its norm, as the decoder was trained with
-        features = self.projector(self.vision.layers(tokens.tiles.to(self.dtype)))
+        features = self.projector(self.vision.pre_norm_features(tokens.pixel_values.to(self.dtype)))
         first = torch.tensor(tokens.lengths).cumsum(0) - torch.tensor(tokens.lengths)
         sizes = tokens.content[first.to(tokens.content.device)].tolist()
-        parts, rule = features.split([n for *_, n in sizes]), self.cfg.pixels
+        parts, rule = features.split([n for *_, n in sizes]), self.config.image_processor
         return torch.cat(
-            [arranged(part, self.newline, (h, w), rule) for part, (h, w, _) in zip(parts, sizes, strict=True)]
+            [
+                arrange_tiles(part, self.image_newline, (h, w), rule)
+                for part, (h, w, _) in zip(parts, sizes, strict=True)
+            ]
         )

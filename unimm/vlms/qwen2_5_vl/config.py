@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from unimm.checkpoint.config_io import read_json
 from unimm.nn.decoder import DecoderConfig
-from unimm.processing.images.qwen2_vl import SmartResize
-from unimm.vlms.base import STREAM, given
+from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor
+from unimm.vlms.base import EXPERT, drop_nulls
 
-THETA, AXIAL = 10000.0, "axial"  # of the tower's rotary angles
-SECTIONS = (16, 24, 24)
+VISION_ROPE_THETA, VISION_ROPE_TYPE = 10000.0, "axial"  # of the tower's rotary angles
+MROPE_SECTION = (16, 24, 24)
 # what transformers takes where a config is silent, which is not what the releases say
-SILENT = {
+TEXT_DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 8,
     "rope_theta": 1e6,
@@ -22,7 +22,7 @@ SILENT = {
 }
 
 
-def with_ends(folder: Path) -> dict[str, Any]:
+def read_qwen_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, in which generation_config.json has its say about the ids that end an answer."""
     files, ends = read_json(folder / "config.json"), read_json(folder / "generation_config.json").get("eos_token_id")
     return files if ends is None else {**files, "generation_ends": ends}
@@ -34,14 +34,14 @@ class QwenVisionConfig:
     n_layers: int
     n_heads: int
     mlp_dim: int
-    out: int
-    patch: int
-    frames: int  # of a patch
-    merge: int  # patches a side of a cell
+    out_dim: int
+    patch_size: int
+    temporal_patch_size: int  # of a patch
+    spatial_merge_size: int  # patches a side of a cell
     channels: int
-    window: int  # pixels a side
-    full: tuple[int, ...]  # layers that see all of a frame
-    ticks: int  # steps of the rotary clock in a second of video
+    window_size: int  # pixels a side
+    full_attention_layers: tuple[int, ...]  # layers that see all of a frame
+    tokens_per_second: int  # steps of the rotary clock in a second of video
     act: str
 
     FILES: ClassVar = {
@@ -49,18 +49,18 @@ class QwenVisionConfig:
         "n_layers": "depth",
         "n_heads": "num_heads",
         "mlp_dim": "intermediate_size",
-        "out": "out_hidden_size",
-        "patch": "patch_size",
-        "frames": "temporal_patch_size",
-        "merge": "spatial_merge_size",
+        "out_dim": "out_hidden_size",
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "spatial_merge_size": "spatial_merge_size",
         "channels": "in_channels",
-        "window": "window_size",
-        "full": "fullatt_block_indexes",
-        "ticks": "tokens_per_second",
+        "window_size": "window_size",
+        "full_attention_layers": "fullatt_block_indexes",
+        "tokens_per_second": "tokens_per_second",
         "act": "hidden_act",
     }
     # what transformers takes where a config is silent
-    SILENT: ClassVar = {
+    DEFAULTS: ClassVar = {
         "depth": 32,
         "num_heads": 16,
         "intermediate_size": 3420,
@@ -76,75 +76,85 @@ class QwenVisionConfig:
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.dim // self.n_heads % 4:
             raise ValueError(f"got vision width {self.dim}, {self.n_heads} heads: expected heads of a multiple of 4")
-        if self.window < self.patch * self.merge or not set(self.full) <= set(range(self.n_layers)):
+        if self.window_size < self.patch_size * self.spatial_merge_size or not set(self.full_attention_layers) <= set(
+            range(self.n_layers)
+        ):
             raise ValueError(
-                f"got windows of {self.window} pixels, full attention in layers {self.full}: expected a cell "
-                f"({self.patch * self.merge} pixels) or more, and layers 0 to {self.n_layers - 1}"
+                f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: expected a cell "
+                f"({self.patch_size * self.spatial_merge_size} pixels) or more, and layers 0 to {self.n_layers - 1}"
             )
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "QwenVisionConfig":
+    def from_json(cls, files: Mapping[str, Any]) -> "QwenVisionConfig":
         """Read a released vision_config. Raises ValueError for one that lacks a number, or that turns by another theta."""
         turning = files.get("rope_parameters") or {}
-        if turning.get("rope_theta", THETA) != THETA or turning.get("rope_type", AXIAL) not in (AXIAL, "default"):
-            raise ValueError(f"got rope_parameters {turning} in the vision_config: expected a rope_theta of {THETA:g}")
+        if turning.get("rope_theta", VISION_ROPE_THETA) != VISION_ROPE_THETA or turning.get(
+            "rope_type", VISION_ROPE_TYPE
+        ) not in (VISION_ROPE_TYPE, "default"):
+            raise ValueError(
+                f"got rope_parameters {turning} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"
+            )
         channels = files.get("in_channels", files.get("in_chans", 3))
-        files = {**cls.SILENT, **files, "in_channels": channels}
+        files = {**cls.DEFAULTS, **files, "in_channels": channels}
         if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
             raise ValueError(f"the vision_config lacks {', '.join(lost)}: expected that of a Qwen2.5-VL")
         fields = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(**fields | {"full": tuple(fields["full"])})
+        return cls(**fields | {"full_attention_layers": tuple(fields["full_attention_layers"])})
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"fullatt_block_indexes": list(self.full), "in_chans": self.channels, "model_type": "qwen2_5_vl"}
+        return files | {
+            "fullatt_block_indexes": list(self.full_attention_layers),
+            "in_chans": self.channels,
+            "model_type": "qwen2_5_vl",
+        }
 
     @property
-    def span(self) -> int:
+    def window_cells(self) -> int:
         """Cells a side of a window."""
-        return self.window // (self.patch * self.merge)
+        return self.window_size // (self.patch_size * self.spatial_merge_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenMarkers:
+class QwenSpecialTokens:
     """Ids that the format needs; the released ones where a config is silent."""
 
-    end: int = 151645  # behind every turn
-    look: int = 151652
-    looked: int = 151653
-    image: int = 151655
-    video: int = 151656
-    others: tuple[int, ...] = ()  # that end an answer, too
+    im_end: int = 151645  # behind every turn
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image_pad: int = 151655
+    video_pad: int = 151656
+    other_eos: tuple[int, ...] = ()  # that end an answer, too
 
     FILES: ClassVar = {
-        "end": "eos_token_id",
-        "look": "vision_start_token_id",
-        "looked": "vision_end_token_id",
-        "image": "image_token_id",
-        "video": "video_token_id",
+        "im_end": "eos_token_id",
+        "vision_start": "vision_start_token_id",
+        "vision_end": "vision_end_token_id",
+        "image_pad": "image_token_id",
+        "video_pad": "video_token_id",
     }
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any]) -> "QwenMarkers":
+    def from_json(cls, files: Mapping[str, Any]) -> "QwenSpecialTokens":
         """Read a released config.json; "generation_ends" are those that generation_config.json names."""
         found = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        ends = [one for key in ("eos_token_id", "generation_ends") for one in _listed(files.get(key))]
-        found |= {"end": ends[0]} if ends else {}
-        return cls(**found, others=tuple(dict.fromkeys(one for one in ends if one != ends[0])))
+        ends = [one for key in ("eos_token_id", "generation_ends") for one in _as_list(files.get(key))]
+        found |= {"im_end": ends[0]} if ends else {}
+        return cls(**found, other_eos=tuple(dict.fromkeys(one for one in ends if one != ends[0])))
 
-    def to_files(self) -> dict[str, Any]:
-        """The mapping that `from_files` reads."""
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `from_json` reads."""
         files: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | ({"eos_token_id": [self.end, *self.others]} if self.others else {})
+        return files | ({"eos_token_id": [self.im_end, *self.other_eos]} if self.other_eos else {})
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def eos_ids(self) -> tuple[int, ...]:
         """The ids that end an answer."""
-        return self.end, *self.others
+        return self.im_end, *self.other_eos
 
 
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -152,12 +162,14 @@ def _listed(ids: int | Sequence[int] | None) -> list[int]:
 class QwenVLConfig:
     decoder: DecoderConfig
     vision: QwenVisionConfig
-    markers: QwenMarkers
-    pixels: SmartResize
+    special_tokens: QwenSpecialTokens
+    image_processor: Qwen2VLImageProcessor
 
     def __post_init__(self) -> None:
-        if self.vision.out != self.decoder.dim:
-            raise ValueError(f"got out_hidden_size {self.vision.out} in the vision_config: expected {self.decoder.dim}")
+        if self.vision.out_dim != self.decoder.dim:
+            raise ValueError(
+                f"got out_hidden_size {self.vision.out_dim} in the vision_config: expected {self.decoder.dim}"
+            )
         if len(self.decoder.rope_sections) != 3:
             raise ValueError(
                 f"got mrope_section {self.decoder.rope_sections}: expected three numbers: time, rows, columns"
@@ -166,14 +178,14 @@ class QwenVLConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "QwenVLConfig":
         """Read config.json, and preprocessor_config.json and generation_config.json, if they are there."""
-        return cls.from_files(with_ends(folder), read_json(folder / "preprocessor_config.json"))
+        return cls.from_json(read_qwen_config(folder), read_json(folder / "preprocessor_config.json"))
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Any], look: Mapping[str, Any]) -> "QwenVLConfig":
+    def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "QwenVLConfig":
         """From the contents of the released files, the text's numbers at the top of config.json or in its text_config."""
         if "vision_config" not in files:
             raise ValueError(f"config.json describes no Qwen2.5-VL: expected a vision_config; found {', '.join(files)}")
-        text = {**SILENT, **given(files), **given(files.get("text_config", {}))}
+        text = {**TEXT_DEFAULTS, **drop_nulls(files), **drop_nulls(files.get("text_config", {}))}
         turning = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
         kinds = {turning.get(name, "default") for name in ("type", "rope_type")} - {"default", "mrope"}
         if kinds or text.get("use_sliding_window"):
@@ -181,29 +193,34 @@ class QwenVLConfig:
             raise ValueError(f"the config asks for {asked}, which no release does and is not built")
         text = {"qk_norm": False, **text}
         text |= {"rope_theta": turning.get("rope_theta", text["rope_theta"])}
-        vision = QwenVisionConfig.from_files(files["vision_config"])
+        vision = QwenVisionConfig.from_json(files["vision_config"])
         return cls(
-            decoder=DecoderConfig.from_files(
+            decoder=DecoderConfig.from_json(
                 text,
                 qkv_bias=True,
-                streams=(STREAM,),
-                rope_sections=tuple(turning.get("mrope_section", SECTIONS)),
+                experts=(EXPERT,),
+                rope_sections=tuple(turning.get("mrope_section", MROPE_SECTION)),
                 # the text_config's own word is that of a model without this one around it
-                tied=files.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+                tie_word_embeddings=files.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             ),
             vision=vision,
-            markers=QwenMarkers.from_files(text),
-            pixels=SmartResize.from_files(look, patch=vision.patch, merge=vision.merge, frames=vision.frames),
+            special_tokens=QwenSpecialTokens.from_json(text),
+            image_processor=Qwen2VLImageProcessor.from_json(
+                preprocessor,
+                patch_size=vision.patch_size,
+                merge_size=vision.spatial_merge_size,
+                temporal_patch_size=vision.temporal_patch_size,
+            ),
         )
 
-    def to_files(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of config.json and preprocessor_config.json."""
         top: dict[str, Any] = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-        text = self.decoder.to_files()
+        text = self.decoder.to_json()
         del text["qk_norm"]
         turning = {"type": "mrope", "mrope_section": list(self.decoder.rope_sections)}
-        top |= {**text, "rope_scaling": turning, "use_sliding_window": False, **self.markers.to_files()}
+        top |= {**text, "rope_scaling": turning, "use_sliding_window": False, **self.special_tokens.to_json()}
         return {
-            "config.json": top | {"vision_config": self.vision.to_files()},
-            "preprocessor_config.json": self.pixels.to_files(),
+            "config.json": top | {"vision_config": self.vision.to_json()},
+            "preprocessor_config.json": self.image_processor.to_json(),
         }

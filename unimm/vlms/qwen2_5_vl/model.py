@@ -13,50 +13,55 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from unimm.checkpoint.keymap import Table
+from unimm.checkpoint.keymap import KeyMap
 from unimm.nn.decoder import Decoder
-from unimm.sequence.packing import Pack, Tokens
-from unimm.vlms.base import Reader
+from unimm.sequence.packing import ImageTokens, PackedBatch
+from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
-from unimm.vlms.qwen2_5_vl.processor import QwenPrompts
-from unimm.vlms.qwen2_5_vl.vision import QwenVision
-from unimm.vlms.qwen2_5_vl.weights import nested, qwen_keys
+from unimm.vlms.qwen2_5_vl.processor import QwenVLProcessor
+from unimm.vlms.qwen2_5_vl.vision import QwenVisionEncoder
+from unimm.vlms.qwen2_5_vl.weights import has_nested_names, qwen_key_map
 
 
-class QwenVL(Reader):
+class QwenVL(VisionLanguageModel):
     """A decoder and a tower to look with."""
 
-    Config = QwenVLConfig
+    config_class = QwenVLConfig
 
-    def __init__(self, cfg: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig):
         super().__init__()
-        self.cfg = cfg
-        self.decoder = Decoder(cfg.decoder)
-        self.vision = QwenVision(cfg.vision)
+        self.config = config
+        self.decoder = Decoder(config.decoder)
+        self.vision = QwenVisionEncoder(config.vision)
 
-    def keys(self, shapes: Mapping[str, Any]) -> Table:
+    def key_map(self, shapes: Mapping[str, Any]) -> KeyMap:
         """The key table for files of these names, in either spelling; for none the older one."""
-        return qwen_keys(head=not self.cfg.decoder.tied, nested=nested(shapes))
+        return qwen_key_map(head=not self.config.decoder.tie_word_embeddings, nested=has_nested_names(shapes))
 
     @property
-    def prompts(self) -> QwenPrompts:
+    def processor(self) -> QwenVLProcessor:
         """How this model's prompts are made."""
-        cfg = self.cfg
-        return QwenPrompts(tokenizer=self.tokenizer, pixels=cfg.pixels, vision=cfg.vision, markers=cfg.markers)
+        cfg = self.config
+        return QwenVLProcessor(
+            tokenizer=self.tokenizer,
+            image_processor=cfg.image_processor,
+            vision_config=cfg.vision,
+            special_tokens=cfg.special_tokens,
+        )
 
-    def seen(self, tokens: Tokens) -> Tensor:
+    def image_features(self, tokens: ImageTokens) -> Tensor:
         """Pictures of a pack -> a row for each of their cells [n, D]."""
-        m, grids = self.cfg.vision.merge, []
-        for places in tokens.places.split(tokens.lengths):
+        m, grids = self.config.vision.spatial_merge_size, []
+        for places in tokens.image_position_ids.split(tokens.lengths):
             h, w = (places[:, 1:].amax(0) + 1).tolist()
             grids.append((len(places) // (h * w), h * m, w * m))
         return self.vision(rearrange(tokens.content, "n (s f) -> (n s) f", s=m * m).to(self.dtype), grids)
 
-    def positions(self, batch: Pack) -> Tensor:
+    def position_ids(self, batch: PackedBatch) -> Tensor:
         """Rotary positions of a pack: [N] without pictures, else (time, row, column) [N, 3], equal at texts."""
-        at, look = batch.layout.positions, batch.look
+        at, look = batch.layout.position_ids, batch.und_images
         if look is None:
             return at
         first = torch.tensor(look.lengths).cumsum(0) - torch.tensor(look.lengths)
         begin = at[look.rows[first.to(at.device)]].repeat_interleave(torch.tensor(look.lengths, device=at.device))
-        return at[:, None].repeat(1, 3).index_copy(0, look.rows, begin[:, None] + look.places)
+        return at[:, None].repeat(1, 3).index_copy(0, look.rows, begin[:, None] + look.image_position_ids)
