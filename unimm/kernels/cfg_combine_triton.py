@@ -3,7 +3,6 @@
 The length of a whole picture has to be known before its first number can be written: a first kernel leaves sums of
 squares, a second adds them up and makes the velocity again, from the cache.
 """
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 import torch
@@ -28,9 +27,7 @@ def plain_and_guided(v_ptr, text_ptr, image_ptr, at, n, text_scale, image_scale,
 
 
 @triton.jit(do_not_specialize=["n"])
-def squares_kernel(
-    v_ptr, text_ptr, image_ptr, sums_ptr, n, text_scale, image_scale, IMAGE: tl.constexpr, BLOCK: tl.constexpr
-):
+def squares_kernel(v_ptr, text_ptr, image_ptr, sums_ptr, n, text_scale, image_scale, IMAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of squares of the plain and of the guided velocity over a block of numbers, to sums [2, blocks]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v, u = plain_and_guided(v_ptr, text_ptr, image_ptr, at, n, text_scale, image_scale, IMAGE)
@@ -93,9 +90,7 @@ def launch_cfg_combine(
         if renorm == "global":
             blocks = triton.cdiv(v.numel(), BLOCK)
             sums = torch.empty(2, blocks, dtype=torch.float32, device=v.device)
-            squares_kernel[(blocks,)](
-                v, text, image, sums, v.numel(), *scales, IMAGE=has_image, BLOCK=BLOCK, num_warps=4
-            )
+            squares_kernel[(blocks,)](v, text, image, sums, v.numel(), *scales, IMAGE=has_image, BLOCK=BLOCK, num_warps=4)
             shrink_kernel[(blocks,)](
                 v, text, image, sums, out, v.numel(), *scales, least,
                 IMAGE=has_image, BLOCK=BLOCK, SUMS=triton.next_power_of_2(blocks), num_warps=4,

@@ -4,7 +4,6 @@ A program owns a tile of heads: pair (n, h) of row and head is number n H + h, s
 a tile, and what a row shares (angles, its expert's weights) is found by the division and comes from the cache. The two
 halves of a head, which the turn mixes, are two tiles.
 """
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 import torch

@@ -4,7 +4,6 @@ A program owns a tile of whole rows, so a norm is a reduction inside a program. 
 from the row that they read anyway, and walk over tiles with a stride of all programs, adding up the gradients of
 weights in registers; PyTorch adds the programs' sums. No atomics: results repeat bit for bit.
 """
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 import torch
@@ -27,9 +26,7 @@ def row_tile_shape(width: int, most: int = 16) -> tuple[int, int, int]:
 
 
 @triton.jit(do_not_specialize=["n"])
-def rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, n, x_row, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, n, x_row, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The order of layers.RMSNorm: float32 up to the cast back to x's dtype, then times the weight."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -75,16 +72,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if n:
         with torch.cuda.device_of(x):
             rms_norm_kernel[(triton.cdiv(n, at_once),)](
-                rows,
-                weight.contiguous(),
-                out,
-                n,
-                rows.stride(0),
-                eps,
-                D=d,
-                ROWS=at_once,
-                COLUMNS=columns,
-                num_warps=warps,
+                rows, weight.contiguous(), out, n, rows.stride(0), eps, D=d, ROWS=at_once, COLUMNS=columns, num_warps=warps
             )
     return out
 
@@ -111,17 +99,7 @@ def launch_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float
 
 @triton.jit(do_not_specialize=["n", "length"])
 def modulate_kernel(
-    x_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
-    n,
-    length,
-    x_row,
-    eps,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptr, scale_ptr, shift_ptr, out_ptr, n, length, x_row, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """layer_norm(x) (1 + scale) + shift; rows of all samples end to end, `length` of them a sample."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

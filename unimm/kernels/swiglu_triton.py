@@ -1,5 +1,4 @@
 """silu(gate) * up in Triton, forward and backward: a program owns a piece of one row."""
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 import torch

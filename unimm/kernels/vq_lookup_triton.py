@@ -1,5 +1,4 @@
 """The nearest code in Triton: a running arg-max over tiles of the codebook, no [N, V] matrix."""
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 import torch
@@ -19,9 +18,7 @@ def nearest_code_kernel(
     """Program (tile of rows, share of the codebook): the best score there, and its code; of equals the first."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)
-    z = tl.load(
-        z_ptr + rows[:, None] * z_row + dims[None, :], mask=(rows < n)[:, None] & (dims < D)[None, :], other=0.0
-    )
+    z = tl.load(z_ptr + rows[:, None] * z_row + dims[None, :], mask=(rows < n)[:, None] & (dims < D)[None, :], other=0.0)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, v)
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -29,9 +26,7 @@ def nearest_code_kernel(
     for start in range(first, last, CODES):
         codes = start + tl.arange(0, CODES)
         here = codes < last
-        book = tl.load(
-            codebook_ptr + codes[:, None] * D + dims[None, :], mask=here[:, None] & (dims < D)[None, :], other=0.0
-        )
+        book = tl.load(codebook_ptr + codes[:, None] * D + dims[None, :], mask=here[:, None] & (dims < D)[None, :], other=0.0)
         scores = tl.dot(z, tl.trans(book), input_precision="ieee")
         scores = tl.where(here[None, :], scores, float("-inf"))
         top, place = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)

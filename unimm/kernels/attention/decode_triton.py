@@ -4,7 +4,6 @@ Axes: B samples, M key rows, H query heads, G key/value heads, K head. A sample 
 GPU, so each sample's keys are cut into equal parts; the heads of a group share the keys they load, as rows of one
 matrix product.
 """
-
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
 from functools import lru_cache
@@ -30,27 +29,9 @@ INTERPRETED_PARTS = 3
 
 @triton.jit
 def part_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    part_ptr,
-    part_lse_ptr,
-    starts_ptr,
-    lengths_ptr,
-    q_sample,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    n_parts,
-    group,
-    scale,
-    HEAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, starts_ptr, lengths_ptr,
+    q_sample, q_head, k_row, k_head, v_row, v_head, n_parts, group, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Program (b, g, i): part i of the keys of sample b, key head g; its output and lse in float32, [B, G, parts, ROWS, K]."""
     sample, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -92,15 +73,8 @@ def part_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr,
-    part_lse_ptr,
-    o_ptr,
-    n_parts,
-    group,
-    HEAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    part_ptr, part_lse_ptr, o_ptr, n_parts, group,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (b, h): the parts of one head, weighted by exp(lse); 0 where no part has keys."""
     sample, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -130,9 +104,7 @@ def _part_count(device: torch.device, programs: int, longest: int, step: int) ->
     return max(1, min(wanted, MAX_PARTS, triton.cdiv(longest, step)))
 
 
-def launch_decode(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None
-) -> Tensor:
+def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
     """One query row a sample: q [B, H, K], k and v [M, G, K] packed -> o [B, H, K] dense, in q's dtype.
 
     starts, lengths [B] int32: sample b sees the key rows starts[b] .. starts[b] + lengths[b]; where it sees none, o = 0.
