@@ -1,6 +1,6 @@
 # make demo   sets up .venv and runs the main job on bagel-nano; saves demo.png
 # make test   sets up .venv and runs the tests
-# make lint   ruff and mypy
+# make lint   ruff (rules and format) and mypy
 # make docs   the documentation, strictly, into site/
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ test: .venv/test.stamp
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy unimm
 
 docs: .venv/docs.stamp
