@@ -150,7 +150,7 @@ def test_gradients_reach_every_parameter(small):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "siglip2_vision_model"}, "got model_type 'siglip2_vision_model'.*naflex"),
+        ({"model_type": "siglip2_vision_model"}, "got model_type 'siglip2_vision_model'.*NaFlex"),
         ({"hidden_size": 25}, "a multiple of the heads"),
         ({"image_size": 3}, "pictures of a patch or more"),
         ({"num_hidden_layers": 0}, "expected positive numbers"),

@@ -200,10 +200,10 @@ def test_who_sees_whom():
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("clip", {"model_type": "siglip_text_model"}, "got model_type 'siglip_text_model': expected 'clip_text_model'"),
+        ("clip", {"model_type": "siglip_text_model"}, "got model_type 'siglip_text_model', expected 'clip_text_model'"),
         ("clip", {"hidden_size": 25}, "a multiple of the heads"),
         ("clip", {"vocab_size": 0}, "expected positive numbers"),
-        ("t5", {"model_type": "umt5"}, "got model_type 'umt5': expected 't5'"),
+        ("t5", {"model_type": "umt5"}, "got model_type 'umt5', expected 't5'"),
         ("t5", {"feed_forward_proj": "relu"}, r"got feed_forward_proj 'relu': expected gated-gelu.*v1\.1"),
         ("t5", {"relative_attention_num_buckets": 7}, "an even number of buckets"),
         ("t5", {"relative_attention_max_distance": 3}, "max_distance above a quarter"),

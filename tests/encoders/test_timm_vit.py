@@ -31,7 +31,7 @@ def test_encoders_of_timm_by_name(tmp_path, name, size, width, n):
     model = Janus.from_folder(tmp_path).eval()
     model.save_pretrained(tmp_path)
     again = unimm.load(tmp_path)
-    assert again.config == model.config and again.config.tower.vit is None
+    assert again.config == model.config and again.config.vision.vit is None
     assert [x for x in differences(model, again) if not x.endswith("num_batches_tracked")] == []
     item = model.processor.conversation_parts([{"role": "user", "content": "a", "images": picture()}])[1]
     assert item.n_tokens == n

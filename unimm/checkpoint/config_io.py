@@ -121,7 +121,7 @@ def check_fixed(data: Mapping[str, Any], layout: JsonLayout) -> None:
         section = _section(data, key)
         got = section.get(key.rpartition(".")[2], expected)
         if any(one != expected for one in (got if isinstance(got, list) else [got])):
-            raise ValueError(f"got {key} {got!r} in {layout.name}, expected {expected!r}, as in {layout.source}")
+            raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in {layout.source}")
 
 
 def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> None:
@@ -129,7 +129,7 @@ def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> 
         got, expected = _get(data, key), _encode(attrgetter(path)(config))
         if got is not None and got != expected:
             raise ValueError(
-                f"got {key} {got!r} in {layout.name}, expected {expected!r}, which follows from the other numbers: correct one"
+                f"got {key} {got!r}, expected {expected!r}, which follows from the other numbers of {layout.name}: correct one"
             )
 
 

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import load_weights, read_shapes, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
@@ -99,7 +100,7 @@ BFL_SINGLE_KEY_MAP: KeyMap = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxConfig:
+class FluxConfig(JsonConfig):
     in_channels: int  # of a packed token
     out_channels: int
     n_double_blocks: int
@@ -112,20 +113,27 @@ class FluxConfig:
     rope_axes_dims: tuple[int, ...]
     mlp_ratio: float = 4.0
 
-    FILES: ClassVar = {
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "n_double_blocks": "num_layers",
-        "n_single_blocks": "num_single_layers",
-        "n_heads": "num_attention_heads",
-        "head_dim": "attention_head_dim",
-        "text_dim": "joint_attention_dim",
-        "pooled_dim": "pooled_projection_dim",
-        "guidance_embeds": "guidance_embeds",
-        "rope_axes_dims": "axes_dims_rope",
-    }
-    # what a config could say and the released ones do not
-    FIXED: ClassVar = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
+    JSON: ClassVar = JsonLayout(
+        source="the released config.json of a FLUX.1 transformer",
+        keys={
+            "in_channels": "in_channels",
+            "out_channels": "out_channels",
+            "n_double_blocks": "num_layers",
+            "n_single_blocks": "num_single_layers",
+            "n_heads": "num_attention_heads",
+            "head_dim": "attention_head_dim",
+            "text_dim": "joint_attention_dim",
+            "pooled_dim": "pooled_projection_dim",
+            "guidance_embeds": "guidance_embeds",
+            "rope_axes_dims": "axes_dims_rope",
+        },
+        defaults={
+            "out_channels": SameAs("in_channels"),
+            "guidance_embeds": False,
+            "axes_dims_rope": RELEASED_AXES_DIMS,
+        },
+        fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
+    )
 
     def __post_init__(self) -> None:
         if self.pooled_dim < 1 or self.in_channels < 1:
@@ -146,28 +154,6 @@ class FluxConfig:
             mlp_dim=int(self.mlp_ratio * self.n_heads * self.head_dim),
             rope_axes_dims=self.rope_axes_dims,
         )
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
-        """Read diffusers' config.json. Raises ValueError for what is missing, or what no release of FLUX.1 has."""
-        for key, expected in cls.FIXED.items():
-            if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in the releases of FLUX.1")
-        files = {"guidance_embeds": False, "axes_dims_rope": RELEASED_AXES_DIMS, **files}
-        files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
-        if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
-            raise ValueError(
-                f"the config lacks {', '.join(lost)}: expected the released config.json of a FLUX transformer"
-            )
-        return cls(
-            **{ours: files[theirs] for ours, theirs in cls.FILES.items()}
-            | {"rope_axes_dims": tuple(files["axes_dims_rope"])}
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that diffusers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return self.FIXED | files | {"axes_dims_rope": [*self.rope_axes_dims]}
 
     @classmethod
     def from_shapes(

@@ -8,16 +8,16 @@ Axes: B batch, L tokens of the pictures, M of the text, D model, C channels, S s
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
@@ -59,7 +59,7 @@ KEY_MAP: KeyMap = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImageConfig:
+class QwenImageConfig(JsonConfig):
     in_channels: int  # of a packed token
     out_channels: int  # of a latent, a fourth of a packed token's
     n_layers: int
@@ -68,24 +68,28 @@ class QwenImageConfig:
     text_dim: int
     rope_axes_dims: tuple[int, ...]
 
-    FILES: ClassVar = {
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "n_layers": "num_layers",
-        "n_heads": "num_attention_heads",
-        "head_dim": "attention_head_dim",
-        "text_dim": "joint_attention_dim",
-        "rope_axes_dims": "axes_dims_rope",
-    }
-    # what a config could say and the release does not
-    FIXED: ClassVar = {
-        "_class_name": "QwenImageTransformer2DModel",
-        "patch_size": PATCH_SIZE,
-        "guidance_embeds": False,
-        "zero_cond_t": False,  # the next three are of the later models for editing and for layers
-        "use_additional_t_cond": False,
-        "use_layer3d_rope": False,
-    }
+    JSON: ClassVar = JsonLayout(
+        source="the released config.json of Qwen-Image's transformer",
+        keys={
+            "in_channels": "in_channels",
+            "out_channels": "out_channels",
+            "n_layers": "num_layers",
+            "n_heads": "num_attention_heads",
+            "head_dim": "attention_head_dim",
+            "text_dim": "joint_attention_dim",
+            "rope_axes_dims": "axes_dims_rope",
+        },
+        defaults={"out_channels": SameAs("in_channels"), "axes_dims_rope": RELEASED_AXES_DIMS},
+        fixed={
+            "_class_name": "QwenImageTransformer2DModel",
+            "patch_size": PATCH_SIZE,
+            "guidance_embeds": False,
+            # the next three are those of the later models for editing and for layers
+            "zero_cond_t": False,
+            "use_additional_t_cond": False,
+            "use_layer3d_rope": False,
+        },
+    )
 
     def __post_init__(self) -> None:
         _ = self.mmdit  # which checks the numbers
@@ -108,26 +112,6 @@ class QwenImageConfig:
             mlp_dim=MLP_RATIO * self.n_heads * self.head_dim,
             rope_axes_dims=self.rope_axes_dims,
         )
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
-        """Read the released config.json. Raises ValueError for what is missing, or what Qwen-Image does not have."""
-        for key, expected in cls.FIXED.items():
-            if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in the release of Qwen-Image")
-        files = {"axes_dims_rope": RELEASED_AXES_DIMS, **files}
-        files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
-        if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
-            raise ValueError(f"the config lacks {', '.join(lost)}: expected Qwen-Image's released config.json")
-        return cls(
-            **{ours: files[theirs] for ours, theirs in cls.FILES.items()}
-            | {"rope_axes_dims": tuple(files["axes_dims_rope"])}
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that diffusers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return self.FIXED | files | {"axes_dims_rope": [*self.rope_axes_dims]}
 
 
 def msrope_position_ids(images: Sequence[tuple[int, int, int]], n_text_tokens: int) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,16 @@ Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H head
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import Self
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.kernels import adaln_modulate
@@ -54,7 +53,7 @@ KEY_MAP: KeyMap = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SanaConfig:
+class SanaConfig(JsonConfig):
     in_channels: int
     out_channels: int
     sample_size: int  # of the grid of latents that it was trained on; it draws others, too
@@ -69,34 +68,38 @@ class SanaConfig:
     qkv_bias: bool
     norm_eps: float
 
-    FILES: ClassVar = {
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "sample_size": "sample_size",
-        "patch_size": "patch_size",
-        "n_layers": "num_layers",
-        "n_heads": "num_attention_heads",
-        "head_dim": "attention_head_dim",
-        "n_cross_heads": "num_cross_attention_heads",
-        "cross_head_dim": "cross_attention_head_dim",
-        "caption_dim": "caption_channels",
-        "mlp_ratio": "mlp_ratio",
-        "qkv_bias": "attention_bias",
-        "norm_eps": "norm_eps",
-    }
-    # what a config could say and the released ones do not
-    FIXED: ClassVar = {
-        "_class_name": "SanaTransformer2DModel",
-        "dropout": 0.0,
-        "interpolation_scale": None,  # a number asks for a table of positions
-        "norm_elementwise_affine": False,
-        "guidance_embeds": False,
-        "qk_norm": None,
-        "timestep_scale": 1.0,
-    }
+    JSON: ClassVar = JsonLayout(
+        source="the released config.json of a Sana 1.6B transformer",
+        keys={
+            "in_channels": "in_channels",
+            "out_channels": "out_channels",
+            "sample_size": "sample_size",
+            "patch_size": "patch_size",
+            "n_layers": "num_layers",
+            "n_heads": "num_attention_heads",
+            "head_dim": "attention_head_dim",
+            "n_cross_heads": "num_cross_attention_heads",
+            "cross_head_dim": "cross_attention_head_dim",
+            "caption_dim": "caption_channels",
+            "mlp_ratio": "mlp_ratio",
+            "qkv_bias": "attention_bias",
+            "norm_eps": "norm_eps",
+        },
+        defaults={"out_channels": SameAs("in_channels"), "patch_size": 1, "attention_bias": False, "norm_eps": 1e-6},
+        fixed={
+            "_class_name": "SanaTransformer2DModel",
+            "dropout": 0.0,
+            "interpolation_scale": None,  # a number asks for a table of positions
+            "norm_elementwise_affine": False,
+            "guidance_embeds": False,
+            "qk_norm": None,
+            "timestep_scale": 1.0,
+        },
+        derived={"cross_attention_dim": "dim"},  # a caption is projected to the width of the stream
+    )
 
     def __post_init__(self) -> None:
-        numbers = {name: getattr(self, name) for name in self.FILES if name != "qkv_bias"}
+        numbers = {name: value for name, value in vars(self).items() if name != "qkv_bias"}
         if wrong := [f"{name} {number}" for name, number in numbers.items() if not number > 0]:
             raise ValueError(f"got {', '.join(wrong)} in a Sana config: expected positive numbers")
 
@@ -104,31 +107,6 @@ class SanaConfig:
     def dim(self) -> int:
         """The width of the stream."""
         return self.n_heads * self.head_dim
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
-        """Read a released config.json. Raises ValueError for what is missing, or what no release of Sana 1.6B has."""
-        for key, expected in cls.FIXED.items():
-            if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in the releases of Sana 1.6B")
-        files = {"attention_bias": False, "norm_eps": 1e-6, "patch_size": 1, **files}
-        files = files | {"out_channels": files.get("out_channels") or files.get("in_channels")}
-        if lost := [name for name in cls.FILES.values() if files.get(name) is None]:
-            raise ValueError(
-                f"the config lacks {', '.join(lost)}: expected the released config.json of a Sana transformer"
-            )
-        config = cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
-        if files.get("cross_attention_dim", config.dim) != config.dim:
-            raise ValueError(
-                f"got cross_attention_dim {files['cross_attention_dim']}, expected {config.dim}: a caption comes with the "
-                "width of num_attention_heads * attention_head_dim"
-            )
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that diffusers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return self.FIXED | files | {"cross_attention_dim": self.dim}
 
 
 class SanaCondition(NamedTuple):

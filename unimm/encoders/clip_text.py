@@ -6,16 +6,16 @@ Axes: B captions, L ids of a caption, D model.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import Self
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
 from unimm.kernels import AttentionMask, KeyRange
@@ -26,7 +26,7 @@ LEGACY_EOS_ID = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPTextConfig:
+class CLIPTextConfig(JsonConfig):
     dim: int
     n_layers: int
     n_heads: int
@@ -37,29 +37,36 @@ class CLIPTextConfig:
     act: str
     eos_id: int  # id whose first place is pooled; LEGACY_END: the place of the largest id
 
-    FILES: ClassVar[dict[str, str]] = {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "norm_eps": "layer_norm_eps",
-        "act": "hidden_act",
-        "eos_id": "eos_token_id",
-    }
-    # what CLIPTextConfig says where a config is silent
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "hidden_size": 512,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "layer_norm_eps": 1e-5,
-        "hidden_act": "quick_gelu",
-        "eos_token_id": 49407,
-    }
+    JSON: ClassVar = JsonLayout(
+        name="the text encoder's config",
+        source="FLUX's text_encoder/config.json",
+        keys={
+            "dim": "hidden_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "mlp_dim": "intermediate_size",
+            "vocab_size": "vocab_size",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_eps",
+            "act": "hidden_act",
+            "eos_id": "eos_token_id",
+        },
+        # those of CLIPTextConfig in transformers
+        defaults={
+            "hidden_size": 512,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "intermediate_size": 2048,
+            "vocab_size": 49408,
+            "max_position_embeddings": 77,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu",
+            "eos_token_id": 49407,
+        },
+        fixed={"model_type": "clip_text_model"},
+        constants={"architectures": ["CLIPTextModel"]},
+        section="text_config",  # of a whole CLIP
+    )
 
     def __post_init__(self) -> None:
         sizes = (
@@ -75,23 +82,6 @@ class CLIPTextConfig:
             raise ValueError(
                 f"got {self}: expected positive numbers, and a width that is a multiple of the heads; correct config.json"
             )
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
-        """Read a released config.json, that of the encoder or of a whole CLIP. Raises ValueError for another model's."""
-        text = files.get("text_config", files)
-        kind = text.get("model_type", "clip_text_model")
-        if kind != "clip_text_model":
-            raise ValueError(
-                f"got model_type {kind!r}: expected 'clip_text_model', as FLUX's text_encoder/config.json says"
-            )
-        known = cls.DEFAULTS | {key: value for key, value in text.items() if value is not None}
-        return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that transformers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
 
 
 class CLIPTextEncoder(nn.Module):

@@ -7,17 +7,17 @@ Axes: B pictures, S pixels a side, n patches of a picture in raster order, D mod
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from typing_extensions import Self
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
 from unimm.kernels import AttentionMask, KeyRange
@@ -26,7 +26,7 @@ from unimm.processing.images.siglip import SiglipImageProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiglipConfig:
+class SiglipConfig(JsonConfig):
     dim: int
     n_layers: int
     n_heads: int
@@ -38,31 +38,38 @@ class SiglipConfig:
     act: str
     has_pooling_head: bool  # whether a picture's features can be pooled to one
 
-    FILES: ClassVar[dict[str, str]] = {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-        "channels": "num_channels",
-        "norm_eps": "layer_norm_eps",
-        "act": "hidden_act",
-        "has_pooling_head": "vision_use_head",
-    }
-    # what SiglipVisionConfig says where a config is silent: the base model at 224 pixels
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "patch_size": 16,
-        "image_size": 224,
-        "num_channels": 3,
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh",
-        "vision_use_head": True,
-    }
+    JSON: ClassVar = JsonLayout(
+        name="the vision encoder's config",
+        source="the fixed-size releases (google/siglip2-so400m-patch16-512 and its siblings; NaFlex ones are not supported)",
+        keys={
+            "dim": "hidden_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "mlp_dim": "intermediate_size",
+            "patch_size": "patch_size",
+            "image_size": "image_size",
+            "channels": "num_channels",
+            "norm_eps": "layer_norm_eps",
+            "act": "hidden_act",
+            "has_pooling_head": "vision_use_head",
+        },
+        # those of SiglipVisionConfig in transformers: the base model at 224 pixels
+        defaults={
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "patch_size": 16,
+            "image_size": 224,
+            "num_channels": 3,
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu_pytorch_tanh",
+            "vision_use_head": True,
+        },
+        fixed={"model_type": "siglip_vision_model"},
+        constants={"architectures": ["SiglipVisionModel"]},
+        section="vision_config",  # of a whole SigLIP
+    )
 
     def __post_init__(self) -> None:
         sizes = (self.dim, self.n_layers, self.n_heads, self.mlp_dim, self.patch_size, self.channels, self.norm_eps)
@@ -71,24 +78,6 @@ class SiglipConfig:
                 f"got {self}: expected positive numbers, a width that is a multiple of the heads, and pictures of a patch "
                 "or more; correct config.json"
             )
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
-        """Read a released config.json, that of the tower or of a whole SigLIP. Raises ValueError for another model's."""
-        vision = files.get("vision_config", files)
-        kind = vision.get("model_type", "siglip_vision_model")
-        if kind != "siglip_vision_model":
-            raise ValueError(
-                f"got model_type {kind!r}: expected 'siglip_vision_model', that of the fixed-size releases "
-                "(google/siglip2-so400m-patch16-512 and its siblings; their naflex ones are not built)"
-            )
-        known = cls.DEFAULTS | {key: value for key, value in vision.items() if value is not None}
-        return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that transformers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"]}
 
     @property
     def grid_side(self) -> int:

@@ -11,14 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import Self
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
 from unimm.nn.layers import RMSNorm, SwiGLU
@@ -40,32 +40,6 @@ class T5Config:
     norm_eps: float
     feed_forward: str
 
-    FILES: ClassVar[dict[str, str]] = {
-        "dim": "d_model",
-        "n_layers": "num_layers",
-        "n_heads": "num_heads",
-        "head_dim": "d_kv",
-        "mlp_dim": "d_ff",
-        "vocab_size": "vocab_size",
-        "n_buckets": "relative_attention_num_buckets",
-        "max_distance": "relative_attention_max_distance",
-        "norm_eps": "layer_norm_epsilon",
-        "feed_forward": "feed_forward_proj",
-    }
-    # what T5Config says where a config is silent
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "d_model": 512,
-        "num_layers": 6,
-        "num_heads": 8,
-        "d_kv": 64,
-        "d_ff": 2048,
-        "vocab_size": 32128,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": "relu",
-    }
-
     def __post_init__(self) -> None:
         sizes = (self.dim, self.n_layers, self.n_heads, self.head_dim, self.mlp_dim, self.vocab_size, self.norm_eps)
         if min(sizes) <= 0 or self.n_buckets % 2 or self.n_buckets < 4 or self.max_distance <= self.n_buckets // 4:
@@ -80,21 +54,53 @@ class T5Config:
             )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> Self:
+    def from_json(cls, data: Mapping[str, Any]) -> "T5Config":
         """Read a released config.json. Raises ValueError for another model's, and for a T5 before v1.1."""
-        if (kind := files.get("model_type", "t5")) != "t5":
-            raise ValueError(f"got model_type {kind!r}: expected 't5', as FLUX's text_encoder_2/config.json says")
-        known = cls.DEFAULTS | {key: value for key, value in files.items() if value is not None}
-        kind = known["feed_forward_proj"]
-        told = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
-        if (act := known.get("dense_act_fn", told)) != told:
-            raise ValueError(f"got dense_act_fn {act!r} beside feed_forward_proj {kind!r}: expected {told!r}")
-        return cls(**{ours: known[theirs] for ours, theirs in cls.FILES.items()})
+        config = read_config(cls, data, LAYOUT)
+        implied = "gelu_new" if config.feed_forward == "gated-gelu" else config.feed_forward.removeprefix("gated-")
+        act = data.get("dense_act_fn")
+        if act not in (None, implied):
+            raise ValueError(
+                f"got dense_act_fn {act!r} beside feed_forward_proj {config.feed_forward!r}: expected {implied!r}"
+            )
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The config.json that `from_json` reads, and that transformers does."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": True}
+        return write_config(self, LAYOUT)
+
+
+LAYOUT = JsonLayout(
+    name="the text encoder's config",
+    source="FLUX's text_encoder_2/config.json",
+    keys={
+        "dim": "d_model",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "head_dim": "d_kv",
+        "mlp_dim": "d_ff",
+        "vocab_size": "vocab_size",
+        "n_buckets": "relative_attention_num_buckets",
+        "max_distance": "relative_attention_max_distance",
+        "norm_eps": "layer_norm_epsilon",
+        "feed_forward": "feed_forward_proj",
+    },
+    # those of T5Config in transformers
+    defaults={
+        "d_model": 512,
+        "num_layers": 6,
+        "num_heads": 8,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "vocab_size": 32128,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "relu",
+    },
+    fixed={"model_type": "t5"},
+    constants={"architectures": ["T5EncoderModel"], "is_encoder_decoder": True},
+)
 
 
 def relative_position_buckets(length: int, n_buckets: int, max_distance: int, device: torch.device) -> Tensor:
