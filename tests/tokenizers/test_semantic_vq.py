@@ -76,7 +76,7 @@ def test_wrong_branches(small):
         small.features(torch.zeros(1, 6).long(), grid=(6, 1))
     files = small.branch.config.to_json()
     assert SemanticBranchConfig.from_json(json.loads(json.dumps(files))) == small.branch.config
-    with pytest.raises(ValueError, match="expected \\['code_dim'"):
+    with pytest.raises(ValueError, match="expected some of code_dim"):
         SemanticBranchConfig.from_json({**files, "depth": 3})
     with pytest.raises(ValueError, match="multiple of n_heads"):
         dataclasses.replace(small.branch.config, n_heads=3)

@@ -212,7 +212,7 @@ def test_config_files_round_trip():
     ("files", "name", "words"),
     [
         ({"n_embed": 8}, "VQ-16", "lacks image_token_size"),
-        ({"image_token_size": 4, "n_embed": 8}, "VQ-99", r"'VQ-99'.*expected one of \['VQ-16'\]"),
+        ({"image_token_size": 4, "n_embed": 8}, "VQ-99", r"got cls 'VQ-99' .*expected 'VQ-16'"),
         ({"image_token_size": 4, "n_embed": 8, "ch": 48}, "VQ-16", "width 48, expected a multiple of 32"),
         ({"image_token_size": 4, "n_embed": 8, "ch_mult": []}, "VQ-16", "one multiplier per level"),
         ({"image_token_size": 0, "n_embed": 8}, "VQ-16", "positive counts"),

@@ -1,7 +1,7 @@
 """Config files: JSON to frozen dataclasses and back, by a table of each config's released keys."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import reduce
 from operator import attrgetter
@@ -41,6 +41,7 @@ class JsonLayout:
     fixed: key -> the only supported value; a file without it means that one. A list of it in the file is as good.
     derived: key -> a property of the config that a file may repeat (a path, `vae.stride`), and must then repeat rightly.
     constants: key -> a value that is written and not read.
+    required: keys that the file must have although the class has a default for them, or they are fixed.
     section: where the file may be a larger one, the key of the part that is read.
     omit_defaults: whether a key whose value is its default is not written.
     """
@@ -52,6 +53,7 @@ class JsonLayout:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
     section: str | None = None
     omit_defaults: bool = False
 
@@ -79,7 +81,7 @@ def read_config(
     Raises ValueError for keys that are missing, for values that are not supported, and for those that contradict the others.
     """
     data = data.get(layout.section, data) if layout.section else data
-    check_fixed(data, layout)
+    check_data(data, layout)
     keys = _keys(cls, layout)
     if layout.keys is None and (unknown := sorted(data.keys() - {names[0] for names in keys.values()})):
         raise ValueError(f"got {', '.join(unknown)} in {layout.name}: expected some of {', '.join(sorted(keys))}")
@@ -94,8 +96,7 @@ def read_config(
             found[name] = _decode(value, hints[name])
         elif name in keys and definition.default is MISSING and definition.default_factory is MISSING:
             missing.append(keys[name][0])
-    if missing:
-        raise ValueError(f"{layout.name} lacks {', '.join(missing)}: expected {layout.source}")
+    _check_missing(missing, layout)
     config = cls(**found)
     _check_derived(config, data, layout)
     return config
@@ -115,13 +116,18 @@ def write_config(config: Any, layout: JsonLayout) -> dict[str, Any]:
     return data
 
 
-def check_fixed(data: Mapping[str, Any], layout: JsonLayout) -> None:
-    """Raise ValueError where a file says something else than the only supported value of a key."""
+def check_data(data: Mapping[str, Any], layout: JsonLayout) -> None:
+    """Raise ValueError where a file lacks a required key, or has another value than the only supported one."""
     for key, expected in layout.fixed.items():
-        section = _section(data, key)
-        got = section.get(key.rpartition(".")[2], expected)
+        got = _section(data, key).get(key.rpartition(".")[2], expected)
         if any(one != expected for one in (got if isinstance(got, list) else [got])):
             raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in {layout.source}")
+    _check_missing([key for key in layout.required if _get(data, key) is None], layout)
+
+
+def _check_missing(keys: Sequence[str], layout: JsonLayout) -> None:
+    if keys:
+        raise ValueError(f"{layout.name} lacks {', '.join(keys)}: expected {layout.source}")
 
 
 def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> None:

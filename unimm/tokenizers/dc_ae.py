@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, write_config
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.kernels import rms_norm, swiglu
@@ -90,8 +91,56 @@ class DCAEConfig:
         """Pixels a latent, along each side."""
         return 2 ** (len(self.encoder) - 1)
 
-    # what a config could say and no release of Sana's does
-    FIXED: ClassVar = {
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DCAEConfig:
+        """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks, shortcuts."""
+        check_data(data, LAYOUT)
+        levels = {side: cls._levels(data, side) for side in ("encoder", "decoder")}
+        return read_config(cls, data, LAYOUT, given=levels)
+
+    @staticmethod
+    def _levels(data: Mapping[str, Any], side: str) -> tuple[DCAELevel, ...]:
+        names = [f"{side}_{name}" for name in LEVEL_LISTS]
+        widths, counts, kinds, kernels = (data[name] for name in names)
+        kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
+        if unknown := sorted(set(kinds) - BLOCK_ATTENDS.keys()):
+            raise ValueError(f"got {side} blocks {', '.join(unknown)}: expected {' or '.join(BLOCK_ATTENDS)}")
+        if not len(widths) == len(counts) == len(kinds) == len(kernels):
+            raise ValueError(f"got {', '.join(names)} of different lengths: expected one entry a level")
+        return tuple(
+            DCAELevel(width=width, n_blocks=n, kernels=tuple(scales) if BLOCK_ATTENDS[kind] else None)
+            for width, n, kind, scales in zip(widths, counts, kinds, kernels, strict=True)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that `from_json` reads, and that diffusers does."""
+        data = write_config(self, LAYOUT)
+        block_types = {attends: name for name, attends in BLOCK_ATTENDS.items()}
+        for side, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
+            data[f"{side}_block_out_channels"] = [level.width for level in levels]
+            data[f"{side}_layers_per_block"] = [level.n_blocks for level in levels]
+            data[f"{side}_block_types"] = [block_types[level.kernels is not None] for level in levels]
+            data[f"{side}_qkv_multiscales"] = [list(level.kernels or ()) for level in levels]
+        return data
+
+
+LEVEL_LISTS = ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")
+BLOCK_ATTENDS = {"ResBlock": False, "EfficientViTBlock": True}  # whether a released type of block attends
+# of the config.json, but for the levels, which are spread over four lists a side
+LAYOUT = JsonLayout(
+    source="the released config.json of Sana's AutoencoderDC",
+    keys={
+        "in_channels": "in_channels",
+        "latent_channels": "latent_channels",
+        "head_dim": "attention_head_dim",
+        "scaling_factor": "scaling_factor",
+    },
+    defaults={"in_channels": 3},
+    required=(
+        *("latent_channels", "attention_head_dim", "scaling_factor"),
+        *(f"{side}_{name}" for side in ("encoder", "decoder") for name in LEVEL_LISTS),
+    ),
+    fixed={
         "_class_name": "AutoencoderDC",
         "downsample_block_type": "conv",
         "upsample_block_type": "interpolate",
@@ -100,60 +149,8 @@ class DCAEConfig:
         "encoder_out_shortcut": True,
         "decoder_in_shortcut": True,
         "decoder_conv_act_fn": "relu",
-    }
-    KINDS: ClassVar = {"ResBlock": False, "EfficientViTBlock": True}  # whether a kind of block attends
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> DCAEConfig:
-        """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks, shortcuts."""
-        for key, expected in cls.FIXED.items():
-            got = files.get(key, expected)
-            if any(one != expected for one in (got if isinstance(got, list) else [got])):
-                raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in Sana's autoencoder")
-        if lost := [key for key in ("latent_channels", "attention_head_dim", "scaling_factor") if key not in files]:
-            raise ValueError(
-                f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC"
-            )
-        return cls(
-            in_channels=files.get("in_channels", 3),
-            latent_channels=files["latent_channels"],
-            head_dim=files["attention_head_dim"],
-            scaling_factor=files["scaling_factor"],
-            encoder=cls._levels(files, "encoder"),
-            decoder=cls._levels(files, "decoder"),
-        )
-
-    @classmethod
-    def _levels(cls, files: Mapping[str, Any], side: str) -> tuple[DCAELevel, ...]:
-        names = [
-            f"{side}_{name}" for name in ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")
-        ]
-        if lost := [name for name in names if name not in files]:
-            raise ValueError(
-                f"the config lacks {', '.join(lost)}: expected the released config.json of an AutoencoderDC"
-            )
-        widths, counts, kinds, kernels = (files[name] for name in names)
-        kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
-        if unknown := sorted(set(kinds) - set(cls.KINDS)):
-            raise ValueError(f"got {side} blocks {', '.join(unknown)}: expected {' or '.join(cls.KINDS)}")
-        if not len(widths) == len(counts) == len(kinds) == len(kernels):
-            raise ValueError(f"got {', '.join(names)} of different lengths: expected one entry a level")
-        return tuple(
-            DCAELevel(width=width, n_blocks=n, kernels=tuple(scales) if cls.KINDS[kind] else None)
-            for width, n, kind, scales in zip(widths, counts, kinds, kernels, strict=True)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The config.json that `from_json` reads, and that diffusers does."""
-        files = self.FIXED | {"in_channels": self.in_channels, "latent_channels": self.latent_channels}
-        files |= {"attention_head_dim": self.head_dim, "scaling_factor": self.scaling_factor}
-        kinds = {attends: kind for kind, attends in self.KINDS.items()}
-        for side, levels in (("encoder", self.encoder), ("decoder", self.decoder)):
-            files[f"{side}_block_out_channels"] = [level.width for level in levels]
-            files[f"{side}_layers_per_block"] = [level.n_blocks for level in levels]
-            files[f"{side}_block_types"] = [kinds[level.kernels is not None] for level in levels]
-            files[f"{side}_qkv_multiscales"] = [list(level.kernels or ()) for level in levels]
-        return files
+    },
+)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

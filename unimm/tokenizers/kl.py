@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
 NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderKLConfig:
+class AutoencoderKLConfig(JsonConfig):
     """Numbers of the autoencoder; the defaults are FLUX.1's.
 
     Pixels lie in [-1, 1]; a latent is `scale * (z - shift)`, which makes its mean 0 and its deviation about 1.
@@ -31,6 +33,25 @@ class AutoencoderKLConfig:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     quant_convs: bool = False  # 1x1 convolutions on both sides of the latent, as in Stable Diffusion up to XL
+
+    # `vae_config` of BAGEL's config.json, in FLUX's words: FLUX.1's number for a missing key
+    JSON: ClassVar = JsonLayout(
+        name="the autoencoder's config",
+        keys={
+            "in_channels": "in_channels",
+            "out_channels": "out_ch",
+            "width": "ch",
+            "channel_multipliers": "ch_mult",
+            "n_res_blocks": "num_res_blocks",
+            "latent_channels": "z_channels",
+            "scaling_factor": "scale_factor",
+            "shift_factor": "shift_factor",
+            "quant_convs": "use_quant_conv",
+        },
+        defaults={"use_quant_conv": False},
+        derived={"downsample": "stride"},
+        omit_defaults=True,
+    )
 
     def __post_init__(self) -> None:
         counts = (
@@ -62,25 +83,6 @@ class AutoencoderKLConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of every level, finest first."""
         return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> AutoencoderKLConfig:
-        """Read `vae_config` of a released config.json: FLUX.1's number for a missing key, other keys ignored."""
-        fields: dict[str, Any] = {ours: files[theirs] for ours, theirs in NAMES.items() if theirs in files}
-        if "channel_multipliers" in fields:
-            fields["channel_multipliers"] = tuple(fields["channel_multipliers"])
-        config = cls(**fields)
-        if files.get("downsample", config.stride) != config.stride:
-            raise ValueError(
-                f"got downsample {files['downsample']}, expected {config.stride} from the {len(config.channel_multipliers)} "
-                f"levels of ch_mult {list(config.channel_multipliers)}: correct one of the two"
-            )
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The mapping that `from_json` reads."""
-        files = {theirs: value for ours, theirs in NAMES.items() if (value := getattr(self, ours)) is not False}
-        return files | {"ch_mult": list(self.channel_multipliers), "downsample": self.stride}
 
     @classmethod
     def from_diffusers(cls, files: Mapping[str, Any]) -> AutoencoderKLConfig:
@@ -124,19 +126,6 @@ class AutoencoderKLConfig:
         files |= {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         return files | {"use_quant_conv": self.quant_convs, "use_post_quant_conv": self.quant_convs}
 
-
-# our field -> the key of the released config
-NAMES = {
-    "in_channels": "in_channels",
-    "out_channels": "out_ch",
-    "width": "ch",
-    "channel_multipliers": "ch_mult",
-    "n_res_blocks": "num_res_blocks",
-    "latent_channels": "z_channels",
-    "scaling_factor": "scale_factor",
-    "shift_factor": "shift_factor",
-    "quant_convs": "use_quant_conv",
-}
 
 # what a diffusers config could say and no release does
 FIXED = {

@@ -9,21 +9,21 @@ F features of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.kernels import AttentionMask, KeyRange, attention
 from unimm.nn.patches import grid_position_ids
 from unimm.tokenizers.vq import VQConfig, VQModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticBranchConfig:
+class SemanticBranchConfig(JsonConfig):
     """Numbers of the transformer over codes."""
 
     code_dim: int
@@ -31,30 +31,16 @@ class SemanticBranchConfig:
     n_layers: int
     n_heads: int
     mlp_dim: int
-    # the table of positions is a grid of side * side
-    side: int
-    # width of the features that are told
-    out_dim: int
+    side: int  # of the grid of positions
+    out_dim: int  # width of the predicted features
+
+    JSON: ClassVar = JsonLayout(name="the config of the semantic branch", source="semantic_config.json")
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 1 or self.dim % self.n_heads:
             raise ValueError(
                 f"got {self}, expected positive numbers and a dim that is a multiple of n_heads: correct the config"
             )
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> SemanticBranchConfig:
-        """The mapping that `to_json` gives, and nothing beside it."""
-        names = {field.name for field in fields(cls)}
-        if set(files) != names:
-            raise ValueError(
-                f"got {sorted(files)} for the semantic branch, expected {sorted(names)}: correct its config"
-            )
-        return cls(**files)
-
-    def to_json(self) -> dict[str, Any]:
-        """The mapping that `from_json` reads."""
-        return asdict(self)
 
 
 class SemanticBlock(nn.Module):

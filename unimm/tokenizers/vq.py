@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.kernels import nearest_code
 from unimm.tokenizers.kl import N_GROUPS, Downsample, ResnetBlock, SpatialAttention, Upsample, group_norm
 
@@ -62,36 +63,32 @@ class VQConfig:
         return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
 
     @classmethod
-    def from_json(cls, params: Mapping[str, Any], name: str = "VQ-16") -> VQConfig:
-        """Read `params` of a released gen_vision_config; `name` is its cls, which says what params leave out."""
-        if name not in VARIANT_DEFAULTS:
-            raise ValueError(f"got cls {name!r} for the picture tokenizer, expected one of {sorted(VARIANT_DEFAULTS)}")
-        files = {**VARIANT_DEFAULTS[name], **params}
-        if lost := [theirs for theirs in NAMES.values() if theirs not in files]:
-            raise ValueError(f"the config of the picture tokenizer lacks {', '.join(lost)}: add them to its params")
-        fields = {ours: files[theirs] for ours, theirs in NAMES.items()}
-        return cls(**{**fields, "channel_multipliers": tuple(fields["channel_multipliers"])})
+    def from_json(cls, params: Mapping[str, Any], variant: str = "VQ-16") -> VQConfig:
+        """Read `params` of a released gen_vision_config; `variant` is its cls, which says what params leave out."""
+        if variant != "VQ-16":
+            raise ValueError(f"got cls {variant!r} for the image tokenizer: expected 'VQ-16'")
+        return read_config(cls, params, LAYOUT)
 
-    def to_json(self, name: str = "VQ-16") -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The params that `from_json` reads: what cls says already is left out, as in the released config."""
-        files = {theirs: getattr(self, ours) for ours, theirs in NAMES.items()} | {
-            "ch_mult": list(self.channel_multipliers)
-        }
-        return {theirs: value for theirs, value in files.items() if VARIANT_DEFAULTS[name].get(theirs) != value}
+        return write_config(self, LAYOUT)
 
 
-# our field -> the key of the released config
-NAMES = {
-    "n_codes": "image_token_size",
-    "code_dim": "n_embed",
-    "width": "ch",
-    "channel_multipliers": "ch_mult",
-    "n_res_blocks": "num_res_blocks",
-    "latent_channels": "z_channels",
-}
-VARIANT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "VQ-16": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256}
-}
+LAYOUT = JsonLayout(
+    name="the config of the image tokenizer",
+    source="image_token_size and n_embed, at least, in its params",
+    keys={
+        "n_codes": "image_token_size",
+        "code_dim": "n_embed",
+        "width": "ch",
+        "channel_multipliers": "ch_mult",
+        "n_res_blocks": "num_res_blocks",
+        "latent_channels": "z_channels",
+    },
+    defaults={"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "z_channels": 256},  # VQ-16's
+    required=("image_token_size", "n_embed"),
+    omit_defaults=True,
+)
 
 
 class VQLevel(nn.Module):
