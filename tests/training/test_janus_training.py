@@ -67,7 +67,7 @@ def of(objective, *tasks, dropout=0.0, seed=0):
 def same(a, b):
     return all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "text_kinds", "image_kinds")
-    ) and (torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.pack.draw.content, b.pack.draw.content))
+    ) and (torch.equal(a.pack.ids, b.pack.ids) and torch.equal(a.pack.gen_images.content, b.pack.gen_images.content))
 
 
 # batches
@@ -85,9 +85,9 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
     assert set(batch.image_kinds.tolist()) == set(range(len(IMAGE_KINDS)))
     assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
-    assert len(batch.image_kinds) == len(batch.pack.draw.content) == 16 * len(batch.images)
+    assert len(batch.image_kinds) == len(batch.pack.gen_images.content) == 16 * len(batch.images)
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
-    assert len(batch.pack.layout.positions) % 256 == 0
+    assert len(batch.pack.layout.position_ids) % 256 == 0
     losses = objective.losses(batch)
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
@@ -106,7 +106,7 @@ def test_only_the_assistants_words_and_the_end_carry_labels(objective):
     assert not words, "the last label is the end"
     assert spoken == [training_example(task, i, seed=0).answer for i, task in enumerate(tasks)]
     # a label is the id of the next row
-    ids = torch.full((len(batch.pack.layout.positions) + 1,), -1).index_copy(0, batch.pack.id_rows, batch.pack.ids)
+    ids = torch.full((len(batch.pack.layout.position_ids) + 1,), -1).index_copy(0, batch.pack.id_rows, batch.pack.ids)
     at = (batch.pack.labels != IGNORE_INDEX).nonzero().squeeze(1)
     assert torch.equal(ids[batch.pack.id_rows[at] + 1], batch.pack.labels[at])
 
@@ -119,14 +119,14 @@ def test_drawings_carry_no_text_loss(objective):
 def test_a_dropped_prompt_is_pads_between_its_ends(objective):
     markers = objective.model.special_tokens
     kept, dropped = (of(objective, "draw.two", "edit.swap", dropout=part) for part in (0.0, 1.0))
-    assert kept.pack.layout.starts[-1] == dropped.pack.layout.starts[-1], "as long"
-    for start, length in zip(dropped.pack.layout.starts, dropped.pack.layout.lengths, strict=True):
+    assert kept.pack.layout.segment_starts[-1] == dropped.pack.layout.segment_starts[-1], "as long"
+    for start, length in zip(dropped.pack.layout.segment_starts, dropped.pack.layout.lengths, strict=True):
         mine = (dropped.pack.id_rows >= start[0]) & (dropped.pack.id_rows < start[0] + length)
         ids = dropped.pack.ids[mine].tolist()
         if markers.boi in ids:
             assert len(ids) == length - 16  # all but the codes
             assert ids == [markers.bos, *[markers.pad] * (len(ids) - 2), markers.boi]
-    assert dropped.pack.look is None and kept.pack.look is not None
+    assert dropped.pack.und_images is None and kept.pack.und_images is not None
     assert torch.equal(kept.images, dropped.images)
 
 
@@ -182,12 +182,12 @@ def test_a_pack_equals_its_samples_one_by_one(objective):
 
 def test_a_code_is_predicted_from_the_rows_before_it(objective):
     encoded = objective.encode_image_tokens(of(objective, "draw.one"))
-    codes = encoded.draw.content
+    codes = encoded.gen_images.content
 
     def losses(content):
         with torch.no_grad():
             return objective.model(
-                dataclasses.replace(encoded, draw=dataclasses.replace(encoded.draw, content=content))
+                dataclasses.replace(encoded, gen_images=dataclasses.replace(encoded.gen_images, content=content))
             ).image
 
     before = losses(codes)
@@ -200,13 +200,13 @@ def test_a_code_is_predicted_from_the_rows_before_it(objective):
         assert after[k] != before[k] and (after[k + 1 :] != before[k + 1 :]).all()
     # the rows that predict are the marker's and those of all codes but the last, as in drawing
     boi = (encoded.ids == objective.model.special_tokens.boi).nonzero().squeeze(1)
-    assert encoded.draw.rows[0] - 1 == encoded.id_rows[boi].item()
+    assert encoded.gen_images.rows[0] - 1 == encoded.id_rows[boi].item()
 
 
 def test_codes_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
     encoded = objective.encode_image_tokens(batch)
-    for picture, codes in zip(batch.images, encoded.draw.content.split(16), strict=True):
+    for picture, codes in zip(batch.images, encoded.gen_images.content.split(16), strict=True):
         assert torch.equal(codes, objective.model.vq.encode_ids(picture[None])[0])
 
 

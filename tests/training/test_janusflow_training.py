@@ -102,7 +102,7 @@ def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     assert (
         torch.equal(a.noise, b.noise)
         and torch.equal(a.posterior, b.posterior)
-        and torch.equal(a.pack.times, b.pack.times)
+        and torch.equal(a.pack.timesteps, b.pack.timesteps)
     )
     assert not torch.equal(a.images, other.images) and not torch.equal(a.noise[0], other.noise[0])
     seeded = dataclasses.replace(worlds, seed=1)(3)
@@ -115,7 +115,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
     assert len(batch.image_kinds) == int(batch.pack.noised.sum()) == len(batch.noise) == 2 * 16 * len(batch.images)
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
-    assert len(batch.pack.layout.positions) % 256 == 0
+    assert len(batch.pack.layout.position_ids) % 256 == 0
     losses = objective.losses(batch)
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
@@ -136,9 +136,9 @@ def test_copies_have_times_of_their_own_and_one_picture(objective):
     drawn = []
     *prompt, first, second = objective.batch.sample(example("edit.recolour", 1), drawn, random.Random(0))
     assert [item.kind for item in prompt] == ["text", "und_image", "text"] and len(drawn) == 1
-    assert torch.equal(first.tokens, second.tokens) and 0 < first.time != second.time < 1
+    assert torch.equal(first.tokens, second.tokens) and 0 < first.timestep != second.timestep < 1
     assert not first.segment.visible and first.segment.advance == 0
-    times = torch.cat([objective.batch(step).pack.times[::16] for step in range(12)])
+    times = torch.cat([objective.batch(step).pack.timesteps[::16] for step in range(12)])
     normals = times.logit()
     # 12 steps of about 15 draws: three deviations of a mean and of a deviation
     assert abs(normals.mean()) < 3 * len(normals) ** -0.5 and abs(normals.std() - 1) < 3 * (2 * len(normals)) ** -0.5
@@ -163,8 +163,8 @@ def test_dropped_prompts_are_what_guidance_compares_with(objective):
 
 def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
-    tokens = objective.encode_latents(batch).draw.content
-    picture, token = batch.pack.draw.content[40].tolist()
+    tokens = objective.encode_latents(batch).gen_images.content
+    picture, token = batch.pack.gen_images.content[40].tolist()
     alone = objective.model.vae.encode(
         batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
     )
@@ -230,7 +230,7 @@ def test_text_loss_is_the_cross_entropy_of_the_words_that_chat_would_say(objecti
         [{"role": "user", "content": one.prompt, "images": Image.fromarray(one.images[0])}]
     )
     batch = pack_sequences([[*asked, text_part(last.ids[said + 1].tolist())]])
-    hidden = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[EXPERT]
+    hidden = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[EXPERT]
     logits = model.decoder.head(model.decoder.norms[EXPERT](hidden[-1 - len(said) : -1]))
     torch.testing.assert_close(loss, cross_entropy(logits, last.labels[said], reduction="none"), rtol=1e-4, atol=1e-4)
 
@@ -320,4 +320,4 @@ def test_a_target_is_behind_its_prompt_alone():
 
 def test_texts_alone_make_a_batch(objective):
     batch = objective.batch.batch([example("answer.count", 1), example("caption", 1)], random.Random(0))
-    assert batch.pack.draw is None and set(objective.losses(batch)) == {"answer", "caption"}
+    assert batch.pack.gen_images is None and set(objective.losses(batch)) == {"answer", "caption"}

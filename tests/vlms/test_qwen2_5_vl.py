@@ -76,7 +76,7 @@ def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tens
         for item in items:
             ids += item.ids.tolist() + [154] * item.n_tokens
             if item.tokens is not None:
-                h, w = (item.places[:, 1:].amax(0) + 1).tolist()
+                h, w = (item.image_position_ids[:, 1:].amax(0) + 1).tolist()
                 grids.append([item.n_tokens // (h * w), h * m, w * m])
                 patches.append(item.tokens.reshape(item.n_tokens * m * m, -1))
         rows.append(ids)
@@ -132,7 +132,7 @@ def test_pictures_of_any_size_equal_transformers(theirs, ours):
 @torch.inference_mode()
 def test_a_video_equals_transformers(theirs, ours):
     """Frames in pairs, the last one twice; the clock of its frames runs with its seconds."""
-    patches, grid = ours.config.image_processor.patches(video_frames([picture(40, 24, seed=i) for i in range(3)]))
+    patches, grid = ours.config.image_processor.to_patches(video_frames([picture(40, 24, seed=i) for i in range(3)]))
     assert grid == (2, 6, 10)
     assert_close(
         ours.vision(patches, [grid]), theirs.model.visual(patches, grid_thw=torch.tensor([grid])).pooler_output

@@ -311,28 +311,28 @@ def test_a_prompt_is_read_once(model):
 
 
 def test_guidance_one_is_none_and_zero_the_pads(model, monkeypatch):
-    plain = codes_of(model, monkeypatch, "a cat", guidance=1.0, sampling=GREEDY)[0]
-    assert plain == codes_of(model, monkeypatch, "a cat", guidance=1 + 1e-6, sampling=GREEDY)[0]
-    assert plain != codes_of(model, monkeypatch, "a cat", guidance=5.0, sampling=GREEDY)[0]
+    plain = codes_of(model, monkeypatch, "a cat", guidance=1.0, image_sampling=GREEDY)[0]
+    assert plain == codes_of(model, monkeypatch, "a cat", guidance=1 + 1e-6, image_sampling=GREEDY)[0]
+    assert plain != codes_of(model, monkeypatch, "a cat", guidance=5.0, image_sampling=GREEDY)[0]
     prompt = [*model.processor.generation_parts("a cat"), text_part([model.special_tokens.boi])]
     free = [padded_unconditional(prompt, model.special_tokens.pad)]
     assert sum(item.segment.length for item in free[0]) == sum(item.segment.length for item in prompt)
     assert free[0][0].ids.tolist()[1:-1] == [model.special_tokens.pad] * (free[0][0].segment.length - 2)
     alone = model.generate_image_tokens(free, [torch.Generator()], guidance=[1.0], image_sampling=GREEDY)[0]
-    assert codes_of(model, monkeypatch, "a cat", guidance=0.0, sampling=GREEDY)[0] == alone.tolist()
+    assert codes_of(model, monkeypatch, "a cat", guidance=0.0, image_sampling=GREEDY)[0] == alone.tolist()
     assert codes_of(model, monkeypatch, "a cat") == codes_of(model, monkeypatch, "a cat", guidance=5.0), "as released"
 
 
 def test_a_picture_to_draw_from_is_seen(model, monkeypatch):
-    first = codes_of(model, monkeypatch, "make it red", images=picture(), sampling=GREEDY)
-    assert first == codes_of(model, monkeypatch, "make it red", images=[picture()], sampling=GREEDY)
-    assert first != codes_of(model, monkeypatch, "make it red", images=picture(seed=1), sampling=GREEDY)
-    assert first != codes_of(model, monkeypatch, "make it red", sampling=GREEDY)
+    first = codes_of(model, monkeypatch, "make it red", images=picture(), image_sampling=GREEDY)
+    assert first == codes_of(model, monkeypatch, "make it red", images=[picture()], image_sampling=GREEDY)
+    assert first != codes_of(model, monkeypatch, "make it red", images=picture(seed=1), image_sampling=GREEDY)
+    assert first != codes_of(model, monkeypatch, "make it red", image_sampling=GREEDY)
 
 
 def test_the_sampling_reaches_the_codes(model, monkeypatch):
     one, greedy, cold, usual, free = (
-        codes_of(model, monkeypatch, "a cat", sampling=sampling, seed=2)[0]
+        codes_of(model, monkeypatch, "a cat", image_sampling=sampling, seed=2)[0]
         for sampling in (
             ImageTokenSampling(top_k=1),
             GREEDY,

@@ -76,7 +76,7 @@ def test_the_port_sees_and_reads_the_same(both):
     given = padded(model, prompts)
     theirs = port(**given, pixel_values=pixels).logits[given["attention_mask"].bool()]
     batch = pack_sequences(prompts)
-    (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    (hidden,) = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     assert_equal(model.decoder.logits(hidden), theirs)
 
 
@@ -110,7 +110,7 @@ def test_the_port_draws_the_same(both):
     assert_equal(model.decode_image_tokens(codes), painted.permute(0, 3, 1, 2) if painted.shape[-1] == 3 else painted)
     prompt = [*model.processor.generation_parts("a cat"), text_part([model.special_tokens.boi])]
     batch = pack_sequences([[*prompt[:-1], model.image_token_part(codes[0], model.special_tokens.boi)]])
-    (rows,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    (rows,) = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     ids = torch.cat([item.ids for item in prompt])
     embedded = torch.cat(
         (port.get_input_embeddings()(ids), port.prepare_embeddings_for_image_generation(codes[:1, :-1])[0])

@@ -38,7 +38,7 @@ LLM = dict(
 TOWER = dict(model_name="tiny", image_size=24, width=32, layers=2, heads=4, patch_size=8, mlp_ratio=3.0)
 UVIT = dict(block_out_channels=[16], hidden_size=48, layers_in_middle=1, norm_eps=1e-5)
 ENCODER = UVIT | dict(input_channels=3, kernel_size=4, stride=4, padding=0)
-PAINTER = UVIT | dict(in_channels=24, out_channels=3, n_upsamples=2)
+PAINTER = UVIT | dict(in_channels=24, out_channels=3, upsamples=2)
 OWN_VAE = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, z_channels=3, scale_factor=0.5, shift_factor=0.25)
 SIZE = (24, 24)  # 3 * 3 tokens of 4 * 4 latents of 2 * 2 pixels
 
