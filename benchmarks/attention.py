@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
 
-# tokens of a 512 x 512 picture: latents by 16 pixels, patches by 14, two markers each
+# tokens of a 512 x 512 image: latents by 16 pixels, patches by 14, two markers each
 LATENT, PATCHES = 32 * 32 + 2, 36 * 36 + 2
 LAYOUTS = ("t2i", "edit", "interleaved", "vlm", "causal")
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -30,7 +30,7 @@ BACKWARD_WORK = 2.5
 
 
 def sample(layout: str, dice: random.Random) -> list[KeyRange]:
-    """One training sample of a layout: BAGEL's plans (texts causal, pictures full, targets invisible), Janus's causal one."""
+    """One training sample of a layout: BAGEL's plans (texts causal, images full, targets invisible), Janus's causal one."""
     text = lambda low, high: KeyRange(dice.randint(low, high))  # noqa: E731
     clean, seen, target = (
         KeyRange(LATENT, full=True),

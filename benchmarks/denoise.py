@@ -1,9 +1,9 @@
 """One denoising step of BAGEL at real widths and few layers: how long it takes, and where the time goes.
 
-    python benchmarks/denoise.py                          # the 7B's widths, 2 layers, a 512 x 512 picture, all three branches
+    python benchmarks/denoise.py                          # the 7B's widths, 2 layers, a 512 x 512 image, all three branches
     python benchmarks/denoise.py --layers 1 --side 256
 
-Weights are random: only shapes matter. The main context holds a text and an input picture, as in an edit.
+Weights are random: only shapes matter. The full context holds a text and an input image, as in an edit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from timing import Machine, measure, show
 from torch.profiler import ProfilerActivity, profile
 
-from unimm.models.bagel.cfg_contexts import CFG_CONTEXTS, CFGContexts, LatentDenoiser, append_text
-from unimm.models.bagel.cfg_contexts import append_images as show_pictures
+from unimm.models.bagel.cfg_contexts import CFG_CONTEXTS, CFGContexts, LatentDenoiser, append_images, append_text
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelSpecialTokens
@@ -77,9 +76,9 @@ def build(layers: int, side: int, dtype: torch.dtype, device: str) -> tuple[Bage
         model.config.vae.latent_channels, side // model.config.vae.stride, side // model.config.vae.stride
     )
     seen = model.processor.vit_part(torch.randn(3, side // 14 * 14, side // 14 * 14))
-    dialogue = show_pictures(model, [CFGContexts()], [[([model.processor.latent_part(latent), seen], (side, side))]])
-    dialogue = append_text(model, dialogue, [model.processor.text_part(list(range(5, 45)))])
-    return model, LatentDenoiser(model, dialogue, [grid])
+    contexts = append_images(model, [CFGContexts()], [[([model.processor.latent_part(latent), seen], (side, side))]])
+    contexts = append_text(model, contexts, [model.processor.text_part(list(range(5, 45)))])
+    return model, LatentDenoiser(model, contexts, [grid])
 
 
 @torch.inference_mode()

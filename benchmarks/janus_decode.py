@@ -1,14 +1,14 @@
 """Image tokens of Janus: ms each, against transformers' port and, where its checkout is given, the original, in one run.
 
-    python benchmarks/janus_decode.py                                # Janus-Pro-1B's widths, 4 layers, bfloat16, one picture
+    python benchmarks/janus_decode.py                                # Janus-Pro-1B's widths, 4 layers, bfloat16, one image
     python benchmarks/janus_decode.py --dtype float32 --tokens 24
-    python benchmarks/janus_decode.py --original ~/Janus --rivals plain prepared original
-    python benchmarks/janus_decode.py --size 7b --layers 30 --pictures 16 --rivals captured      # on a GPU
+    python benchmarks/janus_decode.py --original ~/Janus --rivals plain packed original
+    python benchmarks/janus_decode.py --size 7b --layers 30 --images 16 --rivals captured      # on a GPU
 
 Weights are random: only shapes matter. The vocabulary of texts is small, since drawing reads no row of its head. All rivals
 have the same weights, through files that we write, and in float32 must choose the same codes greedily before they are timed
-(int8 is let off). Guidance is on: two rows a picture. Rounds go from rival to rival; a token is timed from one call of the head
-to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle of a picture of 576.
+(int8 is let off). Guidance is on: two rows an image. Rounds go from rival to rival; a token is timed from one call of the head
+to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle of an image of 576.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ VOCAB = 1024
 GUIDANCE = 5.0
 # of the released config files: width, feed-forward, heads, layers; and one for the tests
 SIZES = {"1b": (2048, 5632, 16, 24), "7b": (4096, 11008, 32, 30), "toy": (512, 576, 4, 2)}
-RIVALS = ("plain", "prepared", "int8", "transformers", "original", "captured")
-Draw = Callable[[list[int], int, int], Tensor]  # (ids of a prompt, pictures, tokens) -> codes [P, n], greedily
+RIVALS = ("plain", "packed", "int8", "transformers", "original", "captured")
+Generate = Callable[
+    [list[int], int, int], Tensor
+]  # (ids of a prompt, images, tokens) -> image token ids [P, n], greedily
 
 
 def build(size: str, layers: int, dtype: torch.dtype, device: str) -> Janus:
@@ -74,37 +76,37 @@ def build(size: str, layers: int, dtype: torch.dtype, device: str) -> Janus:
 # ---- the rivals
 
 
-def ours(model: Janus) -> Draw:
+def ours(model: Janus) -> Generate:
     """The library, by its own loop."""
 
-    def draw(ids: list[int], pictures: int, tokens: int) -> Tensor:
-        generators = [torch.Generator()] * pictures
-        greedy, prompts = ImageTokenSampling(temperature=0.0), [[text_part(ids)]] * pictures
+    def generate(ids: list[int], images: int, tokens: int) -> Tensor:
+        generators = [torch.Generator()] * images
+        greedy, prompts = ImageTokenSampling(temperature=0.0), [[text_part(ids)]] * images
         return model.generate_image_tokens(
-            prompts, generators, guidance=[GUIDANCE] * pictures, image_sampling=greedy, grid=(1, tokens)
+            prompts, generators, guidance=[GUIDANCE] * images, image_sampling=greedy, grid=(1, tokens)
         )
 
-    return draw
+    return generate
 
 
-def transformers(folder: Path, dtype: torch.dtype, device: str) -> tuple[Draw, nn.Module]:
+def transformers(folder: Path, dtype: torch.dtype, device: str) -> tuple[Generate, nn.Module]:
     """Its generate, which always draws as many codes as the config says; and its head."""
     from transformers import JanusForConditionalGeneration
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
 
-    def draw(ids: list[int], pictures: int, tokens: int) -> Tensor:
+    def generate(ids: list[int], images: int, tokens: int) -> Tensor:
         model.model.vision_model.config.num_image_tokens = tokens
         model.generation_config.max_length = None
-        asked = torch.tensor([ids] * pictures, device=device)
-        seen = torch.ones_like(asked)
+        prompt_ids = torch.tensor([ids] * images, device=device)
+        seen = torch.ones_like(prompt_ids)
         more: dict[str, Any] = {"do_sample": False, "guidance_scale": GUIDANCE}
-        return model.generate(input_ids=asked, attention_mask=seen, generation_mode="image", **more)
+        return model.generate(input_ids=prompt_ids, attention_mask=seen, generation_mode="image", **more)
 
-    return draw, model.model.generation_head
+    return generate, model.model.generation_head
 
 
-def original(checkout: Path, folder: Path, dtype: torch.dtype, device: str) -> tuple[Draw, nn.Module]:
+def original(checkout: Path, folder: Path, dtype: torch.dtype, device: str) -> tuple[Generate, nn.Module]:
     """The loop of generation_inference.py over its model, which takes the likeliest code here; and its head."""
     sys.path.insert(0, str(checkout))
     from janus.models import MultiModalityCausalLM
@@ -112,38 +114,38 @@ def original(checkout: Path, folder: Path, dtype: torch.dtype, device: str) -> t
     model = MultiModalityCausalLM.from_pretrained(folder).to(dtype).to(device).eval()
 
     @torch.inference_mode()
-    def draw(ids: list[int], pictures: int, tokens: int) -> Tensor:
+    def generate(ids: list[int], images: int, tokens: int) -> Tensor:
         free = [ids[0], *[MARKERS.pad] * (len(ids) - 2), ids[-1]]
-        embeds = model.language_model.get_input_embeddings()(torch.tensor([ids, free] * pictures, device=device))
-        drawn, past = [], None
+        embeds = model.language_model.get_input_embeddings()(torch.tensor([ids, free] * images, device=device))
+        generated, past = [], None
         for _ in range(tokens):
             out = model.language_model.model(inputs_embeds=embeds, use_cache=True, past_key_values=past)
             past = out.past_key_values
             logits = model.gen_head(out.last_hidden_state[:, -1])
             guided = logits[1::2] + GUIDANCE * (logits[0::2] - logits[1::2])
-            drawn.append(guided.argmax(-1))
-            embeds = model.prepare_gen_img_embeds(drawn[-1].repeat_interleave(2))[:, None]
-        return torch.stack(drawn, 1)
+            generated.append(guided.argmax(-1))
+            embeds = model.prepare_gen_img_embeds(generated[-1].repeat_interleave(2))[:, None]
+        return torch.stack(generated, 1)
 
-    return draw, model.gen_head
+    return generate, model.gen_head
 
 
 class Captured:
     """One step as a CUDA graph over a static cache [layers, 2, B, M, G, K]; run as it is where there is no GPU."""
 
-    def __init__(self, model: Janus, ids: list[int], pictures: int, tokens: int):
-        prompts: list[list[Part]] = [[text_part(ids)]] * pictures
-        prompts += [padded_unconditional([text_part(ids)], MARKERS.pad)] * pictures
-        self.model, self.pictures, self.device = model, pictures, model.device
+    def __init__(self, model: Janus, ids: list[int], images: int, tokens: int):
+        prompts: list[list[Part]] = [[text_part(ids)]] * images
+        prompts += [padded_unconditional([text_part(ids)], MARKERS.pad)] * images
+        self.model, self.images, self.device = model, images, model.device
         contexts, _ = model.prefill_prompts([list(prompt) for prompt in prompts])
         room = contexts[0].length + tokens
         self.buffer = torch.stack([torch.cat(c.chunks, 2) for c in contexts], 2)
         self.buffer = nn.functional.pad(self.buffer, (0, 0, 0, 0, 0, tokens)).contiguous()
         self.at = torch.tensor([contexts[0].length], device=self.device)
         self.columns = torch.arange(room, device=self.device)
-        self.rows = {"all": torch.arange(2 * pictures, device=self.device)}
-        self.x = model.decoder.embed(torch.tensor([ids[-1]] * 2 * pictures, device=self.device))
-        self.code = torch.zeros(pictures, dtype=torch.long, device=self.device)
+        self.rows = {"all": torch.arange(2 * images, device=self.device)}
+        self.x = model.decoder.embed(torch.tensor([ids[-1]] * 2 * images, device=self.device))
+        self.code = torch.zeros(images, dtype=torch.long, device=self.device)
         self.replay = self.step if self.device.type == "cpu" else self.capture()
 
     def step(self) -> None:
@@ -160,7 +162,7 @@ class Captured:
 
         model = self.model
         (hidden,) = model.decoder(self.x, self.at.expand(len(self.x)), self.rows, attend).values()
-        logits, free = model.image_logits(hidden).float().split(self.pictures)
+        logits, free = model.image_logits(hidden).float().split(self.images)
         self.code.copy_((free + GUIDANCE * (logits - free)).argmax(-1))
         self.x.copy_(model.embed_image_tokens(self.code).repeat(2, 1))
         self.at += 1
@@ -181,13 +183,13 @@ class Captured:
         return graph.replay
 
 
-def captured(model: Janus) -> tuple[Draw, list[float]]:
+def captured(model: Janus) -> tuple[Generate, list[float]]:
     """The captured step; and the list to which it adds the times of its steps."""
     stamps: list[float] = []
 
     @torch.inference_mode()
-    def draw(ids: list[int], pictures: int, tokens: int) -> Tensor:
-        loop, codes = Captured(model, ids, pictures, tokens), []
+    def generate(ids: list[int], images: int, tokens: int) -> Tensor:
+        loop, codes = Captured(model, ids, images, tokens), []
         for _ in range(tokens):
             stamps.append(now())
             loop.replay()
@@ -195,7 +197,7 @@ def captured(model: Janus) -> tuple[Draw, list[float]]:
         stamps.append(now())
         return torch.stack(codes, 1)
 
-    return draw, stamps
+    return generate, stamps
 
 
 # ---- the clock
@@ -215,13 +217,13 @@ def stamped(head: nn.Module) -> list[float]:
     return stamps
 
 
-def rivals(args: argparse.Namespace, dtype: torch.dtype, folder: Path) -> dict[str, tuple[Draw, list[float]]]:
+def rivals(args: argparse.Namespace, dtype: torch.dtype, folder: Path) -> dict[str, tuple[Generate, list[float]]]:
     """Each rival's loop, and the times of its steps; the files that the others read are written to the folder."""
     model = build(args.size, args.layers, dtype, args.device)
-    found: dict[str, tuple[Draw, list[float]]] = {}
+    found: dict[str, tuple[Generate, list[float]]] = {}
     if "plain" in args.rivals:
         found["plain"] = ours(model), stamped(model.gen_head)
-    for name in [name for name in ("prepared", "int8") if name in args.rivals]:
+    for name in [name for name in ("packed", "int8") if name in args.rivals]:
         began = time.perf_counter()
         ready = model.optimize_for_cpu(int8=name == "int8")
         print(f"{name}: made in {time.perf_counter() - began:.1f} s")
@@ -231,12 +233,12 @@ def rivals(args: argparse.Namespace, dtype: torch.dtype, folder: Path) -> dict[s
         found["captured"] = captured(model)
     if "transformers" in args.rivals:
         model.save_pretrained(folder / "transformers", layout="transformers")
-        draw, head = transformers(folder / "transformers", dtype, args.device)
-        found["transformers"] = draw, stamped(head)
+        generate, head = transformers(folder / "transformers", dtype, args.device)
+        found["transformers"] = generate, stamped(head)
     if args.original:
         model.save_pretrained(folder / "original", layout="original")
-        draw, head = original(args.original, folder / "original", dtype, args.device)
-        found["original"] = draw, stamped(head)
+        generate, head = original(args.original, folder / "original", dtype, args.device)
+        found["original"] = generate, stamped(head)
     return found
 
 
@@ -252,14 +254,14 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--pictures", type=int, default=1, help="two rows each")
+    parser.add_argument("--images", type=int, default=1, help="two rows each")
     parser.add_argument("--prompt", type=int, default=300, help="ids before the first code")
     parser.add_argument("--tokens", type=int, default=576 if gpu else 16)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--original", type=Path, help="a checkout of github.com/deepseek-ai/Janus")
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=["plain", "prepared", "int8", "transformers"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=["plain", "packed", "int8", "transformers"])
     return parser.parse_args()
 
 
@@ -269,17 +271,17 @@ def main() -> None:
     ids = [MARKERS.bos, *torch.randint(6, VOCAB, (args.prompt - 2,)).tolist(), MARKERS.boi]
     with tempfile.TemporaryDirectory() as folder:
         field = rivals(args, dtype, Path(folder))
-    drawn = {name: draw(ids, args.pictures, min(8, args.tokens)).cpu() for name, (draw, _) in field.items()}
-    first = next(iter(drawn.values()))
-    same = {name: float((codes == first).float().mean()) for name, codes in drawn.items()}
+    generated = {name: generate(ids, args.images, min(8, args.tokens)).cpu() for name, (generate, _) in field.items()}
+    first = next(iter(generated.values()))
+    same = {name: float((codes == first).float().mean()) for name, codes in generated.items()}
     if dtype == torch.float32 and any(share < 1 for name, share in same.items() if name != "int8"):
         raise SystemExit(f"the rivals do not choose the same codes: {same}; nothing is timed")
     steps: dict[str, list[float]] = {name: [] for name in field}
     rounds: dict[str, list[float]] = {name: [] for name in field}
     for _ in range(args.rounds):
-        for name, (draw, stamps) in field.items():
+        for name, (generate, stamps) in field.items():
             stamps.clear()
-            draw(ids, args.pictures, args.tokens)
+            generate(ids, args.images, args.tokens)
             found = [1e3 * (b - a) for a, b in pairwise(stamps)]
             steps[name] += found
             rounds[name].append(statistics.median(found))
@@ -294,9 +296,7 @@ def main() -> None:
             ratios = [theirs / our for theirs, our in zip(rounds[against], rounds[name], strict=True)]
             row |= {f"times {against}": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         rows.append(row)
-    what = (
-        f"{args.size}, {args.layers} layers, {args.dtype}, {args.pictures} pictures with guidance, prompt {args.prompt}"
-    )
+    what = f"{args.size}, {args.layers} layers, {args.dtype}, {args.images} images with guidance, prompt {args.prompt}"
     show(rows, title=f"{what}, {args.tokens} tokens, {args.rounds} rounds, {floor:.0f} MB a step; {machine}")
 
 

@@ -1,8 +1,8 @@
 """A step of FLUX's and of Sana's transformer against diffusers', at real widths and few layers, in one run.
 
-    python benchmarks/painters.py                                        # both painters, float32
-    python benchmarks/painters.py --painters flux --side 512 --layers 1 2 --rounds 3
-    python benchmarks/painters.py --compiled --dtype bfloat16 --layers 19 38 --side 1024     # on a GPU
+    python benchmarks/denoisers.py                                        # both denoisers, float32
+    python benchmarks/denoisers.py --denoisers flux --side 512 --layers 1 2 --rounds 3
+    python benchmarks/denoisers.py --compiled --dtype bfloat16 --layers 19 38 --side 1024     # on a GPU
 
 Weights are random and shared: diffusers' modules hold views of ours. Velocities must agree within 1e-4 of the largest before
 anything is timed (float32; in bfloat16 within 3e-2). Rounds go from rival to rival, and a ratio is of one round, so that what
@@ -49,7 +49,7 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Field:
-    """A painter's rivals, each a step; what is computed once before the loop; and how much of a step's work that is."""
+    """A denoiser's rivals, each a step; what is computed once before the loop; and how much of a step's work that is."""
 
     steps: dict[str, Step]
     once: Step
@@ -143,7 +143,7 @@ def sana_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
         "nothing kept": lambda: run(latents, times, ours.condition(caption)),
         "diffusers": lambda: other(latents, caption, TIMESTEP_SCALE * times, return_dict=False)[0],
     }
-    # products a row, in units of the squared width: 13.5 a token of the picture, 2 a token of the caption and block
+    # products a row, in units of the squared width: 13.5 a token of the image, 2 a token of the caption and block
     per_layer = (6 + 3 * config.mlp_ratio) * side**2
     kept = (2 * config.n_layers + 1 + config.caption_dim / config.dim) * tokens
     share = kept / (kept + config.n_layers * per_layer)
@@ -196,12 +196,12 @@ def options() -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--painters", nargs="+", choices=["flux", "sana"], default=["flux", "sana"])
+    parser.add_argument("--denoisers", nargs="+", choices=["flux", "sana"], default=["flux", "sana"])
     parser.add_argument(
         "--layers", type=int, nargs=2, default=[19, 38] if gpu else [1, 1], help="of FLUX: double, single"
     )
     parser.add_argument("--sana-layers", type=int, default=20 if gpu else 2)
-    parser.add_argument("--side", type=int, default=1024 if gpu else 256, help="pixels of FLUX's picture")
+    parser.add_argument("--side", type=int, default=1024 if gpu else 256, help="pixels of FLUX's image")
     parser.add_argument("--sana-side", type=int, default=512)
     parser.add_argument("--text", type=int, default=512 if gpu else 128, help="tokens of FLUX's text")
     parser.add_argument("--caption", type=int, default=256, help="tokens of Sana's: MetaQuery's queries")
@@ -221,8 +221,8 @@ def main() -> None:
     args = options()
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    for painter in args.painters:
-        field = {"flux": flux_field, "sana": sana_field}[painter](args, args.device, dtype)
+    for name in args.denoisers:
+        field = {"flux": flux_field, "sana": sana_field}[name](args, args.device, dtype)
         check(field, dtype)
         rows = race(field, args.rounds, args.steps)
         how = f"{args.rows} rows, {args.dtype}{', compiled' if args.compile else ''}, {args.rounds} rounds"
