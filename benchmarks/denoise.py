@@ -1,9 +1,9 @@
 """One denoising step of BAGEL at real widths and few layers: how long it takes, and where the time goes.
 
-    python benchmarks/denoise.py                          # the 7B's widths, 2 layers, a 512 x 512 image, all three branches
+    python benchmarks/denoise.py                          # the 7B's widths, 2 layers, a 512 x 512 picture, all three branches
     python benchmarks/denoise.py --layers 1 --side 256
 
-Weights are random: only shapes matter. The full context holds a text and an input image, as in an edit.
+Weights are random: only shapes matter. The main context holds a text and an input picture, as in an edit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from timing import Machine, measure, show
 from torch.profiler import ProfilerActivity, profile
 
-from unimm.models.bagel.cfg_contexts import CFG_CONTEXTS, CFGContexts, LatentDenoiser, append_images, append_text
+from unimm.generation.guidance import Guidance
+from unimm.models.bagel.cfg_contexts import CONTEXT_NAMES, CFGContexts
 from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelSpecialTokens
 
@@ -65,20 +67,19 @@ def group(name: str) -> str:
 
 
 def build(layers: int, side: int, dtype: torch.dtype, device: str) -> tuple[Bagel, LatentDenoiser]:
-    """A random model, and a canvas over three different contexts."""
+    """A random model, and a denoiser over three different contexts."""
     markers = BagelSpecialTokens(bos=1, eos=2, boi=3, eoi=4)
     top = {"vae_config": {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}, "new_token_ids": markers.to_json()}
     torch.manual_seed(0)
     with torch.device(device):
         model = Bagel(BagelConfig.from_json({**LLM, "num_hidden_layers": layers}, VIT, top)).to(dtype).eval()
-    grid = (side // model.config.latent_downsample, side // model.config.latent_downsample)
     latent = torch.randn(
         model.config.vae.latent_channels, side // model.config.vae.stride, side // model.config.vae.stride
     )
     seen = model.processor.vit_part(torch.randn(3, side // 14 * 14, side // 14 * 14))
-    contexts = append_images(model, [CFGContexts()], [[([model.processor.latent_part(latent), seen], (side, side))]])
-    contexts = append_text(model, contexts, [model.processor.text_part(list(range(5, 45)))])
-    return model, LatentDenoiser(model, contexts, [grid])
+    contexts = model.append_images([CFGContexts()], [[([model.processor.latent_part(latent), seen], (side, side))]])
+    contexts = model.append_text(contexts, [model.processor.text_part(list(range(5, 45)))])
+    return model, model.latent_denoiser(contexts, [(side, side)], guidance=[Guidance()])
 
 
 @torch.inference_mode()
@@ -90,12 +91,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
     dtype, device = getattr(torch, args.dtype), "cuda" if gpu else "cpu"
-    model, canvas = build(args.layers, args.side, dtype, device)
-    x = torch.randn(sum(canvas.lengths), model.config.latent_dim, device=device)
-    branches = [(0, name) for name in CFG_CONTEXTS]
+    model, denoiser = build(args.layers, args.side, dtype, device)
+    x = torch.randn(sum(denoiser.n_tokens), model.config.latent_dim, device=device)
+    branches = [(0, name) for name in CONTEXT_NAMES]
+    timesteps = torch.tensor([0.5], dtype=torch.float64)
 
     def step() -> list[torch.Tensor]:
-        return canvas.features(x, 0.5, branches)
+        return model.denoiser_states(denoiser, x, timesteps, branches)
 
     times = measure(step, seconds=5.0)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]

@@ -13,7 +13,7 @@ PINNED = Path(__file__).with_name("public_api.txt")
 # every verb of every family; a family has those that it has
 VERBS = ("from_pretrained", "save_pretrained", "generate", "understand", "chat", "interleave", "respond", "prepared")
 # what all `generate`s share, in this order
-SHARED = ("prompt", "images", "think", "size", "seed", "steps", "n", "guidance", "progress")
+SHARED = ("prompt", "images", "n", "size", "seed", "steps", "guidance", "think", "progress")
 # shared parameters that a family does not have yet; this must shrink
 LACKS = {"Bagel": {"n"}}
 

@@ -22,18 +22,12 @@ from torch import Tensor
 from parity.case import Case
 from parity.checks.bagel_plans import check_plan
 from unimm.generation.flow import flow_timesteps
-from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches
+from unimm.generation.guidance import Guidance
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.bagel.cfg_contexts import (
-    CFGContexts,
-    LatentDenoiser,
-    append_images,
-    append_reasoning,
-    append_text,
-    decode_after,
-)
+from unimm.models.bagel.cfg_contexts import CFGContexts
+from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelSpecialTokens
 from unimm.nn.decoder import ExpertRouting
@@ -201,18 +195,18 @@ def check_und(case: Case, model: Bagel, group: str) -> None:
     case.compare("und.vit_position_ids", seen.image_position_ids)
     case.compare("und.vit_hidden", model.vision(seen.content, seen.image_position_ids, seen.lengths))
     case.compare("und.vit_tokens", model.encode_vit(seen))
-    shown = append_images(model, [CFGContexts()], [[(items, size)]])
+    shown = model.append_images([CFGContexts()], [[(items, size)]])
     compare_context(case, "und.kv_image", shown[0].full)
     if "und.prompt_ids" not in case:
         return
     prompt = text(case, model, "und.prompt_ids")
-    asked = append_text(model, shown, [prompt])[0].full
+    asked = model.append_text(shown, [prompt])[0].full
     compare_context(case, "und.kv", asked)
     compare_text(case, model, asked)
     written_after(case, model, asked, "und.inferencer_text")
     if "und.think_system_ids" in case:
-        dialogue = append_text(model, [CFGContexts()], [text(case, model, "und.think_system_ids")], system=True)
-        dialogue = append_text(model, append_images(model, dialogue, [[(items, size)]]), [prompt])
+        dialogue = model.append_text([CFGContexts()], [text(case, model, "und.think_system_ids")], system=True)
+        dialogue = model.append_text(model.append_images(dialogue, [[(items, size)]]), [prompt])
         written_after(case, model, dialogue[0].full, "und.think_text")
 
 
@@ -223,7 +217,7 @@ def to_tensor_u8(image: Image.Image) -> Tensor:
 
 def greedy(model: Bagel, contexts: Sequence[KVCache], tokens: int) -> list[list[int | None]]:
     """The ids that follow each context, at most `tokens`, one row a step."""
-    return list(decode_after(model, contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
+    return list(model.decode_after(contexts, TextSampling(max_tokens=tokens), [0] * len(contexts)))
 
 
 def compare_text(case: Case, model: Bagel, context: KVCache) -> None:
@@ -298,7 +292,7 @@ class Scene:
 
 def t2i_scene(case: Case, model: Bagel) -> Scene:
     """A prompt."""
-    (dialogue,) = append_text(model, [CFGContexts()], [text(case, model, "t2i.prompt_ids")])
+    (dialogue,) = model.append_text([CFGContexts()], [text(case, model, "t2i.prompt_ids")])
     size = tuple(case.told("t2i")["image_hw"])
     return Scene(dialogue, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
 
@@ -306,14 +300,14 @@ def t2i_scene(case: Case, model: Bagel) -> Scene:
 def shown(case: Case, model: Bagel, dialogue: CFGContexts, image: str, noise: str) -> CFGContexts:
     """A stored picture, encoded with stored posterior noise, appended."""
     items, size = model.image_parts(picture(case, image), noise=case.input(noise)[0], latents=True)
-    return append_images(model, [dialogue], [[(items, size)]])[0]
+    return model.append_images([dialogue], [[(items, size)]])[0]
 
 
 def edit_scene(case: Case, model: Bagel) -> Scene:
     """A picture and an instruction."""
     dialogue = shown(case, model, CFGContexts(), "edit.image", "edit.vae_eps")
     compare_context(case, "edit.kv_image", dialogue.no_text)
-    (dialogue,) = append_text(model, [dialogue], [text(case, model, "edit.prompt_ids")])
+    (dialogue,) = model.append_text([dialogue], [text(case, model, "edit.prompt_ids")])
     return Scene(dialogue, dialogue.image_size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
 
 
@@ -321,12 +315,12 @@ def think_scene(case: Case, model: Bagel, group: str) -> Scene:
     """A system prompt, perhaps a picture, a prompt, and the model's own text."""
     source, like = ("edit", "edit.x_text_channel") if group == "think_edit" else ("t2i", "t2i.x_app")
     system = f"{group}.system_ids" if f"{group}.system_ids" in case else "think_t2i.system_ids"
-    (dialogue,) = append_text(model, [CFGContexts()], [text(case, model, system)], system=True)
+    (dialogue,) = model.append_text([CFGContexts()], [text(case, model, system)], system=True)
     if source == "edit":
         dialogue = shown(case, model, dialogue, "edit.image", "edit.vae_eps")
-    (dialogue,) = append_text(model, [dialogue], [text(case, model, f"{source}.prompt_ids")])
+    (dialogue,) = model.append_text([dialogue], [text(case, model, f"{source}.prompt_ids")])
     ids = written_after(case, model, dialogue.full, f"{group}.text")
-    (dialogue,) = append_reasoning(model, [dialogue], [model.processor.text_part(ids)])
+    (dialogue,) = model.append_reasoning([dialogue], [model.processor.text_part(ids)])
     size = dialogue.image_size or tuple(case.told("t2i")["image_hw"])
     return Scene(dialogue, size, case.input(f"{source}.noise"), (like,))
 
@@ -339,7 +333,7 @@ def inter_scene(case: Case, model: Bagel) -> Scene:
         if noise := re.search(r"noise ([\w.]+)", entry):
             dialogue = shown(case, model, dialogue, name, noise[1])
         else:
-            (dialogue,) = append_text(model, [dialogue], [text(case, model, name)])
+            (dialogue,) = model.append_text([dialogue], [text(case, model, name)])
     contexts = {"main": dialogue.full, "text": dialogue.no_text, "img": dialogue.no_image}
     ours = {name: [context.length, context.next_position] for name, context in contexts.items()} | {
         "shape": [*dialogue.image_size]
@@ -354,7 +348,7 @@ def check_t2i(case: Case, model: Bagel, group: str) -> None:
     """Text to image: contexts, embeddings, schedule, velocities, runs, pixels."""
     scene = t2i_scene(case, model)
     compare_context(case, "t2i.kv", scene.dialogue.full)
-    where = canvas_of(model, scene).where
+    where = denoiser_of(model, scene, Guidance()).position_ids
     case.compare("t2i.latent_position_ids", where)
     case.compare("t2i.x_embed_t1", model.embed_latents(scene.noise, torch.ones(1), where))
     if times := re.search(r"at t = ([\d., ]*\d)", case.says("t2i.time_embed")):
@@ -403,31 +397,31 @@ def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
     check_pixels(case, model, group, scene, latents)
 
 
-def canvas_of(model: Bagel, scene: Scene) -> LatentDenoiser:
-    """What a picture is denoised on."""
-    h, w = (side // model.config.latent_downsample for side in scene.size)
-    return LatentDenoiser(model, [scene.dialogue], [(h, w)])
+def denoiser_of(model: Bagel, scene: Scene, guided: Guidance) -> LatentDenoiser:
+    """The state in which a scene's image is denoised."""
+    return model.latent_denoiser([scene.dialogue], [scene.size], guidance=[guided])
 
 
 def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
     """A velocity under one context, with the hidden states of every layer, or one combined by guidance."""
-    canvas = canvas_of(model, scene)
     single = re.fullmatch(r"(\w+)\.v_(?:cfg_)?(cond|text|img)_t(\d)(\d*)", name)
     if single:
         group, context, whole, rest = single.groups()
-        branch = canvas.canonical((0, {"cond": "full", "text": "no_text", "img": "no_image"}[context]))
+        denoiser = denoiser_of(model, scene, Guidance())
+        branches = [denoiser.canonical[0, {"cond": "full", "text": "no_text", "img": "no_image"}[context]]]
+        timesteps = torch.tensor([float(f"{whole}.{rest or 0}")], dtype=torch.float64)
         with layers_of(model) as layers:
-            (hidden,) = canvas.features(scene.noise, float(f"{whole}.{rest or 0}"), [branch])
+            (hidden,) = model.denoiser_states(denoiser, scene.noise, timesteps, branches)
         case.compare(name, model.llm_to_velocity(hidden))
-        layout, _, rows, _ = canvas.plans[(branch,)]
-        case.compare(f"{name}_hidden", torch.stack([ExpertRouting(rows).join(parts) for parts in layers]))
+        rows = denoiser.rows(branches)
+        case.compare(f"{name}_hidden", torch.stack([ExpertRouting(rows.by_expert).join(parts) for parts in layers]))
         if context == "cond":
-            case.compare(f"{group}.query_position_ids", layout.position_ids)
+            case.compare(f"{group}.query_position_ids", rows.position_ids)
     elif not name.endswith("_hidden"):
-        g = guidance({**run_args(case, name, scene.like), "interval": (0.0, 1.0)})
-        velocity = cfg_velocity(deduplicate_branches(canvas.features, canvas.canonical), model.llm_to_velocity, [g])
+        denoiser = denoiser_of(model, scene, guidance({**run_args(case, name, scene.like), "interval": (0.0, 1.0)}))
         time = re.search(rf"\bt ?= ?{NUMBER}", case.says(name))
-        case.compare(name, velocity(scene.noise, float(time[1]) if time else 1.0))
+        timesteps = torch.tensor([float(time[1]) if time else 1.0], dtype=torch.float64)
+        case.compare(name, model.guided_velocity(denoiser, scene.noise, timesteps))
 
 
 @contextmanager
@@ -464,7 +458,7 @@ def check_batch(case: Case, model: Bagel, group: str) -> None:
     more = sorted(case.names(r"batch\.prompt_\w+"))
     dialogues = [
         first.dialogue,
-        *append_text(model, [CFGContexts()] * len(more), [text(case, model, name) for name in more]),
+        *model.append_text([CFGContexts()] * len(more), [text(case, model, name) for name in more]),
     ]
     noises = [first.noise, *(case.input(name.replace("prompt", "noise")) for name in more)]
     sizes = [tuple(size) for size in case.told("batch")["sizes"]]

@@ -37,7 +37,7 @@ class Plan:
 
     def samples(self) -> list[list[Part]]:
         """The items of each sample that its dropout leaves, image contents still empty."""
-        ours = {"text": "text", "vae": "gen_image", "vit": "und_image"}
+        ours = {"text": "text", "vae": "vae", "vit": "vit"}
         dropout = ConditionDropout(**{ours[kind]: rate for kind, rate in self.told.get("dropout_probs", {}).items()})
         return [
             drop_conditions([self.part(entry) for entry in entries], dropout, self.draw)

@@ -66,9 +66,9 @@ def check_model(case: Case, flux: FluxTransformer, times: Tensor, *, height: int
     steps = modulation_per_step(flux, condition, flux.modulations(times[:-1], pooled, guidance=guidance))
     path = []
 
-    def recorded(x: Tensor, time: float) -> Tensor:
+    def recorded(x: Tensor, timesteps: Tensor) -> Tensor:
         path.append(x)
-        return steps(x, time)
+        return steps(x, timesteps)
 
     final = euler(recorded, case.tensors["packed"], times)
     for i, x in enumerate([*path[1:], final]):

@@ -116,10 +116,10 @@ def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
         guided = model.guided_velocity(model.condition(answers), branches)
         told, path, velocities = [], [], []
 
-        def recorded(x: Tensor, time: float) -> Tensor:
-            told.append(round(TIMESTEP_SCALE * time))
+        def recorded(x: Tensor, timesteps: Tensor) -> Tensor:
+            told.append(round(TIMESTEP_SCALE * timesteps[0].item()))
             path.append(x)
-            velocities.append(guided(x, time))
+            velocities.append(guided(x, timesteps))
             return velocities[-1]
 
         final = model.denoise(recorded, noise, steps=stored.steps)

@@ -73,10 +73,10 @@ def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> 
     ):
         told, path = [], []
 
-        def recorded(x: Tensor, time: float, told: list = told, path: list = path) -> Tensor:
-            told.append(TIMESTEP_SCALE * time)
+        def recorded(x: Tensor, timesteps: Tensor, told: list = told, path: list = path) -> Tensor:
+            told.append(TIMESTEP_SCALE * timesteps[0].item())
             path.append(x)
-            return v(x, time)
+            return v(x, timesteps)
 
         final = sampler(with_integer_timesteps(recorded, train_steps=trained) if cut else recorded, noise, times)
         case.compare(f"sampling.{name}.sigmas", times)
@@ -88,8 +88,8 @@ def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> 
 def guided(sana: SanaTransformer, condition: Any, scale: float) -> Velocity:
     """Guidance under a condition of twice the rows: first those without the caption."""
 
-    def velocity(x: Tensor, time: float) -> Tensor:
-        plain, told = sana(torch.cat((x, x)), torch.full((2 * len(x),), time), condition).chunk(2)
+    def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+        plain, told = sana(torch.cat((x, x)), timesteps.float().repeat(2), condition).chunk(2)
         return plain + scale * (told - plain)
 
     return velocity

@@ -14,9 +14,9 @@ import torch
 from unimm.generation.flow import (
     dpm_timesteps,
     dynamic_shift,
+    floor_timesteps,
     flow_timesteps,
     integer_timesteps,
-    with_integer_timesteps,
 )
 from unimm.models.uniworld.processor import nearest_aspect_size
 from unimm.processing.images.qwen2_vl import smart_resize
@@ -42,10 +42,8 @@ def flux(entry: dict[str, Any]) -> bool:
 
 def sana(entry: dict[str, Any]) -> bool:
     """DPM-Solver++'s times, and what the model is told."""
-    times, told = dpm_timesteps(entry["steps"]), []
-    velocity = with_integer_timesteps(lambda x, time: told.append(round(1000 * time)) or x)
-    for time in times[:-1].tolist():
-        velocity(torch.zeros(1), time)
+    times = dpm_timesteps(entry["steps"])
+    told = [round(1000 * time) for time in floor_timesteps(times[:-1]).tolist()]
     return near(times.tolist(), entry["sigmas"]) and told == entry["timesteps"]
 
 

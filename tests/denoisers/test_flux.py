@@ -209,9 +209,7 @@ def test_steps_modulated_at_once_are_the_steps():
     steps = model.modulations(times[:-1], given["pooled"], guidance=3.5)
     assert len(steps) == 4
     at_once = euler(modulation_per_step(model, condition, steps), given["latents"], times)
-    one_by_one = euler(
-        lambda x, t: velocity(model, given | {"latents": x}, torch.full((2,), t)), given["latents"], times
-    )
+    one_by_one = euler(lambda x, t: velocity(model, given | {"latents": x}, t.float()), given["latents"], times)
     assert_equal(at_once, one_by_one)
 
 

@@ -6,18 +6,21 @@ import pytest
 import torch
 
 from unimm.generation.flow import (
+    DPMSolverPP,
     add_noise,
     dpm_solver_pp,
     dpm_timesteps,
     dynamic_shift,
     euler,
+    euler_step,
     flow_timesteps,
     integer_timesteps,
     reshifted_timesteps,
     shift_timesteps,
+    timestep_pairs,
     with_integer_timesteps,
 )
-from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches
+from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches, guidance_branches
 from unimm.generation.step_cache import TaylorSeer
 
 
@@ -86,41 +89,51 @@ def test_a_batch_is_guided_sample_by_sample():
     """The original takes one norm over the batch; here each picture has its own."""
     table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("full", "no_text", "no_image")}
 
-    def features(x, time, branches):
-        return [table[b] for b in branches]
-
     guidance = [
         Guidance(text_scale=3.0, image_scale=1.0, interval=(0.0, 1.0)),
         Guidance(text_scale=2.0, image_scale=2.0, interval=(0.0, 1.0)),
     ]
-    both = cfg_velocity(features, lambda h: h, guidance)(torch.zeros(7, 2), 0.5)
+    timesteps = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    both = cfg_velocity(table, guidance, timesteps)
     for i, g in enumerate(guidance):
-        alone = g.combine(*(table[i, name] for name in g.branches(0.5)))
+        alone = g.combine(*(table[i, name] for name in g.branches(timesteps[i].item())))
         torch.testing.assert_close(both[3 * i : 3 + 4 * i], alone, rtol=0, atol=0)
 
 
+def test_each_image_is_guided_at_its_own_timestep():
+    guidance = [Guidance(interval=(0.4, 1.0), image_scale=1.0)] * 2 + [Guidance(text_scale=1.0)]
+    timesteps = torch.tensor([0.5, 0.3, 0.9], dtype=torch.float64)
+    assert guidance_branches(guidance, timesteps) == [(0, "full"), (0, "no_text"), (1, "full"), (2, "full")]
+
+
+def step(cache, branches, compute):
+    """One step of a TaylorSeer: `compute` gives a branch's features where they are due. Returns the features of all."""
+    due = cache.due(branches)
+    return cache.update(branches, {branch: compute(branch) for branch in due}), due
+
+
 def test_taylor_is_exact_on_a_line_and_counts_each_branch():
-    asked = []
-
-    def features(x, time, branches):
-        asked.append((time, tuple(branches)))
-        return [torch.full((2, 3), float(time)) for _ in branches]
-
-    seer = TaylorSeer(features)
-    calls = [torch.tensor(float(n)) for n in range(14)]
-    for n, time in enumerate(calls):
+    computed = {}
+    cache = TaylorSeer()
+    for n in range(14):
         branches = [(0, "full")] + ([(0, "no_text")] if n < 8 else [])
-        found = seer(torch.zeros(1), float(time), branches)
-        # a feature that is linear in the call index is met exactly as soon as two orders are known
-        torch.testing.assert_close(found[0], torch.full((2, 3), float(time)), rtol=1e-6, atol=1e-6)
-    assert [time for time, _ in asked] == [0, 1, 2, 3, 4, 7, 10, 13]
-    assert asked[5][1] == ((0, "full"), (0, "no_text")) and asked[6][1] == ((0, "full"),)
+        features, due = step(cache, branches, lambda branch, n=n: torch.full((2, 3), float(n)))
+        if due:
+            computed[n] = due
+        # a feature that is linear in the step's number is met exactly as soon as two orders are known
+        assert features.keys() == set(branches)
+        torch.testing.assert_close(features[0, "full"], torch.full((2, 3), float(n)), rtol=1e-6, atol=1e-6)
+    assert list(computed) == [0, 1, 2, 3, 4, 7, 10, 13]
+    assert computed[7] == [(0, "full"), (0, "no_text")] and computed[10] == [(0, "full")]
 
 
 def test_taylor_series_is_the_formula():
     values = [math.exp(0.3 * n) for n in range(9)]
-    seer = TaylorSeer(lambda x, time, branches: [torch.tensor([values[int(time)]], dtype=torch.float64)])
-    found = [float(seer(torch.zeros(1), float(n), [(0, "full")])[0]) for n in range(9)]
+    cache, branch = TaylorSeer(), (0, "full")
+    found = []
+    for n in range(9):
+        features, _ = step(cache, [branch], lambda _, n=n: torch.tensor([values[n]], dtype=torch.float64))
+        found.append(features[branch].item())
     assert found[:5] == pytest.approx(values[:5])
     # at call 4 the orders are F1 = v4 - v3 (the series before it, at call 3, held F0 alone), so F2 does not exist yet
     assert found[5] == pytest.approx(values[4] + (values[4] - values[3]))
@@ -130,16 +143,10 @@ def test_taylor_series_is_the_formula():
     assert found[8] == pytest.approx(values[7] + first + second / 2)
 
 
-def test_share_asks_once():
-    asked = []
-
-    def features(x, time, branches):
-        asked.append(list(branches))
-        return [torch.tensor([float(i)]) for i, _ in branches]
-
-    same = deduplicate_branches(features, lambda branch: (branch[0], "full" if branch[1] == "no_image" else branch[1]))
-    out = same(torch.zeros(1), 0.5, [(0, "full"), (0, "no_image"), (1, "no_image")])
-    assert asked == [[(0, "full"), (1, "full")]] and [float(one) for one in out] == [0, 0, 1]
+def test_equal_branches_are_computed_once():
+    branches = [(0, "full"), (0, "no_image"), (1, "no_image")]
+    unique = deduplicate_branches(branches, lambda branch: (branch[0], "full"))
+    assert unique == [(0, "full"), (1, "full")]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with a newer numpy
@@ -155,16 +162,42 @@ def test_solver_equals_diffusers(steps, shift):
     assert torch.allclose(times.float(), theirs.sigmas.float(), atol=1e-6)
     told, noise = [], x
 
-    def velocity(x: torch.Tensor, time: float) -> torch.Tensor:
+    def velocity(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        time = timesteps[0].item()
         told.append(round(1000 * time))
         return (x + 0.3) * (1 + time) ** -0.5 - x.sin()
 
     ours = dpm_solver_pp(with_integer_timesteps(velocity), noise, times)
     for t in theirs.timesteps:
-        x = theirs.step(velocity(x, t.item() / 1000), t, x).prev_sample
+        x = theirs.step(velocity(x, t[None].double() / 1000), t, x).prev_sample
     assert told[:steps] == theirs.timesteps.tolist() == told[steps:]
     # their logarithms are in float32, near 1 - t = 3e-4
     assert torch.allclose(ours, x, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm"])
+def test_images_of_different_progress_step_as_each_alone(name):
+    """To the bit: a step's coefficients are each image's own."""
+    schedules = [dpm_timesteps(5, shift=2.0), dpm_timesteps(9)]
+    noise = torch.randn(2, 3, 4)
+
+    def velocity(x, timesteps):
+        return (x * (1 + timesteps.view(-1, 1, 1))).float().sin()
+
+    alone = []
+    for x, times in zip(noise, schedules, strict=True):
+        solver, x, path = DPMSolverPP(), x[None], []
+        for t, next_t in timestep_pairs(times[:5], 1):
+            v = velocity(x, t)
+            x = solver.step(x, v, t, next_t) if name == "dpm" else euler_step(x, v, t, next_t)
+            path.append(x)
+        alone.append(path)
+    solver, x = DPMSolverPP(), noise
+    for n in range(4):
+        t, next_t = (torch.stack([times[n + i] for times in schedules]) for i in range(2))
+        v = velocity(x, t)
+        x = solver.step(x, v, t, next_t) if name == "dpm" else euler_step(x, v, t, next_t)
+        assert torch.equal(x, torch.cat([path[n] for path in alone]))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28])

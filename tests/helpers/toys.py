@@ -45,9 +45,9 @@ TOP = dict(
         steps=4,
         shift=2.0,
         size=[24, 32],
-        max_think_tokens=6,
-        think_generate_prompt="think then draw",
-        think_understand_prompt="think",
+        think_tokens=6,
+        think_draw="think then draw",
+        think_answer="think",
     ),
 )
 
@@ -64,7 +64,7 @@ class Words:
     def decode(self, ids: list[int]) -> str:
         return "".join(f" {i}" for i in ids)
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         names = list(BagelSpecialTokens.TOKENS.values())
         return self.vocab - 4 + names.index(token) if token in names else None
 

@@ -8,11 +8,10 @@ import torch
 from helpers.toys import picture, toy
 
 from unimm import Guidance, TextSampling
-from unimm.generation.guidance import deduplicate_branches
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.prefill import prefill
 from unimm.kernels import attention, use_kernels
-from unimm.models.bagel.cfg_contexts import CFGContexts, LatentDenoiser, append_images, append_text, decode_after
+from unimm.models.bagel.cfg_contexts import CFGContexts
 from unimm.nn.decoder import Decoder, DecoderConfig
 from unimm.sequence.packing import pack_sequences
 from unimm.training.tasks.bagel_plans import ImageForms, plan_answer, plan_edit, plan_text_to_image
@@ -147,7 +146,7 @@ def test_cached_equals_uncached(model):
 
 def test_decoding_equals_teacher_forcing(model):
     context = prefill(model, [KVCache()], [[model.processor.text_part([3, 1, 2])]])[0]
-    ids = [one[0] for one in decode_after(model, [context], TextSampling(max_tokens=6), [0])]
+    ids = [one[0] for one in model.decode_after([context], TextSampling(max_tokens=6), [0])]
     assert len(ids) == 6
     batch = pack_sequences([[model.processor.text_part([3, 1, 2]), model.processor.text_part(ids)]])
     with use_kernels("reference"), torch.inference_mode():
@@ -192,7 +191,7 @@ def test_thinking_in_a_batch_equals_the_single_runs(model):
 
 
 def latents(model, guidance, seed=0, prompt=(3, 4, 5)):
-    dialogue = append_text(model, [CFGContexts()], [model.processor.text_part(list(prompt))])
+    dialogue = model.append_text([CFGContexts()], [model.processor.text_part(list(prompt))])
     noise = model.initial_noise((24, 32), torch.Generator().manual_seed(seed))
     return model.denoise(dialogue, [noise], [(24, 32)], guidance=[guidance], steps=5, timestep_shift=2.0)[0]
 
@@ -210,22 +209,51 @@ def test_guidance_one_equals_none(model):
 @torch.inference_mode()
 def test_equal_contexts_share_one_velocity(model):
     """The app's text 4, image 1.5 on a prompt without pictures costs two passes and acts as text 1 + 1.5 (4 - 1)."""
-    dialogue = append_text(model, [CFGContexts()], [model.processor.text_part([1, 2])])
-    canvas = LatentDenoiser(model, dialogue, [(2, 2)])
-    asked = []
-
-    def features(x, time, branches):
-        asked.append(list(branches))
-        return canvas.features(x, time, branches)
-
-    x = torch.randn(4, model.config.latent_dim)
-    both = deduplicate_branches(features, canvas.canonical)(x, 0.5, [(0, "full"), (0, "no_text"), (0, "no_image")])
-    assert asked == [[(0, "full"), (0, "no_text")]]
-    torch.testing.assert_close(both[0], both[2], rtol=0, atol=0)
+    dialogue = model.append_text([CFGContexts()], [model.processor.text_part([1, 2])])
+    stride = model.config.latent_downsample
+    denoiser = model.latent_denoiser(dialogue, [(2 * stride, 2 * stride)], guidance=[Guidance()])
+    x, timesteps = torch.randn(4, model.config.latent_dim), torch.tensor([0.5], dtype=torch.float64)
+    branches = denoiser.branches(timesteps)
+    assert branches == [(0, "full"), (0, "no_text"), (0, "no_image")]
+    due = denoiser.due(branches)
+    assert due == [(0, "full"), (0, "no_text")]
+    states = dict(zip(due, model.denoiser_states(denoiser, x, timesteps, due), strict=True))
+    features = denoiser.features(branches, states)
+    assert features[branches[0]] is features[branches[2]]
     thrice = latents(model, Guidance(text_scale=4.0, image_scale=1.5, renorm_min=1.0))
     torch.testing.assert_close(
         thrice, latents(model, Guidance(text_scale=5.5, image_scale=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
     )
+
+
+@torch.inference_mode()
+def test_images_of_different_progress_share_one_forward(model):
+    """Each with its own timestep, its own guidance and its own size: every one as if it were alone."""
+    contexts = model.append_text([CFGContexts()] * 2, model.text_parts(["one", "two three"]))
+    stride = model.config.latent_downsample
+    sizes = [(2 * stride, 3 * stride), (3 * stride, 2 * stride)]
+    guidance = [Guidance(interval=(0.4, 1.0)), Guidance(text_scale=2.0, interval=(0.0, 1.0))]
+    noises = [model.initial_noise(size, torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
+    now, then = (torch.tensor(values, dtype=torch.float64) for values in ([0.9, 0.3], [0.7, 0.2]))
+    together = model.latent_denoiser(contexts, sizes, guidance=guidance)
+    found = model.denoise_step(together, torch.cat(noises), now, then).split(together.n_tokens)
+    for i in range(2):
+        alone = model.latent_denoiser(contexts[i : i + 1], sizes[i : i + 1], guidance=guidance[i : i + 1])
+        expected = model.denoise_step(alone, noises[i], now[i : i + 1], then[i : i + 1])
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_images_of_a_prompt(model):
+    """In the order of the prompts, each from its own seed: the images of as many calls."""
+    images = model.generate(["one", "two three"], images=[None, picture()], n=2, seed=[3, 8]).images
+    assert len(images) == 4
+    for i, (prompt, image, seed) in enumerate(
+        [("one", None, 3), ("one", None, 4), ("two three", picture(), 8), ("two three", picture(), 9)]
+    ):
+        alone = model.generate(prompt, images=image, seed=seed).image
+        assert np.abs(np.asarray(images[i]).astype(int) - np.asarray(alone).astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="got n 0"):
+        model.generate("one", n=0)
 
 
 def test_fork_does_not_copy_the_prefix(model):
@@ -239,10 +267,10 @@ def test_fork_does_not_copy_the_prefix(model):
 def test_contexts_of_guidance_are_those_of_the_original(model):
     text = [model.processor.text_part([n]) for n in range(3)]
     items, size = model.image_parts(picture(), noise=None, latents=True)
-    told = append_text(model, append_text(model, [CFGContexts()], [text[0]], system=True), [text[1]])[0]
+    told = model.append_text(model.append_text([CFGContexts()], [text[0]], system=True), [text[1]])[0]
     assert told.no_text.length == 3 and told.full is told.no_image  # T2I: text = system prompt only, image = main
-    shown = append_images(model, [CFGContexts()], [[(items, size)]])
-    edited = append_text(model, shown, [text[2]])[0]
+    shown = model.append_images([CFGContexts()], [[(items, size)]])
+    edited = model.append_text(shown, [text[2]])[0]
     rows = sum(item.segment.length for item in items)
     assert (edited.full.length, edited.no_text.length, edited.no_image.length) == (rows + 3, rows, 3)
     assert (edited.full.next_position, edited.no_text.next_position, edited.no_image.next_position) == (5, 2, 3)

@@ -1,56 +1,63 @@
-"""Rectified flow: path, schedules, the samplers, and what wraps their velocity (guidance, TaylorSeer).
+"""Rectified flow: the path between data and noise, schedules of timesteps, and steps in which every image has its own timestep.
 
-Time 0 is data, 1 is noise; velocity = noise - data. (Liu et al. 2022, arXiv 2209.03003, with the ends named this way.)
+Timestep 0 is data, 1 is noise; velocity = noise - data (Liu et al. 2022, arXiv 2209.03003, with the ends named this way).
+Timesteps of a step are float64 on the CPU, so that differences are rounded once and a choice by them waits for no device.
+
+Axes: P images, or rows of packed images; S steps; N rows; C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import exp, expm1, inf, log
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x [N, C] packed, time) -> [N, C]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [P, ...], timesteps [P]) -> [P, ...]
+
+
+# ---- schedules
 
 
 def shift_timesteps(timesteps: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): more of the steps near the noise, for larger pictures. arXiv 2403.03206, section 5.3.2."""
+    """s t / (1 + (s - 1) t): more of the steps near the noise, for larger images. arXiv 2403.03206, section 5.3.2."""
     return shift * timesteps / (1 + (shift - 1) * timesteps)
 
 
 def flow_timesteps(steps: int, shift: float) -> Tensor:
-    """The times of `steps` steps from noise to data, [steps + 1] float32 from 1 to 0. Raises ValueError below 1 step."""
+    """The timesteps of `steps` steps from noise to data, [S + 1] float32 from 1 to 0. Raises ValueError below 1 step."""
     _check_schedule(steps, shift)
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift)
 
 
 def dynamic_shift(tokens: int, *, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
-    """The shift of FLUX for a picture of so many tokens: its logarithm is linear in them, through (tokens, value) twice.
+    """The shift of FLUX for an image of so many tokens: its logarithm is linear in them, through (tokens, value) twice.
 
-    `knots(steps, dynamic_shift(tokens))` are then FLUX's times: e^m / (e^m + 1/t - 1) is shift_time(t, e^m).
+    `flow_timesteps(steps, dynamic_shift(tokens))` are FLUX's timesteps: e^m / (e^m + 1/t - 1) is shift_timesteps(t, e^m).
     """
     slope = (high[1] - low[1]) / (high[0] - low[0])
     return exp(low[1] + slope * (tokens - low[0]))
 
 
 def dpm_timesteps(steps: int, *, shift: float = 3.0, train_steps: int = 1000) -> Tensor:
-    """The times of Sana's DPM-Solver++, [steps + 1] float64 to 0, from a little below 1: (trained - 1) / trained, shifted.
+    """The timesteps of Sana's DPM-Solver++, [S + 1] float64 to 0, from (train_steps - 1) / train_steps, shifted.
 
-    In float64 since `in_whole_steps` cuts them: with a shift of 1 some lie on the cut. Raises ValueError as `knots` does.
+    In float64, since `floor_timesteps` rounds them down: with a shift of 1 some lie exactly on a training step. Raises
+    ValueError below 1 step.
     """
     _check_schedule(steps, shift)
     data = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / train_steps - 1) / steps)
-    data[-1] = 1 / train_steps  # to the bit: the first time may lie on a cut
+    data[-1] = 1 / train_steps  # to the bit: the first timestep may lie on a training step
     timesteps = shift_timesteps(1 - data, shift).flip(0)
     timesteps[-1] = 0
     return timesteps
 
 
 def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) -> Tensor:
-    """The times that diffusers' flow Euler takes unless told its sigmas, [steps + 1] float64 to 0: shifted twice.
+    """The timesteps of diffusers' flow Euler scheduler without explicit sigmas, [S + 1] float64 to 0: shifted twice.
 
-    A slip of that library (its issue 13243: the end at 1 / trained is shifted already), here to reproduce pictures;
-    `knots` is what is meant.
+    A mistake of that library (its issue 13243: the end at 1 / train_steps is shifted already), here to reproduce images;
+    `flow_timesteps` is what is meant.
     """
     _check_schedule(steps, shift)
     last = shift_timesteps(torch.tensor(1 / train_steps, dtype=torch.float64), shift).item()
@@ -65,55 +72,101 @@ def _check_schedule(steps: int, shift: float) -> None:
 
 
 def integer_timesteps(uniform: Tensor, *, train_steps: int = 1000) -> Tensor:
-    """Draws in [0, 1) to the times that MetaQuery trains at: whole steps of `trained`, (trained - i) / trained, never 0."""
+    """Draws in [0, 1) to timesteps of training, (train_steps - i) / train_steps for integers i: never 0. MetaQuery's."""
     return (train_steps - (uniform * train_steps).floor()) / train_steps
 
 
+def floor_timesteps(timesteps: Tensor, *, train_steps: int = 1000) -> Tensor:
+    """Timesteps rounded down to multiples of 1 / train_steps, as by a scheduler whose timesteps are integers."""
+    return (train_steps * timesteps.double()).floor() / train_steps
+
+
 def with_integer_timesteps(velocity: Velocity, *, train_steps: int = 1000) -> Velocity:
-    """A velocity that is told times cut down to whole steps of `trained`, as by a scheduler whose timesteps are integers."""
+    """A velocity that gets timesteps rounded down to multiples of 1 / train_steps."""
+    return lambda x, timesteps: velocity(x, floor_timesteps(timesteps, train_steps=train_steps))
 
-    def rounded(x: Tensor, time: float) -> Tensor:
-        return velocity(x, int(train_steps * time) / train_steps)
 
-    return rounded
+# ---- the path, and steps along it
 
 
 def add_noise(x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The straight path (1 - t) x + t noise, x and noise [N, C], times [N]."""
+    """The straight path (1 - t) x + t noise, x and noise [N, C], timesteps [N]."""
     t = timesteps[:, None].to(x.dtype)
     return (1 - t) * x + t * noise
 
 
+def timestep_pairs(timesteps: Tensor, n_images: int, *, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (timesteps, next_timesteps), [P] float64 each, for every step of images that share one schedule [S + 1]."""
+    pairs = list(zip(timesteps[:-1].tolist(), timesteps[1:].tolist(), strict=True))
+    for pair in tqdm(pairs, "denoising", disable=not progress, leave=False):
+        t, next_t = (torch.full((n_images,), value, dtype=torch.float64, device="cpu") for value in pair)
+        yield t, next_t
+
+
+def euler_step(x: Tensor, velocity: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
+    """One Euler step of every image, x - v (t - t'): x and velocity [P, ...], timesteps and next_timesteps [P]."""
+    return x - _scale(velocity.to(x.dtype), timesteps.double() - next_timesteps.double())
+
+
 def euler(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, progress: bool = False) -> Tensor:
-    """Euler steps from noise [N, C] at times[0] to data at times[-1]: x -= v(x, t) (t - t')."""
+    """Euler steps of images from noise [P, ...] to data along one schedule [S + 1]."""
     x = noise
-    steps = list(zip(timesteps[:-1].tolist(), timesteps[1:].tolist(), strict=True))
-    for t, after in tqdm(steps, "drawing", disable=not progress, leave=False):
-        x = x - velocity(x, t).to(x.dtype) * (t - after)
+    for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
+        x = euler_step(x, velocity(x, t), t, next_t)
     return x
+
+
+class DPMSolverPP:
+    """DPM-Solver++ of second order over images [P, ...]: it keeps each one's last data prediction. Sana's solver.
+
+    With l(t) = log((1 - t) / t), h = l(t') - l(t) and data = x - t v: x <- t'/t x + (1 - t') (1 - e^-h) d, where d is the
+    data, plus half of its change since the last step for that step's length, times h; the first step and the last take
+    the data alone. Lu et al. 2022, arXiv 2211.01095, algorithm 2, on the path of rectified flow.
+    """
+
+    def __init__(self) -> None:
+        self.last_data: Tensor | None = None
+        self.last_h: list[float] = []
+
+    def step(self, x: Tensor, velocity: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
+        """One step of every image: x and velocity [P, ...], timesteps and next_timesteps [P]."""
+        data = x - _scale(velocity.to(x.dtype), timesteps.double())
+        # before an image's first step nothing is known: its last step lies infinitely far away
+        last_h = self.last_h or [inf] * len(x)
+        pairs = zip(timesteps.tolist(), next_timesteps.tolist(), last_h, strict=True)
+        keep, gain, extrapolation, self.last_h = map(
+            list, zip(*(_dpm_coefficients(*one) for one in pairs), strict=True)
+        )
+        mean = data
+        if self.last_data is not None and any(extrapolation):
+            mean = data + _scale(data - self.last_data, torch.tensor(extrapolation, dtype=torch.float64))
+        self.last_data = data
+        kept = _scale(x, torch.tensor(keep, dtype=torch.float64))
+        return kept - _scale(mean, torch.tensor(gain, dtype=torch.float64))
 
 
 def dpm_solver_pp(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, progress: bool = False) -> Tensor:
-    """DPM-Solver++ of two steps' memory from noise at times[0] to data at times[-1]; Sana's sampler, fewer steps than Euler's.
-
-    With l(t) = log((1 - t) / t), h = l(t') - l(t) and data = x - t v(x, t): x <- t'/t x + (1 - t') (1 - e^-h) d, where d
-    is the data, plus half of its change since the last step for that step's length, times h; the first step and the last
-    take the data alone. Lu et al. 2022, arXiv 2211.01095, algorithm 2, on the path of rectified flow.
-    """
-    x, last_data, last_h = noise, noise, inf
-    steps = list(zip(timesteps[:-1].tolist(), timesteps[1:].tolist(), strict=True))
-    for t, after in tqdm(steps, "drawing", disable=not progress, leave=False):
-        data = x - velocity(x, t).to(x.dtype) * t
-        if after == 0:
-            x = data
-            continue
-        h = _log_ratio(after) - _log_ratio(t)
-        # before the first step nothing is known: infinitely far away
-        mean = data + (0.5 * h / last_h) * (data - last_data) if last_h < inf else data
-        x = x * (after / t) - mean * ((1 - after) * expm1(-h))
-        last_data, last_h = data, h
+    """Steps of DPM-Solver++ of images from noise [P, ...] to data along one schedule [S + 1]; fewer do than of Euler's."""
+    solver, x = DPMSolverPP(), noise
+    for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
+        x = solver.step(x, velocity(x, t), t, next_t)
     return x
+
+
+def _dpm_coefficients(t: float, next_t: float, last_h: float) -> tuple[float, float, float, float]:
+    """Of a step: what x is kept by, what the mean is taken by (negative), what the data is extrapolated by, and h."""
+    if next_t == 0:
+        return 0.0, -1.0, 0.0, last_h
+    h = _log_ratio(next_t) - _log_ratio(t)
+    extrapolation = 0.5 * h / last_h if last_h < inf else 0.0
+    return next_t / t, (1 - next_t) * expm1(-h), extrapolation, h
 
 
 def _log_ratio(t: float) -> float:
     return log((1 - t) / t) if t < 1 else -inf
+
+
+def _scale(x: Tensor, factors: Tensor) -> Tensor:
+    """x [P, ...] times one float64 factor an image [P], rounded once to float32 or wider, as a number in Python would be."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x * factors.to(x.device, wide).view(-1, *[1] * (x.ndim - 1))).to(x.dtype)

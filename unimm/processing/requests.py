@@ -1,4 +1,8 @@
-"""The arguments of a call: prompts, images, seeds, sizes and messages, read and checked."""
+"""The arguments of a call, read and checked: prompts, images, messages, sizes, seeds, scales. Every family uses these.
+
+A request is one prompt with its images; a batch is several. Every function raises ValueError with what was got and what was
+expected.
+"""
 
 from collections.abc import Mapping, Sequence
 from operator import index
@@ -11,10 +15,22 @@ from PIL import Image
 
 ImageInput = Image.Image | str | Path
 Message = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
+ROLES = ("user", "assistant")
+
+
+# ---- prompts, images, messages
+
+
+def parse_requests(prompt: Any, images: Any, *, allow_empty: bool = False) -> tuple[list[str], list[list]]:
+    """The prompts of a call, and the images of each; an empty prompt is refused unless `allow_empty`."""
+    prompts = parse_prompts(prompt)
+    if not allow_empty and any(not text.strip() for text in prompts):
+        raise ValueError("got an empty prompt: expected at least a word")
+    return prompts, parse_images(images, prompt)
 
 
 def parse_prompts(prompt: Any) -> list[str]:
-    """A text, or a list of them, as a list. Raises ValueError for anything else, and for halves of characters."""
+    """A text, or a list of them, as a list; text that is no valid Unicode (half a character) is refused."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text, or a list of texts")
@@ -25,9 +41,51 @@ def parse_prompts(prompt: Any) -> list[str]:
     return list(texts)
 
 
-def parse_requests(prompt: Any, images: Any) -> tuple[list[str], list[list]]:
-    """Texts, and the pictures of each. Raises ValueError as `texts_of` and `pictures_of` do."""
-    return parse_prompts(prompt), parse_images(images, prompt)
+def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
+    """The images of each prompt: for one prompt an image or several, for a batch one of these (or None) each."""
+    if isinstance(prompt, str):
+        return [_as_list(images)]
+    if not prompt:
+        raise ValueError("got no prompts: expected at least one")
+    if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
+        n = len(prompt)
+        raise ValueError(f"got images for {n} prompts: expected a list of {n}, each an image, a list or None")
+    return [[] for _ in prompt] if images is None else [_as_list(one) for one in images]
+
+
+def parse_message(message: Message, *, placeholder: str) -> tuple[str, str, list]:
+    """Role, content and images of a message; the content has a `placeholder` for each image, in front unless it says where."""
+    known = isinstance(message, Mapping) and message.keys() <= {"role", "content", "images"}
+    if not known or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        raise ValueError(
+            f"got the message {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and, if "
+            "any, images"
+        )
+    role, content, images = message["role"], message["content"], _as_list(message.get("images"))
+    if not content.strip():
+        raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
+    return role, place_images(content, images, placeholder=placeholder), images
+
+
+def place_images(content: str, images: Sequence, *, placeholder: str) -> str:
+    """The content with one `placeholder` for each image: in front, unless it says where."""
+    if placeholder not in content:
+        content = placeholder * len(images) + content
+    if (n := content.count(placeholder)) != len(images):
+        raise ValueError(
+            f"got {n} {placeholder} for {len(images)} images: expected one for each; give as many images, or leave the "
+            "placeholders out to have the images in front"
+        )
+    return content
+
+
+def _as_list(images: Any) -> list:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+# ---- numbers
 
 
 def to_python(value: Any) -> Any:
@@ -36,7 +94,7 @@ def to_python(value: Any) -> Any:
 
 
 def broadcast(value: Any, n_prompts: int, noun: str) -> list:
-    """One value a sample: a sequence, or an array, of n, or one value for all. Raises ValueError for another length."""
+    """One value for each prompt: from a sequence, or an array, of as many, or from one value for all."""
     value = to_python(value)
     values = [value] * n_prompts if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if len(values) != n_prompts:
@@ -44,10 +102,26 @@ def broadcast(value: Any, n_prompts: int, noun: str) -> list:
     return values
 
 
-def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
-    """A seed a sample, and for `copies` of each the ones after it; from one number, that number and the ones after it.
+def parse_scales(value: Any, n_prompts: int, noun: str, *, n_images: int = 1) -> list[float]:
+    """A guidance scale of 0 or more for each image, from one for all or one a prompt; images of a prompt share it."""
+    scales = [float(scale) for scale in broadcast(value, n_prompts, noun) for _ in range(n_images)]
+    if not all(scale >= 0 for scale in scales):
+        raise ValueError(f"got {noun} {value}: expected scales of 0 or more")
+    return scales
 
-    Raises ValueError for a negative one, one of more than 63 bits, and for what is no whole number.
+
+def check_n_images(n: int) -> int:
+    """The number of images of each prompt, at least 1."""
+    if n < 1:
+        raise ValueError(f"got n {n}: expected at least 1 image of each prompt")
+    return n
+
+
+def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
+    """One seed for each image, prompt by prompt: from one number, that number and the ones after it, image by image; from
+    one number a prompt, that number and the ones after it for the prompt's images.
+
+    Whole numbers from 0 and below 2^63.
     """
     given = to_python(seed)
     try:
@@ -63,43 +137,22 @@ def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1
     return expanded
 
 
-def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
-    """Input pictures as a list for each prompt: for one prompt a picture or several, for a batch one of these each.
-
-    Raises ValueError for no prompts, and where the images are not one entry a prompt.
-    """
-    if isinstance(prompt, str):
-        return [_as_list(images)]
-    if not prompt:
-        raise ValueError("got no prompts: expected at least one")
-    if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
-        n = len(prompt)
-        raise ValueError(f"got images for {n} prompts: expected a list of {n}, each a picture, a list or None")
-    return [[] for _ in prompt] if images is None else [_as_list(one) for one in images]
-
-
-def _as_list(images: Any) -> list:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
 def parse_size(size: Any) -> tuple[int, int]:
-    """(height, width) in pixels. Raises ValueError for anything else."""
+    """(height, width) in pixels."""
     try:
         height, width = map(index, to_python(size))
     except (TypeError, ValueError):
-        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all pictures") from None
+        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all images") from None
     return height, width
 
 
 def check_size(size: tuple[int, int], stride: int, max_side: int) -> tuple[int, int]:
-    """The (height, width) to draw. Raises ValueError, with the nearest that works, for other than multiples of stride."""
+    """The (height, width) to generate, both multiples of `stride` up to `max_side`; the error names the nearest such size."""
     wanted = parse_size(size)
     height, width = (min(max_side, max(stride, round(side / stride) * stride)) for side in wanted)
     if (height, width) != wanted:
         raise ValueError(
-            f"cannot draw (height, width) {wanted}: expected multiples of {stride} up to {max_side}; "
+            f"cannot generate (height, width) {wanted}: expected multiples of {stride} up to {max_side}; "
             f"the nearest is {(height, width)}"
         )
     return height, width

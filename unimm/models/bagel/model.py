@@ -1,6 +1,6 @@
-"""BAGEL's public class: the network of network.py with a tokenizer, and the verbs.
+"""BAGEL's public class: the network with a tokenizer, the steps that a server shares, and the verbs.
 
-Axes: L latent tokens of a picture, C features of a latent token.
+Axes: P images, N latent tokens of all images, L latent tokens of one, C channels of a latent token, B texts, V vocabulary.
 """
 
 import json
@@ -11,88 +11,219 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation.decode import TextStream
-from unimm.generation.flow import euler, flow_timesteps
-from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches
-from unimm.generation.step_cache import TaylorSeer
+from unimm.generation import prefill as prefilling
+from unimm.generation.decode import TextStream, decode_text
+from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
+from unimm.generation.guidance import Guidance, resolve_guidance
+from unimm.generation.kv_cache import KVCache
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.bagel import RELEASES
-from unimm.models.bagel.cfg_contexts import (
-    CFGContexts,
-    LatentDenoiser,
-    append_images,
-    append_reasoning,
-    append_text,
-    decode_after,
-)
+from unimm.models.bagel.cfg_contexts import CFGContexts, ContextAppend
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
+from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
 from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
 from unimm.models.bagel.weights import DECODER_KEYS, LATENT_KEYS, QK_NORM_KEYS, VAE_KEYS, VIT_KEYS
 from unimm.models.base import Generation, ImageOptions, UnifiedModel
 from unimm.processing.images.io import load_image, pil_to_tensor, tensor_to_pil
-from unimm.processing.requests import ImageInput, broadcast, check_size, expand_seeds, parse_requests
+from unimm.processing.requests import (
+    ImageInput,
+    broadcast,
+    check_n_images,
+    check_size,
+    expand_seeds,
+    parse_requests,
+)
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 
+ImageParts = tuple[list[Part], tuple[int, int]]  # an image's parts, and its (height, width)
+
 
 class Bagel(BagelNetwork, UnifiedModel):
-    """BAGEL with its tokenizer and its verbs: understand, generate, interleave."""
+    """BAGEL with its tokenizer and its verbs: generate, understand, interleave."""
 
     RELEASES = RELEASES
-    KEY_PREFIX, supports_thinking = "bagel.", True
+    KEY_PREFIX = "bagel."
+    supports_thinking = True
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
         self.tokenizer = None
 
+    # ---- files
+
     @classmethod
-    def _build(cls, folder: Path) -> "Bagel":
-        """The model of a folder's config files, with its tokenizer, without weights."""
+    def _build(cls, folder: Path) -> Self:
         model = cls(BagelConfig.from_folder(folder))
         model.tokenizer = load_tokenizer(folder)
         return model
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of each file of weights."""
-        parts = (
-            (self.config.decoder.qk_norm, QK_NORM_KEYS),
-            (self.config.vision, VIT_KEYS),
-            (self.config.visual_gen, LATENT_KEYS),
-        )
+        """The key map of each file of weights, by the names that it may have."""
+        config = self.config
         main = dict(DECODER_KEYS)
-        for has, table in parts:
-            main |= table if has else {}
-        return {WEIGHT_FILES: main, ("ae.safetensors",): VAE_KEYS} if self.config.visual_gen else {WEIGHT_FILES: main}
+        main |= QK_NORM_KEYS if config.decoder.qk_norm else {}
+        main |= VIT_KEYS if config.vision else {}
+        main |= LATENT_KEYS if config.visual_gen else {}
+        return {WEIGHT_FILES: main} | ({("ae.safetensors",): VAE_KEYS} if config.visual_gen else {})
 
     def save_config(self, folder: Path) -> None:
         """Write llm_config.json, vit_config.json and config.json."""
         for name, contents in self.config.to_json().items():
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
 
+    # ---- what texts and images are in a sequence
+
     @property
     def processor(self) -> BagelProcessor:
-        """What texts and pictures are in this model's sequences; marker ids from the tokenizer, else from the config."""
-        cfg, markers = (
-            self.config,
-            BagelSpecialTokens.from_tokenizer(self.tokenizer) if self.tokenizer else self.config.special_tokens,
-        )
-        if markers is None:
-            raise ValueError(
-                "this checkpoint has no tokenizer and its config names no new_token_ids: add tokenizer.json"
-            )
+        """Makes the parts of this model's sequences; special tokens from the tokenizer, else from the config."""
+        config = self.config
+        special_tokens = config.special_tokens
+        if self.tokenizer is not None:
+            special_tokens = BagelSpecialTokens.from_tokenizer(self.tokenizer)
+        if special_tokens is None:
+            raise ValueError("this checkpoint has no tokenizer and its config no new_token_ids: add tokenizer.json")
         return BagelProcessor(
-            special_tokens=markers,
-            vit_patch_size=cfg.vision.patch_size if cfg.vision else None,
-            vit_grid=cfg.vit_grid,
-            latent_patch_size=cfg.latent_patch_size if cfg.visual_gen else None,
-            latent_grid=cfg.latent_grid,
-            interpolate_pos_embed=cfg.interpolate_pos_embed,
+            special_tokens=special_tokens,
+            vit_patch_size=config.vision.patch_size if config.vision else None,
+            vit_grid=config.vit_grid,
+            latent_patch_size=config.latent_patch_size if config.visual_gen else None,
+            latent_grid=config.latent_grid,
+            interpolate_pos_embed=config.interpolate_pos_embed,
         )
 
-    # ---- drawing
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer. Raises ValueError for a checkpoint without one."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
+        return self.tokenizer
+
+    def text_parts(self, texts: Sequence[str]) -> list[Part]:
+        """Each text between its special tokens."""
+        return [self.processor.text_part(self.text_tokenizer.encode(text)) for text in texts]
+
+    @torch.inference_mode()
+    def image_parts(self, image: Image.Image, *, noise: Tensor | None, latents: bool) -> ImageParts:
+        """An image as latents (where wanted) and as ViT patches, and its size after the VAE's resize, which both take.
+
+        noise [z, h, w] draws from the VAE's posterior, as the released code always does; None takes its mean.
+        """
+        image = self.config.vae_transform(image)
+        size = image.height, image.width
+        vit_part = self.processor.vit_part(pil_to_tensor(self.config.vit_transform(image)))
+        if not latents:
+            return [vit_part], size
+        noise = None if noise is None else noise.to(self.device)
+        latent = self.encode_latents(pil_to_tensor(image).to(self.device), noise)
+        return [self.processor.latent_part(latent.cpu()), vit_part], size
+
+    def _input_image_parts(self, image: ImageInput, generator: torch.Generator, *, latents: bool) -> ImageParts:
+        """`image_parts` of an input image, its posterior drawn by the generator."""
+        pil, vae = load_image(image), self.config.vae
+        width, height = self.config.vae_transform.output_size(pil.width, pil.height)
+        shape = vae.latent_channels, height // vae.stride, width // vae.stride
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return self.image_parts(pil, noise=noise, latents=latents)
+
+    # ---- contexts
+
+    @torch.inference_mode()
+    def prefill(self, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> list[KVCache]:
+        """The caches with the parts of each appended, all in one forward; the ones given stay as they are."""
+        return prefilling.prefill(self, caches, parts)
+
+    def append_text(
+        self, contexts: Sequence[CFGContexts], texts: Sequence[Part], *, system: bool = False
+    ) -> list[CFGContexts]:
+        """The contexts after one text each; `system` where it is the system prompt."""
+        grown = self._append(contexts, [[text] for text in texts], ("full", "no_image"))
+        return [one.with_text(caches, system=system) for one, caches in zip(contexts, grown, strict=True)]
+
+    def append_reasoning(self, contexts: Sequence[CFGContexts], texts: Sequence[Part]) -> list[CFGContexts]:
+        """The contexts after the reasoning that the model wrote for each."""
+        grown = self._append(contexts, [[text] for text in texts], ("full",))
+        return [one.with_reasoning(caches) for one, caches in zip(contexts, grown, strict=True)]
+
+    def append_images(
+        self, contexts: Sequence[CFGContexts], images: Sequence[Sequence[ImageParts]]
+    ) -> list[CFGContexts]:
+        """The contexts after some images each: the first ones of all in one forward, then the second ones, and so on."""
+        result = list(contexts)
+        for n in range(max(map(len, images))):
+            rows = [i for i, some in enumerate(images) if len(some) > n]
+            grown = self._append([result[i] for i in rows], [images[i][n][0] for i in rows], ("full",))
+            for i, caches in zip(rows, grown, strict=True):
+                result[i] = result[i].with_image(caches, images[i][n][1])
+        return result
+
+    def _append(
+        self, contexts: Sequence[CFGContexts], parts: Sequence[Sequence[Part]], names: Sequence[str]
+    ) -> list[dict[str, KVCache]]:
+        append = ContextAppend(contexts, parts, names)
+        return append.by_name(self.prefill(append.caches, append.parts))
+
+    def _start(self, n: int, system: str | None) -> list[CFGContexts]:
+        """n empty conversations, or n that begin with a system prompt."""
+        empty = [CFGContexts()] * n
+        return self.append_text(empty, self.text_parts([system] * n), system=True) if system else empty
+
+    def _append_input_images(
+        self,
+        contexts: Sequence[CFGContexts],
+        images: Sequence[Sequence[ImageInput]],
+        generators: Sequence[torch.Generator],
+        *,
+        latents: bool,
+    ) -> list[CFGContexts]:
+        """The contexts after each sample's images; its generator draws their latents."""
+        parts = [
+            [self._input_image_parts(image, generator, latents=latents) for image in some]
+            for some, generator in zip(images, generators, strict=True)
+        ]
+        return self.append_images(contexts, parts)
+
+    # ---- text
+
+    def decode_after(
+        self, caches: Sequence[KVCache], sampling: TextSampling, seeds: Sequence[int]
+    ) -> Iterator[list[int | None]]:
+        """Text after each cache, from bos to eos: one id a cache at a time, None for those that have ended."""
+        special = self.processor.special_tokens
+        return decode_text(self, caches, [special.bos] * len(caches), end=special.eos, sampling=sampling, seeds=seeds)
+
+    def _text_stream(
+        self, contexts: Sequence[CFGContexts], sampling: TextSampling | None, seeds: Sequence[int]
+    ) -> TextStream:
+        """The model's own text after each context."""
+        sampling = (sampling or TextSampling()).with_default_max_tokens(self.config.defaults.max_think_tokens)
+        steps = self.decode_after([one.full for one in contexts], sampling, seeds)
+        return TextStream(steps, self.text_tokenizer.decode, len(contexts), sampling.stop)
+
+    # ---- images
+
+    def latent_denoiser(
+        self,
+        contexts: Sequence[CFGContexts],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        guidance: Sequence[Guidance],
+        step_cache: bool = False,
+    ) -> LatentDenoiser:
+        """The state in which images of (height, width) pixels are denoised after the contexts."""
+        stride = self.config.latent_downsample
+        grids = [(height // stride, width // stride) for height, width in sizes]
+        return LatentDenoiser(self.decoder, self.processor, contexts, grids, guidance=guidance, step_cache=step_cache)
+
+    @torch.inference_mode()
+    def denoise_step(self, denoiser: LatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
+        """One step of all images: x [N, C] from their timesteps [P] to next_timesteps [P], float64 on the CPU; 0 is data."""
+        velocity = self.guided_velocity(denoiser, x, timesteps)
+        return euler_step(x, velocity, denoiser.token_values(timesteps), denoiser.token_values(next_timesteps))
 
     @torch.inference_mode()
     def denoise(
@@ -107,31 +238,39 @@ class Bagel(BagelNetwork, UnifiedModel):
         step_cache: bool = False,
         progress: bool = False,
     ) -> list[Tensor]:
-        """From noise [L, C] to latent tokens [L, C], for pictures of (height, width) pixels, all in one batch."""
-        grids = [(h // self.config.latent_downsample, w // self.config.latent_downsample) for h, w in sizes]
-        canvas = LatentDenoiser(self, contexts, grids)
-        features = deduplicate_branches(canvas.features, canvas.canonical)
-        velocity = cfg_velocity(TaylorSeer(features) if step_cache else features, self.llm_to_velocity, guidance)
-        x = euler(
-            velocity, torch.cat(list(noises)).to(self.device), flow_timesteps(steps, timestep_shift), progress=progress
-        )
-        return list(x.split([len(noise) for noise in noises]))
+        """From noise [L, C] to latent tokens [L, C], for images of (height, width) pixels, all in one batch."""
+        denoiser = self.latent_denoiser(contexts, sizes, guidance=guidance, step_cache=step_cache)
+        x = torch.cat(list(noises)).to(self.device)
+        for t, next_t in timestep_pairs(flow_timesteps(steps, timestep_shift), len(sizes), progress=progress):
+            x = self.denoise_step(denoiser, x, t, next_t)
+        return list(x.split(denoiser.n_tokens))
+
+    def initial_noise(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """The noise [L, C] that an image of (height, width) begins from, float32 from the CPU."""
+        stride = self.config.latent_downsample
+        shape = (size[0] // stride) * (size[1] // stride), self.config.latent_dim
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     @torch.inference_mode()
-    def image_parts(
-        self, image: Image.Image, *, noise: Tensor | None, latents: bool
-    ) -> tuple[list[Part], tuple[int, int]]:
-        """A picture as latents (`draw`) and as patches, and its size (height, width) after the VAE's resize, which both use.
-
-        noise [z, h, w] draws from the VAE's posterior, as the original always does; None takes its mean.
-        """
-        image = self.config.vae_transform(image)
-        look = self.processor.vit_part(pil_to_tensor(self.config.vit_transform(image)))
-        if not latents:
-            return [look], (image.height, image.width)
-        pixels = pil_to_tensor(image)[None].to(self.device)
-        latent = self.vae.encode(pixels, noise=None if noise is None else noise[None].to(self.device))[0]
-        return [self.processor.latent_part(latent.cpu()), look], (image.height, image.width)
+    def _generate_images(
+        self, contexts: Sequence[CFGContexts], generators: Sequence[torch.Generator], options: ImageOptions
+    ) -> list[Image.Image]:
+        """An image after each context: guided as an edit where images came before."""
+        defaults, stride = self.config.defaults, self.config.latent_downsample
+        sizes = [options.size or one.image_size or defaults.size for one in contexts]
+        sizes = [check_size(size, stride, stride * self.config.latent_grid) for size in sizes]
+        usual = [defaults.edit_guidance if one.image_size else defaults.generate_guidance for one in contexts]
+        latents = self.denoise(
+            contexts,
+            [self.initial_noise(size, generator) for size, generator in zip(sizes, generators, strict=True)],
+            sizes,
+            guidance=[resolve_guidance(*pair) for pair in zip(options.guidance or usual, usual, strict=True)],
+            steps=defaults.steps if options.steps is None else options.steps,
+            timestep_shift=defaults.timestep_shift if options.timestep_shift is None else options.timestep_shift,
+            step_cache=options.step_cache,
+            progress=options.progress,
+        )
+        return [tensor_to_pil(self.decode_latents(x, size)) for x, size in zip(latents, sizes, strict=True)]
 
     # ---- verbs
 
@@ -140,45 +279,54 @@ class Bagel(BagelNetwork, UnifiedModel):
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
-        timestep_shift: float | None = None,
         guidance: Guidance | float | Sequence[Guidance | float] | None = None,
-        text_sampling: TextSampling | None = None,
+        timestep_shift: float | None = None,
         step_cache: bool = False,
+        think: bool = False,
+        text_sampling: TextSampling | None = None,
         progress: bool = False,
     ) -> Generation:
-        """Draw a picture for each prompt; with `images`, edit them; with `think`, write the reasoning first.
+        """Generate `n` images for each prompt, in the order of the prompts; with `images`, edit them.
 
-        prompt: one text or a batch of them. images: for one prompt a picture or several, for a batch one of these (or
-        None) each. size: (height, width) in pixels, multiples of the stride; unless given, that of the last input
-        picture after its resize, or the default. seed: one, or one a prompt; from one number, that number and the
-        ones after it. steps: forwards of the sampler (the original's num_timesteps - 1). guidance: one, or one a prompt; a
-        number is the text's scale, the rest as by default. A picture does not depend on what else is in the batch. Raises
-        ValueError for bad input, with what would be good.
+        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these (or None) each.
+        size: (height, width) in pixels, multiples of the stride; unless given, that of the last input image after its
+        resize, or the default. seed: one, or one a prompt; from one number, that number and the ones after it, image by
+        image. steps: of the sampler (the released code's num_timesteps - 1). guidance: one, or one a prompt; a number is the
+        text_scale, the rest as by default. step_cache: extrapolate features at most steps (TaylorSeer). think: write the
+        reasoning first, as text_sampling says. An image does not depend on what else is in the batch. Raises ValueError
+        for bad input.
         """
         self.processor.check_visual_gen()
-        prompts, pictures = parse_requests(prompt, images)
-        n, d, seed = len(prompts), self.config.defaults, expand_seeds(seed, len(prompts))
-        generators = [torch.Generator().manual_seed(s) for s in seed]
-        dialogues, texts = self._start(n, d.think_generate_prompt if think else None), []
-        dialogues = self._append_images(dialogues, pictures, generators, draw=True)
-        dialogues = append_text(self, dialogues, self._text_parts(prompts))
-        if think:
-            texts = self._decode_text(dialogues, text_sampling, seed).texts()
-            dialogues = append_reasoning(self, dialogues, self._text_parts(texts, empty=True))
-        guided = None if guidance is None else broadcast(guidance, n, "guidances")
+        prompts, input_images = parse_requests(prompt, images)
+        check_n_images(n)
+        defaults = self.config.defaults
+        scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
         options = ImageOptions(
             size=size,
-            guidance=guided,
+            guidance=None if scales is None else [scale for scale in scales for _ in range(n)],
             steps=steps,
             timestep_shift=timestep_shift,
             step_cache=step_cache,
             progress=progress,
         )
-        return Generation(self._generate_images(dialogues, generators, options), texts)
+        seeds = expand_seeds(seed, len(prompts), n_images=n)
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
+
+        contexts = self._start(len(prompts), defaults.think_generate_prompt if think else None)
+        contexts = [contexts[i] for i in copies]
+        contexts = self._append_input_images(contexts, [input_images[i] for i in copies], generators, latents=True)
+        texts = self.text_parts(prompts)
+        contexts = self.append_text(contexts, [texts[i] for i in copies])
+        reasoning: list[str] = []
+        if think:
+            reasoning = self._text_stream(contexts, text_sampling, seeds).texts()
+            contexts = self.append_reasoning(contexts, self.text_parts(reasoning))
+        return Generation(self._generate_images(contexts, generators, options), reasoning)
 
     def understand(
         self,
@@ -190,21 +338,22 @@ class Bagel(BagelNetwork, UnifiedModel):
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Answer a question about pictures: a str; for a batch of questions a list; with `stream`, pieces as they come.
+        """Answer a question about images: a str; for a batch of questions a list; with `stream`, pieces as they come.
 
-        images: for one question a picture, several, or None; for a batch one of these each. Raises ValueError for bad
-        input.
+        images: for one question an image, several, or None; for a batch one of these each. think: reason first, in the
+        answer. Raises ValueError for bad input.
         """
-        questions, pictures = parse_requests(question, images)
+        questions, input_images = parse_requests(question, images)
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
-        n, d, seed = len(questions), self.config.defaults, expand_seeds(seed, len(questions))
-        dialogues = self._start(n, d.think_understand_prompt if think else None)
-        dialogues = self._append_images(dialogues, pictures, [torch.Generator()] * n, draw=False)
-        written = self._decode_text(append_text(self, dialogues, self._text_parts(questions)), text_sampling, seed)
+        n, defaults = len(questions), self.config.defaults
+        contexts = self._start(n, defaults.think_understand_prompt if think else None)
+        contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
+        contexts = self.append_text(contexts, self.text_parts(questions))
+        answers = self._text_stream(contexts, text_sampling, expand_seeds(seed, n))
         if stream:
-            return written.pieces()
-        return written.texts()[0] if isinstance(question, str) else written.texts()
+            return answers.pieces()
+        return answers.texts()[0] if isinstance(question, str) else answers.texts()
 
     def interleave(
         self,
@@ -218,10 +367,10 @@ class Bagel(BagelNetwork, UnifiedModel):
         text_sampling: TextSampling | None = None,
         progress: bool = False,
     ) -> Iterator[str | Image.Image]:
-        """Go on from texts and pictures with texts and pictures, in the order of `outputs` ("text" or "image").
+        """Continue texts and images with texts and images, in the order of `outputs` ("text" or "image").
 
-        Yields each piece as it is made; it enters the context (a picture by its pixels, through VAE and ViT), so the
-        next piece knows it. A file is given as a Path; a str is always text. Picture i is drawn from seed + i. Raises
+        Yields each piece as it is made; it enters the context (an image by its pixels, through VAE and ViT), so the next
+        piece depends on it. A file is given as a Path; a str is always text. Output i has the seed seed + i. Raises
         ValueError for bad input, at once.
         """
         inputs = [inputs] if isinstance(inputs, str | Path | Image.Image) else inputs
@@ -233,103 +382,32 @@ class Bagel(BagelNetwork, UnifiedModel):
         options = ImageOptions(
             size=size, guidance=None if guidance is None else [guidance], steps=steps, progress=progress
         )
-        return self._interleaved(inputs, outputs, expand_seeds(seed, max(1, len(outputs))), options, text_sampling)
+        return self._interleave(inputs, outputs, expand_seeds(seed, max(1, len(outputs))), options, text_sampling)
 
-    def _interleaved(
+    def _interleave(
         self,
-        items: Sequence,
+        inputs: Sequence[str | ImageInput],
         outputs: Sequence[str],
-        seed: Sequence[int],
+        seeds: Sequence[int],
         options: ImageOptions,
-        text: TextSampling | None,
+        sampling: TextSampling | None,
     ) -> Iterator[str | Image.Image]:
-        draw, generators = "image" in outputs, [torch.Generator().manual_seed(s) for s in seed]
-        dialogue = self._start(1, None)
-        for item in items:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = "image" in outputs
+        contexts = self._start(1, None)
+        for item in inputs:
             if isinstance(item, str):
-                dialogue = append_text(self, dialogue, self._text_parts([item]))
+                prompts, _ = parse_requests(item, None)
+                contexts = self.append_text(contexts, self.text_parts(prompts))
             else:
-                dialogue = self._append_images(dialogue, [[item]], generators[:1], draw=draw)
+                contexts = self._append_input_images(contexts, [[item]], generators[:1], latents=latents)
         for i, kind in enumerate(outputs):
             if kind == "text":
-                piece = self._decode_text(dialogue, text, [seed[i]]).texts()[0]
-                dialogue = append_text(self, dialogue, self._text_parts([piece], empty=True))
-                yield piece
+                text = self._text_stream(contexts, sampling, [seeds[i]]).texts()[0]
+                contexts = self.append_text(contexts, self.text_parts([text]))
+                yield text
                 continue
-            (picture,) = self._generate_images(dialogue, [generators[i]], options)
-            yield picture
+            (image,) = self._generate_images(contexts, [generators[i]], options)
+            yield image
             if i + 1 < len(outputs):
-                dialogue = self._append_images(dialogue, [[picture]], [generators[i]], draw=True)
-
-    # ---- what the verbs share
-
-    def _start(self, n: int, system: str | None) -> list[CFGContexts]:
-        """n empty dialogues, or n that begin with a system prompt."""
-        empty = [CFGContexts()] * n
-        return append_text(self, empty, self._text_parts([system] * n), system=True) if system else empty
-
-    def initial_noise(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Where a picture of (height, width) begins, [L, C]: drawn on the CPU in float32."""
-        tokens = (size[0] // self.config.latent_downsample) * (size[1] // self.config.latent_downsample)
-        return torch.randn(tokens, self.config.latent_dim, generator=generator, dtype=torch.float32, device="cpu")
-
-    def _generate_images(
-        self, dialogues: list[CFGContexts], generators: Sequence[torch.Generator], options: ImageOptions
-    ) -> list[Image.Image]:
-        """A picture after each dialogue: guided as an edit where pictures came before."""
-        d = self.config.defaults
-        most = self.config.latent_downsample * self.config.latent_grid
-        sizes = [
-            check_size(options.size or x.image_size or d.size, self.config.latent_downsample, most) for x in dialogues
-        ]
-        defaults = [d.edit_guidance if x.image_size else d.generate_guidance for x in dialogues]
-        latents = self.denoise(
-            dialogues,
-            [self.initial_noise(size, generator) for size, generator in zip(sizes, generators, strict=True)],
-            sizes,
-            guidance=[
-                Guidance.resolve(one, its) for one, its in zip(options.guidance or defaults, defaults, strict=True)
-            ],
-            steps=d.steps if options.steps is None else options.steps,
-            timestep_shift=d.timestep_shift if options.timestep_shift is None else options.timestep_shift,
-            step_cache=options.step_cache,
-            progress=options.progress,
-        )
-        return [tensor_to_pil(self.decode_latents(x, size)) for x, size in zip(latents, sizes, strict=True)]
-
-    def _text_parts(self, texts: Sequence[str], *, empty: bool = False) -> list[Part]:
-        if not empty and any(not text.strip() for text in texts):
-            raise ValueError("got an empty prompt: expected at least a word")
-        return [self.processor.text_part(self._text_tokenizer.encode(text)) for text in texts]
-
-    @property
-    def _text_tokenizer(self) -> TextTokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
-        return self.tokenizer
-
-    def _decode_text(
-        self, dialogues: Sequence[CFGContexts], sampling: TextSampling | None, seed: Sequence[int]
-    ) -> TextStream:
-        """The model's own text after each dialogue."""
-        sampling = (sampling or TextSampling()).with_default_max_tokens(self.config.defaults.max_think_tokens)
-        steps = decode_after(self, [d.full for d in dialogues], sampling, seed)
-        return TextStream(steps, self._text_tokenizer.decode, len(dialogues), sampling.stop)
-
-    def _append_images(
-        self, dialogues: Sequence[CFGContexts], pictures: Sequence[Sequence], generators: Sequence, *, draw: bool
-    ) -> list[CFGContexts]:
-        """Append each sample's pictures."""
-        made = [
-            [self._image_parts(one, g, draw=draw) for one in some] for some, g in zip(pictures, generators, strict=True)
-        ]
-        return append_images(self, dialogues, made)
-
-    def _image_parts(
-        self, picture: ImageInput, generator: torch.Generator, *, draw: bool
-    ) -> tuple[list[Part], tuple[int, int]]:
-        image, vae = load_image(picture), self.config.vae
-        width, height = self.config.vae_transform.output_size(image.width, image.height)
-        grid = height // vae.stride, width // vae.stride
-        noise = torch.randn(vae.latent_channels, *grid, generator=generator, dtype=torch.float32, device="cpu")
-        return self.image_parts(image, noise=noise, latents=draw)
+                contexts = self._append_input_images(contexts, [[image]], [generators[i]], latents=True)

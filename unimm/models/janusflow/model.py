@@ -140,10 +140,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
         attend = cache.attend(past, layout.mask)
         pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
 
-        def velocity(x: Tensor, time: float) -> Tensor:
-            entered = self.encode_latents(
-                x, torch.full((len(x),), time, dtype=torch.float32, device=x.device), bf16_time=bf16_time
-            )[at]
+        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+            entered = self.encode_latents(x, timesteps.to(x.device, torch.float32), bf16_time=bf16_time)[at]
             block = torch.cat((entered.time_embed[:, None], entered.token_embeds), 1)
             hidden = self._run_decoder(block.flatten(0, 1), layout.position_ids, attend)[EXPERT]
             v = self.decode_velocity(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()

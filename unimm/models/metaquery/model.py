@@ -157,8 +157,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
             torch.tensor([row for some in branches for row, _ in some], device=self.device)
         )
 
-        def velocity(x: Tensor, time: float) -> Tensor:
-            times = torch.full((len(owners),), time, dtype=torch.float32, device=x.device)
+        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+            times = timesteps.to(x.device, torch.float32)[owners]
             v = self.denoiser(x[owners].to(self.dtype), times, branch_condition)
             return torch.zeros_like(x).index_add(0, owners, weights * v.float())
 

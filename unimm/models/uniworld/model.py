@@ -230,14 +230,14 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         steps = self.denoiser.modulations(timesteps[:-1].to(self.device), pooled.to(self.dtype), guidance=scale)
         inner, n = modulation_per_step(self.denoiser, condition, steps), h * w // PATCH_SIZE**2
 
-        def velocity(x: Tensor, time: float) -> Tensor:
+        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
             # a reference is the same at every step, and nothing asks how it would move
             tokens = (
                 x.to(self.dtype) if reference_tokens is None else torch.cat((x.to(self.dtype), reference_tokens), 1)
             )
             if true_cfg_scale is None or not guided:
-                return inner(tokens, time)[:, :n].float()
-            v, plain = inner(torch.cat((tokens, tokens)), time)[:, :n].float().chunk(2)
+                return inner(tokens, timesteps)[:, :n].float()
+            v, plain = inner(torch.cat((tokens, tokens)), timesteps)[:, :n].float().chunk(2)
             return torch.lerp(plain, v, true_cfg_scale[:, None, None])
 
         return unpatchify_latents(
