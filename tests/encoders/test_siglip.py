@@ -162,7 +162,7 @@ def test_wrong_configs(changes, words):
 
 
 def test_wrong_inputs(tmp_path, small):
-    with pytest.raises(ValueError, match=r"got pictures \[1, 3, 24, 24\]: expected \[B, 3, 23, 23\]"):
+    with pytest.raises(ValueError, match=r"got images \[1, 3, 24, 24\]: expected \[B, 3, 23, 23\]"):
         small(torch.zeros(1, 3, 24, 24))
     with pytest.raises(ValueError, match="unknown activation 'gelo'"):
         SiglipVisionEncoder(SiglipConfig.from_json(TOY | {"hidden_act": "gelo"}))

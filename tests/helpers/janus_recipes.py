@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.paths import RECIPES
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.tokenizers.semantic_vq import SemanticBranch, SemanticBranchConfig
 from unimm.tokenizers.vq import VQConfig, VQModel
 from unimm.training.config import TrainConfig, read_recipe
@@ -41,7 +41,7 @@ def parts(folder: Path) -> Path:
     save_vq(vq, folder, torch.float32)
     save_file(branch.state_dict(), folder / "semantic.safetensors")
     (folder / "semantic_config.json").write_text(json.dumps(BRANCH.to_json()))
-    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    save_file(SiglipNaViT(navit_config_from_json(VIT)).state_dict(), folder / "vision.safetensors")
     return folder
 
 

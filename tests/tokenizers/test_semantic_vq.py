@@ -8,7 +8,7 @@ import torch
 from helpers.paths import RECIPES
 from safetensors.torch import load_file, save_file
 
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.tokenizers.vq import VQConfig
@@ -39,7 +39,7 @@ def recipe(tmp_path_factory):
     """The recipe with small numbers, around an untrained ViT."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    save_file(SiglipNaViT(navit_config_from_json(VIT)).state_dict(), folder / "vision.safetensors")
     full = read_recipe(RECIPES / "janus-nano-semantic.yaml")
     model = {"vq": MODEL, "branch": BRANCH, "teacher": VIT}
     options = {**full.options, "scored_scenes": 4, "teacher": str(folder), "init_from": None}
@@ -95,7 +95,7 @@ def test_teachers_see_as_their_encoders(tmp_path):
     assert seen.out_dim == 32 and seen(image).shape == (2, 32, 4, 4)
     torch.testing.assert_close(seen(image).flatten(2).mT, tower(image))
     save_file(
-        SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), tmp_path / "vision.safetensors"
+        SiglipNaViT(navit_config_from_json(VIT)).state_dict(), tmp_path / "vision.safetensors"
     )
     seen = load_teacher(VIT, tmp_path)
     assert seen.out_dim == 32 and seen(image[..., :32]).shape == (2, 32, 4, 2)

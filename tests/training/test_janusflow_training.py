@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from unimm import JanusFlow
 from unimm.data.shapes import TASKS, example
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.kernels import attention
 from unimm.models.janusflow.config import EXPERT, JanusFlowConfig
 from unimm.models.janusflow.network import bos_unconditional, noised_part
@@ -63,7 +63,7 @@ def recipe(tmp_path_factory):
     )
     save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
     (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
-    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    save_file(SiglipNaViT(navit_config_from_json(VIT)).state_dict(), folder / "vision.safetensors")
     model = {
         "language": full.model["language"] | LLM,
         "vision": full.model["vision"] | TOWER,

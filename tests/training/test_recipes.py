@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import HELD_OUT, TASKS, example
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
@@ -45,7 +45,7 @@ def recipe(tmp_path_factory):
     save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
     (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
     save_file(
-        SiglipNaViT(SiglipNaViTConfig.from_json(model["vit"], drop_last=True)).state_dict(),
+        SiglipNaViT(navit_config_from_json(model["vit"])).state_dict(),
         folder / "vision.safetensors",
     )
     options = dict(full.options) | dict(vae=str(folder), vit=str(folder), compile=False)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from unimm import TextSampling, UniWorld
 from unimm.data.shapes import example
 from unimm.denoisers.flux import FluxConfig, FluxTransformer
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
 from unimm.training.ema import EMA, ramped_decay
@@ -52,7 +52,7 @@ def recipe(tmp_path_factory):
     )
     save_file(AutoencoderKL(vae).state_dict(), folder / "ae.safetensors")
     (folder / "vae_config.json").write_text(json.dumps(vae.to_json()))
-    save_file(SiglipNaViT(SiglipNaViTConfig.from_json(VIT, drop_last=True)).state_dict(), folder / "vision.safetensors")
+    save_file(SiglipNaViT(navit_config_from_json(VIT)).state_dict(), folder / "vision.safetensors")
     painter = FluxTransformer(FluxConfig.from_json(PAINTER))
     for p in painter.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -242,7 +242,7 @@ def test_steps_teach(recipe):
 
 def test_the_tower_begins_as_the_first_blocks_of_the_vit(objective, recipe):
     """On a picture whose patches have no other place: features of a shorter NaViT."""
-    vit = SiglipNaViT(SiglipNaViTConfig.from_json({**VIT, "num_hidden_layers": 2}, drop_last=True)).eval()
+    vit = SiglipNaViT(navit_config_from_json({**VIT, "num_hidden_layers": 2})).eval()
     tower = init_siglip(recipe.model["vision"], recipe.options["vit"]).eval()
     state = torch.nn.Module.state_dict(tower)
     assert state["patch_embed.weight"].shape == (32, 3, 16, 16) and state["pos_embed"].shape == (16, 32)

@@ -1,23 +1,23 @@
-"""SigLIP2's vision tower at one size: what UniWorld looks with, and LLaVA-OneVision.
+"""SigLIP2's vision encoder: at one size (UniWorld, LLaVA-OneVision), and over packed images of any size (BAGEL's NaViT).
 
 Tschannen et al. 2025, arXiv 2502.14786; the fixed-size releases have SigLIP's own architecture (arXiv 2303.15343).
 docs/originals/blocks.md, "SigLIP2".
 
-Axes: B pictures, S pixels a side, n patches of a picture in raster order, D model.
+Axes: B images, S pixels a side, n patches of an image in raster order, N packed patches, D model, C channels, p patch.
 """
 
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
 from unimm.kernels import AttentionMask, KeyRange
@@ -85,14 +85,78 @@ class SiglipConfig(JsonConfig):
         return self.image_size // self.patch_size
 
 
+# of BAGEL's vit_config.json; the number of layers is read apart
+NAVIT_LAYOUT = JsonLayout(
+    name="the vision config",
+    source="the released vit_config.json",
+    keys={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "mlp_dim": "intermediate_size",
+        "patch_size": "patch_size",
+        "image_size": "image_size",
+        "channels": "num_channels",
+        "norm_eps": "layer_norm_eps",
+        "act": "hidden_act",
+    },
+    defaults={"num_channels": 3, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
+    constants={"model_type": "siglip_vision_model"},
+)
+
+
+def navit_config_from_json(data: Mapping[str, Any]) -> SiglipConfig:
+    """Read BAGEL's vit_config.json. image_size is that of the grid of positions; images may be of any size within it.
+
+    The file counts one layer more than the weights hold: the original drops the last one.
+    """
+    if data.get("rope"):
+        raise ValueError(
+            "got rope true in the vision config: expected false, a table of positions as the released one has"
+        )
+    config = read_config(SiglipConfig, data, NAVIT_LAYOUT, given={"has_pooling_head": False})
+    return replace(config, n_layers=config.n_layers - 1)
+
+
+def navit_config_to_json(config: SiglipConfig) -> dict[str, Any]:
+    """The vit_config.json that `navit_config_from_json` reads."""
+    return write_config(replace(config, n_layers=config.n_layers + 1), NAVIT_LAYOUT)
+
+
+def siglip_blocks(config: SiglipConfig) -> nn.ModuleList:
+    """The transformer blocks of an encoder."""
+    width = (config.dim, config.n_heads, config.mlp_dim, config.act, config.norm_eps)
+    return nn.ModuleList(EncoderBlock(*width) for _ in range(config.n_layers))
+
+
+class SiglipNaViT(nn.Module):
+    """Packed patches of images of any size, and their position ids, to features. Images do not attend to each other."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.patch_embed = nn.Linear(config.channels * config.patch_size**2, config.dim)
+        self.pos_embed = nn.Embedding(config.grid_side**2, config.dim)
+        self.blocks = siglip_blocks(config)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """patches [N, p*p*C] ordered (row in patch, column in patch, channel), position_ids [N], patches an image -> [N, D]."""
+        mask = AttentionMask([[KeyRange(n, full=True)] for n in lengths], device=patches.device)
+        x = self.patch_embed(patches) + self.pos_embed(position_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+
 class SiglipPoolingHead(nn.Module):
-    """One query, learned, asks all features of a picture; a feed-forward behind it."""
+    """A learned query that attends to all features of an image, then a feed-forward: one feature an image."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.n_heads = config.n_heads
         self.probe = nn.Parameter(torch.zeros(1, 1, config.dim))
-        self.qkv, self.out_proj = nn.Linear(config.dim, 3 * config.dim), nn.Linear(config.dim, config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out_proj = nn.Linear(config.dim, config.dim)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config.dim, config.mlp_dim, config.dim, config.act)
 
@@ -102,13 +166,13 @@ class SiglipPoolingHead(nn.Module):
         q = F.linear(repeat(self.probe, "1 1 d -> b 1 d", b=len(x)), self.qkv.weight[:d], self.qkv.bias[:d])
         k, v = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, -1)
         q, k, v = (rearrange(t, "b n (h k) -> b h n k", h=self.n_heads) for t in (q, k, v))
-        # not `kernels.attention`: one query a picture, which no layout of blocks describes
+        # not `kernels.attention`: one query an image is no mask of ranges
         y = self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 k -> b (h k)"))
         return y + self.mlp(self.norm(y))
 
 
 class SiglipVisionEncoder(nn.Module):
-    """Pictures of one size to a feature for each patch. `pixels` is the rule that makes its pictures."""
+    """Images of one size to a feature for each patch. `image_processor` makes its inputs."""
 
     def __init__(self, config: SiglipConfig, image_processor: SiglipImageProcessor | None = None):
         super().__init__()
@@ -116,22 +180,19 @@ class SiglipVisionEncoder(nn.Module):
         self.image_processor = image_processor or SiglipImageProcessor(size=config.image_size)
         self.patch_embed = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(config.grid_side**2, config.dim))
-        self.blocks = nn.ModuleList(
-            EncoderBlock(config.dim, config.n_heads, config.mlp_dim, config.act, config.norm_eps)
-            for _ in range(config.n_layers)
-        )
+        self.blocks = siglip_blocks(config)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.pooling_head = SiglipPoolingHead(config) if config.has_pooling_head else None
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """images [B, C, S, S], normalised -> patches with their positions [B, n, D]."""
-        found, expected = list(images.shape), [self.config.channels, self.config.image_size, self.config.image_size]
-        if len(found) != 4 or found[1:] != expected:
-            raise ValueError(f"got pictures {found}: expected [B, {str(expected)[1:]}, as `pixels` makes them")
+        """images [B, C, S, S], normalised -> patches with their positions [B, n, D]. Raises ValueError for another size."""
+        got, expected = list(images.shape), [self.config.channels, self.config.image_size, self.config.image_size]
+        if len(got) != 4 or got[1:] != expected:
+            raise ValueError(f"got images {got}: expected [B, {str(expected)[1:]}, as `image_processor` makes them")
         return rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + self.pos_embed
 
     def pre_norm_features(self, images: Tensor) -> Tensor:
-        """images [B, C, S, S] -> features of the last layer [B, n, D], before the final norm."""
+        """images [B, C, S, S], normalised -> features of the last layer [B, n, D], before the final norm."""
         x = self.embed_patches(images)
         b, n, _ = x.shape
         mask = AttentionMask([[KeyRange(n, full=True)]] * b, device=x.device)
@@ -145,9 +206,9 @@ class SiglipVisionEncoder(nn.Module):
         return self.norm(self.pre_norm_features(images))
 
     def pool_features(self, features: Tensor) -> Tensor:
-        """What `forward` gave [B, n, D] -> one feature a picture [B, D]. Raises ValueError where no head was loaded."""
+        """Features of `forward` [B, n, D] -> one an image [B, D]. Raises ValueError for an encoder without a pooling head."""
         if self.pooling_head is None:
-            raise ValueError("this tower has no pooling head (vision_use_head false): read its features")
+            raise ValueError("this encoder has no pooling head (vision_use_head false): use its features")
         return self.pooling_head(features)
 
 

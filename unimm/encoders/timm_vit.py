@@ -12,9 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
+
 
 @dataclass(frozen=True, kw_only=True)
-class TimmViTConfig:
+class TimmViTConfig(JsonConfig):
     """A SigLIP ViT: erf GELU, biases everywhere, LayerNorms of 1e-6, a pooling head that nothing reads."""
 
     dim: int
@@ -23,13 +25,16 @@ class TimmViTConfig:
     patch_size: int
     mlp_ratio: float = 4.0
 
-    FILES: ClassVar = {
-        "dim": "width",
-        "n_layers": "layers",
-        "n_heads": "heads",
-        "patch_size": "patch_size",
-        "mlp_ratio": "mlp_ratio",
-    }
+    JSON: ClassVar = JsonLayout(
+        name="the vision_config",
+        keys={
+            "dim": "width",
+            "n_layers": "layers",
+            "n_heads": "heads",
+            "patch_size": "patch_size",
+            "mlp_ratio": "mlp_ratio",
+        },
+    )
 
 
 # what a released model_name means
@@ -51,30 +56,18 @@ class TimmEncoderConfig:
     select_layer: int = -1
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> "TimmEncoderConfig":
+    def from_json(cls, data: Mapping[str, Any]) -> "TimmEncoderConfig":
         """Read the params of a released vision_config; numbers that stand in it go before those that its name means."""
-        known = {ours: files[theirs] for ours, theirs in TimmViTConfig.FILES.items() if theirs in files}
-        vit = RELEASED_VITS.get(files["model_name"])
-        if vit is None and {"dim", "n_layers", "n_heads", "patch_size"} <= known.keys():
-            vit = TimmViTConfig(**known)
-        elif vit is not None:
-            vit = replace(vit, **known)
-        if files.get("select_feature", "same") != "same":
-            raise ValueError(f"got select_feature {files['select_feature']!r}: expected 'same', as in every release")
-        return cls(
-            model_name=files["model_name"],
-            image_size=files["image_size"],
-            vit=vit,
-            select_layer=files.get("select_layer", -1),
-        )
+        released = RELEASED_VITS.get(data.get("model_name", ""))
+        layout = TimmViTConfig.JSON if released is None else replace(TimmViTConfig.JSON, defaults=released.to_json())
+        numbers = {"width", "layers", "heads", "patch_size"} <= data.keys()
+        vit = read_config(TimmViTConfig, data, layout) if released or numbers else None
+        return read_config(cls, data, LAYOUT, given={"vit": vit})
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files: dict[str, Any] = {"model_name": self.model_name, "image_size": self.image_size}
-        files |= {"select_layer": self.select_layer, "select_feature": "same"}
-        if self.vit is not None and self.vit != RELEASED_VITS.get(self.model_name):
-            files |= {theirs: getattr(self.vit, ours) for ours, theirs in TimmViTConfig.FILES.items()}
-        return files
+        own = self.vit is not None and self.vit != RELEASED_VITS.get(self.model_name)
+        return write_config(self, LAYOUT) | (self.vit.to_json() if self.vit and own else {})
 
     @property
     def depth(self) -> int:
@@ -82,6 +75,14 @@ class TimmEncoderConfig:
         assert self.vit is not None, "another encoder is built whole"
         total, s = self.vit.n_layers, self.select_layer
         return min(total, total + s + 1) if s < 0 else min(total, s)
+
+
+LAYOUT = JsonLayout(
+    name="the vision_config",
+    source="the released params",
+    keys={"model_name": "model_name", "image_size": "image_size", "select_layer": "select_layer"},
+    fixed={"select_feature": "same"},
+)
 
 
 class TimmVisionEncoder(nn.Module):

@@ -76,7 +76,7 @@ def compile_experts(decoder: Decoder) -> None:
 
 
 def init_timm_vit(tower: TimmVisionEncoder, weights: Mapping[str, Tensor]) -> None:
-    """The weights of a NaViT (unimm.encoders.siglip_navit) in a tower of the same numbers: one image size, one grid.
+    """The weights of a NaViT (unimm.encoders.siglip) in a tower of the same numbers: one image size, one grid.
 
     The ViT's table of places may be larger than the tower's grid, which then is its corner. Raises ValueError where the
     numbers differ.

@@ -7,7 +7,7 @@ from typing import Any
 
 from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.load import read_shapes, weight_files
-from unimm.encoders.siglip_navit import SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipConfig, navit_config_from_json, navit_config_to_json
 from unimm.models.bagel.processor import BagelDefaults, BagelImageProcessor, BagelSpecialTokens
 from unimm.nn.decoder import DecoderConfig
 from unimm.tokenizers.kl import AutoencoderKLConfig
@@ -18,7 +18,7 @@ EXPERTS = ("und", "gen")
 @dataclass(frozen=True, kw_only=True)
 class BagelConfig:
     decoder: DecoderConfig
-    vision: SiglipNaViTConfig | None  # None: a checkpoint trained to draw only
+    vision: SiglipConfig | None  # None: a checkpoint trained to draw only
     visual_gen: bool
     vae: AutoencoderKLConfig
     connector_act: str
@@ -67,7 +67,7 @@ class BagelConfig:
         grids, special = grids or {}, top.get("new_token_ids")
         latent_patch_size, vit_patch_size = top.get("latent_patch_size", 2), vit.get("patch_size", 14)
         vae = AutoencoderKLConfig.from_json(top.get("vae_config", {}))
-        vision = SiglipNaViTConfig.from_json(vit, drop_last=True) if top.get("visual_und", True) else None
+        vision = navit_config_from_json(vit) if top.get("visual_und", True) else None
         return cls(
             decoder=DecoderConfig.from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
             vision=vision,
@@ -92,7 +92,7 @@ class BagelConfig:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of llm_config.json, vit_config.json and config.json."""
         llm = self.decoder.to_json() | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-        vit = self.vision.to_json(drop_last=True) if self.vision else {}
+        vit = navit_config_to_json(self.vision) if self.vision else {}
         top: dict[str, Any] = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
         top |= {"llm_config": llm, "vit_config": vit, "vae_config": self.vae.to_json()}
         top |= {"visual_gen": self.visual_gen, "visual_und": self.vision is not None}

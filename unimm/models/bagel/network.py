@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unimm.encoders.siglip_navit import SiglipNaViT
+from unimm.encoders.siglip import SiglipNaViT
 from unimm.generation.flow import add_noise
 from unimm.generation.guidance import Branch
 from unimm.kernels import attention, linear_cross_entropy

@@ -70,9 +70,7 @@ def original_from_transformers(files: Mapping[str, Any]) -> dict[str, Any]:
     name = f"siglip_large_patch16_{vision['image_size']}"
     params: dict[str, Any] = {"image_size": vision["image_size"], "model_name": name}
     if vit != RELEASED_VITS.get(name):
-        params |= {"model_name": "siglip"} | {
-            theirs: getattr(vit, ours) for ours, theirs in TimmViTConfig.FILES.items()
-        }
+        params |= {"model_name": "siglip"} | vit.to_json()
     codes = {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"], "ch": vq["base_channels"]}
     codes |= {
         "ch_mult": vq["channel_multiplier"],

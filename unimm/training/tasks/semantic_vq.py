@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimm.data.shapes.scenes import SCORING_BATCH, test_scenes
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
 from unimm.nn.patches import grid_position_ids
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
@@ -41,7 +41,7 @@ class Teacher(Protocol):
 class NaViTTeacher(nn.Module):
     """A ViT of ours, as the recipe bagel-nano-vit trains it."""
 
-    def __init__(self, config: SiglipNaViTConfig) -> None:
+    def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         self.config, self.out_dim = config, config.dim
         self.vision = SiglipNaViT(config)
@@ -84,7 +84,7 @@ def load_teacher(files: Mapping[str, Any], folder: Path) -> NaViTTeacher | TimmV
         found: NaViTTeacher | TimmViTTeacher = TimmViTTeacher(TimmEncoderConfig.from_json(files))
         weights = {f"trunk.{name}": x for name, x in weights.items()}
     else:
-        found = NaViTTeacher(SiglipNaViTConfig.from_json(files, drop_last=True))
+        found = NaViTTeacher(navit_config_from_json(files))
     found.vision.load_state_dict(weights)
     return found.eval().requires_grad_(False)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
-from unimm.encoders.siglip_navit import SiglipNaViT, SiglipNaViTConfig
+from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.nn.patches import grid_position_ids
 from unimm.training.config import TrainConfig, strict
 
@@ -109,7 +109,7 @@ class ViTDataset:
 class GridProbe(nn.Module):
     """A ViT and, for training only, a linear guess of what is centred in each patch."""
 
-    def __init__(self, cfg: SiglipNaViTConfig):
+    def __init__(self, cfg: SiglipConfig):
         super().__init__()
         self.vision = SiglipNaViT(cfg)
         self.probe = nn.Linear(cfg.dim, sum(len(kind) + 1 for kind in ATTRIBUTE_NAMES))
@@ -136,7 +136,7 @@ class ViTTask:
         """A fresh ViT of the recipe's config: the keys of a released vit_config.json, and `picture`, pixels a side."""
         options, files = strict(ViTTrainingConfig, recipe.options, where="options"), dict(recipe.model)
         torch.manual_seed(recipe.seed)
-        model = GridProbe(SiglipNaViTConfig.from_json(files, drop_last=True))
+        model = GridProbe(navit_config_from_json(files))
         nn.init.normal_(model.vision.pos_embed.weight, std=0.1)
         scenes = ViTDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed, patch=files["patch_size"])
         return cls(model, scenes, files["train_image_size"] // files["patch_size"])
