@@ -24,7 +24,6 @@ from parity.checks.bagel_plans import check_plan
 from unimm.generation.flow import flow_timesteps
 from unimm.generation.guidance import Guidance
 from unimm.generation.kv_cache import KVCache
-from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.bagel.cfg_contexts import CFGContexts
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
@@ -258,7 +257,7 @@ def check_vit2(case: Case, model: Bagel, group: str) -> None:
 def check_und_batch(case: Case, model: Bagel, group: str) -> None:
     """Prompts decoded together. The original goes on until its first sample ends, ours ends each at its own eos."""
     prompts = [text(case, model, name) for name in sorted(case.names(r"und_batch\.prompt_\w+"))]
-    contexts = prefill(model, [KVCache()] * len(prompts), [[prompt] for prompt in prompts])
+    contexts = model.prefill([KVCache()] * len(prompts), [[prompt] for prompt in prompts])
     stored, m = case.tensors["und_batch.generated"], model.processor.special_tokens
     rows, ended = [[m.bos] * len(prompts)], [False] * len(prompts)
     for ours, old in zip(greedy(model, contexts, len(stored)), stored[1:].tolist(), strict=False):

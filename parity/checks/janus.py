@@ -20,7 +20,6 @@ from parity.case import Case
 from parity.checks.vq import pixels as as_bytes
 from parity.checks.vq import vq_checks
 from unimm.checkpoint.save import released_state_dict
-from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling
 from unimm.kernels import attention
 from unimm.models.common.deepseek_chat import DeepseekChatModel
@@ -138,9 +137,10 @@ def check_understanding(case: Case, model: Janus, group: str, special: dict) -> 
     if f"{group}/greedy_ids" in case:
         steps = case.tensors[f"{group}/greedy_ids"].shape[1]
         contexts, last = model.prefill_prompts(prompts)
-        rows, ids, logits = DecodeSession(model, contexts, steps), [torch.tensor(last)], []
-        for n in range(steps):
-            logits.append(model.decoder.logits(rows(model.decoder.embed(ids[-1]), n)))
+        session = model.decode_session(contexts, steps)
+        ids, logits = [torch.tensor(last)], []
+        for _ in range(steps):
+            logits.append(model.decode_step(session, ids[-1]))
             ids.append(logits[-1].argmax(-1))
         case.compare(f"{group}/greedy_ids", torch.stack(ids[1:], 1))
         case.compare(f"{group}/greedy_logits", torch.stack(logits, 1))
@@ -178,10 +178,10 @@ def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
     case.compare("gen/pixels", painted)
     case.compare("gen/uint8", torch.stack([as_bytes(image) for image in painted]))
     steps = case.tensors["gen/cfg_logits"].shape[0]
-    stepper = DecodeSession(model, model.prefill_prompts([prompt, free])[0], steps)
+    session = model.decode_session(model.prefill_prompts([prompt, free])[0], steps)
     x, hidden = model.decoder.embed(rows[:, -1]), []
     for n in range(steps):
-        hidden.append(stepper(x, n))
+        hidden.append(session.append(x))
         x = model.embed_image_tokens(codes[0, n].expand(2))
     hidden = torch.stack(hidden, 1)
     case.compare("gen/step_hidden", next(iter(model.decoder.norms.values()))(hidden))

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from parity.case import Case
-from unimm.generation.decode import DecodeSession
 from unimm.processing.images.qwen2_vl import PatchGrid, smart_resize
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part
@@ -142,7 +141,7 @@ def check_run(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
 def greedy(model: QwenVL, samples: list[list[Part]], steps: int) -> Tensor:
     """The likeliest ids after each sample [B, steps], with a cache; nothing ends them."""
     contexts, last = model.prefill_prompts(samples)
-    rows, ids = DecodeSession(model, contexts, steps), [torch.tensor(last)]
-    for n in range(steps):
-        ids.append(model.decoder.logits(rows(model.decoder.embed(ids[-1]), n)).argmax(-1))
+    session, ids = model.decode_session(contexts, steps), [torch.tensor(last)]
+    for _ in range(steps):
+        ids.append(model.decode_step(session, ids[-1]).argmax(-1))
     return torch.stack(ids[1:], 1)

@@ -7,7 +7,6 @@ from PIL import Image
 
 from unimm import Bagel, TextSampling
 from unimm.generation.kv_cache import KVCache
-from unimm.generation.prefill import prefill
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_a_prompt_longer_than_the_positions(model):
         model.generate("word " * 300)
     with pytest.raises(ValueError, match="max_tokens"):
         model.understand(None, "word", text_sampling=TextSampling(max_tokens=300))
-    assert prefill(model, [KVCache()], [[model.processor.text_part([1] * 254)]])[0].next_position == 256
+    assert model.prefill([KVCache()], [[model.processor.text_part([1] * 254)]])[0].next_position == 256
 
 
 @pytest.mark.parametrize(

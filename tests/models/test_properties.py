@@ -9,7 +9,6 @@ from helpers.toys import picture, toy
 
 from unimm import Guidance, TextSampling
 from unimm.generation.kv_cache import KVCache
-from unimm.generation.prefill import prefill
 from unimm.kernels import attention, use_kernels
 from unimm.models.bagel.cfg_contexts import CFGContexts
 from unimm.nn.decoder import Decoder, DecoderConfig
@@ -136,16 +135,16 @@ def test_every_parameter_learns(model):
 def test_cached_equals_uncached(model):
     """Contexts extended turn by turn hold the keys and values of one forward over all turns."""
     plan = samples(model)[2]
-    (whole,) = prefill(model, [KVCache()], [plan])
+    (whole,) = model.prefill([KVCache()], [plan])
     context = KVCache()
     for item in plan:
-        (context,) = prefill(model, [context], [[item]])
+        (context,) = model.prefill([context], [[item]])
     assert whole.next_position == context.next_position and whole.length == context.length
     torch.testing.assert_close(torch.cat(context.chunks, 2), whole.chunks[0], rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_equals_teacher_forcing(model):
-    context = prefill(model, [KVCache()], [[model.processor.text_part([3, 1, 2])]])[0]
+    context = model.prefill([KVCache()], [[model.processor.text_part([3, 1, 2])]])[0]
     ids = [one[0] for one in model.decode_after([context], TextSampling(max_tokens=6), [0])]
     assert len(ids) == 6
     batch = pack_sequences([[model.processor.text_part([3, 1, 2]), model.processor.text_part(ids)]])
@@ -257,9 +256,9 @@ def test_several_images_of_a_prompt(model):
 
 
 def test_fork_does_not_copy_the_prefix(model):
-    context = prefill(model, [KVCache()], [[model.processor.text_part([1, 2, 3])]])[0]
+    context = model.prefill([KVCache()], [[model.processor.text_part([1, 2, 3])]])[0]
     fork = context.fork()
-    a, b = prefill(model, [context, fork], [[model.processor.text_part([4])], [model.processor.text_part([5, 6])]])
+    a, b = model.prefill([context, fork], [[model.processor.text_part([4])], [model.processor.text_part([5, 6])]])
     assert a.chunks[0].data_ptr() == b.chunks[0].data_ptr() == context.chunks[0].data_ptr()
     assert (context.length, a.length, b.length) == (5, 8, 9) and len(context.chunks) == 1
 

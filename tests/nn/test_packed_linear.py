@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from helpers.paths import ROOT
 
-from unimm.generation.decode import DecodeSession
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
 from unimm.nn.packed_linear import (
@@ -177,7 +176,7 @@ def test_an_int8_model(bench, model, tmp_path):
     x, logits = torch.randn(2, 512), []
     for one in (model, small):
         with torch.inference_mode():
-            logits.append(one.image_logits(DecodeSession(one, [EMPTY_CACHE, EMPTY_CACHE], 1)(x, 0)))
+            logits.append(one.image_logits(one.decode_session([EMPTY_CACHE, EMPTY_CACHE], 1).append(x)))
     # 14 products of about 1 % each, in two layers that add to the stream
     assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.05
     with pytest.raises(ValueError, match="is in int8, which no file holds"):
@@ -192,7 +191,7 @@ def test_int8_needs_the_products(model, monkeypatch):
 
 def test_the_cache_of_decoding_is_wide_on_a_cpu(bench):
     half = bench.build("toy", 1, torch.bfloat16, "cpu")
-    rows = DecodeSession(half, [EMPTY_CACHE, EMPTY_CACHE], 3)
-    assert rows.buffer.buffer.dtype == torch.float32
+    session = half.decode_session([EMPTY_CACHE, EMPTY_CACHE], 3)
+    assert session.buffer.buffer.dtype == torch.float32
     with torch.inference_mode():
-        assert rows(torch.randn(2, 512).bfloat16(), 0).dtype == torch.bfloat16
+        assert session.append(torch.randn(2, 512).bfloat16()).dtype == torch.bfloat16

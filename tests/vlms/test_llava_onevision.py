@@ -16,7 +16,6 @@ from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
 from unimm.generation.decode import decode_text
 from unimm.generation.kv_cache import EMPTY_CACHE
-from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
 from unimm.sequence.packing import pack_sequences
@@ -113,7 +112,15 @@ def greedy(model: LlavaOneVision, samples: list[list], n: int = 8) -> torch.Tens
     """The likeliest ids after each sample [B, n]; nothing ends them."""
     contexts, last = model.prefill_prompts(samples)
     return torch.tensor(
-        [*decode_text(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+        [
+            *decode_text(
+                model.decode_session(contexts, n),
+                last,
+                end=-1,
+                sampling=TextSampling(max_tokens=n),
+                seeds=[0] * len(last),
+            )
+        ]
     ).T
 
 
@@ -210,7 +217,7 @@ def test_cached_equals_uncached(ours):
     """A prefix read once, a picture among it; and text written row by row equals text read at once."""
     samples = batch_of(ours)
     whole, kept = ours.encode(samples), [2, 0, 3]
-    contexts = prefill(ours, [EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
+    contexts = ours.prefill([EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
     rest = ours.encode([items[n:] for items, n in zip(samples, kept, strict=True)], caches=contexts)
     for got, expected in zip(rest, whole, strict=True):
         assert_close(got, expected[-len(got) :])

@@ -28,7 +28,6 @@ from torch import nn
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.generation.decode import decode_text, sampling_loop
 from unimm.generation.kv_cache import EMPTY_CACHE
-from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention
 from unimm.nn.decoder import Decoder, DecoderConfig, mrope_cos_sin
@@ -93,7 +92,15 @@ def greedy(model: QwenVL, samples: list[list], n: int = 8) -> torch.Tensor:
     """The likeliest ids after each sample [B, n]; nothing ends them."""
     contexts, last = model.prefill_prompts(samples)
     return torch.tensor(
-        [*decode_text(model, contexts, last, end=-1, sampling=TextSampling(max_tokens=n), seeds=[0] * len(last))]
+        [
+            *decode_text(
+                model.decode_session(contexts, n),
+                last,
+                end=-1,
+                sampling=TextSampling(max_tokens=n),
+                seeds=[0] * len(last),
+            )
+        ]
     ).T
 
 
@@ -204,7 +211,7 @@ def test_cached_equals_uncached(ours):
     samples = batch_of(ours)
     whole = ours.encode(samples)
     kept = [3, 0, 1]
-    contexts = prefill(ours, [EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
+    contexts = ours.prefill([EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
     rest = ours.encode([items[n:] for items, n in zip(samples, kept, strict=True)], caches=contexts)
     for got, expected in zip(rest, whole, strict=True):
         assert_close(got, expected[-len(got) :])
@@ -536,10 +543,13 @@ def test_several_ids_end_an_answer(ours, tmp_path):
     )
     both.save_pretrained(tmp_path / "again")
     assert QwenVL.from_pretrained(tmp_path / "again").config == both.config
-    step = lambda ids, n: torch.nn.functional.one_hot(torch.tensor([[3, 7], [4, 9]][n]), 10).float()  # noqa: E731
     short = TextSampling(max_tokens=2)
-    assert list(sampling_loop(step, [1, 1], end=(9, 7), sampling=short, seeds=[0, 0])) == [[3, None], [4, None]]
-    assert list(sampling_loop(step, [1, 1], end=9, sampling=short, seeds=[0, 0])) == [[3, 7], [4, None]]
+    for end, expected in (((9, 7), [[3, None], [4, None]]), (9, [[3, 7], [4, None]])):
+        logits = iter(torch.nn.functional.one_hot(torch.tensor([[3, 7], [4, 9]]), 10).float())
+        assert (
+            list(sampling_loop(lambda ids, x=logits: next(x), [1, 1], end=end, sampling=short, seeds=[0, 0]))
+            == expected
+        )
 
 
 def test_a_prompt_of_one_id(ours):

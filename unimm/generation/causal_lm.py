@@ -1,33 +1,55 @@
-"""What prefill and decoding need of a model with a causal decoder."""
+"""The steps of a causal language model that generation and a server are built on: prefill and decode_step."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 
-from unimm.nn.decoder import Decoder, RowsByExpert
+from unimm.generation.decode import DecodeSession
+from unimm.generation.kv_cache import KVCache
+from unimm.generation.prefill import plan_prefill
+from unimm.nn.decoder import AttentionFn, Decoder, RowsByExpert
 from unimm.sequence.packing import PackedBatch
+from unimm.sequence.parts import Part
 
 
-class CausalLM(Protocol):
-    """What a model brings to a context."""
+class CausalLM(nn.Module, ABC):
+    """A network around a causal decoder. The caller holds the state: KV caches, and the session of a decoding."""
+
+    decoder: Decoder
+
+    @abstractmethod
+    def backbone(self, batch: PackedBatch, attend: AttentionFn) -> RowsByExpert:
+        """The last hidden states of every row of a batch, by expert, before the final norms."""
 
     @property
-    def decoder(self) -> Decoder: ...
+    def device(self) -> torch.device:
+        """The device of the decoder."""
+        return self.decoder.embed.weight.device
 
     @property
-    def device(self) -> torch.device: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder."""
+        return self.decoder.embed.weight.dtype
 
-    @property
-    def dtype(self) -> torch.dtype: ...
+    @torch.inference_mode()
+    def prefill(self, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> list[KVCache]:
+        """Append parts to each cache, all in one packed forward; the caches given stay as they are.
 
-    def backbone(self, batch: PackedBatch, attend: Any) -> RowsByExpert:
-        """Last hidden states of every row of a pack, by stream, before the final norms."""
+        Raises ValueError where a sequence would reach a position beyond the decoder's last.
+        """
+        if not any(part.segment.length for new in parts for part in new):
+            return list(caches)
+        plan = plan_prefill(self.decoder, caches, parts)
+        self.backbone(plan.batch, plan.attend)
+        return plan.caches()
 
+    def decode_session(self, caches: Sequence[KVCache], capacity: int) -> DecodeSession:
+        """The state of decoding up to `capacity` tokens after each cache."""
+        return DecodeSession(self.decoder, caches, capacity)
 
-def check_max_positions(model: CausalLM, position: int) -> None:
-    """Raise ValueError for a position that the model does not know."""
-    known = model.decoder.config.max_positions
-    if position > known:
-        raise ValueError(
-            f"the dialogue would reach position {position}, the model knows {known}: shorten it, or max_tokens"
-        )
+    @torch.inference_mode()
+    def decode_step(self, session: DecodeSession, ids: Tensor) -> Tensor:
+        """Append one token to each sequence of a session, ids [B] -> the logits of the next ones [B, V]."""
+        return session.step(ids)

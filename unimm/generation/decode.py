@@ -1,6 +1,6 @@
-"""Contexts that grow: items appended in one packed forward, then one row at a time.
+"""Decoding: one token at a time after several KV caches, and the texts that come of it.
 
-What every family with a language model shares. Axes: B contexts, N packed rows, D model, V vocabulary.
+Axes: B sequences, D model, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,94 +8,115 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unimm.generation.causal_lm import CausalLM, check_max_positions
-from unimm.generation.kv_cache import KVCache, allocate_kv_buffer
+from unimm.generation.kv_cache import KVCache, allocate_kv_buffer, check_max_positions
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.kernels import AttentionMask, KeyRange
+from unimm.nn.decoder import Decoder
 
 
 class DecodeSession:
-    """One new row at a time behind each of several contexts, all in one buffer with room for `room` rows each.
+    """The state of decoding after several KV caches: up to `capacity` new rows behind each, in one buffer.
 
-    The rows are of the decoder's first stream. On a CPU the buffer is in float32: one row in bfloat16 attends there four
-    times as slowly as in float32 (600 keys, 2 samples, 16 heads of 128: 25 ms against 6). Raises ValueError where the rows
-    would outgrow the positions that the model knows.
+    The rows belong to the decoder's first expert. On a CPU the buffer is in float32: attention of one row takes four
+    times as long there in bfloat16 (600 keys, 2 samples, 16 heads of 128: 25 ms against 6). Raises ValueError where the
+    rows would reach a position beyond the decoder's last.
     """
 
-    def __init__(self, model: CausalLM, caches: Sequence[KVCache], capacity: int):
-        check_max_positions(model, max(c.next_position for c in caches) + capacity)
-        self.decoder, self.device, self.capacity = model.decoder, model.device, capacity
-        wide = torch.promote_types(model.dtype, torch.float32) if self.device.type == "cpu" else model.dtype
-        self.buffer = allocate_kv_buffer(model, caches, [capacity] * len(caches), dtype=wide)
-        self.prefix_lengths = [c.length for c in caches]
-        self.rows_by_expert = {self.decoder.config.experts[0]: torch.arange(len(caches), device=self.device)}
-        # of every step, once: [room, B]
+    def __init__(self, decoder: Decoder, caches: Sequence[KVCache], capacity: int):
+        check_max_positions(decoder.config, max(cache.next_position for cache in caches) + capacity)
+        self.decoder = decoder
+        self.capacity = capacity
+        self.n_written = 0
+        dtype, self.device = decoder.embed.weight.dtype, decoder.embed.weight.device
+        wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
+        self.buffer = allocate_kv_buffer(decoder, caches, [capacity] * len(caches), dtype=wide)
+        self.prefix_lengths = [cache.length for cache in caches]
+        self.rows_by_expert = {decoder.config.experts[0]: torch.arange(len(caches), device=self.device)}
+        # of all steps at once: [capacity, B]
         steps = torch.arange(capacity, device=self.device)[:, None]
-        self.position_ids = steps + torch.tensor([c.next_position for c in caches], device=self.device)
-        starts = torch.tensor(
-            [p + n for p, n in zip(self.buffer.starts, self.prefix_lengths, strict=True)], device=self.device
-        )
-        self.buffer_slots = steps + starts
+        self.position_ids = steps + torch.tensor([cache.next_position for cache in caches], device=self.device)
+        ends = [start + n for start, n in zip(self.buffer.starts, self.prefix_lengths, strict=True)]
+        self.buffer_slots = steps + torch.tensor(ends, device=self.device)
 
-    def __call__(self, x: Tensor, n_written: int) -> Tensor:
-        """The `behind`-th new row of each context, x [B, D] -> last hidden states [B, D], before the final norm."""
-        seen = [[KeyRange(n + n_written + 1)] for n in self.prefix_lengths]
-        mask = AttentionMask(seen, query_lengths=[1] * len(seen), key_starts=self.buffer.starts, device=self.device)
-        attend = self.buffer.attend_at_slots(self.buffer_slots[n_written], mask)
-        (hidden,) = self.decoder(x, self.position_ids[n_written], self.rows_by_expert, attend).values()
+    def append(self, x: Tensor) -> Tensor:
+        """Append one row to each sequence, x [B, D] -> its last hidden states [B, D], before the final norm.
+
+        Raises ValueError where the session is full.
+        """
+        n = self.n_written
+        if n == self.capacity:
+            raise ValueError(f"this session holds {n} new rows of each sequence and is full: give it more capacity")
+        mask = AttentionMask(
+            [[KeyRange(length + n + 1)] for length in self.prefix_lengths],
+            query_lengths=[1] * len(self.prefix_lengths),
+            key_starts=self.buffer.starts,
+            device=self.device,
+        )
+        attend = self.buffer.attend_at_slots(self.buffer_slots[n], mask)
+        (hidden,) = self.decoder(x, self.position_ids[n], self.rows_by_expert, attend).values()
+        self.n_written += 1
         return hidden
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append one token to each sequence, ids [B] -> the logits of the next ones [B, V]."""
+        return self.decoder.logits(self.append(self.decoder.embed(ids)))
 
 
 def decode_text(
-    model: CausalLM,
-    caches: Sequence[KVCache],
+    session: DecodeSession,
     first: Sequence[int],
     *,
     end: int | Sequence[int],
     sampling: TextSampling,
     seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:
-    """Text after each context and a `first` id, until `end`: one id a context at a time, None for those that have ended."""
-    rows = DecodeSession(model, caches, sampling.token_limit)
+    """The ids after a `first` id of each sequence, until `end` (one of several) or the token limit of `sampling`.
+
+    Yields one id per sequence at a time, None for those that have ended.
+    """
 
     @torch.inference_mode()
-    def step(ids: list[int], behind: int) -> Tensor:
-        x = model.decoder.embed(torch.tensor(ids, device=model.device))
-        return model.decoder.logits(rows(x, behind))
+    def step(ids: list[int]) -> Tensor:
+        return session.step(torch.tensor(ids, device=session.device))
 
     return sampling_loop(step, list(first), end=end, sampling=sampling, seeds=seeds)
 
 
 def sampling_loop(
-    step: Callable[[list[int], int], Tensor],
+    step: Callable[[list[int]], Tensor],
     first: list[int],
     *,
     end: int | Sequence[int],
     sampling: TextSampling,
     seeds: Sequence[int],
 ) -> Iterator[list[int | None]]:
-    """Feed ids, choose the next, until every row has chosen `end` (one of several) or max_tokens are out.
+    """Feed ids and sample the next, until every row has sampled `end` (one of several) or the token limit is reached.
 
-    Yields one id a row, None for a row that has ended; the caller may stop early by closing the iterator.
-    step(ids [B], n) -> logits [B, V] after feeding the n-th id of every row.
+    step(ids [B]) -> logits [B, V] after these ids. Yields one id per row, None for a row that has ended; the caller may
+    stop early by closing the iterator.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    ids, done, ends = first, [False] * len(first), {end} if isinstance(end, int) else set(end)
-    for n in range(sampling.token_limit):
-        ids = sample_token(step(ids, n), sampling, generators)
-        done = [was or chosen in ends for was, chosen in zip(done, ids, strict=True)]
+    ends = {end} if isinstance(end, int) else set(end)
+    ids = first
+    done = [False] * len(first)
+    for _ in range(sampling.token_limit):
+        ids = sample_token(step(ids), sampling, generators)
+        done = [ended or sampled in ends for ended, sampled in zip(done, ids, strict=True)]
         if all(done):
             return
-        yield [None if over else chosen for over, chosen in zip(done, ids, strict=True)]
+        yield [None if ended else sampled for ended, sampled in zip(done, ids, strict=True)]
 
 
 class TextStream:
-    """Ids as they come, for several rows, to texts: whole, or piece by piece; cut at the first stop string."""
+    """Sampled ids of several rows as texts, whole or in pieces, each cut at the first stop string."""
 
     def __init__(
         self, steps: Iterator[list[int | None]], decode: Callable[[list[int]], str], rows: int, stop: tuple[str, ...]
     ):
-        self.steps, self.decode, self.rows, self.stop = steps, decode, rows, stop
+        self.steps = steps
+        self.decode = decode
+        self.rows = rows
+        self.stop = stop
 
     def texts(self) -> list[str]:
         """The text of every row."""
@@ -108,21 +129,22 @@ class TextStream:
         return [self._truncate_at_stop(self.decode(row)) for row in ids]
 
     def pieces(self) -> Iterator[str]:
-        """The text of a single row as it grows; what may still change (half a character, half a stop string) is held back."""
+        """The text of a single row as it grows; what may still change is held back: half a character, half a stop string."""
         ids: list[int] = []
-        given, text = 0, ""
-        held = max((len(s) for s in self.stop), default=0)
+        text = ""
+        n_given = 0
+        n_held = max((len(stop) for stop in self.stop), default=0)
         for (one,) in self.steps:
             ids += [] if one is None else [one]
             text = self.decode(ids)
             if self._truncate_at_stop(text) != text:
                 break
-            safe = len(text) - held
-            if safe > given and not text.endswith("\ufffd"):
-                yield text[given:safe]
-                given = safe
-        if rest := self._truncate_at_stop(text)[given:]:
+            n_safe = len(text) - n_held
+            if n_safe > n_given and not text.endswith("\ufffd"):
+                yield text[n_given:n_safe]
+                n_given = n_safe
+        if rest := self._truncate_at_stop(text)[n_given:]:
             yield rest
 
     def _truncate_at_stop(self, text: str) -> str:
-        return text[: min((text.index(s) for s in self.stop if s in text), default=len(text))]
+        return text[: min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]

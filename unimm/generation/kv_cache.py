@@ -1,24 +1,25 @@
-"""Contexts and their key/value cache; choosing the next token.
+"""KV caches: keys and values of prefixes as values, and the buffer in which several of them grow.
 
-Axes: B contexts, M cached rows, G key/value heads, K head, V vocabulary.
+Axes: B caches, N packed rows, M rows of a buffer, H query heads, G key/value heads, K head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unimm.generation.causal_lm import CausalLM
 from unimm.kernels import AttentionMask, attention
+from unimm.nn.decoder import AttentionFn, Decoder, DecoderConfig
 from unimm.sequence.segments import CachedPrefix
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """What was said so far, as a value: extending one makes another, and both share the prefix.
+    """The keys and values of a prefix, as a value: appending makes another cache, and both share what came before.
 
-    chunks: keys (normed and turned) and values of each extension, [layers, 2, n, G, K]. clock: the next rotary position.
+    chunks: keys (normalized and rotated) and values of each appended part, [layers, 2, n, G, K]. next_position: the
+    rotary position of the next row.
     """
 
     chunks: tuple[Tensor, ...] = ()
@@ -26,15 +27,15 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Rows held."""
+        """The number of rows."""
         return sum(chunk.shape[2] for chunk in self.chunks)
 
     def fork(self) -> "KVCache":
-        """A second name for the same past, to be extended on its own; copies no tensor."""
+        """Another cache of the same prefix, to be extended on its own; copies no tensor."""
         return replace(self)
 
     def appended(self, chunk: Tensor, next_position: int) -> "KVCache":
-        """This context and one more chunk."""
+        """This cache and one more chunk, [layers, 2, n, G, K]."""
         return KVCache((*self.chunks, chunk), next_position)
 
 
@@ -42,10 +43,10 @@ EMPTY_CACHE = KVCache()
 
 
 class KVBuffer:
-    """Keys and values of several contexts in one buffer, each with room for more rows behind it.
+    """The keys and values of several caches in one tensor, each followed by free rows.
 
-    The buffer is allocated once; a forward writes its rows into the room and attends over [past; room]. Denoising
-    overwrites the same room at every step, decoding moves on by a row.
+    It is allocated once. A forward writes its rows behind a prefix and attends over [prefix; new rows]: denoising
+    overwrites the same rows at every step, decoding appends one row per step.
     """
 
     def __init__(self, caches: Sequence[KVCache], capacity: Sequence[int], *, empty: Tensor):
@@ -53,54 +54,64 @@ class KVBuffer:
         ends = torch.tensor([c.length + n for c, n in zip(caches, capacity, strict=True)]).cumsum(0).tolist()
         self.starts = [0, *ends[:-1]]
         layers, two, _, heads, head_dim = empty.shape
-        # zeros, not garbage: the reference reads rows that nobody wrote, and 0 * nan is nan
+        # zeros, since the reference attention also reads rows that nobody wrote, and 0 * nan is nan
         self.buffer = empty.new_zeros(layers, two, ends[-1], heads, head_dim)
-        for start, context in zip(self.starts, caches, strict=True):
-            if context.chunks:
-                self.buffer[:, :, start : start + context.length] = torch.cat(context.chunks, 2)
+        for start, cache in zip(self.starts, caches, strict=True):
+            if cache.chunks:
+                self.buffer[:, :, start : start + cache.length] = torch.cat(cache.chunks, 2)
 
     def prefix(self, i: int, *, n_written: int = 0) -> CachedPrefix:
-        """What context i's next rows come after; `behind` rows of its room are filled already."""
-        context = self.caches[i]
+        """What the next rows of cache i follow: its own rows and the `n_written` ones written behind them."""
+        cache = self.caches[i]
         return CachedPrefix(
-            length=context.length + n_written,
-            next_position=context.next_position + n_written,
+            length=cache.length + n_written,
+            next_position=cache.next_position + n_written,
             buffer_start=self.starts[i],
         )
 
-    def attend(
-        self, prefixes: Sequence[CachedPrefix], mask: AttentionMask
-    ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """An attention for one forward: writes each sample's new keys and values behind its past, then attends."""
+    def attend(self, prefixes: Sequence[CachedPrefix], mask: AttentionMask) -> AttentionFn:
+        """The attention of one forward: it writes each sample's new keys and values behind its prefix, then attends."""
         rows = [
             p.length + (p.buffer_start or 0) + torch.arange(n)
             for p, n in zip(prefixes, mask.query_lengths, strict=True)
         ]
         return self.attend_at_slots(torch.cat(rows).to(self.buffer.device), mask)
 
-    def attend_at_slots(self, slots: Tensor, mask: AttentionMask) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """The same, the new rows' places in the buffer given [N]."""
+    def attend_at_slots(self, slots: Tensor, mask: AttentionMask) -> AttentionFn:
+        """The same for new rows at these rows of the buffer, [N]."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffer[layer]
             keys.index_copy_(0, slots, k.to(keys.dtype))
             values.index_copy_(0, slots, v.to(values.dtype))
-            if keys.dtype.itemsize > q.dtype.itemsize:  # a wider cache, which is not to be narrowed at every row
+            if keys.dtype.itemsize > q.dtype.itemsize:  # a wider buffer: casting it down would copy it at every step
                 return attention(q.to(keys.dtype), keys, values, mask).to(q.dtype)
             return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
 
         return attend
 
     def copy_new_rows(self, i: int, n: int) -> Tensor:
-        """The first n rows of context i's room, copied out: [layers, 2, n, G, K]."""
+        """A copy of the first n rows written behind cache i, [layers, 2, n, G, K]."""
         start = self.starts[i] + self.caches[i].length
         return self.buffer[:, :, start : start + n].clone()
 
 
 def allocate_kv_buffer(
-    model: CausalLM, caches: Sequence[KVCache], capacity: Sequence[int], *, dtype: torch.dtype | None = None
+    decoder: Decoder, caches: Sequence[KVCache], capacity: Sequence[int], *, dtype: torch.dtype | None = None
 ) -> KVBuffer:
-    """A buffer that holds the contexts, with room for more rows behind each; in the model's dtype unless given."""
-    d = model.decoder.config
-    empty = torch.empty(d.n_layers, 2, 0, d.n_kv_heads, d.head_dim, dtype=dtype or model.dtype, device=model.device)
+    """A buffer that holds the caches, with `capacity` free rows behind each; in the decoder's dtype unless given."""
+    config = decoder.config
+    weight = decoder.embed.weight
+    empty = torch.empty(
+        config.n_layers, 2, 0, config.n_kv_heads, config.head_dim, dtype=dtype or weight.dtype, device=weight.device
+    )
     return KVBuffer(caches, capacity, empty=empty)
+
+
+def check_max_positions(config: DecoderConfig, position: int) -> None:
+    """Raise ValueError where a sequence would reach a position beyond the decoder's last."""
+    if position > config.max_positions:
+        raise ValueError(
+            f"the sequence would reach position {position}, the model knows {config.max_positions}: "
+            "shorten it, or max_tokens"
+        )

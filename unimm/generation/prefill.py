@@ -1,29 +1,39 @@
 """Prefill: parts appended to KV caches in one packed forward."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from unimm.generation.causal_lm import CausalLM, check_max_positions
-from unimm.generation.kv_cache import KVCache, allocate_kv_buffer
-from unimm.sequence.packing import pack_sequences
+from unimm.generation.kv_cache import KVBuffer, KVCache, allocate_kv_buffer, check_max_positions
+from unimm.nn.decoder import AttentionFn, Decoder
+from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 
 
-@torch.inference_mode()
-def prefill(model: CausalLM, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> list[KVCache]:
-    """Append items to each context, all in one packed forward; the contexts given stay as they are.
+@dataclass(frozen=True, eq=False)
+class PrefillPlan:
+    """A forward that appends parts to KV caches: run a backbone on `batch` with `attend`, then read `caches`."""
 
-    Raises ValueError where a context would outgrow the positions that the model knows.
+    buffer: KVBuffer
+    batch: PackedBatch
+    attend: AttentionFn
+
+    def caches(self) -> list[KVCache]:
+        """The extended caches, once the forward has run; the ones that were given stay as they are."""
+        layout = self.batch.layout
+        return [
+            cache.appended(self.buffer.copy_new_rows(i, layout.lengths[i]), layout.next_positions[i])
+            for i, cache in enumerate(self.buffer.caches)
+        ]
+
+
+def plan_prefill(decoder: Decoder, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> PrefillPlan:
+    """Pack the new parts of every cache behind it, in one buffer.
+
+    Raises ValueError where a sequence would reach a position beyond the decoder's last.
     """
-    lengths = [sum(item.segment.length for item in more) for more in parts]
-    if not any(lengths):
-        return list(caches)
-    cache = allocate_kv_buffer(model, caches, lengths)
-    past = [cache.prefix(i) for i in range(len(caches))]
-    batch = pack_sequences(parts, past, device=model.device)
-    check_max_positions(model, max(batch.layout.next_positions))
-    model.backbone(batch, cache.attend(past, batch.layout.mask))
-    return [
-        c.appended(cache.copy_new_rows(i, lengths[i]), batch.layout.next_positions[i]) for i, c in enumerate(caches)
-    ]
+    lengths = [sum(part.segment.length for part in new) for new in parts]
+    buffer = allocate_kv_buffer(decoder, caches, lengths)
+    prefixes = [buffer.prefix(i) for i in range(len(caches))]
+    batch = pack_sequences(parts, prefixes, device=decoder.embed.weight.device)
+    check_max_positions(decoder.config, max(batch.layout.next_positions))
+    return PrefillPlan(buffer, batch, buffer.attend(prefixes, batch.layout.mask))

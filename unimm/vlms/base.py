@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
@@ -20,9 +20,10 @@ from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, parse_dtype, read_shapes, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
-from unimm.generation.causal_lm import check_max_positions
+from unimm.generation.causal_lm import CausalLM
 from unimm.generation.decode import TextStream, decode_text
-from unimm.generation.kv_cache import KVCache, allocate_kv_buffer
+from unimm.generation.kv_cache import KVCache, check_max_positions
+from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
@@ -36,7 +37,7 @@ from unimm.vlms.processor import VLMProcessor
 EXPERT = "all"
 
 
-class VisionLanguageModel(MLLMChat, nn.Module):
+class VisionLanguageModel(MLLMChat, CausalLM):
     """A decoder and a tower to look with."""
 
     config_class: ClassVar[Any]  # of the family; its `from_folder` reads what is released
@@ -114,16 +115,6 @@ class VisionLanguageModel(MLLMChat, nn.Module):
 
     # ---- reading
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.decoder.embed.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.decoder.embed.weight.dtype
-
     def embed(self, batch: PackedBatch) -> Tensor:
         """Every row of a pack, in its order [N, D]: texts and markers, pictures."""
         parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
@@ -150,14 +141,11 @@ class VisionLanguageModel(MLLMChat, nn.Module):
         """
         lengths = [sum(item.segment.length for item in items) for items in sequences]
         if caches is None:
-            batch, attend = pack_sequences(sequences, device=self.device), None
-        else:
-            cache = allocate_kv_buffer(self, caches, lengths)
-            past = [cache.prefix(i) for i in range(len(caches))]
-            batch = pack_sequences(sequences, past, device=self.device)
-            attend = cache.attend(past, batch.layout.mask)
-        check_max_positions(self, max(batch.layout.next_positions))
-        return list(self.last_hidden_state(batch, attend).split(lengths))
+            batch = pack_sequences(sequences, device=self.device)
+            check_max_positions(self.config.decoder, max(batch.layout.next_positions))
+            return list(self.last_hidden_state(batch).split(lengths))
+        plan = plan_prefill(self.decoder, caches, sequences)
+        return list(self.last_hidden_state(plan.batch, plan.attend).split(lengths))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Training: the next-id loss at each labelled row [n]."""
@@ -173,9 +161,9 @@ class VisionLanguageModel(MLLMChat, nn.Module):
         """The assistant's words after each prompt, which ends with a text."""
         text_sampling = text_sampling or TextSampling()
         contexts, last = self.prefill_prompts(prompts)
-        steps = decode_text(
-            self, contexts, last, end=self.config.special_tokens.eos_ids, sampling=text_sampling, seeds=seed
-        )
+        session = self.decode_session(contexts, text_sampling.token_limit)
+        end = self.config.special_tokens.eos_ids
+        steps = decode_text(session, last, end=end, sampling=text_sampling, seeds=seed)
         return TextStream(steps, self.processor.text_tokenizer.decode, len(prompts), text_sampling.stop)
 
 

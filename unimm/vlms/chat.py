@@ -1,12 +1,10 @@
 """Chat about pictures: what readers, and Janus and JanusFlow, do with a prompt that their own rules make."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from unimm.generation.causal_lm import CausalLM
 from unimm.generation.decode import TextStream
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
-from unimm.generation.prefill import prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.requests import ImageInput, Message, expand_seeds, parse_requests
 from unimm.sequence.parts import Part, text_part
@@ -16,6 +14,7 @@ class MLLMChat:
     """The verbs of a model that answers in words. It brings `prompts`, which make a conversation's items, and `written`."""
 
     processor: Any
+    prefill: Any
 
     def decode_answer(
         self, prompts: Sequence[list[Part]], text_sampling: TextSampling | None, seed: Sequence[int]
@@ -73,6 +72,4 @@ class MLLMChat:
     def prefill_prompts(self, prompts: Sequence[list[Part]]) -> tuple[list[KVCache], list[int]]:
         """Contexts of all but the last id of each prompt, which ends with a text, and those last ids."""
         before = [[*items[:-1], *(text_part(ids) for ids in [items[-1].ids[:-1].tolist()] if ids)] for items in prompts]
-        return prefill(cast("CausalLM", self), [EMPTY_CACHE] * len(before), before), [
-            int(items[-1].ids[-1]) for items in prompts
-        ]
+        return self.prefill([EMPTY_CACHE] * len(before), before), [int(items[-1].ids[-1]) for items in prompts]

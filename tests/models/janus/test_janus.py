@@ -11,7 +11,6 @@ from helpers.toys import byte_tokenizer, janus, picture, user
 from transformers import PreTrainedTokenizerFast
 
 from unimm import ImageTokenSampling, Janus, TextSampling
-from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import sample_image_tokens
 from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, JanusSpecialTokens, padded_unconditional
@@ -188,9 +187,11 @@ def test_cached_equals_uncached(any_model):
     prompts = [any_model.processor.conversation_parts(turns) for turns in talks()]
     contexts, last = any_model.prefill_prompts(prompts)
     said = torch.randint(0, 340, (3, 5))
-    rows, stepped = DecodeSession(any_model, contexts, 5), []
-    for n, ids in enumerate(torch.cat((torch.tensor(last)[:, None], said), 1)[:, :5].T):
-        stepped.append(any_model.decoder.logits(rows(any_model.decoder.embed(ids), n)))
+    session, stepped = any_model.decode_session(contexts, 5), []
+    for ids in torch.cat((torch.tensor(last)[:, None], said), 1)[:, :5].T:
+        stepped.append(any_model.decode_step(session, ids))
+    with pytest.raises(ValueError, match="holds 5 new rows of each sequence and is full"):
+        any_model.decode_step(session, ids)
     for i, prompt in enumerate(prompts):
         whole = logits(any_model, [[*prompt, text_part(said[i, :4].tolist())]])
         assert_equal(torch.stack(stepped, 1)[i], whole[-5:])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unimm.generation.guidance import Branch, Guidance, cfg_velocity, deduplicate_branches, guidance_branches
-from unimm.generation.kv_cache import KVBuffer
+from unimm.generation.kv_cache import allocate_kv_buffer
 from unimm.generation.step_cache import TaylorSeer
 from unimm.models.bagel.cfg_contexts import CONTEXT_NAMES, CFGContexts
 from unimm.models.bagel.processor import BagelProcessor
@@ -116,12 +116,3 @@ class LatentDenoiser:
         by_expert = {"und": (source >= total).nonzero().squeeze(1), "gen": (source < total).nonzero().squeeze(1)}
         attend = self._buffer.attend(prefixes, layout.mask)
         return BranchRows(source, layout.position_ids, by_expert, attend, lengths)
-
-
-def allocate_kv_buffer(decoder: Decoder, caches: Sequence, capacity: Sequence[int]) -> KVBuffer:
-    """A buffer that holds the caches, with room for more rows behind each; in the decoder's dtype."""
-    config, weight = decoder.config, decoder.embed.weight
-    empty = torch.empty(
-        config.n_layers, 2, 0, config.n_kv_heads, config.head_dim, dtype=weight.dtype, device=weight.device
-    )
-    return KVBuffer(caches, capacity, empty=empty)

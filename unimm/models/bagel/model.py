@@ -14,7 +14,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation import prefill as prefilling
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.guidance import Guidance, resolve_guidance
@@ -132,11 +131,6 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     # ---- contexts
 
-    @torch.inference_mode()
-    def prefill(self, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> list[KVCache]:
-        """The caches with the parts of each appended, all in one forward; the ones given stay as they are."""
-        return prefilling.prefill(self, caches, parts)
-
     def append_text(
         self, contexts: Sequence[CFGContexts], texts: Sequence[Part], *, system: bool = False
     ) -> list[CFGContexts]:
@@ -194,7 +188,8 @@ class Bagel(BagelNetwork, UnifiedModel):
     ) -> Iterator[list[int | None]]:
         """Text after each cache, from bos to eos: one id a cache at a time, None for those that have ended."""
         special = self.processor.special_tokens
-        return decode_text(self, caches, [special.bos] * len(caches), end=special.eos, sampling=sampling, seeds=seeds)
+        session = self.decode_session(caches, sampling.token_limit)
+        return decode_text(session, [special.bos] * len(caches), end=special.eos, sampling=sampling, seeds=seeds)
 
     def _text_stream(
         self, contexts: Sequence[CFGContexts], sampling: TextSampling | None, seeds: Sequence[int]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unimm.encoders.siglip import SiglipNaViT
+from unimm.generation.causal_lm import CausalLM
 from unimm.generation.flow import add_noise
 from unimm.generation.guidance import Branch
 from unimm.kernels import attention, linear_cross_entropy
@@ -36,7 +37,7 @@ class BagelLosses:
     mse: Tensor
 
 
-class BagelNetwork(nn.Module):
+class BagelNetwork(CausalLM):
     """A decoder of two experts, a ViT that encodes images to understand, a VAE for images to generate."""
 
     vit_pos_embed: Tensor  # [vit_grid^2, D], added behind the connector
@@ -57,11 +58,6 @@ class BagelNetwork(nn.Module):
             self.llm2vae = nn.Linear(dim, config.latent_dim)
             self.register_buffer("latent_pos_embed", sincos_pos_embed_2d(config.latent_grid, dim))
             self.vae = AutoencoderKL(config.vae)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the decoder; the VAE keeps float32."""
-        return self.decoder.embed.weight.dtype
 
     # ---- from parts to rows of the decoder
 

@@ -4,7 +4,6 @@ A prompt is text whose placeholders become pictures; everything is read causally
 and "Image processor".
 """
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,11 +14,9 @@ from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
 from unimm.models.common.deepseek_network import DeepseekNetwork
 from unimm.models.common.deepseek_processor import DeepseekChatConfig, DeepseekProcessor, JanusSpecialTokens
-from unimm.nn.decoder import RowsByExpert
 from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.requests import ImageInput
-from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
 from unimm.vlms.chat import MLLMChat
 
@@ -30,10 +27,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
     image_processor: DeepseekVLImageProcessor  # the rule for pictures that the tower sees
     chat_config: DeepseekChatConfig
     fallback_special_tokens: JanusSpecialTokens | None = None  # the markers of a checkpoint without tokenizer
-
-    @abstractmethod
-    def backbone(self, batch: PackedBatch, attend: Any) -> RowsByExpert:
-        """Last hidden states of every row of a pack, before the final norm."""
 
     # ---- faster on a CPU
 
@@ -107,5 +100,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
         """The assistant's words after each prompt."""
         text_sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.chat_config.max_tokens)
         contexts, last = self.prefill_prompts(prompts)
-        steps = decode_text(self, contexts, last, end=self.special_tokens.eos, sampling=text_sampling, seeds=seed)
+        session = self.decode_session(contexts, text_sampling.token_limit)
+        steps = decode_text(session, last, end=self.special_tokens.eos, sampling=text_sampling, seeds=seed)
         return TextStream(steps, self.processor.text_tokenizer.decode, len(prompts), text_sampling.stop)

@@ -1,24 +1,17 @@
 """The half of a network that Janus and JanusFlow share: a decoder, and a tower to look with."""
 
-import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimm.encoders.timm_vit import TimmVisionEncoder
-from unimm.nn.decoder import Decoder
+from unimm.generation.causal_lm import CausalLM
 from unimm.sequence.packing import ImageTokens
 
 
-class DeepseekNetwork(nn.Module):
+class DeepseekNetwork(CausalLM):
     """A decoder that is shown pictures through a tower."""
 
-    decoder: Decoder
     vision: TimmVisionEncoder
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.decoder.embed.weight.dtype
 
     def image_features(self, tokens: ImageTokens) -> Tensor:
         """Pictures of a pack -> the tower's features [n, D of the tower]."""

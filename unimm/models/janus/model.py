@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, sample_image_tokens
 from unimm.generation.kv_cache import KVCache
 from unimm.models.base import Generation
@@ -110,13 +109,13 @@ class Janus(JanusNetwork, DeepseekChatModel):
         pad = self.special_tokens.pad if guided else 0
         every = [*prompts, *(padded_unconditional(prompts[i], pad) for i in guided)]
         height, width = grid or self.config.token_grid
-        rows = DecodeSession(self, self.prefill_unique(every), height * width)
+        session = self.decode_session(self.prefill_unique(every), height * width)
         first = torch.stack([prompt[-1].ids[-1] for prompt in every]).to(self.device)
         w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None]
         at, x, drawn = torch.tensor(guided, device=self.device, dtype=torch.long), self.decoder.embed(first), []
-        for n in tqdm(range(rows.capacity), "drawing", disable=not progress, leave=False):
+        for _ in tqdm(range(session.capacity), "drawing", disable=not progress, leave=False):
             # scales are not rounded to the model's dtype
-            logits, free = self.image_logits(rows(x, n)).float().split([len(prompts), len(guided)])
+            logits, free = self.image_logits(session.append(x)).float().split([len(prompts), len(guided)])
             if guided:
                 logits = logits.index_copy(0, at, free + w * (logits[at] - free))
             drawn.append(sample_image_tokens(logits, image_sampling, generators))

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation.causal_lm import check_max_positions
 from unimm.generation.flow import euler, flow_timesteps
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer
-from unimm.generation.prefill import prefill
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer, check_max_positions
 from unimm.models.base import Generation
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
@@ -131,8 +129,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
         w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None, None, None]
         grid = [self.gen_encoder.config.grid_size(side) for side in noise.shape[2:]]
         room = 1 + grid[0] * grid[1]
-        check_max_positions(self, max(c.next_position for c in contexts) + room)
-        cache = allocate_kv_buffer(self, contexts, [room] * len(contexts))
+        check_max_positions(self.config.decoder, max(c.next_position for c in contexts) + room)
+        cache = allocate_kv_buffer(self.decoder, contexts, [room] * len(contexts))
         past = [cache.prefix(i) for i in range(len(contexts))]
         layout = build_layout(
             [[Segment(length=room, attention="causal", advance=0)]] * len(contexts), past, device=self.device
@@ -153,7 +151,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
     def prefill_unique(self, prompts: Sequence[Sequence[Part]]) -> list[KVCache]:
         """The context of each prompt; those that are one object are read once."""
         unique = {id(prompt): prompt for prompt in prompts}
-        contexts = dict(zip(unique, prefill(self, [EMPTY_CACHE] * len(unique), list(unique.values())), strict=True))
+        contexts = dict(zip(unique, self.prefill([EMPTY_CACHE] * len(unique), list(unique.values())), strict=True))
         return [contexts[id(prompt)] for prompt in prompts]
 
     @torch.inference_mode()

@@ -21,10 +21,9 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, CheckpointError, load_weights, read_shapes, weight_files
 from unimm.denoisers.sana import SanaCondition
-from unimm.generation.causal_lm import check_max_positions
 from unimm.generation.flow import Velocity, dpm_solver_pp, dpm_timesteps, with_integer_timesteps
-from unimm.generation.kv_cache import EMPTY_CACHE, allocate_kv_buffer
-from unimm.generation.prefill import prefill
+from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.generation.prefill import plan_prefill
 from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.metaquery import RELEASES
@@ -34,7 +33,6 @@ from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, 
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
 from unimm.processing.images.io import load_image, tensor_to_pil
 from unimm.processing.requests import ImageInput, broadcast, check_size, expand_seeds, parse_requests
-from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part, text_part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import VisionLanguageModel
@@ -137,14 +135,10 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
     def query_states(self, samples: Sequence[Sequence[Part]]) -> Tensor:
         """The reader's answers [R, N, D] to samples that `prompts` made; what all begin with is read once."""
         processor = self.processor
-        (system_cache,) = prefill(self, [EMPTY_CACHE], [[text_part(processor.system_ids)]])
+        (system_cache,) = self.mllm.prefill([EMPTY_CACHE], [[text_part(processor.system_ids)]])
         rest = [processor.without_system(sample) for sample in samples]
-        caches = [system_cache.fork() for _ in rest]
-        buffer = allocate_kv_buffer(self, caches, [sum(item.segment.length for item in items) for items in rest])
-        prefixes = [buffer.prefix(i) for i in range(len(caches))]
-        batch = pack_sequences(rest, prefixes, device=self.device)
-        check_max_positions(self, max(batch.layout.next_positions))
-        return self.query_hidden_states(batch, buffer.attend(prefixes, batch.layout.mask))
+        plan = plan_prefill(self.decoder, [system_cache] * len(rest), rest)
+        return self.query_hidden_states(plan.batch, plan.attend)
 
     # ---- drawing
 

@@ -23,10 +23,10 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, parse_dtype
 from unimm.denoisers.flux import flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, modulation_per_step, patchify_latents, unpatchify_latents
-from unimm.generation.causal_lm import check_max_positions
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler, flow_timesteps
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
+from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
@@ -44,7 +44,6 @@ from unimm.models.uniworld.processor import (
 from unimm.models.uniworld.weights import uniworld_key_map
 from unimm.processing.images.io import load_image, tensor_to_pil
 from unimm.processing.requests import ImageInput, check_size, parse_images, parse_requests
-from unimm.sequence.packing import pack_sequences as packed
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import EXPERT
@@ -156,13 +155,10 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         residual: how much of a picture's cells is what the tower gave for them, in place of the reader's state.
         """
         mllm, lengths = self.mllm, [sum(item.segment.length for item in items) for items in samples]
-        buffer = allocate_kv_buffer(mllm, [EMPTY_CACHE] * len(samples), lengths)
-        prefixes = [buffer.prefix(i) for i in range(len(samples))]
-        batch = packed(samples, prefixes, device=self.device)
-        check_max_positions(mllm, max(batch.layout.next_positions))
+        plan = plan_prefill(mllm.decoder, [EMPTY_CACHE] * len(samples), samples)
+        batch, buffer = plan.batch, plan.buffer
         x, rows = mllm.embed(batch), torch.arange(sum(lengths), device=self.device)
-        attend = buffer.attend(prefixes, batch.layout.mask)
-        hidden = mllm.decoder(x, mllm.position_ids(batch), {EXPERT: rows}, attend)[EXPERT]
+        hidden = mllm.decoder(x, mllm.position_ids(batch), {EXPERT: rows}, plan.attend)[EXPERT]
         states = mllm.decoder.norms[EXPERT](hidden)
         if image_embeds_shortcut and batch.und_images:
             image_rows = batch.und_images.rows
@@ -430,9 +426,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
             return Generation(self.generate_images([output], [prompt], [input_images], options))
         sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.config.max_answer_tokens)
         end, words = self.mllm.config.markers.eos_ids, self.mllm.processor.text_tokenizer
-        steps_of = decode_text(
-            self.mllm, [output.cache], [output.last_id], end=end, sampling=sampling, seeds=options.seeds
-        )
+        session = self.mllm.decode_session([output.cache], sampling.token_limit)
+        steps_of = decode_text(session, [output.last_id], end=end, sampling=sampling, seeds=options.seeds)
         return TextStream(steps_of, words.decode, 1, sampling.stop).texts()[0]
 
     # ---- speaking
