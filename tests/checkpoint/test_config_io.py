@@ -119,7 +119,7 @@ def test_a_section_of_a_larger_file():
         ),
         ({"norm": "rms"}, "got norm 'rms', expected None"),
         ({"part_config": {"cls": "Other", "params": {}}}, "got part_config.cls 'Other'.*expected 'Part'"),
-        ({"n_levels": 3}, "got n_levels 3, expected 2, which follows from the other numbers"),
+        ({"n_levels": 3}, "got n_levels 3, expected 2 by the rest of the toy.s config"),
         ({"generation": {"guidance": {"scales": 2}}}, "got scales in ToyPlain: expected some of interval, scale"),
         ({"generation": {"guidance": {"interval": [0.0]}}}, r"got \[0.0\] in the config: expected 2 values"),
     ],

@@ -167,8 +167,8 @@ def test_wrong_inputs(tmp_path, small):
     with pytest.raises(ValueError, match="unknown activation 'gelo'"):
         SiglipVisionEncoder(SiglipConfig.from_json(TOY | {"hidden_act": "gelo"}))
     for changes, words in [
-        ({"size": {"height": 24, "width": 23}}, "expected sides of 23"),
-        ({"size": 24}, "expected sides of 23"),
+        ({"size": {"height": 24, "width": 23}}, "got size.height 24, expected 23"),
+        ({"size": 24}, "got size.height 24, expected 23"),
         ({"do_normalize": False}, "do_normalize switched off"),
         ({"image_std": [0.5, 0.0, 0.5]}, "deviations"),
         ({"resample": 9}, "got resample 9"),

@@ -121,7 +121,7 @@ def test_missing_keys_are_the_released_numbers():
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"downsample": 16}, "got downsample 16, expected 8, which follows"),
+        ({"downsample": 16}, "got downsample 16, expected 8 by the rest of"),
         ({"ch": 48}, "width 48, expected a multiple of 32"),
         ({"ch_mult": []}, "one multiplier per level"),
         ({"num_res_blocks": 0}, "positive counts"),

@@ -387,9 +387,14 @@ def test_wrong_configs(changes, words):
 
 def test_wrong_preprocessors():
     files = TOP | {"text_config": TEXT, "vision_config": VISION}
-    for look in ({"size": {"height": 28, "width": 28}}, {"image_grid_pinpoints": [[14, 14]]}, {"do_rescale": False}):
-        with pytest.raises(ValueError, match="tiles of 14 pixels and the image_grid_pinpoints"):
-            LlavaConfig.from_json(files, look)
+    size_words = "tiles of 14 pixels and the image_grid_pinpoints"
+    for preprocessor, words in (
+        ({"size": {"height": 28, "width": 28}}, size_words),
+        ({"image_grid_pinpoints": [[14, 14]]}, size_words),
+        ({"do_rescale": False}, "got do_rescale False, expected True"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LlavaConfig.from_json(files, preprocessor)
 
 
 @pytest.mark.parametrize(

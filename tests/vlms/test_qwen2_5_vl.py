@@ -385,7 +385,7 @@ def test_config_round_trip():
         ({"vision_config": VISION | {"out_hidden_size": 40}}, "got out_hidden_size 40.*expected 72"),
         ({"vision_config": VISION | {"num_heads": 4}}, "expected heads of a multiple of 4"),
         ({"vision_config": VISION | {"fullatt_block_indexes": [7]}}, "full attention in layers .7,.*layers 0 to 2"),
-        ({"vision_config": VISION | {"temporal_patch_size": 1}}, "temporal_patch_size 2 in preprocessor_config"),
+        ({"vision_config": VISION | {"temporal_patch_size": 1}}, "got temporal_patch_size 2, expected 1 by the rest of preprocessor_config"),
     ],
 )
 def test_wrong_configs(changes, words):

@@ -40,6 +40,7 @@ class JsonLayout:
     defaults: key -> the value that a file without it means.
     fixed: key -> the only supported value; a file without it means that one. A list of it in the file is as good.
     derived: key -> a property of the config that a file may repeat (a path, `vae.stride`), and must then repeat rightly.
+    unwritten: keys of `fixed` that a file need not repeat.
     constants: key -> a value that is written and not read.
     required: keys that the file must have although the class has a default for them, or they are fixed.
     section: where the file may be a larger one, the key of the part that is read.
@@ -52,6 +53,7 @@ class JsonLayout:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, str] = field(default_factory=dict)
+    unwritten: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     section: str | None = None
@@ -104,7 +106,8 @@ def read_config(
 
 def write_config(config: Any, layout: JsonLayout) -> dict[str, Any]:
     """The file's contents that `read_config` reads."""
-    values: dict[str, Any] = {**layout.constants, **layout.fixed}
+    fixed = {key: value for key, value in layout.fixed.items() if key not in layout.unwritten}
+    values: dict[str, Any] = {**layout.constants, **fixed}
     values |= {names[0]: _encode(getattr(config, name)) for name, names in _keys(type(config), layout).items()}
     values |= {key: _encode(attrgetter(path)(config)) for key, path in layout.derived.items()}
     data: dict[str, Any] = {}
@@ -135,7 +138,7 @@ def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> 
         got, expected = _get(data, key), _encode(attrgetter(path)(config))
         if got is not None and got != expected:
             raise ValueError(
-                f"got {key} {got!r}, expected {expected!r}, which follows from the other numbers of {layout.name}: correct one"
+                f"got {key} {got!r}, expected {expected!r} by the rest of {layout.name}: correct one of them"
             )
 
 
@@ -162,7 +165,10 @@ def _get(data: Mapping[str, Any], path: str) -> Any:
 
 def _section(data: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     """The mapping that holds the last key of a path; an empty one where the file does not have it."""
-    return reduce(lambda inner, section: inner.get(section) or {}, path.split(".")[:-1], data)
+    for key in path.split(".")[:-1]:
+        inner = data.get(key)
+        data = inner if isinstance(inner, Mapping) else {}
+    return data
 
 
 def _decode(value: Any, hint: Any) -> Any:

@@ -1,12 +1,13 @@
 """The image processor of DeepSeek-VL, which Janus and JanusFlow use."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.processing.images.io import normalize
 
 
@@ -20,14 +21,6 @@ class DeepseekVLImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {
-        "size": "image_size",
-        "min_size": "min_size",
-        "mean": "image_mean",
-        "std": "image_std",
-        "rescale_factor": "rescale_factor",
-    }
-
     def __post_init__(self) -> None:
         if min(self.size, self.min_size) < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
@@ -36,31 +29,16 @@ class DeepseekVLImageProcessor:
             )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any], *, size: int) -> "DeepseekVLImageProcessor":
-        """Read a preprocessor_config.json; `size`, that of the vision tower, where it names none.
+    def from_json(cls, data: Mapping[str, Any], *, size: int) -> "DeepseekVLImageProcessor":
+        """Read a preprocessor_config.json; `size`, that of the vision encoder, where it names none.
 
         background_color is not read: the original, too, computes it from the mean.
         """
-        if not files.get("do_normalize", True):
-            raise ValueError("got do_normalize false in preprocessor_config.json: expected true, as in every release")
-        fields: dict[str, Any] = {"size": size}
-        fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
-        return cls(**fields)
+        return read_config(cls, data, replace(LAYOUT, defaults={"image_size": size}))
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        files |= {
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "background_color": list(self.background_color),
-        }
-        return files | {
-            "do_normalize": True,
-            "image_processor_type": "VLMImageProcessor",
-            "processor_class": "VLChatProcessor",
-        }
+        return write_config(self, LAYOUT) | {"background_color": list(self.background_color)}
 
     @property
     def background_color(self) -> tuple[int, ...]:
@@ -80,3 +58,18 @@ class DeepseekVLImageProcessor:
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture, squared, as normalised values [3, size, size] float32."""
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
+
+
+LAYOUT = JsonLayout(
+    name="preprocessor_config.json",
+    source="every release",
+    keys={
+        "size": "image_size",
+        "min_size": "min_size",
+        "mean": "image_mean",
+        "std": "image_std",
+        "rescale_factor": "rescale_factor",
+    },
+    fixed={"do_normalize": True},
+    constants={"image_processor_type": "VLMImageProcessor", "processor_class": "VLChatProcessor"},
+)

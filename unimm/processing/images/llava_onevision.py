@@ -8,12 +8,13 @@ Axes: T tiles, S pixels a side of one, C channels; h w sides of a picture or of 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.processing.images.io import normalize
 
 Size = tuple[int, int]  # (height, width)
@@ -44,13 +45,6 @@ class LlavaOnevisionImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {
-        "resample": "resample",
-        "mean": "image_mean",
-        "std": "image_std",
-        "rescale_factor": "rescale_factor",
-    }
-
     def __post_init__(self) -> None:
         bad = [
             grid
@@ -74,7 +68,7 @@ class LlavaOnevisionImageProcessor:
     @classmethod
     def from_json(
         cls,
-        files: Mapping[str, Any],
+        data: Mapping[str, Any],
         *,
         tile_size: int,
         tile_side: int,
@@ -85,37 +79,27 @@ class LlavaOnevisionImageProcessor:
 
         Raises ValueError where the file asks for other sizes than the model.
         """
-        asked = files.get("size") or {}
+        asked = data.get("size") or {}
         sides = {asked.get(name, tile_size) for name in ("height", "width", "shortest_edge")}
-        pinned = files.get("image_grid_pinpoints")
-        switched = [name for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
-        if (
-            sides != {tile_size}
-            or switched
-            or (pinned is not None and {tuple(grid) for grid in pinned} != set(grid_pinpoints))
-        ):
+        pinpoints = data.get("image_grid_pinpoints")
+        if sides != {tile_size} or (pinpoints and {tuple(grid) for grid in pinpoints} != set(grid_pinpoints)):
             raise ValueError(
-                f"got size {asked}, {', '.join(switched) or 'nothing'} switched off, grids {pinned} in "
-                f"preprocessor_config.json: expected tiles of {tile_size} pixels and the image_grid_pinpoints of config.json"
+                f"got size {asked}, image_grid_pinpoints {pinpoints} in preprocessor_config.json: expected tiles of "
+                f"{tile_size} pixels and the image_grid_pinpoints of config.json"
             )
-        fields = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
-        return cls(
-            tile_size=tile_size, tile_side=tile_side, grid_pinpoints=grid_pinpoints, max_tiles=max_tiles, **fields
-        )
+        given = {
+            "tile_size": tile_size,
+            "tile_side": tile_side,
+            "grid_pinpoints": grid_pinpoints,
+            "max_tiles": max_tiles,
+        }
+        return read_config(cls, data, LAYOUT, given=given)
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True, "do_pad": True}
-        files |= {
-            "size": {"height": self.tile_size, "width": self.tile_size},
-            "image_grid_pinpoints": [list(g) for g in self.grid_pinpoints],
-        }
-        return files | {
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-            "processor_class": "LlavaOnevisionProcessor",
-        }
+        size = {"height": self.tile_size, "width": self.tile_size}
+        pinpoints = [list(grid) for grid in self.grid_pinpoints]
+        return write_config(self, LAYOUT) | {"size": size, "image_grid_pinpoints": pinpoints}
 
     def select_grid(self, height: int, width: int) -> Size:
         """Of all grids the one that keeps most of a picture's pixels; of several the one that wastes the fewest."""
@@ -182,3 +166,17 @@ class LlavaOnevisionImageProcessor:
     def _normalize_tile(self, image: Image.Image) -> Tensor:
         whole = image.resize((self.tile_size, self.tile_size), Image.Resampling(self.resample))
         return normalize(whole, mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
+
+
+LAYOUT = JsonLayout(
+    name="preprocessor_config.json",
+    source="every release",
+    keys={"resample": "resample", "mean": "image_mean", "std": "image_std", "rescale_factor": "rescale_factor"},
+    fixed={"do_normalize": True, "do_resize": True, "do_rescale": True},
+    unwritten=("do_resize", "do_rescale"),
+    constants={
+        "do_pad": True,
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "processor_class": "LlavaOnevisionProcessor",
+    },
+)

@@ -5,14 +5,15 @@ Axes: C channels, T frames of a patch, p patch, m patches a side of a cell; N pa
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.processing.images.io import normalize
 
 PatchGrid = tuple[int, int, int]  # patches of a picture in time, down and across
@@ -34,20 +35,6 @@ class Qwen2VLImageProcessor:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {
-        "min_pixels": "min_pixels",
-        "max_pixels": "max_pixels",
-        "resample": "resample",
-        "mean": "image_mean",
-        "std": "image_std",
-        "rescale_factor": "rescale_factor",
-    }
-    SHARED: ClassVar = {
-        "patch_size": "patch_size",
-        "merge_size": "merge_size",
-        "temporal_patch_size": "temporal_patch_size",
-    }
-
     def __post_init__(self) -> None:
         sizes = (self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels)
         if self.resample not in list(Image.Resampling):
@@ -67,40 +54,20 @@ class Qwen2VLImageProcessor:
 
     @classmethod
     def from_json(
-        cls, files: Mapping[str, Any], *, patch_size: int, merge_size: int, temporal_patch_size: int
+        cls, data: Mapping[str, Any], *, patch_size: int, merge_size: int, temporal_patch_size: int
     ) -> "Qwen2VLImageProcessor":
-        """Read a preprocessor_config.json. patch, merge, frames: the tower's.
+        """Read a preprocessor_config.json. patch_size, merge_size, temporal_patch_size: those of the vision encoder.
 
         Without a file the released numbers are taken; where a file names no max_pixels, that of transformers, a 13th.
+        Raises ValueError where the file contradicts the encoder, and for a step that is switched off.
         """
-        tower: dict[str, Any] = {
-            "patch_size": patch_size,
-            "merge_size": merge_size,
-            "temporal_patch_size": temporal_patch_size,
-        }
-        asked = {theirs: (files.get(theirs, tower[ours]), tower[ours]) for ours, theirs in cls.SHARED.items()}
-        wrong = [f"{theirs} {got}" for theirs, (got, expected) in asked.items() if got != expected]
-        wrong += [f"{name} false" for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
-        if wrong:
-            raise ValueError(
-                f"got {', '.join(wrong)} in preprocessor_config.json: expected what the vision_config says, {tower}, and "
-                "nothing switched off"
-            )
-        size = files.get("size") or {}
-        # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
-        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        named = {ours: size.get(edge, size.get(ours)) for ours, edge in edges.items()}
-        fields: dict[str, Any] = {"max_pixels": DEFAULT_MAX_PIXELS} if files else {}
-        fields |= {name: value for name, value in named.items() if value is not None}
-        fields |= {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
-        return cls(**tower, **fields)
+        layout = replace(LAYOUT, defaults={"max_pixels": DEFAULT_MAX_PIXELS}) if data else LAYOUT
+        given = {"patch_size": patch_size, "merge_size": merge_size, "temporal_patch_size": temporal_patch_size}
+        return read_config(cls, data, layout, given=given)
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in (self.FILES | self.SHARED).items()}
-        files |= {"image_mean": list(self.mean), "image_std": list(self.std), "do_normalize": True}
-        return files | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+        return write_config(self, LAYOUT)
 
     @property
     def merged_patch_size(self) -> int:
@@ -156,3 +123,22 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         ratio = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * ratio / factor) * factor for side in (height, width))
     return h, w
+
+
+LAYOUT = JsonLayout(
+    name="preprocessor_config.json and the vision_config",
+    source="every release",
+    keys={
+        # newer files keep the two limits in `size`, and name them, which are numbers of pixels, after edges
+        "min_pixels": ("min_pixels", "size.shortest_edge", "size.min_pixels"),
+        "max_pixels": ("max_pixels", "size.longest_edge", "size.max_pixels"),
+        "resample": "resample",
+        "mean": "image_mean",
+        "std": "image_std",
+        "rescale_factor": "rescale_factor",
+    },
+    fixed={"do_normalize": True, "do_resize": True, "do_rescale": True},
+    unwritten=("do_resize", "do_rescale"),
+    derived={"patch_size": "patch_size", "merge_size": "merge_size", "temporal_patch_size": "temporal_patch_size"},
+    constants={"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
+)

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.processing.images.io import normalize
 
 
@@ -23,13 +24,6 @@ class SiglipImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
 
-    FILES: ClassVar = {
-        "resample": "resample",
-        "mean": "image_mean",
-        "std": "image_std",
-        "rescale_factor": "rescale_factor",
-    }
-
     def __post_init__(self) -> None:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
@@ -42,29 +36,18 @@ class SiglipImageProcessor:
             )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any], *, size: int) -> "SiglipImageProcessor":
-        """Read a preprocessor_config.json; the released numbers for what is missing. size: that of the encoder."""
-        asked = files.get("size") or {}
-        sides = {asked.get("height", size), asked.get("width", size)} if isinstance(asked, Mapping) else {asked}
-        switched = [name for name in ("do_resize", "do_rescale", "do_normalize") if files.get(name) is False]
-        if sides != {size} or switched:
-            raise ValueError(
-                f"got size {asked}, {', '.join(switched) or 'nothing'} switched off in preprocessor_config.json: expected "
-                f"sides of {size}, which the encoder takes, and nothing switched off"
-            )
-        fields = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        fields |= {name: tuple(fields[name]) for name in ("mean", "std") if name in fields}
-        return cls(size=size, **fields)
+    def from_json(cls, data: Mapping[str, Any], *, size: int) -> "SiglipImageProcessor":
+        """Read a preprocessor_config.json; the released numbers for what is missing. size: that of the encoder.
+
+        Raises ValueError for another size, and for a step that is switched off.
+        """
+        if isinstance(data.get("size"), int):
+            data = {**data, "size": {"height": data["size"], "width": data["size"]}}
+        return read_config(cls, data, LAYOUT, given={"size": size})
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        files |= {
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "image_processor_type": "SiglipImageProcessor",
-        }
-        return files | {"size": {"height": self.size, "width": self.size}, "do_normalize": True}
+        return write_config(self, LAYOUT)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The picture as a square."""
@@ -73,3 +56,14 @@ class SiglipImageProcessor:
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture, stretched, as normalised values [3, size, size] float32."""
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
+
+
+LAYOUT = JsonLayout(
+    name="preprocessor_config.json and the encoder's size",
+    source="every release",
+    keys={"resample": "resample", "mean": "image_mean", "std": "image_std", "rescale_factor": "rescale_factor"},
+    fixed={"do_normalize": True, "do_resize": True, "do_rescale": True},
+    unwritten=("do_resize", "do_rescale"),
+    derived={"size.height": "size", "size.width": "size"},
+    constants={"image_processor_type": "SiglipImageProcessor"},
+)
