@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
 
 from parity.case import Case
 from unimm.checkpoint.keymap import released_names
 from unimm.denoisers.sana import TIMESTEP_SCALE
-from unimm.generation.flow import integer_timesteps
+from unimm.generation.flow import dpm_timesteps, floor_timesteps, integer_timesteps
 from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import ConditionBatch
 from unimm.sequence.parts import Part, text_part
@@ -112,22 +112,19 @@ def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
         answers = model.query_states(asked.samples)
         case.compare(f"{group}.query_hidden", answers[order])
         case.compare(f"{group}.connector_out", model.connector(answers)[order])
-        noise = case.input(f"{group}.noise")
-        guided = model.guided_velocity(model.condition(answers), branches)
-        told, path, velocities = [], [], []
-
-        def recorded(x: Tensor, timesteps: Tensor) -> Tensor:
-            told.append(round(TIMESTEP_SCALE * timesteps[0].item()))
-            path.append(x)
-            velocities.append(guided(x, timesteps))
-            return velocities[-1]
-
-        final = model.denoise(recorded, noise, steps=stored.steps)
-    case.compare(f"{group}.timesteps", torch.tensor(told))
-    for i, v in enumerate(velocities):
-        case.compare(f"{group}.guided_velocity.{i}", v)
-        case.compare(f"{group}.latents.{i}", [*path[1:], final][i])
-    case.compare(f"{group}.image", (model.decode_latents(final) / 2 + 0.5).clamp(0, 1))
+        denoiser = model.latent_denoiser(model.condition(answers), branches)
+    x = case.input(f"{group}.noise")
+    scheduler = model.config.scheduler
+    steps = dpm_timesteps(stored.steps, shift=scheduler.timestep_shift, train_steps=scheduler.n_train_timesteps)
+    integer = floor_timesteps(steps[:-1], train_steps=scheduler.n_train_timesteps)
+    case.compare(f"{group}.timesteps", (TIMESTEP_SCALE * integer).round().long())
+    for i, (t, t_next) in enumerate(pairwise(steps)):
+        with torch.inference_mode():
+            velocity = model.guided_velocity(x, integer[i].float().expand(len(x)), denoiser.branches)
+        case.compare(f"{group}.guided_velocity.{i}", velocity)
+        x = model.denoise_step(denoiser, x, t.expand(len(x)), t_next.expand(len(x)))
+        case.compare(f"{group}.latents.{i}", x)
+    case.compare(f"{group}.image", (model.decode_latents(x) / 2 + 0.5).clamp(0, 1))
 
 
 def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Sequence[Part]], stored: Stored) -> None:
@@ -144,7 +141,7 @@ def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Se
         )
     pictures = [item for items in samples for item in items if item.tokens is not None]
     if pictures:
-        merge = model.config.mllm.vision.merge
+        merge = model.config.mllm.vision.spatial_merge_size
         patches = [
             rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures if item.tokens is not None
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from parity.case import Case
 from unimm.denoisers.flux import flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents
 from unimm.generation.flow import dynamic_shift, flow_timesteps, shift_timesteps
-from unimm.models.uniworld.model import ASSISTANT, MLLMOutput, UniWorld
+from unimm.models.uniworld.model import MLLMOutput, UniWorld
+from unimm.models.uniworld.processor import ASSISTANT
 
 EXPECTS = 'config.json with model_type "univa_qwen2p5vl"'
 # gradients are stored under names with the dots replaced
@@ -132,12 +134,14 @@ def shift_of(tokens: int, notes: dict[str, Any]) -> float:
 def path(
     model: UniWorld, told: Tensor, noise: Tensor, times: Tensor, *, pooled: Tensor, guidance: float
 ) -> list[Tensor]:
-    """Packed latents after every step: a run of a step more each, from the noise of the run itself."""
-    ends = [
-        model.denoise([told], noise, pooled=pooled, guidance=guidance, timesteps=times[: i + 2])
-        for i in range(len(times) - 1)
-    ]
-    return [patchify_latents(x) for x in ends]
+    """Patchified latents after every step."""
+    h, w = noise.shape[2:]
+    denoiser = model.latent_denoiser([told], (h, w), pooled=pooled, guidance=guidance, schedule=times[:-1])
+    x, found = patchify_latents(noise), []
+    for t, t_next in pairwise(times):
+        x = model.denoise_step(denoiser, x, t[None], t_next[None])
+        found.append(x)
+    return found
 
 
 @torch.inference_mode()
@@ -189,9 +193,15 @@ def check_references(case: Case, model: UniWorld, runs: dict[str, MLLMOutput], n
         run = re.search(r"condition = (\w+)\.condition", about)
         told = case.tensors[f"{run[1] if run else 'edit'}.condition"][0]
         pooled = case.input("pooled")
-        final = model.denoise(
-            [told], noise, pooled=pooled, guidance=notes["guidance_scale"], timesteps=times, reference_latents=below
+        denoiser = model.latent_denoiser(
+            [told],
+            (h, w),
+            pooled=pooled,
+            guidance=notes["guidance_scale"],
+            reference_latents=below,
+            schedule=times[:-1],
         )
+        final = model.denoise(denoiser, noise, times)
         case.compare(f"{group}.latents_final", torch.cat((patchify_latents(final), patchify_latents(below)), 1))
 
 

@@ -91,7 +91,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     n = objective.model.config.n_queries
     assert set(batch.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [i // 2 for i in range(18)]
     assert batch.queries.queries.layout.lengths == (n + 3,) * 9
-    assert len(batch.queries.prompts.layout.positions) % 256 == 0 and len(batch.images) == 9
+    assert len(batch.queries.prompts.layout.position_ids) % 256 == 0 and len(batch.images) == 9
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 

@@ -127,7 +127,7 @@ def test_losses_are_those_of_each_copy_alone(objective):
         for i, items in enumerate(batch.prompts[: len(batch.conditioned)]):
             shown = [next(left) for item in items if item.kind == "und_image"]
             looks = model.auxiliary.siglip(torch.stack(shown)) if shown else None
-            (told,) = model.condition([items], model.mllm.read([items]), looks)
+            (told,) = model.condition([items], model.mllm.encode([items]), looks)
             at = int(batch.reference_indices[i])
             below = model.auxiliary.vae.encode(batch.reference_images[at : at + 1]) if at >= 0 else None
             assert (at >= 0) == bool(shown)
@@ -204,9 +204,9 @@ def test_stage_2_trains_the_attention_of_the_picture(recipe):
     names = trained(objective)
     parts = {name.rpartition(".")[0] for name in names}
     image = {
-        f"painter.mmdit.double_blocks.0.image.{part}" for part in ("qkv", "q_norm", "k_norm", "out_proj", "modulation")
+        f"denoiser.mmdit.double_blocks.0.image.{part}" for part in ("qkv", "q_norm", "k_norm", "out_proj", "modulation")
     }
-    single = {f"painter.mmdit.single_blocks.0.{part}" for part in ("qkv_mlp", "q_norm", "k_norm", "modulation")}
+    single = {f"denoiser.mmdit.single_blocks.0.{part}" for part in ("qkv_mlp", "q_norm", "k_norm", "modulation")}
     ends = {f"{part}.{fc}" for part in ("mllm_projector", "siglip_projector") for fc in ("fc1", "fc2")}
     assert parts == image | single | ends
     moved = (into.weight != old).any(1)
@@ -223,7 +223,7 @@ def test_everything_else_is_trained_from_scratch(recipe):
     missed = [
         n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
-    assert missed == ["painter.pooled_embed.fc1.weight"], "which sees zeros: the nano is told no caption"
+    assert missed == ["denoiser.pooled_embed.fc1.weight"], "which sees zeros: the nano is told no caption"
     still = {n.split(".")[0] if not n.startswith("auxiliary.") else n[:13] for n, p in objective.model.named_parameters()
              if not p.requires_grad}  # fmt: skip
     assert still == {"mllm", "vae_projector", "auxiliary.vae"}

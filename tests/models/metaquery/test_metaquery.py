@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from unimm import MetaQuery, load
 from unimm.checkpoint.load import CheckpointError
+from unimm.generation.flow import dpm_timesteps
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.processor import ConditionBatch, black_image
 from unimm.vlms.qwen2_5_vl.model import QwenVL
@@ -81,7 +83,8 @@ def velocities(model, *, text: float, image: float, shown=()):
     branches = [asked.guidance_branches("a cube", shown, negative_prompt="dark", guidance=text, image_guidance=image)]
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        combined = model.guided_velocity(model.condition(model.query_states(asked.samples)), branches)(x, 0.5)
+        denoiser = model.latent_denoiser(model.condition(model.query_states(asked.samples)), branches)
+        combined = model.guided_velocity(x, torch.tensor([0.5]), denoiser.branches)
         parts = [("dark", [black_image(one) for one in shown]), ("dark", shown), ("a cube", shown)]
         apart = model.condition(model.query_states([model.processor.prompt_parts(*part) for part in parts]))
         u, i, c = model.denoiser(x.expand(3, -1, -1, -1), torch.full((3,), 0.5), apart).split(1)
@@ -115,6 +118,31 @@ def test_equal_prompts_are_read_once(model, pictures):
         for text in ("", "a red cube", "two")
     ]
     assert seen == [opening, sum(rest)]  # what all begin with, once; then each prompt once, whatever the steps
+
+
+def test_images_of_different_progress_share_one_forward(model, pictures):
+    """Each on a schedule of its own, and the second three steps later than the first: as each is alone."""
+    batch = ConditionBatch(model.processor)
+    options = dict(negative_prompt="dark", guidance=3.0, image_guidance=1.5)
+    branches = [batch.guidance_branches("a cube", shown, **options) for shown in ([], pictures[:1])]
+    condition = model.condition(model.query_states(batch.samples))
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    schedules = [dpm_timesteps(6, shift=3.0), dpm_timesteps(3, shift=1.0)]
+    alone = []
+    for one, x, schedule in zip(branches, noise.split(1), schedules, strict=True):
+        denoiser = model.latent_denoiser(condition, [one])
+        for t, t_next in pairwise(schedule):
+            x = model.denoise_step(denoiser, x, t[None], t_next[None])
+        alone.append(x)
+    first, x = model.latent_denoiser(condition, branches[:1]), noise[:1]
+    for t, t_next in pairwise(schedules[0][:4]):
+        x = model.denoise_step(first, x, t[None], t_next[None])
+    both, x = model.latent_denoiser(condition, branches), torch.cat((x, noise[1:]))
+    both.solver.last_data = torch.cat((first.solver.last_data, noise[1:]))
+    both.solver.last_h = [*first.solver.last_h, float("inf")]
+    for t, t_next in pairwise(torch.stack((schedules[0][3:], schedules[1]), 1)):
+        x = model.denoise_step(both, x, t, t_next)
+    torch.testing.assert_close(x, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_the_condition_is_computed_once_a_picture(model):
@@ -185,8 +213,8 @@ def test_it_answers_exactly_as_the_frozen_reader(trained, tmp_path, pictures):
     ours = MetaQuery.from_pretrained(tmp_path / "saved")
     for name, x in reader.state_dict().items():
         assert torch.equal(ours.mllm.state_dict()[name], x)
-    for options in ({}, {"seed": 3, "text": TextSampling(temperature=1.0, max_tokens=6)}):
-        asked = {"text": BRIEF} | options
+    for options in ({}, {"seed": 3, "text_sampling": TextSampling(temperature=1.0, max_tokens=6)}):
+        asked = {"text_sampling": BRIEF} | options
         assert ours.understand(pictures, "what?", **asked) == reader.understand(pictures, "what?", **asked)
     assert "".join(ours.understand(pictures[0], "what?", stream=True, text_sampling=BRIEF)) == reader.understand(
         pictures[0], "what?", text_sampling=BRIEF
@@ -207,7 +235,7 @@ def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures
     reader.tokenizer = model.mllm.tokenizer
     assert set(shapes) == set(reader.state_dict())
     # its blocks and tower are those of the checkpoint, its table decayed there since, by AdamW's weight decay
-    state = {name: x for name, x in model.mllm.state_dict().items() if "embed" not in name}
+    state = {name: x for name, x in model.mllm.state_dict().items() if "decoder.embed" not in name}
     reader.load_state_dict(state, strict=False)
     reader.save_pretrained(tmp_path / "reader")
     ours = MetaQuery.from_pretrained(toys.GOLDEN, mllm=tmp_path / "reader")

@@ -33,5 +33,5 @@ def test_any_ratio():
     assert nearest_aspect_size(1080, 1920, image_pixels=1024**2, n_ratios=1) == (1024, 1024)
     assert nearest_aspect_size(10, 1000, image_pixels=1) == (288, 512), "never nothing"
     for wrong in ({"image_pixels": 0}, {"image_pixels": 1024, "n_ratios": 12}):
-        with pytest.raises(ValueError, match="got a picture of 4x4.*1 to 11"):
+        with pytest.raises(ValueError, match="got an image of 4x4.*1 to 11"):
             nearest_aspect_size(4, 4, **wrong)

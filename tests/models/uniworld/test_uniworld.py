@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import unimm
 from unimm import TextSampling, UniWorld, UniWorldConfig
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.denoisers.mmdit import patchify_latents
+from unimm.generation.flow import flow_timesteps
 from unimm.models.base import Generation
 from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID
 from unimm.models.uniworld.weights import uniworld_key_map
@@ -117,7 +120,7 @@ def test_the_head_of_a_pickle(tmp_path, model):
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
     (tmp_path / "case" / "task_head_final.pt").unlink()
     with pytest.raises(
-        ValueError, match=r"without its head that decides: give from_pretrained a folder with task_head"
+        ValueError, match=r"without its task head: give from_pretrained a folder with task_head"
     ):
         replaced(UniWorld.from_pretrained(tmp_path / "case"), model).respond("a cat")
 
@@ -320,7 +323,9 @@ def test_text_guidance_leads_away_from_nothing(model):
     told = [torch.randn(9, 40)]
     noise, pooled, times = torch.randn(1, 4, 8, 8), torch.zeros(1, 24), torch.tensor([1.0, 0.0])
     plain, empty, twice, none = (
-        model.denoise(some, noise, pooled=pooled, guidance=3.5, timesteps=times, true_cfg_scale=scale)
+        model.denoise(
+            model.latent_denoiser(some, (8, 8), pooled=pooled, guidance=3.5, true_cfg_scale=scale), noise, times
+        )
         for some, scale in (
             (told, None),
             ([told[0][:0]], None),
@@ -330,6 +335,31 @@ def test_text_guidance_leads_away_from_nothing(model):
     )
     assert torch.allclose(twice, 2 * plain - empty, atol=1e-4) and torch.allclose(none, empty, atol=1e-5)
     assert not torch.allclose(plain, empty, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_images_of_different_progress_share_one_forward(model):
+    """Each on a schedule of its own, and the second two steps later than the first: as each is alone."""
+    generator = torch.Generator().manual_seed(0)
+    noise, pooled = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, generator=generator)
+    conditions = [torch.randn(n, 40, generator=generator) for n in (9, 5)]
+    schedules = [flow_timesteps(4, 3.0), flow_timesteps(2, 1.0)]
+    scales, free = torch.tensor([3.5, 2.0]), torch.tensor([1.0, 2.0])
+    options = [
+        dict(pooled=pooled[i : i + 1], guidance=scales[i : i + 1], true_cfg_scale=free[i : i + 1]) for i in (0, 1)
+    ]
+    alone = []
+    for i, schedule in enumerate(schedules):
+        denoiser = model.latent_denoiser(conditions[i : i + 1], (8, 8), schedule=schedule[:-1], **options[i])
+        alone.append(patchify_latents(model.denoise(denoiser, noise[i : i + 1], schedule)))
+    x = patchify_latents(noise)
+    first = model.latent_denoiser(conditions[:1], (8, 8), **options[0])
+    for t, t_next in pairwise(schedules[0][:3]):
+        x[:1] = model.denoise_step(first, x[:1], t[None], t_next[None])
+    both = model.latent_denoiser(conditions, (8, 8), pooled=pooled, guidance=scales, true_cfg_scale=free)
+    for t, t_next in pairwise(torch.stack((schedules[0][2:], schedules[1]), 1)):
+        x = model.denoise_step(both, x, t, t_next)
+    torch.testing.assert_close(x, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_sizes(model):
@@ -399,9 +429,9 @@ def test_parts_that_are_asked_for_and_absent():
         (dict(prompt="a", steps=0), "got steps 0"),
         (dict(prompt="a", n=0), "got n 0"),
         (dict(prompt="a", guidance=-1.0), "scales of 0 or more"),
-        (dict(prompt=["a", "b"], true_cfg_scale=[1.0]), "got 1 text guidances for 2 prompts"),
-        (dict(prompt="a", reference_latents="latents"), "got references 'latents'"),
-        (dict(prompt="a", image_embeds_shortcut=2.0), "got residual 2.0"),
+        (dict(prompt=["a", "b"], true_cfg_scale=[1.0]), "got 1 true CFG scales for 2 prompts"),
+        (dict(prompt="a", reference_latents="latents"), "got reference_latents 'latents'"),
+        (dict(prompt="a", image_embeds_shortcut=2.0), "got image_embeds_shortcut 2.0"),
         (dict(prompt="a", seed=-1), "got seed -1"),
         (dict(prompt=f"{IMAGE_PAD} here"), "for 0 pictures"),
         (dict(prompt="a", images="nowhere.png"), "no image at nowhere.png"),

@@ -9,7 +9,7 @@ Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures,
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,23 +21,39 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, CheckpointError, load_weights, read_shapes, weight_files
 from unimm.denoisers.sana import SanaCondition
-from unimm.generation.flow import Velocity, dpm_solver_pp, dpm_timesteps, with_integer_timesteps
+from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.prefill import plan_prefill
 from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.metaquery import RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
-from unimm.models.metaquery.network import MetaQueryNetwork, NoLanguageHead
+from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
 from unimm.processing.images.io import load_image, tensor_to_pil
-from unimm.processing.requests import ImageInput, broadcast, check_size, expand_seeds, parse_requests
+from unimm.processing.requests import (
+    ImageInput,
+    broadcast,
+    check_n_images,
+    check_size,
+    expand_seeds,
+    parse_requests,
+    parse_scales,
+)
 from unimm.sequence.parts import Part, text_part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import VisionLanguageModel
 
 MAX_IMAGE_SIDE = 4096  # pixels a side of what is drawn
+
+
+@dataclass(frozen=True)
+class MetaQueryLatentDenoiser:
+    """The state of denoising P images: their conditions under guidance, and the solver's memory of their last steps."""
+
+    branches: GuidanceBranches
+    solver: DPMSolverPP
 
 
 class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
@@ -74,8 +90,9 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
         if rows != self.config.embedding_rows:
             vocab, n = self.config.mllm.decoder.vocab_size, self.config.n_queries
             raise CheckpointError(
-                f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids and {N_BOUNDARY_TOKENS} markers; "
-                f"config.json says num_metaqueries {n}, {self.config.embedding_rows} rows: correct it, or fetch the files that go together"
+                f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids and "
+                f"{N_BOUNDARY_TOKENS} markers; config.json says num_metaqueries {n}, {self.config.embedding_rows} rows: "
+                "correct it, or fetch the files that go together"
             )
         head_key = self.mllm_spec.head_prefix(self.config.mllm) + "weight"
         if shapes and head_key not in shapes and not self.config.mllm.decoder.tie_word_embeddings:
@@ -117,120 +134,131 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
         if self.mllm.tokenizer is not None:
             self.mllm.tokenizer.save(part_folder(folder, self.config.part_ids["mllm_id"]))
 
-    # ---- reading
+    # ---- conditions
 
     @property
     def processor(self) -> MetaQueryProcessor:
-        """How this model's prompts are made."""
-        config, reader = self.config, cast("Any", self.mllm.processor)
+        """Prompts and images to parts that end with the queries."""
+        config = self.config
+        composer = cast("Any", self.mllm.processor)
         if self.mllm_spec.limits_pixels:
-            pixels = replace(reader.pixels, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-            reader = replace(reader, pixels=pixels)
+            limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+            composer = replace(composer, image_processor=replace(composer.image_processor, **limits))
         return MetaQueryProcessor(
-            prompt_composer(reader), self.mllm_spec.chat_format, config.system_prompt, config.n_queries, config.mllm.decoder.vocab_size,
-            config.mllm.special_tokens.im_end, config.max_text_tokens,
-        )  # fmt: skip
+            composer=prompt_composer(composer),
+            chat_format=self.mllm_spec.chat_format,
+            system_prompt=config.system_prompt,
+            n_queries=config.n_queries,
+            begin_image_id=config.mllm.decoder.vocab_size,
+            end_of_turn_id=config.mllm.special_tokens.im_end,
+            max_text_tokens=config.max_text_tokens,
+        )
 
     @torch.inference_mode()
     def query_states(self, samples: Sequence[Sequence[Part]]) -> Tensor:
-        """The reader's answers [R, N, D] to samples that `prompts` made; what all begin with is read once."""
+        """Hidden states at the queries [R, N, D] of samples of `processor`. The system prompt, which all share, runs once."""
         processor = self.processor
         (system_cache,) = self.mllm.prefill([EMPTY_CACHE], [[text_part(processor.system_ids)]])
-        rest = [processor.without_system(sample) for sample in samples]
-        plan = plan_prefill(self.decoder, [system_cache] * len(rest), rest)
+        prompts = [processor.without_system(sample) for sample in samples]
+        plan = plan_prefill(self.decoder, [system_cache] * len(prompts), prompts)
         return self.query_hidden_states(plan.batch, plan.attend)
 
-    # ---- drawing
+    # ---- generation
 
-    def guided_velocity(self, condition: SanaCondition, branches: Sequence[Sequence[tuple[int, float]]]) -> Velocity:
-        """The velocity of latents [B, C, h, w] under each picture's rows of the condition, and their weights."""
-        owners = torch.tensor([i for i, some in enumerate(branches) for _ in some], device=self.device)
-        flat_weights = [w for some in branches for _, w in some]
-        weights = torch.tensor(flat_weights, dtype=torch.float32, device=self.device)[:, None, None, None]
-        branch_condition = condition.select_rows(
-            torch.tensor([row for some in branches for row, _ in some], device=self.device)
+    def latent_denoiser(
+        self, condition: SanaCondition, branches: Sequence[Sequence[tuple[int, float]]]
+    ) -> MetaQueryLatentDenoiser:
+        """The state of denoising P images. branches: for each image, rows of the condition with their weights."""
+        flat = [(image, row, weight) for image, some in enumerate(branches) for row, weight in some]
+        owners, rows, weights = (torch.tensor(column, device=self.device) for column in zip(*flat, strict=True))
+        return MetaQueryLatentDenoiser(
+            branches=GuidanceBranches(condition.select_rows(rows), owners, weights.float()[:, None, None, None]),
+            solver=DPMSolverPP(),
         )
 
-        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-            times = timesteps.to(x.device, torch.float32)[owners]
-            v = self.denoiser(x[owners].to(self.dtype), times, branch_condition)
-            return torch.zeros_like(x).index_add(0, owners, weights * v.float())
-
-        return velocity
-
     @torch.inference_mode()
-    def denoise(self, velocity: Velocity, noises: Tensor, *, steps: int, progress: bool = False) -> Tensor:
-        """From noise [B, C, h, w] to latents."""
+    def denoise_step(
+        self, denoiser: MetaQueryLatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor
+    ) -> Tensor:
+        """One step of DPM-Solver++: latents x [P, C, h, w] from timesteps to next_timesteps, [P] float64, one an image -> x.
+
+        Images of different progress share the forward; the denoiser's solver remembers the last step of each.
+        """
+        # the original's scheduler gives the network integer timesteps
+        integer = floor_timesteps(timesteps, train_steps=self.config.scheduler.n_train_timesteps)
+        velocity = self.guided_velocity(x, integer.float().to(x.device), denoiser.branches)
+        return denoiser.solver.step(x, velocity, timesteps, next_timesteps)
+
+    def denoise(
+        self, denoiser: MetaQueryLatentDenoiser, noise: Tensor, *, steps: int, progress: bool = False
+    ) -> Tensor:
+        """Noise [P, C, h, w] to latents in `steps` steps of one schedule."""
         scheduler = self.config.scheduler
         timesteps = dpm_timesteps(steps, shift=scheduler.timestep_shift, train_steps=scheduler.n_train_timesteps)
-        quantized = with_integer_timesteps(velocity, train_steps=scheduler.n_train_timesteps)
-        return dpm_solver_pp(quantized, noises.to(self.device), timesteps, progress=progress)
+        x = noise.to(self.device)
+        for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
+            x = self.denoise_step(denoiser, x, t, next_t)
+        return x
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
-        n: int = 1,
         guidance: float | Sequence[float] | None = None,
         image_guidance: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] = "",
+        think: bool = False,
         progress: bool = False,
     ) -> Generation:
-        """Draw `n` pictures for each prompt, in the order of the prompts, or from the images given with it.
+        """Generate `n` images for each prompt, in the order of the prompts, or from the input images given with it.
 
-        prompt: one text or a batch; with images it may be empty, which asks for the picture again. images: for one
-        prompt a picture or several, for a batch one of these each. size: (height, width) of what is drawn. seed: one, or
-        one a prompt; from one number, that number and the ones after it, picture by picture. steps: of the sampler.
-        guidance, image_guidance: 1 is none; one, or one a prompt. negative: what guidance leads away from. A picture does
-        not depend on what else is in the batch. Raises ValueError for bad input, NotImplementedError for `think`.
+        prompt: one text or a batch; with images it may be empty, which reproduces the image. images: for one prompt an
+        image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt; from
+        one number, that number and the ones after it, image by image. steps: of the solver. guidance, image_guidance: 1 is
+        none; one, or one a prompt. negative_prompt: what guidance leads away from. An image does not depend on what else
+        is in the batch. Raises ValueError for bad input, NotImplementedError for `think`.
         """
         if think:
             raise NotImplementedError("MetaQuery does not think before it draws: Bagel does")
-        prompts, given_images = parse_requests(prompt, images)
-        input_images = [[load_image(picture) for picture in some] for some in given_images]
-        config, n_prompts = self.config, len(prompts)
-        scales = broadcast(config.guidance if guidance is None else guidance, n_prompts, "guidances")
-        image_scales = broadcast(
+        config = self.config
+        prompts, image_lists = parse_requests(prompt, images, allow_empty=True)
+        input_images = [[load_image(image) for image in some] for some in image_lists]
+        if any(not (text.strip() or some) for text, some in zip(prompts, input_images, strict=True)):
+            raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
+        n_prompts, n = len(prompts), check_n_images(n)
+        scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
+        image_scales = parse_scales(
             config.image_guidance if image_guidance is None else image_guidance, n_prompts, "image guidances"
         )
-        if n < 1 or not all(w >= 0 for w in (*scales, *image_scales)):
-            raise ValueError(
-                f"got n {n}, guidance {guidance}, {image_guidance}: expected a picture, and scales of 0 or more"
-            )
-        if any(not (words.strip() or some) for words, some in zip(prompts, input_images, strict=True)):
-            raise ValueError("got an empty prompt: expected at least a word, or a picture to draw from")
-        height, width = check_size(
-            config.image_size if size is None else size, config.vae.stride * config.denoiser.patch_size, MAX_IMAGE_SIDE
-        )
-        image_seeds = expand_seeds(seed, n_prompts, n_images=n)
+        negative_prompts = broadcast(negative_prompt, n_prompts, "negative prompts")
+        noise = self._initial_noise(size, expand_seeds(seed, n_prompts, n_images=n))
         batch = ConditionBatch(self.processor)
-        rows = zip(
-            prompts,
-            input_images,
-            broadcast(negative_prompt, n_prompts, "negative prompts"),
-            scales,
-            image_scales,
-            strict=True,
-        )
         branches = [
-            batch.guidance_branches(a, b, negative_prompt=c, guidance=float(d), image_guidance=float(e))
-            for a, b, c, d, e in rows
+            batch.guidance_branches(text, some, negative_prompt=negative, guidance=scale, image_guidance=image_scale)
+            for text, some, negative, scale, image_scale in zip(
+                prompts, input_images, negative_prompts, scales, image_scales, strict=True
+            )
         ]
-        shape = config.denoiser.in_channels, height // config.vae.stride, width // config.vae.stride
         with torch.inference_mode():
             condition = self.condition(self.query_states(batch.samples))
-        latents = self.denoise(
-            self.guided_velocity(condition, [some for some in branches for _ in range(n)]),
-            torch.stack([initial_noise(shape, s) for s in image_seeds]),
-            steps=config.steps if steps is None else steps,
-            progress=progress,
-        )
+        denoiser = self.latent_denoiser(condition, [some for some in branches for _ in range(n)])
+        latents = self.denoise(denoiser, noise, steps=config.steps if steps is None else steps, progress=progress)
         return Generation([tensor_to_pil(self.decode_latents(one[None])[0]) for one in latents])
+
+    def _initial_noise(self, size: tuple[int, int] | None, seeds: Sequence[int]) -> Tensor:
+        """Noise of each seed, for images of (height, width) in pixels, on the CPU [P, C, h, w]."""
+        stride = self.config.vae.stride
+        height, width = check_size(
+            self.config.image_size if size is None else size, stride * self.config.denoiser.patch_size, MAX_IMAGE_SIDE
+        )
+        shape = self.config.denoiser.in_channels, height // stride, width // stride
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.stack([torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators])
 
     # ---- speaking
 
@@ -269,8 +297,3 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
         }
         load_weights(model, paths, {**key_map, "{*}": None}, dtype=self.dtype, device=self.device)
         return model.eval()
-
-
-def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """What a picture begins from, drawn on the CPU."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")

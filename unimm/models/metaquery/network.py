@@ -1,6 +1,12 @@
-"""MetaQuery's network: a frozen MLLM with learned queries, the connector and a denoiser."""
+"""MetaQuery's network: learned queries in a frozen MLLM, a connector, and a diffusion transformer with its autoencoder.
 
-from dataclasses import replace
+Pan et al. 2025, arXiv 2504.06256. The queries are rows behind the MLLM's embedding table and are read causally after the
+prompt; the MLLM's last hidden states at the queries become the caption of a Sana. Time 0 is data, 1 is noise.
+
+Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h w latent grid.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +24,45 @@ from unimm.sequence.packing import PackedBatch
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.vlms.base import VisionLanguageModel
 
-INIT_COVARIANCE_SCALE = 1e-9  # of new rows of a table, of the covariance of the old ones
+INIT_COVARIANCE_SCALE = 1e-9  # covariance of new embedding rows, as a part of the old rows'
 
 
 class NoLanguageHead(nn.Module):
-    """In place of a language head that a checkpoint does not hold: MetaQuery draws without one."""
+    """Placeholder for a language head that the checkpoint lacks; MetaQuery generates images without one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        raise ValueError("this checkpoint holds no language head: ask its `understand`, which takes the reader's own")
+        raise ValueError("this checkpoint holds no language head: call its `understand`, which loads the MLLM's own")
+
+
+@dataclass(frozen=True)
+class GuidanceBranches:
+    """The conditions of P images under guidance: branch i belongs to image `owners[i]` and weighs `weights[i]`.
+
+    condition: n rows, one a branch; owners [n] int; weights [n, 1, 1, 1] float32, whose sum over an image's branches is 1.
+    """
+
+    condition: SanaCondition
+    owners: Tensor
+    weights: Tensor
 
 
 class MetaQueryNetwork(nn.Module):
-    """A reader with queries beside its table, a connector, a painter and its autoencoder."""
+    """An MLLM with extra query embeddings, a connector, a Sana denoiser and a DC-AE."""
 
     def __init__(self, config: MetaQueryConfig):
         super().__init__()
         self.config = config
         self.mllm_spec = mllm_spec_of(config.mllm)
         self.mllm: VisionLanguageModel = self.mllm_spec.model_class(config.mllm)
-        # <begin_of_img>, <end_of_img>, then the queries; apart from the reader's table, which never changes
+        # <begin_of_img>, <end_of_img>, then the queries; apart from the MLLM's own table, which stays frozen
         self.queries = nn.Parameter(torch.zeros(N_BOUNDARY_TOKENS + config.n_queries, config.mllm.decoder.dim))
         self.connector = Connector(config.connector)
-        self.denoiser, self.vae = SanaTransformer(config.denoiser), DCAE(config.vae)
+        self.denoiser = SanaTransformer(config.denoiser)
+        self.vae = DCAE(config.vae)
 
     @property
     def decoder(self) -> Decoder:
-        """The reader's."""
+        """The MLLM's decoder."""
         return self.mllm.decoder
 
     @property
@@ -51,72 +70,94 @@ class MetaQueryNetwork(nn.Module):
         """The dtype of the weights."""
         return self.mllm.dtype
 
+    # ---- MLLM with queries
+
     def embed(self, batch: PackedBatch) -> Tensor:
-        """Every row of a pack, in its order [n, D]: the reader's, and the queries."""
-        vocab = self.config.mllm.decoder.vocab_size
-        is_query = batch.ids >= vocab
+        """Embeddings of all rows of a batch, in order [N, D]: the MLLM's own, and those of the queries."""
+        vocab_size = self.config.mllm.decoder.vocab_size
+        is_query = batch.ids >= vocab_size
         x = self.mllm.embed(replace(batch, ids=batch.ids.masked_fill(is_query, 0)))
-        return x.index_copy(
-            0, batch.id_rows[is_query], F.embedding(batch.ids[is_query] - vocab, self.queries).to(x.dtype)
-        )
+        queries = F.embedding(batch.ids[is_query] - vocab_size, self.queries)
+        return x.index_copy(0, batch.id_rows[is_query], queries.to(x.dtype))
 
     def backbone(self, batch: PackedBatch, attend: AttentionFn) -> RowsByExpert:
-        """Last hidden states of a pack's rows, before the final norm."""
+        """Last hidden states of all rows of a batch, before the final norm."""
         x = self.embed(batch)
-        (stream,) = self.decoder.config.experts
-        return self.decoder(x, self.mllm.position_ids(batch), {stream: torch.arange(len(x), device=x.device)}, attend)
+        (expert,) = self.decoder.config.experts
+        rows = {expert: torch.arange(len(x), device=x.device)}
+        return self.decoder(x, self.mllm.position_ids(batch), rows, attend)
 
     def query_hidden_states(self, batch: PackedBatch, attend: AttentionFn) -> Tensor:
-        """The reader's last hidden states at the queries of each sample that has them, after the final norm [R, N, D]."""
-        (hidden,), (stream,) = self.backbone(batch, attend).values(), self.decoder.config.experts
-        first = self.config.mllm.decoder.vocab_size + N_BOUNDARY_TOKENS
-        query_rows = batch.id_rows[batch.ids >= first]
-        return self.decoder.norms[stream](hidden[query_rows]).unflatten(0, (-1, self.config.n_queries))
-
-    def condition(self, query_states: Tensor) -> SanaCondition:
-        """Answers [R, N, D] -> what the painter is told: its keys and values, computed once a picture."""
-        return self.denoiser.condition(self.connector(query_states))
-
-    @torch.inference_mode()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, height, width], about [-1, 1]."""
-        return self.vae.decode(latents.to(self.dtype)).float()
-
-    # ---- training
-
-    def forward(self, batch: QueryBatch, latents: Tensor, noise: Tensor, times: Tensor, samples: Tensor) -> Tensor:
-        """Training: the squared error of the velocity of each noised picture [B]; gradients reach the queries, not the reader.
-
-        latents and noise [B, C, h, w], times [B], samples [B]: which of those asked each is drawn from.
-        """
-        condition = self.condition(self.query_states_with_grad(batch)).select_rows(samples)
-        noised = add_noise(latents.flatten(1), noise.flatten(1), times).view_as(latents)
-        v = self.denoiser(noised, times, condition)
-        return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
+        """Last hidden states at the queries of each sample that has them, after the final norm [R, N, D]."""
+        ((expert, hidden),) = self.backbone(batch, attend).items()
+        first_query_id = self.config.mllm.decoder.vocab_size + N_BOUNDARY_TOKENS
+        query_rows = batch.id_rows[batch.ids >= first_query_id]
+        return self.decoder.norms[expert](hidden[query_rows]).unflatten(0, (-1, self.config.n_queries))
 
     def query_states_with_grad(self, batch: QueryBatch) -> Tensor:
-        """Answers [R, N, D] that carry gradients to the queries; nothing before these depends on what they learn."""
+        """Hidden states at the queries [R, N, D], with gradients to the queries.
+
+        Nothing before the queries depends on what they learn, so the prompts run without gradients and give only their keys
+        and values.
+        """
         prompt_keys_values: list[tuple[Tensor, Tensor]] = []
 
-        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prompt_keys_values.append((k, v))
             return attention(q, k, v, batch.prompts.layout.mask)
 
         with torch.no_grad():
-            self.backbone(batch.prompts, keep)
+            self.backbone(batch.prompts, record)
         order = batch.row_order()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            past = prompt_keys_values[layer]
-            keys, values = (torch.cat((old, new)).index_select(0, order) for old, new in zip(past, (k, v), strict=True))
+            prompt_k, prompt_v = prompt_keys_values[layer]
+            keys = torch.cat((prompt_k, k)).index_select(0, order)
+            values = torch.cat((prompt_v, v)).index_select(0, order)
             return attention(q, keys, values, batch.queries.layout.mask)
 
         return self.query_hidden_states(batch.queries, attend)
 
+    # ---- denoiser
+
+    def condition(self, query_states: Tensor) -> SanaCondition:
+        """Hidden states at the queries [R, N, D] -> the denoiser's cross-attention keys and values, R rows."""
+        return self.denoiser.condition(self.connector(query_states))
+
+    def guided_velocity(self, x: Tensor, timesteps: Tensor, branches: GuidanceBranches) -> Tensor:
+        """Velocity of latents [P, C, h, w] at timesteps [P] float32: the weighted sum over each image's branches."""
+        owners = branches.owners
+        v = self.denoiser(x[owners].to(self.dtype), timesteps[owners], branches.condition)
+        return torch.zeros_like(x).index_add(0, owners, branches.weights * v.float())
+
+    @torch.inference_mode()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents [P, C, h, w] -> pixels [P, 3, height, width], about [-1, 1]."""
+        return self.vae.decode(latents.to(self.dtype)).float()
+
+    # ---- training
+
+    def flow_matching_loss(self, condition: SanaCondition, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Squared error of each image's velocity [P]: latents, noise [P, C, h, w], timesteps [P], a condition of P rows."""
+        noised = add_noise(latents.flatten(1), noise.flatten(1), timesteps).view_as(latents)
+        v = self.denoiser(noised, timesteps, condition)
+        return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
+
+    def forward(
+        self, batch: QueryBatch, latents: Tensor, noise: Tensor, timesteps: Tensor, sample_indices: Tensor
+    ) -> Tensor:
+        """The flow matching loss of each image [P], with gradients to the queries but not to the MLLM.
+
+        latents, noise [P, C, h, w]; timesteps [P]; sample_indices [P]: the prompt in `batch` that each image belongs to.
+        """
+        condition = self.condition(self.query_states_with_grad(batch)).select_rows(sample_indices)
+        return self.flow_matching_loss(condition, latents, noise, timesteps)
+
     @torch.no_grad()
     def init_queries(self, generator: torch.Generator | None = None) -> None:
-        """New rows of a table as they begin: around the mean of the old rows, spread as they are, by next to nothing."""
+        """Initialize the query embeddings: the mean of the MLLM's embeddings plus noise of 1e-9 times their covariance."""
         embeddings = self.decoder.embed.weight.float()
-        deviations = (embeddings - embeddings.mean(0)) * (INIT_COVARIANCE_SCALE / len(embeddings)) ** 0.5
+        mean = embeddings.mean(0)
+        deviations = (embeddings - mean) * (INIT_COVARIANCE_SCALE / len(embeddings)) ** 0.5
         coefficients = torch.randn(len(self.queries), len(embeddings), generator=generator).to(embeddings.device)
-        self.queries.copy_(embeddings.mean(0) + coefficients @ deviations)
+        self.queries.copy_(mean + coefficients @ deviations)

@@ -21,19 +21,19 @@ from typing_extensions import Self
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, parse_dtype
-from unimm.denoisers.flux import flux_position_ids
-from unimm.denoisers.mmdit import PATCH_SIZE, modulation_per_step, patchify_latents, unpatchify_latents
+from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
-from unimm.generation.flow import dynamic_shift, euler, flow_timesteps
+from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.uniworld import RELEASES
-from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID, require_part
+from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID
 from unimm.models.uniworld.config import FLUX_FOLDERS, SIGLIP_FOLDER, TASK_HEAD_FILES, UniWorldConfig
-from unimm.models.uniworld.network import UniWorldNetwork, pad_conditions
+from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
+from unimm.models.uniworld.network import UniWorldNetwork
 from unimm.models.uniworld.processor import (
     MAX_IMAGE_SIDE,
     ReferenceLatents,
@@ -43,14 +43,20 @@ from unimm.models.uniworld.processor import (
 )
 from unimm.models.uniworld.weights import uniworld_key_map
 from unimm.processing.images.io import load_image, tensor_to_pil
-from unimm.processing.requests import ImageInput, check_size, parse_images, parse_requests
+from unimm.processing.requests import (
+    ImageInput,
+    check_n_images,
+    check_size,
+    expand_seeds,
+    parse_images,
+    parse_requests,
+    parse_scales,
+)
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD
-
-ASSISTANT = "assistant"  # the head that decides looks at the last token that says so
 
 
 @dataclass(frozen=True)
@@ -150,95 +156,86 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
     def encode_prompts(
         self, samples: Sequence[Sequence[Part]], *, image_embeds_shortcut: float = 0.0
     ) -> list[MLLMOutput]:
-        """The reader's one pass over samples that `prompts` made, all in one pack.
+        """The MLLM's output for samples of `processor`, in one forward.
 
-        residual: how much of a picture's cells is what the tower gave for them, in place of the reader's state.
+        image_embeds_shortcut: weight in [0, 1] of the vision encoder's output, against the hidden states of its tokens.
         """
-        mllm, lengths = self.mllm, [sum(item.segment.length for item in items) for items in samples]
+        mllm = self.mllm
+        lengths = [sum(part.segment.length for part in parts) for parts in samples]
         plan = plan_prefill(mllm.decoder, [EMPTY_CACHE] * len(samples), samples)
-        batch, buffer = plan.batch, plan.buffer
-        x, rows = mllm.embed(batch), torch.arange(sum(lengths), device=self.device)
-        hidden = mllm.decoder(x, mllm.position_ids(batch), {EXPERT: rows}, plan.attend)[EXPERT]
+        batch = plan.batch
+        x = mllm.embed(batch)
+        rows = {EXPERT: torch.arange(sum(lengths), device=self.device)}
+        hidden = mllm.decoder(x, mllm.position_ids(batch), rows, plan.attend)[EXPERT]
         states = mllm.decoder.norms[EXPERT](hidden)
         if image_embeds_shortcut and batch.und_images:
             image_rows = batch.und_images.rows
-            states = states.index_copy(
-                0, image_rows, torch.lerp(states[image_rows], x[image_rows], image_embeds_shortcut)
-            )
+            mixed = torch.lerp(states[image_rows], x[image_rows], image_embeds_shortcut)
+            states = states.index_copy(0, image_rows, mixed)
+        # the cache leaves out the last row, whose id decoding feeds first
+        caches = [
+            EMPTY_CACHE.appended(plan.buffer.copy_new_rows(i, length - 1), next_position - 1)
+            for i, (length, next_position) in enumerate(zip(lengths, batch.layout.next_positions, strict=True))
+        ]
         return [
-            MLLMOutput(
-                items,
-                some,
-                EMPTY_CACHE.appended(buffer.copy_new_rows(i, n - 1), batch.layout.next_positions[i] - 1),
-                int(items[-1].ids[-1]),
-            )
-            for i, (items, some, n) in enumerate(zip(samples, states.split(lengths), lengths, strict=True))
+            MLLMOutput(parts=parts, hidden_states=hidden_states, cache=cache, last_id=int(parts[-1].ids[-1]))
+            for parts, hidden_states, cache in zip(samples, states.split(lengths), caches, strict=True)
         ]
 
-    def route_logits(self, output: MLLMOutput) -> Tensor:
-        """The logits [2] of answering and of drawing; it draws where the second is larger. Raises ValueError without a head."""
-        head = require_part(self.task_head, "head that decides", "a folder with task_head_final.pt or .safetensors")
-        return head(self.task_head_state([output.parts], [output.hidden_states])[0].to(next(head.parameters()).dtype))
-
     def task_head_state(self, samples: Sequence[Sequence[Part]], hidden_states: Sequence[Tensor]) -> Tensor:
-        """The state of the last word that says whose turn it is, of each sample [B, D]: what the head decides by."""
-        ids = self.mllm.processor.text_tokenizer.encode(ASSISTANT)
-        if len(ids) != 1:
-            raise ValueError(f"the tokenizer makes {len(ids)} ids of {ASSISTANT!r}: expected one, where the head looks")
-        from_end = [items[-1].ids.tolist()[::-1].index(ids[0]) + 1 for items in samples]
-        return torch.stack([some[-n] for some, n in zip(hidden_states, from_end, strict=True)])
+        """The hidden state at the last "assistant" token of each sample [B, D], by which the task head routes."""
+        assistant_id = self.processor.assistant_id
+        from_end = [parts[-1].ids.tolist()[::-1].index(assistant_id) + 1 for parts in samples]
+        return torch.stack([states[-n] for states, n in zip(hidden_states, from_end, strict=True)])
 
-    # ---- drawing
+    def route_logits(self, output: MLLMOutput) -> Tensor:
+        """Logits [2] of answering a prompt in words and of generating an image; the larger one decides."""
+        (state,) = self.task_head_state([output.parts], [output.hidden_states])
+        return self.task_head_logits(state)
 
-    @torch.inference_mode()
-    def denoise(
+    # ---- generation
+
+    def latent_denoiser(
         self,
         conditions: Sequence[Tensor],
-        noises: Tensor,
+        latent_size: tuple[int, int],
         *,
         pooled: Tensor,
         guidance: float | Tensor,
-        timesteps: Tensor,
         true_cfg_scale: Tensor | None = None,
         reference_latents: Tensor | None = None,
-        progress: bool = False,
+        schedule: Tensor | None = None,
+    ) -> UniWorldLatentDenoiser:
+        """The state of denoising P images of one size, in the model's dtype: see `UniWorldLatentDenoiser`."""
+        return UniWorldLatentDenoiser(
+            self.denoiser,
+            [one.to(self.dtype) for one in conditions],
+            latent_size,
+            pooled=pooled,
+            guidance=guidance,
+            true_cfg_scale=true_cfg_scale,
+            reference_latents=reference_latents,
+            schedule=schedule,
+        )
+
+    @torch.inference_mode()
+    def denoise_step(
+        self, denoiser: UniWorldLatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor
     ) -> Tensor:
-        """From noise [B, C, h, w] to latents, at times [steps + 1]. references [B, C, r h, w]: pictures below the one drawn.
+        """One Euler step: patchified latents x [P, L, C] from timesteps to next_timesteps, [P], one an image -> x.
 
-        text_guidance [B]: how far away from a picture of which nothing is told; 1, or None, is no such guidance. What
-        depends on the time alone is computed for all steps before the first.
+        Images of different progress share the forward.
         """
-        guided = true_cfg_scale is not None and bool((true_cfg_scale != 1).any())
-        if guided:
-            empty = [conditions[0][:0]] * len(conditions)
-            conditions, pooled = [*conditions, *empty], torch.cat((pooled, pooled))
-            guidance = guidance.repeat(2) if isinstance(guidance, Tensor) and guidance.ndim else guidance
-        h, w = noises.shape[2:]
-        text, seen = pad_conditions([one.to(self.dtype) for one in conditions])
-        reference_tokens = (
-            None if reference_latents is None else patchify_latents(reference_latents.to(self.device, self.dtype))
-        )
-        rows = h // PATCH_SIZE * (1 if reference_latents is None else 1 + reference_latents.shape[2] // h)
-        condition = self.denoiser.condition(
-            text, flux_position_ids(rows, w // PATCH_SIZE).to(self.device), key_padding_mask=seen
-        )
-        scale = guidance if self.config.denoiser.guidance_embeds else None
-        steps = self.denoiser.modulations(timesteps[:-1].to(self.device), pooled.to(self.dtype), guidance=scale)
-        inner, n = modulation_per_step(self.denoiser, condition, steps), h * w // PATCH_SIZE**2
+        return euler_step(x, denoiser.velocity(x, timesteps), timesteps, next_timesteps)
 
-        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-            # a reference is the same at every step, and nothing asks how it would move
-            tokens = (
-                x.to(self.dtype) if reference_tokens is None else torch.cat((x.to(self.dtype), reference_tokens), 1)
-            )
-            if true_cfg_scale is None or not guided:
-                return inner(tokens, timesteps)[:, :n].float()
-            v, plain = inner(torch.cat((tokens, tokens)), timesteps)[:, :n].float().chunk(2)
-            return torch.lerp(plain, v, true_cfg_scale[:, None, None])
-
-        return unpatchify_latents(
-            euler(velocity, patchify_latents(noises.to(self.device)), timesteps, progress=progress), height=h, width=w
-        )
+    def denoise(
+        self, denoiser: UniWorldLatentDenoiser, noise: Tensor, timesteps: Tensor, *, progress: bool = False
+    ) -> Tensor:
+        """Noise [P, C, h, w] to latents, on one schedule, timesteps [S + 1]."""
+        x = patchify_latents(noise.to(self.device))
+        for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
+            x = self.denoise_step(denoiser, x, t, next_t)
+        return unpatchify_latents(x, height=noise.shape[2], width=noise.shape[3])
 
     def sampling_timesteps(self, size: tuple[int, int], steps: int, *, n_references: int = 0) -> Tensor:
         """FLUX's times for a picture of (height, width), and references of its size."""
@@ -271,25 +268,18 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         images: Sequence[Sequence[Image.Image]],
         options: UniWorldImageOptions,
     ) -> list[Image.Image]:
-        """Pictures for each reading, told with its pictures and captioned with its prompt; as many a reading as `how` says."""
-        flat_images = [picture for some in images for picture in some]
-        siglip_features = self.auxiliary.encode_siglip(flat_images) if flat_images else None
-        conditions = self.condition(
-            [one.parts for one in outputs], [one.hidden_states for one in outputs], siglip_features
-        )
-        texts = [prompt.replace(IMAGE_PAD, "") for prompt in prompts]
+        """Images from the MLLM's output for each prompt and from its input images, as many a prompt as the options say."""
         with_t5 = self.auxiliary.t5 is not None if options.t5 is None else options.t5
-        if with_t5:
-            captions = self.auxiliary.encode_t5(texts, self.config.t5_tokens)
-            conditions = [torch.cat((one, caption)) for one, caption in zip(conditions, captions, strict=True)]
-        # the original, too, gives CLIP no text where T5 has none
+        texts = [prompt.replace(IMAGE_PAD, "") for prompt in prompts]
+        conditions = self._conditions(outputs, images, texts if with_t5 else None)
+        # the original, too, gives CLIP an empty text where there is no T5
         pooled = self.clip_embedding(texts if with_t5 else [""] * len(texts), clip=options.clip)
         n = len(options.sizes) // len(outputs)
-        references: dict[int, Tensor] = {}
         sizes = [
             check_size(options.sizes[n * i] or self.output_size(some), self.token_pixels, MAX_IMAGE_SIDE)
             for i, some in enumerate(images)
         ]
+        references: dict[int, Tensor] = {}
         for i, some in enumerate(images):
             if options.reference_latents and some:
                 latents = self.auxiliary.encode_vae(some, sizes[i])
@@ -302,6 +292,20 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
             [conditions[i] for i in rows], pooled[rows], [sizes[i] for i in rows], references, options
         )
 
+    def _conditions(
+        self, outputs: Sequence[MLLMOutput], images: Sequence[Sequence[Image.Image]], texts: Sequence[str] | None
+    ) -> list[Tensor]:
+        """The condition of each prompt [M, C]: the MLLM's states with SigLIP2's features; then T5's of the texts, if given."""
+        flat_images = [image for some in images for image in some]
+        siglip_features = self.auxiliary.encode_siglip(flat_images) if flat_images else None
+        conditions = self.condition(
+            [one.parts for one in outputs], [one.hidden_states for one in outputs], siglip_features
+        )
+        if texts is None:
+            return conditions
+        t5_states = self.auxiliary.encode_t5(texts, self.config.t5_tokens)
+        return [torch.cat(pair) for pair in zip(conditions, t5_states, strict=True)]
+
     def denoise_batch(
         self,
         conditions: Sequence[Tensor],
@@ -310,48 +314,51 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         references: Mapping[int, Tensor],
         options: UniWorldImageOptions,
     ) -> list[Image.Image]:
-        """Pictures of one size, and of as many references, are painted as one batch; below [C, k h, w]: references."""
+        """Images from their conditions; those of one size and one number of references are denoised together.
+
+        references: image -> latents that stand below it [C, k h, w].
+        """
         groups: dict[tuple, list[int]] = {}
         for i, size in enumerate(sizes):
             groups.setdefault((size, references[i].shape[1] if i in references else 0), []).append(i)
         images: dict[int, Image.Image] = {}
-
-        def scales(of: Sequence[float], rows: Sequence[int]) -> Tensor:
-            return torch.tensor([of[i] for i in rows], dtype=torch.float32, device=self.device)
-
         for (size, reference_rows), rows in groups.items():
-            noises = torch.stack([self.initial_noise(size, options.seeds[i]) for i in rows])
-            latents = self.denoise(
+            noise = torch.stack([self.initial_noise(size, options.seeds[i]) for i in rows])
+            h, w = noise.shape[2:]
+            timesteps = self.sampling_timesteps(size, options.steps, n_references=reference_rows // h)
+            denoiser = self.latent_denoiser(
                 [conditions[i] for i in rows],
-                noises,
+                (h, w),
                 pooled=pooled[rows],
-                guidance=scales(options.guidance_scales, rows),
-                true_cfg_scale=scales(options.true_cfg_scales, rows),
-                timesteps=self.sampling_timesteps(size, options.steps, n_references=reference_rows // noises.shape[2]),
+                guidance=self._scales(options.guidance_scales, rows),
+                true_cfg_scale=self._scales(options.true_cfg_scales, rows),
                 reference_latents=torch.stack([references[i] for i in rows]) if reference_rows else None,
-                progress=options.progress,
+                schedule=timesteps[:-1],
             )
-            images |= {
-                i: tensor_to_pil(self.auxiliary.decode(one[None])[0]) for i, one in zip(rows, latents, strict=True)
-            }
+            latents = self.denoise(denoiser, noise, timesteps, progress=options.progress)
+            for i, one in zip(rows, latents, strict=True):
+                images[i] = tensor_to_pil(self.auxiliary.decode(one[None])[0])
         return [images[i] for i in range(len(sizes))]
+
+    def _scales(self, scales: Sequence[float], rows: Sequence[int]) -> Tensor:
+        return torch.tensor([scales[i] for i in rows], dtype=torch.float32, device=self.device)
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
-        n: int = 1,
         guidance: float | Sequence[float] | None = None,
         true_cfg_scale: float | Sequence[float] | None = None,
         t5: bool | None = None,
         clip: bool | None = None,
         reference_latents: ReferenceLatents | None = None,
         image_embeds_shortcut: float = 0.0,
+        think: bool = False,
         progress: bool = False,
     ) -> Generation:
         """Draw `n` pictures for each prompt, in the order of the prompts, or edit the images given with it.
@@ -368,28 +375,59 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         """
         if think:
             raise NotImplementedError("UniWorld does not think before it draws: Bagel does")
-        prompts, given_images = parse_requests(prompt, images)
-        input_images = [[load_image(picture) for picture in some] for some in given_images]
+        prompts, image_lists = parse_requests(prompt, images)
+        input_images = [[load_image(image) for image in some] for some in image_lists]
         if not 0 <= image_embeds_shortcut <= 1:
-            raise ValueError(f"got residual {image_embeds_shortcut}: expected 0 to 1")
-        config, n_prompts = self.config, len(prompts)
-        number, reference_latents = (
-            config.steps if steps is None else steps,
-            reference_latents or config.reference_latents,
+            raise ValueError(f"got image_embeds_shortcut {image_embeds_shortcut}: expected 0 to 1")
+        options = self._image_options(
+            len(prompts),
+            n=n,
+            size=size,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            true_cfg_scale=true_cfg_scale,
+            t5=t5,
+            clip=clip,
+            reference_latents=reference_latents,
+            progress=progress,
         )
-        given = UniWorldImageOptions(
-            steps=number, t5=t5, clip=clip, reference_latents=reference_latents, progress=progress
-        )
-        scales = (
-            config.guidance if guidance is None else guidance,
-            config.true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
-        )
-        options = given.for_prompts(
-            n_prompts, n, stride=self.token_pixels, size=size, seed=seed, guidance=scales[0], true_cfg_scale=scales[1]
-        )
-        samples = [self.processor.prompt_parts(words, some) for words, some in zip(prompts, input_images, strict=True)]
+        samples = [self.processor.prompt_parts(text, some) for text, some in zip(prompts, input_images, strict=True)]
         outputs = self.encode_prompts(samples, image_embeds_shortcut=image_embeds_shortcut)
         return Generation(self.generate_images(outputs, prompts, input_images, options))
+
+    def _image_options(
+        self,
+        n_prompts: int,
+        *,
+        n: int = 1,
+        size: tuple[int, int] | None,
+        seed: int | Sequence[int],
+        steps: int | None,
+        guidance: float | Sequence[float] | None,
+        true_cfg_scale: float | Sequence[float] | None = None,
+        t5: bool | None = None,
+        clip: bool | None = None,
+        reference_latents: ReferenceLatents | None = None,
+        progress: bool,
+    ) -> UniWorldImageOptions:
+        """The options of `n` images of each prompt, with the config's defaults. Raises ValueError for bad ones."""
+        config, n = self.config, check_n_images(n)
+        guidance = config.guidance if guidance is None else guidance
+        true_cfg_scale = config.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        stride = self.token_pixels  # raises for a checkpoint without a VAE, before anything is computed
+        image_size = None if size is None else check_size(size, stride, MAX_IMAGE_SIDE)
+        return UniWorldImageOptions(
+            steps=config.steps if steps is None else steps,
+            sizes=[image_size] * (n * n_prompts),
+            seeds=expand_seeds(seed, n_prompts, n_images=n),
+            guidance_scales=parse_scales(guidance, n_prompts, "guidances", n_images=n),
+            true_cfg_scales=parse_scales(true_cfg_scale, n_prompts, "true CFG scales", n_images=n),
+            t5=t5,
+            clip=clip,
+            reference_latents=reference_latents or config.reference_latents,
+            progress=progress,
+        )
 
     def respond(
         self,
@@ -407,28 +445,22 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
 
         Raises ValueError for bad input, and for a checkpoint without the head.
         """
-        (some,) = parse_images(images, prompt)
-        input_images = [load_image(picture) for picture in some]
-        config = self.config
-        given = UniWorldImageOptions(
-            steps=config.steps if steps is None else steps,
-            reference_latents=config.reference_latents,
-            progress=progress,
-        )
-        scales = {
-            "guidance": config.guidance if guidance is None else guidance,
-            "true_cfg_scale": config.true_cfg_scale,
-        }
-        options = given.for_prompts(1, 1, stride=self.token_pixels, size=size, seed=seed, **scales)
+        (image_list,) = parse_images(images, prompt)
+        input_images = [load_image(image) for image in image_list]
+        options = self._image_options(1, size=size, seed=seed, steps=steps, guidance=guidance, progress=progress)
         (output,) = self.encode_prompts([self.processor.prompt_parts(prompt, input_images)])
-        answer_logit, draw_logit = self.route_logits(output).tolist()
-        if answer_logit < draw_logit:
+        answer_logit, image_logit = self.route_logits(output).tolist()
+        if answer_logit < image_logit:
             return Generation(self.generate_images([output], [prompt], [input_images], options))
-        sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.config.max_answer_tokens)
-        end, words = self.mllm.config.markers.eos_ids, self.mllm.processor.text_tokenizer
+        return self._answer(output, text_sampling or TextSampling(), options.seeds)
+
+    def _answer(self, output: MLLMOutput, text_sampling: TextSampling, seeds: Sequence[int]) -> str:
+        """The MLLM's answer after a prompt that it has encoded."""
+        sampling = text_sampling.with_default_max_tokens(self.config.max_answer_tokens)
         session = self.mllm.decode_session([output.cache], sampling.token_limit)
-        steps_of = decode_text(session, [output.last_id], end=end, sampling=sampling, seeds=options.seeds)
-        return TextStream(steps_of, words.decode, 1, sampling.stop).texts()[0]
+        end = self.mllm.config.special_tokens.eos_ids
+        steps = decode_text(session, [output.last_id], end=end, sampling=sampling, seeds=seeds)
+        return TextStream(steps, self.mllm.processor.text_tokenizer.decode, 1, sampling.stop).texts()[0]
 
     # ---- speaking
 

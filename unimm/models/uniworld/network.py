@@ -1,4 +1,12 @@
-"""UniWorld's network: a reader, what leads from it and from SigLIP2 to FLUX, and FLUX."""
+"""UniWorld-V1's network: a frozen MLLM and SigLIP2, projected to the condition of a FLUX.
+
+Lin et al. 2025, arXiv 2506.03147. The MLLM's last hidden states of all of a prompt's tokens are projected to FLUX's text
+width; each input image's SigLIP2 features are inserted after its tokens, before the token that ends the image. Time 0 is
+data, 1 is noise.
+
+Axes: B samples, N tokens of a prompt, M tokens of a condition, D model (the MLLM's), C channels, P images, h w latent grid,
+k images of a sample.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +17,7 @@ from torch import Tensor, nn
 from unimm.denoisers.flux import FluxTransformer, flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.flow import add_noise
-from unimm.models.uniworld.auxiliary_encoders import AuxiliaryEncoders
+from unimm.models.uniworld.auxiliary_encoders import AuxiliaryEncoders, require_part
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
@@ -17,57 +25,68 @@ from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 
 class UniWorldNetwork(nn.Module):
-    """A reader, a painter, what leads from one to the other, and the parts that lie apart."""
+    """An MLLM, three projectors, a FLUX denoiser, a head that routes requests, and the auxiliary encoders."""
 
     def __init__(self, config: UniWorldConfig):
         super().__init__()
         self.config = config
-        self.mllm, self.denoiser, self.auxiliary = (
-            QwenVL(config.mllm),
-            FluxTransformer(config.denoiser),
-            AuxiliaryEncoders(),
-        )
-        condition_dim = config.denoiser.text_dim
-        self.mllm_projector = MLP(config.mllm.decoder.dim, config.mllm_projector_hidden, condition_dim, "silu")
+        self.mllm = QwenVL(config.mllm)
+        self.denoiser = FluxTransformer(config.denoiser)
+        self.auxiliary = AuxiliaryEncoders()
+        mllm_dim, condition_dim = config.mllm.decoder.dim, config.denoiser.text_dim
+        self.mllm_projector = MLP(mllm_dim, config.mllm_projector_hidden, condition_dim, "silu")
         self.siglip_projector = MLP(config.siglip_dim, config.siglip_projector_hidden, condition_dim, "silu")
         self.vae_projector = MLP(config.denoiser.in_channels, config.vae_projector_hidden, condition_dim, "silu")
-        self.task_head = (
-            MLP(config.mllm.decoder.dim, config.task_head_hidden, 2, "silu") if config.task_head_hidden else None
-        )
+        self.task_head = MLP(mllm_dim, config.task_head_hidden, 2, "silu") if config.task_head_hidden else None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.mllm.dtype
 
+    # ---- conditions
+
     def condition(
         self, samples: Sequence[Sequence[Part]], hidden_states: Sequence[Tensor], siglip_features: Tensor | None = None
     ) -> list[Tensor]:
-        """What the painter is told of each sample [m, C], of what was read of it [n, D].
+        """The MLLM's hidden states of each sample [N, D] -> its condition [M, C].
 
-        looks [k, patches, C]: features of all pictures, in order, each put between its cells and the marker behind them.
+        siglip_features [k, patches, C]: of all input images in order, each inserted after its image's tokens.
         """
         projected = self.mllm_projector(torch.cat(list(hidden_states))).split([len(one) for one in hidden_states])
         features = iter(()) if siglip_features is None else iter(self.siglip_projector(siglip_features))
         conditions = []
-        for items, tokens in zip(samples, projected, strict=True):
+        for parts, tokens in zip(samples, projected, strict=True):
             pieces = []
-            for item, rows in zip(items, tokens.split([one.segment.length for one in items]), strict=True):
-                pieces += [rows, next(features)] if item.kind == "und_image" and siglip_features is not None else [rows]
+            for part, rows in zip(parts, tokens.split([one.segment.length for one in parts]), strict=True):
+                pieces.append(rows)
+                if part.kind == "und_image" and siglip_features is not None:
+                    pieces.append(next(features))
             conditions.append(torch.cat(pieces))
         return conditions
 
+    def reference_condition(self, latents: Tensor) -> Tensor:
+        """VAE latents of reference images [k, C, h, w] as condition tokens [M, C], at half their resolution."""
+        return self.vae_projector(patchify_latents(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
+
     def clip_embedding(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
-        """CLIP's vector of each text [B, C]; zeros where the model was trained without, or `clip` is False."""
+        """CLIP's pooled embedding of each text [B, C]; zeros where the model was trained without it, or `clip` is False."""
         if self.config.uses_clip if clip is None else clip:
             return self.auxiliary.encode_clip(texts)
-        return torch.zeros(
-            len(texts), self.config.denoiser.pooled_dim, dtype=self.dtype, device=self.mllm_projector.fc1.weight.device
-        )
+        device = self.mllm_projector.fc1.weight.device
+        return torch.zeros(len(texts), self.config.denoiser.pooled_dim, dtype=self.dtype, device=device)
 
-    def reference_condition(self, latents: Tensor) -> Tensor:
-        """Latents of references [k, C, h, w] as what the painter is told [m, C]: half as fine, projected."""
-        return self.vae_projector(patchify_latents(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
+    # ---- routing
+
+    def task_head_logits(self, state: Tensor) -> Tensor:
+        """The MLLM's state at the last "assistant" token [D] -> logits [2] of answering and of generating an image.
+
+        An image is generated where the second is larger. Raises ValueError for a checkpoint without the head.
+        """
+        head = require_part(self.task_head, "task head", "a folder with task_head_final.pt or .safetensors")
+        return head(state.to(next(head.parameters()).dtype))
+
+    # ---- training
 
     def velocity(
         self,
@@ -79,22 +98,18 @@ class UniWorldNetwork(nn.Module):
         guidance: float | Tensor,
         reference_latents: Tensor | None = None,
     ) -> Tensor:
-        """Training: told [m, C] of each sample, noised latents [B, C, h, w], times [B] -> velocity [B, C, h, w].
+        """Conditions [M, C], noised latents [P, C, h, w], timesteps [P], CLIP's embeddings [P, C] -> velocity [P, C, h, w].
 
-        references [B, C, k h, w]: latents that stand below those drawn.
+        reference_latents [P, C, k h, w]: concatenated below the noised ones.
         """
         h, w = noised.shape[2:]
-        text, seen = pad_conditions(conditions)
-        with_references = noised if reference_latents is None else torch.cat((noised, reference_latents.to(noised)), 2)
-        condition = self.denoiser.condition(
-            text,
-            flux_position_ids(with_references.shape[2] // PATCH_SIZE, w // PATCH_SIZE).to(text.device),
-            key_padding_mask=seen,
-        )
-        (modulation,) = self.denoiser.modulations(
-            timesteps[None], pooled, guidance=guidance if self.config.denoiser.guidance_embeds else None
-        )
-        v = self.denoiser(patchify_latents(with_references).to(text.dtype), condition, modulation)
+        text, key_padding_mask = pad_conditions(conditions)
+        latents = noised if reference_latents is None else torch.cat((noised, reference_latents.to(noised)), 2)
+        position_ids = flux_position_ids(latents.shape[2] // PATCH_SIZE, w // PATCH_SIZE).to(text.device)
+        condition = self.denoiser.condition(text, position_ids, key_padding_mask=key_padding_mask)
+        scale = guidance if self.config.denoiser.guidance_embeds else None
+        (modulation,) = self.denoiser.modulations(timesteps[None], pooled, guidance=scale)
+        v = self.denoiser(patchify_latents(latents).to(text.dtype), condition, modulation)
         return unpatchify_latents(v[:, : h * w // PATCH_SIZE**2], height=h, width=w)
 
     def forward(
@@ -109,7 +124,7 @@ class UniWorldNetwork(nn.Module):
         guidance: float = 1.0,
         reference_latents: Tensor | None = None,
     ) -> Tensor:
-        """Training: the squared error of the velocity of each picture [B]; weights [B, 1, h, w]: of its places."""
+        """The flow matching loss, squared error of each image's velocity [P]; weights [P, 1, h, w]: of each position."""
         noised = add_noise(latents.flatten(1), noise.flatten(1), timesteps).view_as(latents)
         v = self.velocity(
             conditions, noised, timesteps, pooled=pooled, guidance=guidance, reference_latents=reference_latents
@@ -119,7 +134,7 @@ class UniWorldNetwork(nn.Module):
 
 
 def pad_conditions(conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What samples are told [m, C] as one batch [B, M, C], and which of it is no padding [B, M]; None where all is."""
+    """Conditions [M, C] padded to one batch [B, M, C], and its key padding mask [B, M] (True: no padding), None without any."""
     lengths = torch.tensor([len(one) for one in conditions])
     batch = nn.utils.rnn.pad_sequence(list(conditions), batch_first=True)
     if lengths.unique().numel() == 1:

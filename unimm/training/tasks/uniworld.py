@@ -41,9 +41,9 @@ from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 # never trained, in any stage: the released data shows no references, whose latents are projected
-ALWAYS_FROZEN = ("reader.", "decide.", "from_latents.", "parts.vae.", "parts.clip.", "parts.t5.")
+ALWAYS_FROZEN = ("mllm.", "task_head.", "vae_projector.", "auxiliary.vae.", "auxiliary.clip.", "auxiliary.t5.")
 # of a double block's picture stream, and of a single block, what stage 2 trains: attention and modulation, no feed-forward
-STAGE_2_SUFFIXES = ("qkv.", "q_norm.", "k_norm.", "out.", "modulation.")
+STAGE_2_SUFFIXES = ("qkv.", "q_norm.", "k_norm.", "out_proj.", "modulation.")
 
 
 @dataclass(frozen=True, kw_only=True)
