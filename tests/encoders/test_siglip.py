@@ -169,7 +169,7 @@ def test_wrong_inputs(tmp_path, small):
     for changes, words in [
         ({"size": {"height": 24, "width": 23}}, "got size.height 24, expected 23"),
         ({"size": 24}, "got size.height 24, expected 23"),
-        ({"do_normalize": False}, "do_normalize switched off"),
+        ({"do_normalize": False}, "got do_normalize False, expected True"),
         ({"image_std": [0.5, 0.0, 0.5]}, "deviations"),
         ({"resample": 9}, "got resample 9"),
     ]:

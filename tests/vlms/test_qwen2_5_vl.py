@@ -565,7 +565,7 @@ def test_what_a_preprocessor_says_is_done():
     expected = image.resize(rule.resized_size(image.height, image.width)[::-1], Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(rule(image)), np.asarray(expected))
     for name in ("do_resize", "do_rescale", "do_normalize"):
-        with pytest.raises(ValueError, match=f"got {name} false"):
+        with pytest.raises(ValueError, match=f"got {name} False, expected True"):
             Qwen2VLImageProcessor.from_json({name: False}, patch_size=4, merge_size=2, temporal_patch_size=2)
     with pytest.raises(ValueError, match="got resample 9"):
         Qwen2VLImageProcessor.from_json({"resample": 9}, patch_size=4, merge_size=2, temporal_patch_size=2)

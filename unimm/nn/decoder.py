@@ -6,9 +6,8 @@ token belongs to one expert, whose weights alone it meets, and all tokens attend
 Axes: N packed tokens, n tokens of one stream, D model, H query heads, G key/value heads, K head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,86 +50,9 @@ class DecoderConfig:
                 f"got rotary sections {self.rope_sections} in the config: expected a sum of {self.head_dim // 2}, half a head"
             )
 
-    FILES: ClassVar = {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "mlp_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "rope_theta": "rope_theta",
-        "norm_eps": "rms_norm_eps",
-        "act": "hidden_act",
-        "qk_norm": "qk_norm",
-    }
-
-    @classmethod
-    def from_json(
-        cls,
-        files: Mapping[str, Any],
-        *,
-        qkv_bias: bool,
-        experts: tuple[str, ...],
-        rope_sections: tuple[int, ...] = (),
-        tie_word_embeddings: bool = False,
-    ) -> "DecoderConfig":
-        """Read a Llama- or Qwen2-like config.json. Raises ValueError where a number is missing."""
-        if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
-            raise ValueError(
-                f"the language model's config lacks {', '.join(lost)}: expected the released llm_config.json"
-            )
-        known = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(
-            **known,
-            qkv_bias=qkv_bias,
-            experts=experts,
-            rope_sections=rope_sections,
-            tie_word_embeddings=tie_word_embeddings,
-        )
-
-    @classmethod
-    def from_llama(cls, files: Mapping[str, Any], *, expert: str) -> "DecoderConfig":
-        """Read a Llama config.json: LlamaConfig's own values for what is missing. Raises ValueError for what is not built."""
-        files = {**LLAMA_DEFAULTS, **{key: value for key, value in files.items() if value is not None}}
-        files = {"num_key_value_heads": files.get("num_attention_heads"), "qk_norm": False, **files}
-        files |= {key: value for key, value in files.get("rope_parameters", {}).items() if key == "rope_theta"}
-        kind = files.get("rope_parameters", {}).get("rope_type", "default")
-        heads = files.get("num_attention_heads", 1)
-        refused = {
-            "rope_scaling": "rope_scaling" in files or kind != "default",
-            "attention_bias": files["attention_bias"],
-            "mlp_bias": files["mlp_bias"],
-            "tie_word_embeddings": files["tie_word_embeddings"],
-            "head_dim": "head_dim" in files and files["head_dim"] * heads != files["hidden_size"],
-        }
-        if wrong := [name for name, found in refused.items() if found]:
-            raise ValueError(
-                f"the language model's config asks for {', '.join(wrong)}, which no release does and is not built"
-            )
-        return cls.from_json(files, qkv_bias=False, experts=(expert,))
-
-    def to_json(self) -> dict[str, Any]:
-        """The mapping that `from_json` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
-            "tie_word_embeddings": self.tie_word_embeddings
-        }
-
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
-
-
-# Janus's releases leave these out: what LlamaConfig says where a config is silent
-LLAMA_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-}
 
 
 class ExpertRouting:

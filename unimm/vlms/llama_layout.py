@@ -1,6 +1,82 @@
-"""The key map of a Llama- or Qwen2-like language model."""
+"""The released layout of a Llama- or Qwen2-like language model: its config and its key map."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from unimm.checkpoint.config_io import JsonLayout, SameAs, read_config, write_config
 from unimm.checkpoint.keymap import KeyMap
+from unimm.nn.decoder import DecoderConfig
+
+DECODER_LAYOUT = JsonLayout(
+    name="the language model's config",
+    source="the released llm_config.json",
+    keys={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "mlp_dim": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "act": "hidden_act",
+        "qk_norm": "qk_norm",
+        "tie_word_embeddings": "tie_word_embeddings",
+    },
+)
+# of a Llama: what LlamaConfig in transformers takes for missing keys, which Janus's releases leave out
+LLAMA_LAYOUT = replace(
+    DECODER_LAYOUT,
+    source="every release",
+    keys={**(DECODER_LAYOUT.keys or {}), "rope_theta": ("rope_parameters.rope_theta", "rope_theta")},
+    defaults={
+        "num_key_value_heads": SameAs("num_attention_heads"),
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "qk_norm": False,
+    },
+    fixed={
+        "rope_scaling": None,
+        "rope_parameters.rope_type": "default",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    },
+    derived={"head_dim": "head_dim"},
+)
+
+
+def decoder_config_from_json(
+    data: Mapping[str, Any],
+    *,
+    qkv_bias: bool,
+    experts: tuple[str, ...],
+    rope_sections: tuple[int, ...] = (),
+    tie_word_embeddings: bool = False,
+) -> DecoderConfig:
+    """Read a Llama- or Qwen2-like config.json; the arguments are fields that it does not say. Raises ValueError for missing keys."""
+    given = {
+        "qkv_bias": qkv_bias,
+        "experts": experts,
+        "rope_sections": rope_sections,
+        "tie_word_embeddings": tie_word_embeddings,
+    }
+    return read_config(DecoderConfig, data, DECODER_LAYOUT, given=given)
+
+
+def llama_config_from_json(data: Mapping[str, Any], *, expert: str) -> DecoderConfig:
+    """Read a Llama's config.json. Raises ValueError for missing keys, and for what no release has and is not supported."""
+    data = {key: value for key, value in data.items() if value is not None}
+    return read_config(DecoderConfig, data, LLAMA_LAYOUT, given={"qkv_bias": False, "experts": (expert,)})
+
+
+def decoder_config_to_json(config: DecoderConfig) -> dict[str, Any]:
+    """The mapping that `decoder_config_from_json` and `llama_config_from_json` read."""
+    return write_config(config, DECODER_LAYOUT)
 
 
 def llama_key_map(prefix: str, head: str, stream: str) -> KeyMap:

@@ -11,6 +11,7 @@ from unimm.encoders.siglip import SiglipConfig, navit_config_from_json, navit_co
 from unimm.models.bagel.processor import BagelDefaults, BagelImageProcessor, BagelSpecialTokens
 from unimm.nn.decoder import DecoderConfig
 from unimm.tokenizers.kl import AutoencoderKLConfig
+from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
 
 EXPERTS = ("und", "gen")
 
@@ -69,7 +70,7 @@ class BagelConfig:
         vae = AutoencoderKLConfig.from_json(top.get("vae_config", {}))
         vision = navit_config_from_json(vit) if top.get("visual_und", True) else None
         return cls(
-            decoder=DecoderConfig.from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
+            decoder=decoder_config_from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
             vision=vision,
             visual_gen=top.get("visual_gen", True),
             vae=vae,
@@ -91,7 +92,7 @@ class BagelConfig:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of llm_config.json, vit_config.json and config.json."""
-        llm = self.decoder.to_json() | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        llm = decoder_config_to_json(self.decoder) | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
         vit = navit_config_to_json(self.vision) if self.vision else {}
         top: dict[str, Any] = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
         top |= {"llm_config": llm, "vit_config": vit, "vae_config": self.vae.to_json()}

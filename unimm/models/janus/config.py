@@ -13,6 +13,7 @@ from unimm.models.janus.transformers_layout import original_from_transformers
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.tokenizers.vq import VQConfig
+from unimm.vlms.llama_layout import decoder_config_to_json, llama_config_from_json
 
 EXPERT = "all"
 
@@ -104,7 +105,7 @@ class JanusConfig:
         size = vision_params["image_size"]
         head, more = files["gen_head_config"]["params"], files.get("generation", {})
         return cls(
-            decoder=DecoderConfig.from_llama(files["language_config"], expert=EXPERT),
+            decoder=llama_config_from_json(files["language_config"], expert=EXPERT),
             vision=TimmEncoderConfig.from_json(vision_params),
             aligner=ProjectorConfig.from_json(files["aligner_config"]["params"]),
             gen_aligner=ProjectorConfig.from_json(files["gen_aligner_config"]["params"]),
@@ -133,7 +134,7 @@ class JanusConfig:
                 "params": self.gen_aligner.to_json(),
             },
             "gen_head_config": {"cls": "vision_head", "model_type": "gen_head", "params": head},
-            "language_config": self.decoder.to_json() | {"model_type": "llama"},
+            "language_config": decoder_config_to_json(self.decoder) | {"model_type": "llama"},
             "generation": {"size": list(self.image_size), "guidance": self.guidance}
             | {"sampling": asdict(self.image_sampling), "talk": asdict(self.chat)},
         }

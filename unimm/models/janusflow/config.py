@@ -12,6 +12,7 @@ from unimm.models.janusflow.uvit import UViTDecoderConfig, UViTEncoderConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.tokenizers.kl import AutoencoderKLConfig
+from unimm.vlms.llama_layout import decoder_config_to_json, llama_config_from_json
 
 EXPERT = "all"
 SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
@@ -80,7 +81,7 @@ class JanusFlowConfig:
         # the release draws as many tokens as it sees: 576
         side = tower.image_size // (tower.vit.patch_size if tower.vit else 16) * 2**painter.n_upsamples
         return cls(
-            decoder=DecoderConfig.from_llama(files["language_config"], expert=EXPERT),
+            decoder=llama_config_from_json(files["language_config"], expert=EXPERT),
             vision=tower,
             gen_encoder=UViTEncoderConfig.from_json(files["vision_gen_enc_config"]["params"]),
             gen_decoder=painter,
@@ -100,7 +101,7 @@ class JanusFlowConfig:
             **_module_json("vision_und_enc", "CLIPVisionTower", self.vision.to_json()),
             **_module_json("vision_gen_enc", "ShallowUViTEncoder", self.gen_encoder.to_json()),
             **_module_json("vision_gen_dec", "ShallowUViTDecoder", self.gen_decoder.to_json()),
-            "language_config": self.decoder.to_json() | {"model_type": "llama"},
+            "language_config": decoder_config_to_json(self.decoder) | {"model_type": "llama"},
             "generation": {"latent": list(self.latent_size), "steps": self.steps, "guidance": self.guidance}
             | {"talk": asdict(self.chat)},
         }

@@ -258,7 +258,7 @@ def init_qwen2_5_vl(recipe: TrainConfig, options: QwenVLTrainingConfig) -> QwenV
     tokenizer = qwen_tokenizer(options)
     ids = {
         name: tokenizer.token_id(token)
-        for name, token in zip(QwenSpecialTokens.FILES.values(), QWEN_TOKENS, strict=True)
+        for name, token in zip(QwenSpecialTokens().to_json(), QWEN_TOKENS, strict=True)
     }
     parts = {name: dict(part) for name, part in recipe.model.items()}
     vision = {**parts["vision"], "out_hidden_size": parts["text"]["hidden_size"]}

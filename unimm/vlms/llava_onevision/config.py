@@ -10,6 +10,7 @@ from unimm.encoders.siglip import SiglipConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor, Size
 from unimm.vlms.base import EXPERT, drop_nulls
+from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
 
 # what Qwen2Config says where a text_config is silent
 TEXT_DEFAULTS = {
@@ -101,7 +102,10 @@ class LlavaConfig:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of config.json and preprocessor_config.json."""
-        text = self.decoder.to_json() | {"model_type": "qwen2", "eos_token_id": self.special_tokens.im_end}
+        text = decoder_config_to_json(self.decoder) | {
+            "model_type": "qwen2",
+            "eos_token_id": self.special_tokens.im_end,
+        }
         del text["qk_norm"]
         top: dict[str, Any] = {
             "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -132,7 +136,7 @@ def _decoder_config(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
     files = {"qk_norm": False, **TEXT_DEFAULTS, **text}
     files |= {"rope_theta": turning.get("rope_theta", files["rope_theta"])}
     # older files tie by the text_config's word, newer ones by that of the whole
-    return DecoderConfig.from_json(
+    return decoder_config_from_json(
         files,
         qkv_bias=True,
         experts=(EXPERT,),

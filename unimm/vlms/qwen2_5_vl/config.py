@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor
 from unimm.vlms.base import EXPERT, drop_nulls
+from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
 
 VISION_ROPE_THETA, VISION_ROPE_TYPE = 10000.0, "axial"  # of the tower's rotary angles
 MROPE_SECTION = (16, 24, 24)
@@ -44,34 +45,40 @@ class QwenVisionConfig:
     tokens_per_second: int  # steps of the rotary clock in a second of video
     act: str
 
-    FILES: ClassVar = {
-        "dim": "hidden_size",
-        "n_layers": "depth",
-        "n_heads": "num_heads",
-        "mlp_dim": "intermediate_size",
-        "out_dim": "out_hidden_size",
-        "patch_size": "patch_size",
-        "temporal_patch_size": "temporal_patch_size",
-        "spatial_merge_size": "spatial_merge_size",
-        "channels": "in_channels",
-        "window_size": "window_size",
-        "full_attention_layers": "fullatt_block_indexes",
-        "tokens_per_second": "tokens_per_second",
-        "act": "hidden_act",
-    }
-    # what transformers takes where a config is silent
-    DEFAULTS: ClassVar = {
-        "depth": 32,
-        "num_heads": 16,
-        "intermediate_size": 3420,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": (7, 15, 23, 31),
-        "tokens_per_second": 4,
-        "hidden_act": "silu",
-    }
+    JSON: ClassVar = JsonLayout(
+        name="the vision_config",
+        source="that of a Qwen2.5-VL",
+        keys={
+            "dim": "hidden_size",
+            "n_layers": "depth",
+            "n_heads": "num_heads",
+            "mlp_dim": "intermediate_size",
+            "out_dim": "out_hidden_size",
+            "patch_size": "patch_size",
+            "temporal_patch_size": "temporal_patch_size",
+            "spatial_merge_size": "spatial_merge_size",
+            "channels": ("in_channels", "in_chans"),
+            "window_size": "window_size",
+            "full_attention_layers": "fullatt_block_indexes",
+            "tokens_per_second": "tokens_per_second",
+            "act": "hidden_act",
+        },
+        # those of Qwen2_5_VLVisionConfig in transformers
+        defaults={
+            "depth": 32,
+            "num_heads": 16,
+            "intermediate_size": 3420,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+            "window_size": 112,
+            "fullatt_block_indexes": (7, 15, 23, 31),
+            "tokens_per_second": 4,
+            "hidden_act": "silu",
+        },
+        constants={"model_type": "qwen2_5_vl"},
+    )
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.dim // self.n_heads % 4:
@@ -85,30 +92,19 @@ class QwenVisionConfig:
             )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> "QwenVisionConfig":
-        """Read a released vision_config. Raises ValueError for one that lacks a number, or that turns by another theta."""
-        turning = files.get("rope_parameters") or {}
-        if turning.get("rope_theta", VISION_ROPE_THETA) != VISION_ROPE_THETA or turning.get(
-            "rope_type", VISION_ROPE_TYPE
-        ) not in (VISION_ROPE_TYPE, "default"):
+    def from_json(cls, data: Mapping[str, Any]) -> "QwenVisionConfig":
+        """Read a released vision_config. Raises ValueError for missing keys, and for rotary angles of another theta."""
+        rope = data.get("rope_parameters") or {}
+        theta, rope_type = rope.get("rope_theta", VISION_ROPE_THETA), rope.get("rope_type", VISION_ROPE_TYPE)
+        if theta != VISION_ROPE_THETA or rope_type not in (VISION_ROPE_TYPE, "default"):
             raise ValueError(
-                f"got rope_parameters {turning} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"
+                f"got rope_parameters {rope} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"
             )
-        channels = files.get("in_channels", files.get("in_chans", 3))
-        files = {**cls.DEFAULTS, **files, "in_channels": channels}
-        if lost := [theirs for theirs in cls.FILES.values() if theirs not in files]:
-            raise ValueError(f"the vision_config lacks {', '.join(lost)}: expected that of a Qwen2.5-VL")
-        fields = {ours: files[theirs] for ours, theirs in cls.FILES.items()}
-        return cls(**fields | {"full_attention_layers": tuple(fields["full_attention_layers"])})
+        return read_config(cls, data, cls.JSON)
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {
-            "fullatt_block_indexes": list(self.full_attention_layers),
-            "in_chans": self.channels,
-            "model_type": "qwen2_5_vl",
-        }
+        return write_config(self, self.JSON) | {"in_chans": self.channels}
 
     @property
     def window_cells(self) -> int:
@@ -127,26 +123,27 @@ class QwenSpecialTokens:
     video_pad: int = 151656
     other_eos: tuple[int, ...] = ()  # that end an answer, too
 
-    FILES: ClassVar = {
-        "im_end": "eos_token_id",
-        "vision_start": "vision_start_token_id",
-        "vision_end": "vision_end_token_id",
-        "image_pad": "image_token_id",
-        "video_pad": "video_token_id",
-    }
+    JSON: ClassVar = JsonLayout(
+        keys={
+            "im_end": "eos_token_id",
+            "vision_start": "vision_start_token_id",
+            "vision_end": "vision_end_token_id",
+            "image_pad": "image_token_id",
+            "video_pad": "video_token_id",
+        },
+    )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> "QwenSpecialTokens":
+    def from_json(cls, data: Mapping[str, Any]) -> "QwenSpecialTokens":
         """Read a released config.json; "generation_ends" are those that generation_config.json names."""
-        found = {ours: files[theirs] for ours, theirs in cls.FILES.items() if files.get(theirs) is not None}
-        ends = [one for key in ("eos_token_id", "generation_ends") for one in _as_list(files.get(key))]
-        found |= {"im_end": ends[0]} if ends else {}
-        return cls(**found, other_eos=tuple(dict.fromkeys(one for one in ends if one != ends[0])))
+        eos = [one for key in ("eos_token_id", "generation_ends") for one in _as_list(data.get(key))]
+        given: dict[str, Any] = {"other_eos": tuple(dict.fromkeys(one for one in eos if one != eos[0]))}
+        return read_config(cls, data, cls.JSON, given=given | ({"im_end": eos[0]} if eos else {}))
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        files: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | ({"eos_token_id": [self.im_end, *self.other_eos]} if self.other_eos else {})
+        eos = {"eos_token_id": [self.im_end, *self.other_eos]} if self.other_eos else {}
+        return write_config(self, self.JSON) | eos
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -195,7 +192,7 @@ class QwenVLConfig:
         text |= {"rope_theta": turning.get("rope_theta", text["rope_theta"])}
         vision = QwenVisionConfig.from_json(files["vision_config"])
         return cls(
-            decoder=DecoderConfig.from_json(
+            decoder=decoder_config_from_json(
                 text,
                 qkv_bias=True,
                 experts=(EXPERT,),
@@ -216,7 +213,7 @@ class QwenVLConfig:
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of config.json and preprocessor_config.json."""
         top: dict[str, Any] = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-        text = self.decoder.to_json()
+        text = decoder_config_to_json(self.decoder)
         del text["qk_norm"]
         turning = {"type": "mrope", "mrope_section": list(self.decoder.rope_sections)}
         top |= {**text, "rope_scaling": turning, "use_sliding_window": False, **self.special_tokens.to_json()}
