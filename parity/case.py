@@ -52,9 +52,9 @@ class Case:
         self.meta: dict[str, Any] = notes.get("meta", {})
         self.special: dict[str, int] = notes.get("special_tokens", {})
         # tensors stand under a name of their own, or alone
-        self.described = {name: entry.get("desc") or "" for name, entry in notes.get("tensors", notes).items()}
+        self.descriptions = {name: entry.get("desc") or "" for name, entry in notes.get("tensors", notes).items()}
         self.rows: dict[str, Row] = {}
-        self.given: set[str] = set()
+        self.inputs: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -63,18 +63,18 @@ class Case:
         """Stored tensors whose whole name matches."""
         return [name for name in self.tensors if re.fullmatch(pattern, name)]
 
-    def says(self, name: str) -> str:
+    def description(self, name: str) -> str:
         """The description of a tensor, or nothing."""
-        return self.described.get(name, "")
+        return self.descriptions.get(name, "")
 
     def input(self, name: str) -> Tensor:
         """A stored tensor that the original was given."""
-        self.given.add(name)
+        self.inputs.add(name)
         return self.tensors[name]
 
-    def told(self, name: str, default: Any = None) -> Any:
+    def input_note(self, name: str, default: Any = None) -> Any:
         """A note in `meta` that the original was given."""
-        self.given.add(name)
+        self.inputs.add(name)
         return self.meta.get(name, default)
 
     def compare(self, name: str, ours: Tensor, *, note: str = "", share: float = FLOAT) -> None:
@@ -115,7 +115,7 @@ class Case:
         notes = [name for name in self.meta if not name.startswith("fact.")]
         for name in (*self.tensors, *notes):
             if name not in self.rows and not any(row.startswith(f"{name}: ") for row in self.rows):
-                if name in self.given or name.endswith(".args"):
+                if name in self.inputs or name.endswith(".args"):
                     self.rows[name] = Row(name=name, kind="input")
                 else:
                     self.miss(name, "not compared")

@@ -82,7 +82,7 @@ def text(case: Case, model: Bagel, name: str) -> Part:
     return model.processor.text_part(case.input(name).tolist())
 
 
-def picture(case: Case, name: str) -> Image.Image:
+def stored_image(case: Case, name: str) -> Image.Image:
     """Stored 8-bit pixels [h, w, 3]."""
     return Image.fromarray(case.input(name).numpy())
 
@@ -118,7 +118,7 @@ def named(name: str) -> dict[str, Any]:
 
 def stored_args(case: Case, name: str) -> dict[str, Any]:
     """The arguments of a run that `meta` holds, by our names."""
-    args = case.told(f"{name}.args", {})
+    args = case.input_note(f"{name}.args", {})
     return {ours: args[theirs] for ours, theirs in ARGUMENTS.items() if theirs in args}
 
 
@@ -127,8 +127,8 @@ def run_args(case: Case, name: str, like: Sequence[str] = ()) -> dict[str, Any]:
     if own := stored_args(case, name):
         return own
     base = next(filter(None, (stored_args(case, other) for other in like)), {})
-    first = next((stated(case.says(other)) for other in like if case.says(other)), {})
-    return {**base, **first, **named(name), **stated(case.says(name))}
+    first = next((stated(case.description(other)) for other in like if case.description(other)), {})
+    return {**base, **first, **named(name), **stated(case.description(name))}
 
 
 def guidance(args: Mapping[str, Any]) -> Guidance:
@@ -150,7 +150,7 @@ def denoise(
 def compare_context(case: Case, name: str, context: KVCache) -> None:
     """Keys, values, rows and clock of a context."""
     if name in case.meta:
-        case.compare_note(name, {"kv_len": context.length, "rope": context.next_position}, case.told(name))
+        case.compare_note(name, {"kv_len": context.length, "rope": context.next_position}, case.input_note(name))
     if context.chunks:
         kv = torch.cat(context.chunks, 2)
         case.compare(f"{name}.k", kv[:, 0])
@@ -162,7 +162,7 @@ def compare_context(case: Case, name: str, context: KVCache) -> None:
 
 @torch.inference_mode()
 def check_vae(case: Case, model: Bagel, group: str) -> None:
-    """Posterior, latents and pixels; a padded batch, and its pictures apart."""
+    """Posterior, latents and pixels; a padded batch, and its images apart."""
     if "vae.image" in case:
         image = case.input("vae.image")
         case.compare("vae.moments", torch.cat(model.vae.moments(image), 1))
@@ -182,8 +182,8 @@ def check_vae(case: Case, model: Bagel, group: str) -> None:
 
 @torch.inference_mode()
 def check_und(case: Case, model: Bagel, group: str) -> None:
-    """A picture and a question: resizes, ViT, contexts, greedy text, and text after a system prompt."""
-    image = picture(case, "und.image")
+    """An image and a question: resizes, ViT, contexts, greedy text, and text after a system prompt."""
+    image = stored_image(case, "und.image")
     resized = model.config.vae_transform(image)
     case.compare("und.vae_resized", to_tensor_u8(resized))
     case.compare("und.vit_pixels", pil_to_tensor(model.config.vit_transform(resized)))
@@ -210,7 +210,7 @@ def check_und(case: Case, model: Bagel, group: str) -> None:
 
 
 def to_tensor_u8(image: Image.Image) -> Tensor:
-    """A picture as [h, w, 3] uint8."""
+    """An image as [h, w, 3] uint8."""
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
@@ -236,7 +236,7 @@ def written_after(case: Case, model: Bagel, context: KVCache, name: str) -> list
     """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are compared."""
     if name not in case.meta:
         return []
-    stored, m = case.told(name), model.processor.special_tokens
+    stored, m = case.input_note(name), model.processor.special_tokens
     n = len(stored.split())
     # a marker that the model writes ends the text: the original splits it there
     ids = list(takewhile(lambda i: i not in (m.bos, m.eos), (row[0] for row in greedy(model, [context], n + 1))))[:n]
@@ -246,8 +246,8 @@ def written_after(case: Case, model: Bagel, context: KVCache, name: str) -> list
 
 @torch.inference_mode()
 def check_vit2(case: Case, model: Bagel, group: str) -> None:
-    """Two pictures in one ViT call."""
-    first = model.image_parts(picture(case, "und.image"), noise=None, latents=False)[0]
+    """Two images in one ViT call."""
+    first = model.image_parts(stored_image(case, "und.image"), noise=None, latents=False)[0]
     more = [model.processor.vit_part(case.input(name)) for name in sorted(case.names(r"vit2\.pixels_\w+"))]
     seen = pack_sequences([[*first, *more]]).und_images
     case.compare("vit2.position_ids", seen.image_position_ids)
@@ -269,7 +269,7 @@ def check_und_batch(case: Case, model: Bagel, group: str) -> None:
 
 def check_posids(case: Case, model: Bagel, group: str) -> None:
     """Ids of a grid in the ViT's table, both ways; the grid stands in a description."""
-    said = " ".join(case.says(name) for name in case.names(r"posids\..*"))
+    said = " ".join(case.description(name) for name in case.names(r"posids\..*"))
     grid = re.search(r"(\d+)x(\d+) patches", said)
     h, w = (int(grid[1]), int(grid[2])) if grid else (5, 3)
     case.compare("posids.extrapolate", grid_position_ids(h, w, model.config.vit_grid))
@@ -281,7 +281,7 @@ def check_posids(case: Case, model: Bagel, group: str) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A dialogue at the point where a picture is drawn: of which size, from which noise, and like which stored runs."""
+    """A conversation at the point where an image is generated: of which size, from which noise, and like which stored runs."""
 
     dialogue: CFGContexts
     size: Size
@@ -292,18 +292,18 @@ class Scene:
 def t2i_scene(case: Case, model: Bagel) -> Scene:
     """A prompt."""
     (dialogue,) = model.append_text([CFGContexts()], [text(case, model, "t2i.prompt_ids")])
-    size = tuple(case.told("t2i")["image_hw"])
+    size = tuple(case.input_note("t2i")["image_hw"])
     return Scene(dialogue, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
 
 
 def shown(case: Case, model: Bagel, dialogue: CFGContexts, image: str, noise: str) -> CFGContexts:
-    """A stored picture, encoded with stored posterior noise, appended."""
-    items, size = model.image_parts(picture(case, image), noise=case.input(noise)[0], latents=True)
+    """A stored image, encoded with stored posterior noise, appended."""
+    items, size = model.image_parts(stored_image(case, image), noise=case.input(noise)[0], latents=True)
     return model.append_images([dialogue], [[(items, size)]])[0]
 
 
 def edit_scene(case: Case, model: Bagel) -> Scene:
-    """A picture and an instruction."""
+    """An image and an instruction."""
     dialogue = shown(case, model, CFGContexts(), "edit.image", "edit.vae_eps")
     compare_context(case, "edit.kv_image", dialogue.no_text)
     (dialogue,) = model.append_text([dialogue], [text(case, model, "edit.prompt_ids")])
@@ -311,7 +311,7 @@ def edit_scene(case: Case, model: Bagel) -> Scene:
 
 
 def think_scene(case: Case, model: Bagel, group: str) -> Scene:
-    """A system prompt, perhaps a picture, a prompt, and the model's own text."""
+    """A system prompt, perhaps an image, a prompt, and the model's own text."""
     source, like = ("edit", "edit.x_text_channel") if group == "think_edit" else ("t2i", "t2i.x_app")
     system = f"{group}.system_ids" if f"{group}.system_ids" in case else "think_t2i.system_ids"
     (dialogue,) = model.append_text([CFGContexts()], [text(case, model, system)], system=True)
@@ -320,14 +320,14 @@ def think_scene(case: Case, model: Bagel, group: str) -> Scene:
     (dialogue,) = model.append_text([dialogue], [text(case, model, f"{source}.prompt_ids")])
     ids = written_after(case, model, dialogue.full, f"{group}.text")
     (dialogue,) = model.append_reasoning([dialogue], [model.processor.text_part(ids)])
-    size = dialogue.image_size or tuple(case.told("t2i")["image_hw"])
+    size = dialogue.image_size or tuple(case.input_note("t2i")["image_hw"])
     return Scene(dialogue, size, case.input(f"{source}.noise"), (like,))
 
 
 def inter_scene(case: Case, model: Bagel) -> Scene:
-    """Texts and pictures in the order that `meta` tells, as ["text_a", "und.image (posterior noise edit.vae_eps)"]."""
+    """Texts and images in the order that `meta` tells, as ["text_a", "und.image (posterior noise edit.vae_eps)"]."""
     dialogue = CFGContexts()
-    for entry in case.told("inter")["order"]:
+    for entry in case.input_note("inter")["order"]:
         name = entry.split()[0] if entry.split()[0] in case else f"inter.{entry.split()[0]}"
         if noise := re.search(r"noise ([\w.]+)", entry):
             dialogue = shown(case, model, dialogue, name, noise[1])
@@ -338,7 +338,7 @@ def inter_scene(case: Case, model: Bagel) -> Scene:
         "shape": [*dialogue.image_size]
     }
     if "inter.kvlen_rope" in case.meta:
-        case.compare_note("inter.kvlen_rope", ours, case.told("inter.kvlen_rope"))
+        case.compare_note("inter.kvlen_rope", ours, case.input_note("inter.kvlen_rope"))
     like = ("t2i.x_channel_int", "edit.x_channel", "t2i.x_app")
     return Scene(dialogue, dialogue.image_size, case.input("inter.noise"), like)
 
@@ -350,23 +350,23 @@ def check_t2i(case: Case, model: Bagel, group: str) -> None:
     where = denoiser_of(model, scene, Guidance()).position_ids
     case.compare("t2i.latent_position_ids", where)
     case.compare("t2i.x_embed_t1", model.embed_latents(scene.noise, torch.ones(1), where))
-    if times := re.search(r"at t = ([\d., ]*\d)", case.says("t2i.time_embed")):
+    if times := re.search(r"at t = ([\d., ]*\d)", case.description("t2i.time_embed")):
         case.compare("t2i.time_embed", model.time_embedder(torch.tensor([float(t) for t in times[1].split(",")])))
     if "t2i.timesteps" in case:
-        args = {"knots": len(case.tensors["t2i.timesteps"]), "shift": 3.0, **stated(case.says("t2i.timesteps"))}
+        args = {"knots": len(case.tensors["t2i.timesteps"]), "shift": 3.0, **stated(case.description("t2i.timesteps"))}
         case.compare("t2i.timesteps", flow_timesteps(int(args["knots"]) - 1, args["shift"]))
     check_drawing(case, model, group, scene)
 
 
 def check_edit(case: Case, model: Bagel, group: str) -> None:
-    """Editing: the picture's pixels and latents, three contexts, velocities, runs, pixels."""
-    image = model.config.vae_transform(picture(case, "edit.image"))
+    """Editing: the image's pixels and latents, three contexts, velocities, runs, pixels."""
+    image = model.config.vae_transform(stored_image(case, "edit.image"))
     latent = model.vae.encode(pil_to_tensor(image)[None], noise=case.input("edit.vae_eps"))
     case.compare("edit.vae_pixels", pil_to_tensor(image))
     case.compare("edit.latent", latent)
     case.compare("edit.latent_tokens", patchify(latent[0], model.config.latent_patch_size))
     scene = edit_scene(case, model)
-    if told := case.told("edit"):
+    if told := case.input_note("edit"):
         case.compare_note("edit: image_hw", [*scene.size], told["image_hw"])
     compare_context(case, "edit.kv", scene.dialogue.full)
     compare_context(case, "edit.kv_cfg_img", scene.dialogue.no_image)
@@ -374,18 +374,18 @@ def check_edit(case: Case, model: Bagel, group: str) -> None:
 
 
 def check_think(case: Case, model: Bagel, group: str) -> None:
-    """Drawing after the model's own text."""
+    """Generating after the model's own text."""
     check_drawing(case, model, group, think_scene(case, model, group))
 
 
 def check_inter(case: Case, model: Bagel, group: str) -> None:
-    """Drawing after several texts and pictures."""
+    """Generating after several texts and images."""
     check_drawing(case, model, group, inter_scene(case, model))
 
 
 @torch.inference_mode()
 def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
-    """Every stored velocity (v_*), run (x, x_*) and picture of a group."""
+    """Every stored velocity (v_*), run (x, x_*) and image of a group."""
     for name in case.names(rf"{group}\.v_\w+"):
         check_velocity(case, model, name, scene)
     latents = {}
@@ -418,7 +418,7 @@ def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
             case.compare(f"{group}.query_position_ids", rows.position_ids)
     elif not name.endswith("_hidden"):
         denoiser = denoiser_of(model, scene, guidance({**run_args(case, name, scene.like), "interval": (0.0, 1.0)}))
-        time = re.search(rf"\bt ?= ?{NUMBER}", case.says(name))
+        time = re.search(rf"\bt ?= ?{NUMBER}", case.description(name))
         timesteps = torch.tensor([float(time[1]) if time else 1.0], dtype=torch.float64)
         case.compare(name, model.guided_velocity(denoiser, scene.noise, timesteps))
 
@@ -440,8 +440,8 @@ def layers_of(model: Bagel) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def check_pixels(case: Case, model: Bagel, group: str, scene: Scene, latents: Mapping[str, Tensor]) -> None:
-    """The latent grid, the VAE's output and the 8-bit picture of the run that a description names."""
-    said = " ".join(case.says(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
+    """The latent grid, the VAE's output and the 8-bit image of the run that a description names."""
+    said = " ".join(case.description(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
     run = re.search(rf"{group}\.x\w*", said)
     if run and run[0] in latents:
         x, height = latents[run[0]], scene.size[0] // model.config.latent_downsample
@@ -452,7 +452,7 @@ def check_pixels(case: Case, model: Bagel, group: str, scene: Scene, latents: Ma
 
 
 def check_batch(case: Case, model: Bagel, group: str) -> None:
-    """Pictures of several sizes in one batch: each as when it is alone. The original's global norm mixes them."""
+    """Images of several sizes in one batch: each as when it is alone. The original's global norm mixes them."""
     first = t2i_scene(case, model)
     more = sorted(case.names(r"batch\.prompt_\w+"))
     dialogues = [
@@ -460,7 +460,7 @@ def check_batch(case: Case, model: Bagel, group: str) -> None:
         *model.append_text([CFGContexts()] * len(more), [text(case, model, name) for name in more]),
     ]
     noises = [first.noise, *(case.input(name.replace("prompt", "noise")) for name in more)]
-    sizes = [tuple(size) for size in case.told("batch")["sizes"]]
+    sizes = [tuple(size) for size in case.input_note("batch")["sizes"]]
     for run in sorted({name.rpartition("_")[0] for name in case.names(r"batch\.x_\w+_\d+")}):
         alike = run.replace("batch.", "t2i.")
         args = run_args(case, run, (f"{alike}_int", alike, "t2i.x_global_int"))

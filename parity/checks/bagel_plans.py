@@ -92,7 +92,7 @@ class Plan:
 
 def check_plan(case: Case, model: Bagel, group: str) -> None:
     """A plan's packed layout and, where stored, its losses and gradients."""
-    told = case.told(group)
+    told = case.input_note(group)
     plan = Plan(case, model, told)
     samples = plan.samples()
     if f"{group}.padded_images" in case:
@@ -111,7 +111,7 @@ def filled(case: Case, model: Bagel, group: str, samples: Sequence[Sequence[Part
     latents = model.vae.encode(padded, noise=case.input(f"{group}.vae_eps"))
     note = "encoded together as the original does; the library encodes each picture apart"
     case.compare(f"{group}.padded_latent", latents, note=note)
-    grids = iter(zip(latents, case.told(group)["vae_latent_shapes"], strict=True))
+    grids = iter(zip(latents, case.input_note(group)["vae_latent_shapes"], strict=True))
     looks = [len(item.tokens) for item in chain(*samples) if item.kind == "und_image"]
     patches = iter(case.input(f"{group}.vit_tokens").split(looks) if looks else ())
     p = model.config.latent_patch_size
@@ -177,7 +177,7 @@ def check_losses(case: Case, model: Bagel, group: str, batch: PackedBatch) -> No
     ce, mse = losses.ce.mean(), losses.mse.mean()
     means = {"ce": ce, "mse": mse, "ce_reweighted": (losses.ce * weights).sum() / weights.sum()}
     total = ce + mse
-    for name, stored in case.told(f"{group}.loss", {}).items():
+    for name, stored in case.input_note(f"{group}.loss", {}).items():
         if scale := re.fullmatch(r"total_(\d)(\d*)", name):
             total = float(f"{scale[1]}.{scale[2] or 0}") * ce + mse
         ours = float(means.get(name, total).detach())
@@ -197,7 +197,7 @@ def check_gradients(case: Case, model: Bagel, group: str, total: Tensor) -> None
             case.miss(name, "ours has no gradient")
         else:
             case.compare(name, grads[key])
-    stored = case.told(f"{group}.grad_norm", {})
+    stored = case.input_note(f"{group}.grad_norm", {})
     most = max(filter(None, stored.values()), default=0.0)
     for key, norm in stored.items():
         ours = None if grads.get(key) is None else float(grads[key].norm())

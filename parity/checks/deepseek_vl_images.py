@@ -1,4 +1,4 @@
-"""What a case of Janus's preprocessing stores: pictures to squares to pixels, and conversations to text.
+"""What a case of Janus's preprocessing stores: images to squares to pixels, and conversations to text.
 
 io.safetensors holds groups `<name>/image`, `/resized`, `/pixel_values`; io.json says the sizes of each in its words,
 and prompts.json holds conversations with the text that the original made. docs/originals/janus.md, "Image processor".
@@ -26,16 +26,16 @@ def recognise(folder: Path) -> bool:
 
 
 def check(case: Case) -> None:
-    """Compare every picture and every conversation that the case stores."""
+    """Compare every image and every conversation that the case stores."""
     notes = json.loads((case.folder / "io.json").read_text())
     for name in case.names(".*/image"):
-        check_picture(case, name.removesuffix("/image"), notes[name]["desc"])
+        check_image(case, name.removesuffix("/image"), notes[name]["desc"])
     if (case.folder / "prompts.json").exists():
         check_prompts(case, json.loads((case.folder / "prompts.json").read_text()))
 
 
-def check_picture(case: Case, group: str, words: str) -> None:
-    """A picture to its square, exactly, and to its pixels."""
+def check_image(case: Case, group: str, words: str) -> None:
+    """An image to its square, exactly, and to its pixels."""
     numbers = {name: int(n) for name, n in re.findall(r"\b(image_size|min_size)=(\d+)", words)}
     rule = DeepseekVLImageProcessor.from_json(numbers, size=numbers["image_size"])
     image = Image.fromarray(case.input(f"{group}/image").numpy())

@@ -47,17 +47,17 @@ def check_group(case: Case, group: str, weights: EditWeights, notes: dict) -> No
     stored = f"{group}.weight_{weights.function}"
     # a group without a target says only that all weights are 1
     height, width = (weights.factor * n for n in case.tensors[stored].shape[1:]) if stored in case else (0, 0)
-    picture = case.input(target).numpy() if target in case else np.zeros((height, width, 3), np.uint8)
-    if not picture.size:
+    target_image = case.input(target).numpy() if target in case else np.zeros((height, width, 3), np.uint8)
+    if not target_image.size:
         return
     if names and len(references) == 1:
-        white = weights.difference_mask(references[0], picture)
+        white = weights.difference_mask(references[0], target_image)
         for stage, mask in (("mask0_diff", white), ("mask1_closed", closed := weights.close_gaps(white)),
                             ("mask2_filtered", weights.drop_small_components(closed))):  # fmt: skip
             compare_mask(case, f"{group}.{stage}", mask)
     error = None
     try:
-        found, cells = weights(references, picture), weights.latent_mask(references, picture)
+        found, cells = weights(references, target_image), weights.latent_mask(references, target_image)
     except ValueError as raised:
         error = raised
     name, told = f"{group}: error_{weights.function}", notes.get(f"error_{weights.function}")

@@ -83,7 +83,7 @@ def check_vision(case: Case, model: Janus, group: str, special: dict) -> None:
 
 
 def prompts_of(case: Case, model: DeepseekChatModel, group: str, special: dict) -> list[list[Part]]:
-    """The items of each left-padded row of stored ids: its texts, and its pictures between their markers."""
+    """The items of each left-padded row of stored ids: its texts, and its images between their markers."""
     pixels, there = case.input(f"{group}/pixel_values"), case.input(f"{group}/images_emb_mask")
     mask, found = case.input(f"{group}/attention_mask").bool(), []
     for row, ids in enumerate(case.input(f"{group}/input_ids")):
@@ -158,7 +158,7 @@ def check_codes(case: Case, model: Janus, group: str, special: dict) -> None:
 
 
 def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
-    """Guided codes of a whole picture, and the numbers of its first steps."""
+    """Guided codes of a whole image, and the numbers of its first steps."""
     ids = case.input("gen/prompt_ids").tolist()
     prompt, w = [text_part(ids)], special["cfg_weight"]
     free = padded_unconditional(prompt, special["pad"])
@@ -194,7 +194,7 @@ def check_drawing(case: Case, model: Janus, group: str, special: dict) -> None:
 
 
 def check_training(case: Case, model: Janus, group: str, special: dict) -> None:
-    """Teacher forcing: a picture's codes after a prompt, and the labelled text of the understanding sample."""
+    """Teacher forcing: an image's codes after a prompt, and the labelled text of the understanding sample."""
     ids, codes = case.tensors["gen/prompt_ids"].tolist(), case.input("tf/image_ids")
     batch = pack_sequences([[text_part(ids[:-1]), model.image_token_part(codes, ids[-1])]])
     case.compare("tf/image_embeds", model.embed_image_tokens(codes)[None])
@@ -208,7 +208,7 @@ def check_training(case: Case, model: Janus, group: str, special: dict) -> None:
 
 
 def labelled(case: Case, model: Janus, labels: Tensor, special: dict) -> list[Part]:
-    """The understanding sample with a label at each of its rows; rows of pictures have none."""
+    """The understanding sample with a label at each of its rows; rows of images have none."""
     items, at = [], 0
     for item in prompts_of(case, model, "und", special)[0]:
         n = item.segment.length

@@ -74,7 +74,7 @@ def plain(batch: PackedBatch) -> Any:
 
 
 def row_items(model: JanusFlow, ids: Sequence[int], pictures: Sequence[Tensor], *, image: int) -> list[Part]:
-    """Stored ids without pads, placeholders in them, as items: a picture takes its run of placeholders and both neighbours."""
+    """Stored ids without pads, placeholders in them, as items: an image takes its run of placeholders and both neighbours."""
     items: list[Part] = []
     at, n = 0, model.vision.grid_side**2
     for pixels in pictures:
@@ -157,9 +157,9 @@ def twice(x: Tensor) -> Tensor:
 def check_training(case: Case, model: JanusFlow, special: dict) -> None:
     """Velocity and loss at the time that the description names; the original's time is one less ours."""
     clean, noise = case.input("train/x1"), case.input("gen/noise")
-    stated = re.search(r"\bt=(\d*\.?\d+)", case.says("train/v"))
+    stated = re.search(r"\bt=(\d*\.?\d+)", case.description("train/v"))
     if not stated:
-        raise ValueError(f"no time in {case.says('train/v')!r}: expected t=...")
+        raise ValueError(f"no time in {case.description('train/v')!r}: expected t=...")
     prompts = case.input("gen/tokens")[: len(clean)]
     time = 1 - float(stated[1])
     drawn = [model.latent_part(latent, special["boi"], timestep=time) for latent in clean]

@@ -1,4 +1,4 @@
-"""What a case of MetaQuery stores: prompts, the reader's answers, conditions, every step of a picture, one step of training."""
+"""What a case of MetaQuery stores: prompts, the MLLM's answers, conditions, every step of an image, one step of training."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(case: Case) -> None:
 
 
 def check_notes(case: Case, model: MetaQuery, notes: dict[str, Any]) -> None:
-    """Ids of the markers, the length of the reader's tokenizer, and how many released tensors are trained."""
+    """Ids of the markers, the length of the MLLM's tokenizer, and how many released tensors are trained."""
     first = model.processor.begin_image_id
     ours = {"begin_of_img": first, "end_of_img": first + 1, "img0": first + 2}
     for name, stored in notes["special_ids"].items():
@@ -85,19 +85,19 @@ def check_notes(case: Case, model: MetaQuery, notes: dict[str, Any]) -> None:
 
 
 def ids_of(items: Sequence[Part], pad: int) -> list[int]:
-    """A sample's ids as the original has them: a placeholder for every cell of a picture, behind its marker."""
+    """A sample's ids as the original has them: a placeholder for every cell of an image, behind its marker."""
     return [one for item in items for one in (*item.ids.tolist(), *[pad] * item.n_tokens)]
 
 
 def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
-    """Pictures from captions, or from pictures with a caption: everything from the prompt to the pixels."""
+    """Images from captions, or from images with a caption: everything from the prompt to the pixels."""
     run = stored.runs[group]
     captions = [run["caption"]] if isinstance(run["caption"], str) else run["caption"]
     counts = run["n_images"] if isinstance(run["n_images"], list) else [run["n_images"]] * len(captions)
     shown = [[Image.fromarray(case.input(f"image{i}.raw_uint8").numpy()) for i in range(n)] for n in counts]
     asked = ConditionBatch(model.processor)
     named = zip(captions, shown, strict=True)
-    # the original reads every branch of every picture, in that order, whether another has it or its weight is 0
+    # the original reads every branch of every image, in that order, whether another has it or its weight is 0
     image = 3.0 if stored.image > 1 else 1.0
     every = [asked.guidance_branches(a, b, negative_prompt="", guidance=2.0, image_guidance=image) for a, b in named]
     order = [some[i][0] for i in range(len(every[0])) for some in every]
@@ -128,7 +128,7 @@ def check_run(case: Case, model: MetaQuery, group: str, stored: Stored) -> None:
 
 
 def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Sequence[Part]], stored: Stored) -> None:
-    """Ids, padded on the left, their text, and the pictures as patches."""
+    """Ids, padded on the left, their text, and the images as patches."""
     rows = [ids_of(items, stored.ids["<|image_pad|>"]) for items in samples]
     longest = max(map(len, rows))
     pad = stored.ids[PAD]

@@ -1,6 +1,6 @@
 """What a case of Qwen2.5-VL stores, computed by unimm.vlms.qwen2_5_vl.model: one function a group of stored outputs.
 
-Groups are pictures (image0, image1, all of them in one call) and runs, batches of ids with pictures in them.
+Groups are images (image0, image1, all of them in one call) and runs, batches of ids with images in them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unimm.vlms.qwen2_5_vl.vision import cell_positions, window_order
 
 EXPECTS = 'config.json with model_type "qwen2_5_vl"'
 LOGITS = 2e-4  # of the largest value stored: a product with the whole vocabulary behind all layers
-Shown = tuple[Tensor, PatchGrid]  # patches of a picture and their grid
+Shown = tuple[Tensor, PatchGrid]  # patches of an image and their grid
 
 
 def recognise(folder: Path) -> bool:
@@ -42,8 +42,8 @@ def check(case: Case) -> None:
         size = smart_resize(*(entry[name] for name in ("h", "w", "factor", "min_pixels", "max_pixels")))
         case.compare_note(f"smart_resize {entry['h']}x{entry['w']} by {entry['factor']}", [*size], entry["out"])
     names = sorted({name.partition(".")[0] for name in case.names(r"image\d+\..*")}, key=lambda name: int(name[5:]))
-    groups: dict[str, Callable] = dict.fromkeys(names, check_picture)
-    groups |= {"images": check_pictures} if case.names(r"images\..*") else {}
+    groups: dict[str, Callable] = dict.fromkeys(names, check_image)
+    groups |= {"images": check_images} if case.names(r"images\..*") else {}
     groups |= {name.partition(".")[0]: check_run for name in case.names(r"\w+\.input_ids")}
     for group, run in groups.items():
         try:
@@ -53,13 +53,13 @@ def check(case: Case) -> None:
 
 
 def stored(case: Case, name: str) -> Shown:
-    """A picture as the original preprocessed it, so that a difference there shows in one place only."""
+    """An image as the original preprocessed it, so that a difference there shows in one place only."""
     t, h, w = case.tensors[f"{name}.grid_thw"][0].tolist()
     return case.tensors[f"{name}.pixel_values"], (t, h, w)
 
 
-def check_picture(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
-    """A picture alone: preprocessing and features."""
+def check_image(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
+    """An image alone: preprocessing and features."""
     if f"{group}.raw_uint8" in case:
         patches, grid = model.config.image_processor.to_patches(
             [Image.fromarray(case.input(f"{group}.raw_uint8").numpy())]
@@ -73,8 +73,8 @@ def check_picture(case: Case, model: QwenVL, group: str, names: list[str]) -> No
     case.compare(f"{group}.vision_features", model.vision(patches, [grid]))
 
 
-def check_pictures(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
-    """All pictures in one call, and their windows."""
+def check_images(case: Case, model: QwenVL, group: str, names: list[str]) -> None:
+    """All images in one call, and their windows."""
     patches, grids = zip(*(stored(case, name) for name in names), strict=True)
     case.compare("images.vision_features", model.vision(torch.cat(patches), grids))
     m = model.config.vision.spatial_merge_size
@@ -84,7 +84,7 @@ def check_pictures(case: Case, model: QwenVL, group: str, names: list[str]) -> N
 
 
 def items_of(prompts: QwenVLProcessor, ids: list[int], pictures: list[Shown]) -> list[Part]:
-    """A row of ids as items: each run of placeholders is the first picture left that has as many cells."""
+    """A row of ids as items: each run of placeholders is the first image left that has as many cells."""
     left, shown, at = list(pictures), [], 0
     while at < len(ids):
         length = next((n for n, one in enumerate(ids[at:]) if one != prompts.special_tokens.image_pad), len(ids) - at)

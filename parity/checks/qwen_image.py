@@ -21,7 +21,7 @@ def recognise(folder: Path) -> bool:
 
 @torch.inference_mode()
 def check(case: Case) -> None:
-    """Compare the velocity, and cosines and sines of text and pictures."""
+    """Compare the velocity, and cosines and sines of text and images."""
     model, text = load_qwen_image(case.folder), case.input("encoder_hidden_states")
     pictures = [(f, h, w) for f, h, w in case.input("img_shapes").tolist()]
     seen = case.input("encoder_hidden_states_mask") if "encoder_hidden_states_mask" in case else None

@@ -12,7 +12,7 @@ def check_table(path: Path) -> list[Row]:
     """A row for each list of sizes in a resize_table.json.
 
     A label that ends in (longest, shortest, stride[, max_pixels N]) states a rule; "... A then B" applies two of them,
-    and "A img_num=N" one of them for N pictures that share its pixels.
+    and "A img_num=N" one of them for N images that share its pixels.
     """
     table = json.loads(path.read_text())
     rules = {label: rule for label in table if (rule := _rule(label))}

@@ -1,4 +1,4 @@
-"""What a case of the Sana transformer stores: velocities, what lies between, and pictures by both samplers."""
+"""What a case of the Sana transformer stores: velocities, what lies between, and images by both samplers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a case of SigLIP2's vision tower stores: pictures as it sees them, every layer, and what is pooled."""
+"""What a case of SigLIP2's vision tower stores: images as it sees them, every layer, and what is pooled."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from unimm.training.ema import ramped_decay
 from unimm.training.tasks.edit_weights import AREA_FUNCTIONS
 
 ROUNDED = 1e-6  # the table has seven digits
-INFERENCE = TRAINING = 448 * 448  # pixels that UniWorld's reader sees, least and most
+INFERENCE = TRAINING = 448 * 448  # pixels that UniWorld's MLLM sees, least and most
 
 
 def near(ours: Iterable[float], stored: list[float]) -> bool:
@@ -48,7 +48,7 @@ def sana(entry: dict[str, Any]) -> bool:
 
 
 def drawn(entry: dict[str, Any]) -> bool:
-    """The size that a picture is drawn at."""
+    """The size that an image is generated at."""
     ratios = int(re.findall(r"\d+", entry["anyres"])[0])
     found = nearest_aspect_size(
         entry["h"], entry["w"], image_pixels=entry["anchor_pixels"], n_ratios=ratios, side_unit=entry["stride"]
@@ -57,7 +57,7 @@ def drawn(entry: dict[str, Any]) -> bool:
 
 
 def seen(entry: dict[str, Any]) -> bool:
-    """The size that a picture is seen at: resized twice when drawing, once in training."""
+    """The size that an image is seen at: resized twice when drawing, once in training."""
     first = smart_resize(entry["h"], entry["w"], 28, INFERENCE, INFERENCE)
     second = smart_resize(*first, 28, INFERENCE, INFERENCE)
     trained = smart_resize(entry["h"], entry["w"], 56, TRAINING, TRAINING)

@@ -93,7 +93,7 @@ def check_run(case: Case, model: UniWorld, name: str, images: list[Image.Image],
 
 
 def ids(model: UniWorld, reading: MLLMOutput) -> Tensor:
-    """A sample's ids as the original has them: a placeholder for each of a picture's cells."""
+    """A sample's ids as the original has them: a placeholder for each of an image's cells."""
     image = model.config.mllm.special_tokens.image_pad
     return torch.cat([torch.cat((one.ids, torch.full((one.n_tokens,), image))) for one in reading.parts])
 
@@ -181,7 +181,7 @@ def right_mask(rows: list[Tensor], length: int) -> Tensor:
 
 @torch.inference_mode()
 def check_references(case: Case, model: UniWorld, runs: dict[str, MLLMOutput], notes: dict[str, Any]) -> None:
-    """Latents of references beside the picture: their places, the times, and where the way ends."""
+    """Latents of references beside the image: their places, the times, and where the way ends."""
     for group in sorted({name.partition(".")[0] for name in case.names(r"ref\w*\.noise")}):
         noise, below = case.input(f"{group}.noise"), case.input(f"{group}.ref_latents")
         h, w = noise.shape[2:]
