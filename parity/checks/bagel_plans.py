@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from parity.case import Case
-from unimm.checkpoint.keymap import released_names
 from unimm.generation.flow import shift_timesteps
 from unimm.models.bagel.model import Bagel
-from unimm.models.bagel.weights import KEYS
+from unimm.models.bagel.weights import KEY_MAP
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, image_part
@@ -187,7 +186,7 @@ def check_losses(case: Case, model: Bagel, group: str, batch: PackedBatch) -> No
 
 def check_gradients(case: Case, model: Bagel, group: str, total: Tensor) -> None:
     """Gradients by their released names. A norm that the mathematics makes 0 (a key's bias) is held to the largest."""
-    parameters = {key: p for name, p in model.named_parameters() for key in released_names(name, KEYS)}
+    parameters = {key: p for name, p in model.named_parameters() for key in KEY_MAP.released_tensors(name)}
     names = [key for key, p in parameters.items() if p.requires_grad]
     found = torch.autograd.grad(total, [parameters[key] for key in names], allow_unused=True)
     grads = dict(zip(names, found, strict=True))

@@ -14,7 +14,6 @@ from einops import rearrange
 from PIL import Image
 
 from parity.case import Case
-from unimm.checkpoint.keymap import released_names
 from unimm.denoisers.sana import TIMESTEP_SCALE
 from unimm.generation.flow import dpm_timesteps, floor_timesteps, integer_timesteps
 from unimm.models.metaquery.model import MetaQuery
@@ -80,7 +79,7 @@ def check_notes(case: Case, model: MetaQuery, notes: dict[str, Any]) -> None:
     if "trainable_parameters" in notes:
         (table,) = model.key_maps().values()
         names = [name for name, _ in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
-        trained = {key for name in names for key in released_names(name, table)}
+        trained = {key for name in names for key in table.released_tensors(name)}
         case.compare_note("trainable_parameters", len(trained), notes["trainable_parameters"])
 
 

@@ -11,11 +11,12 @@ from helpers.toys import picture, toy
 from safetensors.torch import load_file, save_file
 
 from unimm import Bagel
-from unimm.checkpoint.keymap import Place, released_names
-from unimm.checkpoint.load import CheckpointError, check_keys, load_weights, materialize
+from unimm.checkpoint import load
+from unimm.checkpoint.keymap import Concat, Ignore, KeyMap, Rename, Squeeze, equal_slices, renames
+from unimm.checkpoint.load import CheckpointError, check_keys, load_weights, materialize, read_shapes
 from unimm.checkpoint.save import released_state_dict
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
-from unimm.models.bagel.weights import VAE_KEYS
+from unimm.models.bagel.weights import VAE_KEY_MAP
 
 GOLDEN = STORE / "bagel"
 DEV = GOLDEN / "dev"
@@ -107,12 +108,12 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
     assert model.config.vision.n_layers == 26 and model.config.decoder.qk_norm
     state, met = model.state_dict(), set()
     for names, table in model.key_maps().items():
-        of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (table is VAE_KEYS)}
+        of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (table is VAE_KEY_MAP)}
         found = check_keys(MANIFEST[names[0]], table, of_file, names[0])
         assert len(set(found.values())) == len(found) == len(MANIFEST[names[0]])
-        met |= {place.name for place in found.values()}
+        met |= {name for transform in found.values() for name in transform.our_names}
         # and back: every parameter of ours has the name that the manifest gives it
-        assert {key for name in of_file for key in released_names(name, table)} == set(MANIFEST[names[0]])
+        assert {key for name in of_file for key in table.released_tensors(name)} == set(MANIFEST[names[0]])
     assert met == set(state)
     assert sum(x.numel() for x in state.values()) == Bagel.RELEASES["ByteDance-Seed/BAGEL-7B-MoT"].parameters
 
@@ -133,9 +134,9 @@ def test_manifest_walk_can_fail(monkeypatch, tmp_path, key):
         check_keys(shapes | {key: (1, 2)}, table, wanted, "here")
 
 
-def test_a_row_that_no_key_meets_is_an_error():
-    with pytest.raises(CheckpointError, match="rows of the key table that no key meets: nothing"):
-        check_keys({"a.x": (1,)}, {"a.{}": "b.{}", "nothing.{}": "c.{}"}, {"b.x": torch.zeros(1)}, "here")
+def test_an_entry_that_no_key_meets_is_an_error():
+    with pytest.raises(CheckpointError, match="entries of the key map that no key meets: nothing"):
+        check_keys({"a.x": (1,)}, renames({"a.{}": "b.{}", "nothing.{}": "c.{}"}), {"b.x": torch.zeros(1)}, "here")
 
 
 class Fused(torch.nn.Module):
@@ -146,19 +147,15 @@ class Fused(torch.nn.Module):
         self.qkv, self.table = torch.nn.Linear(4, 6), torch.nn.Parameter(torch.randn(1, 3, 4))
 
 
-FUSED_KEYS = {
-    "layer.q.{}": "qkv.{}[0/3]",
-    "layer.k.{}": "qkv.{}[1/3]",
-    "layer.v.{}": "qkv.{}[2/3]",
-    "table": "table[...]",
-    "{*}.old_buffer": None,
-}
+FUSED_KEY_MAP = equal_slices([f"layer.{p}.{{}}" for p in "qkv"], "qkv.{}") + KeyMap(
+    Squeeze("table", "table"), Ignore("{*}.old_buffer", because="older files hold it")
+)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
+def test_key_maps_slice_squeeze_and_ignore(tmp_path, suffix):
     model, path = Fused(), tmp_path / f"model.{suffix}"
-    state = released_state_dict(model, FUSED_KEYS)
+    state = released_state_dict(model, FUSED_KEY_MAP)
     assert {key: tuple(x.shape) for key, x in state.items()} == {
         **{f"layer.{p}.weight": (2, 4) for p in "qkv"},
         **{f"layer.{p}.bias": (2,) for p in "qkv"},
@@ -169,17 +166,17 @@ def test_tables_split_rows_drop_axes_and_ignore(tmp_path, suffix):
     torch.save(state, path) if suffix == "bin" else save_file(state, path)
     with torch.device("meta"):
         loaded = Fused()
-    load_weights(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(loaded, [path], FUSED_KEY_MAP, dtype=torch.float32, device=torch.device("cpu"))
     assert same(model, loaded)
     del state["layer.v.bias"]
     torch.save(state, path) if suffix == "bin" else save_file(state, path)
     with pytest.raises(CheckpointError, match=r"missing keys: layer\.v\.bias"):
-        load_weights(loaded, [path], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(loaded, [path], FUSED_KEY_MAP, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def test_tables_stack_rows(tmp_path):
+def test_key_maps_concatenate_rows(tmp_path):
     """One released table is two of our parameters, which share no memory once loaded."""
-    keys = {"table": "old.weight + new", "norm.{}": "norm.{}"}
+    key_map = KeyMap(Concat("table", ("old.weight", "new")), Rename("norm.{}", "norm.{}"))
 
     class Stacked(torch.nn.Module):
         def __init__(self, n: int = 2):
@@ -188,27 +185,38 @@ def test_tables_stack_rows(tmp_path):
             self.new = torch.nn.Parameter(torch.randn(n, 4))
 
     model, path = Stacked(), tmp_path / "model.safetensors"
-    state = released_state_dict(model, keys)
+    state = released_state_dict(model, key_map)
     assert torch.equal(state["table"], torch.cat((model.old.weight, model.new))) and set(state) == {
         "table", "norm.weight", "norm.bias",
     }  # fmt: skip
     save_file(state, path)
     with torch.device("meta"):
         loaded, other = Stacked(), Stacked(3)
-    load_weights(loaded, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(loaded, [path], key_map, dtype=torch.float32, device=torch.device("cpu"))
     assert same(model, loaded)
     assert loaded.old.weight.untyped_storage().data_ptr() != loaded.new.untyped_storage().data_ptr()
     with pytest.raises(CheckpointError, match=r"wrong shapes: table: got \[7, 4\], expected \[8, 4\]"):
-        load_weights(other, [path], keys, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(other, [path], key_map, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_each_header_is_read_once(monkeypatch):
+    """One opening of each file, however often a load reads its names, shapes and tensors."""
+    opened, open_file = [], load._open_file
+    monkeypatch.setattr(load, "_open_file", lambda path: opened.append(path.name) or open_file(path))
+    Bagel.from_pretrained(DEV)
+    assert sorted(opened) == ["ae.safetensors", "ema.safetensors"]
+    with pytest.raises(CheckpointError, match="cannot read"), load.keep_weights_open():
+        read_shapes([DEV / "nothing.safetensors"])
+    assert load._kept_open.get() is None
 
 
 def test_a_bin_of_code_is_refused(tmp_path):
-    torch.save({"x": Place("x")}, tmp_path / "model.bin")
+    torch.save({"x": Path("x")}, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match="expected tensors alone"):
-        load_weights(Fused(), [tmp_path / "model.bin"], FUSED_KEYS, dtype=torch.float32, device=torch.device("cpu"))
+        load_weights(Fused(), [tmp_path / "model.bin"], FUSED_KEY_MAP, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def test_fill_is_for_what_nothing_reads():
+def test_materialize_is_for_unused_parameters():
     with torch.device("meta"):
         model = Fused()
     with pytest.raises(CheckpointError, match=r"no file holds table"):

@@ -148,7 +148,7 @@ def test_key_tables_are_used_up(name, tmp_path):
         last = max(whole, key=len)
         for broken in (whole | {"no.such.key": torch.zeros(1)}, {key: x for key, x in whole.items() if key != last}):
             save_file(broken, path)
-            with pytest.raises(CheckpointError, match=r"no.such.key|missing keys|rows of the key table"):
+            with pytest.raises(CheckpointError, match=r"no.such.key|missing keys|entries of the key map"):
                 type(model).from_pretrained(tmp_path / "model")
         save_file(whole, path)
     type(model).from_pretrained(tmp_path / "model")

@@ -59,7 +59,7 @@ def test_a_key_too_many_or_too_few_is_refused(case, tmp_path):
     last = max(whole, key=len)
     for broken in (whole | {"no.such.key": torch.zeros(1)}, {key: x for key, x in whole.items() if key != last}):
         save_file(broken, tmp_path / "model.safetensors")
-        with pytest.raises(CheckpointError, match=r"no.such.key|missing keys|rows of the key table"):
+        with pytest.raises(CheckpointError, match=r"no.such.key|missing keys|entries of the key map"):
             loader(case)(tmp_path)
 
 

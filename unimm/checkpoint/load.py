@@ -1,36 +1,42 @@
-"""Released checkpoints: key tables, strict loading into a model built on meta, saving in the same layout."""
+"""Strict loading of released weights into a model built on meta: every tensor once, in its shape, and nothing left over."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unimm.checkpoint.keymap import KeyMap, Place, _pattern, is_ignored, released_names
+from unimm.checkpoint.keymap import KeyMap, Transform, matches
 
-# where transformers and the hub keep a model's weights, the first that is there
+# where transformers and the hub keep a model's weights; the first that a folder holds counts
 HUB_WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-PROGRESS_BAR_BYTES = 2**30  # bytes of weights that take long enough to load for a progress bar
+PROGRESS_BAR_BYTES = 2**30  # weights of this size take long enough to load for a progress bar
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_kept_open: ContextVar[dict[Path, Any] | None] = ContextVar("unimm_open_weights", default=None)
 
 
 class CheckpointError(ValueError):
-    """A file of weights that cannot be loaded as it is: truncated, keys missing or too many, wrong shapes."""
+    """Weights that cannot be loaded: a file cut short, keys missing or too many, wrong shapes."""
 
 
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The first of `names` that the folder holds; the shards, where that is an index. Raises CheckpointError for none."""
+    """The first of `names` that the folder holds; its shards, where that is an index. Raises CheckpointError for none."""
     for name in names:
         path = folder / name
         if not path.exists():
@@ -43,21 +49,40 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator:
-    """A file of weights, safetensors or the older .bin and .pt, read tensor by tensor; CheckpointError for a broken one."""
+def keep_weights_open() -> Iterator[None]:
+    """Keep the files of weights that the body reads open until it ends, so that each header is read once."""
+    if _kept_open.get() is not None:
+        yield
+        return
+    token = _kept_open.set({})
     try:
-        with _open_file(path) as file:
-            yield file
+        yield
+    finally:
+        _kept_open.reset(token)
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A file of weights, safetensors or torch.save's .bin and .pt: `keys`, `get_slice(key).get_shape()`, `get_tensor(key)`.
+
+    Raises CheckpointError for a broken one.
+    """
+    kept = _kept_open.get()
+    try:
+        file = _open_file(path) if kept is None or path not in kept else kept[path]
+        if kept is not None:
+            kept[path] = file
+        yield file
     except (SafetensorError, FileNotFoundError) as error:
         message = f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again"
         raise CheckpointError(message) from error
 
 
-def _open_file(path: Path) -> AbstractContextManager:
+def _open_file(path: Path) -> Any:
     if path.suffix not in (".bin", ".pt") or not path.exists():
         return safe_open(path, framework="pt")
     try:
-        return nullcontext(TorchStateDict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
+        return TorchStateDict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except (UnpicklingError, EOFError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them"
@@ -66,7 +91,7 @@ def _open_file(path: Path) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class TorchStateDict:
-    """A state dict of torch.save, read as a safetensors file is."""
+    """A state dict of torch.save with the methods of an open safetensors file."""
 
     state: Mapping[str, Tensor]
 
@@ -83,7 +108,7 @@ class TorchStateDict:
         return list(self.state[""].shape)
 
 
-def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
+def read_shapes(paths: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the files, from their headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
@@ -92,81 +117,82 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_keys(
-    shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap, wanted: Mapping[str, Tensor], where: str
-) -> dict[str, Place]:
-    """Match released keys with our parameters, strictly; {released: where it goes}. Keys that nothing reads are left out.
+def check_keys(shapes: Shapes, key_map: KeyMap, parameters: Mapping[str, Tensor], where: str) -> dict[str, Transform]:
+    """Match released tensors with our parameters, strictly: {released name: transform}, without those that are ignored.
 
-    Raises CheckpointError unless every key meets a row, every row a key, every parameter is met once, and shapes agree.
+    Raises CheckpointError unless every tensor meets an entry, every entry a tensor, every parameter is met once, and
+    shapes agree. `where` is the file's name for the message.
     """
-    expected: dict[str, Place] = {}
-    for name in wanted:
-        expected |= released_names(name, key_map)
-    names = {key: expected[key] for key in shapes if key in expected}
-    unused = [
-        row for row, to in key_map.items() if to is not None and not any(_pattern(row).fullmatch(key) for key in shapes)
+    expected: dict[str, Transform] = {}
+    for name in parameters:
+        expected |= key_map.released_tensors(name)
+    found = {key: expected[key] for key in shapes if key in expected}
+    unmet = [t.released for t in key_map.transforms if not any(matches(t.released, key) for key in shapes)]
+    right = {key: released_shape(transform, parameters) for key, transform in found.items()}
+    wrong = [
+        f"{key}: got {list(shapes[key])}, expected {list(shape)}"
+        for key, shape in right.items()
+        if shapes[key] != shape
     ]
-    shaped = {key: _shape(place, wanted) for key, place in names.items()}
     problems = [
-        _list_some(
-            "unexpected keys", sorted(key for key in shapes if key not in names and not is_ignored(key, key_map))
-        ),
-        _list_some("missing keys", sorted(expected.keys() - names.keys())),
-        _list_some("rows of the key table that no key meets", sorted(unused)),
-        _list_some(
-            "wrong shapes",
-            [f"{key}: got {list(shapes[key])}, expected {list(to)}" for key, to in shaped.items() if shapes[key] != to],
-        ),
+        _list_some("unexpected keys", sorted(key for key in shapes if key not in found and not key_map.ignores(key))),
+        _list_some("missing keys", sorted(expected.keys() - found.keys())),
+        _list_some("entries of the key map that no key meets", sorted(unmet)),
+        _list_some("wrong shapes", wrong),
     ]
     if any(problems):
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(filter(None, problems))}")
-    return names
+    return found
 
 
-def _shape(place: Place, wanted: Mapping[str, Tensor]) -> tuple[int, ...]:
-    if not place.stack:
-        return place.shape(wanted[place.name].shape)
-    return (sum(len(wanted[name]) for name in place.stack), *wanted[place.name].shape[1:])
+def released_shape(transform: Transform, parameters: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of the released tensor that these parameters make; computes nothing."""
+    return tuple(
+        transform.to_released([torch.empty_like(parameters[name], device="meta") for name in transform.our_names]).shape
+    )
 
 
+@keep_weights_open()
 def load_weights(
-    model: nn.Module, paths: list[Path], key_map: KeyMap, *, prefix: str = "", dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    paths: Sequence[Path],
+    key_map: KeyMap,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Load files into the parameters of `model` (on meta) whose names begin with one of `table`'s targets, strictly.
+    """Load files into those parameters of `model` (on meta) that `key_map` knows, strictly.
 
-    Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix`, where every key
-    of the files carries it, is left out. Raises CheckpointError, before anything is assigned, where files do not fit.
+    Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix` is left out of the
+    keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not fit.
     """
     shapes = read_shapes(paths)
-    strip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if released_names(name, key_map)}
-    names = check_keys({k[strip:]: s for k, s in shapes.items()}, key_map, wanted, str(paths[0]))
-    needed = sum(v.numel() for v in wanted.values()) * dtype.itemsize
+    skip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
+    found = check_keys({key[skip:]: shape for key, shape in shapes.items()}, key_map, parameters, str(paths[0]))
+    needed = sum(tensor.numel() for tensor in parameters.values()) * dtype.itemsize
     check_memory(needed, device)
-    with tqdm(total=len(names), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
+    with tqdm(total=len(found), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
         for path in paths:
             with open_weights(path) as file:
                 for key in file.keys():
-                    if place := names.get(key[strip:]):
-                        tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                        _assign_tensor(model, place, tensor, wanted)
+                    if transform := found.get(key[skip:]):
+                        released = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                        _assign_tensor(model, transform, released)
                         bar.update()
 
 
-def _assign_tensor(model: nn.Module, place: Place, tensor: Tensor, wanted: Mapping[str, Tensor]) -> None:
-    if place.stack:
-        for name, rows in zip(place.stack, tensor.split([len(wanted[name]) for name in place.stack]), strict=True):
-            set_tensor(model, name, rows.clone())  # parameters that share memory could not be saved
-        return
-    shape = wanted[place.name].shape
-    if place.parts > 1:
-        whole = model.get_parameter(place.name).data
-        whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device) if whole.is_meta else whole
-        place.share(whole).copy_(tensor)
-        tensor = whole
-    elif place.swapped:
-        tensor = place.take(tensor)
-    set_tensor(model, place.name, tensor.reshape(shape))
+def _assign_tensor(model: nn.Module, transform: Transform, released: Tensor) -> None:
+    ours = [get_tensor(model, name) for name in transform.our_names]
+    for name, tensor in zip(transform.our_names, transform.to_ours(released, ours), strict=True):
+        set_tensor(model, name, tensor)
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter, or the buffer, of that name, without its gradient."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf).detach()
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -180,19 +206,19 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Zeros for the parameters of `spare` (name patterns) that no file held, since nothing reads them; and to the device
-    what a module computes for itself.
+    """Give the parameters that no file held their tensors: zeros for those of `unused` (name patterns), which nothing reads.
 
-    Raises CheckpointError where another parameter was not loaded.
+    Buffers that a module computes for itself are moved to the device. Raises CheckpointError where another parameter
+    was not loaded.
     """
     state = model.state_dict()
-    for name, table in list(model.named_buffers()):
+    for name, buffer in list(model.named_buffers()):
         if name not in state:
-            set_tensor(model, name, table.to(device))
+            set_tensor(model, name, buffer.to(device))
     for name, tensor in state.items():
         if tensor.is_meta:
-            if not any(_pattern(pattern).fullmatch(name) for pattern in unused):
-                raise CheckpointError(f"no file holds {name}: the model's key tables leave it out")
+            if not any(matches(pattern, name) for pattern in unused):
+                raise CheckpointError(f"no file holds {name}: the model's key maps leave it out")
             set_tensor(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))
 
 

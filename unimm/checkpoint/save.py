@@ -2,23 +2,21 @@
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import KeyMap, released_names
+from unimm.checkpoint.keymap import KeyMap
 
 
 def released_state_dict(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
-    """The parameters that `table` knows, under their released names."""
-    ours, found = model.state_dict(), {}
-    for name, tensor in ours.items():
-        for key, place in released_names(name, key_map).items():
-            if place.stack and key not in found:
-                found[key] = torch.cat([ours[one].detach() for one in place.stack])
-            elif not place.stack:
-                found[key] = place.take(tensor.detach()).contiguous()
-    return found
+    """The parameters that `key_map` knows as released tensors, under their released names."""
+    ours = model.state_dict()
+    released: dict[str, Tensor] = {}
+    for name in ours:
+        for key, transform in key_map.released_tensors(name).items():
+            if key not in released:  # a tensor made of several parameters is found by each of them
+                released[key] = transform.to_released([ours[one].detach() for one in transform.our_names]).contiguous()
+    return released
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path) -> None:

@@ -23,8 +23,8 @@ from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
+from unimm.checkpoint.load import keep_weights_open, load_weights, read_shapes, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
@@ -43,60 +43,71 @@ from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 BFL_WEIGHT_FILES = ("flux1-dev.safetensors", "flux1-schnell.safetensors")
 RELEASED_AXES_DIMS = (16, 56, 56)  # of heads of 128, in every release; the weights do not tell
 
-TOP_KEY_MAP: KeyMap = {
-    "time_text_embed.timestep_embedder.linear_{}.{}": "time_embed.fc{}.{}",
-    "time_text_embed.text_embedder.linear_{}.{}": "pooled_embed.fc{}.{}",
-    "context_embedder.{}": "mmdit.text_in.{}",
-    "x_embedder.{}": "mmdit.image_in.{}",
-    "norm_out.linear.{}": "mmdit.final_layer.modulation.{}[swap]",
-    "proj_out.{}": "mmdit.final_layer.out_proj.{}",
-}
-DOUBLE_KEY_MAP: KeyMap = {
-    **ATTENTION_KEY_MAP,
-    "transformer_blocks.{}.norm1.linear.{}": "mmdit.double_blocks.{}.image.modulation.{}",
-    "transformer_blocks.{}.norm1_context.linear.{}": "mmdit.double_blocks.{}.text.modulation.{}",
-    "transformer_blocks.{}.ff.net.0.proj.{}": "mmdit.double_blocks.{}.image.mlp.fc1.{}",
-    "transformer_blocks.{}.ff.net.2.{}": "mmdit.double_blocks.{}.image.mlp.fc2.{}",
-    "transformer_blocks.{}.ff_context.net.0.proj.{}": "mmdit.double_blocks.{}.text.mlp.fc1.{}",
-    "transformer_blocks.{}.ff_context.net.2.{}": "mmdit.double_blocks.{}.text.mlp.fc2.{}",
-}
-SINGLE_KEY_MAP: KeyMap = {
-    "single_transformer_blocks.{}.norm.linear.{}": "mmdit.single_blocks.{}.modulation.{}",
-    "single_transformer_blocks.{}.attn.norm_{}.weight": "mmdit.single_blocks.{}.{}_norm.weight",
-    "single_transformer_blocks.{}.proj_out.{}": "mmdit.single_blocks.{}.out_proj.{}",
-}
+TOP_KEY_MAP = renames(
+    {
+        "time_text_embed.timestep_embedder.linear_{}.{}": "time_embed.fc{}.{}",
+        "time_text_embed.text_embedder.linear_{}.{}": "pooled_embed.fc{}.{}",
+        "context_embedder.{}": "mmdit.text_in.{}",
+        "x_embedder.{}": "mmdit.image_in.{}",
+        "proj_out.{}": "mmdit.final_layer.out_proj.{}",
+    }
+)
+TOP_KEY_MAP += KeyMap(SwapHalves("norm_out.linear.{}", "mmdit.final_layer.modulation.{}"))
+DOUBLE_KEY_MAP = ATTENTION_KEY_MAP + renames(
+    {
+        "transformer_blocks.{}.norm1.linear.{}": "mmdit.double_blocks.{}.image.modulation.{}",
+        "transformer_blocks.{}.norm1_context.linear.{}": "mmdit.double_blocks.{}.text.modulation.{}",
+        "transformer_blocks.{}.ff.net.0.proj.{}": "mmdit.double_blocks.{}.image.mlp.fc1.{}",
+        "transformer_blocks.{}.ff.net.2.{}": "mmdit.double_blocks.{}.image.mlp.fc2.{}",
+        "transformer_blocks.{}.ff_context.net.0.proj.{}": "mmdit.double_blocks.{}.text.mlp.fc1.{}",
+        "transformer_blocks.{}.ff_context.net.2.{}": "mmdit.double_blocks.{}.text.mlp.fc2.{}",
+    }
+)
+SINGLE_KEY_MAP = renames(
+    {
+        "single_transformer_blocks.{}.norm.linear.{}": "mmdit.single_blocks.{}.modulation.{}",
+        "single_transformer_blocks.{}.attn.norm_{}.weight": "mmdit.single_blocks.{}.{}_norm.weight",
+        "single_transformer_blocks.{}.proj_out.{}": "mmdit.single_blocks.{}.out_proj.{}",
+    }
+)
 
 # Black Forest Labs' own
-BFL_TOP_KEY_MAP: KeyMap = {
-    "time_in.in_layer.{}": "time_embed.fc1.{}",
-    "time_in.out_layer.{}": "time_embed.fc2.{}",
-    "vector_in.in_layer.{}": "pooled_embed.fc1.{}",
-    "vector_in.out_layer.{}": "pooled_embed.fc2.{}",
-    "txt_in.{}": "mmdit.text_in.{}",
-    "img_in.{}": "mmdit.image_in.{}",
-    "final_layer.adaLN_modulation.1.{}": "mmdit.final_layer.modulation.{}",
-    "final_layer.linear.{}": "mmdit.final_layer.out_proj.{}",
-}
-BFL_DOUBLE_KEY_MAP: KeyMap = {
-    f"double_blocks.{{}}.{short}_{theirs}": f"mmdit.double_blocks.{{}}.{stream}.{ours}"
-    for short, stream in (("img", "image"), ("txt", "text"))
-    for theirs, ours in {
-        "mod.lin.{}": "modulation.{}",
-        "attn.qkv.{}": "qkv.{}",
-        "attn.norm.query_norm.scale": "q_norm.weight",
-        "attn.norm.key_norm.scale": "k_norm.weight",
-        "attn.proj.{}": "out_proj.{}",
-        "mlp.0.{}": "mlp.fc1.{}",
-        "mlp.2.{}": "mlp.fc2.{}",
-    }.items()
-}
-BFL_SINGLE_KEY_MAP: KeyMap = {
-    "single_blocks.{}.modulation.lin.{}": "mmdit.single_blocks.{}.modulation.{}",
-    "single_blocks.{}.linear1.{}": "mmdit.single_blocks.{}.qkv_mlp.{}",
-    "single_blocks.{}.linear2.{}": "mmdit.single_blocks.{}.out_proj.{}",
-    "single_blocks.{}.norm.query_norm.scale": "mmdit.single_blocks.{}.q_norm.weight",
-    "single_blocks.{}.norm.key_norm.scale": "mmdit.single_blocks.{}.k_norm.weight",
-}
+BFL_TOP_KEY_MAP = renames(
+    {
+        "time_in.in_layer.{}": "time_embed.fc1.{}",
+        "time_in.out_layer.{}": "time_embed.fc2.{}",
+        "vector_in.in_layer.{}": "pooled_embed.fc1.{}",
+        "vector_in.out_layer.{}": "pooled_embed.fc2.{}",
+        "txt_in.{}": "mmdit.text_in.{}",
+        "img_in.{}": "mmdit.image_in.{}",
+        "final_layer.adaLN_modulation.1.{}": "mmdit.final_layer.modulation.{}",
+        "final_layer.linear.{}": "mmdit.final_layer.out_proj.{}",
+    }
+)
+BFL_DOUBLE_KEY_MAP = renames(
+    {
+        f"double_blocks.{{}}.{short}_{theirs}": f"mmdit.double_blocks.{{}}.{stream}.{ours}"
+        for short, stream in (("img", "image"), ("txt", "text"))
+        for theirs, ours in {
+            "mod.lin.{}": "modulation.{}",
+            "attn.qkv.{}": "qkv.{}",
+            "attn.norm.query_norm.scale": "q_norm.weight",
+            "attn.norm.key_norm.scale": "k_norm.weight",
+            "attn.proj.{}": "out_proj.{}",
+            "mlp.0.{}": "mlp.fc1.{}",
+            "mlp.2.{}": "mlp.fc2.{}",
+        }.items()
+    }
+)
+BFL_SINGLE_KEY_MAP = renames(
+    {
+        "single_blocks.{}.modulation.lin.{}": "mmdit.single_blocks.{}.modulation.{}",
+        "single_blocks.{}.linear1.{}": "mmdit.single_blocks.{}.qkv_mlp.{}",
+        "single_blocks.{}.linear2.{}": "mmdit.single_blocks.{}.out_proj.{}",
+        "single_blocks.{}.norm.query_norm.scale": "mmdit.single_blocks.{}.q_norm.weight",
+        "single_blocks.{}.norm.key_norm.scale": "mmdit.single_blocks.{}.k_norm.weight",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,34 +208,48 @@ def _first_length(shapes: Mapping[str, tuple[int, ...]], head: str, tail: str) -
 
 
 def flux_key_map(config: FluxConfig) -> KeyMap:
-    """The table of diffusers' layout; rows that no key would meet are left out."""
-    sizes = config.mmdit
-    unit = gcd(sizes.dim, sizes.mlp_dim)
-    one, parts = sizes.dim // unit, (3 * sizes.dim + sizes.mlp_dim) // unit
-    named = [*(f"attn.to_{letter}" for letter in "qkv"), "proj_mlp"]
-    ends = [0, one, 2 * one, 3 * one, parts]
-    into = {
-        f"single_transformer_blocks.{{}}.{name}.{{}}": f"mmdit.single_blocks.{{}}.qkv_mlp.{{}}[{ends[i]}:{ends[i + 1]}/{parts}]"
-        for i, name in enumerate(named)
-    }
-    guidance = {"time_text_embed.guidance_embedder.linear_{}.{}": "guidance_embed.fc{}.{}"}
-    table = {
-        **TOP_KEY_MAP,
-        **(guidance if config.guidance_embeds else {}),
-        **(DOUBLE_KEY_MAP if config.n_double_blocks else {}),
-    }
-    return table | ({**SINGLE_KEY_MAP, **into} if config.n_single_blocks else {})
+    """The key map of diffusers' layout, without the entries of parts that the config lacks."""
+    key_map = TOP_KEY_MAP
+    if config.guidance_embeds:
+        key_map += renames({"time_text_embed.guidance_embedder.linear_{}.{}": "guidance_embed.fc{}.{}"})
+    if config.n_double_blocks:
+        key_map += DOUBLE_KEY_MAP
+    if config.n_single_blocks:
+        key_map += SINGLE_KEY_MAP + _qkv_mlp_slices(config.mmdit.dim, config.mmdit.mlp_dim)
+    return key_map
+
+
+def _qkv_mlp_slices(dim: int, mlp_dim: int) -> KeyMap:
+    """The released q, k, v and proj_mlp of a single block, which are parts of the rows of one of our linears."""
+    unit = gcd(dim, mlp_dim)
+    one, shares = dim // unit, (3 * dim + mlp_dim) // unit
+    lengths = {"attn.to_q": one, "attn.to_k": one, "attn.to_v": one, "proj_mlp": shares - 3 * one}
+    return KeyMap(
+        *(
+            Slice(
+                f"single_transformer_blocks.{{}}.{name}.{{}}",
+                "mmdit.single_blocks.{}.qkv_mlp.{}",
+                first=i * one,
+                of=shares,
+                length=length,
+            )
+            for i, (name, length) in enumerate(lengths.items())
+        )
+    )
 
 
 def flux_bfl_key_map(config: FluxConfig) -> KeyMap:
-    """The table of Black Forest Labs' layout."""
-    guidance = {"guidance_in.in_layer.{}": "guidance_embed.fc1.{}", "guidance_in.out_layer.{}": "guidance_embed.fc2.{}"}
-    table = {
-        **BFL_TOP_KEY_MAP,
-        **(guidance if config.guidance_embeds else {}),
-        **(BFL_DOUBLE_KEY_MAP if config.n_double_blocks else {}),
-    }
-    return {**table, **(BFL_SINGLE_KEY_MAP if config.n_single_blocks else {})}
+    """The key map of Black Forest Labs' layout, without the entries of parts that the config lacks."""
+    key_map = BFL_TOP_KEY_MAP
+    if config.guidance_embeds:
+        key_map += renames(
+            {"guidance_in.in_layer.{}": "guidance_embed.fc1.{}", "guidance_in.out_layer.{}": "guidance_embed.fc2.{}"}
+        )
+    if config.n_double_blocks:
+        key_map += BFL_DOUBLE_KEY_MAP
+    if config.n_single_blocks:
+        key_map += BFL_SINGLE_KEY_MAP
+    return key_map
 
 
 def flux_position_ids(height: int, width: int) -> Tensor:
@@ -316,6 +341,7 @@ class FluxTransformer(nn.Module):
             save_safetensors(released_state_dict(self, table(self.config)), partial / name)
 
 
+@keep_weights_open()
 def load_flux(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> FluxTransformer:
     """A transformer from a folder in diffusers' layout or Black Forest Labs', or from a file of the latter's; strictly, in
     evaluation mode.

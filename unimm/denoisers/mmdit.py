@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.generation.flow import Velocity
 from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
@@ -27,22 +27,19 @@ NORM_EPS = 1e-6  # of every norm; no config says it
 ROPE_THETA = 10000.0
 PATCH_SIZE = 2  # of the patches of latents that make a token
 
+
 # the attention of a double block in diffusers' words
-ATTENTION_KEY_MAP: KeyMap = {
-    f"transformer_blocks.{{}}.attn.{theirs}": f"mmdit.double_blocks.{{}}.{ours}"
-    for stream, q, k, v, out, norm in (
-        ("image", "to_q", "to_k", "to_v", "to_out.0", "norm_"),
-        ("text", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_"),
-    )
-    for theirs, ours in {
-        f"{q}.{{}}": f"{stream}.qkv.{{}}[0/3]",
-        f"{k}.{{}}": f"{stream}.qkv.{{}}[1/3]",
-        f"{v}.{{}}": f"{stream}.qkv.{{}}[2/3]",
-        f"{out}.{{}}": f"{stream}.out_proj.{{}}",
-        f"{norm}q.weight": f"{stream}.q_norm.weight",
-        f"{norm}k.weight": f"{stream}.k_norm.weight",
-    }.items()
-}
+def _attention_key_map(stream: str, q: str, k: str, v: str, out: str, norm: str) -> KeyMap:
+    """The key map of one stream's attention in diffusers' layout: released names of its projections and norms."""
+    released, ours = "transformer_blocks.{}.attn.", f"mmdit.double_blocks.{{}}.{stream}."
+    names = {f"{out}.{{}}": "out_proj.{}", f"{norm}q.weight": "q_norm.weight", f"{norm}k.weight": "k_norm.weight"}
+    qkv = equal_slices([f"{name}.{{}}" for name in (q, k, v)], "qkv.{}")
+    return (renames(names) + qkv).prefixed(released=released, ours=ours)
+
+
+ATTENTION_KEY_MAP = _attention_key_map("image", "to_q", "to_k", "to_v", "to_out.0", "norm_") + _attention_key_map(
+    "text", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

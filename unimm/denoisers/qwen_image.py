@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
@@ -41,21 +41,22 @@ MLP_RATIO = 4  # in no config
 RELEASED_AXES_DIMS = (16, 56, 56)
 MAX_POSITIONS = 4096  # of text and pictures, along each axis: as many as the original's tables have
 
-KEY_MAP: KeyMap = {
-    **ATTENTION_KEY_MAP,
-    "time_text_embed.timestep_embedder.linear_{}.{}": "time_embed.fc{}.{}",
-    "txt_norm.weight": "text_norm.weight",
-    "txt_in.{}": "mmdit.text_in.{}",
-    "img_in.{}": "mmdit.image_in.{}",
-    "transformer_blocks.{}.img_mod.1.{}": "mmdit.double_blocks.{}.image.modulation.{}",
-    "transformer_blocks.{}.txt_mod.1.{}": "mmdit.double_blocks.{}.text.modulation.{}",
-    "transformer_blocks.{}.img_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.image.mlp.fc1.{}",
-    "transformer_blocks.{}.img_mlp.net.2.{}": "mmdit.double_blocks.{}.image.mlp.fc2.{}",
-    "transformer_blocks.{}.txt_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.text.mlp.fc1.{}",
-    "transformer_blocks.{}.txt_mlp.net.2.{}": "mmdit.double_blocks.{}.text.mlp.fc2.{}",
-    "norm_out.linear.{}": "mmdit.final_layer.modulation.{}[swap]",
-    "proj_out.{}": "mmdit.final_layer.out_proj.{}",
-}
+KEY_MAP = ATTENTION_KEY_MAP + renames(
+    {
+        "time_text_embed.timestep_embedder.linear_{}.{}": "time_embed.fc{}.{}",
+        "txt_norm.weight": "text_norm.weight",
+        "txt_in.{}": "mmdit.text_in.{}",
+        "img_in.{}": "mmdit.image_in.{}",
+        "transformer_blocks.{}.img_mod.1.{}": "mmdit.double_blocks.{}.image.modulation.{}",
+        "transformer_blocks.{}.txt_mod.1.{}": "mmdit.double_blocks.{}.text.modulation.{}",
+        "transformer_blocks.{}.img_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.image.mlp.fc1.{}",
+        "transformer_blocks.{}.img_mlp.net.2.{}": "mmdit.double_blocks.{}.image.mlp.fc2.{}",
+        "transformer_blocks.{}.txt_mlp.net.0.proj.{}": "mmdit.double_blocks.{}.text.mlp.fc1.{}",
+        "transformer_blocks.{}.txt_mlp.net.2.{}": "mmdit.double_blocks.{}.text.mlp.fc2.{}",
+        "proj_out.{}": "mmdit.final_layer.out_proj.{}",
+    }
+)
+KEY_MAP += KeyMap(SwapHalves("norm_out.linear.{}", "mmdit.final_layer.modulation.{}"))
 
 
 @dataclass(frozen=True, kw_only=True)

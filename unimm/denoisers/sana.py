@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import equal_slices, renames
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
@@ -30,26 +30,29 @@ TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
 FINAL_NORM_EPS, CAPTION_NORM_EPS = 1e-6, 1e-5  # of the last norm and of the caption's, in no config
 N_MODULATIONS = 6  # shift, scale and gate of the attention, then of the feed-forward
 
-KEY_MAP: KeyMap = {
-    "patch_embed.proj.{}": "patch_embed.{}",
-    "time_embed.emb.timestep_embedder.{}.{}": "time_embed.{}.{}",
-    "time_embed.linear.{}": "modulation.{}",
-    "caption_projection.linear_1.{}": "caption_proj.fc1.{}",
-    "caption_projection.linear_2.{}": "caption_proj.fc2.{}",
-    "caption_norm.weight": "caption_norm.weight",
-    "transformer_blocks.{}.scale_shift_table": "blocks.{}.scale_shift_table",
-    "transformer_blocks.{}.attn1.to_q.{}": "blocks.{}.attention.qkv.{}[0/3]",
-    "transformer_blocks.{}.attn1.to_k.{}": "blocks.{}.attention.qkv.{}[1/3]",
-    "transformer_blocks.{}.attn1.to_v.{}": "blocks.{}.attention.qkv.{}[2/3]",
-    "transformer_blocks.{}.attn1.to_out.0.{}": "blocks.{}.attention.out_proj.{}",
-    "transformer_blocks.{}.attn2.to_q.{}": "blocks.{}.cross_attention.q.{}",
-    "transformer_blocks.{}.attn2.to_k.{}": "blocks.{}.cross_attention.kv.{}[0/2]",
-    "transformer_blocks.{}.attn2.to_v.{}": "blocks.{}.cross_attention.kv.{}[1/2]",
-    "transformer_blocks.{}.attn2.to_out.0.{}": "blocks.{}.cross_attention.out_proj.{}",
-    "transformer_blocks.{}.ff.{}.{}": "blocks.{}.mlp.{}.{}",
-    "scale_shift_table": "scale_shift_table",
-    "proj_out.{}": "out_proj.{}",
-}
+KEY_MAP = renames(
+    {
+        "patch_embed.proj.{}": "patch_embed.{}",
+        "time_embed.emb.timestep_embedder.{}.{}": "time_embed.{}.{}",
+        "time_embed.linear.{}": "modulation.{}",
+        "caption_projection.linear_1.{}": "caption_proj.fc1.{}",
+        "caption_projection.linear_2.{}": "caption_proj.fc2.{}",
+        "caption_norm.weight": "caption_norm.weight",
+        "transformer_blocks.{}.scale_shift_table": "blocks.{}.scale_shift_table",
+        "transformer_blocks.{}.attn1.to_out.0.{}": "blocks.{}.attention.out_proj.{}",
+        "transformer_blocks.{}.attn2.to_q.{}": "blocks.{}.cross_attention.q.{}",
+        "transformer_blocks.{}.attn2.to_out.0.{}": "blocks.{}.cross_attention.out_proj.{}",
+        "transformer_blocks.{}.ff.{}.{}": "blocks.{}.mlp.{}.{}",
+        "scale_shift_table": "scale_shift_table",
+        "proj_out.{}": "out_proj.{}",
+    }
+)
+KEY_MAP += equal_slices(
+    [f"transformer_blocks.{{}}.attn1.to_{name}.{{}}" for name in "qkv"], "blocks.{}.attention.qkv.{}"
+)
+KEY_MAP += equal_slices(
+    [f"transformer_blocks.{{}}.attn2.to_{name}.{{}}" for name in "kv"], "blocks.{}.cross_attention.kv.{}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import Ignore, KeyMap, renames
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import EncoderBlock
 
@@ -117,27 +117,33 @@ class CLIPTextEncoder(nn.Module):
 
 
 def clip_text_key_map(shapes: Collection[str] = ()) -> KeyMap:
-    """The table of files of these names (none: the released ones), which may hold the rest of a CLIP beside the encoder."""
+    """The key map for files of these names (none: the released ones), which may hold the rest of a CLIP, too."""
     # what transformers writes of an encoder alone today has no name around it
-    theirs = "" if any(key.startswith("embeddings.") for key in shapes) else "text_model."
-    block = theirs + "encoder.layers.{}."
-    return {
-        theirs + "embeddings.token_embedding.weight": "embed.weight",
-        theirs + "embeddings.position_embedding.weight": "pos_embed",
-        theirs + "embeddings.position_ids": None,  # a buffer that older files hold
-        block + "layer_norm1.{}": "blocks.{}.attn_norm.{}",
-        block + "layer_norm2.{}": "blocks.{}.mlp_norm.{}",
-        **{block + f"self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
-        block + "self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
-        block + "mlp.{}.{}": "blocks.{}.mlp.{}.{}",
-        theirs + "final_layer_norm.{}": "norm.{}",
-        **dict.fromkeys(("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")),
-    }
+    prefix = "" if any(key.startswith("embeddings.") for key in shapes) else "text_model."
+    encoder = renames(
+        {
+            "embeddings.token_embedding.weight": "embed.weight",
+            "embeddings.position_embedding.weight": "pos_embed",
+            "encoder.layers.{}.layer_norm1.{}": "blocks.{}.attn_norm.{}",
+            "encoder.layers.{}.layer_norm2.{}": "blocks.{}.mlp_norm.{}",
+            **{f"encoder.layers.{{}}.self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
+            "encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
+            "encoder.layers.{}.mlp.{}.{}": "blocks.{}.mlp.{}.{}",
+            "final_layer_norm.{}": "norm.{}",
+        }
+    )
+    encoder += KeyMap(Ignore("embeddings.position_ids", because="a buffer of older files"))
+    beside = [
+        Ignore(name, because="a part of the whole CLIP, beside the text encoder")
+        for name in ("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")
+    ]
+    return encoder.prefixed(released=prefix) + KeyMap(*beside)
 
 
 KEY_MAP = clip_text_key_map()  # of the released names
 
 
+@keep_weights_open()
 def load_clip_text(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> CLIPTextEncoder:

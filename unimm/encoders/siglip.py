@@ -18,8 +18,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import Ignore, KeyMap, renames
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import MLP, EncoderBlock
 from unimm.processing.images.siglip import SiglipImageProcessor
@@ -213,37 +213,42 @@ class SiglipVisionEncoder(nn.Module):
 
 
 def siglip_key_map(released_prefix: str, prefix: str, *, pooling_head: bool) -> KeyMap:
-    """Rows of a key table for a tower; released names begin with `theirs`, ours with `ours`."""
-    block, part, pool = released_prefix + "encoder.layers.{}.", prefix + "blocks.{}.", released_prefix + "head."
-    heads: KeyMap = {
-        pool + "probe": prefix + "pooling_head.probe",
-        pool + "attention.in_proj_{}": prefix + "pooling_head.qkv.{}",
-        pool + "attention.out_proj.{}": prefix + "pooling_head.out_proj.{}",
-        pool + "layernorm.{}": prefix + "pooling_head.norm.{}",
-        pool + "mlp.{}.{}": prefix + "pooling_head.mlp.{}.{}",
+    """The key map of an encoder; released names begin with `released_prefix`, ours with `prefix`."""
+    names = {
+        "embeddings.patch_embedding.{}": "patch_embed.{}",
+        "embeddings.position_embedding.weight": "pos_embed",
+        "encoder.layers.{}.layer_norm1.{}": "blocks.{}.attn_norm.{}",
+        "encoder.layers.{}.layer_norm2.{}": "blocks.{}.mlp_norm.{}",
+        **{f"encoder.layers.{{}}.self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
+        "encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
+        "encoder.layers.{}.mlp.{}.{}": "blocks.{}.mlp.{}.{}",
+        "post_layernorm.{}": "norm.{}",
     }
-    return {
-        released_prefix + "embeddings.patch_embedding.{}": prefix + "patch_embed.{}",
-        released_prefix + "embeddings.position_embedding.weight": prefix + "pos_embed",
-        released_prefix + "embeddings.position_ids": None,  # a buffer that older files hold
-        block + "layer_norm1.{}": part + "attn_norm.{}",
-        block + "layer_norm2.{}": part + "mlp_norm.{}",
-        **{block + f"self_attn.{p}_proj.{{}}": part + f"{p}.{{}}" for p in "qkv"},
-        block + "self_attn.out_proj.{}": part + "out_proj.{}",
-        block + "mlp.{}.{}": part + "mlp.{}.{}",
-        released_prefix + "post_layernorm.{}": prefix + "norm.{}",
-        **(heads if pooling_head else {pool + "{*}": None}),
+    head_names = {
+        "head.probe": "pooling_head.probe",
+        "head.attention.in_proj_{}": "pooling_head.qkv.{}",
+        "head.attention.out_proj.{}": "pooling_head.out_proj.{}",
+        "head.layernorm.{}": "pooling_head.norm.{}",
+        "head.mlp.{}.{}": "pooling_head.mlp.{}.{}",
     }
+    no_head = KeyMap(Ignore("head.{*}", because="the encoder was built without its pooling head"))
+    key_map = renames(names) + (renames(head_names) if pooling_head else no_head)
+    key_map += KeyMap(Ignore("embeddings.position_ids", because="a buffer of older files"))
+    return key_map.prefixed(released=released_prefix, ours=prefix)
 
 
 def siglip_file_key_map(config: SiglipConfig, shapes: Collection[str] = ()) -> KeyMap:
-    """The table of files of these names (none: the released ones), which may hold the tower of texts beside this one."""
-    unread = {"text_model.{*}": None, "logit_scale": None, "logit_bias": None}
-    # what transformers writes of a tower alone today has no name around it
-    theirs = "" if any(key.startswith("embeddings.") for key in shapes) else "vision_model."
-    return {**siglip_key_map(theirs, "", pooling_head=config.has_pooling_head), **unread}
+    """The key map for files of these names (none: the released ones), which may hold the text encoder, too."""
+    beside = [
+        Ignore(name, because="a part of the whole SigLIP, beside the image encoder")
+        for name in ("text_model.{*}", "logit_scale", "logit_bias")
+    ]
+    # what transformers writes of an encoder alone today has no name around it
+    prefix = "" if any(key.startswith("embeddings.") for key in shapes) else "vision_model."
+    return siglip_key_map(prefix, "", pooling_head=config.has_pooling_head) + KeyMap(*beside)
 
 
+@keep_weights_open()
 def load_siglip(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> SiglipVisionEncoder:

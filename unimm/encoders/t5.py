@@ -8,7 +8,7 @@ Axes: B captions, L ids of a caption, D model, H heads, K head.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import Ignore, KeyMap, equal_slices, renames
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
 from unimm.nn.layers import RMSNorm, SwiGLU
 
 # how a released config names a feed-forward that is gated, and what the gate goes through
@@ -164,32 +164,42 @@ class T5Encoder(nn.Module):
         return self.norm(x)
 
 
-KEY_MAP: KeyMap = {
-    "shared.weight": "embed.weight",
-    "encoder.embed_tokens.weight": None,  # the same again, in older files
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position_bias.weight",
-    "encoder.block.{}.layer.0.SelfAttention.q.weight": "blocks.{}.qkv.weight[0/3]",
-    "encoder.block.{}.layer.0.SelfAttention.k.weight": "blocks.{}.qkv.weight[1/3]",
-    "encoder.block.{}.layer.0.SelfAttention.v.weight": "blocks.{}.qkv.weight[2/3]",
-    "encoder.block.{}.layer.0.SelfAttention.o.weight": "blocks.{}.out_proj.weight",
-    "encoder.block.{}.layer.0.layer_norm.weight": "blocks.{}.attn_norm.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "blocks.{}.mlp.gate.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "blocks.{}.mlp.up.weight",
-    "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "blocks.{}.mlp.down.weight",
-    "encoder.block.{}.layer.1.layer_norm.weight": "blocks.{}.mlp_norm.weight",
-    "encoder.final_layer_norm.weight": "norm.weight",
-    # a whole T5 writes, too
-    "decoder.{*}": None,
-    "lm_head.weight": None,
-}
+# the table of embeddings has two names, and older files hold it under both, or under the second alone
+EMBED_KEYS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def t5_key_map(shapes: Mapping[str, Any]) -> KeyMap:
-    """The key table for files of these names: some hold the table of embeddings under its other name alone."""
-    table, other = "shared.weight", "encoder.embed_tokens.weight"
-    return KEY_MAP if table in shapes or other not in shapes else {**KEY_MAP, table: None, other: KEY_MAP[table]}
+def t5_key_map(shapes: Collection[str] = ()) -> KeyMap:
+    """The key map for files of these names; without any, the released ones."""
+    embed, again = EMBED_KEYS[::-1] if EMBED_KEYS[1] in shapes and EMBED_KEYS[0] not in shapes else EMBED_KEYS
+    block = "encoder.block.{}."
+    attention = block + "layer.0.SelfAttention."
+    mlp = block + "layer.1.DenseReluDense."
+    names = {
+        embed: "embed.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position_bias.weight",
+        attention + "o.weight": "blocks.{}.out_proj.weight",
+        block + "layer.0.layer_norm.weight": "blocks.{}.attn_norm.weight",
+        mlp + "wi_0.weight": "blocks.{}.mlp.gate.weight",
+        mlp + "wi_1.weight": "blocks.{}.mlp.up.weight",
+        mlp + "wo.weight": "blocks.{}.mlp.down.weight",
+        block + "layer.1.layer_norm.weight": "blocks.{}.mlp_norm.weight",
+        "encoder.final_layer_norm.weight": "norm.weight",
+    }
+    ignored = [
+        Ignore(again, because="the table of embeddings once more, in older files"),
+        *(
+            Ignore(name, because="a part of the whole T5, beside the encoder")
+            for name in ("decoder.{*}", "lm_head.weight")
+        ),
+    ]
+    qkv = equal_slices([attention + f"{name}.weight" for name in "qkv"], "blocks.{}.qkv.weight")
+    return renames(names) + qkv + KeyMap(*ignored)
 
 
+KEY_MAP = t5_key_map()
+
+
+@keep_weights_open()
 def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> T5Encoder:
     """The encoder of a released folder (FLUX's text_encoder_2, or a whole T5 v1.1), strictly, in evaluation mode.
 

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import load_weights, materialize, parse_dtype, weight_files
+from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, parse_dtype, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.generation.guidance import Guidance
 from unimm.generation.text_sampling import TextSampling
@@ -97,6 +97,7 @@ class UnifiedModel(nn.Module, ABC):
             raise
 
     @classmethod
+    @keep_weights_open()
     def from_pretrained(
         cls,
         name: str | Path,
@@ -175,4 +176,4 @@ class UnifiedModel(nn.Module, ABC):
 
 
 def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:
-    return all(target is not None and target.startswith(prefixes) for target in key_map.values())
+    return all(name.startswith(prefixes) for name in key_map.our_names)

@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, write_config
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, Rename, equal_slices
 from unimm.checkpoint.load import load_weights, weight_files
 from unimm.kernels import rms_norm, swiglu
 from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
@@ -30,11 +30,9 @@ NORM_EPS = 1e-5  # of the norms
 MLP_EXPANSION = 4  # of the feed-forward
 MIN_DENOMINATOR = 1e-15  # keeps a row that sees nothing from 0 / 0
 
-CONVOLUTION_KEY_MAP: KeyMap = {"{*}": "{*}"}
-ATTENTION_KEY_MAP: KeyMap = {
-    **{f"{{*}}.attn.to_{name}.weight": f"{{*}}.attn.to_qkv.weight[{i}/3]" for i, name in enumerate("qkv")},
-    "{*}.conv_out.norm.{}": "{*}.conv_norm.{}",
-}
+CONVOLUTION_KEY_MAP = KeyMap(Rename("{*}", "{*}"))
+ATTENTION_KEY_MAP = equal_slices([f"{{*}}.attn.to_{name}.weight" for name in "qkv"], "{*}.attn.to_qkv.weight")
+ATTENTION_KEY_MAP += KeyMap(Rename("{*}.conv_out.norm.{}", "{*}.conv_norm.{}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,9 +380,9 @@ class DCAE(nn.Module):
 
 
 def dc_ae_key_map(config: DCAEConfig) -> KeyMap:
-    """The key table of the released layout; without the rows that no key would meet."""
+    """The key map of the released layout, without the entries of parts that the config lacks."""
     attends = any(level.kernels is not None for level in (*config.encoder, *config.decoder))
-    return {**ATTENTION_KEY_MAP, **CONVOLUTION_KEY_MAP} if attends else CONVOLUTION_KEY_MAP
+    return ATTENTION_KEY_MAP + CONVOLUTION_KEY_MAP if attends else CONVOLUTION_KEY_MAP
 
 
 def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:

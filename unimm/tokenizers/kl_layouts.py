@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import KeyMap, Rename, Squeeze, renames
+from unimm.checkpoint.load import keep_weights_open, load_weights, read_shapes, weight_files
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 
-FLUX_KEY_MAP: KeyMap = {"{*}": "{*}"}
+FLUX_KEY_MAP = KeyMap(Rename("{*}", "{*}"))
 FLUX_WEIGHT_FILES = ("ae.safetensors", "model.safetensors")
 DIFFUSERS_WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -26,42 +26,43 @@ ATTENTION_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"
 LEGACY_ATTENTION_NAMES = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
 
 
-def kl_diffusers_key_map(
-    config: AutoencoderKLConfig, *, attention: Mapping[str, str] = ATTENTION_NAMES
-) -> dict[str, str]:
-    """The key table of diffusers' layout. It numbers the decoder's levels from the coarsest, we from the finest."""
-    widths, last = config.widths, len(config.widths) - 1
+def kl_diffusers_key_map(config: AutoencoderKLConfig, *, attention: Mapping[str, str] = ATTENTION_NAMES) -> KeyMap:
+    """The key map of diffusers' layout. It numbers the decoder's levels from the coarsest, we from the finest."""
+    widths = config.widths
+    last = len(widths) - 1
     changes = [fine != coarse for fine, coarse in pairwise(widths)]
-    table = _level_key_map("encoder.down_blocks.{}", "encoder.down.{}", "down", shortcut=any(changes), scales=last > 0)
+    names = _level_names("encoder.down_blocks.{}", "encoder.down.{}", "down", shortcut=any(changes), scales=last > 0)
     for level in range(last + 1):
-        theirs, ours, changed = (
-            f"decoder.up_blocks.{last - level}",
-            f"decoder.up.{level}",
-            level < last and changes[level],
-        )
-        table |= _level_key_map(theirs, ours, "up", shortcut=changed, scales=level > 0)
+        released, ours = f"decoder.up_blocks.{last - level}", f"decoder.up.{level}"
+        shortcut = level < last and changes[level]
+        names |= _level_names(released, ours, "up", shortcut=shortcut, scales=level > 0)
+    squeezed = KeyMap()
     for side in ("encoder", "decoder"):
-        table |= {f"{side}.mid_block.resnets.{i}.{{}}.{{}}": f"{side}.mid.block_{i + 1}.{{}}.{{}}" for i in range(2)}
-        middle = f"{side}.mid_block.attentions.0"
-        table |= {f"{middle}.group_norm.{{}}": f"{side}.mid.attn_1.norm.{{}}"}
-        table |= {
-            f"{middle}.{theirs}.{{}}": f"{side}.mid.attn_1.{ours}.{{}}[...]" for ours, theirs in attention.items()
-        }
-        table |= {f"{side}.conv_norm_out.{{}}": f"{side}.norm_out.{{}}"}
-        table |= {f"{side}.{name}.{{}}": f"{side}.{name}.{{}}" for name in ("conv_in", "conv_out")}
+        names |= {f"{side}.mid_block.resnets.{i}.{{}}.{{}}": f"{side}.mid.block_{i + 1}.{{}}.{{}}" for i in range(2)}
+        names |= {f"{side}.mid_block.attentions.0.group_norm.{{}}": f"{side}.mid.attn_1.norm.{{}}"}
+        names |= {f"{side}.conv_norm_out.{{}}": f"{side}.norm_out.{{}}"}
+        names |= {f"{side}.{name}.{{}}": f"{side}.{name}.{{}}" for name in ("conv_in", "conv_out")}
+        # linears in diffusers, 1 x 1 convolutions here
+        squeezed += KeyMap(
+            *(
+                Squeeze(f"{side}.mid_block.attentions.0.{released}.{{}}", f"{side}.mid.attn_1.{ours}.{{}}")
+                for ours, released in attention.items()
+            )
+        )
     if config.quant_convs:
-        table |= {"quant_conv.{}": "quant_conv.{}", "post_quant_conv.{}": "post_quant_conv.{}"}
-    return table
+        names |= {"quant_conv.{}": "quant_conv.{}", "post_quant_conv.{}": "post_quant_conv.{}"}
+    return squeezed + renames(names)
 
 
-def _level_key_map(theirs: str, ours: str, way: str, *, shortcut: bool, scales: bool) -> dict[str, str]:
-    """The rows of a level; those that no key would meet are left out."""
-    short = {f"{theirs}.resnets.{{}}.conv_shortcut.{{}}": f"{ours}.block.{{}}.nin_shortcut.{{}}"}
-    scale = {f"{theirs}.{way}samplers.0.conv.{{}}": f"{ours}.{way}sample.conv.{{}}"}
-    rows = {f"{theirs}.resnets.{{}}.{{}}.{{}}": f"{ours}.block.{{}}.{{}}.{{}}"}
-    return (short if shortcut else {}) | (scale if scales else {}) | rows
+def _level_names(released: str, ours: str, way: str, *, shortcut: bool, scales: bool) -> dict[str, str]:
+    """{released name: our name} of a level, without the parts that it lacks."""
+    names = {f"{released}.resnets.{{}}.conv_shortcut.{{}}": f"{ours}.block.{{}}.nin_shortcut.{{}}"} if shortcut else {}
+    if scales:
+        names[f"{released}.{way}samplers.0.conv.{{}}"] = f"{ours}.{way}sample.conv.{{}}"
+    return names | {f"{released}.resnets.{{}}.{{}}.{{}}": f"{ours}.block.{{}}.{{}}.{{}}"}
 
 
+@keep_weights_open()
 def load_autoencoder_kl(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AutoencoderKL:

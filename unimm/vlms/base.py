@@ -18,7 +18,14 @@ from typing_extensions import Self
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, load_weights, parse_dtype, read_shapes, weight_files
+from unimm.checkpoint.load import (
+    HUB_WEIGHT_FILES,
+    keep_weights_open,
+    load_weights,
+    parse_dtype,
+    read_shapes,
+    weight_files,
+)
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.generation.causal_lm import CausalLM
 from unimm.generation.decode import TextStream, decode_text
@@ -73,6 +80,7 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         return model
 
     @classmethod
+    @keep_weights_open()
     def from_pretrained(
         cls,
         name: str | Path,
@@ -90,8 +98,8 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         with torch.device("meta"):
             model = cls.from_folder(folder)
         paths = weight_files(folder, HUB_WEIGHT_FILES)
-        table = model.key_map(read_shapes(paths))
-        load_weights(model, paths, table, dtype=parse_dtype(dtype), device=torch.device(device))
+        key_map = model.key_map(read_shapes(paths))
+        load_weights(model, paths, key_map, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from unimm.checkpoint.config_io import JsonLayout, SameAs, read_config, write_config
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import Ignore, KeyMap, Rename, renames
 from unimm.nn.decoder import DecoderConfig
 
 DECODER_LAYOUT = JsonLayout(
@@ -79,18 +79,26 @@ def decoder_config_to_json(config: DecoderConfig) -> dict[str, Any]:
     return write_config(config, DECODER_LAYOUT)
 
 
-def llama_key_map(prefix: str, head: str, stream: str) -> KeyMap:
-    """Rows of a key table for a Llama: its body's names begin with `prefix`; the language head's name is `head`."""
-    block = f"decoder.blocks.{{}}.experts.{stream}."
-    return {
-        prefix + "embed_tokens.{}": "decoder.embed.{}",
-        prefix + "layers.{}.input_layernorm.{}": block + "attn_norm.{}",
-        prefix + "layers.{}.post_attention_layernorm.{}": block + "mlp_norm.{}",
-        **{prefix + f"layers.{{}}.self_attn.{p}_proj.{{}}": block + f"{p}.{{}}" for p in "qkv"},
-        prefix + "layers.{}.self_attn.o_proj.{}": block + "out_proj.{}",
-        **{prefix + f"layers.{{}}.mlp.{p}_proj.{{}}": block + f"mlp.{p}.{{}}" for p in ("gate", "up", "down")},
-        prefix + "norm.{}": f"decoder.norms.{stream}.{{}}",
-        head + ".{}": "decoder.head.{}",
-        # buffers that older files hold
-        prefix + "layers.{}.self_attn.rotary_emb.inv_freq": None,
-    }
+def llama_key_map(prefix: str, head: str, expert: str, *, has_head: bool = True) -> KeyMap:
+    """The key map of a language model: its body's released names begin with `prefix`; `head` is the language head's.
+
+    has_head: whether the model has a language head of its own; a file may hold one all the same.
+    """
+    layer = prefix + "layers.{}."
+    block = f"decoder.blocks.{{}}.experts.{expert}."
+    body = renames(
+        {
+            prefix + "embed_tokens.{}": "decoder.embed.{}",
+            layer + "input_layernorm.{}": block + "attn_norm.{}",
+            layer + "post_attention_layernorm.{}": block + "mlp_norm.{}",
+            **{layer + f"self_attn.{p}_proj.{{}}": block + f"{p}.{{}}" for p in "qkv"},
+            layer + "self_attn.o_proj.{}": block + "out_proj.{}",
+            **{layer + f"mlp.{p}_proj.{{}}": block + f"mlp.{p}.{{}}" for p in ("gate", "up", "down")},
+            prefix + "norm.{}": f"decoder.norms.{expert}.{{}}",
+        }
+    )
+    no_head = Ignore(head + ".{}", because="the head is the table of embeddings, or the model has none")
+    inv_freq = Ignore(
+        layer + "self_attn.rotary_emb.inv_freq", because="a buffer of older files, computed from the config"
+    )
+    return body + KeyMap(Rename(head + ".{}", "decoder.head.{}") if has_head else no_head, inv_freq)

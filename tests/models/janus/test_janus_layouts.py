@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import unimm
 from unimm import Bagel, Janus, JanusFlow, TextSampling
-from unimm.checkpoint.keymap import Place, released_names
-from unimm.checkpoint.load import CheckpointError, check_keys
+from unimm.checkpoint.load import CheckpointError, check_keys, released_shape
 from unimm.models.janus.config import JanusConfig
 from unimm.models.registry import family_class
 
@@ -139,13 +138,15 @@ def test_manifests_fit_the_released_models(released, tmp_path, name, port):
     state = model.state_dict()
     wanted = {key: x for key, x in state.items() if not (port and key.startswith(UNREAD))}
     # what from_pretrained does: parameters that the table knows
-    assert {key for key in state if released_names(key, table)} == set(wanted)
+    assert {key for key in state if table.released_tensors(key)} == set(wanted)
     found = check_keys(shapes, table, wanted, name)
-    assert set(found) == set(shapes) and {place.name for place in found.values()} == set(wanted)
+    assert set(found) == set(shapes) and {ours for transform in found.values() for ours in transform.our_names} == set(
+        wanted
+    )
     # and back: every parameter has the names, and the shapes, that the manifest gives it
-    names = {ours: released_names(ours, table) for ours in wanted}
+    names = {ours: table.released_tensors(ours) for ours in wanted}
     assert {
-        key: place.shape(wanted[ours].shape) for ours, keys in names.items() for key, place in keys.items()
+        key: released_shape(transform, wanted) for keys in names.values() for key, transform in keys.items()
     } == shapes
     assert sum(x.numel() for x in state.values()) == Janus.RELEASES[name].parameters
     assert len(shapes) == {"1b": 882, "7b": 936}[size] + 82 * port
@@ -171,7 +172,7 @@ def test_numbers_that_no_config_states(released, tmp_path):
 def test_manifest_walk_can_fail(released, tmp_path, port):
     model, shapes = release(released, tmp_path, "1b", port), manifest(f"janus_pro_1b{'_hf' * port}")
     (table,) = model.key_maps().values()
-    wanted = {key: x for key, x in model.state_dict().items() if released_names(key, table)}
+    wanted = {key: x for key, x in model.state_dict().items() if table.released_tensors(key)}
     for key in ("model.aligner.fc1.bias", "lm_head.weight") if port else ("aligner.layers.0.bias", "gen_embed.weight"):
         with pytest.raises(CheckpointError, match=f"missing keys: {key}"):
             check_keys({k: s for k, s in shapes.items() if k != key}, table, wanted, "here")
@@ -230,7 +231,7 @@ def test_old_buffers_are_ignored(toy, folder):
 def test_pickles_with_code_are_refused(folder):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save(state | {"aligner.layers.0.bias": Place("x")}, folder / "pytorch_model.bin")
+    torch.save(state | {"aligner.layers.0.bias": Path("x")}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="expected tensors alone"):
         Janus.from_pretrained(folder)
     (folder / "pytorch_model.bin").unlink()

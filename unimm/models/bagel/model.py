@@ -25,7 +25,7 @@ from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
 from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
-from unimm.models.bagel.weights import DECODER_KEYS, LATENT_KEYS, QK_NORM_KEYS, VAE_KEYS, VIT_KEYS
+from unimm.models.bagel.weights import DECODER_KEY_MAP, LATENT_KEY_MAP, QK_NORM_KEY_MAP, VAE_KEY_MAP, VIT_KEY_MAP
 from unimm.models.base import Generation, ImageOptions, UnifiedModel
 from unimm.processing.images.io import load_image, pil_to_tensor, tensor_to_pil
 from unimm.processing.requests import (
@@ -64,11 +64,11 @@ class Bagel(BagelNetwork, UnifiedModel):
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key map of each file of weights, by the names that it may have."""
         config = self.config
-        main = dict(DECODER_KEYS)
-        main |= QK_NORM_KEYS if config.decoder.qk_norm else {}
-        main |= VIT_KEYS if config.vision else {}
-        main |= LATENT_KEYS if config.visual_gen else {}
-        return {WEIGHT_FILES: main} | ({("ae.safetensors",): VAE_KEYS} if config.visual_gen else {})
+        main = DECODER_KEY_MAP
+        main += QK_NORM_KEY_MAP if config.decoder.qk_norm else KeyMap()
+        main += VIT_KEY_MAP if config.vision else KeyMap()
+        main += LATENT_KEY_MAP if config.visual_gen else KeyMap()
+        return {WEIGHT_FILES: main} | ({("ae.safetensors",): VAE_KEY_MAP} if config.visual_gen else {})
 
     def save_config(self, folder: Path) -> None:
         """Write llm_config.json, vit_config.json and config.json."""

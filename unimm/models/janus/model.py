@@ -60,7 +60,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
         if self.checkpoint_layout == "transformers":
             return {WEIGHT_FILES: transformers_key_map(*depths)}
         without = tuple(name for name, depth in zip(("aligner.", "gen_aligner."), depths, strict=True) if not depth)
-        return {WEIGHT_FILES: {row: ours for row, ours in KEY_MAP.items() if not row.startswith(without)}}
+        return {WEIGHT_FILES: KEY_MAP.filtered(lambda entry: not entry.released.startswith(without))}
 
     def save_config(self, folder: Path) -> None:
         """Write config.json and preprocessor_config.json."""

@@ -7,7 +7,7 @@ its JanusConfig.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, Squeeze, equal_slices, renames
 from unimm.encoders.timm_vit import RELEASED_VITS, TimmEncoderConfig, TimmViTConfig
 from unimm.models.common.deepseek_processor import JanusSpecialTokens
 from unimm.vlms.llama_layout import llama_key_map
@@ -164,42 +164,53 @@ def transformers_from_original(
 
 
 def transformers_key_map(aligner_depth: int, gen_aligner_depth: int) -> KeyMap:
-    """transformers' names on the left, ours on the right; the aligners have `depth` and `code_depth` linears."""
+    """The key map of transformers' layout; the aligners have `aligner_depth` and `gen_aligner_depth` linears."""
     block, ours = "model.vision_model.encoder.layers.{}.", "vision.trunk.blocks.{}."
-    return {
-        "model.vision_model.embeddings.position_embedding.weight": "vision.trunk.pos_embed[...]",
-        "model.vision_model.embeddings.patch_embedding.{}": "vision.trunk.patch_embed.proj.{}",
-        **{block + f"layer_norm{i}.{{}}": ours + f"norm{i}.{{}}" for i in (1, 2)},
-        **{block + f"self_attn.{p}_proj.{{}}": ours + f"attn.qkv.{{}}[{i}/3]" for i, p in enumerate("qkv")},
-        block + "self_attn.projection_layer.{}": ours + "attn.proj.{}",
-        block + "mlp.{}.{}": ours + "mlp.{}.{}",
-        "model.vision_model.post_layernorm.{}": "vision.trunk.norm.{}",
-        **_projector_key_map("model.aligner.", "aligner.", aligner_depth),
-        **_projector_key_map("model.generation_aligner.", "gen_aligner.", gen_aligner_depth),
-        "model.generation_embeddings.{}": "gen_embed.{}",
-        "model.generation_head.proj_out.{}": "gen_head.fc1.{}",
-        "model.generation_head.vision_head.{}": "gen_head.fc2.{}",
-        "model.vqmodel.quantize.embedding.{}": "vq.quantize.embedding.{}",
-        **{
-            f"model.vqmodel.{side}.mid.{theirs}.{{*}}": f"vq.{side}.mid.{i}.{{*}}"
-            for side in VQ_STACKS
-            for i, theirs in VQ_MID_BLOCKS
-        },
-        **{
-            f"model.vqmodel.{side}.{stack}.{{}}.{theirs}.{{*}}": f"vq.{side}.conv_blocks.{{}}.{part}.{{*}}"
-            for side, (stack, change) in VQ_STACKS.items()
-            for theirs, part in (("block", "res"), ("attn", "attn"), (change, change))
-        },
-        **{f"model.vqmodel.{side}.{{}}.{{}}": f"vq.{side}.{{}}.{{}}" for side in VQ_STACKS},
-        **{f"model.vqmodel.{part}.{{}}": f"vq.{part}.{{}}" for part in ("quant_conv", "post_quant_conv")},
-        **llama_key_map("model.language_model.", "lm_head", "all"),
-    }
+    vision = renames(
+        {
+            "model.vision_model.embeddings.patch_embedding.{}": "vision.trunk.patch_embed.proj.{}",
+            **{block + f"layer_norm{i}.{{}}": ours + f"norm{i}.{{}}" for i in (1, 2)},
+            block + "self_attn.projection_layer.{}": ours + "attn.proj.{}",
+            block + "mlp.{}.{}": ours + "mlp.{}.{}",
+            "model.vision_model.post_layernorm.{}": "vision.trunk.norm.{}",
+        }
+    )
+    vision += KeyMap(Squeeze("model.vision_model.embeddings.position_embedding.weight", "vision.trunk.pos_embed"))
+    vision += equal_slices([block + f"self_attn.{p}_proj.{{}}" for p in "qkv"], ours + "attn.qkv.{}")
+    heads = renames(
+        {
+            **_projector_names("model.aligner.", "aligner.", aligner_depth),
+            **_projector_names("model.generation_aligner.", "gen_aligner.", gen_aligner_depth),
+            "model.generation_embeddings.{}": "gen_embed.{}",
+            "model.generation_head.proj_out.{}": "gen_head.fc1.{}",
+            "model.generation_head.vision_head.{}": "gen_head.fc2.{}",
+        }
+    )
+    vq = renames(
+        {
+            "quantize.embedding.{}": "quantize.embedding.{}",
+            **{
+                f"{side}.mid.{theirs}.{{*}}": f"{side}.mid.{i}.{{*}}"
+                for side in VQ_STACKS
+                for i, theirs in VQ_MID_BLOCKS
+            },
+            **{
+                f"{side}.{stack}.{{}}.{theirs}.{{*}}": f"{side}.conv_blocks.{{}}.{part}.{{*}}"
+                for side, (stack, change) in VQ_STACKS.items()
+                for theirs, part in (("block", "res"), ("attn", "attn"), (change, change))
+            },
+            **{f"{side}.{{}}.{{}}": f"{side}.{{}}.{{}}" for side in VQ_STACKS},
+            **{f"{part}.{{}}": f"{part}.{{}}" for part in ("quant_conv", "post_quant_conv")},
+        }
+    ).prefixed(released="model.vqmodel.", ours="vq.")
+    return vision + heads + vq + llama_key_map("model.language_model.", "lm_head", "all")
 
 
 VQ_STACKS = {"encoder": ("down", "downsample"), "decoder": ("up", "upsample")}
 VQ_MID_BLOCKS = ((0, "block_1"), (1, "attn_1"), (2, "block_2"))
 
 
-def _projector_key_map(theirs: str, ours: str, depth: int) -> KeyMap:
-    rows = {theirs + "fc1.{}": ours + "layers.0.{}"}
-    return rows | {theirs + f"hidden_layers.{i}.{{}}": ours + f"layers.{2 * i + 2}.{{}}" for i in range(depth - 1)}
+def _projector_names(released: str, ours: str, depth: int) -> dict[str, str]:
+    """{released name: our name} of the `depth` linears of an aligner."""
+    names = {released + "fc1.{}": ours + "layers.0.{}"}
+    return names | {released + f"hidden_layers.{i}.{{}}": ours + f"layers.{2 * i + 2}.{{}}" for i in range(depth - 1)}

@@ -26,7 +26,7 @@ from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
 from unimm.models.janusflow import RELEASES
 from unimm.models.janusflow.config import EXPERT, SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.network import JanusFlowNetwork, bos_unconditional
-from unimm.models.janusflow.weights import KEYS, VAE_KEYS
+from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import ImageInput, broadcast, expand_seeds, parse_requests, parse_size
 from unimm.sequence.parts import Part
@@ -79,7 +79,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file of weights; an autoencoder from elsewhere is not written."""
-        return {WEIGHT_FILES: KEYS} | ({("ae.safetensors",): VAE_KEYS} if self.config.vae else {})
+        return {WEIGHT_FILES: KEY_MAP} | ({("ae.safetensors",): VAE_KEY_MAP} if self.config.vae else {})
 
     def save_config(self, folder: Path) -> None:
         """Write config.json, preprocessor_config.json and, with an autoencoder of its own, vae_config.json."""

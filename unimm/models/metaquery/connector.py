@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import equal_slices, renames
 from unimm.kernels import AttentionMask, KeyRange, attention
 from unimm.nn.layers import RMSNorm, SwiGLU
 from unimm.nn.rope import apply_rope, rope_cos_sin
@@ -31,21 +31,22 @@ INIT_STD, SANA_CONDITION_SCALE = (
     math.sqrt(5.5),
 )  # of linear weights; the last norm's weights, where the painter is a Sana
 
-# the rows of a layer, under `layers.{}.`
-BLOCK_KEYS: KeyMap = {
-    **{f"self_attn.{name}_proj.{{}}": f"attention.qkv.{{}}[{i}/3]" for i, name in enumerate("qkv")},
-    "self_attn.o_proj.weight": "attention.out_proj.weight",
-    "self_attn.{}_norm.gamma": "attention.{}_scale",
-    "mlp.{}_proj.weight": "mlp.{}.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "mlp_norm.weight",
-}
-CONNECTOR_KEY_MAP: KeyMap = {
-    **{f"model.connector.0.layers.{{}}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in BLOCK_KEYS.items()},
-    "model.connector.1.{}": "fc1.{}",
-    "model.connector.3.{}": "fc2.{}",
-    "model.connector.4.weight": "norm.weight",
-}
+_BLOCK_KEY_MAP = renames(
+    {
+        "self_attn.o_proj.weight": "attention.out_proj.weight",
+        "self_attn.{}_norm.gamma": "attention.{}_scale",
+        "mlp.{}_proj.weight": "mlp.{}.weight",
+        "input_layernorm.weight": "attn_norm.weight",
+        "post_attention_layernorm.weight": "mlp_norm.weight",
+    }
+) + equal_slices([f"self_attn.{name}_proj.{{}}" for name in "qkv"], "attention.qkv.{}")
+CONNECTOR_KEY_MAP = _BLOCK_KEY_MAP.prefixed(released="model.connector.0.layers.{}.", ours="blocks.{}.") + renames(
+    {
+        "model.connector.1.{}": "fc1.{}",
+        "model.connector.3.{}": "fc2.{}",
+        "model.connector.4.weight": "norm.weight",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

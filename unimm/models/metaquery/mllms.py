@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import Concat, Entry, KeyMap, Rename
 from unimm.models.metaquery.processor import MLLMChatFormat
 from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.llava_onevision.model import LlavaOneVision
@@ -29,35 +29,24 @@ class MLLMSpec:
     inner_key_map: Callable[[Any, bool], KeyMap]  # (config, whether the files hold a language head) -> the key table
     limits_pixels: bool
 
-    def key_map(self, config: Any, *, with_head: bool) -> dict[str, str | None]:
-        """The key table of a reader inside a MetaQuery, whose table of embeddings holds the queries, too."""
-        rows = self.inner_key_map(config, with_head)
-        return {
-            weight_key(theirs) if _is_embedding(ours) else theirs: _with_queries(ours) for theirs, ours in rows.items()
-        }
+    def key_map(self, config: Any, *, with_head: bool) -> KeyMap:
+        """The key map of an MLLM inside a MetaQuery, whose released table of embeddings holds the queries, too."""
+        entries = self.inner_key_map(config, with_head)
+        embed_and_queries = Concat(self.embedding_key(config), (EMBED_PREFIX + "weight", QUERIES_NAME))
+        return KeyMap(*(embed_and_queries if _is_embedding(entry) else entry for entry in entries))
 
     def embedding_key(self, config: Any) -> str:
         """The released name of the table of embeddings."""
-        return next(
-            weight_key(theirs) for theirs, ours in self.inner_key_map(config, True).items() if _is_embedding(ours)
-        )
+        (entry,) = filter(_is_embedding, self.inner_key_map(config, True))
+        return entry.released.replace("{}", "weight")
 
     def head_prefix(self, config: Any) -> str:
         """What the released name of the language head begins with."""
         return self.embedding_key(config).replace("model.embed_tokens.weight", "lm_head.")
 
 
-def _is_embedding(ours: str | None) -> bool:
-    return ours is not None and ours.startswith(EMBED_PREFIX)
-
-
-def weight_key(theirs: str) -> str:
-    """The name of the one tensor that a row of a table of embeddings stands for."""
-    return theirs.replace("{}", "weight")
-
-
-def _with_queries(ours: str | None) -> str | None:
-    return f"{EMBED_PREFIX}weight + {QUERIES_NAME}" if _is_embedding(ours) else ours
+def _is_embedding(entry: Entry) -> bool:
+    return isinstance(entry, Rename) and entry.ours.startswith(EMBED_PREFIX)
 
 
 def _qwen2_5_vl_key_map(config: Any, with_head: bool) -> KeyMap:

@@ -18,8 +18,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, CheckpointError, load_weights, read_shapes, weight_files
+from unimm.checkpoint.keymap import Ignore, KeyMap, Rename
+from unimm.checkpoint.load import (
+    HUB_WEIGHT_FILES,
+    CheckpointError,
+    keep_weights_open,
+    load_weights,
+    read_shapes,
+    weight_files,
+)
 from unimm.denoisers.sana import SanaCondition
 from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
@@ -271,6 +278,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
             self._chat_mllm = (self._load_chat_mllm(),)
         return self._chat_mllm[0].to(self.device, self.dtype)
 
+    @keep_weights_open()
     def _load_chat_mllm(self) -> VisionLanguageModel:
         """This model's blocks and tower with the table and the head of the reader's own release."""
         try:
@@ -290,10 +298,9 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
         model.tokenizer = self.mllm.tokenizer
         model.decoder.blocks, model.decoder.norms = self.decoder.blocks, self.decoder.norms
         own_parameters = ("decoder.embed.", "decoder.head.")
-        key_map = {
-            theirs: ours
-            for theirs, ours in model.key_map(read_shapes(paths)).items()
-            if (ours or "").startswith(own_parameters)
-        }
-        load_weights(model, paths, {**key_map, "{*}": None}, dtype=self.dtype, device=self.device)
+        key_map = model.key_map(read_shapes(paths)).filtered(
+            lambda entry: isinstance(entry, Rename) and entry.ours.startswith(own_parameters)
+        )
+        key_map += KeyMap(Ignore("{*}", because="the blocks and the vision encoder are this model's own"))
+        load_weights(model, paths, key_map, dtype=self.dtype, device=self.device)
         return model.eval()

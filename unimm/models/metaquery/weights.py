@@ -5,10 +5,10 @@ from pathlib import Path
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, read_shapes, weight_files
 from unimm.denoisers import sana
-from unimm.models.metaquery import connector
 from unimm.models.metaquery.config import MetaQueryConfig
+from unimm.models.metaquery.connector import CONNECTOR_KEY_MAP
 from unimm.models.metaquery.mllms import MLLMSpec
-from unimm.tokenizers import dc_ae
+from unimm.tokenizers.dc_ae import dc_ae_key_map
 
 
 def read_folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -21,12 +21,11 @@ def read_folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def metaquery_key_map(config: MetaQueryConfig, spec: MLLMSpec, *, with_head: bool) -> KeyMap:
-    """Released names on the left, ours on the right. head: whether the files hold a language head, which is untied."""
-    rows = spec.key_map(config.mllm, with_head=with_head)
-    rows |= {theirs: f"connector.{ours}" for theirs, ours in connector.CONNECTOR_KEY_MAP.items()}
-    rows |= {DENOISER_PREFIX + theirs: f"denoiser.{ours}" for theirs, ours in sana.KEY_MAP.items()}
-    rows |= {f"vae.{theirs}": f"vae.{ours}" for theirs, ours in dc_ae.dc_ae_key_map(config.vae).items()}
-    return rows
+    """The key map. with_head: whether the files hold a language head, apart from the table of embeddings."""
+    connector = CONNECTOR_KEY_MAP.prefixed(ours="connector.")
+    denoiser = sana.KEY_MAP.prefixed(released=DENOISER_PREFIX, ours="denoiser.")
+    vae = dc_ae_key_map(config.vae).prefixed(released="vae.", ours="vae.")
+    return spec.key_map(config.mllm, with_head=with_head) + connector + denoiser + vae
 
 
 DENOISER_PREFIX = "model.transformer."  # what the released names of the painter's weights begin with

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, Rename
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.encoders import clip_text, siglip, t5
 from unimm.encoders.clip_text import CLIPTextEncoder, load_clip_text
@@ -84,13 +84,15 @@ class AuxiliaryEncoders(nn.Module):
                 "vision_model.", f"{prefix}siglip.", pooling_head=self.siglip.config.has_pooling_head
             )
         if self.clip is not None:
-            tables["text_encoder"] = _prefixed(clip_text.clip_text_key_map(), f"{prefix}clip.")
+            tables["text_encoder"] = clip_text.clip_text_key_map().prefixed(ours=f"{prefix}clip.")
         if self.t5 is not None:
-            tables["text_encoder_2"] = _prefixed(t5.KEY_MAP, f"{prefix}t5.")
+            tables["text_encoder_2"] = t5.KEY_MAP.prefixed(ours=f"{prefix}t5.")
         key_maps: dict[tuple[str, ...], KeyMap] = {
             (f"{name}/{HUB_WEIGHT_FILES[0]}",): table for name, table in tables.items()
         }
-        return key_maps | ({("vae/ae.safetensors",): {"{*}": f"{prefix}vae.{{*}}"}} if self.vae is not None else {})
+        return key_maps | (
+            {("vae/ae.safetensors",): KeyMap(Rename("{*}", f"{prefix}vae.{{*}}"))} if self.vae is not None else {}
+        )
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of every config, by its path below a checkpoint's folder."""
@@ -160,7 +162,3 @@ def require_part(part: T | None, name: str, remedy: str) -> T:
     if part is None:
         raise ValueError(f"this checkpoint was loaded without its {name}: give from_pretrained {remedy}")
     return part
-
-
-def _prefixed(key_map: KeyMap, prefix: str) -> KeyMap:
-    return {theirs: prefix + target for theirs, target in key_map.items() if target is not None}

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, renames
 from unimm.checkpoint.load import HUB_WEIGHT_FILES, parse_dtype
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
@@ -128,7 +128,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         """The key table of each file of weights that there is a part for."""
         tables: dict[tuple[str, ...], KeyMap] = {HUB_WEIGHT_FILES: uniworld_key_map(self.config)}
         if self.task_head is not None:
-            tables[TASK_HEAD_FILES] = {"0.{}": "task_head.fc1.{}", "3.{}": "task_head.fc2.{}"}
+            tables[TASK_HEAD_FILES] = renames({"0.{}": "task_head.fc1.{}", "3.{}": "task_head.fc2.{}"})
         return tables | self.auxiliary.key_maps("auxiliary.")
 
     def save_config(self, folder: Path) -> None:

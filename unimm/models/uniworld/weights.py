@@ -1,18 +1,20 @@
 """UniWorld's key maps: the released names and ours."""
 
-from unimm.checkpoint.keymap import KeyMap
-from unimm.denoisers import flux
+from unimm.checkpoint.keymap import KeyMap, renames
+from unimm.denoisers.flux import flux_key_map
 from unimm.models.uniworld.config import DENOISE_TOWER, UniWorldConfig
 from unimm.vlms.qwen2_5_vl.weights import qwen_key_map
 
 
 def uniworld_key_map(config: UniWorldConfig) -> KeyMap:
-    """Released names on the left, ours on the right."""
-    rows = dict(qwen_key_map(head=not config.mllm.decoder.tie_word_embeddings, module_prefix="mllm."))
-    for name, ours in {"denoise": "mllm_projector", "siglip": "siglip_projector", "vae": "vae_projector"}.items():
-        rows |= {f"{DENOISE_TOWER}{name}_projector.{i}.{{}}": f"{ours}.fc{fc}.{{}}" for i, fc in ((0, 1), (2, 2))}
-    painter = {
-        f"{DENOISE_TOWER}denoiser.{theirs}": f"denoiser.{target}"
-        for theirs, target in flux.flux_key_map(config.denoiser).items()
-    }
-    return rows | painter
+    """The key map of the main file: the MLLM, the projectors and the denoiser."""
+    mllm = qwen_key_map(head=not config.mllm.decoder.tie_word_embeddings, module_prefix="mllm.")
+    projectors = renames(
+        {
+            f"{released}_projector.{i}.{{}}": f"{ours}_projector.fc{fc}.{{}}"
+            for released, ours in {"denoise": "mllm", "siglip": "siglip", "vae": "vae"}.items()
+            for i, fc in ((0, 1), (2, 2))
+        }
+    )
+    denoiser = flux_key_map(config.denoiser).prefixed(released="denoiser.", ours="denoiser.")
+    return mllm + (projectors + denoiser).prefixed(released=DENOISE_TOWER)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.keymap import KeyMap, renames
 from unimm.vlms.base import EXPERT
 from unimm.vlms.llama_layout import llama_key_map
 
@@ -14,29 +14,27 @@ def has_nested_names(keys: Mapping[str, Any], *, prefix: str = "") -> bool:
 
 
 def qwen_key_map(*, head: bool, nested: bool = False, prefix: str = "", module_prefix: str = "") -> KeyMap:
-    """Released names on the left, ours on the right. head: the files hold a language head; else one may be there, unread.
+    """The key map. head: the files hold a language head; without, one may be there and is ignored.
 
-    nested: the newer spelling. prefix: what their names begin with where the model is a part of another's files; ours:
-    where it is in our model.
+    nested: the newer spelling. prefix: what the released names begin with where the model is a part of another's files.
+    module_prefix: what our names begin with there.
     """
-    text, sight = ("model.language_model.", "model.visual.") if nested else ("model.", "visual.")
-    rows = llama_key_map(prefix + text, prefix + "lm_head", EXPERT)
-    rows = {theirs: module_prefix + target if target else None for theirs, target in rows.items()}
-    unread = {} if head else {prefix + "lm_head.{}": None}
-    return {**rows, **unread, **qwen_vision_key_map(prefix + sight, module_prefix + "vision.")}
+    text, vision = ("model.language_model.", "model.visual.") if nested else ("model.", "visual.")
+    key_map = llama_key_map(text, "lm_head", EXPERT, has_head=head) + qwen_vision_key_map(vision, "vision.")
+    return key_map.prefixed(released=prefix, ours=module_prefix)
 
 
 def qwen_vision_key_map(prefix: str, module_prefix: str) -> KeyMap:
-    """Rows of a key table; released names begin with `theirs`, ours with `ours`."""
-    block, part = prefix + "blocks.{}.", module_prefix + "blocks.{}."
-    return {
-        prefix + "patch_embed.proj.{}": module_prefix + "patch_embed.{}",
-        block + "norm1.{}": part + "attn_norm.{}",
-        block + "norm2.{}": part + "mlp_norm.{}",
-        block + "attn.qkv.{}": part + "qkv.{}",
-        block + "attn.proj.{}": part + "out_proj.{}",
-        **{block + f"mlp.{name}_proj.{{}}": part + f"mlp.{name}.{{}}" for name in ("gate", "up", "down")},
-        prefix + "merger.ln_q.{}": module_prefix + "merger.norm.{}",
-        prefix + "merger.mlp.0.{}": module_prefix + "merger.mlp.fc1.{}",
-        prefix + "merger.mlp.2.{}": module_prefix + "merger.mlp.fc2.{}",
+    """The key map of the vision encoder; released names begin with `prefix`, ours with `module_prefix`."""
+    names = {
+        "patch_embed.proj.{}": "patch_embed.{}",
+        "blocks.{}.norm1.{}": "blocks.{}.attn_norm.{}",
+        "blocks.{}.norm2.{}": "blocks.{}.mlp_norm.{}",
+        "blocks.{}.attn.qkv.{}": "blocks.{}.qkv.{}",
+        "blocks.{}.attn.proj.{}": "blocks.{}.out_proj.{}",
+        **{f"blocks.{{}}.mlp.{name}_proj.{{}}": f"blocks.{{}}.mlp.{name}.{{}}" for name in ("gate", "up", "down")},
+        "merger.ln_q.{}": "merger.norm.{}",
+        "merger.mlp.0.{}": "merger.mlp.fc1.{}",
+        "merger.mlp.2.{}": "merger.mlp.fc2.{}",
     }
+    return renames(names).prefixed(released=prefix, ours=module_prefix)
