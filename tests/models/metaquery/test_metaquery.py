@@ -290,7 +290,7 @@ def test_another_number_of_queries_fails_with_the_numbers(folder):
         ({"diffusion_model_id": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, "variants on Stable Diffusion 1.5"),
         ({"model_type": "other"}, "describes no MetaQuery: got model_type 'other'"),
         ({"mllm_id": "nowhere"}, "no model 'nowhere'"),
-        ({"in_channels": 16}, "got in_channels 16 in config.json"),
+        ({"in_channels": 16}, "got in_channels 16, expected 4"),
         ({"connector_num_hidden_layers": 2}, "unexpected keys: model.connector.0.layers.2"),
         ({"num_metaqueries": 0}, "got 0 queries"),
     ],

@@ -119,9 +119,7 @@ def test_the_head_of_a_pickle(tmp_path, model):
     again = UniWorld.from_pretrained(tmp_path / "case")
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
     (tmp_path / "case" / "task_head_final.pt").unlink()
-    with pytest.raises(
-        ValueError, match=r"without its task head: give from_pretrained a folder with task_head"
-    ):
+    with pytest.raises(ValueError, match=r"without its task head: give from_pretrained a folder with task_head"):
         replaced(UniWorld.from_pretrained(tmp_path / "case"), model).respond("a cat")
 
 
@@ -179,8 +177,11 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
         ({"generation": {"parts": {"sight": "here"}}}, "got parts sight: expected some of siglip, vae"),
         ({"model_type": "qwen2_5_vl"}, "describes no UniWorld"),
         ({"shortcut_image_embeds": True}, "got shortcut_image_embeds True"),
-        ({"denoise_tower": FILES["denoise_tower"] | {"denoiser_type": "sd3"}}, "got denoiser_type 'sd3'"),
-        ({"denoise_tower": FILES["denoise_tower"] | {"input_hidden_size": 63}}, "got input_hidden_size 63"),
+        ({"denoise_tower": FILES["denoise_tower"] | {"denoiser_type": "sd3"}}, "got denoise_tower.denoiser_type 'sd3'"),
+        (
+            {"denoise_tower": FILES["denoise_tower"] | {"input_hidden_size": 63}},
+            "got denoise_tower.input_hidden_size 63",
+        ),
         ({"generation": {"ratios": 12}}, "at most 11 ratios"),
         ({"generation": {"steps": 0}}, "got steps 0"),
     ],

@@ -22,7 +22,7 @@ from unimm.data.batching import ROW_MULTIPLE, mean_by_kind
 from unimm.data.image_text_pairs import FilePairs, ImageTextPair, PairSource, ShapesPairs
 from unimm.denoisers.sana import SanaBlock, SanaTransformer, load_sana
 from unimm.generation.flow import integer_timesteps, shift_timesteps
-from unimm.models.metaquery.config import MetaQueryConfig, read_config
+from unimm.models.metaquery.config import MetaQueryConfig, read_required_json
 from unimm.models.metaquery.mllms import mllm_spec_for
 from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import MetaQueryProcessor, QueryBatch, black_image
@@ -177,13 +177,13 @@ class MetaQueryTask:
 
 def init_metaquery(options: MetaQueryTrainingConfig, sections: Mapping[str, Any]) -> MetaQuery:
     """The model of a recipe's numbers: `config` is a config.json, `painter` and `scheduler` are a Sana's."""
-    known = mllm_spec_for(read_config(hub.resolve(options.mllm, weights=False) / "config.json")).model_class
+    known = mllm_spec_for(read_required_json(hub.resolve(options.mllm, weights=False) / "config.json")).model_class
     reader = known.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
     vae = load_dc_ae(metaquery_part_folder(options.dcae, "vae"))
     painter, scheduler = sections.get("denoiser", {}), sections.get("scheduler", {})
     if options.denoiser:
-        painter = read_config(metaquery_part_folder(options.denoiser, "transformer") / "config.json")
-        scheduler = read_config(metaquery_part_folder(options.denoiser, "scheduler") / "scheduler_config.json")
+        painter = read_required_json(metaquery_part_folder(options.denoiser, "transformer") / "config.json")
+        scheduler = read_required_json(metaquery_part_folder(options.denoiser, "scheduler") / "scheduler_config.json")
     files = sections["config"]
     homes = {name: files.get(name, files["diffusion_model_id"]) for name in MetaQueryConfig.PART_CONFIGS}
     cfg = MetaQueryConfig.from_json(files, reader.config, painter, vae.config.to_json(), scheduler, part_ids=homes)
