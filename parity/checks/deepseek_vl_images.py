@@ -50,7 +50,7 @@ def check_prompts(case: Case, stored: dict) -> None:
     for i, entry in enumerate(stored["prompts"]):
         messages = [TemplateMessage(said["role"], said["content"]) for said in entry["conversation"]]
         system = DEFAULT_SYSTEM_PROMPT if entry["system"] == "default" else entry["system"]
-        text = apply_chat_template(messages, system=system, template=entry["sft_format"])
+        text = "".join(apply_chat_template(messages, system=system, template=entry["sft_format"]))
         case.compare_note(
             f"prompts: {i} {entry['sft_format']} {entry['case']} system={entry['system']!r}", text, entry["text"]
         )

@@ -1,19 +1,25 @@
-"""Conversations to text, as the original wrote them, and placeholders to runs of ids."""
+"""Conversations to prompts, as the original wrote them, and the messages of a call."""
 
 import json
 
 import pytest
 from helpers.paths import GOLDEN
+from PIL import Image
 
 from unimm.processing.chat_templates import (
     DEFAULT_SYSTEM_PROMPT,
     TemplateMessage,
     apply_chat_template,
-    expand_image_placeholders,
+    parse_messages,
 )
 
 STORED = json.loads((GOLDEN / "janus" / "preproc" / "prompts.json").read_text())
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+def text_of(*args, **options) -> str:
+    """A prompt that holds texts alone, as one."""
+    return "".join(apply_chat_template(*args, **options))
 
 
 def ask(*contents: str) -> list[TemplateMessage]:
@@ -26,59 +32,59 @@ def ask(*contents: str) -> list[TemplateMessage]:
 def test_texts_equal_the_original(entry):
     messages = [TemplateMessage(said["role"], said["content"]) for said in entry["conversation"]]
     system = DEFAULT_SYSTEM_PROMPT if entry["system"] == "default" else entry["system"]
-    assert apply_chat_template(messages, system=system, template=entry["sft_format"]) == entry["text"]
+    assert text_of(messages, system=system, template=entry["sft_format"]) == entry["text"]
 
 
 def test_defaults():
     assert STORED["default_system_prompt"] == DEFAULT_SYSTEM_PROMPT
-    assert apply_chat_template(ask("hi")) == f"{DEFAULT_SYSTEM_PROMPT}\n\nA: hi"
-    assert apply_chat_template(ask("hi"), system=None) == apply_chat_template(ask("hi"), system="") == "A: hi"
-    assert apply_chat_template([]) == DEFAULT_SYSTEM_PROMPT and apply_chat_template([], system=None) == ""
+    assert text_of(ask("hi")) == f"{DEFAULT_SYSTEM_PROMPT}\n\nA: hi"
+    assert text_of(ask("hi"), system=None) == text_of(ask("hi"), system="") == "A: hi"
+    assert text_of([]) == DEFAULT_SYSTEM_PROMPT and text_of([], system=None) == ""
 
 
 def test_deepseek_counts_messages_not_roles():
-    text = apply_chat_template(
+    text = text_of(
         [TemplateMessage("A", " a\n"), TemplateMessage("A", "\tb "), TemplateMessage("B", "  ")], system="  be brief "
     )
     assert text == f"be brief \n\nA: a\n\nA: b{END}B:"
-    assert apply_chat_template(ask("", "b", "c", ""), system="") == f"A:B: b{END}A: c\n\nB:"
+    assert text_of(ask("", "b", "c", ""), system="") == f"A:B: b{END}A: c\n\nB:"
 
 
 def test_llama_writes_tags():
     both = {
-        apply_chat_template(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")
+        text_of(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")
     }
     assert both == {"[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST][/INST]"}
-    assert apply_chat_template(ask("", ""), system="", template="llama-2") == "[INST] [INST][/INST]"
+    assert text_of(ask("", ""), system="", template="llama-2") == "[INST] [INST][/INST]"
 
 
 def test_the_other_templates_know_no_system():
-    assert apply_chat_template(ask(" a ", "", "c", "d"), template="plain") == "acd"
-    assert apply_chat_template(ask("a", "", "", "d", "e"), template="alignment") == "<image>\nd<image>"
+    assert text_of(ask(" a ", "", "c", "d"), template="plain") == "acd"
+    assert text_of(ask("a", "", "", "d", "e"), template="alignment") == "<image>\nd<image>"
 
 
 def test_unknown_template():
     with pytest.raises(ValueError, match=r"unknown template 'chatml': expected one of alignment, deepseek, .*plain"):
-        apply_chat_template(ask("a"), template="chatml")
+        text_of(ask("a"), template="chatml")
 
 
-def test_placeholders_are_replaced():
-    assert expand_image_placeholders([1, 9, 2, 9], image_id=9, boi_id=7, eoi_id=8, lengths=[2, 3]) == [
-        1,
-        7,
-        9,
-        9,
-        8,
-        2,
-        7,
-        9,
-        9,
-        9,
-        8,
-    ]
-    assert expand_image_placeholders([1, 2], image_id=9, boi_id=7, eoi_id=8, lengths=[]) == [1, 2]
-    for lengths in ([], [2, 2]):
-        with pytest.raises(
-            ValueError, match=rf"got 1 image placeholders for {len(lengths)} pictures: expected one for each"
-        ):
-            expand_image_placeholders([1, 9], image_id=9, boi_id=7, eoi_id=8, lengths=lengths)
+def test_images_and_special_tokens_stand_where_their_messages_say():
+    image = Image.new("RGB", (4, 4))
+    messages = [TemplateMessage("<|User|>", [image, "\n hi "]), TemplateMessage("<|Assistant|>", "")]
+    prompt = apply_chat_template(messages, system="", special={"<|User|>": 7, "<|Assistant|>": 8}.__getitem__)
+    assert prompt == [7, ": ", image, "\n hi\n\n", 8, ":"]
+    # the images of a question stand in its place
+    assert apply_chat_template(messages, template="alignment") == [image]
+
+
+def test_messages_are_read_once():
+    image = Image.new("RGB", (4, 4))
+    (message,) = parse_messages([{"role": "user", "content": "a", "images": [image, image]}], placeholder="<i>", separator="\n")
+    assert [type(piece) for piece in message.content] == [Image.Image, str, Image.Image, str]
+    assert message.content[1] == "\n" and message.content[3] == "\na" and message.n_images == 2
+    (message,) = parse_messages([{"role": "user", "content": "<i> or <i>?", "images": [image, image]}], placeholder="<i>")
+    assert [type(piece) for piece in message.content] == [Image.Image, str, Image.Image, str]
+    with pytest.raises(ValueError, match="does not end with the user: expected the user to have the last word"):
+        parse_messages([{"role": "assistant", "content": "a"}], placeholder="<i>")
+    with pytest.raises(ValueError, match="expected the user to have the last word, got no message"):
+        parse_messages([], placeholder="<i>")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers import metaquery_toys as toys
 
-from unimm.tokenizers.text import JsonTokenizer, encode_marked, load_tokenizer
+from unimm.tokenizers.text import JsonTokenizer, encode_prompt, load_tokenizer, special_token
 
 FOLDER = toys.GOLDEN / "Qwen2.5-VL-tiny"
 TEXTS = [
@@ -38,8 +38,12 @@ def test_ids_and_texts(ours, theirs, text):
 
 
 def test_markers(ours, theirs):
-    text = "<|im_start|>user\nhello<|im_end|>\n<|image_pad|>"
-    assert encode_marked(ours, text) == theirs(text, add_special_tokens=False)["input_ids"]
+    pieces = ["<|im_start|>", "user\n", "hello", "<|im_end|>", "\n", "<|image_pad|>"]
+    prompt = [special_token(ours, piece) for piece in pieces]
+    assert [type(item) for item in prompt] == [int, str, str, int, str, int]
+    assert encode_prompt(ours, prompt) == theirs("".join(pieces), add_special_tokens=False)["input_ids"]
+    # a text is encoded whole, whatever it is put together from
+    assert encode_prompt(ours, ["hel", "lo"]) == ours.encode("hello") and encode_prompt(ours, [""]) == []
     assert ours.token_id("<|im_end|>") not in ours.encode("<|im_end|>")  # typed by a user
 
 

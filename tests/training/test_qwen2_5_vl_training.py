@@ -135,7 +135,7 @@ def test_the_tower_sees_pictures_as_prompts_show_them(objective):
     dice = random.Random(f"{lessons.seed}/2/look")
     task = dice.choice(plain["tasks"])
     first = example(task, 2 * lessons.options.vision_batch_size, seed=lessons.seed)
-    expected, grid = lessons.prompts.pixels.to_patches([Image.fromarray(first.target)])
+    expected, grid = lessons.prompts.image_processor.to_patches([Image.fromarray(first.target)])
     n = grid[1] * grid[2]
     torch.testing.assert_close(patches[:n], expected, rtol=1e-5, atol=1e-5)
     assert (targets[: n // 4, 0] > 0).sum() == len(

@@ -1,5 +1,6 @@
 """LLaVA-OneVision: beside transformers' at toy size, its tiles, batches, caches, files and prompts; the released manifest."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import manifest
 from helpers.llava_toys import MOST, PINS, RELEASED, SIDE, SIZE, TEXT, TOP, VISION, Letters
+from helpers.prompts import rendered
 from helpers.toys import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -272,25 +274,27 @@ def test_the_released_template(ours):
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "three"},
     ]
-    text, images = ours.processor.render(turns, system="be brief")
-    assert len(images) == 2 and text == (
+    text = rendered(ours.processor, turns, system="be brief", image="<image>")
+    assert text == (
         "<|im_start|>system \nbe brief<|im_end|><|im_start|>user <image><image>\none<|im_end|>"
         "<|im_start|>assistant \ntwo<|im_end|><|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
     )
-    assert ours.processor.render(turns[2:])[0] == "<|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
+    assert rendered(ours.processor, turns[2:]) == "<|im_start|>user \nthree<|im_end|><|im_start|>assistant\n"
     between = {"role": "user", "content": f"is {IMAGE_TOKEN} like {IMAGE_TOKEN}?", "images": shown()[:2]}
-    assert ours.processor.render([between])[0].startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
+    text = rendered(ours.processor, [between], image="<image>")
+    assert text.startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
 
 
 def test_several_pictures_are_not_tiled_unless_asked(ours):
     def rows(images, **how):
-        text, pictures = ours.processor.render([{"role": "user", "content": "a", "images": images}])
-        return [item.n_tokens for item in ours.processor.composed(text, pictures, **how) if item.kind == "und_image"]
+        processor = dataclasses.replace(ours.processor, **how)
+        parts = processor.conversation_parts([{"role": "user", "content": "a", "images": images}])
+        return [part.n_tokens for part in parts if part.kind == "und_image"]
 
     images = shown()[1:3]
-    assert rows(images) == [SIDE**2 + 1] * 2 == rows(images, tiled=False)
-    assert rows(images[:1]) + rows(images[1:]) == rows(images, tiled=True)
-    assert all(n > SIDE**2 + 1 for n in rows(images, tiled=True))
+    assert rows(images) == [SIDE**2 + 1] * 2 == rows(images, always_tiled=False)
+    assert rows(images[:1]) + rows(images[1:]) == rows(images, always_tiled=True)
+    assert all(n > SIDE**2 + 1 for n in rows(images, always_tiled=True))
 
 
 def test_markers_typed_by_a_user_are_text(ours):
@@ -404,7 +408,7 @@ def test_wrong_preprocessors():
     [
         (lambda m: m.understand("nowhere.png", "what?"), "no image at nowhere.png"),
         (lambda m: m.understand(picture(8, 8), " "), "got an empty prompt"),
-        (lambda m: m.understand(picture(8, 8), "<image> or <image>?"), "got 2 <image> for 1 pictures"),
+        (lambda m: m.understand(picture(8, 8), "<image> or <image>?"), "got 2 <image> for 1 images"),
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "the user to have the last word"),
         (lambda m: m.processor.ids_to_parts([154, 3], [], tiled=True), "got 1 placeholders for 0 pictures"),
         (lambda m: m.understand(None, "a" * 600), r"would reach position \d+, the model knows 512"),

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.prompts import rendered
 from helpers.qwen_manifests import expanded
 from helpers.qwen_toys import (
     IDS,
@@ -37,7 +38,7 @@ from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, text_part
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVisionConfig, QwenVLConfig
 from unimm.vlms.qwen2_5_vl.model import QwenVL
-from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, IMAGE_TEMPLATE, video_frames
+from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, video_frames
 from unimm.vlms.qwen2_5_vl.vision import cell_positions, window_order
 from unimm.vlms.qwen2_5_vl.weights import has_nested_names, qwen_key_map
 
@@ -429,15 +430,16 @@ def test_sizes():
 def test_template(ours):
     turns_ = [{"role": "user", "content": "a", "images": picture()}, {"role": "assistant", "content": "b"},
               {"role": "user", "content": f"c {IMAGE_PAD} d", "images": picture()}]  # fmt: skip
-    text, pictures = ours.processor.render(turns_)
-    assert len(pictures) == 2 and text == (
+    assert rendered(ours.processor, turns_) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{IMAGE_TEMPLATE}a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-        f"<|im_start|>user\nc {IMAGE_TEMPLATE} d<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n[image]a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc [image] d<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert ours.processor.render(turns_[2:], system="")[0].startswith("<|im_start|>user")
+    assert rendered(ours.processor, turns_[2:], system="").startswith("<|im_start|>user")
     items = ours.processor.conversation_parts(turns_)
     assert [item.kind for item in items] == ["text", "und_image", "text", "und_image", "text"]
+    # an image stands between <|vision_start|>, which is its part's, and <|vision_end|>
+    assert items[1].ids.tolist() == [152] and items[2].ids.tolist()[0] == 153 and 152 not in items[0].ids.tolist()
     # a marker that a user types is words
     (item,) = ours.processor.conversation_parts([{"role": "user", "content": "<|im_end|>"}], system="")
     assert item.ids.tolist().count(151) == 1
@@ -470,7 +472,7 @@ def test_verbs(ours):
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "does not end with the user"),
         (lambda m: m.chat([{"role": "model", "content": "a"}]), "expected a dict of role"),
         (lambda m: m.understand(None, " "), "got an empty prompt"),
-        (lambda m: m.understand(picture(), f"{IMAGE_PAD}{IMAGE_PAD}"), "for 1 pictures: expected one for each"),
+        (lambda m: m.understand(picture(), f"{IMAGE_PAD}{IMAGE_PAD}"), "for 1 images: expected one for each"),
         (lambda m: m.understand(picture(900, 4), "a"), "at most 200 times as long"),
         (lambda m: m.understand(None, "a" * 600), "would reach position .*the model knows 512"),
         (lambda m: m.encode([[text_part([1] * 600)]]), "would reach position 600"),

@@ -53,8 +53,8 @@ def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
     return [[] for _ in prompt] if images is None else [_as_list(one) for one in images]
 
 
-def parse_message(message: Message, *, placeholder: str) -> tuple[str, str, list]:
-    """Role, content and images of a message; the content has a `placeholder` for each image, in front unless it says where."""
+def parse_message(message: Message, *, placeholder: str, separator: str = "") -> tuple[str, str, list]:
+    """Role, content and images of a message; the content has a `placeholder` for each image: see `place_images`."""
     known = isinstance(message, Mapping) and message.keys() <= {"role", "content", "images"}
     if not known or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
         raise ValueError(
@@ -64,13 +64,13 @@ def parse_message(message: Message, *, placeholder: str) -> tuple[str, str, list
     role, content, images = message["role"], message["content"], _as_list(message.get("images"))
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
-    return role, place_images(content, images, placeholder=placeholder), images
+    return role, place_images(content, images, placeholder=placeholder, separator=separator), images
 
 
-def place_images(content: str, images: Sequence, *, placeholder: str) -> str:
-    """The content with one `placeholder` for each image: in front, unless it says where."""
+def place_images(content: str, images: Sequence, *, placeholder: str, separator: str = "") -> str:
+    """The content with one `placeholder` for each image: in front, each with the separator behind, unless it says where."""
     if placeholder not in content:
-        content = placeholder * len(images) + content
+        content = (placeholder + separator) * len(images) + content
     if (n := content.count(placeholder)) != len(images):
         raise ValueError(
             f"got {n} {placeholder} for {len(images)} images: expected one for each; give as many images, or leave the "

@@ -1,7 +1,6 @@
 """Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
 
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -118,42 +117,6 @@ class SentencePieceTokenizer:
         (folder / "tokenizer.model").write_bytes(self.model_proto)
 
 
-class SpecialTokenEncoder(Protocol):
-    """A tokenizer that knows its markers."""
-
-    @property
-    def special_ids(self) -> dict[str, int]: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-def hide_markers(tokenizer: SpecialTokenEncoder, text: str, *, but: Sequence[str] = ()) -> str:
-    """A user's text in which markers, all but some, are not found by `encode_marked`, which encodes them as words."""
-    for token, hidden in _hidden(tokenizer).items():
-        text = text if token in but else text.replace(token, hidden)
-    return text
-
-
-def encode_marked(tokenizer: SpecialTokenEncoder, text: str) -> list[int]:
-    """Ids of a text in which markers are markers, as the originals encode their prompts."""
-    known, hidden = tokenizer.special_ids, _hidden(tokenizer)
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text) if known else [text]:
-        if part in known:
-            ids.append(known[part])
-        elif part:
-            for token, stands in hidden.items():
-                part = part.replace(stands, token)
-            ids += tokenizer.encode(part)
-    return ids
-
-
-def _hidden(tokenizer: SpecialTokenEncoder) -> dict[str, str]:
-    """What stands for each marker, the longest first: characters of Unicode's private area, which nobody types."""
-    tokens = sorted(tokenizer.special_ids, key=len, reverse=True)
-    return {token: f"\ue000{chr(0xE100 + i)}\ue001" for i, token in enumerate(tokens)}
-
-
 def load_tokenizer(
     folder: Path, *, special_tokens: Sequence[str] = ()
 ) -> "JsonTokenizer | SentencePieceTokenizer | None":
@@ -185,3 +148,25 @@ class TextTokenizer(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the files that it was read from."""
+
+
+def special_token(tokenizer: TextTokenizer, token: str) -> str | int:
+    """The id of a special token for `encode_prompt`; the token itself, as text, where the tokenizer has no such one."""
+    return tokenizer.special_ids.get(token, token)
+
+
+def encode_prompt(tokenizer: TextTokenizer, prompt: Sequence[str | int]) -> list[int]:
+    """Ids of a prompt of texts and ids of special tokens.
+
+    Texts that follow one another are encoded as one. No text is searched for special tokens, so one that a user types
+    stays text.
+    """
+    ids: list[int] = []
+    text = ""
+    for item in prompt:
+        if isinstance(item, str):
+            text += item
+        else:
+            ids += [*(tokenizer.encode(text) if text else ()), int(item)]
+            text = ""
+    return ids + (tokenizer.encode(text) if text else [])

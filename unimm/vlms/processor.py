@@ -1,29 +1,49 @@
-"""What a conversation with pictures is in a reader's sequence, whichever reader it is.
+"""Conversations with images as parts of a sequence, whichever chat format a model has.
 
-Made without the model, so that training can make its batches ahead.
+A processor works without its model, so that training can make its batches ahead.
 """
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from unimm.processing.requests import ImageInput, Message, parse_images
+from PIL import Image
+
+from unimm.processing.chat_templates import ChatMessage, Prompt, parse_messages, prompt_to_parts
+from unimm.processing.requests import Message
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
-from unimm.tokenizers.text import TextTokenizer, hide_markers
+from unimm.tokenizers.text import TextTokenizer, special_token
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLMProcessor:
-    """Conversations to items."""
+class ChatProcessor(ABC):
+    """Conversations to parts, by a family's chat format. The tokenizer is None for a checkpoint without one."""
 
     tokenizer: TextTokenizer | None
-    special_tokens: Any  # the family's; `end` is the id behind an answer
 
-    IMAGE_PLACEHOLDER: ClassVar[str]  # where a picture belongs
+    IMAGE_PLACEHOLDER: ClassVar[str]  # stands for an image in the content of a message
+    IMAGE_SEPARATOR: ClassVar[str] = ""  # follows each image that stands in front of the text
+
+    @property
+    @abstractmethod
+    def default_system(self) -> str:
+        """The system prompt of a conversation that is given none; "" for none."""
+
+    @property
+    @abstractmethod
+    def answer_end_id(self) -> int:
+        """The id that ends an answer."""
+
+    @abstractmethod
+    def render(self, messages: Sequence[ChatMessage], system: str) -> Prompt:
+        """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
+
+    @abstractmethod
+    def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
+        """An RGB image, one of `n_images` of a prompt, as a part and what stands around it."""
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
@@ -32,49 +52,47 @@ class VLMProcessor:
             raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
         return self.tokenizer
 
-    def conversation_parts(self, messages: Sequence[Message], *, system: str | None = None) -> list[Part]:
-        """A conversation up to where the assistant speaks. system: instead of the released one; "" for none.
+    def special(self, token: str) -> str | int:
+        """A special token in a prompt: its id, or the token as text where the tokenizer has no such one."""
+        return special_token(self.text_tokenizer, token)
 
-        Pictures stand in front of their turn's text, or where it says `PLACEHOLDER`. Raises ValueError for bad input.
+    def parse_messages(self, messages: Sequence[Message]) -> list[ChatMessage]:
+        """Read and check the messages of a conversation, the last one the user's."""
+        return parse_messages(messages, placeholder=self.IMAGE_PLACEHOLDER, separator=self.IMAGE_SEPARATOR)
+
+    def to_parts(self, prompt: Prompt) -> list[Part]:
+        """A prompt of texts, ids of special tokens and RGB images as parts."""
+        n_images = sum(isinstance(item, Image.Image) for item in prompt)
+        expanded: list[str | int | Part] = []
+        for item in prompt:
+            expanded += self.image_prompt(item, n_images) if isinstance(item, Image.Image) else [item]
+        return prompt_to_parts(self.text_tokenizer, expanded)
+
+    def conversation_parts(self, messages: Sequence[Message], *, system: str | None = None) -> list[Part]:
+        """A conversation up to where the assistant's answer begins. system: in place of the default one; "" for none.
+
+        Images stand in front of their message's text, or where it holds `IMAGE_PLACEHOLDER`. Raises ValueError for bad
+        messages.
         """
-        text, shown = self.render(messages, system=system)
-        return self.composed(text, shown)
+        parsed = self.parse_messages(messages)
+        return self.to_parts(self.render(parsed, self.default_system if system is None else system))
 
     def with_answer(self, messages: Sequence[Message], answer: str, *, system: str | None = None) -> list[Part]:
-        """A conversation and the assistant's next words, whose ids, and the end behind them, carry labels."""
+        """A conversation and the assistant's answer, whose ids, and the one that ends it, carry labels."""
         *before, last = self.conversation_parts(messages, system=system)
-        said, ids = [*self.text_tokenizer.encode(answer), self.special_tokens.im_end], last.ids.tolist()
-        return [*before, text_part([*ids, *said], labels=[*[IGNORE_INDEX] * (len(ids) - 1), *said, IGNORE_INDEX])]
-
-    @abstractmethod
-    def render(self, messages: Sequence[Message], *, system: str | None = None) -> tuple[str, list[ImageInput]]:
-        """The text of a conversation, for `composed`, and its pictures; a caller may add to the text."""
-
-    @abstractmethod
-    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
-        """A text in which markers are markers, with a `PLACEHOLDER` for each picture, as items."""
-
-    def message_content(self, message: Message) -> tuple[str, list[ImageInput]]:
-        """A turn's text with a `PLACEHOLDER` for each picture, in front unless it says where; and its pictures."""
-        known = isinstance(message, Mapping) and message.keys() <= {"role", "content", "images"}
-        if not known or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise ValueError(
-                f"got the turn {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and perhaps images"
-            )
-        content, (images,) = message["content"], parse_images(message.get("images"), "")
-        if not content.strip():
-            raise ValueError(f"got an empty prompt: expected at least a word from the {message['role']}")
-        if self.IMAGE_PLACEHOLDER not in content:
-            content = self.IMAGE_PLACEHOLDER * len(images) + content
-        if (places := content.count(self.IMAGE_PLACEHOLDER)) != len(images):
-            raise ValueError(
-                f"got {places} {self.IMAGE_PLACEHOLDER} for {len(images)} pictures: expected one for each; give as many pictures, or "
-                "leave the placeholders out to have the pictures in front"
-            )
-        return hide_markers(self.text_tokenizer, content, but=[self.IMAGE_PLACEHOLDER]), images
+        ids = last.ids.tolist()
+        answer_ids = [*self.text_tokenizer.encode(answer), self.answer_end_id]
+        labels = [*[IGNORE_INDEX] * (len(ids) - 1), *answer_ids, IGNORE_INDEX]
+        return [*before, text_part([*ids, *answer_ids], labels=labels)]
 
 
-def check_last_role(messages: Sequence[Message]) -> None:
-    """Raise ValueError for a conversation that does not end with the user."""
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError("got a conversation that does not end with the user: expected the user to have the last word")
+@dataclass(frozen=True, kw_only=True)
+class VLMProcessor(ChatProcessor):
+    """The processor of a vision-language model. special_tokens: the family's; `im_end` ends every message."""
+
+    special_tokens: Any
+
+    @property
+    def answer_end_id(self) -> int:
+        """The id of <|im_end|>."""
+        return self.special_tokens.im_end

@@ -15,7 +15,7 @@ from unimm.generation.image_tokens import sample_image_tokens
 from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, JanusSpecialTokens, padded_unconditional
 from unimm.models.janus.config import EXPERT
-from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT, expand_image_placeholders
+from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.tokenizers.text import load_tokenizer
@@ -121,7 +121,9 @@ def test_prompts_are_what_the_format_says(tmp_path, roles, model):
     text = f"{DEFAULT_SYSTEM_PROMPT}\n\n{you}: {content}\n\n{me}: a dog{EOS}{you}: sure?\n\n{me}:"
     whole = [markers.bos, *theirs.encode(text, add_special_tokens=False)]
     place = theirs.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    expected = expand_image_placeholders(whole, image_id=place, boi_id=markers.boi, eoi_id=markers.eoi, lengths=[9, 9])
+    expected: list[int] = []
+    for one in whole:
+        expected += [markers.boi, *[place] * 9, markers.eoi] if one == place else [one]
     found = []
     for item in items:
         ids = item.ids.tolist()

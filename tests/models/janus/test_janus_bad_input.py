@@ -30,13 +30,13 @@ def test_empty_prompts(model, prompt):
 
 
 def test_pictures_and_placeholders(model):
-    with pytest.raises(ValueError, match=r"got 2 <image_placeholder> for 1 pictures: expected one for each; give"):
+    with pytest.raises(ValueError, match=r"got 2 <image_placeholder> for 1 images: expected one for each; give"):
         model.understand(picture(), f"{IMAGE_PLACEHOLDER} and {IMAGE_PLACEHOLDER}?")
-    with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 0 pictures"):
+    with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 0 images"):
         model.understand(None, f"what is {IMAGE_PLACEHOLDER}?")
-    with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 2 pictures"):
+    with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 2 images"):
         model.generate(f"more of {IMAGE_PLACEHOLDER}", images=[picture(), picture()])
-    with pytest.raises(ValueError, match=r"in the system prompt: pictures belong to the turns"):
+    with pytest.raises(ValueError, match=r"in the system prompt: images belong to the messages"):
         model.chat([user("what?", picture())], system=f"look at {IMAGE_PLACEHOLDER}")
     with pytest.raises(ValueError, match=r"images for 2 prompts: expected a list of 2"):
         model.understand(picture(), ["a", "b"])

@@ -434,7 +434,7 @@ def test_parts_that_are_asked_for_and_absent():
         (dict(prompt="a", reference_latents="latents"), "got reference_latents 'latents'"),
         (dict(prompt="a", image_embeds_shortcut=2.0), "got image_embeds_shortcut 2.0"),
         (dict(prompt="a", seed=-1), "got seed -1"),
-        (dict(prompt=f"{IMAGE_PAD} here"), "for 0 pictures"),
+        (dict(prompt=f"{IMAGE_PAD} here"), "for 0 images"),
         (dict(prompt="a", images="nowhere.png"), "no image at nowhere.png"),
     ],
 )

@@ -4,20 +4,26 @@ Made without the model, so that training can make its batches ahead. docs/origin
 processor".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unimm.nn.patches import patchify
-from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT, TemplateMessage, apply_chat_template
+from unimm.processing.chat_templates import (
+    DEFAULT_SYSTEM_PROMPT,
+    ChatMessage,
+    Prompt,
+    TemplateMessage,
+    apply_chat_template,
+)
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
-from unimm.processing.images.io import load_image
-from unimm.processing.requests import ImageInput, Message, parse_images
-from unimm.sequence.parts import IGNORE_INDEX, Part, image_part, text_part
-from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
+from unimm.processing.requests import ImageInput
+from unimm.sequence.parts import Part, image_part, text_part
+from unimm.vlms.processor import ChatProcessor
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
@@ -57,125 +63,80 @@ class DeepseekChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekProcessor:
-    """Conversations to items. patch: pixels a feature of the tower; special: markers of a checkpoint without tokenizer."""
+class DeepseekProcessor(ChatProcessor):
+    """Conversations in DeepSeek's chat format as parts.
 
-    tokenizer: TextTokenizer | None
+    patch_size: pixels of a patch of the vision encoder. fallback_special_tokens: of a checkpoint without tokenizer.
+    """
+
     image_processor: DeepseekVLImageProcessor
     patch_size: int
     chat_config: DeepseekChatConfig
     fallback_special_tokens: JanusSpecialTokens | None = None
 
-    @property
-    def text_tokenizer(self) -> TextTokenizer:
-        """The tokenizer. Raises ValueError for a checkpoint without one."""
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: add its tokenizer.json to the folder")
-        return self.tokenizer
+    IMAGE_PLACEHOLDER: ClassVar[str] = IMAGE_PLACEHOLDER
+    IMAGE_SEPARATOR: ClassVar[str] = "\n"
 
     @property
     def special_tokens(self) -> JanusSpecialTokens:
-        """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
+        """The ids of the special tokens. Raises ValueError for a tokenizer that lacks one, or none at all."""
         if self.fallback_special_tokens:
             return self.fallback_special_tokens
-        ids = {
-            name: found
-            for name, token in JanusSpecialTokens.TOKENS.items()
-            if (found := self.text_tokenizer.token_id(token)) is not None
-        }
-        if lost := [token for name, token in JanusSpecialTokens.TOKENS.items() if name not in ids]:
+        ids = {name: self.text_tokenizer.token_id(token) for name, token in JanusSpecialTokens.TOKENS.items()}
+        known = {name: one for name, one in ids.items() if one is not None}
+        if lacking := [JanusSpecialTokens.TOKENS[name] for name in ids if name not in known]:
             raise ValueError(
-                f"the tokenizer lacks {', '.join(lost)}: expected the special tokens of a Janus checkpoint; "
+                f"the tokenizer lacks {', '.join(lacking)}: expected the special tokens of a Janus checkpoint; "
                 "put the tokenizer.json that was released with the weights into the folder"
             )
-        return JanusSpecialTokens(**ids)
+        return JanusSpecialTokens(**known)
 
     @property
-    def roles(self) -> tuple[str, str]:
-        """What this checkpoint calls the user and the assistant."""
-        return ROLES if self.text_tokenizer.token_id(ROLES[0]) is not None else PLAIN_ROLES
+    def default_system(self) -> str:
+        """The system prompt of the checkpoint."""
+        return self.chat_config.system
 
-    def conversation_parts(self, messages: Sequence[Message], *, system: str | None = None) -> list[Part]:
-        """A conversation up to where the assistant speaks: bos, texts, pictures. system: instead of the model's own."""
-        template_messages, all_images = [], []
-        for message in messages:
-            template_message, images = self._template_message(message)
-            template_messages.append(template_message)
-            all_images += images
-        if not template_messages or template_messages[-1].role != self.roles[0]:
-            raise ValueError(
-                f"got a conversation that ends with {'the assistant' if template_messages else 'nothing'}: expected the user to have "
-                "the last word; add a turn of the user's"
-            )
-        system = self.chat_config.system if system is None else system
+    @property
+    def answer_end_id(self) -> int:
+        """The id of the end of a sentence."""
+        return self.special_tokens.eos
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The names of the user and the assistant in this checkpoint's prompts."""
+        names = ROLES if self.text_tokenizer.token_id(ROLES[0]) is not None else PLAIN_ROLES
+        return dict(zip(("user", "assistant"), names, strict=True))
+
+    def render(self, messages: Sequence[ChatMessage], system: str) -> Prompt:
+        """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
         if IMAGE_PLACEHOLDER in system:
-            raise ValueError(
-                f"got {IMAGE_PLACEHOLDER} in the system prompt: pictures belong to the turns; leave it out"
-            )
-        return self._to_parts(template_messages, all_images, hide_markers(self.text_tokenizer, system))
-
-    def with_answer(self, messages: Sequence[Message], answer: str) -> list[Part]:
-        """A conversation and the assistant's next words, whose ids, and the eos behind them, carry labels."""
-        *before, last = self.conversation_parts(messages)
-        said = [*self.text_tokenizer.encode(answer), self.special_tokens.eos]
-        ids = last.ids.tolist()
-        return [*before, text_part([*ids, *said], labels=[*[IGNORE_INDEX] * (len(ids) - 1), *said, IGNORE_INDEX])]
+            raise ValueError(f"got {IMAGE_PLACEHOLDER} in the system prompt: images belong to the messages; leave it out")
+        roles = self.roles
+        written = [TemplateMessage(roles[message.role], message.content) for message in messages]
+        prompt = apply_chat_template(
+            [*written, TemplateMessage(roles["assistant"], "")],
+            system=system,
+            template=self.chat_config.template,
+            special=self.special,
+        )
+        return [self.special_tokens.bos, *prompt]
 
     def generation_parts(self, prompt: str, images: Sequence[ImageInput] = ()) -> list[Part]:
-        """A prompt to draw from, its pictures in front, without a system prompt; up to where the picture begins."""
-        message, shown = self._template_message({"role": "user", "content": prompt, "images": images})
-        return self._to_parts([message], shown, None)
+        """A prompt to generate an image from, its images in front, without a system prompt, up to where the image begins."""
+        messages = self.parse_messages([{"role": "user", "content": prompt, "images": images}])
+        return self.to_parts(self.render(messages, ""))
+
+    def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
+        """An RGB image as a part, between the ids that begin and end it."""
+        boundary_ids = self.special_tokens.boi, self.special_tokens.eoi
+        return [self.und_image_part(self.image_processor.preprocess(image), boundary_ids)]
 
     def und_image_part(self, pixels: Tensor, boundary_ids: tuple[int, int]) -> Part:
-        """A picture [3, S, S] between its markers."""
-        seen = (
-            self.image_processor.size // self.patch_size * self.patch_size
-        )  # what is left of a patch at the edges, no tower sees
-        tokens = patchify(pixels[:, :seen, :seen], self.patch_size)
+        """A part of pixels [3, S, S], between the ids that begin and end it."""
+        # pixels at the right and the bottom edge that fill no patch are left out, as the convolution of the encoder does
+        side = self.image_processor.size // self.patch_size * self.patch_size
+        tokens = patchify(pixels[:, :side, :side], self.patch_size)
         return image_part("und_image", tokens, torch.arange(len(tokens)), boundary_ids=boundary_ids, causal=True)
-
-    def _template_message(self, message: Message) -> tuple[TemplateMessage, list[ImageInput]]:
-        names = dict(zip(("user", "assistant"), self.roles, strict=True))
-        known = isinstance(message, Mapping) and message.keys() <= {"role", "content", "images"}
-        if not known or message.get("role") not in names or not isinstance(message.get("content"), str):
-            raise ValueError(
-                f"got the turn {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and perhaps images"
-            )
-        content, (images,) = message["content"], parse_images(message.get("images"), "")
-        if not content.strip():
-            raise ValueError(f"got an empty prompt: expected at least a word from the {message['role']}")
-        if IMAGE_PLACEHOLDER not in content:
-            content = f"{IMAGE_PLACEHOLDER}\n" * len(images) + content
-        if (places := content.count(IMAGE_PLACEHOLDER)) != len(images):
-            raise ValueError(
-                f"got {places} {IMAGE_PLACEHOLDER} for {len(images)} pictures: expected one for each; give as many pictures, or "
-                "leave the placeholders out to have the pictures in front"
-            )
-        return TemplateMessage(
-            names[message["role"]], hide_markers(self.text_tokenizer, content, but=[IMAGE_PLACEHOLDER])
-        ), images
-
-    def _to_parts(
-        self, messages: Sequence[TemplateMessage], images: Sequence[ImageInput], system: str | None
-    ) -> list[Part]:
-        """Messages, and an empty one for the assistant to fill, with a picture at each placeholder: bos first."""
-        markers, items = self.special_tokens, []
-        asked = [*messages, TemplateMessage(self.roles[1], "")]
-        for i, piece in enumerate(
-            apply_chat_template(asked, system=system, template=self.chat_config.template).split(IMAGE_PLACEHOLDER)
-        ):
-            ids = encode_marked(self.text_tokenizer, piece)
-            if i == 0:
-                ids = [markers.bos, *ids]
-            if ids:
-                items.append(text_part(ids))
-            if i < len(images):
-                items.append(
-                    self.und_image_part(
-                        self.image_processor.preprocess(load_image(images[i])), (markers.boi, markers.eoi)
-                    )
-                )
-        return items
 
 
 def padded_unconditional(prompt: Sequence[Part], pad: int) -> list[Part]:

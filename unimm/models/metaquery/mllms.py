@@ -62,9 +62,7 @@ MLLMS = {
     "qwen2_5_vl": MLLMSpec(
         model_class=QwenVL,
         chat_format=MLLMChatFormat(
-            system_format="<|im_start|>system\n{}<|im_end|>\n<|im_start|>",
-            user_format="user\n{pictures}{caption}<|im_end|>\n<|im_start|>assistant\n\n",
-            image_placeholder="<|vision_start|><|image_pad|><|vision_end|>",
+            before_system="system\n", between_messages="\n", before_images="user\n", after_images="",
         ),
         inner_key_map=_qwen2_5_vl_key_map,
         limits_pixels=True,
@@ -72,9 +70,7 @@ MLLMS = {
     "llava_onevision": MLLMSpec(
         model_class=LlavaOneVision,
         chat_format=MLLMChatFormat(
-            system_format="<|im_start|>system \n{}<|im_end|><|im_start|>",
-            user_format="user {pictures}\n{caption}<|im_end|><|im_start|>assistant\n\n",
-            image_placeholder="<image>",
+            before_system="system \n", between_messages="", before_images="user ", after_images="\n",
         ),
         inner_key_map=_llava_onevision_key_map,
         limits_pixels=False,

@@ -3,21 +3,23 @@
 Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
+from unimm.processing.chat_templates import Prompt
 from unimm.processing.images.io import CropSquare, load_image
 from unimm.processing.requests import ImageInput
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part, text_part
 from unimm.sequence.segments import CachedPrefix
-from unimm.tokenizers.text import TextTokenizer, encode_marked, hide_markers
+from unimm.tokenizers.text import TextTokenizer, encode_prompt
 from unimm.vlms.llava_onevision.processor import LlavaOneVisionProcessor
+from unimm.vlms.processor import IM_END, IM_START
 
 N_BOUNDARY_TOKENS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
 
@@ -28,17 +30,35 @@ class PromptComposer(Protocol):
     @property
     def text_tokenizer(self) -> TextTokenizer: ...
 
-    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
-        """A text in which markers are markers, with a placeholder for each picture, as items."""
+    def special(self, token: str) -> str | int:
+        """A special token in a prompt: its id, or the token as text where the tokenizer has no such one."""
+
+    def to_parts(self, prompt: Prompt) -> list[Part]:
+        """A prompt of texts, ids of special tokens and RGB images as parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLLMChatFormat:
-    """A reader's chat format. What all samples share ends with a marker, so that it can be read once."""
+    """The text around what varies in an MLLM's chat format; <|im_start|> and <|im_end|> enclose both messages."""
 
-    system_format: str  # has a place for the system prompt
-    user_format: str  # has places for the pictures and the caption; the queries come behind
-    image_placeholder: str  # a picture
+    before_system: str
+    between_messages: str
+    before_images: str
+    after_images: str
+    assistant: str = "assistant\n\n"
+
+    def system_prompt(self, special: Callable[[str], str | int], system: str) -> list[str | int]:
+        """What all samples begin with; its last id is special, so that it can be prefilled once."""
+        return [
+            special(IM_START), self.before_system + system, special(IM_END), self.between_messages, special(IM_START),
+        ]  # fmt: skip
+
+    def user_prompt(self, special: Callable[[str], str | int], caption: str, images: Sequence[Image.Image]) -> Prompt:
+        """The user's message after the system prompt, and the beginning of the answer; the queries come behind."""
+        return [
+            self.before_images, *images, self.after_images + caption,
+            special(IM_END), self.between_messages, special(IM_START), self.assistant,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class MetaQueryProcessor:
     @cached_property
     def system_ids(self) -> list[int]:
         """Ids that every sample begins with."""
-        return encode_marked(self.text_tokenizer, self._system_text)
+        return encode_prompt(self.text_tokenizer, self._system_prompt)
 
     @cached_property
     def query_ids(self) -> list[int]:
@@ -84,11 +104,9 @@ class MetaQueryProcessor:
         """
         ids = self.text_tokenizer.encode(caption)
         cut = caption if len(ids) <= self.max_text_tokens else self.text_tokenizer.decode(ids[: self.max_text_tokens])
-        placeholders = self.chat_format.image_placeholder * len(images)
-        user_turn = self.chat_format.user_format.format(
-            pictures=placeholders, caption=hide_markers(self.text_tokenizer, cut)
-        )
-        *before, last = self.composer.composed(self._system_text + user_turn, images)
+        opened = [load_image(image) for image in images]
+        user_prompt = self.chat_format.user_prompt(self.composer.special, cut, opened)
+        *before, last = self.composer.to_parts([*self._system_prompt, *user_prompt])
         return [*before, text_part([*last.ids.tolist(), *self.query_ids])]
 
     def query_batch(self, samples: Sequence[Sequence[Part]], *, row_multiple: int = 1) -> "QueryBatch":
@@ -112,8 +130,8 @@ class MetaQueryProcessor:
         return [text_part(first.ids[n:].tolist()), *others]
 
     @property
-    def _system_text(self) -> str:
-        return self.chat_format.system_format.format(hide_markers(self.text_tokenizer, self.system_prompt))
+    def _system_prompt(self) -> list[str | int]:
+        return self.chat_format.system_prompt(self.composer.special, self.system_prompt)
 
 
 @dataclass(frozen=True)
@@ -201,10 +219,15 @@ class LlavaSquareComposer:
         """The tokenizer."""
         return self.composer.text_tokenizer
 
-    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
-        """A text in which markers are markers, with a placeholder for each picture, as items."""
+    def special(self, token: str) -> str | int:
+        """A special token in a prompt: its id, or the token as text where the tokenizer has no such one."""
+        return self.composer.special(token)
+
+    def to_parts(self, prompt: Prompt) -> list[Part]:
+        """A prompt of texts, ids of special tokens and RGB images, which are cropped, as parts."""
         crop = CropSquare(self.composer.image_processor.tile_size)
-        return self.composer.composed(text, [crop(load_image(picture)) for picture in images], tiled=True)
+        cropped: Prompt = [crop(item) if isinstance(item, Image.Image) else item for item in prompt]
+        return replace(self.composer, always_tiled=True).to_parts(cropped)
 
 
 def prompt_composer(prompts: Any) -> PromptComposer:

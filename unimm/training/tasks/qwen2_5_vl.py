@@ -26,7 +26,7 @@ from unimm.data.batching import ROW_MULTIPLE, kind_indices, label_counts, mean_b
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
 from unimm.generation.text_sampling import TextSampling
-from unimm.processing.requests import Message
+from unimm.processing.requests import ROLES, Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part, text_part
 from unimm.tokenizers.text import SentencePieceTokenizer
@@ -34,9 +34,10 @@ from unimm.training.config import TrainConfig, strict
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
 from unimm.training.tasks.vit import ATTRIBUTE_NAMES, ViTDataset
 from unimm.training.tasks.vit import ViTTrainingConfig as Looks
+from unimm.vlms.processor import IM_END, IM_START
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVLConfig
 from unimm.vlms.qwen2_5_vl.model import QwenVL
-from unimm.vlms.qwen2_5_vl.processor import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, IMAGE_PAD, ROLES, QwenVLProcessor
+from unimm.vlms.qwen2_5_vl.processor import DEFAULT_SYSTEM_PROMPT, IMAGE_PAD, QwenVLProcessor
 
 # a loss for each kind of text, and for each thing that is asked about a cell
 TEXT_KINDS = ("caption", "answer", "fact", "plan")

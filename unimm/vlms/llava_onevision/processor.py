@@ -10,49 +10,48 @@ from typing import ClassVar
 import torch
 from PIL import Image
 
-from unimm.processing.images.io import load_image
+from unimm.processing.chat_templates import ChatMessage, Prompt
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
-from unimm.processing.requests import ImageInput, Message
 from unimm.sequence.parts import Part, text_part
 from unimm.sequence.segments import Segment
-from unimm.tokenizers.text import encode_marked, hide_markers
 from unimm.vlms.llava_onevision.config import LlavaSpecialTokens
-from unimm.vlms.processor import IM_END, IM_START, VLMProcessor, check_last_role
+from unimm.vlms.processor import IM_END, IM_START, VLMProcessor
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN = "<image>"  # the placeholder of an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaOneVisionProcessor(VLMProcessor):
-    """Conversations to items."""
+    """Conversations in LLaVA-OneVision's chat format as parts.
+
+    always_tiled: whether every image is seen in tiles, too; else a single image of a prompt is, and several are not.
+    """
 
     image_processor: LlavaOnevisionImageProcessor
     special_tokens: LlavaSpecialTokens
+    always_tiled: bool = False
 
     IMAGE_PLACEHOLDER: ClassVar[str] = IMAGE_TOKEN
 
-    def render(self, messages: Sequence[Message], *, system: str | None = None) -> tuple[str, list[ImageInput]]:
-        """The text of a conversation, for `composed`, and its pictures; a caller may add to the text. No system prompt
-        unless one is given."""
-        text = f"{IM_START}system \n{hide_markers(self.text_tokenizer, system)}{IM_END}" if system else ""
-        shown: list[ImageInput] = []
-        for turn in messages:
-            content, images = self.message_content(turn)
-            ahead = IMAGE_TOKEN * len(images) if content.startswith(IMAGE_TOKEN * len(images)) else ""
-            text += f"{IM_START}{turn['role']} {ahead}\n{content[len(ahead) :]}{IM_END}"
-            shown += images
-        check_last_role(messages)
-        return text + f"{IM_START}assistant\n", shown
+    @property
+    def default_system(self) -> str:
+        """None, as in the released chat template."""
+        return ""
 
-    def composed(self, text: str, images: Sequence[ImageInput], *, tiled: bool | None = None) -> list[Part]:
-        """A text in which markers are markers, with a `PLACEHOLDER` for each picture, as items.
+    def render(self, messages: Sequence[ChatMessage], system: str) -> Prompt:
+        """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
+        im_start = self.special(IM_START)
+        im_end = self.special(IM_END)
+        prompt: Prompt = [im_start, f"system \n{system}", im_end] if system else []
+        for message in messages:
+            # images in front stand on the line of the role, others in the text
+            n = message.n_images if all(isinstance(one, Image.Image) for one in message.content[: message.n_images]) else 0
+            prompt += [im_start, f"{message.role} ", *message.content[:n], "\n", *message.content[n:], im_end]
+        return [*prompt, im_start, "assistant\n"]
 
-        tiled: whether pictures are seen in tiles, too; unless given, a single one is, and several are not.
-        """
-        cut = len(images) == 1 if tiled is None else tiled
-        return self.ids_to_parts(
-            encode_marked(self.text_tokenizer, text), [load_image(picture) for picture in images], tiled=cut
-        )
+    def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
+        """An RGB image as a part, with nothing around it."""
+        return [self.und_image_part(image, tiled=self.always_tiled or n_images == 1)]
 
     def ids_to_parts(self, ids: Sequence[int], images: Sequence[Image.Image], *, tiled: bool) -> list[Part]:
         """Ids with a placeholder for each picture, as items. Raises ValueError where they are not as many."""

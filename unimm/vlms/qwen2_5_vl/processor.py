@@ -13,26 +13,24 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from unimm.processing.chat_templates import ChatMessage, Prompt
 from unimm.processing.images.io import load_image
 from unimm.processing.images.qwen2_vl import PatchGrid, Qwen2VLImageProcessor
-from unimm.processing.requests import ImageInput, Message
+from unimm.processing.requests import ImageInput
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.sequence.segments import Segment
-from unimm.tokenizers.text import encode_marked, hide_markers
-from unimm.vlms.processor import IM_END, IM_START, ROLES, VLMProcessor, check_last_role
+from unimm.vlms.processor import IM_END, IM_START, VLMProcessor
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVisionConfig
 from unimm.vlms.qwen2_5_vl.vision import cell_positions
 
-__all__ = ["DEFAULT_SYSTEM_PROMPT", "IMAGE_PAD", "IMAGE_TEMPLATE", "IM_END", "IM_START", "ROLES", "QwenVLProcessor"]
-
-IMAGE_PAD = "<|image_pad|>"  # where a picture belongs
-IMAGE_TEMPLATE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # what the released chat template says where nobody else does
+IMAGE_PAD = "<|image_pad|>"  # the placeholder of an image
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # of the released chat template
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVLProcessor(VLMProcessor):
-    """Conversations to items."""
+    """Conversations in Qwen2.5-VL's chat format as parts."""
 
     image_processor: Qwen2VLImageProcessor
     vision_config: QwenVisionConfig
@@ -40,22 +38,23 @@ class QwenVLProcessor(VLMProcessor):
 
     IMAGE_PLACEHOLDER: ClassVar[str] = IMAGE_PAD
 
-    def render(self, messages: Sequence[Message], *, system: str | None = None) -> tuple[str, list[ImageInput]]:
-        """The text of a conversation, for `composed`, and its pictures; a caller may add to the text."""
-        system = DEFAULT_SYSTEM_PROMPT if system is None else system
-        text = f"{IM_START}system\n{hide_markers(self.text_tokenizer, system)}{IM_END}\n" if system else ""
-        shown: list[ImageInput] = []
-        for turn in messages:
-            content, images = self.message_content(turn)
-            text += f"{IM_START}{turn['role']}\n{content.replace(IMAGE_PAD, IMAGE_TEMPLATE)}{IM_END}\n"
-            shown += images
-        check_last_role(messages)
-        return text + f"{IM_START}assistant\n", shown
+    @property
+    def default_system(self) -> str:
+        """The system prompt of the released chat template."""
+        return DEFAULT_SYSTEM_PROMPT
 
-    def composed(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
-        """A text in which markers are markers, with a `PLACEHOLDER` for each picture, as items."""
-        shown = [self.image_processor.to_patches([load_image(picture)]) for picture in images]
-        return self.ids_to_parts(encode_marked(self.text_tokenizer, text), shown)
+    def render(self, messages: Sequence[ChatMessage], system: str) -> Prompt:
+        """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
+        im_start = self.special(IM_START)
+        im_end = self.special(IM_END)
+        prompt: Prompt = [im_start, f"system\n{system}", im_end, "\n"] if system else []
+        for message in messages:
+            prompt += [im_start, f"{message.role}\n", *message.content, im_end, "\n"]
+        return [*prompt, im_start, "assistant\n"]
+
+    def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
+        """An RGB image as a part behind <|vision_start|>, and <|vision_end|>."""
+        return [self.und_image_part(*self.image_processor.to_patches([image])), self.special(VISION_END)]
 
     def ids_to_parts(
         self, ids: Sequence[int], images: Sequence[tuple[Tensor, PatchGrid]], *, seconds_per_frame: Sequence[float] = ()
