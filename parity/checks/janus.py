@@ -108,7 +108,7 @@ def padded(rows: Tensor, mask: Tensor) -> Tensor:
 
 def states(model: Any, batch: PackedBatch) -> Tensor:
     """Last hidden states of a pack, after the final norm [N, D]."""
-    (hidden,) = model.hidden(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+    (hidden,) = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
     return next(iter(model.decoder.norms.values()))(hidden)
 
 
