@@ -32,14 +32,15 @@ def asked(monkeypatch, tmp_path):
 def test_a_licence_against_commercial_use_is_said_once(asked, caplog):
     with caplog.at_level(logging.WARNING, logger="unimm"):
         for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"):
-            hub.resolve(name)
+            hub.resolve(name, non_commercial={"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"})
     assert caplog.messages == ["Qwen/Qwen2.5-VL-3B-Instruct is not for commercial use: Qwen Research License"]
     assert len(asked) == 3
 
 
 def test_configs_alone(asked, caplog):
     with caplog.at_level(logging.WARNING, logger="unimm"):
-        hub.resolve("Qwen/Qwen2.5-VL-3B-Instruct", weights=False)
+        licences = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"}
+        hub.resolve("Qwen/Qwen2.5-VL-3B-Instruct", weights=False, non_commercial=licences)
     ((_, patterns),) = asked
     assert "*.json" in patterns and not any("safetensors" in pattern for pattern in patterns) and not caplog.messages
 

@@ -41,7 +41,7 @@ class Oracle:
     def find(self, prompts, images):
         return [self.known[prompt, self.key(some)] for prompt, some in zip(prompts, images, strict=True)]
 
-    def generate(self, prompt, *, images, think, seed):
+    def generate(self, prompt, *, images, seed, think=False):
         self.calls.append((tuple(prompt), think, tuple(seed)))
         found = self.find(prompt, images or [[] for _ in prompt])
         blank = np.full((64, 64, 3), 128, np.uint8)

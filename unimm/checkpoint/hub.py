@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -9,28 +10,14 @@ logger = logging.getLogger(__name__)
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "pretrained"
 WEIGHT_PATTERN = "*.safetensors"
-# the last is a part of UniWorld
-DOWNLOAD_PATTERNS = ["*.json", WEIGHT_PATTERN, "*.model", "merges.txt", "task_head_final.pt"]
-
-# hub ids whose licence, as their pages stated it in 2025, forbids commercial use of the weights, or of a part of them
-_FLUX, _SANA = "FLUX.1 [dev] Non-Commercial License", "NVIDIA License (NSCL v2-custom)"
-NON_COMMERCIAL = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License",
-    "black-forest-labs/FLUX.1-dev": _FLUX,
-    "LanguageBind/UniWorld-V1": f"{_FLUX}, which its painter was trained from",
-    "Efficient-Large-Model/Sana_600M_512px_diffusers": _SANA,
-    "Efficient-Large-Model/Sana_1600M_512px_diffusers": _SANA,
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": _SANA,
-}
+DOWNLOAD_PATTERNS = ("*.json", WEIGHT_PATTERN, "*.model", "merges.txt")
 
 
 def bundled_names() -> list[str]:
     """The names of the models that ship inside the package."""
-    return (
-        sorted(path.name for path in BUNDLED_FOLDER.iterdir() if (path / "config.json").exists())
-        if BUNDLED_FOLDER.exists()
-        else []
-    )
+    if not BUNDLED_FOLDER.exists():
+        return []
+    return sorted(path.name for path in BUNDLED_FOLDER.iterdir() if (path / "config.json").exists())
 
 
 def resolve(
@@ -40,12 +27,15 @@ def resolve(
     known_names: tuple[str, ...] = (),
     weights: bool = True,
     subfolders: tuple[str, ...] = (),
+    more_files: tuple[str, ...] = (),
+    non_commercial: Mapping[str, str] | None = None,
 ) -> Path:
     """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a path.
 
-    weights: whether they are downloaded, too; configs and tokenizers always are. parts: the folders of a repository that
-    are wanted, all unless given. Raises ValueError for a name that is none of them, with the nearest of `known` and the
-    bundled ones.
+    weights: whether they are downloaded, too; configs and tokenizers always are. subfolders: those of a repository that are
+    wanted, all unless given. more_files: names beside `DOWNLOAD_PATTERNS`. non_commercial: hub ids whose licence forbids
+    commercial use, and that licence, for a warning. Raises ValueError for a name that is none of these, with the nearest of
+    `known_names` and the bundled ones.
     """
     path = Path(name).expanduser()
     if isinstance(name, str) and name in bundled_names():
@@ -55,13 +45,15 @@ def resolve(
     if path.is_dir():
         return path
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        if weights:
-            warn_licence(str(name))
-        return _download(str(name), revision, weights, subfolders)
+        if weights and (licence := (non_commercial or {}).get(str(name))):
+            warn_licence(str(name), licence)
+        patterns = [*DOWNLOAD_PATTERNS, *more_files]
+        return _download(str(name), revision, patterns, weights=weights, subfolders=subfolders)
     names = (*bundled_names(), *known_names)
     nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
-        f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; the nearest are {', '.join(nearest)}"
+        f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; "
+        f"the nearest are {', '.join(nearest)}"
     )
 
 
@@ -72,22 +64,22 @@ def warn_shadowed_folder(name: str) -> None:
 
 
 @cache
-def warn_licence(name: str) -> None:
+def warn_licence(name: str, licence: str) -> None:
     """Log a warning, once, for a hub id whose licence forbids commercial use."""
-    if name in NON_COMMERCIAL:
-        logger.warning("%s is not for commercial use: %s", name, NON_COMMERCIAL[name])
+    logger.warning("%s is not for commercial use: %s", name, licence)
 
 
-def _download(name: str, revision: str | None, weights: bool, subfolders: tuple[str, ...]) -> Path:
+def _download(
+    name: str, revision: str | None, patterns: list[str], *, weights: bool, subfolders: tuple[str, ...]
+) -> Path:
     # costs half a second to import, and only hub ids need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if not weights:
+        patterns = [pattern for pattern in patterns if pattern != WEIGHT_PATTERN]
+    patterns = [f"{subfolder}/{pattern}" for subfolder in subfolders for pattern in patterns] or patterns
     try:
-        patterns = (
-            DOWNLOAD_PATTERNS if weights else [pattern for pattern in DOWNLOAD_PATTERNS if pattern != WEIGHT_PATTERN]
-        )
-        patterns = [f"{part}/{pattern}" for part in subfolders for pattern in patterns] or patterns
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         places = subfolders or ("",)
         if weights and not any(any((folder / place).rglob(WEIGHT_PATTERN)) for place in places):

@@ -89,7 +89,7 @@ def run_demo(out: Path, console: Console, *, model: str = "bagel-nano", seed: in
     panels += [(scene, "input"), (edited.image, EDIT_PROMPT)]
     if loaded.supports_thinking:
         with console.status("thinking, then drawing"):
-            thought = loaded.generate(THINK_PROMPT, think=True, seed=seed)
+            thought = loaded.generate(THINK_PROMPT, seed=seed, **loaded.supported_options(think=True))
         _print_lines(console, "thought", [THINK_PROMPT, thought.text])
         panels.append((thought.image, THINK_PROMPT))
     fresh = out.with_name(f"{out.stem}.new.png")

@@ -33,7 +33,8 @@ def generate(
     check_writable(out)
     loaded = load_model(model, device, dtype)
     prompts, images = [prompt] * n, [image] * n if image else None
-    drawn = loaded.generate(prompts, images=images, think=think, size=hw, seed=seed, steps=steps, progress=True)
+    options = loaded.supported_options(think=think, steps=steps)
+    drawn = loaded.generate(prompts, images=images, size=hw, seed=seed, progress=True, **options)
     for i, picture in enumerate(drawn.images):
         path = out if n == 1 else out.with_stem(f"{out.stem}-{i + 1}")
         for text in drawn.texts[i : i + 1]:

@@ -1,10 +1,13 @@
-"""The contract of every family: loading, saving, and the verbs; what they return."""
+"""The base of every family: loading, saving, the two verbs that all have, and what these return.
+
+What is written here is final: a family says what it is by class attributes and by the methods that are abstract here.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
@@ -18,34 +21,36 @@ from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, 
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.generation.guidance import Guidance
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.release import Release
+from unimm.models.release import FamilyFiles, Release
 from unimm.processing.requests import ImageInput, parse_size
 from unimm.tokenizers.text import TextTokenizer
+
+Components = Mapping[str, str | Path | None]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` made: one picture a prompt, and the reasoning that led to it in think mode."""
+    """What `generate` made: the images, in the order of the prompts, and with `think` the reasoning that led to each."""
 
     images: list[Image.Image]
     texts: list[str] = field(default_factory=list)
 
     @property
     def image(self) -> Image.Image:
-        """The first picture."""
+        """The first image."""
         return self.images[0]
 
     @property
     def text(self) -> str:
-        """The first reasoning text; empty without think mode."""
+        """The first reasoning text; empty without `think`."""
         return self.texts[0] if self.texts else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How a call draws; None is the model's default."""
+    """How a call generates images; None is the model's default."""
 
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None  # (height, width) in pixels
     guidance: Sequence[Guidance | float] | None
     steps: int | None
     timestep_shift: float | None = None
@@ -58,42 +63,54 @@ class ImageOptions:
 
 
 class UnifiedModel(nn.Module, ABC):
-    """One model that understands pictures and draws them."""
+    """One model that both understands and generates images."""
 
-    RELEASES: ClassVar[dict[str, Release]]
-    supports_thinking: ClassVar[bool] = False  # whether the verbs have a think mode
-    # what every key of some files begins with; and parameters that nothing reads, zeros where a file lacks them
+    # ---- what a family is
+
+    RELEASES: ClassVar[Mapping[str, Release]]
+    FILES: ClassVar[FamilyFiles] = FamilyFiles()
+    supports_thinking: ClassVar[bool] = False  # whether `generate` and `understand` take `think`
+    supports_steps: ClassVar[bool] = True  # whether `generate` takes `steps`
+    # parts that `from_pretrained` takes from elsewhere; such a family is a ComponentModel
+    COMPONENTS: ClassVar[tuple[str, ...]] = ()
+    # layouts that `save_pretrained` can write; the model's own is its `checkpoint_layout`
+    LAYOUTS: ClassVar[tuple[str, ...]] = ("original",)
+    # a prefix that every key of some released files has
     KEY_PREFIX: ClassVar[str] = ""
+    # patterns of parameters that nothing reads: zeros where a file lacks them
     UNUSED_PARAMETERS: ClassVar[tuple[str, ...]] = ()
-    # parts that stay in float32, as released, by the beginning of their parameters' names
+    # prefixes of the parameters that stay in float32, as released, whatever dtype is asked for
     KEEP_FLOAT32: ClassVar[tuple[str, ...]] = ("vae.",)
+
     tokenizer: TextTokenizer | None
+    checkpoint_layout: str = "original"
 
     @classmethod
     @abstractmethod
     def _build(cls, folder: Path) -> Self:
-        """The model that a folder's config describes, with its tokenizer, on the current default device, without weights."""
+        """The model of a folder's config files, with its tokenizer, on the current default device, without weights."""
 
     @abstractmethod
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of each file of weights; a file may go by several names, the first is the one written."""
+        """The key map of each file of weights, in `checkpoint_layout`; of a file's possible names the first is written."""
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
-        """Write the released config files."""
+        """Write the released config files, in `checkpoint_layout`."""
+
+    # ---- loading and saving
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """`from_folder`, whose errors say whose folder it is if it is another family's."""
+        """The model of a folder's config files, without weights. The error for another family's folder names that family."""
         from unimm.models.registry import detect_family
 
         try:
             return cls._build(folder)
         except (ValueError, KeyError) as error:
             if (family := detect_family(folder)) not in (None, cls.__name__):
-                raise ValueError(
-                    f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load"
-                ) from error
+                message = f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load"
+                raise ValueError(message) from error
             raise
 
     @classmethod
@@ -105,36 +122,66 @@ class UnifiedModel(nn.Module, ABC):
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         revision: str | None = None,
+        components: Components | None = None,
     ) -> Self:
         """Load a bundled name, a folder or a hub id, strictly, in evaluation mode.
 
-        dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. Raises ValueError for an unknown
-        name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
+        dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids of
+        parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has. Raises
+        ValueError for an unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they
+        cannot.
         """
-        folder = hub.resolve(name, revision=revision, known_names=tuple(cls.RELEASES))
+        if unknown := sorted((components or {}).keys() - set(cls.COMPONENTS)):
+            known = ", ".join(cls.COMPONENTS) or "none"
+            raise ValueError(f"got components {', '.join(unknown)} for a {cls.__name__}: expected {known}")
+        dtype, device = parse_dtype(dtype), torch.device(device)
+        folder = hub.resolve(
+            name,
+            revision=revision,
+            known_names=tuple(cls.RELEASES),
+            more_files=cls.FILES.downloads,
+            non_commercial=cls.FILES.non_commercial,
+        )
         with torch.device("meta"):
             model = cls.from_folder(folder)
-        for names, table in model.key_maps().items():
+        for names, key_map in model.key_maps().items():
+            file_dtype = torch.float32 if _all_targets_below(key_map, cls.KEEP_FLOAT32) else dtype
             paths = weight_files(folder, names)
-            kind = torch.float32 if _all_targets_below(table, cls.KEEP_FLOAT32) else parse_dtype(dtype)
-            load_weights(model, paths, table, prefix=cls.KEY_PREFIX, dtype=kind, device=torch.device(device))
-        materialize(model, cls.UNUSED_PARAMETERS, dtype=parse_dtype(dtype), device=torch.device(device))
+            load_weights(model, paths, key_map, prefix=cls.KEY_PREFIX, dtype=file_dtype, device=device)
+        materialize(model, cls.UNUSED_PARAMETERS, dtype=dtype, device=device)
+        if cls.COMPONENTS:
+            loader = cast("ComponentModel", model)
+            loader.load_components(components or {}, name=name, folder=folder, dtype=dtype, device=device)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
-        """Write the released layout: config, weights, tokenizer; beside first, then renamed into place.
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: str | torch.dtype | None = None, layout: str | None = None
+    ) -> None:
+        """Write a released layout: config, weights, tokenizer; into a folder beside, which is then renamed into place.
 
-        dtype: what the weights are cast to, but for a KL autoencoder's; unless given, they are written as they are.
+        dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they are.
+        layout: one of `LAYOUTS`; unless given, the one that the model came in.
         """
-        with atomic_directory(Path(folder)) as partial:
-            self.save_config(partial)
-            for names, table in self.key_maps().items():
-                state = released_state_dict(self, table)
-                if dtype is not None and not _all_targets_below(table, self.KEEP_FLOAT32):
-                    state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-                save_safetensors(state, partial / names[0])
-            if self.tokenizer is not None:
-                self.tokenizer.save(partial)
+        from unimm.models.registry import optional_files
+
+        if layout is not None and layout not in self.LAYOUTS:
+            raise ValueError(f"got layout {layout!r}: expected one of {', '.join(self.LAYOUTS)}")
+        own, self.checkpoint_layout = self.checkpoint_layout, layout or self.checkpoint_layout
+        files, folders = optional_files()
+        try:
+            with atomic_directory(Path(folder), optional_files=files, optional_folders=folders) as partial:
+                self.save_config(partial)
+                for names, key_map in self.key_maps().items():
+                    state = released_state_dict(self, key_map)
+                    if dtype is not None and not _all_targets_below(key_map, self.KEEP_FLOAT32):
+                        state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
+                    save_safetensors(state, partial / names[0])
+                if self.tokenizer is not None:
+                    self.tokenizer.save(partial)
+        finally:
+            self.checkpoint_layout = own
+
+    # ---- verbs
 
     @abstractmethod
     def generate(
@@ -142,13 +189,17 @@ class UnifiedModel(nn.Module, ABC):
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
-        steps: int | None = None,
+        guidance: Any = None,
         progress: bool = False,
     ) -> Generation:
-        """Draw a picture for each prompt, or edit the images given with it; a family may name more options."""
+        """Generate `n` images for each prompt, or edit the images given with it.
+
+        All families have these parameters in this order; `steps` (after `seed`), `think` (before `progress`) and options of
+        its own (after `guidance`) where a family has them.
+        """
 
     @abstractmethod
     def understand(
@@ -156,23 +207,47 @@ class UnifiedModel(nn.Module, ABC):
         images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
-        think: bool = False,
         stream: bool = False,
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Answer a question about pictures: a str, a list of them for a batch, or an iterator of pieces."""
+        """Answer a question about images: a str, a list of them for a batch, or (`stream`) an iterator of pieces."""
 
-    @abstractmethod
-    def interleave(
-        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
-    ) -> Iterator[str | Image.Image]:
-        """Go on with a dialogue of texts and pictures, in texts and pictures."""
+    @classmethod
+    def supported_options(cls, *, think: bool = False, steps: int | None = None) -> dict[str, Any]:
+        """These options as keyword arguments of `generate`, for callers that do not know the family: those that are set.
+
+        Raises NotImplementedError for one that is set and that this family does not have.
+        """
+        options: dict[str, Any] = {}
+        if think:
+            options["think"] = True
+        if steps is not None:
+            options["steps"] = steps
+        supported = {"think": cls.supports_thinking, "steps": cls.supports_steps}
+        if missing := [name for name in options if not supported[name]]:
+            raise NotImplementedError(
+                f"{cls.__name__} has no {' and no '.join(missing)}: leave it out, or take another family"
+            )
+        return options
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+class ComponentModel(ABC):
+    """A model some of whose parts may lie in another folder or repository: `from_pretrained(..., components={name: where})`."""
+
+    @abstractmethod
+    def load_components(
+        self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Load the parts that are not among the model's own weights, or take them from elsewhere, after these are loaded.
+
+        name: what the model was loaded by. folder: where it lies.
+        """
 
 
 def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:

@@ -1,45 +1,57 @@
-"""The families by name: which class loads a folder, and what is known to be released."""
+"""The families by name: which class loads a folder, and which releases are known.
+
+A family's package holds its releases as data, and is imported for them; its class is imported when a model is loaded.
+"""
 
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.config_io import read_json
-from unimm.models.base import UnifiedModel
-from unimm.models.release import Release
+from unimm.models.base import Components, UnifiedModel
+from unimm.models.release import FamilyFiles, Release
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a family's class is, and how its folders are told apart."""
 
-    class_path: str  # module:class, imported when needed
+    package: str  # below unimm.models; its module `model` has the class
+    class_name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    unique_file: str | None = (
-        None  # a file that no other family has, for releases whose config.json is missing or says nothing
-    )
-    absent_key: str | None = (
-        None  # a key of config.json that families of the same model_type have, and this one has not
-    )
-    required_key: str | None = None  # likewise, one that only this one has
+    # a file that no other family has, for releases whose config.json is missing or names no model
+    unique_file: str | None = None
+    # a key of config.json that other families of the same model_type have, and this one has not; and the other way round
+    absent_key: str | None = None
+    required_key: str | None = None
 
     def load_class(self) -> type[UnifiedModel]:
         """The family's class."""
-        module, name = self.class_path.split(":")
-        return getattr(import_module(module), name)
+        return getattr(import_module(f"unimm.models.{self.package}.model"), self.class_name)
 
-    def matches(self, folder: Path, config: dict) -> bool:
+    @property
+    def releases(self) -> dict[str, Release]:
+        """The family's releases by name."""
+        return import_module(f"unimm.models.{self.package}").RELEASES
+
+    @property
+    def files(self) -> FamilyFiles:
+        """What is special about the files of the family."""
+        return import_module(f"unimm.models.{self.package}").FILES
+
+    def matches(self, folder: Path, config: dict[str, Any]) -> bool:
         """Whether a folder with this config.json (empty if missing) is of this family."""
-        if (self.required_key is not None and self.required_key not in config) or (
-            self.absent_key is not None and self.absent_key in config
-        ):
+        if self.required_key is not None and self.required_key not in config:
             return False
-        if kind := config.get("model_type"):
-            return kind in self.model_types
+        if self.absent_key is not None and self.absent_key in config:
+            return False
+        if model_type := config.get("model_type"):
+            return model_type in self.model_types
         if names := config.get("architectures"):
             return any(name in self.architectures for name in names)
         return self.unique_file is not None and (folder / self.unique_file).exists()
@@ -47,30 +59,35 @@ class Family:
 
 FAMILIES = {
     "Bagel": Family(
-        class_path="unimm.models.bagel.model:Bagel",
+        package="bagel",
+        class_name="Bagel",
         model_types=("bagel",),
         architectures=("BagelForConditionalGeneration",),
         unique_file="llm_config.json",
     ),
     "Janus": Family(
-        class_path="unimm.models.janus.model:Janus",
+        package="janus",
+        class_name="Janus",
         model_types=("multi_modality", "janus"),
         architectures=("MultiModalityCausalLM", "JanusForConditionalGeneration"),
         absent_key="vision_gen_enc_config",
     ),
     "JanusFlow": Family(
-        class_path="unimm.models.janusflow.model:JanusFlow",
+        package="janusflow",
+        class_name="JanusFlow",
         model_types=("multi_modality",),
         architectures=("MultiModalityCausalLM",),
         required_key="vision_gen_enc_config",
     ),
     "MetaQuery": Family(
-        class_path="unimm.models.metaquery.model:MetaQuery",
+        package="metaquery",
+        class_name="MetaQuery",
         model_types=("metaquery",),
         architectures=("MetaQuery",),
     ),
     "UniWorld": Family(
-        class_path="unimm.models.uniworld.model:UniWorld",
+        package="uniworld",
+        class_name="UniWorld",
         model_types=("univa_qwen2p5vl",),
         architectures=("UnivaQwen2p5VLForConditionalGeneration",),
     ),
@@ -92,12 +109,18 @@ class ReleaseInfo(Release):
 def releases() -> list[ReleaseInfo]:
     """All releases of all families that are known by name; other checkpoints of their layouts load as well."""
     return [
-        ReleaseInfo(
-            name=name, family=row.family, hub=row.hub, licence=row.licence, parameters=row.parameters, verbs=row.verbs
-        )
+        ReleaseInfo(name=name, **vars(release))
         for family in FAMILIES.values()
-        for name, row in family.load_class().RELEASES.items()
+        for name, release in family.releases.items()
     ]
+
+
+def optional_files() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files, and folders, that a folder of some family may hold or not, and that make it another model."""
+    every = [family.files for family in FAMILIES.values()]
+    files = tuple(name for one in every for name in one.optional)
+    folders = tuple(name for one in every for name in one.optional_folders)
+    return files, folders
 
 
 def load(
@@ -106,18 +129,20 @@ def load(
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    components: Components | None = None,
 ) -> UnifiedModel:
-    """Load a bundled name, a folder or a hub id, with the class that its config asks for.
+    """Load a bundled name, a folder or a hub id, with the class that its config names; options as in `from_pretrained`.
 
     Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
     """
     folder = hub.resolve(name, revision=revision, known_names=tuple(row.name for row in releases()))
-    # by its name, which says more than the folder: where a family's other parts lie
-    return family_class(folder).from_pretrained(name, dtype=dtype, device=device, revision=revision)
+    # by its name, which says more than the folder: where the family's other parts are
+    model_class = family_class(folder)
+    return model_class.from_pretrained(name, dtype=dtype, device=device, revision=revision, components=components)
 
 
 def detect_family(folder: Path) -> str | None:
-    """The name of the family that a folder is of, by its config; None where none knows it."""
+    """The name of the family that a folder is of, by its config; None where no family knows it."""
     config = read_json(folder / "config.json")
     return next((name for name, family in FAMILIES.items() if family.matches(folder, config)), None)
 
@@ -129,7 +154,7 @@ def family_class(folder: Path) -> type[UnifiedModel]:
     config = read_json(folder / "config.json")
     found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
     known = ", ".join(
-        f"{name} (model_type {' or '.join(map(repr, family.model_types))})" for name, family in FAMILIES.items()
+        f"{name} (model_type {' or '.join(map(repr, one.model_types))})" for name, one in FAMILIES.items()
     )
     raise ValueError(
         f"cannot tell the family of {folder}: got {found or 'no config that says'}, expected one of {known}"

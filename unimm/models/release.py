@@ -1,21 +1,31 @@
-"""Released checkpoints as data; imports nothing heavy."""
+"""Released checkpoints as data; imports nothing heavy, so that lists of releases do not either."""
 
-from dataclasses import dataclass
-
-from unimm.checkpoint import hub
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A released checkpoint: where it lies, under which licence, how large it is, what it can do."""
+    """A released checkpoint: where it is, under which licence, how large it is, what it can do."""
 
     family: str
     hub: str | None  # None: bundled with the package
     licence: str
     parameters: int
     verbs: tuple[str, ...]
+    commercial: bool = True  # whether the licence allows commercial use, in some form: it may name conditions
 
-    @property
-    def commercial(self) -> bool:
-        """Whether the licence allows commercial use, in some form: it may name conditions."""
-        return self.hub not in hub.NON_COMMERCIAL
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyFiles:
+    """What is special about the files of a family, beside configs, safetensors and the tokenizer's.
+
+    downloads: names of further files that a hub repository may hold. optional: names that a folder may hold or not; a folder
+    with one is another model. optional_folders: likewise. non_commercial: hub ids, of the family or of parts of its models,
+    whose licence forbids commercial use of the weights, and that licence.
+    """
+
+    downloads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    optional_folders: tuple[str, ...] = ()
+    non_commercial: Mapping[str, str] = field(default_factory=dict)

@@ -50,6 +50,7 @@ class VisionLanguageModel(MLLMChat, CausalLM):
     config_class: ClassVar[Any]  # of the family; its `from_folder` reads what is released
     SPECIAL_TOKENS: ClassVar[tuple[str, ...]] = ()  # markers that a tokenizer.json may not call special
     config: Any
+    NON_COMMERCIAL: ClassVar[Mapping[str, str]] = {}  # hub ids whose licence forbids commercial use, and that licence
     decoder: Decoder
     tokenizer: TextTokenizer | None = None
 
@@ -94,7 +95,7 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         Raises ValueError for a config of something else, CheckpointError for weights that do not fit, MemoryError where
         they cannot.
         """
-        folder = hub.resolve(name, revision=revision, known_names=())
+        folder = hub.resolve(name, revision=revision, non_commercial=cls.NON_COMMERCIAL)
         with torch.device("meta"):
             model = cls.from_folder(folder)
         paths = weight_files(folder, HUB_WEIGHT_FILES)

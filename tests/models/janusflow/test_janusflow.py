@@ -394,7 +394,7 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
         with pytest.raises(ValueError, match="cannot get"):
             plain.generate("a circle", size=plain.config.image_size)
     assert asked == [SDXL_VAE] and plain.config.image_size == (96, 96)
-    given = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "vae"))
+    given = JanusFlow.from_pretrained(tmp_path / "a", components={"vae": write_vae(tmp_path / "vae")})
     assert given.vae is None, "not before it is needed"
     given.tokenizer = model.tokenizer
     before = set(given.state_dict())
@@ -403,12 +403,12 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     assert set(given.state_dict()) == before and not any(p.is_inference() for p in given.autoencoder.parameters())
     given.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / "ae.safetensors").exists()
-    wrong = JanusFlow.from_pretrained(tmp_path / "a", vae=write_vae(tmp_path / "wide", z_channels=4))
+    wrong = JanusFlow.from_pretrained(tmp_path / "a", components={"vae": write_vae(tmp_path / "wide", z_channels=4)})
     with pytest.raises(ValueError, match="4 channels .*expected 3"):
         wrong.decode_latents(torch.zeros(1, 3, 12, 12))
     # one that is given goes before the folder's own
     model.save_pretrained(tmp_path / "own")
-    replaced = JanusFlow.from_pretrained(tmp_path / "own", vae=tmp_path / "vae")
+    replaced = JanusFlow.from_pretrained(tmp_path / "own", components={"vae": tmp_path / "vae"})
     assert replaced.vae is None and replaced.config.vae is None
 
 

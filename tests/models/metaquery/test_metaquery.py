@@ -238,7 +238,7 @@ def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures
     state = {name: x for name, x in model.mllm.state_dict().items() if "decoder.embed" not in name}
     reader.load_state_dict(state, strict=False)
     reader.save_pretrained(tmp_path / "reader")
-    ours = MetaQuery.from_pretrained(toys.GOLDEN, mllm=tmp_path / "reader")
+    ours = MetaQuery.from_pretrained(toys.GOLDEN, components={"mllm": tmp_path / "reader"})
     assert ours.understand(pictures[:1], "what?", text_sampling=BRIEF) == reader.understand(
         pictures[:1], "what?", text_sampling=BRIEF
     )

@@ -110,7 +110,7 @@ def test_round_trip(tmp_path, model):
     wide = {name for name, kind in kinds.items() if kind == torch.float32}
     assert wide == {name for name in kinds if name.startswith(("auxiliary.vae.", "task_head."))}
     assert half.generate("draw a cat", images=picture(0), size=(64, 96)).image.size == (96, 64)
-    assert UniWorld.from_pretrained(tmp_path / "whole", t5=False).auxiliary.t5 is None
+    assert UniWorld.from_pretrained(tmp_path / "whole", components={"t5": None}).auxiliary.t5 is None
 
 
 def test_the_head_of_a_pickle(tmp_path, model):
@@ -145,7 +145,7 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
         return homes[name]
 
     monkeypatch.setattr(hub, "_download", download)
-    whole = UniWorld.from_pretrained("owner/uniworld", t5=False)
+    whole = UniWorld.from_pretrained("owner/uniworld", components={"t5": None})
     assert (FLUX_HUB_ID, ("vae", "text_encoder", "tokenizer")) in asked and (SIGLIP_HUB_ID, ()) in asked
     assert whole.auxiliary.siglip and whole.auxiliary.vae and whole.auxiliary.clip and not whole.auxiliary.t5
     asked.clear()
@@ -153,7 +153,7 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     assert not asked and lone.auxiliary.siglip is None and lone.auxiliary.vae is None, (
         "a folder's parts are below it, or asked for"
     )
-    assert UniWorld.from_pretrained(tmp_path / "core", flux=tmp_path / "flux").auxiliary.t5 is not None
+    assert UniWorld.from_pretrained(tmp_path / "core", components={"flux": tmp_path / "flux"}).auxiliary.t5 is not None
 
 
 def test_a_part_may_be_another_model_s(tmp_path, model):

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,7 @@ ImageLists = list[list[Image.Image]]
 class BenchmarkModel(Protocol):
     """The verbs that are judged, over batches."""
 
-    def generate(
-        self, prompt: Sequence[str], *, images: ImageLists | None, think: bool, seed: Sequence[int]
-    ) -> Generation: ...
+    def generate(self, prompt: Sequence[str], *, images: ImageLists | None, seed: Sequence[int]) -> Generation: ...
 
     def understand(self, images: ImageLists, question: Sequence[str]) -> list[str]: ...
 
@@ -116,12 +114,10 @@ def score_batch(model: BenchmarkModel, task: str, indices: Sequence[int], *, see
     if examples[0].answer is not None:
         yield from map(judge, examples, model.understand(shown, prompts))
         return
-    drawn = model.generate(
-        prompts,
-        images=shown if any(shown) else None,
-        think=task.endswith(THINK_SUFFIX),
-        seed=[noise_seed(seed, name, index) for index in indices],
-    )
+    # only families that support it have the parameter
+    options: dict[str, Any] = {"think": True} if task.endswith(THINK_SUFFIX) else {}
+    seeds = [noise_seed(seed, name, index) for index in indices]
+    drawn = model.generate(prompts, images=shown if any(shown) else None, seed=seeds, **options)
     yield from (judge(one, to_scene_array(image)) for one, image in zip(examples, drawn.images, strict=True))
 
 

@@ -19,7 +19,7 @@ from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.bagel import RELEASES
+from unimm.models.bagel import FILES, RELEASES
 from unimm.models.bagel.cfg_contexts import CFGContexts, ContextAppend
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
@@ -46,6 +46,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     """BAGEL with its tokenizer and its verbs: generate, understand, interleave."""
 
     RELEASES = RELEASES
+    FILES = FILES
     KEY_PREFIX = "bagel."
     supports_thinking = True
 

@@ -4,7 +4,7 @@ A prompt is text whose placeholders become pictures; everything is read causally
 and "Image processor".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import Self
@@ -67,14 +67,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
         if stream and not isinstance(question, str) and len(question) > 1:
             raise ValueError(f"got {len(question)} questions to stream: expected one")
         return super().understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
-
-    def interleave(
-        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
-    ) -> Iterator:
-        """Not for this family."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives one text or one kind of picture a call: Bagel interleaves"
-        )
 
     # ---- prompts
 

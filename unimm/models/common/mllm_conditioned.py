@@ -1,7 +1,7 @@
 """What MetaQuery and UniWorld share: a model around a frozen reader speaks with the reader's own voice."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from unimm.generation.text_sampling import TextSampling
@@ -44,9 +44,3 @@ class MLLMConditionedModel(UnifiedModel):
     ) -> Any:
         """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
         return self.chat_mllm.chat(messages, system=system, stream=stream, text_sampling=text_sampling, seed=seed)
-
-    def interleave(
-        self, inputs: Sequence[str | ImageInput], *, outputs: Sequence[str] = ("image",), seed: int = 0
-    ) -> Iterator:
-        """Not for these families."""
-        raise NotImplementedError(f"{type(self).__name__} gives one text or one picture a call: Bagel interleaves")

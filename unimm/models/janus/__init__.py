@@ -1,6 +1,6 @@
 """Janus and Janus-Pro: decoupled vision encoders on one autoregressive transformer."""
 
-from unimm.models.release import Release
+from unimm.models.release import FamilyFiles, Release
 
 VERBS = ("generate", "understand", "chat")
 LICENCE = "DeepSeek Model License"
@@ -16,3 +16,4 @@ RELEASES = {
     "deepseek-ai/Janus-Pro-1B": _release("deepseek-ai/Janus-Pro-1B", 2_089_297_547),
     "deepseek-ai/Janus-Pro-7B": _release("deepseek-ai/Janus-Pro-7B", 7_420_434_059),
 }
+FILES = FamilyFiles(optional=("preprocessor_config.json",))

@@ -23,7 +23,7 @@ from unimm.generation.kv_cache import KVCache
 from unimm.models.base import Generation
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TOKENS, padded_unconditional
-from unimm.models.janus import RELEASES
+from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig
 from unimm.models.janus.network import JanusNetwork
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
@@ -38,12 +38,14 @@ class Janus(JanusNetwork, DeepseekChatModel):
     """A decoder, a tower to look with, a VQ tokenizer to draw with, and an aligner for each."""
 
     RELEASES = RELEASES
+    FILES = FILES
+    LAYOUTS = get_args(CheckpointLayout)
+    supports_steps = False
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}", "vq.quantize.codebook_used")
 
     def __init__(self, config: JanusConfig):
         super().__init__(config)
         self.tokenizer = None
-        self.checkpoint_layout: CheckpointLayout = "original"
         self.image_processor, self.chat_config = config.image_processor, config.chat
 
     @classmethod
@@ -71,21 +73,6 @@ class Janus(JanusNetwork, DeepseekChatModel):
             files = transformers_from_original(files, special_tokens=known, image_token_id=image)
         for name, contents in files.items():
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
-
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: str | torch.dtype | None = None, layout: CheckpointLayout | None = None
-    ) -> None:
-        """Write config, weights and tokenizer in the "original" layout or in "transformers"'; unless given, as it came.
-
-        dtype: what the weights are cast to; unless given, they are written as they are.
-        """
-        if layout not in (None, *get_args(CheckpointLayout)):
-            raise ValueError(f"got layout {layout!r}: expected one of {', '.join(get_args(CheckpointLayout))}")
-        before, self.checkpoint_layout = self.checkpoint_layout, layout or self.checkpoint_layout
-        try:
-            super().save_pretrained(folder, dtype=dtype)
-        finally:
-            self.checkpoint_layout = before
 
     # ---- drawing
 

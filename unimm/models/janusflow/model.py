@@ -20,10 +20,10 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.flow import euler, flow_timesteps
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer, check_max_positions
-from unimm.models.base import Generation
+from unimm.models.base import ComponentModel, Components, Generation
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
-from unimm.models.janusflow import RELEASES
+from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import EXPERT, SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.network import JanusFlowNetwork, bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
@@ -36,10 +36,12 @@ from unimm.tokenizers.kl_layouts import load_autoencoder_kl
 from unimm.tokenizers.text import load_tokenizer
 
 
-class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
+class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
 
     RELEASES = RELEASES
+    FILES = FILES
+    COMPONENTS = ("vae",)
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}",)
 
     def __init__(self, config: JanusFlowConfig):
@@ -57,25 +59,16 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
         model.tokenizer = load_tokenizer(folder, special_tokens=SPECIAL_TOKENS)
         return model
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str | torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        vae: str | Path | None = None,
-    ) -> "JanusFlow":
-        """As every family's; vae: the folder or hub id of the autoencoder, in either layout of `vae_layouts`.
+    def load_components(
+        self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """components: "vae", the folder or hub id of the autoencoder, in either layout of `kl_layouts`; it stays in float32.
 
         Unless given: the folder's own ae.safetensors with vae_config.json, or else stabilityai/sdxl-vae, which is fetched
-        when it is first needed. It stays in float32.
+        when it is first needed.
         """
-        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
-        if vae is not None:
-            model.config, model.vae, model.vae_source = replace(model.config, vae=None), None, vae
-        return model
+        if vae := components.get("vae"):
+            self.config, self.vae, self.vae_source = replace(self.config, vae=None), None, vae
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file of weights; an autoencoder from elsewhere is not written."""
@@ -98,7 +91,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel):
             if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
-                    f"{self.config.gen_encoder.in_channels}, as the model draws; give from_pretrained another `vae`"
+                    f"{self.config.gen_encoder.in_channels}, as the model draws; give from_pretrained another component 'vae'"
                 )
             self._external_vae = (vae,)
         return self._external_vae[0].to(self.device)

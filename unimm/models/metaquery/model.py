@@ -31,9 +31,9 @@ from unimm.denoisers.sana import SanaCondition
 from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.prefill import plan_prefill
-from unimm.models.base import Generation
+from unimm.models.base import ComponentModel, Components, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
-from unimm.models.metaquery import RELEASES
+from unimm.models.metaquery import FILES, RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
@@ -63,10 +63,12 @@ class MetaQueryLatentDenoiser:
     solver: DPMSolverPP
 
 
-class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
+class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     """The network with its verbs."""
 
     RELEASES = RELEASES
+    FILES = FILES
+    COMPONENTS = ("mllm",)
 
     def __init__(self, config: MetaQueryConfig):
         super().__init__(config)
@@ -105,26 +107,17 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel):
         if shapes and head_key not in shapes and not self.config.mllm.decoder.tie_word_embeddings:
             self.mllm.decoder.head = NoLanguageHead()  # type: ignore[assignment]
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str | torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        mllm: str | Path | None = None,
-    ) -> Self:
-        """As every family's; reader: the folder or hub id of the reader's own release, which then answers in `understand`.
+    def load_components(
+        self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """components: "mllm", the folder or hub id of the MLLM's own release, which then answers in `understand`.
 
-        The original's training shrinks the old rows of the reader's table, which decay though they have no gradient, and
-        its files hold no language head. Unless given, the reader's release is fetched when a lost head is needed.
+        The released training shrinks the old rows of the MLLM's table, which decay though they have no gradient, and its
+        files hold no language head. Unless given, the MLLM's release is fetched when a missing head is needed.
         """
-        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
-        if mllm is not None:
-            model.mllm_source = mllm
-            model._chat_mllm = (model._load_chat_mllm(),)
-        return model
+        if mllm := components.get("mllm"):
+            self.mllm_source = mllm
+            self._chat_mllm = (self._load_chat_mllm(),)
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of the one file of weights."""

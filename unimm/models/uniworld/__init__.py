@@ -1,11 +1,22 @@
 """UniWorld-V1: a frozen MLLM's hidden states and SigLIP2's features condition FLUX."""
 
-from unimm.models.release import Release
+from unimm.models.release import FamilyFiles, Release
 
 VERBS = ("generate", "understand", "chat", "respond")
 HUB = "LanguageBind/UniWorld-V1"
 LICENCE = "MIT; its painter is FLUX.1-dev's: FLUX.1 [dev] non-commercial"
 RELEASES = {
     "uniworld-nano": Release(family="UniWorld", hub=None, licence="Apache-2.0", parameters=3_922_461, verbs=VERBS),
-    HUB: Release(family="UniWorld", hub=HUB, licence=LICENCE, parameters=20_365_253_696, verbs=VERBS),
+    HUB: Release(family="UniWorld", hub=HUB, licence=LICENCE, parameters=20_365_253_696, verbs=VERBS, commercial=False),
 }
+FLUX_LICENCE = "FLUX.1 [dev] Non-Commercial License"
+FILES = FamilyFiles(
+    downloads=("task_head_final.pt",),
+    optional=("task_head_final.pt", "task_head_final.safetensors", "preprocessor_config.json"),
+    optional_folders=("siglip", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    # as the pages of the repositories stated it in 2025
+    non_commercial={
+        "black-forest-labs/FLUX.1-dev": FLUX_LICENCE,
+        HUB: f"{FLUX_LICENCE}, which its denoiser was trained from",
+    },
+)

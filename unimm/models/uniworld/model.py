@@ -20,16 +20,16 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap, renames
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, parse_dtype
+from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.base import Generation
+from unimm.models.base import ComponentModel, Components, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
-from unimm.models.uniworld import RELEASES
+from unimm.models.uniworld import FILES, RELEASES
 from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID
 from unimm.models.uniworld.config import FLUX_FOLDERS, SIGLIP_FOLDER, TASK_HEAD_FILES, UniWorldConfig
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
@@ -69,10 +69,12 @@ class MLLMOutput:
     last_id: int  # the last row's id
 
 
-class UniWorld(UniWorldNetwork, MLLMConditionedModel):
+class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     """The network with its verbs."""
 
     RELEASES = RELEASES
+    FILES = FILES
+    COMPONENTS = ("siglip", "flux", "t5")
     KEEP_FLOAT32 = ("auxiliary.vae.", "task_head.")
 
     def __init__(self, config: UniWorldConfig):
@@ -88,41 +90,32 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel):
         model.mllm.tokenizer = load_tokenizer(folder)
         return model
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str | torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        siglip: str | Path | None = None,
-        flux: str | Path | None = None,
-        t5: bool = True,
-    ) -> Self:
-        """As every family's; siglip, flux: folders or hub ids of SigLIP2, and of FLUX.1-dev for VAE, CLIP and T5.
+    def load_components(
+        self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """components: "siglip" and "flux", folders or hub ids of SigLIP2, and of FLUX.1-dev for VAE, CLIP and T5; "t5": None
+        leaves T5 out, which is more than half as large as the MLLM.
 
         Unless given, these parts lie below the checkpoint's folder, or are absent; those of a hub id come from the
-        repositories that the original names (FLUX.1-dev's non-commercial licence has to be accepted first). t5: whether
-        T5, more than half as large as the reader, is loaded where it is.
+        repositories that the original names (FLUX.1-dev's non-commercial licence has to be accepted first).
         """
-        model = super().from_pretrained(name, dtype=dtype, device=device, revision=revision)
-        folder = hub.resolve(name, revision=revision)
+        siglip, flux = components.get("siglip"), components.get("flux")
         if not Path(name).expanduser().is_dir() and str(name) not in hub.bundled_names():  # a hub id
             siglip, flux = siglip or SIGLIP_HUB_ID, flux or FLUX_HUB_ID
-        wanted = tuple(part for part in FLUX_FOLDERS if t5 or not part.endswith("_2"))
-        around = folder if flux is None else hub.resolve(flux, subfolders=wanted)
+        with_t5 = components.get("t5", True) is not None
+        wanted = tuple(part for part in FLUX_FOLDERS if with_t5 or not part.endswith("_2"))
+        licences = self.FILES.non_commercial
+        around = folder if flux is None else hub.resolve(flux, subfolders=wanted, non_commercial=licences)
         homes = {part: around / part for part in wanted}
         homes[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
         homes |= {
             part: hub.resolve(at)
-            for part, at in model.config.part_sources.items()
+            for part, at in self.config.part_sources.items()
             if part in homes and not homes[part].is_dir()
         }
         homes = {part: at for part, at in homes.items() if at.is_dir()}
-        model.auxiliary.load(homes, dtype=parse_dtype(dtype), device=device)
-        model.auxiliary.check_widths(model.config)
-        return model.eval()
+        self.auxiliary.load(homes, dtype=dtype, device=device)
+        self.auxiliary.check_widths(self.config)
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key table of each file of weights that there is a part for."""

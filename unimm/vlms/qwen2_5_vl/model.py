@@ -27,6 +27,7 @@ class QwenVL(VisionLanguageModel):
     """A decoder and a tower to look with."""
 
     config_class = QwenVLConfig
+    NON_COMMERCIAL = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"}  # as its page stated it in 2025
 
     def __init__(self, config: QwenVLConfig):
         super().__init__()
