@@ -54,8 +54,8 @@ def module(path: Path) -> str:
 
 # ---- families
 
-# the folder of each family, by where its class is: unimm.models.janus.model
-FOLDERS = {family.class_path.split(":")[0].split(".")[2] for family in FAMILIES.values()}
+# the folder of each family
+FOLDERS = {family.package for family in FAMILIES.values()}
 
 
 def family(name: str) -> str | None:
