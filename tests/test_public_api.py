@@ -11,11 +11,25 @@ import unimm
 
 PINNED = Path(__file__).with_name("public_api.txt")
 # every verb of every family; a family has those that it has
-VERBS = ("from_pretrained", "save_pretrained", "generate", "understand", "chat", "interleave", "respond", "prepared")
+VERBS = (
+    "from_pretrained",
+    "save_pretrained",
+    "generate",
+    "understand",
+    "chat",
+    "interleave",
+    "respond",
+    "optimize_for_cpu",
+)
 # what all `generate`s share, in this order
 SHARED = ("prompt", "images", "n", "size", "seed", "steps", "guidance", "think", "progress")
-# shared parameters that a family does not have yet; this must shrink
-LACKS = {"Bagel": {"n"}}
+# shared parameters that a family does not have, as its class attributes say
+LACKS = {
+    "Janus": {"steps", "think"},
+    "JanusFlow": {"think"},
+    "MetaQuery": {"think"},
+    "UniWorld": {"think"},
+}
 
 FAMILIES = [
     name for name in unimm.__all__ if inspect.isclass(thing := getattr(unimm, name)) and hasattr(thing, "RELEASES")
@@ -80,6 +94,8 @@ def test_every_generate_shares_its_parameters(name):
     ours = {one.name: one for one in parameters(getattr(unimm, name).generate)}
     shared = [one for one in ours if one in SHARED]
     assert set(SHARED) - set(shared) == LACKS.get(name, set()), "LACKS says what a family does not have"
+    family = getattr(unimm, name)
+    assert family.supports_thinking == ("think" in ours) and family.supports_steps == ("steps" in ours)
     assert shared == [one for one in SHARED if one in shared]
     for other in FAMILIES:
         theirs = {one.name: one for one in parameters(getattr(unimm, other).generate)}
@@ -89,8 +105,14 @@ def test_every_generate_shares_its_parameters(name):
 
 @pytest.mark.parametrize("verb", ["understand", "chat"])
 def test_verbs_that_answer_are_the_same_in_every_family(verb):
+    """But for `think`, which only families that support it have."""
     having = [family for family in (getattr(unimm, name) for name in FAMILIES) if hasattr(family, verb)]
-    assert len({signature(getattr(family, verb)) for family in having}) == 1
+    found = {family: parameters(getattr(family, verb)) for family in having}
+    assert len({tuple(map(str, (one for one in ours if one.name != "think"))) for ours in found.values()}) == 1
+    if verb == "understand":
+        assert all(
+            family.supports_thinking == ("think" in {one.name for one in ours}) for family, ours in found.items()
+        )
 
 
 def test_every_release_names_verbs_that_are_there():

@@ -72,21 +72,17 @@ def test_streams(model):
         model.chat([[user(q)] for q in "abc"], stream=True)
 
 
-def test_what_other_families_have(model):
-    for verb in (
-        lambda: model.generate("a", think=True),
-        lambda: model.understand(None, "a", think=True),
-        lambda: model.generate("a", steps=3),
-        lambda: model.interleave(["a"]),
-    ):
-        with pytest.raises(NotImplementedError, match="Bagel"):
-            verb()
+def test_what_the_family_lacks(model):
+    assert not model.supports_thinking and not model.supports_steps and not hasattr(model, "interleave")
+    with pytest.raises(NotImplementedError, match="Janus has no think and no steps"):
+        model.supported_options(think=True, steps=3)
+    assert model.supported_options() == {}
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 23), (0, 0), (-24, 24)])
 def test_sizes_that_cannot_be_drawn(model, size):
     with pytest.raises(
-        ValueError, match=r"cannot draw .*: this model was trained for \(24, 24\) alone; leave size out"
+        ValueError, match=r"cannot generate .*: this model was trained for \(24, 24\) alone; leave size out"
     ):
         model.generate("a", size=size)
 

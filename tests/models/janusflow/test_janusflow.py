@@ -322,7 +322,6 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"think": True}, NotImplementedError, "JanusFlow does not think"),
         ({"size": (32, 24)}, ValueError, r"\(32, 24\): this model was trained for \(24, 24\) alone"),
         ({"steps": 0}, ValueError, "got steps 0"),
         ({"n": 0}, ValueError, "got n 0"),
@@ -341,8 +340,9 @@ def test_bad_input(model, options, error, words):
 
 def test_what_it_does_not_do(model):
     assert model.generate("a circle", size=SIZE).image.size == (24, 24)
-    with pytest.raises(NotImplementedError, match="Bagel interleaves"):
-        model.interleave(["a"])
+    assert not model.supports_thinking and not hasattr(model, "interleave")
+    with pytest.raises(NotImplementedError, match="JanusFlow has no think"):
+        model.supported_options(think=True)
 
 
 # ---- files

@@ -348,12 +348,11 @@ def test_bad_input(model, prompt, options, match):
         model.generate(prompt, **options)
 
 
-def test_what_others_have(model):
-    for call in (lambda: model.generate("a", think=True), lambda: model.understand(None, "a", think=True)):
-        with pytest.raises(NotImplementedError, match="Bagel does"):
-            call()
-    with pytest.raises(NotImplementedError, match="Bagel interleaves"):
-        model.interleave(["a"])
+def test_what_the_family_lacks(model):
+    assert not model.supports_thinking and not hasattr(model, "interleave")
+    with pytest.raises(NotImplementedError, match="MetaQuery has no think"):
+        model.supported_options(think=True)
+    assert model.supported_options(steps=3) == {"steps": 3}
 
 
 def test_no_tokenizer(folder):

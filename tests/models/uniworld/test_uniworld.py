@@ -140,8 +140,8 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
         FLUX_HUB_ID: tmp_path / "flux",
     }
 
-    def download(name, revision, weights, parts):
-        asked.append((name, parts))
+    def download(name, revision, patterns, *, weights, subfolders):
+        asked.append((name, subfolders))
         return homes[name]
 
     monkeypatch.setattr(hub, "_download", download)
@@ -444,10 +444,6 @@ def test_wrong_calls(model, call, words):
 
 
 def test_what_the_family_lacks(model):
-    for call in (
-        lambda: model.generate("a", think=True),
-        lambda: model.understand(None, "a", think=True),
-        lambda: model.interleave(["a"]),
-    ):
-        with pytest.raises(NotImplementedError, match="Bagel"):
-            call()
+    assert not model.supports_thinking and not hasattr(model, "interleave")
+    with pytest.raises(NotImplementedError, match="UniWorld has no think"):
+        model.supported_options(think=True)

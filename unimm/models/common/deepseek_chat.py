@@ -52,7 +52,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
         images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
-        think: bool = False,
         stream: bool = False,
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
@@ -62,8 +61,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
         images: for one question a picture, several, or None; for a batch one of these each. They stand before the
         question, or where it says <image_placeholder>. Raises ValueError for bad input.
         """
-        if think:
-            raise NotImplementedError(f"{type(self).__name__} was not trained to think first: Bagel was")
         if stream and not isinstance(question, str) and len(question) > 1:
             raise ValueError(f"got {len(question)} questions to stream: expected one")
         return super().understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)

@@ -23,14 +23,11 @@ class MLLMConditionedModel(UnifiedModel):
         images: ImageInput | Sequence | None,
         question: str | Sequence[str],
         *,
-        think: bool = False,
         stream: bool = False,
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
-        if think:
-            raise NotImplementedError(f"{type(self).__name__} does not think before it answers: Bagel does")
         return self.chat_mllm.understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
 
     def chat(

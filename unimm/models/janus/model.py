@@ -130,11 +130,9 @@ class Janus(JanusNetwork, DeepseekChatModel):
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
-        steps: int | None = None,
-        n: int = 1,
         guidance: float | Sequence[float] | None = None,
         image_sampling: ImageTokenSampling | None = None,
         progress: bool = False,
@@ -145,9 +143,13 @@ class Janus(JanusNetwork, DeepseekChatModel):
         for that, so a released model follows them loosely at best. size: (height, width), the trained one or None.
         seed: one, or one a prompt; from one number, that number and the ones after it, picture by picture. guidance:
         1 is none; one, or one a prompt. A picture does not depend on what else is in the batch. Raises ValueError for
-        bad input, NotImplementedError for `think` and `steps`, which other families have.
+        bad input.
         """
-        self._check_options(think=think, steps=steps, size=size)
+        if size is not None and parse_size(size) != self.config.image_size:
+            raise ValueError(
+                f"cannot generate (height, width) {tuple(size)}: this model was trained for {self.config.image_size} "
+                "alone; leave size out"
+            )
         prompts, pictures = parse_requests(prompt, images)
         scales = broadcast(self.config.guidance if guidance is None else guidance, len(prompts), "guidances")
         if n < 1 or not all(w >= 0 for w in scales):
@@ -163,15 +165,3 @@ class Janus(JanusNetwork, DeepseekChatModel):
             progress=progress,
         )
         return Generation([tensor_to_pil(self.decode_image_tokens(one[None])[0]) for one in codes])
-
-    def _check_options(self, *, think: bool, steps: int | None, size: tuple[int, int] | None) -> None:
-        if think:
-            raise NotImplementedError("Janus does not think before it draws: Bagel does")
-        if steps is not None:
-            raise NotImplementedError(
-                "Janus draws a code a step, as many as the picture has: Bagel and JanusFlow have steps"
-            )
-        if size is not None and parse_size(size) != self.config.image_size:
-            raise ValueError(
-                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.config.image_size} alone; leave size out"
-            )

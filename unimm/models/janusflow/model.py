@@ -157,11 +157,10 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         prompt: str | Sequence[str],
         *,
         images: ImageInput | Sequence | None = None,
-        think: bool = False,
+        n: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
-        n: int = 1,
         guidance: float | Sequence[float] | None = None,
         bf16_time: bool = False,
         progress: bool = False,
@@ -172,10 +171,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         trained for that. size: (height, width), the trained one or None. seed: one, or one a prompt; from one number,
         that number and the ones after it, picture by picture. steps: of the sampler. guidance: 1 is none; one, or one a
         prompt. bf16_time: see `denoise`. A picture does not depend on what else is in the batch. Raises ValueError for
-        bad input, NotImplementedError for `think`, which other families have.
+        bad input.
         """
-        if think:
-            raise NotImplementedError("JanusFlow does not think before it draws: Bagel does")
         if size is not None and parse_size(size) != self.config.image_size:
             raise ValueError(
                 f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.config.image_size} alone"

@@ -212,7 +212,6 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         guidance: float | Sequence[float] | None = None,
         image_guidance: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] = "",
-        think: bool = False,
         progress: bool = False,
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts, or from the input images given with it.
@@ -221,10 +220,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt; from
         one number, that number and the ones after it, image by image. steps: of the solver. guidance, image_guidance: 1 is
         none; one, or one a prompt. negative_prompt: what guidance leads away from. An image does not depend on what else
-        is in the batch. Raises ValueError for bad input, NotImplementedError for `think`.
+        is in the batch. Raises ValueError for bad input.
         """
-        if think:
-            raise NotImplementedError("MetaQuery does not think before it draws: Bagel does")
         config = self.config
         prompts, image_lists = parse_requests(prompt, images, allow_empty=True)
         input_images = [[load_image(image) for image in some] for some in image_lists]

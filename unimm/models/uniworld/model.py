@@ -351,7 +351,6 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         clip: bool | None = None,
         reference_latents: ReferenceLatents | None = None,
         image_embeds_shortcut: float = 0.0,
-        think: bool = False,
         progress: bool = False,
     ) -> Generation:
         """Draw `n` pictures for each prompt, in the order of the prompts, or edit the images given with it.
@@ -363,11 +362,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         t5, clip: whether they are told the prompt, too; unless given,
         where they are. references: whether the painter sees the images' latents, too: as "tokens" beside the picture, or
         among what it is told, the "condition". residual: how much of what is read of the images is what the reader's tower
-        gave. A picture does not depend on what else is in the batch. Raises ValueError for bad input, NotImplementedError
-        for `think`.
+        gave. A picture does not depend on what else is in the batch. Raises ValueError for bad input.
         """
-        if think:
-            raise NotImplementedError("UniWorld does not think before it draws: Bagel does")
         prompts, image_lists = parse_requests(prompt, images)
         input_images = [[load_image(image) for image in some] for some in image_lists]
         if not 0 <= image_embeds_shortcut <= 1:
