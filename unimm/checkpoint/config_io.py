@@ -7,7 +7,17 @@ from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from typing_extensions import Self
 
@@ -35,7 +45,8 @@ class JsonLayout:
 
     name: of the file in error messages. source: where a right one comes from, for the same messages.
     keys: field -> its key, or several, of which the first that the file has is read and the first is written; a field that
-    is not listed is given by the caller, or has the dataclass's default. None: every field has a key of its own name, and
+    is not listed is given by the caller, or has the dataclass's default. A field that may be None is None where the file
+    leaves it out. keys=None: every field has a key of its own name, and
     the file may hold no other.
     defaults: key -> the value that a file without it means.
     fixed: key -> the only supported value; a file without it means that one. A list of it in the file is as good.
@@ -58,6 +69,16 @@ class JsonLayout:
     required: tuple[str, ...] = ()
     section: str | None = None
     omit_defaults: bool = False
+
+
+@runtime_checkable
+class JsonReadable(Protocol):
+    """A config that reads and writes its own part of a file."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 class JsonConfig:
@@ -96,8 +117,11 @@ def read_config(
         value = _value(data, keys.get(name, ()), layout)
         if value is not None:
             found[name] = _decode(value, hints[name])
-        elif name in keys and definition.default is MISSING and definition.default_factory is MISSING:
-            missing.append(keys[name][0])
+        elif definition.default is MISSING and definition.default_factory is MISSING:
+            if NoneType in get_args(hints[name]):
+                found[name] = None
+            elif name in keys:
+                missing.append(keys[name][0])
     _check_missing(missing, layout)
     config = cls(**found)
     _check_derived(config, data, layout)
@@ -184,14 +208,14 @@ def _decode(value: Any, hint: Any) -> Any:
         return tuple(_decode(*pair) for pair in zip(value, types, strict=True))
     if not isinstance(hint, type) or not isinstance(value, Mapping):
         return value
-    if issubclass(hint, JsonConfig):
+    if issubclass(hint, JsonReadable):
         return hint.from_json(value)
     return read_config(hint, value, JsonLayout(name=hint.__name__)) if is_dataclass(hint) else value
 
 
 def _encode(value: Any) -> Any:
     """What `_decode` reads."""
-    if isinstance(value, JsonConfig):
+    if isinstance(value, JsonReadable):
         return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
         return write_config(value, JsonLayout())

@@ -4,19 +4,20 @@ Axes: P images, N rows of all images, L rows of one image, C channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.kernels.cfg_combine import RENORM_TYPES, cfg_combine
 
 Branch = tuple[int, str]  # (image of the batch, its context): "full", "no_text" or "no_image"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
+class Guidance(JsonConfig):
     """Classifier-free guidance against two more contexts: without the last text, and without the images.
 
     text_scale, image_scale: 1 is none. The image's acts only where text_scale > 1, as in the original.
@@ -31,6 +32,17 @@ class Guidance:
     renorm: Literal["global", "channel", "text_channel"] = "global"
     renorm_min: float = 0.0
 
+    # of a bundled model's config.json
+    JSON: ClassVar = JsonLayout(
+        keys={
+            "text_scale": "text",
+            "image_scale": "image",
+            "interval": "interval",
+            "renorm": "renorm",
+            "renorm_min": "renorm_min",
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.renorm not in RENORM_TYPES:
             raise ValueError(f"unknown renorm {self.renorm!r}: expected {', '.join(RENORM_TYPES)}")
@@ -41,17 +53,6 @@ class Guidance:
             )
         if not 0 <= self.renorm_min <= 1:
             raise ValueError(f"got renorm_min {self.renorm_min}: expected 0 to 1")
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> "Guidance":
-        """Read the mapping of a bundled model's config.json."""
-        fields = {FILE_NAMES.get(name, name): value for name, value in files.items()}
-        return cls(**fields | {"interval": tuple(fields["interval"])})
-
-    def to_json(self) -> dict[str, Any]:
-        """The mapping that `from_json` reads."""
-        names = {ours: theirs for theirs, ours in FILE_NAMES.items()}
-        return {names.get(name, name): value for name, value in asdict(self).items()}
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         """The contexts needed at a timestep."""
@@ -74,9 +75,6 @@ class Guidance:
             renorm=self.renorm,
             renorm_min=self.renorm_min,
         )
-
-
-FILE_NAMES = {"text": "text_scale", "image": "image_scale"}  # released as the first, ours are the second
 
 
 def resolve_guidance(given: Any, default: Guidance) -> Guidance:

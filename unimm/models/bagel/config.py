@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.checkpoint.load import read_shapes, weight_files
 from unimm.encoders.siglip import SiglipConfig, navit_config_from_json, navit_config_to_json
 from unimm.models.bagel.processor import BagelDefaults, BagelImageProcessor, BagelSpecialTokens
@@ -61,50 +61,64 @@ class BagelConfig:
     def from_json(
         cls, llm: Mapping, vit: Mapping, top: Mapping, grids: Mapping[str, int] | None = None
     ) -> "BagelConfig":
-        """From the released files' contents. Missing values are those that the released code writes into itself.
+        """From the contents of llm_config.json, vit_config.json and config.json.
 
-        sides: of the tables of positions, by their names in the weights, where these are known better.
+        Missing values are those that the released code writes into itself. grids: sides of the tables of positions, by
+        their names in the weights, which know them better.
         """
-        grids, special = grids or {}, top.get("new_token_ids")
-        latent_patch_size, vit_patch_size = top.get("latent_patch_size", 2), vit.get("patch_size", 14)
         vae = AutoencoderKLConfig.from_json(top.get("vae_config", {}))
-        vision = navit_config_from_json(vit) if top.get("visual_und", True) else None
-        return cls(
-            decoder=decoder_config_from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
-            vision=vision,
-            visual_gen=top.get("visual_gen", True),
-            vae=vae,
-            connector_act=top.get("connector_act", "gelu_pytorch_tanh"),
-            latent_patch_size=latent_patch_size,
-            latent_grid=grids.get("latent_pos_embed.pos_embed", top.get("max_latent_size", 64)),
-            vit_grid=grids.get("vit_pos_embed.pos_embed", top.get("vit_max_num_patch_per_side", 70)),
-            interpolate_pos_embed=top.get("interpolate_pos", False),
-            train_timestep_shift=top.get("timestep_shift", 1.0),
-            vae_transform=BagelImageProcessor.from_json(
-                top.get("vae_transform", {}), max_size=1024, min_size=512, stride=latent_patch_size * vae.stride
+        latent_stride = top.get("latent_patch_size", 2) * vae.stride
+        given: dict[str, Any] = {
+            "decoder": decoder_config_from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
+            "vision": navit_config_from_json(vit) if top.get("visual_und", True) else None,
+            "vae": vae,
+            "vae_transform": BagelImageProcessor.from_json(
+                top.get("vae_transform", {}), max_size=1024, min_size=512, stride=latent_stride
             ),
-            vit_transform=BagelImageProcessor.from_json(
-                top.get("vit_transform", {}), max_size=980, min_size=224, stride=vit_patch_size
+            "vit_transform": BagelImageProcessor.from_json(
+                top.get("vit_transform", {}), max_size=980, min_size=224, stride=vit.get("patch_size", 14)
             ),
-            special_tokens=BagelSpecialTokens.from_json(special) if special else None,
-            defaults=BagelDefaults.from_json(top.get("generation", {})),
-        )
+        }
+        tables = {"latent_grid": "latent_pos_embed.pos_embed", "vit_grid": "vit_pos_embed.pos_embed"}
+        given |= {name: (grids or {})[table] for name, table in tables.items() if table in (grids or {})}
+        return read_config(cls, top, LAYOUT, given=given)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of llm_config.json, vit_config.json and config.json."""
         llm = decoder_config_to_json(self.decoder) | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
         vit = navit_config_to_json(self.vision) if self.vision else {}
-        top: dict[str, Any] = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
-        top |= {"llm_config": llm, "vit_config": vit, "vae_config": self.vae.to_json()}
-        top |= {"visual_gen": self.visual_gen, "visual_und": self.vision is not None}
-        top |= {"latent_patch_size": self.latent_patch_size, "max_latent_size": self.latent_grid}
-        top |= {"vit_max_num_patch_per_side": self.vit_grid, "interpolate_pos": self.interpolate_pos_embed}
-        top |= {"connector_act": self.connector_act, "timestep_shift": self.train_timestep_shift}
-        top |= {"vae_transform": self.vae_transform.to_json(), "vit_transform": self.vit_transform.to_json()}
-        top |= {"generation": self.defaults.to_json()}
-        if self.special_tokens:
-            top["new_token_ids"] = self.special_tokens.to_json()
+        top = write_config(self, LAYOUT) | {"llm_config": llm, "vit_config": vit, "visual_und": self.vision is not None}
+        if self.special_tokens is None:
+            del top["new_token_ids"]
         return {"llm_config.json": llm, "vit_config.json": vit, "config.json": top}
 
 
+LAYOUT = JsonLayout(
+    name="config.json",
+    keys={
+        "visual_gen": "visual_gen",
+        "vae": "vae_config",
+        "connector_act": "connector_act",
+        "latent_patch_size": "latent_patch_size",
+        "latent_grid": "max_latent_size",
+        "vit_grid": "vit_max_num_patch_per_side",
+        "interpolate_pos_embed": "interpolate_pos",
+        "train_timestep_shift": "timestep_shift",
+        "vae_transform": "vae_transform",
+        "vit_transform": "vit_transform",
+        "special_tokens": "new_token_ids",
+        "defaults": "generation",
+    },
+    defaults={
+        "visual_gen": True,
+        "connector_act": "gelu_pytorch_tanh",
+        "latent_patch_size": 2,
+        "max_latent_size": 64,
+        "vit_max_num_patch_per_side": 70,
+        "interpolate_pos": False,
+        "timestep_shift": 1.0,
+        "generation": {},
+    },
+    constants={"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"},
+)
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "model.safetensors.index.json")

@@ -1,12 +1,13 @@
 """What a text or an image is in BAGEL's sequences: tokens, special tokens, image processor, defaults."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 from unimm.generation.guidance import Guidance
 from unimm.nn.patches import grid_position_ids, patchify
 from unimm.sequence.parts import IGNORE_INDEX, Part, image_part, text_part
@@ -22,22 +23,24 @@ class BagelImageProcessor:
     stride: int
     max_pixels: int = 14 * 14 * 9 * 1024
 
-    FILES: ClassVar = {
-        "max_size": "max_image_size",
-        "min_size": "min_image_size",
-        "stride": "image_stride",
-        "max_pixels": "max_pixels",
-    }
+    JSON: ClassVar = JsonLayout(
+        keys={
+            "max_size": "max_image_size",
+            "min_size": "min_image_size",
+            "stride": "image_stride",
+            "max_pixels": "max_pixels",
+        },
+    )
 
     @classmethod
-    def from_json(cls, files: Mapping[str, int], *, max_size: int, min_size: int, stride: int) -> "BagelImageProcessor":
+    def from_json(cls, data: Mapping[str, Any], *, max_size: int, min_size: int, stride: int) -> "BagelImageProcessor":
         """Read a vae_transform or vit_transform; the numbers given for what is missing."""
-        known = {ours: files[theirs] for ours, theirs in cls.FILES.items() if theirs in files}
-        return cls(**{"max_size": max_size, "min_size": min_size, "stride": stride, **known})
+        defaults = {"max_image_size": max_size, "min_image_size": min_size, "image_stride": stride}
+        return read_config(cls, data, replace(cls.JSON, defaults=defaults))
 
     def to_json(self) -> dict[str, int]:
         """The mapping that `from_json` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
+        return write_config(self, self.JSON)
 
     def output_size(self, width: int, height: int, *, n_images: int = 1) -> tuple[int, int]:
         """(width, height) after the resize, for one of `images` pictures that share max_pixels.
@@ -69,7 +72,7 @@ THINK_TEMPLATE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagelDefaults:
+class BagelDefaults(JsonConfig):
     """What the verbs do unless told otherwise: the released app's numbers. A nano brings its own."""
 
     steps: int = 49  # the app's 50 "timesteps" are knots
@@ -83,36 +86,23 @@ class BagelDefaults:
         "reasoning", "then provide the user with the answer.", "answer"
     )
 
-    FILES: ClassVar = {
-        "steps": "steps",
-        "timestep_shift": "shift",
-        "generate_guidance": "draw",
-        "edit_guidance": "edit",
-        "size": "size",
-        "max_think_tokens": "think_tokens",
-        "think_generate_prompt": "think_draw",
-        "think_understand_prompt": "think_answer",
-    }
-
-    @classmethod
-    def from_json(cls, files: Mapping) -> "BagelDefaults":
-        """From the mapping that a nano's config.json carries under "generation"; the released numbers for what is missing."""
-        known: dict[str, Any] = {ours: files[theirs] for ours, theirs in cls.FILES.items() if theirs in files}
-        for name in ("generate_guidance", "edit_guidance"):
-            if name in known:
-                known[name] = Guidance.from_json(known[name])
-        if "size" in known:
-            known["size"] = tuple(known["size"])
-        return cls(**known)
-
-    def to_json(self) -> dict[str, Any]:
-        """The mapping that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
-        return files | {"draw": self.generate_guidance.to_json(), "edit": self.edit_guidance.to_json()}
+    # of "generation" in a bundled model's config.json
+    JSON: ClassVar = JsonLayout(
+        keys={
+            "steps": "steps",
+            "timestep_shift": "shift",
+            "generate_guidance": "draw",
+            "edit_guidance": "edit",
+            "size": "size",
+            "max_think_tokens": "think_tokens",
+            "think_generate_prompt": "think_draw",
+            "think_understand_prompt": "think_answer",
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagelSpecialTokens:
+class BagelSpecialTokens(JsonConfig):
     """Ids around every text (bos, eos) and every image (boi, eoi)."""
 
     bos: int
@@ -121,7 +111,11 @@ class BagelSpecialTokens:
     eoi: int
 
     TOKENS: ClassVar = {"bos": "<|im_start|>", "eos": "<|im_end|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
-    FILES: ClassVar = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
+    # of new_token_ids in config.json
+    JSON: ClassVar = JsonLayout(
+        name="new_token_ids",
+        keys={"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"},
+    )
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer) -> "BagelSpecialTokens":
@@ -130,15 +124,6 @@ class BagelSpecialTokens:
         if lost := [token for name, token in cls.TOKENS.items() if name not in ids]:
             raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the Qwen2.5 special tokens")
         return cls(**ids)
-
-    @classmethod
-    def from_json(cls, files: Mapping[str, int]) -> "BagelSpecialTokens":
-        """From the new_token_ids of a config."""
-        return cls(**{ours: files[theirs] for ours, theirs in cls.FILES.items()})
-
-    def to_json(self) -> dict[str, int]:
-        """The mapping that `from_json` reads."""
-        return {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
