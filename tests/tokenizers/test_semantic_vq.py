@@ -133,7 +133,7 @@ def test_steps_teach_and_are_written(recipe, tmp_path):
     release = tmp_path / "release"
     files = json.loads((release / "vq_config.json").read_text())
     branch = SemanticBranchConfig.from_json(json.loads((release / "semantic_config.json").read_text()))
-    model = SemanticVQ(VQConfig.from_json(files["params"], files["cls"]), branch)
+    model = SemanticVQ(VQConfig.from_json(files["params"]), branch)
     model.vq.load_state_dict(load_file(release / "vq.safetensors"))
     model.branch.load_state_dict(load_file(release / "semantic.safetensors"))
     report = json.loads((release / "report.json").read_text())

@@ -64,7 +64,7 @@ def test_equals_the_original(monkeypatch):
     from parity.checks.vq import vq_checks
 
     part = json.loads((GOLDEN / "dev/config.json").read_text())["gen_vision_config"]
-    vq = VQModel(VQConfig.from_json(part["params"], part["cls"])).eval().requires_grad_(False)
+    vq = VQModel(VQConfig.from_json(part["params"])).eval().requires_grad_(False)
     weights = load_file(GOLDEN / "dev/model.safetensors")
     vq.load_state_dict({name.removeprefix(PREFIX): x for name, x in weights.items() if name.startswith(PREFIX)})
     stored = load_file(GOLDEN / "dev/io.safetensors")
@@ -209,18 +209,17 @@ def test_config_files_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("files", "name", "words"),
+    ("files", "words"),
     [
-        ({"n_embed": 8}, "VQ-16", "lacks image_token_size"),
-        ({"image_token_size": 4, "n_embed": 8}, "VQ-99", r"got cls 'VQ-99' .*expected 'VQ-16'"),
-        ({"image_token_size": 4, "n_embed": 8, "ch": 48}, "VQ-16", "width 48, expected a multiple of 32"),
-        ({"image_token_size": 4, "n_embed": 8, "ch_mult": []}, "VQ-16", "one multiplier per level"),
-        ({"image_token_size": 0, "n_embed": 8}, "VQ-16", "positive counts"),
+        ({"n_embed": 8}, "lacks image_token_size"),
+        ({"image_token_size": 4, "n_embed": 8, "ch": 48}, "width 48, expected a multiple of 32"),
+        ({"image_token_size": 4, "n_embed": 8, "ch_mult": []}, "one multiplier per level"),
+        ({"image_token_size": 0, "n_embed": 8}, "positive counts"),
     ],
 )
-def test_wrong_configs(files, name, words):
+def test_wrong_configs(files, words):
     with pytest.raises(ValueError, match=words):
-        VQConfig.from_json(files, name)
+        VQConfig.from_json(files)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 8), (1, 3, 8, 9), (1, 1, 8, 8), (3, 8, 8)])
@@ -353,7 +352,7 @@ def test_a_trained_vq_is_written_as_released(tmp_path):
     with Image.open(tmp_path / "samples/00000004.png") as picture:
         assert picture.size == (512, 256)
     files = json.loads((tmp_path / "release/vq_config.json").read_text())
-    vq = VQModel(VQConfig.from_json(files["params"], files["cls"]))
+    vq = VQModel(VQConfig.from_json(files["params"]))
     weights = load_file(tmp_path / "release/vq.safetensors")
     assert {x.dtype for name, x in weights.items() if name != "quantize.codebook_used"} == {torch.float16}
     vq.load_state_dict(weights)

@@ -5,16 +5,15 @@ Axes: B pictures, E features of a code, V codes, h w grid, n = h * w codes of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.kernels import nearest_code
 from unimm.tokenizers.kl import N_GROUPS, Downsample, ResnetBlock, SpatialAttention, Upsample, group_norm
 
@@ -23,7 +22,7 @@ CODEBOOK_USED_SIZE = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQConfig:
+class VQConfig(JsonConfig):
     """Numbers of the autoencoder; the defaults are VQ-16's. Pixels lie in [-1, 1]."""
 
     channels: int = 3
@@ -33,6 +32,23 @@ class VQConfig:
     latent_channels: int = 256
     n_codes: int = 16384
     code_dim: int = 8
+
+    # of the params of a gen_vision_config; what its cls, VQ-16, says already is left out, as in the released config
+    JSON: ClassVar = JsonLayout(
+        name="the config of the image tokenizer",
+        source="image_token_size and n_embed, at least, in its params",
+        keys={
+            "n_codes": "image_token_size",
+            "code_dim": "n_embed",
+            "width": "ch",
+            "channel_multipliers": "ch_mult",
+            "n_res_blocks": "num_res_blocks",
+            "latent_channels": "z_channels",
+        },
+        defaults={"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "z_channels": 256},
+        required=("image_token_size", "n_embed"),
+        omit_defaults=True,
+    )
 
     def __post_init__(self) -> None:
         counts = (
@@ -61,34 +77,6 @@ class VQConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of every level, finest first."""
         return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
-
-    @classmethod
-    def from_json(cls, params: Mapping[str, Any], variant: str = "VQ-16") -> VQConfig:
-        """Read `params` of a released gen_vision_config; `variant` is its cls, which says what params leave out."""
-        if variant != "VQ-16":
-            raise ValueError(f"got cls {variant!r} for the image tokenizer: expected 'VQ-16'")
-        return read_config(cls, params, LAYOUT)
-
-    def to_json(self) -> dict[str, Any]:
-        """The params that `from_json` reads: what cls says already is left out, as in the released config."""
-        return write_config(self, LAYOUT)
-
-
-LAYOUT = JsonLayout(
-    name="the config of the image tokenizer",
-    source="image_token_size and n_embed, at least, in its params",
-    keys={
-        "n_codes": "image_token_size",
-        "code_dim": "n_embed",
-        "width": "ch",
-        "channel_multipliers": "ch_mult",
-        "n_res_blocks": "num_res_blocks",
-        "latent_channels": "z_channels",
-    },
-    defaults={"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "z_channels": 256},  # VQ-16's
-    required=("image_token_size", "n_embed"),
-    omit_defaults=True,
-)
 
 
 class VQLevel(nn.Module):

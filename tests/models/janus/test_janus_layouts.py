@@ -394,7 +394,7 @@ def test_a_folder_of_another_family(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(gen_head_config=None), r"config\.json lacks gen_head_config: fetch it again"),
+        (dict(gen_head_config=None), r"config\.json lacks gen_head_config\.\S+: expected a released Janus, fetch"),
         (dict(generation={"size": [10, 24]}), r"got the size \(10, 24\) to draw: expected .*multiples of 4"),
         (dict(generation={"size": [0, 24]}), r"got the size \(0, 24\) to draw"),
         (dict(aligner=dict(n_embed=48)), r"got a width of 48 in the config of the aligner: expected 32"),
@@ -431,6 +431,14 @@ def test_configs_that_do_not_fit(folder, changes, message):
     (folder / "config.json").write_text(json.dumps(files))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=message):
+        Janus.from_pretrained(folder)
+
+
+def test_another_image_tokenizer(folder):
+    files = json.loads((folder / "config.json").read_text())
+    files["gen_vision_config"]["cls"] = "VQ-99"
+    (folder / "config.json").write_text(json.dumps(files))
+    with pytest.raises(ValueError, match=r"got gen_vision_config\.cls 'VQ-99', expected 'VQ-16'"):
         Janus.from_pretrained(folder)
 
 

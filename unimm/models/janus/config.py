@@ -1,11 +1,11 @@
 """Janus's config: the released config files to and from numbers."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.encoders.timm_vit import TimmEncoderConfig
 from unimm.generation.image_tokens import ImageTokenSampling
 from unimm.models.common.deepseek_processor import DeepseekChatConfig
@@ -28,21 +28,28 @@ class ProjectorConfig:
 
     DEPTH_BY_TYPE: ClassVar = {"identity": 0, "linear": 1, "mlp_gelu": 2}
 
+    JSON: ClassVar = JsonLayout(
+        name="the config of a projector",
+        source="the released params",
+        keys={"dim_in": "input_dim", "dim_out": "n_embed"},
+    )
+
     @classmethod
-    def from_json(cls, files: Mapping[str, Any]) -> "ProjectorConfig":
+    def from_json(cls, data: Mapping[str, Any]) -> "ProjectorConfig":
         """Read the params of a released aligner_config."""
-        kind = files.get("projector_type", "mlp_gelu")
-        if kind not in cls.DEPTH_BY_TYPE:
+        projector_type = data.get("projector_type", "mlp_gelu")
+        if projector_type not in cls.DEPTH_BY_TYPE:
             raise ValueError(
-                f"got projector_type {kind!r} in the config: expected one of {', '.join(cls.DEPTH_BY_TYPE)}"
+                f"got projector_type {projector_type!r} in the config: expected one of {', '.join(cls.DEPTH_BY_TYPE)}"
             )
-        depth = files.get("depth", 2) if kind == "mlp_gelu" else cls.DEPTH_BY_TYPE[kind]
-        return cls(depth=depth, dim_in=files["input_dim"], dim_out=files["n_embed"])
+        depth = data.get("depth", 2) if projector_type == "mlp_gelu" else cls.DEPTH_BY_TYPE[projector_type]
+        return read_config(cls, data, cls.JSON, given={"depth": depth})
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
-        kind = next((name for name, depth in self.DEPTH_BY_TYPE.items() if depth == self.depth), "mlp_gelu")
-        return {"projector_type": kind, "depth": self.depth or 1, "input_dim": self.dim_in, "n_embed": self.dim_out}
+        types = {depth: name for name, depth in self.DEPTH_BY_TYPE.items()}
+        projector_type = types.get(self.depth, "mlp_gelu")
+        return {"projector_type": projector_type, "depth": self.depth or 1} | write_config(self, self.JSON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,59 +101,65 @@ class JanusConfig:
                 f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}"
             )
         files = original_from_transformers(files) if "text_config" in files else files
-        if lost := [part for part in REQUIRED_PARTS if part not in files]:
-            raise ValueError(f"{folder}/config.json lacks {', '.join(lost)}: fetch it again")
         return cls.from_json(files, look)
 
     @classmethod
-    def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "JanusConfig":
-        """From the contents of the original layout's files."""
-        vision_params, vq = files["vision_config"]["params"], files["gen_vision_config"]
-        size = vision_params["image_size"]
-        head, more = files["gen_head_config"]["params"], files.get("generation", {})
-        return cls(
-            decoder=llama_config_from_json(files["language_config"], expert=EXPERT),
-            vision=TimmEncoderConfig.from_json(vision_params),
-            aligner=ProjectorConfig.from_json(files["aligner_config"]["params"]),
-            gen_aligner=ProjectorConfig.from_json(files["gen_aligner_config"]["params"]),
-            gen_head_dim=head["image_token_embed"],
-            vq=VQConfig.from_json(vq["params"], vq["cls"]),
-            image_processor=DeepseekVLImageProcessor.from_json(preprocessor, size=size),
-            image_size=tuple(more.get("size", (size, size))),
-            guidance=more.get("guidance", 5.0),
-            image_sampling=ImageTokenSampling(**more.get("sampling", {})),
-            chat=DeepseekChatConfig(**more.get("talk", {})),
-        )
+    def from_json(cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "JanusConfig":
+        """From the contents of the original layout's files. Raises ValueError for missing keys."""
+        if missing := [key for key in ("vision_config", "language_config") if key not in data]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}: fetch it again")
+        vision = TimmEncoderConfig.from_json(data["vision_config"]["params"])
+        size = vision.image_size
+        given = {
+            "decoder": llama_config_from_json(data["language_config"], expert=EXPERT),
+            "vision": vision,
+            "image_processor": DeepseekVLImageProcessor.from_json(preprocessor, size=size),
+        }
+        layout = replace(LAYOUT, defaults={**LAYOUT.defaults, "generation.size": [size, size]})
+        return read_config(cls, data, layout, given=given)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of the original layout's config.json and preprocessor_config.json."""
-        d, vq = self.decoder.dim, self.vq.to_json()
-        head = {"image_token_embed": self.gen_head_dim, "image_token_size": self.vq.n_codes, "n_embed": d}
-        top = {
-            "architectures": ["MultiModalityCausalLM"],
-            "model_type": "multi_modality",
-            "vision_config": {"cls": "CLIPVisionTower", "model_type": "vision", "params": self.vision.to_json()},
-            "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": self.aligner.to_json()},
-            "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision", "params": vq},
-            "gen_aligner_config": {
-                "cls": "MlpProjector",
-                "model_type": "gen_aligner",
-                "params": self.gen_aligner.to_json(),
-            },
-            "gen_head_config": {"cls": "vision_head", "model_type": "gen_head", "params": head},
-            "language_config": decoder_config_to_json(self.decoder) | {"model_type": "llama"},
-            "generation": {"size": list(self.image_size), "guidance": self.guidance}
-            | {"sampling": asdict(self.image_sampling), "talk": asdict(self.chat)},
-        }
-        return {"config.json": top, "preprocessor_config.json": self.image_processor.to_json()}
+        language = decoder_config_to_json(self.decoder) | {"model_type": "llama"}
+        data = write_config(self, LAYOUT) | {"language_config": language}
+        return {"config.json": data, "preprocessor_config.json": self.image_processor.to_json()}
 
 
+LAYOUT = JsonLayout(
+    name="config.json",
+    source="a released Janus, fetch it again",
+    keys={
+        "vision": "vision_config.params",
+        "aligner": "aligner_config.params",
+        "gen_aligner": "gen_aligner_config.params",
+        "gen_head_dim": "gen_head_config.params.image_token_embed",
+        "vq": "gen_vision_config.params",
+        "image_size": "generation.size",
+        "guidance": "generation.guidance",
+        "image_sampling": "generation.sampling",
+        "chat": "generation.talk",
+    },
+    # of our own making: no released config has the section
+    defaults={"generation.guidance": 5.0, "generation.sampling": {}, "generation.talk": {}},
+    fixed={"gen_vision_config.cls": "VQ-16"},
+    derived={"gen_head_config.params.image_token_size": "vq.n_codes", "gen_head_config.params.n_embed": "decoder.dim"},
+    constants={
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "vision_config.cls": "CLIPVisionTower",
+        "vision_config.model_type": "vision",
+        "aligner_config.cls": "MlpProjector",
+        "aligner_config.model_type": "aligner",
+        "gen_vision_config.model_type": "gen_vision",
+        "gen_aligner_config.cls": "MlpProjector",
+        "gen_aligner_config.model_type": "gen_aligner",
+        "gen_head_config.cls": "vision_head",
+        "gen_head_config.model_type": "gen_head",
+    },
+)
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-REQUIRED_PARTS = ("aligner_config", "gen_vision_config", "gen_aligner_config", "gen_head_config", "language_config")

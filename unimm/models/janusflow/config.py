@@ -1,11 +1,11 @@
 """JanusFlow's config: the released config files to and from numbers."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.encoders.timm_vit import TimmEncoderConfig
 from unimm.models.common.deepseek_processor import DeepseekChatConfig
 from unimm.models.janusflow.uvit import UViTDecoderConfig, UViTEncoderConfig
@@ -72,47 +72,56 @@ class JanusFlowConfig:
 
     @classmethod
     def from_json(
-        cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
+        cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> "JanusFlowConfig":
         """From the contents of the released files; of vae_config.json those of FLUX's layout, or nothing."""
-        vision_params, more = files["vision_und_enc_config"]["params"], files.get("generation", {})
-        tower = TimmEncoderConfig.from_json(vision_params)
-        painter = UViTDecoderConfig.from_json(files["vision_gen_dec_config"]["params"])
-        # the release draws as many tokens as it sees: 576
-        side = tower.image_size // (tower.vit.patch_size if tower.vit else 16) * 2**painter.n_upsamples
-        return cls(
-            decoder=llama_config_from_json(files["language_config"], expert=EXPERT),
-            vision=tower,
-            gen_encoder=UViTEncoderConfig.from_json(files["vision_gen_enc_config"]["params"]),
-            gen_decoder=painter,
-            vae=AutoencoderKLConfig.from_json(vae) if vae else None,
-            image_processor=DeepseekVLImageProcessor.from_json(preprocessor, size=tower.image_size),
-            latent_size=tuple(more.get("latent", (side, side))),
-            steps=more.get("steps", 30),
-            guidance=more.get("guidance", 2.0),
-            chat=DeepseekChatConfig(**more.get("talk", {})),
-        )
+        vision = TimmEncoderConfig.from_json(data["vision_und_enc_config"]["params"])
+        gen_decoder = UViTDecoderConfig.from_json(data["vision_gen_dec_config"]["params"])
+        # the release generates as many tokens as it encodes: 576
+        side = vision.image_size // (vision.vit.patch_size if vision.vit else 16) * 2**gen_decoder.n_upsamples
+        given = {
+            "decoder": llama_config_from_json(data["language_config"], expert=EXPERT),
+            "vision": vision,
+            "gen_decoder": gen_decoder,
+            "vae": AutoencoderKLConfig.from_json(vae) if vae else None,
+            "image_processor": DeepseekVLImageProcessor.from_json(preprocessor, size=vision.image_size),
+        }
+        layout = replace(LAYOUT, defaults={**LAYOUT.defaults, "generation.latent": [side, side]})
+        return read_config(cls, data, layout, given=given)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of the files that `from_folder` reads."""
-        top = {
-            "architectures": ["MultiModalityCausalLM"],
-            "model_type": "multi_modality",
-            **_module_json("vision_und_enc", "CLIPVisionTower", self.vision.to_json()),
-            **_module_json("vision_gen_enc", "ShallowUViTEncoder", self.gen_encoder.to_json()),
-            **_module_json("vision_gen_dec", "ShallowUViTDecoder", self.gen_decoder.to_json()),
-            "language_config": decoder_config_to_json(self.decoder) | {"model_type": "llama"},
-            "generation": {"latent": list(self.latent_size), "steps": self.steps, "guidance": self.guidance}
-            | {"talk": asdict(self.chat)},
-        }
-        files = {"config.json": top, "preprocessor_config.json": self.image_processor.to_json()}
+        language = decoder_config_to_json(self.decoder) | {"model_type": "llama"}
+        data = write_config(self, LAYOUT) | {"language_config": language}
+        files = {"config.json": data, "preprocessor_config.json": self.image_processor.to_json()}
         return files | ({"vae_config.json": self.vae.to_json()} if self.vae else {})
 
 
-def _module_json(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    return {f"{name}_config": {"cls": kind, "model_type": name, "params": params}}
-
-
+LAYOUT = JsonLayout(
+    name="config.json",
+    source="a released JanusFlow, fetch it again",
+    keys={
+        "vision": "vision_und_enc_config.params",
+        "gen_encoder": "vision_gen_enc_config.params",
+        "gen_decoder": "vision_gen_dec_config.params",
+        "latent_size": "generation.latent",
+        "steps": "generation.steps",
+        "guidance": "generation.guidance",
+        "chat": "generation.talk",
+    },
+    # of our own making: no released config has the section
+    defaults={"generation.steps": 30, "generation.guidance": 2.0, "generation.talk": {}},
+    constants={
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "vision_und_enc_config.cls": "CLIPVisionTower",
+        "vision_und_enc_config.model_type": "vision_und_enc",
+        "vision_gen_enc_config.cls": "ShallowUViTEncoder",
+        "vision_gen_enc_config.model_type": "vision_gen_enc",
+        "vision_gen_dec_config.cls": "ShallowUViTDecoder",
+        "vision_gen_dec_config.model_type": "vision_gen_dec",
+    },
+)
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

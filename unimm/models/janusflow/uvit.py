@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.nn.layers import RMSNorm
 from unimm.nn.timestep import TimestepMLP, timestep_embedding
 
@@ -36,8 +37,8 @@ class UViTConfig:
     norm_eps: float = 1e-6
     bias: bool = True
 
-    # theirs, in `params` of a released config
-    FILES: ClassVar = {
+    # field -> its key in `params` of a released config
+    KEYS: ClassVar = {
         "n_blocks": "layers_in_middle",
         "time_dim": "hidden_size",
         "norm_eps": "norm_eps",
@@ -56,21 +57,26 @@ class UViTConfig:
 
         Raises ValueError for what the release does not have.
         """
-        if not params.get("elementwise_affine", True):
-            raise ValueError("got elementwise_affine false in the params of a U-ViT: expected true, as in the release")
-        read: dict[str, Any] = {ours: params[theirs] for ours, theirs in cls.FILES.items() if theirs in params}
+        given: dict[str, Any] = {}
         if "block_out_channels" in params:
-            read["dim"] = params["block_out_channels"][-1]
-        if "padding" in read and read["padding"] is None:
-            read["padding"] = math.ceil(params["kernel_size"] - params["stride"])
-        return cls(**(read if params.get("use_mid_block", True) else read | {"n_blocks": 0}))
+            given["dim"] = params["block_out_channels"][-1]
+        if "padding" in params and params["padding"] is None:
+            given["padding"] = math.ceil(params["kernel_size"] - params["stride"])
+        if not params.get("use_mid_block", True):
+            given["n_blocks"] = 0
+        return read_config(cls, params, cls._layout(), given=given)
 
     def to_json(self) -> dict[str, Any]:
         """The params that `from_json` reads."""
-        files = {theirs: getattr(self, ours) for ours, theirs in self.FILES.items()} | {
-            "block_out_channels": [self.dim]
-        }
-        return files | {"use_mid_block": self.n_blocks > 0, "elementwise_affine": True, "dropout": 0.0}
+        more = {"block_out_channels": [self.dim], "use_mid_block": self.n_blocks > 0}
+        return write_config(self, self._layout()) | more
+
+    @classmethod
+    def _layout(cls) -> JsonLayout:
+        fixed = {"elementwise_affine": True}
+        return JsonLayout(
+            name="the params of a U-ViT", source="the release", keys=cls.KEYS, fixed=fixed, constants={"dropout": 0.0}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +88,13 @@ class UViTEncoderConfig(UViTConfig):
     stride: int = 2
     padding: int = 0
 
-    ENCODER_FILES: ClassVar = {
+    KEYS: ClassVar = {
+        **UViTConfig.KEYS,
         "in_channels": "input_channels",
         "kernel_size": "kernel_size",
         "stride": "stride",
         "padding": "padding",
     }
-    FILES: ClassVar = UViTConfig.FILES | ENCODER_FILES
 
     def grid_size(self, size: int) -> int:
         """Tokens along a side of a latent."""
@@ -103,7 +109,8 @@ class UViTDecoderConfig(UViTConfig):
     out_channels: int = 4
     n_upsamples: int = 1
 
-    FILES: ClassVar = UViTConfig.FILES | {
+    KEYS: ClassVar = {
+        **UViTConfig.KEYS,
         "in_channels": "in_channels",
         "out_channels": "out_channels",
         "n_upsamples": "upsamples",
