@@ -15,8 +15,8 @@ EXPECTS = "config.json with closing_kernel and weight_types"
 FIELDS = {
     "threshold": "threshold",
     "closing": "closing_kernel",
-    "least_component": "component_area_fraction",
-    "least_area": "min_area_fraction",
+    "min_component": "component_area_fraction",
+    "min_area": "min_area_fraction",
     "factor": "downsample_factor",
 }
 
