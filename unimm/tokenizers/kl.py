@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
 NORM_EPS = 1e-6
@@ -85,57 +85,63 @@ class AutoencoderKLConfig(JsonConfig):
         return tuple(self.width * multiplier for multiplier in self.channel_multipliers)
 
     @classmethod
-    def from_diffusers(cls, files: Mapping[str, Any]) -> AutoencoderKLConfig:
+    def from_diffusers(cls, data: Mapping[str, Any]) -> AutoencoderKLConfig:
         """Read the config.json of a diffusers AutoencoderKL, with that class's numbers for missing keys.
 
         Raises ValueError for what the released ones do not have: other norms, activations, blocks, latent statistics.
         """
-        for key, expected in FIXED.items():
-            if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in every released AutoencoderKL")
-        widths, quant_convs = files.get("block_out_channels", [64]), files.get("use_quant_conv", True)
-        if any(width % widths[0] for width in widths) or files.get("use_post_quant_conv", True) != quant_convs:
+        widths = data.get("block_out_channels", [64])
+        quant_convs, post_quant_convs = (data.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv"))
+        if any(width % widths[0] for width in widths) or post_quant_convs != quant_convs:
             raise ValueError(
-                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv "
-                f"{files.get('use_post_quant_conv', True)}: expected multiples of the first width, and both "
-                "convolutions or none"
+                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv {post_quant_convs}: "
+                "expected multiples of the first width, and both convolutions or none"
             )
-        return cls(
-            in_channels=files.get("in_channels", 3),
-            out_channels=files.get("out_channels", 3),
-            width=widths[0],
-            channel_multipliers=tuple(width // widths[0] for width in widths),
-            n_res_blocks=files.get("layers_per_block", 1),
-            latent_channels=files.get("latent_channels", 4),
-            scaling_factor=files.get("scaling_factor", 0.18215),
-            shift_factor=files.get("shift_factor") or 0.0,
-            quant_convs=quant_convs,
-        )
+        levels = {"width": widths[0], "channel_multipliers": tuple(width // widths[0] for width in widths)}
+        return read_config(cls, data, DIFFUSERS_LAYOUT, given=levels)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The mapping that `from_diffusers` reads, and that diffusers does."""
-        levels = len(self.channel_multipliers)
-        files = {key: value for key, value in FIXED.items() if value is not None}
-        files |= {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "latent_channels": self.latent_channels,
+        n_levels = len(self.channel_multipliers)
+        block_types = {
+            "down_block_types": ["DownEncoderBlock2D"] * n_levels,
+            "up_block_types": ["UpDecoderBlock2D"] * n_levels,
         }
-        files |= {"block_out_channels": list(self.widths), "layers_per_block": self.n_res_blocks}
-        files |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-        files |= {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
-        return files | {"use_quant_conv": self.quant_convs, "use_post_quant_conv": self.quant_convs}
+        return write_config(self, DIFFUSERS_LAYOUT) | block_types
 
 
-# what a diffusers config could say and no release does
-FIXED = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "norm_num_groups": N_GROUPS,
-    "mid_block_add_attention": True,
-    "latents_mean": None,
-    "latents_std": None,
-}
+# of diffusers' config.json, but for the multipliers of the width
+DIFFUSERS_LAYOUT = JsonLayout(
+    source="every released AutoencoderKL",
+    keys={
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "n_res_blocks": "layers_per_block",
+        "latent_channels": "latent_channels",
+        "scaling_factor": "scaling_factor",
+        "shift_factor": "shift_factor",
+        "quant_convs": "use_quant_conv",
+    },
+    defaults={
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "shift_factor": 0.0,
+        "use_quant_conv": True,
+    },
+    fixed={
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "norm_num_groups": N_GROUPS,
+        "mid_block_add_attention": True,
+        "latents_mean": None,
+        "latents_std": None,
+    },
+    unwritten=("latents_mean", "latents_std"),
+    derived={"block_out_channels": "widths", "use_post_quant_conv": "quant_convs"},
+)
 
 
 def group_norm(width: int) -> nn.GroupNorm:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.encoders.siglip import SiglipConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor, Size
@@ -54,13 +54,20 @@ class LlavaConfig:
     image_processor: LlavaOnevisionImageProcessor
     projector_act: str  # of the projector
 
-    # what a config could say and the released ones do not
-    FIXED_FIELDS: ClassVar = {
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "multimodal_projector_bias": True,
-        "use_image_newline_parameter": True,
-    }
+    # of config.json, but for the parts
+    JSON: ClassVar = JsonLayout(
+        name="config.json",
+        source="every release",
+        keys={"projector_act": "projector_hidden_act"},
+        defaults={"projector_hidden_act": "gelu"},
+        fixed={
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "multimodal_projector_bias": True,
+            "use_image_newline_parameter": True,
+        },
+        constants={"architectures": ["LlavaOnevisionForConditionalGeneration"], "model_type": "llava_onevision"},
+    )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LlavaConfig":
@@ -76,9 +83,6 @@ class LlavaConfig:
                 f"config.json describes no LLaVA-OneVision: expected model_type 'llava_onevision', a text_config and a "
                 f"vision_config; got {kind!r} and {', '.join(files)}"
             )
-        for key, expected in cls.FIXED_FIELDS.items():
-            if files.get(key, expected) != expected:
-                raise ValueError(f"got {key} {files[key]!r}, expected {expected!r}, as in every release")
         aspect = str(files.get("vision_aspect_ratio", ASPECT_RATIO_PREFIX + "9"))
         if not aspect.startswith(ASPECT_RATIO_PREFIX) or not aspect.removeprefix(ASPECT_RATIO_PREFIX).isdigit():
             raise ValueError(
@@ -86,19 +90,20 @@ class LlavaConfig:
             )
         vision = SiglipConfig.from_json(files["vision_config"])
         grids: tuple[Size, ...] = tuple((h, w) for h, w in files.get("image_grid_pinpoints") or GRID_PINPOINTS)
-        return cls(
-            decoder=_decoder_config(drop_nulls(files["text_config"]), tied=files.get("tie_word_embeddings") or False),
-            vision=vision,
-            special_tokens=LlavaSpecialTokens.from_json(drop_nulls(files), drop_nulls(files["text_config"])),
-            image_processor=LlavaOnevisionImageProcessor.from_json(
+        tied = files.get("tie_word_embeddings") or False
+        given = {
+            "decoder": _decoder_config(drop_nulls(files["text_config"]), tied=tied),
+            "vision": vision,
+            "special_tokens": LlavaSpecialTokens.from_json(drop_nulls(files), drop_nulls(files["text_config"])),
+            "image_processor": LlavaOnevisionImageProcessor.from_json(
                 preprocessor,
                 tile_size=vision.image_size,
                 tile_side=vision.grid_side,
                 grid_pinpoints=grids,
                 max_tiles=int(aspect.removeprefix(ASPECT_RATIO_PREFIX)),
             ),
-            projector_act=files.get("projector_hidden_act", "gelu"),
-        )
+        }
+        return read_config(cls, files, cls.JSON, given=given)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of config.json and preprocessor_config.json."""
@@ -107,23 +112,16 @@ class LlavaConfig:
             "eos_token_id": self.special_tokens.im_end,
         }
         del text["qk_norm"]
-        top: dict[str, Any] = {
-            "architectures": ["LlavaOnevisionForConditionalGeneration"],
-            "model_type": "llava_onevision",
-        }
-        top |= {"image_token_index": self.special_tokens.image, "video_token_index": self.special_tokens.video}
-        top |= {
-            "projector_hidden_act": self.projector_act,
+        parts: dict[str, Any] = {
+            "image_token_index": self.special_tokens.image,
+            "video_token_index": self.special_tokens.video,
             "vision_aspect_ratio": f"{ASPECT_RATIO_PREFIX}{self.image_processor.max_tiles}",
-        }
-        top |= {
-            "image_grid_pinpoints": [list(grid) for grid in self.image_processor.grid_pinpoints]
-        } | self.FIXED_FIELDS
-        top |= {
+            "image_grid_pinpoints": [list(grid) for grid in self.image_processor.grid_pinpoints],
             "text_config": text,
             "vision_config": self.vision.to_json(),
             "tie_word_embeddings": self.decoder.tie_word_embeddings,
         }
+        top = write_config(self, self.JSON) | parts
         return {"config.json": top, "preprocessor_config.json": self.image_processor.to_json()}
 
 

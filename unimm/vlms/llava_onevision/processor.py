@@ -45,7 +45,11 @@ class LlavaOneVisionProcessor(VLMProcessor):
         prompt: Prompt = [im_start, f"system \n{system}", im_end] if system else []
         for message in messages:
             # images in front stand on the line of the role, others in the text
-            n = message.n_images if all(isinstance(one, Image.Image) for one in message.content[: message.n_images]) else 0
+            n = (
+                message.n_images
+                if all(isinstance(one, Image.Image) for one in message.content[: message.n_images])
+                else 0
+            )
             prompt += [im_start, f"{message.role} ", *message.content[:n], "\n", *message.content[n:], im_end]
         return [*prompt, im_start, "assistant\n"]
 
