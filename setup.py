@@ -57,6 +57,8 @@ setup(
         "timm>=1.0",
         "tokenizers",
         "tqdm",
+        # as torch itself names it; without, every op still runs
+        'triton; platform_system == "Linux"',
         "typer",
         "typing_extensions",
     ],

@@ -21,14 +21,11 @@ from timing import Machine, measure, peak_megabytes, relative_error, save, show
 from torch import Tensor
 
 from unimm.kernels import (
-    adaln as modulate,
-)
-from unimm.kernels import (
+    adaln_modulate,
     linear_cross_entropy,
     nearest_code,
     qk_norm_rope,
     rms_norm,
-    routed_linear,
     swiglu,
     use_kernels,
 )
@@ -86,8 +83,8 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
         return Case((randn(rows, 3584), randn(3584)), pair(lambda x, w: rms_norm(x, w, 1e-6)), f"{rows} x 3584")
 
     def rotary() -> Case:
-        angles = randn(2, rows, 64)
-        ways = pair(lambda q, k, a, b: qk_norm_rope(q, k, a, b, angles, 1e-6))
+        cos_sin = randn(2, rows, 64)
+        ways = pair(lambda q, k, a, b: qk_norm_rope(q, k, a, b, cos_sin, 1e-6))
         return Case(
             (randn(rows, 28, 128), randn(rows, 4, 128), randn(128), randn(128)), ways, f"{rows} x (28 + 4) x 128"
         )
@@ -97,7 +94,7 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
 
     def adaln() -> Case:
         inputs = (randn(4, rows // 4, 3072), randn(4, 3072), randn(4, 3072))
-        return Case(inputs, pair(lambda x, s, t: modulate(x, s, t, 1e-6)), f"4 x {rows // 4} x 3072")
+        return Case(inputs, pair(lambda x, s, t: adaln_modulate(x, s, t, 1e-6)), f"4 x {rows // 4} x 3072")
 
     def codes() -> Case:
         n = 16 * 576 if gpu else 2 * 576
@@ -119,27 +116,9 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
             ways["liger (sum)"] = lambda x, w: liger(w, x, labels)
         return Case((randn(n, wide), randn(vocab, wide) * wide**-0.5), ways, f"{n} x {wide} x {vocab}")
 
-    def routed() -> Case:
-        wide, hidden = (3584, 18944) if gpu else (512, 1024)
-        sizes = [rows // 8, rows - rows // 8]
-
-        def wasteful(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat((F.linear(x, a)[: sizes[0]], F.linear(x, b)[sizes[0] :]))
-
-        def sliced(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), (a, b), strict=True)])
-
-        ways = {
-            "routed_linear": lambda x, a, b: routed_linear(x, [a, b], sizes),
-            "both experts for all, then chosen": wasteful,
-            "slices, then cat": sliced,
-        }
-        inputs = (randn(rows, wide), *(randn(hidden, wide) * wide**-0.5 for _ in range(2)))
-        return Case(inputs, ways, f"{rows} x {wide} x {hidden}, 2 experts")
-
     return {
-        "rms_norm": norm, "qk_norm_rope": rotary, "swiglu": gate, "modulate": adaln, "nearest_code": codes,
-        "linear_cross_entropy": entropy, "routed_linear": routed,
+        "rms_norm": norm, "qk_norm_rope": rotary, "swiglu": gate, "adaln_modulate": adaln, "nearest_code": codes,
+        "linear_cross_entropy": entropy,
     }  # fmt: skip
 
 

@@ -54,7 +54,9 @@ def run_cases(file: str, *options: str, package: Path | None = None) -> subproce
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--noconftest", "--tb=short"]
     # triton 3.6 turns one-element arrays into loop bounds as numpy < 2.4 still lets it, with a warning
     warned = ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
-    return child([*command, *options, *warned, file], interpret=True, package=package)
+    # pyproject's own pythonpath would put the root before the package
+    paths = ["-o", f"pythonpath={package or ROOT} {TESTS}"]
+    return child([*command, *paths, *options, *warned, file], interpret=True, package=package)
 
 
 # ---------------------------------------------------------------------------------------------------- the interpreter

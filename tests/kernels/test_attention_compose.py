@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from unimm.kernels import AttentionMask, KeyRange, attention, plan_attention, use_kernels
 from unimm.kernels.attention.attention import _attention_via_op
+from unimm.kernels.dispatch import constant_in_graphs
 
 D, H, G = 16, 4, 2
 op = partial(_attention_via_op, backend="sdpa")
@@ -223,6 +224,18 @@ def test_processes(what, tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    """`constant_in_graphs` is torch's decorator without its import of torch._dynamo."""
+
+    def ours(): ...
+
+    def theirs(): ...
+
+    constant_in_graphs(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
 
 
 if __name__ == "__main__":

@@ -221,9 +221,9 @@ def test_decoding_is_recognised():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="more rows than it has"):
+    with pytest.raises(ValueError, match="expected no more queries than rows"):
         AttentionMask([[KeyRange(3)]], query_lengths=[4])
-    with pytest.raises(ValueError, match=r"from 0 to 9: expected rows 0 to 3; give `queries`"):
+    with pytest.raises(ValueError, match=r"from 0 to 9: expected rows 0 to 3; give `n_queries`"):
         AttentionMask.from_ranges(torch.zeros(3), torch.full((3,), 9))
     with pytest.raises(ValueError, match="0 rows"):
         AttentionMask([[]]).plot()

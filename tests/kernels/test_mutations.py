@@ -20,12 +20,16 @@ MISTAKES = {
     "range ends one row late": (FORWARD, "= (rows >= first) & (rows < last)", "= (rows >= first) & (rows <= last)"),
     "range begins one row late": (FORWARD, "= (rows >= first)", "= (rows > first)"),
     "second range ignored": (FORWARD, "if RANGES == 2:", "if RANGES == 3:"),
-    "second range instead of the first": (FORWARD, "seen = seen | (", "seen = ("),
+    "second range instead of the first": (FORWARD, "visible = visible | (", "visible = ("),
     "output not rescaled": (FORWARD, "dot(p.to(v.dtype), v, o * rescale[:, None]", "dot(p.to(v.dtype), v, o"),
     "sum not rescaled": (FORWARD, "total = total * rescale + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
     "lse in base 2": (FORWARD, "(top + tl.log2(total)) * LN2", "top + tl.log2(total)"),
-    "rows that see nothing divide by zero": (FORWARD, "total = tl.where(total > 0.0, total, 1.0)\n    store", "store"),
-    "no number where nothing is seen yet": (
+    "rows that attend to nothing divide by zero": (
+        FORWARD,
+        "total = tl.where(total > 0.0, total, 1.0)\n    store",
+        "store",
+    ),
+    "nan where no key is visible yet": (
         FORWARD,
         'shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top',
         "shift = new_top",
@@ -73,14 +77,14 @@ MISTAKES = {
     "scale forgotten in dk": (FORWARD, "dk * scale", "dk"),
     "mask forgotten in dq": (
         FORWARD,
-        "_visible(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)",
+        "_visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)",
         "p > 0.0, p, 0.0)",
     ),
     "addresses of 32 bits": (FORWARD, "rows.to(tl.int64)[:, None] * row_stride", "rows[:, None] * row_stride"),
     "heads of 32 bits": (FORWARD, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
     "decode: length ignored": (DECODE, "(keys < last)[None, :]", "(keys < last + STEP)[None, :]"),
     "decode: start ignored": (DECODE, "v_ptr += start * v_row", "v_ptr += 0 * v_row"),
-    "decode: parts weigh the same": (DECODE, "o * weights[:, None]", "o"),
+    "decode: equal weights of parts": (DECODE, "o * weights[:, None]", "o"),
     "decode: first head for all": (DECODE, "* ROWS + head % group", "* ROWS"),
 }
 
@@ -94,7 +98,7 @@ def planted(mistake: str, folder: Path) -> Path:
         if path.name not in ("kernels", "__pycache__"):
             (inside / path.name).symlink_to(path)
     shutil.copytree(PACKAGE / "kernels", inside / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    source = inside / "kernels" / f"{module}.py"
+    source = inside / "kernels" / "attention" / f"{module}.py"
     assert text in source.read_text(), f"{text!r} no longer stands in {module}.py"
     source.write_text(source.read_text().replace(text, instead))
     return folder

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.triton_harness import compile_ahead, run_cases
-from ops_cases import DTYPES, EPS, FLOOR, each_case, errors, experts, results, truths
+from ops_cases import DTYPES, EPS, FLOOR, each_case, errors, results, truths
 from torch import nn
 
 from unimm.kernels import use_kernels
@@ -19,7 +19,6 @@ from unimm.kernels.cross_entropy import (
 from unimm.kernels.dispatch import HAS_TRITON
 from unimm.kernels.qk_norm_rope import qk_norm_rope
 from unimm.kernels.rms_norm import rms_norm
-from unimm.kernels.routed import _sliced, _weight_gradients, routed_linear, routed_linear_reference
 from unimm.kernels.swiglu import swiglu
 from unimm.kernels.vq_lookup import nearest_code
 from unimm.nn.layers import RMSNorm
@@ -43,18 +42,12 @@ def test_references_are_the_layers(dtype):
     norms = [RMSNorm(8, EPS).to(dtype) for _ in range(2)]
     for norm in norms:
         nn.init.uniform_(norm.weight)
-    q, k, angles = (
-        torch.randn(9, 4, 8).to(dtype),
-        torch.randn(9, 2, 8).to(dtype),
-        rope_cos_sin(torch.arange(9), 8, 1e4, dtype),
-    )
+    q, k = torch.randn(9, 4, 8).to(dtype), torch.randn(9, 2, 8).to(dtype)
+    cos_sin = rope_cos_sin(torch.arange(9), 8, 1e4, dtype)
     assert rms_norm(q, norms[0].weight, EPS).equal(norms[0](q))
-    expert = experts(9, 2)
-    weights = torch.stack([norm.weight for norm in norms])
-    found = qk_norm_rope(q, k, weights, weights, angles, EPS, expert=expert)
-    for x, ours in zip((q, k), found, strict=True):
-        of_each = torch.stack([apply_rope(norm(x), angles) for norm in norms])
-        assert ours.equal(of_each[expert.long(), torch.arange(9)])
+    found = qk_norm_rope(q, k, norms[0].weight, norms[1].weight, cos_sin, EPS)
+    for x, norm, ours in zip((q, k), norms, found, strict=True):
+        assert ours.equal(apply_rope(norm(x), cos_sin))
 
 
 def test_nearest_code_is_the_originals():
@@ -131,46 +124,12 @@ def test_cross_entropy_only_makes_the_gradients_asked_for():
     torch.testing.assert_close((x.grad, weight.grad), expected)
 
 
-# ---- routed linears
-
-
-@pytest.mark.parametrize("sizes", [[8, 0, 13], [21, 0, 0], [1, 2, 18], [0, 0, 0]])
-@pytest.mark.parametrize("shape", [(16, 24), (5, 3)])
-@pytest.mark.parametrize("biased", [True, False])
-def test_routed_linear(sizes, shape, biased):
-    (d, f), n = shape, sum(sizes)
-    tensors = torch.randn(n, d), torch.randn(3, f, d), *([torch.randn(3, f)] if biased else [])
-    truth = results(
-        lambda x, w, *b: routed_linear_reference(x, w, sizes, *b), [t.double().requires_grad_() for t in tensors]
-    )
-    ways = {
-        "a list": lambda x, w, *b: routed_linear(x, list(w), sizes, *(list(t) for t in b)),
-        "one tensor": lambda x, w, *b: routed_linear(x, w, sizes, *b),
-        "sizes on the device": lambda x, w, *b: routed_linear(x, w, torch.tensor(sizes), *b),
-    }
-    for name, way in ways.items():
-        found = results(way, [t.clone().requires_grad_() for t in tensors])
-        assert max(errors(found, truth)) < 1e-6, name
-
-
-def test_routed_linear_takes_an_expanded_gradient_and_frozen_weights():
-    x, weights = torch.randn(6, 8, requires_grad=True), torch.randn(2, 8, 8)
-    for held in (weights, list(weights)):
-        x.grad = None
-        routed_linear(x, held, [2, 4]).sum().backward()
-        torch.testing.assert_close(x.grad, weights.sum(1).repeat_interleave(torch.tensor([2, 4]), 0))
-
-
 def test_autocast_reaches_our_matrix_products():
-    x, weights = torch.randn(6, 8), list(torch.randn(2, 8, 8))
+    x, weight = torch.randn(6, 8), torch.randn(8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (
-            routed_linear(x, weights, [2, 4]).dtype
-            == routed_linear(x, torch.stack(weights), [2, 4]).dtype
-            == torch.bfloat16
-        )
-        found = linear_cross_entropy(x, weights[0], torch.arange(6))
-        torch.testing.assert_close(found, linear_cross_entropy_reference(x, weights[0], torch.arange(6)))
+        found = linear_cross_entropy(x, weight, torch.arange(6))
+        torch.testing.assert_close(found, linear_cross_entropy_reference(x, weight, torch.arange(6)))
+    assert not found.equal(linear_cross_entropy(x, weight, torch.arange(6)))
 
 
 # ---- contracts
@@ -179,12 +138,9 @@ def test_autocast_reaches_our_matrix_products():
 def contracts():
     x, weight, labels = loss_inputs(torch.float32)
     cut = x.detach(), weight.detach()
-    experts = [torch.randn(5, 16, requires_grad=True) for _ in range(3)]
     return {
         _linear_cross_entropy: (x, weight, labels, -100, 8),
         _linear_cross_entropy_backward: (torch.randn(37), *cut, labels, torch.randn(37), -100, 8, [True, True]),
-        _sliced: (x, experts, [torch.randn(5, requires_grad=True) for _ in range(3)], [30, 0, 7]),
-        _weight_gradients: (torch.randn(37, 5), cut[0], [30, 0, 7]),
     }
 
 
@@ -195,14 +151,13 @@ def test_opcheck(op, inputs):
 
 
 def test_one_graph():
-    def step(x, weights, head, labels):
-        return linear_cross_entropy(routed_linear(x, weights, [30, 7]), head, labels)
+    def step(x, weight, head, labels):
+        return linear_cross_entropy(x @ weight, head, labels)
 
     x, head, labels = loss_inputs(torch.float32)
-    inputs = [x, [torch.randn(16, 16, requires_grad=True) for _ in range(2)], head, labels]
+    inputs = [x, torch.randn(16, 16, requires_grad=True), head, labels]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    wanted = (x, head, *inputs[1])
-    found, expected = (torch.autograd.grad(way(*inputs).sum(), wanted) for way in (compiled, step))
+    found, expected = (torch.autograd.grad(run(*inputs).sum(), inputs[:3]) for run in (compiled, step))
     torch.testing.assert_close(found, expected)
 
 
@@ -214,7 +169,7 @@ def test_bad_shapes_say_what_is_expected():
         adaln_modulate(x, x, x, EPS)
     with pytest.raises(ValueError, match="expected one shape and dtype"):
         swiglu(x, x.double())
-    with pytest.raises(ValueError, match="expected .N. for more than one"):
+    with pytest.raises(ValueError, match=r"expected \[N, H, K\], \[N, G, K\], \[K\], \[K\]"):
         qk_norm_rope(x[:, None], x[:, None], *torch.zeros(2, 2, 8), torch.zeros(2, 4, 4), EPS)
     with pytest.raises(ValueError, match="an even K"):
         qk_norm_rope(x[:, None, :7], x[:, None, :7], *torch.zeros(2, 7), torch.zeros(2, 4, 3), EPS)
@@ -222,8 +177,6 @@ def test_bad_shapes_say_what_is_expected():
         nearest_code(x, x[:0])
     with pytest.raises(ValueError, match="unknown renorm 'tokens'"):
         cfg_combine(x, x, text_scale=1.0, image_scale=1.0, renorm="tokens", renorm_min=0.0)
-    with pytest.raises(ValueError, match="sizes that add up to the rows"):
-        routed_linear(x, [torch.zeros(3, 8)], [3])
     with pytest.raises(ValueError, match="expected one dtype; cast one"):
         linear_cross_entropy(x, x.double(), torch.zeros(4).long())
 
@@ -257,12 +210,11 @@ def programs():
         sizes = dict(D=d, ROWS=rows, COLUMNS=columns)
         for kernel in ("rms_norm", "rms_norm_backward", "modulate", "modulate_backward"):
             yield getattr(rms_norm_triton, f"{kernel}_kernel"), sizes, warps
-    for half, e in ((64, 1), (64, 2), (64, 8), (36, 2)):
-        for kernel, held in (("norm_rope", 1), ("norm_rope_backward", e)):
-            rows, columns = qk_norm_rope_triton.head_tile_shape(half, held)
-            sizes = dict(HEADS=28, HALF=half, ROWS=rows, COLUMNS=columns, EXPERTS=e)
-            sizes |= dict(SLOTS=e) if kernel == "norm_rope_backward" else {}
-            yield getattr(qk_norm_rope_triton, f"{kernel}_kernel"), sizes | (dict(expert_ptr=None) if e == 1 else {}), 4
+    for half in (64, 36):
+        rows, columns = qk_norm_rope_triton.head_tile_shape(half)
+        sizes = dict(HEADS=28, HALF=half, ROWS=rows, COLUMNS=columns)
+        for norm_rope in (qk_norm_rope_triton.norm_rope_kernel, qk_norm_rope_triton.norm_rope_backward_kernel):
+            yield norm_rope, sizes, 4
     for kernel in (swiglu_triton.swiglu_kernel, swiglu_triton.swiglu_backward_kernel):
         yield kernel, dict(F=18944, COLUMNS=swiglu_triton.MAX_COLUMNS), 4
     yield (
@@ -270,16 +222,16 @@ def programs():
         dict(D=8, DIMS=16, ROWS=vq_lookup_triton.ROWS, CODES=vq_lookup_triton.CODES),
         4,
     )
-    block = dict(IMAGE=1, BLOCK=cfg_combine_triton.BLOCK)
-    yield cfg_combine_triton.squares_kernel, block, 4
-    yield cfg_combine_triton.shrink_kernel, block | dict(SUMS=128), 4
+    block = dict(HAS_NO_IMAGE=1, BLOCK=cfg_combine_triton.BLOCK)
+    yield cfg_combine_triton.sum_squares_kernel, block, 4
+    yield cfg_combine_triton.renormalize_kernel, block | dict(SUMS=128), 4
     for after in (0, 1):
-        tokens = dict(IMAGE=1, AFTER_TEXT=after, C=64, ROWS=cfg_combine_triton.ENTRIES // 64, COLUMNS=64)
-        yield cfg_combine_triton.shrink_tokens_kernel, tokens, 4
+        tokens = dict(HAS_NO_IMAGE=1, AFTER_TEXT=after, C=64, ROWS=cfg_combine_triton.ENTRIES // 64, COLUMNS=64)
+        yield cfg_combine_triton.renormalize_tokens_kernel, tokens, 4
 
 
-FLOATS = ("eps", "text_scale", "image_scale", "least")
-WIDE = ("sums_ptr", "dweight_ptr", "dscale_ptr", "dshift_ptr", "score_ptr", "v_ptr", "image_ptr", "text_ptr")
+FLOATS = ("eps", "text_scale", "image_scale", "renorm_min")
+WIDE = ("sums_ptr", "dweight_ptr", "dscale_ptr", "dshift_ptr", "score_ptr", "full_ptr", "no_image_ptr", "no_text_ptr")
 
 
 def type_of(name, kernel):
@@ -288,11 +240,11 @@ def type_of(name, kernel):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("expert_ptr", "code_ptr"):
+    if name == "code_ptr":
         return "*i32"
     return (
         "*fp32"
-        if name in WIDE or kernel in ("nearest_code_kernel", "shrink_kernel", "shrink_tokens_kernel")
+        if name in WIDE or kernel in ("nearest_code_kernel", "renormalize_kernel", "renormalize_tokens_kernel")
         else "*bf16"
     )
 

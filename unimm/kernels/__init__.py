@@ -8,7 +8,6 @@ from unimm.kernels.cross_entropy import linear_cross_entropy
 from unimm.kernels.dispatch import get_backend, use_kernels
 from unimm.kernels.qk_norm_rope import qk_norm_rope
 from unimm.kernels.rms_norm import rms_norm
-from unimm.kernels.routed import routed_linear
 from unimm.kernels.swiglu import swiglu
 from unimm.kernels.vq_lookup import nearest_code
 
@@ -24,7 +23,6 @@ __all__ = [
     "plan_attention",
     "qk_norm_rope",
     "rms_norm",
-    "routed_linear",
     "swiglu",
     "use_kernels",
 ]

@@ -1,12 +1,12 @@
-"""Cross entropy of a linear head without its logits: [N, V] numbers are never held, only a chunk of rows of them.
+"""Cross entropy of a linear head that never holds its [N, V] logits, only those of a chunk of rows.
 
 Axes: N rows, D model, V vocabulary.
 
-A chunk's logits are made, reduced to their log-sum-exp and dropped; backward makes them again. That costs a fourth matrix
-product beside the three of the plain way, and saves the [N, V] logits, their float32 copy, their softmax and its gradient:
-14 N V bytes at the peak in bfloat16, 12 in float32 (counted), which for 8192 rows of 152 064 ids are 17 GB.
-Liger-Kernel's fused loss (arXiv 2410.10989, section 3.2) computes the gradient in the forward pass and so needs a
-scalar loss; this one returns a loss a row, and takes any gradient for it.
+The logits of a chunk are computed, reduced to their log-sum-exp and dropped; backward computes them again. That costs a
+fourth matrix product beside the three of plain cross entropy, and saves the [N, V] logits, their float32 copy, their
+softmax and its gradient: 14 N V bytes at the peak in bfloat16, 12 in float32 (counted), which for 8192 rows of 152 064 ids
+are 17 GB. Liger-Kernel's fused loss (arXiv 2410.10989, section 3.2) computes the gradient in the forward pass and so needs
+a scalar loss; this one returns a loss per row, and takes any gradient for it.
 """
 
 from typing import Any
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from unimm.kernels.common import autocast_tensors, tensor_shapes
 
-MAX_LOGITS = 2**24  # logits held at once: 64 MiB in float32
-MIN_CHUNK_ROWS = (
-    512  # rows, whatever the vocabulary: with fewer, a product reads the weight for longer than it computes
-)
+MAX_LOGITS = 2**24  # held at once: 64 MiB in float32
+MIN_CHUNK_ROWS = 512  # whatever the vocabulary: with fewer, a product reads the weight for longer than it computes
 
 
 def linear_cross_entropy(
@@ -27,9 +25,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(x weight^T)[label] for every row: x [N, D], weight [V, D], labels [N] integers -> [N] float32.
 
-    A row whose label is `ignore` has loss 0 and no gradient. chunk: rows computed at once; unless given as many as make
-    64 MiB of logits, but at least 512. Matrix products are in x's dtype (or autocast's), all else in float32. Raises
-    ValueError where the shapes or dtypes disagree.
+    A row whose label is `ignore_index` has loss 0 and no gradient. chunk_rows: rows computed at once; unless given as many
+    as make 64 MiB of logits, but at least 512. Matrix products are in x's dtype (or autocast's), all else in float32.
+    Raises ValueError where the shapes or dtypes disagree.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         got = tensor_shapes(x, weight, labels)
@@ -49,83 +47,101 @@ def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, *,
 
 
 def _chunk_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """Float32 logits of some rows, in the buffer's first rows."""
+    """Float32 logits of some rows, written to the buffer's first rows."""
     out = buffer[: len(x)]
     if x.dtype == torch.float32:
         return torch.mm(x, weight.t(), out=out)
     return out.copy_(x @ weight.t())
 
 
-def _logits_buffer(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    return x.new_empty(min(chunk, len(x)), len(weight), dtype=torch.float32)
+def _logits_buffer(x: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
+    return x.new_empty(min(chunk_rows, len(x)), len(weight), dtype=torch.float32)
 
 
 @torch.library.custom_op("unimm::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
     """(loss [N], log-sum-exp [N])."""
     loss, lse = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-    buffer = _logits_buffer(x, weight, chunk)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
+    buffer = _logits_buffer(x, weight, chunk_rows)
+    for start in range(0, len(x), chunk_rows):
+        rows = slice(start, start + chunk_rows)
         logits = _chunk_logits(x[rows], weight, buffer)
-        label = labels[rows].masked_fill(labels[rows] == ignore, 0)
+        label = labels[rows].masked_fill(labels[rows] == ignore_index, 0)
         found = logits.gather(1, label[:, None]).squeeze(1)
         top = logits.amax(1)
         lse[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
         loss[rows] = lse[rows] - found
-    return loss.masked_fill_(labels == ignore, 0.0), lse
+    return loss.masked_fill_(labels == ignore_index, 0.0), lse
 
 
 @_linear_cross_entropy.register_fake
-def _(x: Tensor, weight: Tensor, labels: Tensor, ignore: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk_rows: int) -> tuple[Tensor, Tensor]:
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(loss)
 
 
 @torch.library.custom_op("unimm::linear_cross_entropy_backward", mutates_args=())
 def _linear_cross_entropy_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore: int, chunk: int, wants: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    chunk_rows: int,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """d logits = grad (softmax - onehot), made a chunk at a time: (dx, dweight); one that is not wanted is empty."""
-    dx = torch.empty_like(x) if wants[0] else x.new_empty(0)
-    # chunks add up in float32, whatever the dtype
-    dweight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else weight.new_empty(0)
-    grad = grad.masked_fill(labels == ignore, 0.0)
-    buffer = _logits_buffer(x, weight, chunk)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
+    """(dx, dweight) by d logits = grad (softmax - onehot), chunk by chunk; a gradient that is not needed is empty."""
+    dx = torch.empty_like(x) if needs_grad[0] else x.new_empty(0)
+    # chunks are summed in float32, whatever the dtype
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else weight.new_empty(0)
+    grad = grad.masked_fill(labels == ignore_index, 0.0)
+    buffer = _logits_buffer(x, weight, chunk_rows)
+    for start in range(0, len(x), chunk_rows):
+        rows = slice(start, start + chunk_rows)
         logits = _chunk_logits(x[rows], weight, buffer)
         dlogits = logits.sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
-        label = labels[rows].masked_fill(labels[rows] == ignore, 0)
+        label = labels[rows].masked_fill(labels[rows] == ignore_index, 0)
         dlogits.scatter_add_(1, label[:, None], -grad[rows, None])
         dlogits = dlogits.to(x.dtype)
-        if wants[0]:
+        if needs_grad[0]:
             dx[rows] = dlogits @ weight
-        if wants[1] and x.dtype == torch.float32:
+        if needs_grad[1] and x.dtype == torch.float32:
             dweight.addmm_(dlogits.t(), x[rows])
-        elif wants[1]:
+        elif needs_grad[1]:
             dweight += dlogits.t() @ x[rows]
     return dx, dweight.to(weight.dtype)
 
 
 @_linear_cross_entropy_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore: int, chunk: int, wants: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    chunk_rows: int,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if wants[0] else x.new_empty(0)
-    return dx, torch.empty_like(weight) if wants[1] else weight.new_empty(0)
+    dx = torch.empty_like(x) if needs_grad[0] else x.new_empty(0)
+    return dx, torch.empty_like(weight) if needs_grad[1] else weight.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, labels, ctx.ignore, ctx.chunk = inputs
+    x, weight, labels, ctx.ignore_index, ctx.chunk_rows = inputs
     ctx.save_for_backward(x, weight, labels, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     x, weight, labels, lse = ctx.saved_tensors
-    wants = list(ctx.needs_input_grad[:2])
-    dx, dweight = _linear_cross_entropy_backward(grad, x, weight, labels, lse, ctx.ignore, ctx.chunk, wants)
-    return dx if wants[0] else None, dweight if wants[1] else None, None, None, None
+    needs_grad = list(ctx.needs_input_grad[:2])
+    dx, dweight = _linear_cross_entropy_backward(
+        grad, x, weight, labels, lse, ctx.ignore_index, ctx.chunk_rows, needs_grad
+    )
+    return dx if needs_grad[0] else None, dweight if needs_grad[1] else None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,27 +1,38 @@
-"""Which implementation of an op runs: the environment variable UNIMM_KERNELS, or a context manager."""
+"""The implementation of an op that runs: chosen by the environment variable UNIMM_KERNELS or by a context manager."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 BACKENDS = ("auto", "reference", "sdpa", "triton", "flex")
 HAS_TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRITON_MAX_HEAD_DIM = 256  # a wider head does not fit the registers
+TRITON_MAX_HEAD_DIM = 256  # wider heads do not fit the registers
 
 _context_backend: ContextVar[str | None] = ContextVar("unimm_kernels", default=None)
-_graph_backend: str | None = (
-    None  # the same for graphs, which not every PyTorch lets look into a ContextVar; of all threads
-)
+# the same for compiled graphs, since not every PyTorch can trace a ContextVar; shared by all threads
+_graph_backend: str | None = None
+
+
+def constant_in_graphs(function: F) -> F:
+    """Mark a function whose result a compiled graph may hold as a constant, as torch.compiler.assume_constant_result does.
+
+    That decorator imports torch._dynamo at once, which takes as long as importing torch; a test holds the two together.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def get_backend() -> str:
-    """The backend asked for: the innermost `use_kernels`, else UNIMM_KERNELS, else "auto"."""
+    """The requested backend: the innermost `use_kernels`, else UNIMM_KERNELS, else "auto"."""
     name = _graph_backend if torch.compiler.is_compiling() else _context_backend.get()
     return _check_backend(name or os.environ.get("UNIMM_KERNELS", "auto"))
 
@@ -31,11 +42,11 @@ def use_kernels(name: str) -> Iterator[None]:
     """Run the body with one backend.
 
     auto: Triton for CUDA tensors where it is installed, else sdpa. reference: plain operations, the definition.
-    sdpa: PyTorch's fused attention, split by sample and block, and plain operations for other ops. triton. flex:
-    PyTorch's FlexAttention, compiled; other ops as in auto.
-    A backend that cannot run is a ValueError with the reason, when an op is called.
+    sdpa: PyTorch's fused attention, split by sample and key range, and plain operations for other ops. triton: the Triton
+    kernels. flex: PyTorch's FlexAttention, compiled; other ops as in auto.
+    A backend that cannot run raises ValueError, with the reason, when an op is called.
     """
-    global _graph_backend  # noqa: PLW0603 - a graph is guarded by a global alone
+    global _graph_backend  # noqa: PLW0603 - compiled graphs are guarded by a global, not by a ContextVar
     token, before = _context_backend.set(_check_backend(name)), _graph_backend
     _graph_backend = name
     try:
@@ -46,9 +57,9 @@ def use_kernels(name: str) -> Iterator[None]:
 
 
 def resolve_backend(op: str, *tensors: Tensor) -> str:
-    """The backend that runs `op` on these tensors, never "auto". Raises ValueError where one is asked for that cannot."""
+    """The backend that runs `op` on these tensors, never "auto". Raises ValueError where the requested one cannot."""
     name = get_backend()
-    if name == "auto" or (name == "flex" and op != "attention"):  # flex is a way of attention alone
+    if name == "auto" or (name == "flex" and op != "attention"):  # flex is an implementation of attention alone
         return "triton" if tensors[0].is_cuda and unsupported_reason(op, "triton", *tensors) is None else "sdpa"
     if reason := unsupported_reason(op, name, *tensors):
         raise ValueError(
@@ -58,14 +69,12 @@ def resolve_backend(op: str, *tensors: Tensor) -> str:
 
 
 def unsupported_reason(op: str, name: str, *tensors: Tensor) -> str | None:
-    """Why a backend cannot run `op` on these tensors, and what to do; None where it can."""
-    return (
-        _triton_unsupported_reason(op, tensors[0])
-        if name == "triton"
-        else _flex_unsupported_reason(tensors)
-        if name == "flex"
-        else None
-    )
+    """Why a backend cannot run `op` on these tensors, and what to do about it; None where it can."""
+    if name == "triton":
+        return _triton_unsupported_reason(op, tensors[0])
+    if name == "flex":
+        return _flex_unsupported_reason(tensors)
+    return None
 
 
 def _triton_unsupported_reason(op: str, x: Tensor) -> str | None:
@@ -86,9 +95,9 @@ def _flex_unsupported_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreter_enabled() -> bool:
-    """Whether Triton runs kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before they are first imported."""
+    """Whether Triton interprets kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before they are first imported."""
     if not HAS_TRITON:
         return False
     from triton import knobs

@@ -1,8 +1,8 @@
-"""Norms in Triton, forward and backward: RMS norm, AdaLN modulation, and RMS norm of heads with their rotary turn.
+"""RMS norm and AdaLN modulation in Triton, forward and backward.
 
-A program owns a tile of whole rows, so a norm is a reduction inside a program. Backward kernels make the norm again
-from the row that they read anyway, and walk over tiles with a stride of all programs, adding up the gradients of
-weights in registers; PyTorch adds the programs' sums. No atomics: results repeat bit for bit.
+A program owns a tile of whole rows, so a norm is a reduction inside a program. Backward kernels compute the norm again
+from the row, which they read anyway, and take every n-th tile, n programs in all, adding up the gradients of weights in
+registers; PyTorch adds the programs' sums. No atomics: results repeat bit for bit.
 """
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from unimm.kernels.common import as_rows
 
-ENTRIES = 4096  # of a tile: rows of up to this many are shared by one program
-PROGRAMS = 512  # of a backward kernel, which leave as many sums of gradients to add
+ENTRIES = 4096  # numbers of a tile: several rows share a program where they fit
+PROGRAMS = 512  # of a backward kernel; each writes sums of gradients, which are added afterwards
 
 
 def row_tile_shape(width: int, most: int = 16) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile of whole rows."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(most, ENTRIES // columns))
-    # 16 numbers of a row a thread: backward holds six such rows
+    # 16 numbers of a row per thread: backward holds six such rows
     return rows, columns, min(16, max(4, rows * columns // 512))
 
 
 @triton.jit(do_not_specialize=["n"])
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, n, x_row, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The order of layers.RMSNorm: float32 up to the cast back to x's dtype, then times the weight."""
+    """The order of nn.layers.RMSNorm: float32 up to the cast back to x's dtype, then times the weight."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < D)[None, :]
@@ -68,11 +68,11 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     rows = as_rows(x)
     n, d = rows.shape
-    at_once, columns, warps = row_tile_shape(d)
+    tile_rows, columns, warps = row_tile_shape(d)
     if n:
         with torch.cuda.device_of(x):
-            rms_norm_kernel[(triton.cdiv(n, at_once),)](
-                rows, weight.contiguous(), out, n, rows.stride(0), eps, D=d, ROWS=at_once, COLUMNS=columns, num_warps=warps
+            rms_norm_kernel[(triton.cdiv(n, tile_rows),)](
+                rows, weight.contiguous(), out, n, rows.stride(0), eps, D=d, ROWS=tile_rows, COLUMNS=columns, num_warps=warps
             )
     return out
 
@@ -80,16 +80,17 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def launch_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx [..., D], dweight [D])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, grads = as_rows(x), as_rows(grad)
+    rows = as_rows(x)
+    grads = as_rows(grad)
     n, d = rows.shape
-    at_once, columns, warps = row_tile_shape(d)
-    programs = min(PROGRAMS, triton.cdiv(n, at_once))
+    tile_rows, columns, warps = row_tile_shape(d)
+    programs = min(PROGRAMS, triton.cdiv(n, tile_rows))
     sums = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     if n:
         with torch.cuda.device_of(x):
             rms_norm_backward_kernel[(programs,)](
                 grads, rows, weight.contiguous(), dx, sums, n, grads.stride(0), rows.stride(0), eps,
-                D=d, ROWS=at_once, COLUMNS=columns, num_warps=warps,
+                D=d, ROWS=tile_rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
     return dx, sums.sum(0).to(weight.dtype)
 
@@ -101,7 +102,7 @@ def launch_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float
 def modulate_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr, n, length, x_row, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """layer_norm(x) (1 + scale) + shift; rows of all samples end to end, `length` of them a sample."""
+    """layer_norm(x) (1 + scale) + shift; rows of all samples end to end, `length` per sample."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < D)[None, :]
@@ -120,7 +121,7 @@ def modulate_backward_kernel(
     grad_ptr, x_ptr, scale_ptr, dx_ptr, dscale_ptr, dshift_ptr, length, grad_row, x_row, eps,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (sample, j) walks over tiles j, j + programs, ... of a sample.
+    """Program (sample, j) takes tiles j, j + programs, ... of a sample.
 
     With u = layer_norm(x), r = 1 / its deviation, g = grad (1 + scale): dx = r (g - mean(g) - u mean(g u)); over the
     sample's rows dscale = sum of grad u, dshift = sum of grad.
@@ -154,12 +155,12 @@ def launch_adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     n, d = rows.shape
-    at_once, columns, warps = row_tile_shape(d)
+    tile_rows, columns, warps = row_tile_shape(d)
     if n:
         with torch.cuda.device_of(x):
-            modulate_kernel[(triton.cdiv(n, at_once),)](
+            modulate_kernel[(triton.cdiv(n, tile_rows),)](
                 rows, scale.contiguous(), shift.contiguous(), out, n, x.shape[1], rows.stride(0), eps,
-                D=d, ROWS=at_once, COLUMNS=columns, num_warps=warps,
+                D=d, ROWS=tile_rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
     return out
 
@@ -167,15 +168,16 @@ def launch_adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -
 def launch_adaln_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [B, L, D], dscale and dshift [B, D])."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, grads = as_rows(x), as_rows(grad)
+    rows = as_rows(x)
+    grads = as_rows(grad)
     b, length, d = x.shape
-    at_once, columns, warps = row_tile_shape(d)
-    programs = min(max(1, PROGRAMS // max(1, b)), triton.cdiv(length, at_once))
+    tile_rows, columns, warps = row_tile_shape(d)
+    programs = min(max(1, PROGRAMS // max(1, b)), triton.cdiv(length, tile_rows))
     dscale, dshift = (torch.empty(b, programs, d, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows.numel():
         with torch.cuda.device_of(x):
             modulate_backward_kernel[(b, programs)](
                 grads, rows, scale.contiguous(), dx, dscale, dshift, length, grads.stride(0), rows.stride(0), eps,
-                D=d, ROWS=at_once, COLUMNS=columns, num_warps=warps,
+                D=d, ROWS=tile_rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
     return dx, dscale.sum(1).to(scale.dtype), dshift.sum(1).to(scale.dtype)

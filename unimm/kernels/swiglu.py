@@ -1,7 +1,7 @@
-"""The gate of a SwiGLU feed-forward in one pass.
+"""The gate of a SwiGLU feed-forward layer, in one pass. Axis: F features of the layer.
 
-Bytes read and written a number in bfloat16, counted from each operation's inputs and outputs, not measured:
-forward 10 eager, 6 here; backward 18 eager, 10 here. Kept for backward: 6 eager (silu(gate), too), 4 here.
+Bytes read and written per number in bfloat16, counted from each operation's inputs and outputs, not measured:
+forward 10 eager, 6 here; backward 18 eager, 10 here. Kept for backward: 6 eager (with silu(gate)), 4 here.
 """
 
 from typing import Any
@@ -15,14 +15,13 @@ from unimm.kernels.dispatch import resolve_backend
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [..., F] -> [..., F]; the halves of one tensor may be given. Shazeer 2020, arXiv 2002.05202.
+    """silu(gate) * up, both [..., F] -> [..., F]; they may be halves of one tensor. Shazeer 2020, arXiv 2002.05202.
 
     Raises ValueError where the shapes or dtypes differ.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"swiglu got gate, up {tensor_shapes(gate, up)} in {gate.dtype}, {up.dtype}: expected one shape and dtype"
-        )
+        got = f"{tensor_shapes(gate, up)} in {gate.dtype}, {up.dtype}"
+        raise ValueError(f"swiglu got gate, up {got}: expected one shape and dtype")
     if resolve_backend("swiglu", gate) == "triton":
         return _swiglu(gate, up)
     return swiglu_reference(gate, up)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unimm.kernels.common import as_rows
 
-MAX_COLUMNS = 2048  # columns of a program
+MAX_COLUMNS = 2048  # of a program
 
 
 @triton.jit
@@ -42,7 +42,8 @@ def swiglu_backward_kernel(
 def launch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [..., F] of one dtype -> [..., F]."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gates, ups = as_rows(gate), as_rows(up)
+    gates = as_rows(gate)
+    ups = as_rows(up)
     n, f = gates.shape
     columns = min(MAX_COLUMNS, triton.next_power_of_2(f))
     if out.numel():
@@ -56,7 +57,9 @@ def launch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def launch_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup), both [..., F]."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    grads, gates, ups = as_rows(grad), as_rows(gate), as_rows(up)
+    grads = as_rows(grad)
+    gates = as_rows(gate)
+    ups = as_rows(up)
     n, f = gates.shape
     columns = min(MAX_COLUMNS, triton.next_power_of_2(f))
     if dup.numel():

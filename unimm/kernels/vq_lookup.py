@@ -1,8 +1,8 @@
-"""The nearest code of a vector-quantised picture, without the [N, V] matrix of similarities.
+"""The codebook entries nearest to vectors, without the [N, V] matrix of similarities.
 
-Axes: N vectors, V codes, D features.
+Axes: N vectors, V codes (the vocabulary of image tokens), D features.
 
-Bytes read and written for a picture of 576 vectors, 16 384 codes of 8, float32, counted, not measured: the matrix written
+Bytes read and written for an image of 576 vectors, 16 384 codes of 8, float32, counted, not measured: the matrix written
 and read is 75 MB; here each tile of 64 vectors reads the codebook (0.5 MB, from the cache), 5 MB in all.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from unimm.kernels.common import tensor_shapes
 from unimm.kernels.dispatch import resolve_backend
 
-MAX_SIMILARITIES = 2**22  # similarities held at once by the reference: 16 MiB
+MAX_SIMILARITIES = 2**22  # held at once by the reference: 16 MiB
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """The code of the largest cosine with each vector, the lowest of equals: z [N, D], codebook [V, D] -> [N] int64.
+    """The code of the largest cosine with each vector, the lowest of ties: z [N, D], codebook [V, D] -> [N] int64.
 
     In float32, whatever the dtypes. Raises ValueError where the shapes disagree or there are no codes.
     """
@@ -25,7 +25,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError(
             f"nearest_code got z, codebook {tensor_shapes(z, codebook)}: expected [N, D] and [V, D], V at least 1"
         )
-    # of unit vectors the nearest is the one of the largest product; what a code is has no gradient
+    # among unit vectors the nearest is the one of the largest product; the index has no gradient
     z, codebook = (F.normalize(t.detach().float(), dim=1) for t in (z, codebook))
     if resolve_backend("nearest_code", z) == "triton":
         return _nearest_code(z, codebook)
@@ -33,7 +33,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_code_reference(z: Tensor, codebook: Tensor) -> Tensor:
-    """The definition for unit vectors, some rows of z at a time."""
+    """The definition for unit vectors, in chunks of rows of z."""
     parts = z.split(max(1, MAX_SIMILARITIES // len(codebook)))
     return torch.cat([(part @ codebook.t()).argmax(1) for part in parts])
 

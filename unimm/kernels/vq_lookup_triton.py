@@ -7,31 +7,31 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CODES = 64, 64
-CODEBOOK_SPLITS = 8  # into which the codebook is cut, so that a picture's few hundred rows fill a GPU
+CODEBOOK_SPLITS = 8  # parts of the codebook, so that the few hundred vectors of an image fill a GPU
 
 
 @triton.jit(do_not_specialize=["n"])
 def nearest_code_kernel(
-    z_ptr, codebook_ptr, score_ptr, code_ptr, n, z_row, v, share,
+    z_ptr, codebook_ptr, score_ptr, code_ptr, n, z_row, v, part,
     D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of rows, share of the codebook): the best score there, and its code; of equals the first."""
+    """Program (tile of rows, part of the codebook): the best score there, and its code; of ties the first."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)
     z = tl.load(z_ptr + rows[:, None] * z_row + dims[None, :], mask=(rows < n)[:, None] & (dims < D)[None, :], other=0.0)
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, v)
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, v)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     code = tl.zeros([ROWS], tl.int32)
     for start in range(first, last, CODES):
         codes = start + tl.arange(0, CODES)
-        here = codes < last
-        book = tl.load(codebook_ptr + codes[:, None] * D + dims[None, :], mask=here[:, None] & (dims < D)[None, :], other=0.0)
+        inside = codes < last
+        book = tl.load(codebook_ptr + codes[:, None] * D + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0)
         scores = tl.dot(z, tl.trans(book), input_precision="ieee")
-        scores = tl.where(here[None, :], scores, float("-inf"))
-        top, place = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
-        # not >=: the earlier tile holds the lower codes
-        code = tl.where(top > best, start + place, code)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        top, index = tl.max(scores, 1, return_indices=True, return_indices_tie_break_left=True)
+        # not >=: of ties the earlier tile holds the lower codes
+        code = tl.where(top > best, start + index, code)
         best = tl.maximum(top, best)
     at = tl.program_id(1).to(tl.int64) * n + rows
     tl.store(score_ptr + at, best, mask=rows < n)
@@ -42,16 +42,16 @@ def launch_nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """z [N, D] and codebook [V, D] of unit rows, float32 -> [N] int64."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (n, d), v = z.shape, len(codebook)
-    share = triton.cdiv(triton.cdiv(v, CODEBOOK_SPLITS), CODES) * CODES
-    shares = triton.cdiv(v, share)
-    scores = torch.empty(shares, n, dtype=torch.float32, device=z.device)
-    codes = torch.empty(shares, n, dtype=torch.int32, device=z.device)
+    part = triton.cdiv(triton.cdiv(v, CODEBOOK_SPLITS), CODES) * CODES
+    parts = triton.cdiv(v, part)
+    scores = torch.empty(parts, n, dtype=torch.float32, device=z.device)
+    codes = torch.empty(parts, n, dtype=torch.int32, device=z.device)
     if n:
         with torch.cuda.device_of(z):
-            nearest_code_kernel[(triton.cdiv(n, ROWS), shares)](
-                z, codebook, scores, codes, n, z.stride(0), v, share,
+            nearest_code_kernel[(triton.cdiv(n, ROWS), parts)](
+                z, codebook, scores, codes, n, z.stride(0), v, part,
                 # 16: the least depth of a matrix product in Triton
                 D=d, DIMS=max(16, triton.next_power_of_2(d)), ROWS=ROWS, CODES=CODES, num_warps=4,
             )  # fmt: skip
-    # of equals the first share, which holds the lower codes
+    # of ties the first part, which holds the lower codes
     return codes.gather(0, scores.argmax(0)[None]).squeeze(0).long()

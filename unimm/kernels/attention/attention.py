@@ -1,7 +1,7 @@
-"""Generalized causal attention over packed sequences: one mask, one call, for training, prefill and denoising.
+"""Attention over packed sequences under one mask: one call for training, prefill, decoding and denoising.
 
-Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query
-and m key rows in a padded call.
+Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query and m key
+rows in a padded call, r query heads of a key head.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unimm.kernels.attention.mask import AttentionMask, SDPACall, TileRuns
 from unimm.kernels.common import autocast_tensors
-from unimm.kernels.dispatch import resolve_backend
+from unimm.kernels.dispatch import constant_in_graphs, resolve_backend
 
 if TYPE_CHECKING:
     from unimm.kernels.attention.tile_configs import TileConfig
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(K) under `mask`) v, grouped-query: q [N, H, K], k and v [M, G, K] -> [N, H, K].
 
-    Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v, which may go on behind
-    them. A row that sees nothing gets 0. Raises ValueError where the shapes disagree with each other or with the mask.
-    In a compiled graph, call `prepare(mask, q)` before it.
+    Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v, which may be longer. A row
+    that attends to nothing gets 0. Raises ValueError where the shapes disagree with each other or with the mask.
+    In a compiled graph, call `plan_attention(mask, q)` before it.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling:  # a graph that asked the mask for its numbers would be compiled again for each
+    if not compiling:  # a graph that reads the lengths of a mask would be compiled again for every mask
         _check_shapes(q, k, v, mask)
     q, k, v = autocast_tensors(q, k, v)
     n_keys = mask.ranges.shape[2] if compiling else mask.n_keys
@@ -40,15 +40,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return attention_reference(q, k, v, mask)
     if backend == "flex":
         return _attention_flex(q, k, v, mask)
-    if (
-        backend == "triton"
-        and mask.decode_ranges
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
-    ):
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if backend == "triton" and mask.decode_ranges and not needs_grad:
         return _decode_op(q, k, v, *mask.decode_ranges)
     if backend == "triton" or compiling:
         return _attention_via_op(q, k, v, mask, backend)
-    # eager stays plain PyTorch, where fused calls know whether a gradient is wanted: 2.7 ms forward and 13.4 with
+    # eager code calls PyTorch directly, where fused calls know whether a gradient is needed: 2.7 ms forward and 13.4 with
     # backward against 11 and 28 through the op (40 samples of 50 rows, 4 heads of 64, bf16, one thread)
     return _attention_eager(q, k, v, mask)
 
@@ -62,23 +59,23 @@ def _attention_via_op(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, back
 
 
 def plan_attention(mask: AttentionMask, q: Tensor) -> AttentionMask:
-    """Compute now all that `attention` will ask of a mask inside a compiled graph, for queries like q [N, H, K]."""
+    """Compute now everything of a mask that `attention` needs inside a compiled graph, for queries like q [N, H, K]."""
     if resolve_backend("attention", q) != "triton":
         return mask.precompute()
     return mask.precompute(*_tile_shape(q.device, q.shape[2], q.dtype))
 
 
 def _tile_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> "TileConfig":
-    """The configuration of Triton's kernels."""
+    """The configuration of the Triton kernels."""
     from unimm.kernels.attention.tile_configs import architecture, pick_tile_config
 
     fake = device.type == "cuda" and not torch.cuda.is_available()  # tracing for a GPU that is not here: any tiles do
     return pick_tile_config("sm_90" if fake else architecture(device), head_dim, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _tile_shape(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and keys of a tile; a graph holds them as numbers."""
+    """Rows and keys of a tile; a compiled graph holds them as constants."""
     config = _tile_config(device, head_dim, dtype)
     return config.rows, config.keys
 
@@ -99,14 +96,13 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """The definition, in plain operations, with a dense mask. Rows that nobody wrote must hold numbers."""
+    """The definition, in plain operations, with a dense mask. Keys and values that no row attends to must be finite."""
     k, v = (repeat(t, "m g k -> m (g r) k", r=q.shape[1] // k.shape[1]) for t in (k, v))
     scores = torch.einsum("nhk, mhk -> hnm", q, k) * q.shape[2] ** -0.5
-    allowed = mask.dense(k.shape[0])
-    sees = allowed.any(
-        -1, keepdim=True
-    )  # a row that sees nothing looks at all, and then at none: softmax of no number is nan
-    p = scores.masked_fill(~allowed & sees, float("-inf")).softmax(-1).masked_fill(~sees, 0.0)
+    attn_mask = mask.dense(k.shape[0])
+    # the softmax of no score is nan: a row that attends to nothing gets all scores, and zeros afterwards
+    attends = attn_mask.any(-1, keepdim=True)
+    p = scores.masked_fill(~attn_mask & attends, float("-inf")).softmax(-1).masked_fill(~attends, 0.0)
     return torch.einsum("hnm, mhk -> nhk", p, v)
 
 
@@ -122,75 +118,75 @@ def _attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Samples of like length padded to one, a call a bucket."""
-    buckets, back = mask.padded_calls
+    """Samples of similar lengths padded to one length: a call per bucket."""
+    calls, result_rows = mask.padded_calls
     parts = []
-    for q_rows, k_rows, allowed in buckets:
-        assert allowed is not None  # padding
+    for q_rows, k_rows, attn_mask in calls:
+        assert attn_mask is not None  # there is padding
         b = len(q_rows)
         q_pad = rearrange(q.index_select(0, q_rows.flatten()), "(b n) h k -> b h n k", b=b)
         k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
         # the fused backward is slow here: 15.4 ms against 2.3 written out, forward and backward, 40 samples of 64 rows
         slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        y = (_unfused_attention if slow else _sdpa)(q_pad, k_pad, v_pad, allowed[:, None])
+        y = (_unfused_attention if slow else _sdpa)(q_pad, k_pad, v_pad, attn_mask[:, None])
         parts.append(rearrange(y, "b h n k -> (b n) h k"))
-    return torch.cat(parts).index_select(0, back)
+    return torch.cat(parts).index_select(0, result_rows)
 
 
 def _attention_strided(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n: int) -> Tensor:
-    """Decoding samples of one length, a row each, q [B, H, K]: one call on views of their keys, which nothing gathers."""
+    """Decoding with caches of one length, a query row each, q [B, H, K]: one call on strided views of the keys, no gather."""
     k, v = (rearrange(t[start:].unfold(0, n, step), "b g k m -> b g m k") for t in (k, v))
     return rearrange(_sdpa(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: bool = False) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """q [B, H, n, K], k and v [B, G, m, K], allowed [B, 1, n, m] -> [B, H, n, K]; softmax in float32."""
-    g, n = k.shape[1], q.shape[2]
+def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    """q [B, H, n, K], k and v [B, G, m, K], attn_mask [B, 1, n, m] -> [B, H, n, K]; softmax in float32."""
+    g = k.shape[1]
+    n = q.shape[2]
     scores = rearrange(q, "b (g r) n k -> b g (r n) k", g=g) @ rearrange(k, "b g m k -> b g k m") * q.shape[3] ** -0.5
-    scores = rearrange(scores.float(), "b g (r n) m -> b (g r) n m", n=n).masked_fill(~allowed, float("-inf"))
+    scores = rearrange(scores.float(), "b g (r n) m -> b (g r) n m", n=n).masked_fill(~attn_mask, float("-inf"))
     p = rearrange(scores.softmax(-1).to(v.dtype), "b (g r) n m -> b g (r n) m", g=g)
     return rearrange(p @ v, "b g (r n) k -> b (g r) n k", n=n)
 
 
 def _attention_by_range(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """One call for each block of queries over just the rows it sees: no masked-out work, no dense mask."""
+    """One call for each range of queries over just the keys it attends to: no masked-out work, no dense mask."""
     parts = []
-    for i, blocks in enumerate(mask.samples):
-        key_at, row = mask.key_starts[i], 0
-        seen: list[tuple[int, int]] = []
+    for i, key_ranges in enumerate(mask.samples):
+        key_at = mask.key_starts[i]
+        row = 0
+        visible: list[tuple[int, int]] = []
         cached = mask.key_lengths[i] - mask.query_lengths[i]
-        for block in blocks:
-            keys = [*seen, (row, row + block.length)]
-            if block.visible:
-                seen = keys
-            row += block.length
-            n = min(block.length, row - cached)  # rows of this block that ask
+        for key_range in key_ranges:
+            keys = [*visible, (row, row + key_range.length)]
+            if key_range.visible:
+                visible = keys
+            row += key_range.length
+            n = min(key_range.length, row - cached)  # rows of this range that are queries
             if n > 0:
                 at = mask.query_starts[i] + row - cached - n
-                parts.append(
-                    _attend_last_rows(
-                        q[at : at + n], *(_gather_spans(t, key_at, keys) for t in (k, v)), causal=not block.full
-                    )
-                )
+                seen_k, seen_v = (_gather_spans(t, key_at, keys) for t in (k, v))
+                parts.append(_attend_last_rows(q[at : at + n], seen_k, seen_v, causal=not key_range.full))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
 def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """Plain attention of n queries that are the last n of m keys."""
-    n, m = q.shape[0], k.shape[0]
-    # where all rows ask, no mask is needed: it takes SDPA off its fast path
-    square, masked = causal and n == m, causal and 1 < n < m
-    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if masked else None
+    """Attention of n queries that are the last n of m keys."""
+    n = q.shape[0]
+    m = k.shape[0]
+    # where every row is a query, is_causal says it all: a mask would take SDPA off its fast path
+    square = causal and n == m
+    attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and 1 < n < m else None
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
-    return rearrange(_sdpa(q, k, v, allowed, causal=square), "1 h n k -> n h k")
+    return rearrange(_sdpa(q, k, v, attn_mask, causal=square), "1 h n k -> n h k")
 
 
 def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
-    """The rows of several spans; a slice, not a copy, where they touch."""
+    """The rows of several spans; a view, not a copy, where they touch."""
     joined = [list(spans[0])]
     for a, b in spans[1:]:
         if a == joined[-1][1]:
@@ -202,22 +198,23 @@ def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor
 
 
 def _attention_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """A mask made from ranges: calls of some rows over the keys that some of them see."""
+    """A mask made from ranges: calls of some rows over the keys that some of them attend to."""
     parts = []
-    for (q_rows,), (k_rows,), allowed in mask.sdpa_calls[0]:
+    for (q_rows,), (k_rows,), attn_mask in mask.sdpa_calls[0]:
         picked = ((q, q_rows), (k, k_rows), (v, k_rows))
         x, keys, values = (rearrange(t.index_select(0, at), "n h k -> 1 h n k") for t, at in picked)
-        if allowed is None:
+        if attn_mask is None:
             y = _sdpa(x, keys, values, None)
         else:
-            sees = allowed.any(-1, keepdim=True)  # a row that sees nothing looks at all, and the result is dropped
-            y = _sdpa(x, keys, values, (allowed | ~sees)[:, None]).masked_fill(~sees, 0.0)
+            # the softmax of no score is nan: a row that attends to nothing gets all scores, and zeros afterwards
+            attends = attn_mask.any(-1, keepdim=True)
+            y = _sdpa(x, keys, values, (attn_mask | ~attends)[:, None]).masked_fill(~attends, 0.0)
         parts.append(rearrange(y, "1 h n k -> n h k"))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
 def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """PyTorch's FlexAttention, over the same tiles; compiled on a GPU. On a CPU it is dense, and says so in a warning."""
+    """PyTorch's FlexAttention over the same tiles, compiled on a GPU. On a CPU it computes the dense mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex_attention()
@@ -228,7 +225,7 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
     return rearrange(y, "1 h n k -> n h k")
 
 
-# ---- the op: what compiled graphs, checkpointing and sharding see
+# ---- the registered op, for compiled graphs, activation checkpointing and sharding
 
 
 @custom_op("unimm::attention", mutates_args=())
@@ -242,9 +239,10 @@ def _attention_op(
     by_key: list[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N] (-inf: sees nothing).
+    """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N] (-inf for a row that attends to nothing).
 
-    ranges, by_row and by_key: as the mask gives them, for Triton; table: the mask itself, for sdpa, which has no tiles.
+    ranges, by_row and by_key: the mask's ranges and runs of tiles, for Triton. table: the mask as numbers, for sdpa, which
+    has no tiles.
     """
     if backend == "triton":
         from unimm.kernels.attention.attention_triton import launch_attention
@@ -258,7 +256,7 @@ def _attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor, table: Tensor,
     by_row: list[Tensor], by_key: list[Tensor], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of `_op`: do [N, H, K] -> dq [N, H, K], dk and dv [M, G, K]."""
+    """The gradients of `_attention_op`: do [N, H, K] -> dq [N, H, K], dk and dv [M, G, K]."""
     if backend == "triton":
         from unimm.kernels.attention.attention_triton import launch_attention_backward
 
@@ -272,7 +270,7 @@ def _attention_backward_op(
 
 @custom_op("unimm::decode", mutates_args=())
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """One row a sample, q [B, H, K], over its rows of k and v [M, G, K]: from `starts` on, `lengths` of them, [B] int32."""
+    """A query row per sample, q [B, H, K], over `lengths` rows of k and v [M, G, K] from `starts` on, both [B] int32."""
     from unimm.kernels.attention.decode_triton import launch_decode
 
     return launch_decode(q, k, v, starts, lengths)
@@ -285,9 +283,8 @@ def _(q, k, v, starts, lengths):  # type: ignore[no-untyped-def]
 
 @_attention_op.register_fake
 def _(q, k, v, ranges, table, by_row, by_key, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[1], q.shape[0]), dtype=_accumulation_dtype(q)
-    )
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=_accumulation_dtype(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @_attention_backward_op.register_fake
@@ -302,7 +299,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _attention_gradients(ctx, do, _):  # type: ignore[no-untyped-def]
-    q, k, v, o, lse, ranges, table, *runs = ctx.saved_tensors  # once: checkpointing computes them again when asked
+    q, k, v, o, lse, ranges, table, *runs = (
+        ctx.saved_tensors
+    )  # read once: checkpointing recomputes them at every access
     half = len(runs) // 2
     grads = _attention_backward_op(do, q, k, v, o, lse, ranges, table, runs[:half], runs[half:], ctx.backend)
     return *grads, None, None, [None] * half, [None] * half, None
@@ -311,7 +310,7 @@ def _attention_gradients(ctx, do, _):  # type: ignore[no-untyped-def]
 _attention_op.register_autograd(_attention_gradients, setup_context=_setup_context)
 
 
-# ---- the op without Triton, written out: no gradient is recorded inside an op
+# ---- the op without Triton; no gradient is recorded inside an op, so the backward pass is written out
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -320,7 +319,7 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def _mask_from_tensors(table: Tensor, ranges: Tensor, n_queries: int) -> AttentionMask:
-    """The mask of an op's arguments; the last ones are remembered, since every layer asks for the same."""
+    """The mask of an op's arguments; the last few are cached, since every layer needs the same."""
     made_from_ranges = not table[0, 0]
     content = ranges.cpu() if made_from_ranges else table
     return _cached_mask(
@@ -337,7 +336,7 @@ def _cached_mask(content: bytes, shape: tuple[int, ...], n_queries: int | None, 
 
 
 def _forward_without_triton(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    calls, back = mask.sdpa_calls
+    calls, result_rows = mask.sdpa_calls
     outs, sums = [], []
     for call in calls:
         qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
@@ -348,23 +347,23 @@ def _forward_without_triton(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask
         sums.append(rearrange(lse, "b g (r n) 1 -> (b n) (g r)", n=call.q_rows.shape[1]))
     if not calls:
         return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=_accumulation_dtype(q))
-    return torch.cat(outs).index_select(0, back), torch.cat(sums).index_select(0, back).t().contiguous()
+    return torch.cat(outs).index_select(0, result_rows), torch.cat(sums).index_select(0, result_rows).t().contiguous()
 
 
 def _backward_without_triton(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention-2, algorithm 2 (arXiv 2307.08691), a call at a time: p from lse, ds = p * (dp - sum(o * do))."""
-    calls, back = mask.sdpa_calls
+    """FlashAttention-2, algorithm 2 (arXiv 2307.08691), call by call: p from lse, ds = p * (dp - sum(o * do))."""
+    calls, result_rows = mask.sdpa_calls
     wide = _accumulation_dtype(q)
     dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     sizes = [call.q_rows.numel() for call in calls]
     rows = sum(sizes)
-    # in the order of the calls; a padding row has lse inf and so p = 0, as has a row that sees nothing
+    # in the order of the calls; lse is inf, and so p = 0, for padding rows and rows that attend to nothing
     lse = lse.t().masked_fill(lse.t() == float("-inf"), float("inf"))
-    lse = lse.new_full((rows, q.shape[1]), float("inf")).index_copy_(0, back, lse)
-    delta = lse.new_zeros(lse.shape).index_copy_(0, back, (o.to(wide) * do).sum(-1, dtype=wide))
-    do = do.new_zeros(rows, *do.shape[1:]).index_copy_(0, back, do)
+    lse = lse.new_full((rows, q.shape[1]), float("inf")).index_copy_(0, result_rows, lse)
+    delta = lse.new_zeros(lse.shape).index_copy_(0, result_rows, (o.to(wide) * do).sum(-1, dtype=wide))
+    do = do.new_zeros(rows, *do.shape[1:]).index_copy_(0, result_rows, do)
     for call, lse_, delta_, do_ in zip(calls, *(x.split(sizes) for x in (lse, delta, do)), strict=True):
         b, n = call.q_rows.shape
         qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
@@ -377,18 +376,18 @@ def _backward_without_triton(
         at = call.k_rows.flatten()
         for grad, part in ((dk, ds.mT @ qs), (dv, p.to(v.dtype).mT @ do_)):
             grad.index_add_(0, at, rearrange(part.to(wide), "b g m k -> (b m) g k"))
-    dq = torch.cat(dqs).index_select(0, back) if dqs else torch.zeros_like(q)
+    dq = torch.cat(dqs).index_select(0, result_rows) if dqs else torch.zeros_like(q)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _gather_heads(x: Tensor, rows: Tensor, like: Tensor | None = None) -> Tensor:
-    """Rows [B, n] of x [N, H, K] -> [B, G, r n, K]: the query heads of a group one after the other; r = 1 unless `like`."""
+    """Rows [B, n] of x [N, H, K] -> [B, G, r n, K], the r query heads of a group one after the other; r is 1 without `like`."""
     g = x.shape[1] if like is None else like.shape[1]
     return rearrange(x.index_select(0, rows.flatten()), "(b n) (g r) k -> b g (r n) k", b=len(rows), g=g)
 
 
 def _scores(q: Tensor, k: Tensor, call: SDPACall) -> Tensor:
-    """q [B, G, r n, K], k [B, G, m, K] -> [B, G, r n, m], -inf where nothing is seen."""
+    """q [B, G, r n, K], k [B, G, m, K] -> [B, G, r n, m], -inf where the mask hides the key."""
     scores = (q @ k.mT * q.shape[3] ** -0.5).to(_accumulation_dtype(q))
     if call.attn_mask is None:
         return scores

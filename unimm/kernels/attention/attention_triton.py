@@ -35,7 +35,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # the smallest inner dimension of a matrix instruction
 MIN_WIDTH = 16
 
-# --------------------------------------------------------------------------------------------------- steps they share
+# ---- what the kernels share
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def load_rows(ptr, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def store_rows(ptr, tile, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes what `load_rows` reads, in the dtype of `ptr`."""
+    """Write rows of one head, [rows, WIDTH], in the dtype of `ptr`; nothing past the head's width or from row `end` on."""
     dims = tl.arange(0, WIDTH)
     at = ptr + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
     tl.store(at, tile.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (dims < HEAD)[None, :])
@@ -64,22 +64,22 @@ def store_rows(ptr, tile, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _visible_pairs(ranges_ptr, rows, keys, n_keys, RANGES: tl.constexpr):
-    """Which row sees which key; rows and keys broadcast against each other, [r, 1] and [1, k] or the other way round.
+    """Which row attends to which key; rows and keys broadcast against each other, [r, 1] and [1, k] or the reverse.
 
-    A key from n_keys on has no range, and no range holds a row from N on: tiles that stick out need no other mask.
+    A key from n_keys on has no range, and no range holds a row from N on: tiles past the end need no other mask.
     """
     inside = keys < n_keys
     first = tl.load(ranges_ptr + keys, mask=inside, other=0)
     last = tl.load(ranges_ptr + n_keys + keys, mask=inside, other=0)
-    seen = (rows >= first) & (rows < last)
+    visible = (rows >= first) & (rows < last)
     if RANGES == 2:
         first = tl.load(ranges_ptr + 2 * n_keys + keys, mask=inside, other=0)
         last = tl.load(ranges_ptr + 3 * n_keys + keys, mask=inside, other=0)
-        seen = seen | ((rows >= first) & (rows < last))
-    return seen
+        visible = visible | ((rows >= first) & (rows < last))
+    return visible
 
 
-# ------------------------------------------------------------------------------------------------------------ forward
+# ---- forward
 
 
 @triton.jit
@@ -99,10 +99,10 @@ def _forward_runs(
             v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
-                seen = _visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES)
-                scores = tl.where(seen, scores, float("-inf"))
+                visible = _visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES)
+                scores = tl.where(visible, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
-            # a row that has seen nothing yet: -inf - -inf would be no number
+            # for a row without a visible key so far, -inf - -inf would be nan
             shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
             p = tl.exp2(scores * scale2 - shift[:, None])
             rescale = tl.exp2(top - shift)
@@ -137,13 +137,13 @@ def forward_kernel(
         o, top, total, q, k_ptr, v_ptr, ranges_ptr, part_index, part_runs, rows, k_row, v_row, n_keys, scale2,
         HEAD, WIDTH, KEYS, STEP, RANGES, STAGES, MASKED=True,
     )
-    # where nothing is seen, o is 0 and top is -inf: dividing by 1 keeps both
+    # for a row that attends to nothing o is 0 and top is -inf: dividing by 1 keeps both
     total = tl.where(total > 0.0, total, 1.0)
     store_rows(o_ptr + head * o_head, o / total[:, None], rows, o_row, n_rows, HEAD, WIDTH)
     tl.store(lse_ptr + head * n_rows + rows, (top + tl.log2(total)) * LN2, mask=rows < n_rows)
 
 
-# ----------------------------------------------------------------------------------------------------------- backward
+# ---- backward
 # p = exp(s - lse), delta = sum(o * do), ds = p * (dp - delta): FlashAttention-2, algorithm 2 (arXiv 2307.08691)
 
 
@@ -164,7 +164,7 @@ def _dq_runs(
             v = load_rows(v_ptr, keys, v_row, n_keys, HEAD, WIDTH, MASKED)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse2[:, None])
             if MASKED:
-                # also drops the infinities of rows that see nothing
+                # also removes the infinities of rows that attend to nothing
                 p = tl.where(_visible_pairs(ranges_ptr, rows[:, None], keys[None, :], n_keys, RANGES), p, 0.0)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -178,7 +178,7 @@ def dq_kernel(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STEP: tl.constexpr,
     RANGES: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Program (i, h): rows of block i, query head h; writes delta for the dkv kernel on its way."""
+    """Program (i, h): rows of block i, query head h; also writes delta, which the dkv kernel reads."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     do = load_rows(do_ptr + head * do_head, rows, do_row, n_rows, HEAD, WIDTH, True)
@@ -269,11 +269,11 @@ def dkv_kernel(
     store_rows(dv_ptr + key_head * HEAD, dv, keys, n_key_heads * HEAD, n_keys, HEAD, WIDTH)
 
 
-# ---------------------------------------------------------------------------------------------------------- launchers
+# ---- launchers
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head axis as tiles hold it: a power of two, at least what a matrix instruction needs."""
+    """The width of a head in a tile: a power of two, at least what a matrix instruction needs."""
     return max(MIN_WIDTH, triton.next_power_of_2(head_dim))
 
 
@@ -282,9 +282,9 @@ def launch_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [N, H, K], k and v [M, G, K] -> o [N, H, K] dense, in q's dtype, and lse [H, N] float32, the natural logarithm.
 
-    ranges [R, 2, M] int32 with R = 1 or 2: key c is seen by rows ranges[r, 0, c] <= n < ranges[r, 1, c] for any r.
+    ranges [R, 2, M] int32 with R = 1 or 2: rows ranges[r, 0, c] <= n < ranges[r, 1, c] attend to key c, for any r.
     runs: the key tiles of each block of rows, for tiles of config.rows x config.keys. scale (> 0) is K ** -0.5 unless given.
-    A row that sees nothing gets o = 0 and lse = -inf. Rows of k and v that nobody sees must hold numbers, whichever.
+    A row that attends to nothing gets o = 0 and lse = -inf. Rows of k and v outside every range must be finite.
     """
     (n, h, head), (m, g, _) = q.shape, k.shape
     q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
@@ -292,13 +292,13 @@ def launch_attention(
     lse = torch.empty(h, n, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return o, lse
-    how = config.forward
+    loop = config.forward
     with torch.cuda.device_of(q):
         forward_kernel[triton.cdiv(n, config.rows), h](
             q, k, v, o, lse, ranges, runs.full_ptr, runs.full, runs.partial_ptr, runs.partial,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *o.stride()[:2], n, m, h // g, scale or head**-0.5,
-            HEAD=head, WIDTH=padded_head_dim(head), ROWS=config.rows, KEYS=config.keys, STEP=how.step, RANGES=len(ranges),
-            STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
+            HEAD=head, WIDTH=padded_head_dim(head), ROWS=config.rows, KEYS=config.keys, STEP=loop.step, RANGES=len(ranges),
+            STAGES=loop.stages, num_warps=loop.warps, num_stages=loop.stages,
         )  # fmt: skip
     return o, lse
 
@@ -321,17 +321,17 @@ def launch_attention_backward(
     shape = dict(HEAD=head, WIDTH=padded_head_dim(head), ROWS=config.rows, KEYS=config.keys, RANGES=len(ranges))
     with torch.cuda.device_of(q):
         if dq.numel():
-            how = config.dq
+            loop = config.dq
             dq_kernel[triton.cdiv(n, config.rows), h](
                 q, k, v, o, do, lse, delta, dq, ranges, by_row.full_ptr, by_row.full, by_row.partial_ptr, by_row.partial,
                 *strides, *o.stride()[:2], *do.stride()[:2], n, m, h, h // g, scale,
-                **shape, STEP=how.step, STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
+                **shape, STEP=loop.step, STAGES=loop.stages, num_warps=loop.warps, num_stages=loop.stages,
             )  # fmt: skip
         if dk.numel():
-            how = config.dkv
+            loop = config.dkv
             dkv_kernel[triton.cdiv(m, config.keys), g](
                 q, k, v, do, lse, delta, dk, dv, ranges, by_key.full_ptr, by_key.full, by_key.partial_ptr, by_key.partial,
                 *strides, *do.stride()[:2], n, m, g, h // g, scale,
-                **shape, STEP=how.step, STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
+                **shape, STEP=loop.step, STAGES=loop.stages, num_warps=loop.warps, num_stages=loop.stages,
             )  # fmt: skip
     return dq, dk, dv

@@ -1,8 +1,8 @@
-"""Attention of one query row a sample over a long cache, in Triton: the keys are split between programs, then merged.
+"""Attention of one query row per sample over a long cache, in Triton: keys are split between programs, then merged.
 
-Axes: B samples, M key rows, H query heads, G key/value heads, K head. A sample alone gives too few programs to fill a
-GPU, so each sample's keys are cut into equal parts; the heads of a group share the keys they load, as rows of one
-matrix product.
+Axes: B samples, M key rows, H query heads, G key/value heads, K head. One program per sample and head is too few to fill
+a GPU, so each sample's keys are cut into equal parts; the heads of a group share the keys they load, as rows of one matrix
+product.
 """
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
@@ -19,11 +19,11 @@ from unimm.kernels.common import contiguous_heads
 
 # the smallest number of rows of a matrix instruction: a smaller group is padded
 MIN_ROWS = 16
-# enough to hide the waits of one behind another
+# enough that one computes while another waits for memory
 PROGRAMS_PER_PROCESSOR = 2
-# the merge holds one number a part and head dimension in registers
+# the merge holds one number per part and head dimension in registers
 MAX_PARTS = 64
-# on a CPU, where triton interprets: enough to test the merge
+# on a CPU, in the interpreter: enough to test the merge
 INTERPRETED_PARTS = 3
 
 
@@ -56,14 +56,14 @@ def part_kernel(
         v = load_rows(v_ptr, keys, v_row, last, HEAD, WIDTH, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where((keys < last)[None, :], scores, float("-inf"))
-        # a step holds at least one key: the maximum is a number
+        # a step holds at least one key: the maximum is finite
         new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
         p = tl.exp2(scores * scale2 - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(p, 1)
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
         top = new_top
-    # a part without keys: o is 0 and top is -inf, which dividing by 1 keeps
+    # of a part without keys o is 0 and top is -inf: dividing by 1 keeps both
     total = tl.where(total > 0.0, total, 1.0)
     dims = tl.arange(0, WIDTH)
     at = ((sample * tl.num_programs(1) + key_head) * n_parts + part) * ROWS + heads
@@ -97,7 +97,7 @@ def _processor_count(device: torch.device) -> int:
 
 
 def _part_count(device: torch.device, programs: int, longest: int, step: int) -> int:
-    """How many parts make enough programs of `programs` (samples x key heads); known from shapes, so no wait for lengths."""
+    """The parts that make enough programs of `programs` (samples x key heads); from shapes alone, without a sync."""
     if device.type != "cuda":
         return INTERPRETED_PARTS
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _processor_count(device), programs)
@@ -105,18 +105,19 @@ def _part_count(device: torch.device, programs: int, longest: int, step: int) ->
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
-    """One query row a sample: q [B, H, K], k and v [M, G, K] packed -> o [B, H, K] dense, in q's dtype.
+    """One query row per sample: q [B, H, K], k and v [M, G, K] packed -> o [B, H, K] dense, in q's dtype.
 
-    starts, lengths [B] int32: sample b sees the key rows starts[b] .. starts[b] + lengths[b]; where it sees none, o = 0.
-    scale (> 0) is K ** -0.5 unless given.
+    starts, lengths [B] int32: sample b attends to the key rows starts[b] .. starts[b] + lengths[b]; where there are none,
+    o = 0. scale (> 0) is K ** -0.5 unless given.
     """
     (b, h, head), (m, g, _) = q.shape, k.shape
     q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
     o = torch.empty(b, h, head, dtype=q.dtype, device=q.device)
     if not o.numel():
         return o
-    how = DECODE_LOOPS[q.element_size()]
-    rows, n_parts = max(MIN_ROWS, triton.next_power_of_2(h // g)), _part_count(q.device, b * g, m, how.step)
+    loop = DECODE_LOOPS[q.element_size()]
+    rows = max(MIN_ROWS, triton.next_power_of_2(h // g))
+    n_parts = _part_count(q.device, b * g, m, loop.step)
     part = torch.empty(b, g, n_parts, rows, padded_head_dim(head), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(b, g, n_parts, rows, dtype=torch.float32, device=q.device)
     shape = dict(HEAD=head, WIDTH=padded_head_dim(head), ROWS=rows)
@@ -124,7 +125,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tens
         part_kernel[b, g, n_parts](
             q, k, v, part, part_lse, starts, lengths,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], n_parts, h // g, scale or head**-0.5,
-            **shape, STEP=how.step, STAGES=how.stages, num_warps=how.warps, num_stages=how.stages,
+            **shape, STEP=loop.step, STAGES=loop.stages, num_warps=loop.warps, num_stages=loop.stages,
         )  # fmt: skip
         merge_kernel[b, h](part, part_lse, o, n_parts, h // g, **shape, PARTS=triton.next_power_of_2(n_parts))
     return o

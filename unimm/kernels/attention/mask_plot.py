@@ -1,4 +1,4 @@
-"""A mask as a picture: rows of queries over columns of keys."""
+"""An attention mask as an image: query rows over key columns."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 BACKGROUND, MASKED = (255, 255, 255), (233, 233, 233)
-CAUSAL, FULL, INVISIBLE = (47, 93, 145), (217, 119, 42), (63, 142, 92)  # the colour of a key that is seen, by its block
-PARTIAL = 0.55  # how far a partly visible tile fades to paper, where tiles are marked
+CAUSAL, FULL, INVISIBLE = (47, 93, 145), (217, 119, 42), (63, 142, 92)  # the colour of an attended key, by its range
+PARTIAL = 0.55  # how far a partly visible tile fades to the background, where tiles are marked
 
 
 def plot_mask(mask: "AttentionMask", *, size: int = 480, tiles: tuple[int, int] | None = None) -> Image.Image:
-    """Small masks a cell for each pair; larger ones (more rows than pixels) a pixel for the pair at its middle.
+    """Plot a mask at most `size` pixels wide: a cell per pair where there is room, else a pixel for the pair at its middle.
 
-    Keys that a row sees are blue (causal block), orange (full) or green (invisible to later rows), those it does not
-    see are grey, lines part the samples. With `tiles` (rows, keys) each tile has a border, and the empty ones, which
-    are never visited, stay blank; the seen cells of partly visible tiles are pale.
+    Keys that a row attends to are blue (in a causal range), orange (full) or green (invisible to later rows), others are
+    grey, and lines part the samples. With `tiles` (rows, keys) each tile has a border, empty tiles, which are never
+    visited, are blank, and partly visible ones are pale.
     """
     n, m = mask.n_queries, mask.n_keys
     if not n or not m:
@@ -32,16 +32,17 @@ def plot_mask(mask: "AttentionMask", *, size: int = 480, tiles: tuple[int, int] 
     scale = math.floor(scale) if scale >= 1 else scale
     rows, keys = (_pixel_centers(length, scale) for length in (n, m))
     ranges = mask.spans.ranges()[:, :, keys]
-    seen = np.logical_or.reduce((rows[:, None] >= ranges[:, 0, None]) & (rows[:, None] < ranges[:, 1, None]))
-    pixels = np.where(seen[..., None], _key_colors(mask)[keys], np.array(MASKED, np.uint8))
-    borders_at: Sequence[Sequence[int]] = (mask.query_starts[1:], mask.key_starts[1:])
+    attended = np.logical_or.reduce((rows[:, None] >= ranges[:, 0, None]) & (rows[:, None] < ranges[:, 1, None]))
+    pixels = np.where(attended[..., None], _key_colors(mask)[keys], np.array(MASKED, np.uint8))
+    borders: Sequence[Sequence[int]] = (mask.query_starts[1:], mask.key_starts[1:])
     if tiles:
         pixels = _mark_tiles(mask, pixels, rows, keys, tiles)
-        borders_at = [range(step, length, step) for step, length in zip(tiles, (n, m), strict=True)]
+        borders = [range(step, length, step) for step, length in zip(tiles, (n, m), strict=True)]
     if scale >= 3:  # a line between cells
-        pixels[::scale], pixels[:, ::scale] = BACKGROUND, BACKGROUND
+        pixels[::scale] = BACKGROUND
+        pixels[:, ::scale] = BACKGROUND
     if scale >= 3 or not tiles:
-        for axis, starts in zip((pixels, pixels.swapaxes(0, 1)), borders_at, strict=True):
+        for axis, starts in zip((pixels, pixels.swapaxes(0, 1)), borders, strict=True):
             axis[[int(start * scale) for start in starts]] = (0, 0, 0)
     return Image.fromarray(pixels)
 
@@ -54,20 +55,20 @@ def _pixel_centers(length: int, scale: float) -> NDArray[np.int64]:
 
 def _key_colors(mask: "AttentionMask") -> Pixels:
     """The colour of each key, [M, 3]."""
-    colours = np.full((mask.n_keys, 3), CAUSAL, np.uint8)
-    for blocks, start in zip(mask.samples, mask.key_starts, strict=True):
-        for block in blocks:
-            colours[start : start + block.length] = (FULL if block.full else CAUSAL) if block.visible else INVISIBLE
-            start += block.length
-    return colours
+    colors = np.full((mask.n_keys, 3), CAUSAL, np.uint8)
+    for key_ranges, start in zip(mask.samples, mask.key_starts, strict=True):
+        for one in key_ranges:
+            colors[start : start + one.length] = (FULL if one.full else CAUSAL) if one.visible else INVISIBLE
+            start += one.length
+    return colors
 
 
 def _mark_tiles(
     mask: "AttentionMask", pixels: Pixels, rows: NDArray[np.int64], keys: NDArray[np.int64], size: tuple[int, int]
 ) -> Pixels:
     """Pixels of empty tiles blank, those of partly visible tiles pale."""
-    full, part = mask.spans.tile_visibility(*size)
+    full, partial = mask.spans.tile_visibility(*size)
     at = np.ix_(rows // size[0], keys // size[1])
     pale = (pixels * (1 - PARTIAL) + 255 * PARTIAL).astype(np.uint8)
-    pixels = np.where(part[at][..., None], pale, pixels)
-    return np.where((full | part)[at][..., None], pixels, np.array(BACKGROUND, np.uint8))
+    pixels = np.where(partial[at][..., None], pale, pixels)
+    return np.where((full | partial)[at][..., None], pixels, np.array(BACKGROUND, np.uint8))

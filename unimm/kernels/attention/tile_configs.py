@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: a table per architecture, number size and head width; nothing is tuned at run time.
 
-Chosen by compiling ahead of time (tests/test_aot.py): no spills, shared memory under the architecture's limit, its matrix
-instructions present. Speed on a GPU has not yet chosen between those that pass.
+Chosen by compiling ahead of time (tests/kernels/test_aot.py): no spills, shared memory under the architecture's limit, its
+matrix instructions present. Those that pass have not been compared by speed on a GPU.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How a kernel walks: rows or keys a step, warps, and depth of the ring of tiles being fetched."""
+    """The loop of a kernel: rows or keys per step, warps, and pipeline stages (tiles being fetched at once)."""
 
     step: int
     warps: int
@@ -22,7 +22,8 @@ class LoopConfig:
 class TileConfig:
     """Tiles of rows x keys, which the schedule is made for, and the loops of the three kernels over them.
 
-    forward and dq own `rows` rows and walk over the keys of a tile in steps; dkv owns `keys` keys and walks over the rows.
+    A program of forward and dq owns `rows` rows and steps over the keys of a tile; one of dkv owns `keys` keys and steps
+    over the rows.
     """
 
     rows: int
@@ -32,10 +33,10 @@ class TileConfig:
     dkv: LoopConfig
 
 
-# where triton interprets, a step costs the same whatever its size: few steps, yet several tiles in a short test
+# in the interpreter a step costs the same whatever its size: few steps, yet several tiles in a short test
 INTERPRETER_CONFIG = TileConfig(64, 32, LoopConfig(32, 4, 2), LoopConfig(32, 4, 2), LoopConfig(32, 4, 2))
 
-# (architecture, bytes a number) -> {widest head: config}
+# (architecture, bytes per number) -> {widest head: config}
 _AMPERE = {
     32: TileConfig(128, 128, LoopConfig(64, 8, 3), LoopConfig(64, 8, 2), LoopConfig(32, 8, 2)),
     64: TileConfig(128, 128, LoopConfig(64, 8, 3), LoopConfig(64, 8, 2), LoopConfig(32, 8, 2)),
@@ -64,14 +65,14 @@ TILE_CONFIGS: dict[tuple[str, int], dict[int, TileConfig]] = {
         128: TileConfig(128, 128, LoopConfig(64, 8, 3), LoopConfig(64, 8, 2), LoopConfig(32, 8, 3)),
         256: TileConfig(128, 64, LoopConfig(64, 8, 1), LoopConfig(32, 8, 1), LoopConfig(32, 8, 1)),
     },
-    # a wave holds 64 lanes, so 4 of them are what 8 warps are elsewhere
+    # a wavefront has 64 lanes, so 4 of them equal 8 warps elsewhere
     ("gfx942", 2): {
         32: TileConfig(128, 64, LoopConfig(64, 4, 2), LoopConfig(64, 4, 2), LoopConfig(64, 4, 2)),
         64: TileConfig(128, 64, LoopConfig(64, 4, 2), LoopConfig(64, 4, 2), LoopConfig(32, 4, 2)),
         128: TileConfig(128, 64, LoopConfig(64, 4, 2), LoopConfig(32, 4, 2), LoopConfig(32, 4, 1)),
         256: TileConfig(64, 32, LoopConfig(32, 4, 1), LoopConfig(16, 4, 1), LoopConfig(16, 4, 1)),
     },
-    **{(architecture, 4): _NVIDIA_FLOAT32 for architecture in ("sm_80", "sm_86", "sm_90")},
+    **{(name, 4): _NVIDIA_FLOAT32 for name in ("sm_80", "sm_86", "sm_90")},
     # here the forward kernel keeps its sums in 64 registers a thread, and spills with 8 warps
     ("sm_100", 4): _NVIDIA_FLOAT32
     | {128: TileConfig(32, 32, LoopConfig(16, 16, 2), LoopConfig(16, 8, 2), LoopConfig(16, 8, 2))},
@@ -80,12 +81,12 @@ TILE_CONFIGS: dict[tuple[str, int], dict[int, TileConfig]] = {
         256: TileConfig(32, 32, LoopConfig(16, 4, 1), LoopConfig(16, 4, 1), LoopConfig(16, 4, 1)),
     },
 }
-# keys a step of a single row's attention, by bytes a number; it waits for memory, whatever the architecture
+# the loop of decoding over keys, by bytes per number; it is bound by memory, whatever the architecture
 DECODE_LOOPS = {2: LoopConfig(64, 4, 3), 4: LoopConfig(16, 8, 2)}
 
 
 def architecture(device: torch.device) -> str:
-    """The entry of TABLE that serves a device: its own architecture's, or a relative's with no more shared memory."""
+    """The key of TILE_CONFIGS for a device: its own architecture, or a related one with no more shared memory."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -93,15 +94,15 @@ def architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10):
         return f"sm_{major}0"
-    # 8.6 and 8.9, and 12.x, have 99 KiB a program where 8.0 and 8.7 have 163
+    # 8.6 and 8.9, and 12.x, have 99 KiB per program where 8.0 and 8.7 have 163
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
-def pick_tile_config(arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
-    """The configuration for heads of up to 256 dimensions."""
-    if arch == "interpreter":
+def pick_tile_config(name: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
+    """The configuration of an architecture for heads of up to 256 dimensions. Raises ValueError for wider ones."""
+    if name == "interpreter":
         return INTERPRETER_CONFIG
-    table = TILE_CONFIGS[arch, dtype.itemsize]
+    table = TILE_CONFIGS[name, dtype.itemsize]
     width = next((width for width in table if head_dim <= width), None)
     if width is None:
         raise ValueError(
