@@ -17,8 +17,8 @@ from unimm.generation.flow import (
     dpm_solver_pp,
     dpm_timesteps,
     euler,
+    floor_timesteps,
     reshifted_timesteps,
-    with_integer_timesteps,
 )
 
 EXPECTS = 'config.json with _class_name "SanaTransformer2DModel"'
@@ -68,6 +68,7 @@ def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> 
             "euler",
             reshifted_timesteps(steps, euler_config["shift"], train_steps=euler_config["num_train_timesteps"]),
             euler,
+            floor_timesteps,
             False,
         ),
     ):
@@ -78,7 +79,10 @@ def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> 
             path.append(x)
             return v(x, timesteps)
 
-        final = sampler(with_integer_timesteps(recorded, train_steps=trained) if cut else recorded, noise, times)
+        def integer(x: Tensor, timesteps: Tensor, velocity: Velocity = recorded) -> Tensor:
+            return velocity(x, floor_timesteps(timesteps, train_steps=trained))
+
+        final = sampler(integer if cut else recorded, noise, times)
         case.compare(f"sampling.{name}.sigmas", times)
         case.compare(f"sampling.{name}.timesteps", torch.tensor(told))
         for i, x in enumerate([*path[1:], final]):

@@ -30,12 +30,13 @@ def resolve(
     more_files: tuple[str, ...] = (),
     non_commercial: Mapping[str, str] | None = None,
 ) -> Path:
-    """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a path.
+    """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a
+    path.
 
-    weights: whether they are downloaded, too; configs and tokenizers always are. subfolders: those of a repository that are
-    wanted, all unless given. more_files: names beside `DOWNLOAD_PATTERNS`. non_commercial: hub ids whose licence forbids
-    commercial use, and that licence, for a warning. Raises ValueError for a name that is none of these, with the nearest of
-    `known_names` and the bundled ones.
+    weights: whether they are downloaded, too; configs and tokenizers always are. subfolders: those of a repository that
+    are wanted, all unless given. more_files: names beside `DOWNLOAD_PATTERNS`. non_commercial: hub ids whose licence
+    forbids commercial use, and that licence, for a warning. Raises ValueError for a name that is none of these, with
+    the nearest of `known_names` and the bundled ones.
     """
     path = Path(name).expanduser()
     if isinstance(name, str) and name in bundled_names():

@@ -1,7 +1,8 @@
-"""Rectified flow: the path between data and noise, schedules of timesteps, and steps in which every image has its own timestep.
+"""Rectified flow: the path between data and noise, schedules of timesteps, and samplers with a timestep for each image.
 
-Timestep 0 is data, 1 is noise; velocity = noise - data (Liu et al. 2022, arXiv 2209.03003, with the ends named this way).
-Timesteps of a step are float64 on the CPU, so that differences are rounded once and a choice by them waits for no device.
+Timestep 0 is data, 1 is noise; velocity = noise - data (Liu et al. 2022, arXiv 2209.03003, with the ends named this
+way). Timesteps of a step are float64 on the CPU, so that differences are rounded once and a choice by them waits for no
+device.
 
 Axes: P images, or rows of packed images; S steps; N rows; C channels.
 """
@@ -33,7 +34,8 @@ def flow_timesteps(steps: int, shift: float) -> Tensor:
 def dynamic_shift(tokens: int, *, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
     """The shift of FLUX for an image of so many tokens: its logarithm is linear in them, through (tokens, value) twice.
 
-    `flow_timesteps(steps, dynamic_shift(tokens))` are FLUX's timesteps: e^m / (e^m + 1/t - 1) is shift_timesteps(t, e^m).
+    `flow_timesteps(steps, dynamic_shift(tokens))` are FLUX's timesteps: e^m / (e^m + 1/t - 1) is shift_timesteps(t,
+    e^m).
     """
     slope = (high[1] - low[1]) / (high[0] - low[0])
     return exp(low[1] + slope * (tokens - low[0]))
@@ -56,8 +58,8 @@ def dpm_timesteps(steps: int, *, shift: float = 3.0, train_steps: int = 1000) ->
 def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) -> Tensor:
     """The timesteps of diffusers' flow Euler scheduler without explicit sigmas, [S + 1] float64 to 0: shifted twice.
 
-    A mistake of that library (its issue 13243: the end at 1 / train_steps is shifted already), here to reproduce images;
-    `flow_timesteps` is what is meant.
+    A mistake of that library (its issue 13243: the end at 1 / train_steps is shifted already), here to reproduce
+    images; `flow_timesteps` is what is meant.
     """
     _check_schedule(steps, shift)
     last = shift_timesteps(torch.tensor(1 / train_steps, dtype=torch.float64), shift).item()
@@ -79,11 +81,6 @@ def integer_timesteps(uniform: Tensor, *, train_steps: int = 1000) -> Tensor:
 def floor_timesteps(timesteps: Tensor, *, train_steps: int = 1000) -> Tensor:
     """Timesteps rounded down to multiples of 1 / train_steps, as by a scheduler whose timesteps are integers."""
     return (train_steps * timesteps.double()).floor() / train_steps
-
-
-def with_integer_timesteps(velocity: Velocity, *, train_steps: int = 1000) -> Velocity:
-    """A velocity that gets timesteps rounded down to multiples of 1 / train_steps."""
-    return lambda x, timesteps: velocity(x, floor_timesteps(timesteps, train_steps=train_steps))
 
 
 # ---- the path, and steps along it
@@ -119,9 +116,9 @@ def euler(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, progress: boo
 class DPMSolverPP:
     """DPM-Solver++ of second order over images [P, ...]: it keeps each one's last data prediction. Sana's solver.
 
-    With l(t) = log((1 - t) / t), h = l(t') - l(t) and data = x - t v: x <- t'/t x + (1 - t') (1 - e^-h) d, where d is the
-    data, plus half of its change since the last step for that step's length, times h; the first step and the last take
-    the data alone. Lu et al. 2022, arXiv 2211.01095, algorithm 2, on the path of rectified flow.
+    With l(t) = log((1 - t) / t), h = l(t') - l(t) and data = x - t v: x <- t'/t x + (1 - t') (1 - e^-h) d, where d is
+    the data, plus half of its change since the last step for that step's length, times h; the first step and the last
+    take the data alone. Lu et al. 2022, arXiv 2211.01095, algorithm 2, on the path of rectified flow.
     """
 
     def __init__(self) -> None:
@@ -167,6 +164,6 @@ def _log_ratio(t: float) -> float:
 
 
 def _scale(x: Tensor, factors: Tensor) -> Tensor:
-    """x [P, ...] times one float64 factor an image [P], rounded once to float32 or wider, as a number in Python would be."""
+    """x [P, ...] times a float64 factor for each image [P], which is rounded once, to float32 or x's wider dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x * factors.to(x.device, wide).view(-1, *[1] * (x.ndim - 1))).to(x.dtype)

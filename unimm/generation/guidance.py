@@ -1,4 +1,5 @@
-"""Classifier-free guidance over the contexts of a prompt and its images; every image has its own scales and its own timestep.
+"""Classifier-free guidance over the contexts of a prompt and its images; every image has its own scales and its own
+timestep.
 
 Axes: P images, N rows of all images, L rows of one image, C channels.
 """
@@ -63,7 +64,9 @@ class Guidance(JsonConfig):
         return ("full", "no_text", "no_image") if self.image_scale > 1 else ("full", "no_text")
 
     def combine(self, full: Tensor, no_text: Tensor | None = None, no_image: Tensor | None = None) -> Tensor:
-        """The guided velocity of one image from that under each context, all [L, C] (released code: bagel.py:_forward_flow)."""
+        """The guided velocity of one image from that under each context, all [L, C] (released code:
+        bagel.py:_forward_flow).
+        """
         if no_text is None:
             return full
         return cfg_combine(
@@ -101,5 +104,7 @@ def cfg_velocity(velocities: Mapping[Branch, Tensor], guidance: Sequence[Guidanc
 
 
 def deduplicate_branches(branches: Sequence[Branch], canonical: Callable[[Branch], Branch]) -> list[Branch]:
-    """One branch for each set of equal contexts: text to image then costs two forwards under the app's scales, not three."""
+    """One branch for each set of equal contexts: text to image then costs two forwards under the app's scales, not
+    three.
+    """
     return list(dict.fromkeys(map(canonical, branches)))

@@ -12,9 +12,9 @@ from unimm.generation.guidance import Branch
 class TaylorSeer:
     """Skips forwards: a branch's features are extrapolated by their finite differences (arXiv 2503.06923, equation 7).
 
-    Each branch counts its own steps: its features are computed at the first `warmup` steps, then at every `interval`-th;
-    in between they are the series F_0 + F_1 d + F_2 d^2 / 2 ..., d steps after the last forward. Make a new one for every
-    batch of images: it holds the state of one run.
+    Each branch counts its own steps: its features are computed at the first `warmup` steps, then at every
+    `interval`-th; in between they are the series F_0 + F_1 d + F_2 d^2 / 2 ..., d steps after the last forward. Make a
+    new one for every batch of images: it holds the state of one run.
     """
 
     def __init__(self, *, warmup: int = 5, interval: int = 3, order: int = 6):
@@ -31,7 +31,9 @@ class TaylorSeer:
         return step < self.warmup or step - self.last_computed[branch] >= self.interval
 
     def update(self, branches: Sequence[Branch], computed: Mapping[Branch, Tensor]) -> dict[Branch, Tensor]:
-        """The features of all branches of this step, from those computed for the ones that were due; then on to the next."""
+        """The features of all branches of this step, from those computed for the ones that were due; then on to the
+        next.
+        """
         features = {}
         for branch in branches:
             step = self.n_steps.get(branch, 0)
@@ -42,7 +44,9 @@ class TaylorSeer:
         return features
 
     def _store(self, branch: Branch, computed: Tensor, step: int) -> None:
-        """F_0 = computed, F_i+1 = (F_i - old F_i) / steps since; the orders grow only once the run has settled (step > 3)."""
+        """F_0 = computed, F_i+1 = (F_i - old F_i) / steps since; the orders grow only once the run has settled (step >
+        3).
+        """
         old, series = self.series.get(branch, []), [computed]
         for i in range(min(self.order, len(old)) if step > 3 else 0):
             series.append((series[i] - old[i]) / (step - self.last_computed[branch]))

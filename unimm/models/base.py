@@ -102,7 +102,9 @@ class UnifiedModel(nn.Module, ABC):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The model of a folder's config files, without weights. The error for another family's folder names that family."""
+        """The model of a folder's config files, without weights. The error for another family's folder names that
+        family.
+        """
         from unimm.models.registry import detect_family
 
         try:
@@ -126,10 +128,10 @@ class UnifiedModel(nn.Module, ABC):
     ) -> Self:
         """Load a bundled name, a folder or a hub id, strictly, in evaluation mode.
 
-        dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids of
-        parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has. Raises
-        ValueError for an unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they
-        cannot.
+        dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids
+        of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has. Raises
+        ValueError for an unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where
+        they cannot.
         """
         if unknown := sorted((components or {}).keys() - set(cls.COMPONENTS)):
             known = ", ".join(cls.COMPONENTS) or "none"
@@ -159,8 +161,8 @@ class UnifiedModel(nn.Module, ABC):
     ) -> None:
         """Write a released layout: config, weights, tokenizer; into a folder beside, which is then renamed into place.
 
-        dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they are.
-        layout: one of `LAYOUTS`; unless given, the one that the model came in.
+        dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they
+        are. layout: one of `LAYOUTS`; unless given, the one that the model came in.
         """
         from unimm.models.registry import optional_files
 
@@ -197,8 +199,8 @@ class UnifiedModel(nn.Module, ABC):
     ) -> Generation:
         """Generate `n` images for each prompt, or edit the images given with it.
 
-        All families have these parameters in this order; `steps` (after `seed`), `think` (before `progress`) and options of
-        its own (after `guidance`) where a family has them.
+        All families have these parameters in this order; `steps` (after `seed`), `think` (before `progress`) and
+        options of its own (after `guidance`) where a family has them.
         """
 
     @abstractmethod
@@ -215,7 +217,8 @@ class UnifiedModel(nn.Module, ABC):
 
     @classmethod
     def supported_options(cls, *, think: bool = False, steps: int | None = None) -> dict[str, Any]:
-        """These options as keyword arguments of `generate`, for callers that do not know the family: those that are set.
+        """These options as keyword arguments of `generate`, for callers that do not know the family: those that are
+        set.
 
         Raises NotImplementedError for one that is set and that this family does not have.
         """
@@ -238,13 +241,16 @@ class UnifiedModel(nn.Module, ABC):
 
 
 class ComponentModel(ABC):
-    """A model some of whose parts may lie in another folder or repository: `from_pretrained(..., components={name: where})`."""
+    """A model some of whose parts may lie in another folder or repository: `from_pretrained(..., components={name:
+    where})`.
+    """
 
     @abstractmethod
     def load_components(
         self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Load the parts that are not among the model's own weights, or take them from elsewhere, after these are loaded.
+        """Load the parts that are not among the model's own weights, or take them from elsewhere, after these are
+        loaded.
 
         name: what the model was loaded by. folder: where it lies.
         """

@@ -26,7 +26,7 @@ class Family:
     architectures: tuple[str, ...]
     # a file that no other family has, for releases whose config.json is missing or names no model
     unique_file: str | None = None
-    # a key of config.json that other families of the same model_type have, and this one has not; and the other way round
+    # a key of config.json that this family lacks, and one that it has, unlike others of the same model_type
     absent_key: str | None = None
     required_key: str | None = None
 

@@ -20,9 +20,9 @@ class Release:
 class FamilyFiles:
     """What is special about the files of a family, beside configs, safetensors and the tokenizer's.
 
-    downloads: names of further files that a hub repository may hold. optional: names that a folder may hold or not; a folder
-    with one is another model. optional_folders: likewise. non_commercial: hub ids, of the family or of parts of its models,
-    whose licence forbids commercial use of the weights, and that licence.
+    downloads: names of further files that a hub repository may hold. optional: names that a folder may hold or not; a
+    folder with one is another model. optional_folders: likewise. non_commercial: hub ids, of the family or of parts of
+    its models, whose licence forbids commercial use of the weights, and that licence.
     """
 
     downloads: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """The arguments of a call, read and checked: prompts, images, messages, sizes, seeds, scales. Every family uses these.
 
-A request is one prompt with its images; a batch is several. Every function raises ValueError with what was got and what was
-expected.
+A request is one prompt with its images; a batch is several. Every function raises ValueError with what was got and what
+was expected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,9 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
 
 
 def place_images(content: str, images: Sequence, *, placeholder: str, separator: str = "") -> str:
-    """The content with one `placeholder` for each image: in front, each with the separator behind, unless it says where."""
+    """The content with one `placeholder` for each image: in front, each with the separator behind, unless it says
+    where.
+    """
     if placeholder not in content:
         content = (placeholder + separator) * len(images) + content
     if (n := content.count(placeholder)) != len(images):
@@ -118,8 +120,8 @@ def check_n_images(n: int) -> int:
 
 
 def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
-    """One seed for each image, prompt by prompt: from one number, that number and the ones after it, image by image; from
-    one number a prompt, that number and the ones after it for the prompt's images.
+    """One seed for each image, prompt by prompt: from one number, that number and the ones after it, image by image;
+    from one number a prompt, that number and the ones after it for the prompt's images.
 
     Whole numbers from 0 and below 2^63.
     """
@@ -147,7 +149,9 @@ def parse_size(size: Any) -> tuple[int, int]:
 
 
 def check_size(size: tuple[int, int], stride: int, max_side: int) -> tuple[int, int]:
-    """The (height, width) to generate, both multiples of `stride` up to `max_side`; the error names the nearest such size."""
+    """The (height, width) to generate, both multiples of `stride` up to `max_side`; the error names the nearest such
+    size.
+    """
     wanted = parse_size(size)
     height, width = (min(max_side, max(stride, round(side / stride) * stride)) for side in wanted)
     if (height, width) != wanted:

@@ -7,6 +7,7 @@ from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.sequence.parts import Part
 
 CONTEXT_NAMES = ("full", "no_text", "no_image")
+ImageParts = tuple[list[Part], tuple[int, int]]  # the parts of an image, and its (height, width) in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class CFGContexts:
 class ContextAppend:
     """Parts to append to the named contexts of each sample: which caches to prefill with which parts, each pair once.
 
-    A cache that serves several contexts is prefilled once, and so is one that several samples share with the same parts.
+    A cache that serves several contexts is prefilled once, and so is one that several samples share with the same
+    parts.
     """
 
     def __init__(self, contexts: Sequence[CFGContexts], parts: Sequence[Sequence[Part]], names: Sequence[str]):

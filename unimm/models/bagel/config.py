@@ -19,18 +19,18 @@ EXPERTS = ("und", "gen")
 @dataclass(frozen=True, kw_only=True)
 class BagelConfig:
     decoder: DecoderConfig
-    vision: SiglipConfig | None  # None: a checkpoint trained to draw only
+    vision: SiglipConfig | None  # None for a checkpoint that only generates
     visual_gen: bool
     vae: AutoencoderKLConfig
     connector_act: str
     latent_patch_size: int
-    latent_grid: int  # the table of latent positions is a grid of side * side
-    vit_grid: int  # likewise the connector's
+    latent_grid: int  # the table of latent positions has latent_grid^2 rows
+    vit_grid: int  # likewise, of the ViT's features
     interpolate_pos_embed: bool
     train_timestep_shift: float
-    vae_transform: BagelImageProcessor  # the rule for pictures that enter the VAE, and, before `look`, for all
-    vit_transform: BagelImageProcessor  # the rule for pictures that enter the ViT
-    special_tokens: BagelSpecialTokens | None  # None: looked up in the tokenizer
+    vae_transform: BagelImageProcessor  # of images for the VAE, and of all images before vit_transform
+    vit_transform: BagelImageProcessor  # of images for the ViT
+    special_tokens: BagelSpecialTokens | None  # None where the tokenizer has them
     defaults: BagelDefaults
 
     @property
@@ -44,7 +44,8 @@ class BagelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "BagelConfig":
-        """Read llm_config.json, vit_config.json and config.json; sizes of tables come from the weights, where there are any.
+        """Read llm_config.json, vit_config.json and config.json; sizes of tables come from the weights, where there are
+        any.
 
         config.json came later than the weights, may be missing, and says 32 where the latent table has side 64.
         """

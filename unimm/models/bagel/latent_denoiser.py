@@ -33,8 +33,8 @@ class BranchRows:
 class LatentDenoiser:
     """Images that are denoised in one batch, each under up to three contexts: what stays the same from step to step.
 
-    A branch is an image under one of its contexts. The caches of all branches lie in one buffer, with room behind each for
-    its image's rows, which every step overwrites.
+    A branch is an image under one of its contexts. The caches of all branches lie in one buffer, with room behind each
+    for its image's rows, which every step overwrites.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LatentDenoiser:
         device, total = self.position_ids.device, sum(self.n_tokens)
         lengths = tuple(self.n_tokens[i] for i, _ in branches)
         prefixes = [self._buffer.prefix(self._slots[branch]) for branch in branches]
-        # invisible to what follows, and without a position of its own: the next image at this place begins where this one did
+        # nothing follows these rows: they are overwritten at the next step, and the position does not move past them
         segments = [[Segment(length=n + 2, attention="full", visible=False, advance=0)] for n in lengths]
         layout = build_layout(segments, prefixes, device=device)
         spans = torch.arange(total).split(self.n_tokens)

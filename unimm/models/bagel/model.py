@@ -1,6 +1,6 @@
-"""BAGEL's public class: the network with a tokenizer, the steps that a server shares, and the verbs.
+"""BAGEL's public class: the network with a tokenizer, denoising, and the verbs.
 
-Axes: P images, N latent tokens of all images, L latent tokens of one, C channels of a latent token, B texts, V vocabulary.
+Axes: P images, N latent tokens of all images, L latent tokens of one, C channels of a latent token.
 """
 
 import json
@@ -20,7 +20,7 @@ from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.bagel import FILES, RELEASES
-from unimm.models.bagel.cfg_contexts import CFGContexts, ContextAppend
+from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
@@ -38,8 +38,6 @@ from unimm.processing.requests import (
 )
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
-
-ImageParts = tuple[list[Part], tuple[int, int]]  # an image's parts, and its (height, width)
 
 
 class Bagel(BagelNetwork, UnifiedModel):
@@ -132,38 +130,8 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     # ---- contexts
 
-    def append_text(
-        self, contexts: Sequence[CFGContexts], texts: Sequence[Part], *, system: bool = False
-    ) -> list[CFGContexts]:
-        """The contexts after one text each; `system` where it is the system prompt."""
-        grown = self._append(contexts, [[text] for text in texts], ("full", "no_image"))
-        return [one.with_text(caches, system=system) for one, caches in zip(contexts, grown, strict=True)]
-
-    def append_reasoning(self, contexts: Sequence[CFGContexts], texts: Sequence[Part]) -> list[CFGContexts]:
-        """The contexts after the reasoning that the model wrote for each."""
-        grown = self._append(contexts, [[text] for text in texts], ("full",))
-        return [one.with_reasoning(caches) for one, caches in zip(contexts, grown, strict=True)]
-
-    def append_images(
-        self, contexts: Sequence[CFGContexts], images: Sequence[Sequence[ImageParts]]
-    ) -> list[CFGContexts]:
-        """The contexts after some images each: the first ones of all in one forward, then the second ones, and so on."""
-        result = list(contexts)
-        for n in range(max(map(len, images))):
-            rows = [i for i, some in enumerate(images) if len(some) > n]
-            grown = self._append([result[i] for i in rows], [images[i][n][0] for i in rows], ("full",))
-            for i, caches in zip(rows, grown, strict=True):
-                result[i] = result[i].with_image(caches, images[i][n][1])
-        return result
-
-    def _append(
-        self, contexts: Sequence[CFGContexts], parts: Sequence[Sequence[Part]], names: Sequence[str]
-    ) -> list[dict[str, KVCache]]:
-        append = ContextAppend(contexts, parts, names)
-        return append.by_name(self.prefill(append.caches, append.parts))
-
-    def _start(self, n: int, system: str | None) -> list[CFGContexts]:
-        """n empty conversations, or n that begin with a system prompt."""
+    def start_contexts(self, n: int, system: str | None) -> list[CFGContexts]:
+        """The contexts of n empty conversations, or of n that begin with a system prompt."""
         empty = [CFGContexts()] * n
         return self.append_text(empty, self.text_parts([system] * n), system=True) if system else empty
 
@@ -217,7 +185,9 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     @torch.inference_mode()
     def denoise_step(self, denoiser: LatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
-        """One step of all images: x [N, C] from their timesteps [P] to next_timesteps [P], float64 on the CPU; 0 is data."""
+        """One step of all images: x [N, C] from their timesteps [P] to next_timesteps [P], float64 on the CPU; 0 is
+        data.
+        """
         velocity = self.guided_velocity(denoiser, x, timesteps)
         return euler_step(x, velocity, denoiser.token_values(timesteps), denoiser.token_values(next_timesteps))
 
@@ -288,13 +258,13 @@ class Bagel(BagelNetwork, UnifiedModel):
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts; with `images`, edit them.
 
-        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these (or None) each.
-        size: (height, width) in pixels, multiples of the stride; unless given, that of the last input image after its
-        resize, or the default. seed: one, or one a prompt; from one number, that number and the ones after it, image by
-        image. steps: of the sampler (the released code's num_timesteps - 1). guidance: one, or one a prompt; a number is the
-        text_scale, the rest as by default. step_cache: extrapolate features at most steps (TaylorSeer). think: write the
-        reasoning first, as text_sampling says. An image does not depend on what else is in the batch. Raises ValueError
-        for bad input.
+        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these (or None)
+        each. size: (height, width) in pixels, multiples of the stride; unless given, that of the last input image after
+        its resize, or the default. seed: one, or one a prompt; from one number, that number and the ones after it,
+        image by image. steps: of the sampler (the released code's num_timesteps - 1). guidance: one, or one a prompt; a
+        number is the text_scale, the rest as by default. step_cache: extrapolate features at most steps (TaylorSeer).
+        think: write the reasoning first, as text_sampling says. An image does not depend on what else is in the batch.
+        Raises ValueError for bad input.
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)
@@ -313,7 +283,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
 
-        contexts = self._start(len(prompts), defaults.think_generate_prompt if think else None)
+        contexts = self.start_contexts(len(prompts), defaults.think_generate_prompt if think else None)
         contexts = [contexts[i] for i in copies]
         contexts = self._append_input_images(contexts, [input_images[i] for i in copies], generators, latents=True)
         texts = self.text_parts(prompts)
@@ -343,7 +313,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
         n, defaults = len(questions), self.config.defaults
-        contexts = self._start(n, defaults.think_understand_prompt if think else None)
+        contexts = self.start_contexts(n, defaults.think_understand_prompt if think else None)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
         contexts = self.append_text(contexts, self.text_parts(questions))
         answers = self._text_stream(contexts, text_sampling, expand_seeds(seed, n))
@@ -365,9 +335,9 @@ class Bagel(BagelNetwork, UnifiedModel):
     ) -> Iterator[str | Image.Image]:
         """Continue texts and images with texts and images, in the order of `outputs` ("text" or "image").
 
-        Yields each piece as it is made; it enters the context (an image by its pixels, through VAE and ViT), so the next
-        piece depends on it. A file is given as a Path; a str is always text. Output i has the seed seed + i. Raises
-        ValueError for bad input, at once.
+        Yields each piece as it is made; it enters the context (an image by its pixels, through VAE and ViT), so the
+        next piece depends on it. A file is given as a Path; a str is always text. Output i has the seed seed + i.
+        Raises ValueError for bad input, at once.
         """
         inputs = [inputs] if isinstance(inputs, str | Path | Image.Image) else inputs
         outputs = [outputs] if isinstance(outputs, str) else outputs
@@ -390,7 +360,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     ) -> Iterator[str | Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = "image" in outputs
-        contexts = self._start(1, None)
+        contexts = self.start_contexts(1, None)
         for item in inputs:
             if isinstance(item, str):
                 prompts, _ = parse_requests(item, None)

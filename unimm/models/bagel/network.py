@@ -16,7 +16,9 @@ from unimm.encoders.siglip import SiglipNaViT
 from unimm.generation.causal_lm import CausalLM
 from unimm.generation.flow import add_noise
 from unimm.generation.guidance import Branch
+from unimm.generation.kv_cache import KVCache
 from unimm.kernels import attention, linear_cross_entropy
+from unimm.models.bagel.cfg_contexts import CFGContexts, ContextAppend, ImageParts
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
@@ -25,7 +27,7 @@ from unimm.nn.patches import unpatchify
 from unimm.nn.pos_embed import sincos_pos_embed_2d
 from unimm.nn.timestep import TimestepEmbedder
 from unimm.sequence.packing import ImageTokens, PackedBatch
-from unimm.sequence.parts import IGNORE_INDEX
+from unimm.sequence.parts import IGNORE_INDEX, Part
 from unimm.tokenizers.kl import AutoencoderKL
 
 
@@ -94,7 +96,9 @@ class BagelNetwork(CausalLM):
         return self.llm2vae(self.decoder.norms["gen"](hidden))
 
     def forward(self, batch: PackedBatch, noise: Tensor) -> BagelLosses:
-        """Training: next-id loss at the labelled rows, flow loss at the noised latent tokens; noise [n latent tokens, C]."""
+        """Training: next-id loss at the labelled rows, flow loss at the noised latent tokens; noise [n latent tokens,
+        C].
+        """
         hidden = self.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask), noise)
         labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         rows = torch.searchsorted(batch.rows_by_expert["und"], batch.id_rows[labelled])
@@ -105,6 +109,38 @@ class BagelNetwork(CausalLM):
         target = noise - batch.gen_images.content
         v = self.llm_to_velocity(hidden["gen"][batch.noised])
         return BagelLosses(ce, (v.float() - target[batch.noised]).square())
+
+    # ---- contexts
+
+    def append_text(
+        self, contexts: Sequence[CFGContexts], texts: Sequence[Part], *, system: bool = False
+    ) -> list[CFGContexts]:
+        """The contexts after one text each; `system` where it is the system prompt."""
+        grown = self._append(contexts, [[text] for text in texts], ("full", "no_image"))
+        return [one.with_text(caches, system=system) for one, caches in zip(contexts, grown, strict=True)]
+
+    def append_reasoning(self, contexts: Sequence[CFGContexts], texts: Sequence[Part]) -> list[CFGContexts]:
+        """The contexts after the reasoning that the model wrote for each."""
+        grown = self._append(contexts, [[text] for text in texts], ("full",))
+        return [one.with_reasoning(caches) for one, caches in zip(contexts, grown, strict=True)]
+
+    def append_images(
+        self, contexts: Sequence[CFGContexts], images: Sequence[Sequence[ImageParts]]
+    ) -> list[CFGContexts]:
+        """The contexts after some images each: the first ones of all in one forward, then the second ones, and so on."""
+        result = list(contexts)
+        for n in range(max(map(len, images))):
+            rows = [i for i, some in enumerate(images) if len(some) > n]
+            grown = self._append([result[i] for i in rows], [images[i][n][0] for i in rows], ("full",))
+            for i, caches in zip(rows, grown, strict=True):
+                result[i] = result[i].with_image(caches, images[i][n][1])
+        return result
+
+    def _append(
+        self, contexts: Sequence[CFGContexts], parts: Sequence[Sequence[Part]], names: Sequence[str]
+    ) -> list[dict[str, KVCache]]:
+        append = ContextAppend(contexts, parts, names)
+        return append.by_name(self.prefill(append.caches, append.parts))
 
     # ---- denoising
 

@@ -1,4 +1,8 @@
-"""What a text or an image is in BAGEL's sequences: tokens, special tokens, image processor, defaults."""
+"""From texts and images to parts of BAGEL's sequences: image processor, special tokens, processor; and the verbs'
+defaults.
+
+Axes: h w sides of an image or of its latent, z channels of a latent, C channels of a latent token.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +20,12 @@ from unimm.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class BagelImageProcessor:
-    """The released resize: sides between `shortest` and `longest` where both fit, multiples of `stride`, few pixels."""
+    """The released resize: sides from min_size to max_size where both fit, multiples of stride, at most max_pixels."""
 
     max_size: int
     min_size: int
     stride: int
-    max_pixels: int = 14 * 14 * 9 * 1024
+    max_pixels: int = 14 * 14 * 9 * 1024  # of all images of a sample together
 
     JSON: ClassVar = JsonLayout(
         keys={
@@ -43,7 +47,7 @@ class BagelImageProcessor:
         return write_config(self, self.JSON)
 
     def output_size(self, width: int, height: int, *, n_images: int = 1) -> tuple[int, int]:
-        """(width, height) after the resize, for one of `images` pictures that share max_pixels.
+        """(width, height) after the resize, for one of `n_images` images that share max_pixels.
 
         As the released data/transforms.py does: rounds twice, to even, and shrinks by the ratio of pixels where its
         root is meant; both kept, since the models were trained with them.
@@ -61,7 +65,7 @@ class BagelImageProcessor:
         return w, h
 
     def __call__(self, image: Image.Image, *, n_images: int = 1) -> Image.Image:
-        """The resized picture (PIL's bicubic, with its antialias)."""
+        """The resized image (PIL's bicubic, with its antialias)."""
         return image.resize(self.output_size(image.width, image.height, n_images=n_images), Image.Resampling.BICUBIC)
 
 
@@ -73,13 +77,13 @@ THINK_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BagelDefaults(JsonConfig):
-    """What the verbs do unless told otherwise: the released app's numbers. A nano brings its own."""
+    """What the verbs take for what a call leaves out: the released app's numbers; a bundled model has its own."""
 
-    steps: int = 49  # the app's 50 "timesteps" are knots
+    steps: int = 49  # between the app's 50 timesteps
     timestep_shift: float = 3.0
     generate_guidance: Guidance = Guidance()
     edit_guidance: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
-    size: tuple[int, int] = (1024, 1024)
+    size: tuple[int, int] = (1024, 1024)  # (height, width) in pixels
     max_think_tokens: int = 1000
     think_generate_prompt: str = THINK_TEMPLATE.format("planning", "then generate the image.", "image")
     think_understand_prompt: str = THINK_TEMPLATE.format(
@@ -119,22 +123,22 @@ class BagelSpecialTokens(JsonConfig):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer) -> "BagelSpecialTokens":
-        """The ids of the markers by their strings. Raises ValueError for a tokenizer that lacks one."""
+        """The ids of `TOKENS`. Raises ValueError for a tokenizer that lacks one."""
         ids = {name: found for name, token in cls.TOKENS.items() if (found := tokenizer.token_id(token)) is not None}
-        if lost := [token for name, token in cls.TOKENS.items() if name not in ids]:
-            raise ValueError(f"the tokenizer lacks {', '.join(lost)}: expected the Qwen2.5 special tokens")
+        if missing := [token for name, token in cls.TOKENS.items() if name not in ids]:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: expected the Qwen2.5 special tokens")
         return cls(**ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BagelProcessor:
-    """What a text or a picture is in the sequence: its tokens and the markers around them. A patch of None: it has none."""
+    """Makes the parts of a sequence: the tokens of a text or an image, between their special tokens."""
 
     special_tokens: BagelSpecialTokens
-    vit_patch_size: int | None  # pixels a side of the ViT's patches
-    vit_grid: int
-    latent_patch_size: int | None  # latents a side of a token to draw
-    latent_grid: int
+    vit_patch_size: int | None  # pixels a side of a ViT patch; None for a checkpoint without a ViT
+    vit_grid: int  # the table of the ViT's positions has vit_grid^2 rows
+    latent_patch_size: int | None  # latents a side of a latent token; None for a checkpoint that does not generate
+    latent_grid: int  # likewise, of latent positions
     interpolate_pos_embed: bool
 
     def text_part(self, ids: Sequence[int]) -> Part:
@@ -151,7 +155,9 @@ class BagelProcessor:
     def vit_part(self, pixels: Tensor) -> Part:
         """An image [3, h, w] in [-1, 1] as the ViT's patches."""
         if self.vit_patch_size is None:
-            raise NotImplementedError("this checkpoint was trained without its ViT (visual_und false): it cannot look")
+            raise NotImplementedError(
+                "this checkpoint was trained without its ViT (visual_und false): it takes no images"
+            )
         p = self.vit_patch_size
         position_ids = grid_position_ids(
             pixels.shape[1] // p, pixels.shape[2] // p, self.vit_grid, interpolate=self.interpolate_pos_embed
@@ -164,7 +170,7 @@ class BagelProcessor:
         )
 
     def latent_part(self, latent: Tensor, *, timestep: float = 0.0, noised: bool = False) -> Part:
-        """A latent [z, h, w]: a clean picture of the past, or a noised target."""
+        """A latent [z, h, w]: of an image in the context, clean, or of one to generate, noised."""
         p = self.check_visual_gen()
         return self.latent_token_part(
             patchify(latent, p), latent.shape[1] // p, latent.shape[2] // p, timestep=timestep, noised=noised
@@ -173,7 +179,7 @@ class BagelProcessor:
     def latent_token_part(
         self, tokens: Tensor, height: int, width: int, *, timestep: float = 0.0, noised: bool = False
     ) -> Part:
-        """Latent tokens [height * width, C], or whatever names them until they are there."""
+        """Latent tokens [height * width, C], or in their place numbers by which they are found later."""
         boundary_ids = (self.special_tokens.boi, self.special_tokens.eoi)
         return image_part(
             "gen_image",
@@ -185,11 +191,13 @@ class BagelProcessor:
         )
 
     def latent_position_ids(self, height: int, width: int) -> Tensor:
-        """Places in the table of latent positions, [height * width]."""
+        """The latent tokens' rows in the table of latent positions, [height * width]."""
         return grid_position_ids(height, width, self.latent_grid, interpolate=self.interpolate_pos_embed)
 
     def check_visual_gen(self) -> int:
-        """The latent patch. Raises NotImplementedError for a checkpoint that cannot draw."""
+        """The latent patch size. Raises NotImplementedError for a checkpoint that cannot generate images."""
         if self.latent_patch_size is None:
-            raise NotImplementedError("this checkpoint was trained to look only (visual_gen false): it cannot draw")
+            raise NotImplementedError(
+                "this checkpoint was trained to understand only (visual_gen false): it generates no images"
+            )
         return self.latent_patch_size
