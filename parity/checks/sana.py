@@ -68,7 +68,6 @@ def check_sampling(case: Case, sana: SanaTransformer, notes: dict[str, Any]) -> 
             "euler",
             reshifted_timesteps(steps, euler_config["shift"], train_steps=euler_config["num_train_timesteps"]),
             euler,
-            floor_timesteps,
             False,
         ),
     ):
