@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from parity.case import Case
-from unimm.tokenizers.dc_ae import load_dc_ae
+from unimm.tokenizers.dc_ae import DCAE
 
 EXPECTS = 'config.json with _class_name "AutoencoderDC"'
 
@@ -22,7 +22,7 @@ def recognise(folder: Path) -> bool:
 @torch.inference_mode()
 def check(case: Case) -> None:
     """Compare both ways."""
-    model, image = load_dc_ae(case.folder), case.input("image")
+    model, image = DCAE.from_pretrained(case.folder), case.input("image")
     latent = model.encode(image)
     case.compare("latent", latent / model.config.scaling_factor)
     case.compare("latent_scaled", latent)

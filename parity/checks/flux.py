@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parity.case import Case
 from unimm.checkpoint.load import read_shapes
-from unimm.denoisers.flux import FluxConfig, FluxTransformer, flux_position_ids, load_flux
+from unimm.denoisers.flux import FluxConfig, FluxTransformer, flux_position_ids
 from unimm.denoisers.mmdit import ROPE_THETA, modulation_per_step, patchify_latents, unpatchify_latents
 from unimm.generation.flow import dynamic_shift, euler, flow_timesteps
 
@@ -37,7 +37,7 @@ def check(case: Case) -> None:
     times = check_times(case, notes, height * width // 4)
     for path in (case.folder, case.folder / BFL):
         if path.exists():
-            check_model(case, load_flux(path), times, height=height, width=width)
+            check_model(case, FluxTransformer.from_pretrained(path), times, height=height, width=width)
     if (case.folder / BFL).exists():
         check_sizes(case, notes["bfl_params"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from parity.case import Case
-from unimm.tokenizers.kl_layouts import load_autoencoder_kl
+from unimm.tokenizers.kl import AutoencoderKL
 
 EXPECTS = 'config.json with _class_name "AutoencoderKL", or with ch_mult'
 
@@ -23,7 +23,7 @@ def recognise(folder: Path) -> bool:
 @torch.inference_mode()
 def check(case: Case) -> None:
     """Compare both ways."""
-    vae, image = load_autoencoder_kl(case.folder), case.input("image")
+    vae, image = AutoencoderKL.from_pretrained(case.folder), case.input("image")
     mean, logvar = vae.moments(image)
     case.compare("moments", torch.cat((mean, logvar), 1))
     case.compare("mean", mean)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from parity.case import Case
-from unimm.denoisers.qwen_image import load_qwen_image
+from unimm.denoisers.qwen_image import QwenImageTransformer
 
 EXPECTS = 'config.json with _class_name "QwenImageTransformer2DModel"'
 
@@ -22,7 +22,7 @@ def recognise(folder: Path) -> bool:
 @torch.inference_mode()
 def check(case: Case) -> None:
     """Compare the velocity, and cosines and sines of text and images."""
-    model, text = load_qwen_image(case.folder), case.input("encoder_hidden_states")
+    model, text = QwenImageTransformer.from_pretrained(case.folder), case.input("encoder_hidden_states")
     pictures = [(f, h, w) for f, h, w in case.input("img_shapes").tolist()]
     seen = case.input("encoder_hidden_states_mask") if "encoder_hidden_states_mask" in case else None
     condition = model.condition(text, pictures, key_padding_mask=seen)

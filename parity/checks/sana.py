@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from parity.case import Case
-from unimm.denoisers.sana import TIMESTEP_SCALE, SanaTransformer, load_sana
+from unimm.denoisers.sana import TIMESTEP_SCALE, SanaTransformer
 from unimm.generation.flow import (
     Velocity,
     dpm_solver_pp,
@@ -33,7 +33,7 @@ def recognise(folder: Path) -> bool:
 @torch.inference_mode()
 def check(case: Case) -> None:
     """Compare the transformer, its parts, and both samplers."""
-    sana = load_sana(case.folder)
+    sana = SanaTransformer.from_pretrained(case.folder)
     latents, caption = case.input("hidden_states"), case.input("encoder_hidden_states")
     times = case.input("timestep").float() / TIMESTEP_SCALE
     seen = sana.condition(caption, case.input("encoder_attention_mask"))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from parity.case import Case
-from unimm.encoders.siglip import load_siglip
+from unimm.encoders.siglip import SiglipVisionEncoder
 
 EXPECTS = 'config.json with model_type "siglip_vision_model"'
 
@@ -24,7 +24,7 @@ def recognise(folder: Path) -> bool:
 @torch.inference_mode()
 def check(case: Case) -> None:
     """Compare the preprocessing, the layers and the ends of the tower."""
-    tower = load_siglip(case.folder)
+    tower = SiglipVisionEncoder.from_pretrained(case.folder)
     if raw := sorted(case.names(r"raw\d+_uint8"), key=lambda name: int(name[3:].partition("_")[0])):
         pixels = [tower.image_processor.preprocess(Image.fromarray(case.input(name).numpy())) for name in raw]
         case.compare("pixel_values", torch.stack(pixels))

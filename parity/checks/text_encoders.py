@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from parity.case import Case
-from unimm.encoders.clip_text import load_clip_text
-from unimm.encoders.t5 import load_t5
+from unimm.encoders.clip_text import CLIPTextEncoder
+from unimm.encoders.t5 import T5Encoder
 
 EXPECTS = 'config.json with model_type "clip_text_model" or "t5"'
 
@@ -30,9 +30,9 @@ def check(case: Case) -> None:
     """Compare the states of all ids, and CLIP's pooled vectors."""
     ids = case.input("input_ids")
     if kind(case.folder) == "t5":
-        case.compare("last_hidden_state", load_t5(case.folder)(ids))
+        case.compare("last_hidden_state", T5Encoder.from_pretrained(case.folder)(ids))
         return
-    model = load_clip_text(case.folder)
+    model = CLIPTextEncoder.from_pretrained(case.folder)
     states = model(ids)
     case.compare("last_hidden_state", states)
     case.compare("pooler_output", model.pool(ids, states))

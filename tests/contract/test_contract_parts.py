@@ -13,15 +13,15 @@ from unimm.checkpoint.load import CheckpointError
 
 # where a part is loaded: module:function(folder, *, dtype, device)
 LOADERS = {
-    "blocks/clip/dev": "unimm.encoders.clip_text:load_clip_text",
-    "blocks/dcae/dev": "unimm.tokenizers.dc_ae:load_dc_ae",
-    "blocks/flux/dev": "unimm.denoisers.flux:load_flux",
-    "blocks/fluxvae/dev": "unimm.tokenizers.kl_layouts:load_vae",
+    "blocks/clip/dev": "unimm.encoders.clip_text:CLIPTextEncoder.from_pretrained",
+    "blocks/dcae/dev": "unimm.tokenizers.dc_ae:DCAE.from_pretrained",
+    "blocks/flux/dev": "unimm.denoisers.flux:FluxTransformer.from_pretrained",
+    "blocks/fluxvae/dev": "unimm.tokenizers.kl:AutoencoderKL.from_pretrained",
     "blocks/qwen2p5vl/dev": "unimm.vlms.qwen2_5_vl.model:QwenVL.from_pretrained",
-    "blocks/qwenimage/dev": "unimm.denoisers.qwen_image:load_qwen_image",
-    "blocks/sana/dev": "unimm.denoisers.sana:load_sana",
-    "blocks/siglip2/dev": "unimm.encoders.siglip:load_siglip",
-    "blocks/t5/dev": "unimm.encoders.t5:load_t5",
+    "blocks/qwenimage/dev": "unimm.denoisers.qwen_image:QwenImageTransformer.from_pretrained",
+    "blocks/sana/dev": "unimm.denoisers.sana:SanaTransformer.from_pretrained",
+    "blocks/siglip2/dev": "unimm.encoders.siglip:SiglipVisionEncoder.from_pretrained",
+    "blocks/t5/dev": "unimm.encoders.t5:T5Encoder.from_pretrained",
 }
 each_part = pytest.mark.parametrize("case", LOADERS)
 

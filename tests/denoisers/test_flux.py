@@ -16,7 +16,6 @@ from unimm.denoisers.flux import (
     flux_bfl_key_map,
     flux_key_map,
     flux_position_ids,
-    load_flux,
 )
 from unimm.denoisers.mmdit import (
     apply_complex_rope,
@@ -109,7 +108,7 @@ def test_sizes_are_read_from_the_released_weights():
 
 
 def test_the_layouts_hold_the_same_weights():
-    one, other = load_flux(CASE), load_flux(CASE / "model_bfl.safetensors")
+    one, other = FluxTransformer.from_pretrained(CASE), FluxTransformer.from_pretrained(CASE / "model_bfl.safetensors")
     assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
     for table, path in ((flux_key_map, "model.safetensors"), (flux_bfl_key_map, "model_bfl.safetensors")):
         state, stored = released_state_dict(one, table(one.config)), load_file(CASE / path)
@@ -126,7 +125,7 @@ def test_equal_to_diffusers(tmp_path, changes):
     for p in theirs.parameters():
         p.add_(0.05 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
-    ours = load_flux(tmp_path)
+    ours = FluxTransformer.from_pretrained(tmp_path)
     given, times = inputs(ours), torch.tensor([0.93, 0.12])
     text_places = torch.randint(0, 9, (5, 3)).float()
     guidance = torch.tensor([1.0, 4.5]) if ours.config.guidance_embeds else None
@@ -155,11 +154,13 @@ def test_equal_to_diffusers(tmp_path, changes):
 def test_save_and_load(tmp_path, changes, layout):
     model = made(**changes)
     model.save_pretrained(tmp_path, layout=layout)
-    again = load_flux(tmp_path)
+    again = FluxTransformer.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training
     given = inputs(model)
     assert torch.equal(*(velocity(x, given, torch.tensor([0.5, 0.2])) for x in (model, again)))
-    assert {p.dtype for p in load_flux(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in FluxTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 @torch.inference_mode()
@@ -167,11 +168,15 @@ def test_the_original_layout_needs_no_config(tmp_path):
     model = made(attention_head_dim=128, axes_dims_rope=[16, 56, 56], num_attention_heads=1)
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").unlink()
-    assert load_flux(tmp_path).config == load_flux(tmp_path / BFL_WEIGHT_FILES[0]).config == model.config
+    assert (
+        FluxTransformer.from_pretrained(tmp_path).config
+        == FluxTransformer.from_pretrained(tmp_path / BFL_WEIGHT_FILES[0]).config
+        == model.config
+    )
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_flux(tmp_path)
+        FluxTransformer.from_pretrained(tmp_path)
 
 
 def test_a_feed_forward_of_any_width(tmp_path):
@@ -189,7 +194,7 @@ def test_a_feed_forward_of_any_width(tmp_path):
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="head_dim, 16"):  # whose axes nothing tells
-        load_flux(tmp_path)
+        FluxTransformer.from_pretrained(tmp_path)
 
 
 @torch.inference_mode()
@@ -320,4 +325,4 @@ def test_wrong_weights(tmp_path):
     model.save_pretrained(tmp_path, layout="bfl")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_json() | {"num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing keys: double_blocks\.2"):
-        load_flux(tmp_path)
+        FluxTransformer.from_pretrained(tmp_path)

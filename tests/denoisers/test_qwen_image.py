@@ -12,7 +12,6 @@ from unimm.denoisers.qwen_image import (
     KEY_MAP,
     QwenImageConfig,
     QwenImageTransformer,
-    load_qwen_image,
     msrope_position_ids,
 )
 
@@ -73,7 +72,7 @@ def test_equal_to_diffusers(tmp_path, changes, pictures):
     for p in theirs.parameters():
         p.add_(0.05 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
-    ours = load_qwen_image(tmp_path)
+    ours = QwenImageTransformer.from_pretrained(tmp_path)
     latents, text = torch.randn(3, count(pictures), ours.config.in_channels), torch.randn(3, 6, ours.config.text_dim)
     seen, times = (
         torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]]),
@@ -104,7 +103,7 @@ def test_places():
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
     small.save_pretrained(tmp_path)
-    again = load_qwen_image(tmp_path)
+    again = QwenImageTransformer.from_pretrained(tmp_path)
     assert again.config == small.config and not again.training
     latents, text, times = torch.randn(2, 6, 16), torch.randn(2, 4, 36), torch.rand(1, 2)
     got, want = (x(latents, x.condition(text, [(1, 2, 3)]), x.modulations(times)[0]) for x in (again, small))
@@ -184,4 +183,4 @@ def test_wrong_weights(tmp_path, small):
     small.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(small.config.to_json() | {"num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.2"):
-        load_qwen_image(tmp_path)
+        QwenImageTransformer.from_pretrained(tmp_path)

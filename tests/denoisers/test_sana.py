@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
-from unimm.denoisers.sana import KEY_MAP, SanaConfig, SanaTransformer, load_sana
+from unimm.denoisers.sana import KEY_MAP, SanaConfig, SanaTransformer
 
 GOLDEN = STORE / "blocks"
 SIZES = [
@@ -78,7 +78,7 @@ def test_equal_to_diffusers(tmp_path, changes):
     for p in theirs.parameters():
         p.add_(0.05 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
-    ours = load_sana(tmp_path)
+    ours = SanaTransformer.from_pretrained(tmp_path)
     cfg = ours.config
     latents, caption = torch.randn(3, cfg.in_channels, 4, 10), torch.randn(3, 5, cfg.caption_dim)
     seen, times = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]), torch.tensor([1.0, 523.0, 999.0])
@@ -92,11 +92,13 @@ def test_equal_to_diffusers(tmp_path, changes):
 
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
-    again = load_sana(write(tmp_path, small))
+    again = SanaTransformer.from_pretrained(write(tmp_path, small))
     assert again.config == small.config and not again.training
     latents, times, caption = torch.randn(1, 6, 4, 4), torch.tensor([0.3]), torch.randn(1, 5, 20)
     assert torch.equal(again(latents, times, again.condition(caption)), small(latents, times, small.condition(caption)))
-    assert {p.dtype for p in load_sana(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in SanaTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 @torch.inference_mode()
@@ -169,4 +171,4 @@ def test_wrong_weights(tmp_path, small):
     write(tmp_path, small)
     (tmp_path / "config.json").write_text(json.dumps(small.config.to_json() | {"num_layers": 4}))
     with pytest.raises(CheckpointError, match=r"missing keys: transformer_blocks\.3"):
-        load_sana(tmp_path)
+        SanaTransformer.from_pretrained(tmp_path)

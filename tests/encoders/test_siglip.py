@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
-from unimm.encoders.siglip import SiglipConfig, SiglipVisionEncoder, load_siglip, siglip_file_key_map
+from unimm.encoders.siglip import SiglipConfig, SiglipVisionEncoder, siglip_file_key_map
 from unimm.processing.images.siglip import SiglipImageProcessor
 
 # so400m; what is missing is as in the class
@@ -81,11 +81,14 @@ def test_manifests_fit_the_released_towers(patch, size):
 def test_equals_transformers(tmp_path, changes):
     theirs = transformers_tower(**changes)
     theirs.save_pretrained(tmp_path)
-    ours = load_siglip(tmp_path)
+    ours = SiglipVisionEncoder.from_pretrained(tmp_path)
     # newer versions write the tower without the name around it, which the released files have
     state = load_file(tmp_path / "model.safetensors")
     save_file({f"vision_model.{key}": x for key, x in state.items()}, tmp_path / "model.safetensors")
-    assert all(torch.equal(x, ours.state_dict()[key]) for key, x in load_siglip(tmp_path).state_dict().items())
+    assert all(
+        torch.equal(x, ours.state_dict()[key])
+        for key, x in SiglipVisionEncoder.from_pretrained(tmp_path).state_dict().items()
+    )
     images = torch.randn(3, 3, ours.config.image_size, ours.config.image_size)
     expected = theirs(images, output_hidden_states=True)
     assert_close(ours(images), expected.last_hidden_state)
@@ -103,7 +106,7 @@ def test_a_whole_release(tmp_path):
     theirs = shaken(SiglipModel(Theirs(text_config=text, vision_config=TOY)))
     theirs.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 23, 23)
-    assert_close(load_siglip(tmp_path)(images), theirs.vision_model(images).last_hidden_state)
+    assert_close(SiglipVisionEncoder.from_pretrained(tmp_path)(images), theirs.vision_model(images).last_hidden_state)
 
 
 def test_pixels_equal_transformers():
@@ -120,27 +123,29 @@ def test_pixels_equal_transformers():
 
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
-    again = load_siglip(write(tmp_path, small))
+    again = SiglipVisionEncoder.from_pretrained(write(tmp_path, small))
     images = torch.stack([small.image_processor.preprocess(picture(40, 31, seed=i)) for i in range(2)])
     assert again.config == small.config and again.image_processor == small.image_processor and not again.training
     assert torch.equal(again(images), small(images))
     assert_close(small(images)[1:], small(images[1:]))
-    assert {p.dtype for p in load_siglip(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in SiglipVisionEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 @torch.inference_mode()
 def test_without_a_head(tmp_path, small):
     """A head in the files that the config does not want is left unread; one that it wants must be there."""
     write(tmp_path, small, vision_use_head=False)
-    tower, images = load_siglip(tmp_path), torch.randn(1, 3, 23, 23)
+    tower, images = SiglipVisionEncoder.from_pretrained(tmp_path), torch.randn(1, 3, 23, 23)
     assert torch.equal(tower(images), small(images))
     with pytest.raises(ValueError, match="no pooling head"):
         tower.pool_features(tower(images))
     save_file(released_state_dict(tower, siglip_file_key_map(tower.config)), tmp_path / "model.safetensors")
-    assert torch.equal(load_siglip(tmp_path)(images), small(images))
+    assert torch.equal(SiglipVisionEncoder.from_pretrained(tmp_path)(images), small(images))
     (tmp_path / "config.json").write_text(json.dumps(TOY))
     with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.head"):
-        load_siglip(tmp_path)
+        SiglipVisionEncoder.from_pretrained(tmp_path)
 
 
 def test_gradients_reach_every_parameter(small):
@@ -182,4 +187,4 @@ def test_wrong_inputs(tmp_path, small):
 def test_wrong_weights(tmp_path, small):
     write(tmp_path, small, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.encoder\.layers\.2"):
-        load_siglip(tmp_path)
+        SiglipVisionEncoder.from_pretrained(tmp_path)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
 from unimm.encoders import clip_text, t5
-from unimm.encoders.clip_text import CLIPTextConfig, CLIPTextEncoder, load_clip_text
-from unimm.encoders.t5 import T5Config, T5Encoder, load_t5, relative_position_buckets
+from unimm.encoders.clip_text import CLIPTextConfig, CLIPTextEncoder
+from unimm.encoders.t5 import T5Config, T5Encoder, relative_position_buckets
 
 CLIP = dict(
     hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, vocab_size=50, max_position_embeddings=11,
@@ -26,8 +26,8 @@ T5 = dict(
 CLIP_L = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "eos_token_id": 2}
 T5_XXL = {"d_model": 4096, "num_layers": 24, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
 KINDS = {
-    "clip": (CLIPTextEncoder, CLIPTextConfig, CLIP, clip_text.clip_text_key_map(), load_clip_text),
-    "t5": (T5Encoder, T5Config, T5, t5.KEY_MAP, load_t5),
+    "clip": (CLIPTextEncoder, CLIPTextConfig, CLIP, clip_text.clip_text_key_map(), CLIPTextEncoder.from_pretrained),
+    "t5": (T5Encoder, T5Config, T5, t5.KEY_MAP, T5Encoder.from_pretrained),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -87,11 +87,14 @@ def test_clip_equals_transformers(tmp_path, changes):
 
     theirs = shaken(CLIPTextModel(CLIPTextConfig(**CLIP | changes)))
     theirs.save_pretrained(tmp_path)
-    ours = load_clip_text(tmp_path)
+    ours = CLIPTextEncoder.from_pretrained(tmp_path)
     # newer versions write the encoder without the name around it, which the released files have
     state = load_file(tmp_path / "model.safetensors")
     save_file({f"text_model.{key}": x for key, x in state.items()}, tmp_path / "model.safetensors")
-    assert all(torch.equal(x, ours.state_dict()[key]) for key, x in load_clip_text(tmp_path).state_dict().items())
+    assert all(
+        torch.equal(x, ours.state_dict()[key])
+        for key, x in CLIPTextEncoder.from_pretrained(tmp_path).state_dict().items()
+    )
     ids = torch.randint(3, 45, (3, 11))
     ids[0, 4:], ids[1, 10], ids[2, 6:] = 45, 45, 45
     ids[2, 2] = 49  # above the end: of the two rules only the older one looks for the largest id
@@ -111,7 +114,7 @@ def test_clip_of_a_whole_release(tmp_path):
     theirs = shaken(CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=6)))
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 50, (2, 9))
-    assert_close(load_clip_text(tmp_path)(ids), theirs.text_model(ids).last_hidden_state)
+    assert_close(CLIPTextEncoder.from_pretrained(tmp_path)(ids), theirs.text_model(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_t5_equals_transformers(tmp_path, changes):
 
     theirs = shaken(T5EncoderModel(Theirs(**T5 | changes)))
     theirs.save_pretrained(tmp_path)
-    ours = load_t5(tmp_path)
+    ours = T5Encoder.from_pretrained(tmp_path)
     ids = torch.randint(0, 40, (2, 70))
     assert_close(ours(ids), theirs(ids).last_hidden_state)
     # and what we write, transformers reads
@@ -146,7 +149,7 @@ def test_t5_of_a_whole_release(tmp_path):
     theirs = shaken(T5ForConditionalGeneration(Theirs(**T5, num_decoder_layers=1, decoder_start_token_id=0)))
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 40, (1, 9))
-    assert_close(load_t5(tmp_path)(ids), theirs.encoder(ids).last_hidden_state)
+    assert_close(T5Encoder.from_pretrained(tmp_path)(ids), theirs.encoder(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (12, 30), (4, 2), (64, 500)])
@@ -231,7 +234,7 @@ def test_a_t5_whose_table_goes_by_its_other_name(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        assert torch.equal(load_t5(tmp_path)(ids), model(ids))
+        assert torch.equal(T5Encoder.from_pretrained(tmp_path)(ids), model(ids))
 
 
 def test_an_activation_beside_the_feed_forwards_own():

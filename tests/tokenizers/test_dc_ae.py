@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
-from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, DCAELevel, dc_ae_key_map, linear_attention, load_dc_ae
+from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, DCAELevel, dc_ae_key_map, linear_attention
 
 GOLDEN = STORE / "blocks"
 CONVOLUTIONS, ATTENTION = "ResBlock", "EfficientViTBlock"
@@ -77,7 +77,7 @@ def test_equal_to_diffusers(tmp_path, files):
     for p in theirs.parameters():
         p.add_(0.05 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
-    ours = load_dc_ae(tmp_path)
+    ours = DCAE.from_pretrained(tmp_path)
     image = torch.rand(2, 3, 3 * ours.config.stride, 2 * ours.config.stride) * 2 - 1
     latent = theirs.encode(image).latent
     assert_equal(ours.encode(image), ours.config.scaling_factor * latent)
@@ -89,10 +89,10 @@ def test_equal_to_diffusers(tmp_path, files):
 
 @torch.inference_mode()
 def test_save_and_load(tmp_path, small):
-    again, image = load_dc_ae(write(tmp_path, small)), torch.rand(1, 3, 8, 8)
+    again, image = DCAE.from_pretrained(write(tmp_path, small)), torch.rand(1, 3, 8, 8)
     assert again.config == small.config and not again.training
     assert torch.equal(again.decode(again.encode(image)), small.decode(small.encode(image)))
-    assert {p.dtype for p in load_dc_ae(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in DCAE.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ from unimm.tokenizers.kl_layouts import (
     ATTENTION_NAMES,
     LEGACY_ATTENTION_NAMES,
     kl_diffusers_key_map,
-    load_autoencoder_kl,
 )
 
 SMALL = {
@@ -55,7 +54,9 @@ def small(**numbers) -> AutoencoderKL:
 def write(folder: Path, vae: AutoencoderKL, *, attention=ATTENTION_NAMES) -> Path:
     """A folder in diffusers' layout."""
     (folder / "config.json").write_text(json.dumps(vae.config.to_diffusers()))
-    state = released_state_dict(vae, kl_diffusers_key_map(vae.config, attention=attention))
+    state = released_state_dict(
+        vae, kl_diffusers_key_map(vae.config.widths, quant_convs=vae.config.quant_convs, attention=attention)
+    )
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     return folder
 
@@ -63,7 +64,7 @@ def write(folder: Path, vae: AutoencoderKL, *, attention=ATTENTION_NAMES) -> Pat
 @torch.inference_mode()
 def test_stored_outputs():
     case = found("blocks/fluxvae/dev")
-    vae, stored = load_autoencoder_kl(case), load_file(case / "io.safetensors")
+    vae, stored = AutoencoderKL.from_pretrained(case), load_file(case / "io.safetensors")
     assert_equal(torch.cat(vae.moments(stored["image"]), 1), stored["moments"])
     assert_equal(vae.encode(stored["image"]), stored["latent"])
     assert_equal(vae.encode(stored["image"], noise=stored["posterior_noise"]), stored["latent_sampled"])
@@ -76,28 +77,29 @@ def test_sdxl_has_its_released_size():
     with torch.device("meta"):
         vae = AutoencoderKL(config)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    shapes = {key: tuple(x.shape) for key, x in released_state_dict(vae, kl_diffusers_key_map(config)).items()}
+    key_map = kl_diffusers_key_map(config.widths, quant_convs=config.quant_convs)
+    shapes = {key: tuple(x.shape) for key, x in released_state_dict(vae, key_map).items()}
     assert len(shapes) == 248
     assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.bias"] == (4,)
     assert shapes["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)
     assert shapes["decoder.up_blocks.3.resnets.0.conv1.weight"] == (128, 256, 3, 3)
     assert shapes["encoder.mid_block.attentions.0.to_out.0.weight"] == (512, 512)
-    assert len(check_keys(shapes, kl_diffusers_key_map(config), vae.state_dict(), "here")) == 248
+    assert len(check_keys(shapes, key_map, vae.state_dict(), "here")) == 248
 
 
 @pytest.mark.parametrize("quant_convs", [True, False])
 @pytest.mark.parametrize("widths", [(32, 64, 64), (32, 32), (64,)])
 @torch.inference_mode()
 def test_equal_to_diffusers(tmp_path, quant_convs, widths):
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 
-    theirs = AutoencoderKL(
+    theirs = DiffusersAutoencoderKL(
         block_out_channels=widths, layers_per_block=2, latent_channels=3, scaling_factor=0.3, use_quant_conv=quant_convs,
         use_post_quant_conv=quant_convs, down_block_types=["DownEncoderBlock2D"] * len(widths),
         up_block_types=["UpDecoderBlock2D"] * len(widths),
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
-    ours, image = load_autoencoder_kl(tmp_path), torch.rand(2, 3, 16, 24) * 2 - 1
+    ours, image = AutoencoderKL.from_pretrained(tmp_path), torch.rand(2, 3, 16, 24) * 2 - 1
     assert ours.config.quant_convs == quant_convs and ours.config.shift_factor == 0
     latent = theirs.encode(image).latent_dist.mean * 0.3
     assert_equal(ours.encode(image), latent)
@@ -116,13 +118,13 @@ def test_round_trips(tmp_path, quant_convs):
     assert AutoencoderKLConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     for attention in (ATTENTION_NAMES, LEGACY_ATTENTION_NAMES):
         assert torch.equal(
-            load_autoencoder_kl(write(tmp_path, vae, attention=attention)).encode(image), vae.encode(image)
+            AutoencoderKL.from_pretrained(write(tmp_path, vae, attention=attention)).encode(image), vae.encode(image)
         )
     flux = tmp_path / "flux"
     flux.mkdir()
     (flux / "vae_config.json").write_text(json.dumps(config.to_json()))
     save_file(vae.state_dict(), flux / "ae.safetensors")
-    assert torch.equal(load_autoencoder_kl(flux).encode(image), vae.encode(image))
+    assert torch.equal(AutoencoderKL.from_pretrained(flux).encode(image), vae.encode(image))
 
 
 @torch.inference_mode()
@@ -134,7 +136,7 @@ def test_quant_convs_act_on_both_sides():
 
 
 def test_load_casts(tmp_path):
-    vae = load_autoencoder_kl(write(tmp_path, small()), dtype=torch.bfloat16)
+    vae = AutoencoderKL.from_pretrained(write(tmp_path, small()), dtype=torch.bfloat16)
     assert {p.dtype for p in vae.parameters()} == {torch.bfloat16} and not vae.training
 
 
@@ -155,10 +157,10 @@ def test_wrong_configs(files, words):
 
 
 def test_wrong_weights(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no weights in .*expected ae\.safetensors"):
-        load_autoencoder_kl(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no weights in .*expected .*ae\.safetensors"):
+        AutoencoderKL.from_pretrained(tmp_path)
     write(tmp_path, small())
     files = small(quant_convs=True).config.to_diffusers()
     (tmp_path / "config.json").write_text(json.dumps(files))
     with pytest.raises(CheckpointError, match=r"missing keys: post_quant_conv\.bias"):
-        load_autoencoder_kl(tmp_path)
+        AutoencoderKL.from_pretrained(tmp_path)

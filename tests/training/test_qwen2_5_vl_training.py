@@ -16,7 +16,7 @@ from unimm.data.shapes.language import FAVOURITES
 from unimm.data.shapes.scenes import target_scenes
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX
-from unimm.tokenizers.dc_ae import load_dc_ae
+from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.config import read_recipe
 from unimm.training.init import train_tokenizer
 from unimm.training.tasks import qwen2_5_vl as reader
@@ -254,7 +254,7 @@ def test_a_trained_autoencoder_is_written_as_released(tmp_path):
     assert losses["l1"] < first["l1"] and losses["mse"] < first["mse"]
     with Image.open(tmp_path / "samples/00000004.png") as picture:
         assert picture.size == (512, 256)
-    model = load_dc_ae(tmp_path / "release")
+    model = DCAE.from_pretrained(tmp_path / "release")
     with torch.no_grad():
         z = torch.cat([model.encode(objective.batch(step).image) for step in range(2)])
         assert z.square().mean().sqrt().item() == pytest.approx(1, abs=1e-4), "the scale makes latents standard"

@@ -24,8 +24,13 @@ from typing_extensions import Self
 T = TypeVar("T")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The contents of a config file, or nothing where there is no file. Raises ValueError for a file that is no JSON."""
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The contents of a config file, or nothing where there is no file. Raises ValueError for a file that is no JSON.
+
+    required: raise ValueError where there is no file.
+    """
+    if required and not path.exists():
+        raise ValueError(f"no {path.name} in {path.parent}: expected the released one")
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:

@@ -11,20 +11,21 @@ Axes: B batch, L tokens of the picture, M of the text, D model, C channels, S st
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
 from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
-from unimm.checkpoint.load import keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
@@ -38,7 +39,6 @@ from unimm.denoisers.mmdit import (
 )
 from unimm.nn.layers import MLP
 from unimm.nn.timestep import timestep_embedding
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
 BFL_WEIGHT_FILES = ("flux1-dev.safetensors", "flux1-schnell.safetensors")
 RELEASED_AXES_DIMS = (16, 56, 56)  # of heads of 128, in every release; the weights do not tell
@@ -207,6 +207,11 @@ def _first_length(shapes: Mapping[str, tuple[int, ...]], head: str, tail: str) -
     return next((shape[0] for key, shape in shapes.items() if key.startswith(head) and key.endswith(tail)), 0)
 
 
+def in_bfl_layout(names: Collection[str]) -> bool:
+    """Whether released tensors have Black Forest Labs' names."""
+    return any(name.startswith(("double_blocks.", "single_blocks.")) for name in names)
+
+
 def flux_key_map(config: FluxConfig) -> KeyMap:
     """The key map of diffusers' layout, without the entries of parts that the config lacks."""
     key_map = TOP_KEY_MAP
@@ -258,8 +263,10 @@ def flux_position_ids(height: int, width: int) -> Tensor:
     return torch.stack((torch.zeros_like(rows), rows, columns), -1).flatten(0, 1).float()
 
 
-class FluxTransformer(nn.Module):
+class FluxTransformer(PretrainedComponent):
     """Noised packed latents, a condition and a step's modulation to the velocity."""
+
+    WEIGHT_FILES = (*DIFFUSERS_WEIGHT_FILES, *BFL_WEIGHT_FILES)
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -268,6 +275,16 @@ class FluxTransformer(nn.Module):
         self.guidance_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu") if config.guidance_embeds else None
         self.pooled_embed = MLP(config.pooled_dim, dim, dim, "silu")
         self.mmdit = MMDiT(config.mmdit)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        # Black Forest Labs' files come without a config: then sizes are those of the tensors, with the released axes
+        if in_bfl_layout(shapes) and not (folder / "config.json").exists():
+            return cls(FluxConfig.from_shapes(shapes))
+        return cls(FluxConfig.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return flux_bfl_key_map(self.config) if in_bfl_layout(shapes) else flux_key_map(self.config)
 
     def condition(
         self,
@@ -339,28 +356,3 @@ class FluxTransformer(nn.Module):
             # the axes are in no weights, so that the other layout has a config beside it, too
             (partial / "config.json").write_text(json.dumps(self.config.to_json(), indent=2))
             save_safetensors(released_state_dict(self, table(self.config)), partial / name)
-
-
-@keep_weights_open()
-def load_flux(path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> FluxTransformer:
-    """A transformer from a folder in diffusers' layout or Black Forest Labs', or from a file of the latter's; strictly, in
-    evaluation mode.
-
-    Sizes are config.json's; theirs comes without one, and then they are those of the tensors, with the released axes.
-    Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
-    """
-    paths = [path] if path.is_file() else weight_files(path, (*DIFFUSERS_WEIGHT_FILES, *BFL_WEIGHT_FILES))
-    shapes = read_shapes(paths)
-    theirs = any(key.startswith(("double_blocks.", "single_blocks.")) for key in shapes)
-    described = (path.parent if path.is_file() else path) / "config.json"
-    files = json.loads(described.read_text()) if described.exists() else None
-    if files is None and not theirs:
-        raise ValueError(
-            f"no config.json in {described.parent}: expected the released one beside weights in diffusers' layout"
-        )
-    config = FluxConfig.from_shapes(shapes) if files is None else FluxConfig.from_json(files)
-    with torch.device("meta"):
-        model = FluxTransformer(config)
-    table = flux_bfl_key_map(config) if theirs else flux_key_map(config)
-    load_weights(model, paths, table, dtype=dtype, device=torch.device(device))
-    return model.eval()

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
 from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
-from unimm.checkpoint.load import load_weights, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
@@ -35,7 +37,6 @@ from unimm.denoisers.mmdit import (
 )
 from unimm.nn.layers import MLP, RMSNorm
 from unimm.nn.timestep import timestep_embedding
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
 MLP_RATIO = 4  # in no config
 RELEASED_AXES_DIMS = (16, 56, 56)
@@ -138,8 +139,10 @@ def msrope_position_ids(images: Sequence[tuple[int, int, int]], n_text_tokens: i
     return torch.cat(grids), (start + torch.arange(n_text_tokens))[:, None].expand(-1, 3)
 
 
-class QwenImageTransformer(nn.Module):
+class QwenImageTransformer(PretrainedComponent):
     """Noised packed latents, a condition and a step's modulation to the velocity."""
+
+    WEIGHT_FILES = DIFFUSERS_WEIGHT_FILES
 
     def __init__(self, config: QwenImageConfig):
         super().__init__()
@@ -147,6 +150,13 @@ class QwenImageTransformer(nn.Module):
         self.time_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu")
         self.text_norm = RMSNorm(config.text_dim, NORM_EPS)
         self.mmdit = MMDiT(config.mmdit)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        return cls(QwenImageConfig.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return KEY_MAP
 
     def condition(
         self, text: Tensor, images: Sequence[tuple[int, int, int]], *, key_padding_mask: Tensor | None = None
@@ -182,16 +192,3 @@ class QwenImageTransformer(nn.Module):
         with atomic_directory(folder) as partial:
             (partial / "config.json").write_text(json.dumps(self.config.to_json(), indent=2))
             save_safetensors(released_state_dict(self, KEY_MAP), partial / DIFFUSERS_WEIGHT_FILES[0])
-
-
-def load_qwen_image(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> QwenImageTransformer:
-    """A transformer from a released folder (config.json beside the weights), strictly, in evaluation mode.
-
-    Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = QwenImageTransformer(QwenImageConfig.from_json(json.loads((path / "config.json").read_text())))
-    load_weights(model, weight_files(path, DIFFUSERS_WEIGHT_FILES), KEY_MAP, dtype=dtype, device=torch.device(device))
-    return model.eval()

@@ -6,7 +6,6 @@ cross-attention without a norm before and a gate after. Time 0 is data, 1 is noi
 Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H heads, K head, C channels, h w grid, p patch.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, cast
@@ -15,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs
-from unimm.checkpoint.keymap import equal_slices, renames
-from unimm.checkpoint.load import load_weights, weight_files
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
+from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
+from unimm.checkpoint.load import Shapes
 from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
 from unimm.nn.timestep import TimestepMLP, timestep_embedding
 from unimm.tokenizers.dc_ae import MixFFN, linear_attention
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
 TIMESTEP_SCALE = 1000  # the released model counts its times from 0 to this
 TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
@@ -196,8 +196,10 @@ class SanaBlock(nn.Module):
         return x + mlp_gate[:, None] * self.mlp(y).flatten(1, 2)
 
 
-class SanaTransformer(nn.Module):
+class SanaTransformer(PretrainedComponent):
     """Noised latents, their times and a condition to the velocity."""
+
+    WEIGHT_FILES = DIFFUSERS_WEIGHT_FILES
 
     def __init__(self, config: SanaConfig):
         super().__init__()
@@ -210,6 +212,13 @@ class SanaTransformer(nn.Module):
         self.blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.n_layers))
         self.scale_shift_table = nn.Parameter(torch.zeros(2, config.dim))
         self.out_proj = nn.Linear(config.dim, config.patch_size**2 * config.out_channels)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        return cls(SanaConfig.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return KEY_MAP
 
     def condition(self, caption: Tensor, key_padding_mask: Tensor | None = None) -> SanaCondition:
         """caption [B, M, C], seen [B, M] (0 where a token is padding; all are seen unless given) -> what `forward` takes.
@@ -260,16 +269,3 @@ class SanaTransformer(nn.Module):
             timestep_embedding(TIMESTEP_SCALE * timesteps.float(), TIMESTEP_EMBED_DIM).to(self.scale_shift_table.dtype)
         )
         return time, rearrange(self.modulation(F.silu(time)), "B (six D) -> B six D", six=N_MODULATIONS)
-
-
-def load_sana(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> SanaTransformer:
-    """A transformer from a released folder (config.json beside the weights), strictly, in evaluation mode.
-
-    Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = SanaTransformer(SanaConfig.from_json(json.loads((folder / "config.json").read_text())))
-    load_weights(model, weight_files(folder, DIFFUSERS_WEIGHT_FILES), KEY_MAP, dtype=dtype, device=torch.device(device))
-    return model.eval()

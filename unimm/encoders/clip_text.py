@@ -5,7 +5,6 @@ Radford et al. 2021, arXiv 2103.00020, section 2.4; docs/originals/blocks.md, "T
 Axes: B captions, L ids of a caption, D model.
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.checkpoint.component import PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, renames
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import EncoderBlock
 
@@ -84,7 +85,7 @@ class CLIPTextConfig(JsonConfig):
             )
 
 
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(PretrainedComponent):
     """Ids of captions to their states: every id sees those before it."""
 
     def __init__(self, config: CLIPTextConfig):
@@ -97,6 +98,13 @@ class CLIPTextEncoder(nn.Module):
             for _ in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        return cls(CLIPTextConfig.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return clip_text_key_map(shapes)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, L], padding and all -> states after the final norm [B, L, D]."""
@@ -141,18 +149,3 @@ def clip_text_key_map(shapes: Collection[str] = ()) -> KeyMap:
 
 
 KEY_MAP = clip_text_key_map()  # of the released names
-
-
-@keep_weights_open()
-def load_clip_text(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> CLIPTextEncoder:
-    """The encoder of a released folder (FLUX's text_encoder, or a whole CLIP), strictly, in evaluation mode.
-
-    Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = CLIPTextEncoder(CLIPTextConfig.from_json(json.loads((folder / "config.json").read_text())))
-    paths = weight_files(folder, HUB_WEIGHT_FILES)
-    load_weights(model, paths, clip_text_key_map(read_shapes(paths)), dtype=dtype, device=torch.device(device))
-    return model.eval()

@@ -6,7 +6,6 @@ docs/originals/blocks.md, "SigLIP2".
 Axes: B images, S pixels a side, n patches of an image in raster order, N packed patches, D model, C channels, p patch.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
+from unimm.checkpoint.component import PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, read_json, write_config
 from unimm.checkpoint.keymap import Ignore, KeyMap, renames
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import MLP, EncoderBlock
 from unimm.processing.images.siglip import SiglipImageProcessor
@@ -171,7 +172,7 @@ class SiglipPoolingHead(nn.Module):
         return y + self.mlp(self.norm(y))
 
 
-class SiglipVisionEncoder(nn.Module):
+class SiglipVisionEncoder(PretrainedComponent):
     """Images of one size to a feature for each patch. `image_processor` makes its inputs."""
 
     def __init__(self, config: SiglipConfig, image_processor: SiglipImageProcessor | None = None):
@@ -183,6 +184,15 @@ class SiglipVisionEncoder(nn.Module):
         self.blocks = siglip_blocks(config)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.pooling_head = SiglipPoolingHead(config) if config.has_pooling_head else None
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        config = SiglipConfig.from_json(read_json(folder / "config.json", required=True))
+        processor = read_json(folder / "preprocessor_config.json")
+        return cls(config, SiglipImageProcessor.from_json(processor, size=config.image_size))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return siglip_file_key_map(self.config, shapes)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """images [B, C, S, S], normalised -> patches with their positions [B, n, D]. Raises ValueError for another size."""
@@ -246,25 +256,3 @@ def siglip_file_key_map(config: SiglipConfig, shapes: Collection[str] = ()) -> K
     # what transformers writes of an encoder alone today has no name around it
     prefix = "" if any(key.startswith("embeddings.") for key in shapes) else "vision_model."
     return siglip_key_map(prefix, "", pooling_head=config.has_pooling_head) + KeyMap(*beside)
-
-
-@keep_weights_open()
-def load_siglip(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> SiglipVisionEncoder:
-    """The vision tower of a released folder, strictly, in evaluation mode; a tower of texts beside it is left unread.
-
-    Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
-    """
-    config = SiglipConfig.from_json(json.loads((folder / "config.json").read_text()))
-    processor_path = folder / "preprocessor_config.json"
-    image_processor = SiglipImageProcessor.from_json(
-        json.loads(processor_path.read_text()) if processor_path.exists() else {}, size=config.image_size
-    )
-    with torch.device("meta"):
-        model = SiglipVisionEncoder(config, image_processor)
-    paths = weight_files(folder, HUB_WEIGHT_FILES)
-    load_weights(
-        model, paths, siglip_file_key_map(config, read_shapes(paths)), dtype=dtype, device=torch.device(device)
-    )
-    return model.eval()

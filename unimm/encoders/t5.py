@@ -6,7 +6,6 @@ of the scores alone, by how far apart two ids are. docs/originals/blocks.md, "T5
 Axes: B captions, L ids of a caption, D model, H heads, K head.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.component import PretrainedComponent
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.checkpoint.keymap import Ignore, KeyMap, equal_slices, renames
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.nn.layers import RMSNorm, SwiGLU
 
 # how a released config names a feed-forward that is gated, and what the gate goes through
@@ -138,7 +139,7 @@ class T5Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(PretrainedComponent):
     """Ids of captions to their states; every id sees all of its row, padding and all."""
 
     def __init__(self, config: T5Config):
@@ -148,6 +149,13 @@ class T5Encoder(nn.Module):
         self.position_bias = nn.Embedding(config.n_buckets, config.n_heads)  # one for all layers
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        return cls(T5Config.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return t5_key_map(shapes)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, L], padded as in training (FLUX: to 512) -> states after the final norm [B, L, D]."""
@@ -197,16 +205,3 @@ def t5_key_map(shapes: Collection[str] = ()) -> KeyMap:
 
 
 KEY_MAP = t5_key_map()
-
-
-@keep_weights_open()
-def load_t5(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> T5Encoder:
-    """The encoder of a released folder (FLUX's text_encoder_2, or a whole T5 v1.1), strictly, in evaluation mode.
-
-    Raises ValueError for another model's config, CheckpointError for weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = T5Encoder(T5Config.from_json(json.loads((folder / "config.json").read_text())))
-    paths = weight_files(folder, HUB_WEIGHT_FILES)
-    load_weights(model, paths, t5_key_map(read_shapes(paths)), dtype=dtype, device=torch.device(device))
-    return model.eval()

@@ -8,7 +8,6 @@ Axes: B batch, C channels, h w grid, H heads, K head, r rows of a linear attenti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, write_config
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, read_json, write_config
 from unimm.checkpoint.keymap import KeyMap, Rename, equal_slices
-from unimm.checkpoint.load import load_weights, weight_files
+from unimm.checkpoint.load import Shapes
 from unimm.kernels import rms_norm, swiglu
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 
 NORM_EPS = 1e-5  # of the norms
 MLP_EXPANSION = 4  # of the feed-forward
@@ -352,14 +352,23 @@ class DCAEDecoder(nn.Module):
         return self.conv_out(F.relu(channels_first(self.norm_out(channels_last(x)))))
 
 
-class DCAE(nn.Module):
+class DCAE(PretrainedComponent):
     """Encoder and decoder; no noise in between."""
+
+    WEIGHT_FILES = DIFFUSERS_WEIGHT_FILES
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = DCAEEncoder(config)
         self.decoder = DCAEDecoder(config)
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        return cls(DCAEConfig.from_json(read_json(folder / "config.json", required=True)))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return dc_ae_key_map(self.config)
 
     def encode(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w], scaled."""
@@ -383,20 +392,3 @@ def dc_ae_key_map(config: DCAEConfig) -> KeyMap:
     """The key map of the released layout, without the entries of parts that the config lacks."""
     attends = any(level.kernels is not None for level in (*config.encoder, *config.decoder))
     return ATTENTION_KEY_MAP + CONVOLUTION_KEY_MAP if attends else CONVOLUTION_KEY_MAP
-
-
-def load_dc_ae(folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
-    """An autoencoder from a released folder, strictly, in evaluation mode.
-
-    Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = DCAE(DCAEConfig.from_json(json.loads((folder / "config.json").read_text())))
-    load_weights(
-        model,
-        weight_files(folder, DIFFUSERS_WEIGHT_FILES),
-        dc_ae_key_map(model.config),
-        dtype=dtype,
-        device=torch.device(device),
-    )
-    return model.eval()

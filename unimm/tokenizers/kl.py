@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import Shapes
+from unimm.tokenizers.kl_layouts import FLUX_WEIGHT_FILES, kl_key_map
 
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
 NORM_EPS = 1e-6
@@ -298,8 +304,10 @@ class KLDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(PretrainedComponent):
     """Encoder and decoder; parameters carry the names of FLUX's released ae.safetensors."""
+
+    WEIGHT_FILES = (*DIFFUSERS_WEIGHT_FILES[:-1], *FLUX_WEIGHT_FILES)
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -309,6 +317,17 @@ class AutoencoderKL(nn.Module):
         channels = config.latent_channels
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs else nn.Identity()
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.quant_convs else nn.Identity()
+
+    @classmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        """vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; FLUX.1's without one."""
+        data = read_json(folder / "vae_config.json") or read_json(folder / "config.json")
+        data = data.get("vae_config", data)
+        diffusers = "block_out_channels" in data or "_class_name" in data
+        return cls(AutoencoderKLConfig.from_diffusers(data) if diffusers else AutoencoderKLConfig.from_json(data))
+
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        return kl_key_map(shapes, self.config.widths, quant_convs=self.config.quant_convs)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W] in [-1, 1] -> mean, log variance of the posterior, each [B, C, h, w], before scaling."""

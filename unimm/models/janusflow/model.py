@@ -32,7 +32,6 @@ from unimm.processing.requests import ImageInput, broadcast, expand_seeds, parse
 from unimm.sequence.parts import Part
 from unimm.sequence.segments import Segment, build_layout
 from unimm.tokenizers.kl import AutoencoderKL
-from unimm.tokenizers.kl_layouts import load_autoencoder_kl
 from unimm.tokenizers.text import load_tokenizer
 
 
@@ -87,7 +86,9 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         if not self._external_vae:
             # whoever draws first may do so in inference mode, where tensors are made that nothing can change later
             with torch.inference_mode(False):
-                vae = load_autoencoder_kl(hub.resolve(self.vae_source), device=self.device).requires_grad_(False)
+                vae = AutoencoderKL.from_pretrained(hub.resolve(self.vae_source), device=self.device).requires_grad_(
+                    False
+                )
             if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from unimm.checkpoint.keymap import KeyMap, Rename
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.encoders import clip_text, siglip, t5
-from unimm.encoders.clip_text import CLIPTextEncoder, load_clip_text
-from unimm.encoders.siglip import SiglipVisionEncoder, load_siglip
-from unimm.encoders.t5 import T5Encoder, load_t5
+from unimm.encoders.clip_text import CLIPTextEncoder
+from unimm.encoders.siglip import SiglipVisionEncoder
+from unimm.encoders.t5 import T5Encoder
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.processing.images.io import pil_to_tensor
 from unimm.tokenizers.captions import CaptionTokenizer, load_clip_captions, load_t5_captions
 from unimm.tokenizers.kl import AutoencoderKL
-from unimm.tokenizers.kl_layouts import load_autoencoder_kl
 from unimm.tokenizers.text import TextTokenizer
 
 T = TypeVar("T")
@@ -49,13 +48,13 @@ class AuxiliaryEncoders(nn.Module):
     def load(self, folders: Mapping[str, Path], *, dtype: torch.dtype, device: str | torch.device) -> None:
         """Load the parts that there are folders for; the VAE stays in float32."""
         if (folder := folders.get("siglip")) is not None:
-            self.siglip = load_siglip(folder, dtype=dtype, device=device)
+            self.siglip = SiglipVisionEncoder.from_pretrained(folder, dtype=dtype, device=device)
         if (folder := folders.get("vae")) is not None:
-            self.vae = load_autoencoder_kl(folder, device=device)
+            self.vae = AutoencoderKL.from_pretrained(folder, device=device)
         if (folder := folders.get("text_encoder")) is not None:
-            self.clip = load_clip_text(folder, dtype=dtype, device=device)
+            self.clip = CLIPTextEncoder.from_pretrained(folder, dtype=dtype, device=device)
         if (folder := folders.get("text_encoder_2")) is not None:
-            self.t5 = load_t5(folder, dtype=dtype, device=device)
+            self.t5 = T5Encoder.from_pretrained(folder, dtype=dtype, device=device)
         if (folder := folders.get("tokenizer")) is not None:
             self.clip_tokenizer = load_clip_captions(folder)
         if (folder := folders.get("tokenizer_2")) is not None:

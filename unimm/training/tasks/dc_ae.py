@@ -12,6 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.data.batching import image_to_uint8
 from unimm.data.shapes.scenes import reconstruction_scores, render_augmented, target_scenes, test_scenes
@@ -25,7 +26,6 @@ from unimm.tokenizers.dc_ae import (
     MultiscaleLinearAttention,
     dc_ae_key_map,
 )
-from unimm.tokenizers.kl_layouts import DIFFUSERS_WEIGHT_FILES
 from unimm.training.config import TrainConfig, strict
 from unimm.training.tasks.kl_vae import DTYPES
 

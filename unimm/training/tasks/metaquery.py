@@ -20,7 +20,7 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
 from unimm.data.batching import ROW_MULTIPLE, mean_by_kind
 from unimm.data.image_text_pairs import FilePairs, ImageTextPair, PairSource, ShapesPairs
-from unimm.denoisers.sana import SanaBlock, SanaTransformer, load_sana
+from unimm.denoisers.sana import SanaBlock, SanaTransformer
 from unimm.generation.flow import integer_timesteps, shift_timesteps
 from unimm.models.metaquery.config import MetaQueryConfig, read_required_json
 from unimm.models.metaquery.mllms import mllm_spec_for
@@ -28,7 +28,7 @@ from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import MetaQueryProcessor, QueryBatch, black_image
 from unimm.processing.images.io import pil_to_tensor
 from unimm.sequence.parts import Part
-from unimm.tokenizers.dc_ae import load_dc_ae
+from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.config import TrainConfig, strict
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts
@@ -179,7 +179,7 @@ def init_metaquery(options: MetaQueryTrainingConfig, sections: Mapping[str, Any]
     """The model of a recipe's numbers: `config` is a config.json, `painter` and `scheduler` are a Sana's."""
     known = mllm_spec_for(read_required_json(hub.resolve(options.mllm, weights=False) / "config.json")).model_class
     reader = known.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
-    vae = load_dc_ae(metaquery_part_folder(options.dcae, "vae"))
+    vae = DCAE.from_pretrained(metaquery_part_folder(options.dcae, "vae"))
     painter, scheduler = sections.get("denoiser", {}), sections.get("scheduler", {})
     if options.denoiser:
         painter = read_required_json(metaquery_part_folder(options.denoiser, "transformer") / "config.json")
@@ -192,7 +192,7 @@ def init_metaquery(options: MetaQueryTrainingConfig, sections: Mapping[str, Any]
     model.init_queries()
     model.connector.init_weights()
     if options.denoiser:
-        model.denoiser = load_sana(metaquery_part_folder(options.denoiser, "transformer"))
+        model.denoiser = SanaTransformer.from_pretrained(metaquery_part_folder(options.denoiser, "transformer"))
     else:
         init_sana(model.denoiser)
     return model

@@ -22,16 +22,16 @@ from unimm.checkpoint.load import parse_dtype
 from unimm.data.batching import ROW_MULTIPLE, kind_indices, mean_by_kind, sample_tasks, stack_images
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
-from unimm.denoisers.flux import FluxTransformer, load_flux
+from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.mmdit import PATCH_SIZE, MMDiTStream, SingleStreamBlock
-from unimm.encoders.siglip import load_siglip
+from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.generation.flow import dynamic_shift, shift_timesteps
 from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.processor import UniWorldProcessor
 from unimm.processing.images.siglip import SiglipImageProcessor
 from unimm.sequence.parts import Part, text_part
-from unimm.tokenizers.kl_layouts import load_autoencoder_kl
+from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.config import TrainConfig, strict
 from unimm.training.freezing import freeze
 from unimm.training.init import init_siglip
@@ -286,15 +286,23 @@ class UniWorldTask:
 def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], vae: Path) -> UniWorld:
     """A model of the recipe's numbers around what is trained already: generation, hidden, painter, vision."""
     reader = QwenVL.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
-    painter = load_flux(uniworld_part_folder(options.denoiser, "transformer")) if options.denoiser else None
-    tower = load_siglip(hub.resolve(options.siglip)) if options.siglip else init_siglip(sections["vision"], options.vit)
+    painter = (
+        FluxTransformer.from_pretrained(uniworld_part_folder(options.denoiser, "transformer"))
+        if options.denoiser
+        else None
+    )
+    tower = (
+        SiglipVisionEncoder.from_pretrained(hub.resolve(options.siglip))
+        if options.siglip
+        else init_siglip(sections["vision"], options.vit)
+    )
     described = painter.config.to_json() if painter is not None else dict(sections["denoiser"])
     hidden = dict.fromkeys(PROJECTOR_HIDDEN, 3 * described["joint_attention_dim"]) | dict(sections.get("hidden", {}))
     files = reader.config.to_json()
     top = files["config.json"] | {"model_type": "univa_qwen2p5vl", "denoise_tower": {"denoiser_config": described}}
     top["generation"] = dict(sections["generation"]) | {"hidden": hidden | {"siglip": tower.config.dim}}
     model = UniWorld(UniWorldConfig.from_json(top, files["preprocessor_config.json"]))
-    model.mllm, model.auxiliary.siglip, model.auxiliary.vae = reader, tower, load_autoencoder_kl(vae)
+    model.mllm, model.auxiliary.siglip, model.auxiliary.vae = reader, tower, AutoencoderKL.from_pretrained(vae)
     if painter is not None:
         model.denoiser = painter
     else:

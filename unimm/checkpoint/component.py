@@ -1,0 +1,52 @@
+"""A component with files of its own, such as a text encoder, an autoencoder or a denoiser, loaded from its released folder."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, Shapes, keep_weights_open, load_weights, read_shapes, weight_files
+
+# where diffusers keeps a component's weights; the first that a folder holds counts
+DIFFUSERS_WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+)
+
+
+class PretrainedComponent(nn.Module, ABC):
+    """A module that is built from the configs of a folder and loaded through a key map of its weights."""
+
+    WEIGHT_FILES: ClassVar[tuple[str, ...]] = HUB_WEIGHT_FILES
+
+    @classmethod
+    @abstractmethod
+    def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
+        """The module without weights. shapes: of the weights, for what the configs leave out. Raises ValueError for others' configs."""
+
+    @abstractmethod
+    def key_map(self, shapes: Shapes) -> KeyMap:
+        """The key map of weights of these names and shapes."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Load a released folder, or a file of weights in one, strictly; in evaluation mode.
+
+        Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
+        """
+        path = Path(path)
+        paths = [path] if path.is_file() else weight_files(path, cls.WEIGHT_FILES)
+        with keep_weights_open():
+            shapes = read_shapes(paths)
+            with torch.device("meta"):
+                module = cls.from_configs(path.parent if path.is_file() else path, shapes)
+            load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=torch.device(device))
+        return module.eval()
