@@ -44,7 +44,7 @@ ARGUMENTS = {  # of a run: our names, theirs
     "interval": "cfg_interval",
     "renorm": "cfg_renorm_type",
     "renorm_min": "cfg_renorm_min",
-    "knots": "num_timesteps",
+    "timesteps": "num_timesteps",
     "shift": "timestep_shift",
     "taylor": "enable_taylorseer",
 }
@@ -62,8 +62,8 @@ def check(case: Case) -> None:
     """Compare every group that the case stores. A group that cannot run is a failed row, the others still run."""
     model = Bagel.from_pretrained(case.folder)
     if model.config.special_tokens is None and case.special:
-        markers = BagelSpecialTokens.from_json(case.special)
-        model.config = replace(model.config, special_tokens=markers)
+        special_tokens = BagelSpecialTokens.from_json(case.special)
+        model.config = replace(model.config, special_tokens=special_tokens)
     plans = {name: check_plan for name, note in case.meta.items() if isinstance(note, dict) and "plan" in note}
     for group, run in {**GROUPS, **plans}.items():
         if not case.names(re.escape(group) + r"\..*"):
@@ -87,10 +87,16 @@ def stored_image(case: Case, name: str) -> Image.Image:
     return Image.fromarray(case.input(name).numpy())
 
 
-def stated(words: str) -> dict[str, Any]:
+def args_in_words(words: str) -> dict[str, Any]:
     """What a description says of guidance and sampler, by our names; silent on what it leaves out."""
     found: dict[str, Any] = {}
-    words_of = {"text": "text", "image": "img", "renorm_min": "renorm_min", "shift": "shift", "knots": "num_timesteps"}
+    words_of = {
+        "text": "text",
+        "image": "img",
+        "renorm_min": "renorm_min",
+        "shift": "shift",
+        "timesteps": "num_timesteps",
+    }
     for name, word in words_of.items():
         if match := re.search(rf"\b(?:cfg_|timestep_)?{word} (off|{NUMBER})", words):
             found[name] = 1.0 if match[1] == "off" else float(match[1])
@@ -101,11 +107,11 @@ def stated(words: str) -> dict[str, Any]:
     elif "full interval" in words:
         found["interval"] = (0.0, 1.0)
     if match := re.search(r"(\d+) steps", words):
-        found["knots"] = int(match[1]) + 1
+        found["timesteps"] = int(match[1]) + 1
     return found | ({"text": 1.0} if "no cfg" in words else {})
 
 
-def named(name: str) -> dict[str, Any]:
+def args_in_name(name: str) -> dict[str, Any]:
     """What the name of a stored run says, as `t2i.v_cfg_global_img15`: the last digit of a scale is its tenth."""
     found: dict[str, Any] = {}
     if match := re.search(r"_(text_channel|channel|global)", name):
@@ -127,8 +133,8 @@ def run_args(case: Case, name: str, like: Sequence[str] = ()) -> dict[str, Any]:
     if own := stored_args(case, name):
         return own
     base = next(filter(None, (stored_args(case, other) for other in like)), {})
-    first = next((stated(case.description(other)) for other in like if case.description(other)), {})
-    return {**base, **first, **named(name), **stated(case.description(name))}
+    first = next((args_in_words(case.description(other)) for other in like if case.description(other)), {})
+    return {**base, **first, **args_in_name(name), **args_in_words(case.description(name))}
 
 
 def guidance(args: Mapping[str, Any]) -> Guidance:
@@ -139,20 +145,20 @@ def guidance(args: Mapping[str, Any]) -> Guidance:
 
 
 def denoise(
-    model: Bagel, dialogues: Sequence[CFGContexts], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
+    model: Bagel, contexts: Sequence[CFGContexts], noises: Sequence[Tensor], sizes: Sequence[Size], args: Mapping
 ) -> list[Tensor]:
-    """One run for all dialogues together. The original's defaults: 50 timesteps, which are 49 steps, and shift 3."""
-    steps, shift = int(args.get("knots", 50)) - 1, args.get("shift", 3.0)
+    """One run for all contexts together. The original's defaults: 50 timesteps, which are 49 steps, and shift 3."""
+    steps, shift = int(args.get("timesteps", 50)) - 1, args.get("shift", 3.0)
     more = {"steps": steps, "timestep_shift": shift, "step_cache": bool(args.get("taylor", False))}
-    return model.denoise(dialogues, noises, sizes, guidance=[guidance(args)] * len(dialogues), **more)
+    return model.denoise(contexts, noises, sizes, guidance=[guidance(args)] * len(contexts), **more)
 
 
-def compare_context(case: Case, name: str, context: KVCache) -> None:
-    """Keys, values, rows and clock of a context."""
+def compare_context(case: Case, name: str, cache: KVCache) -> None:
+    """Keys, values, length and next position of a cache."""
     if name in case.meta:
-        case.compare_note(name, {"kv_len": context.length, "rope": context.next_position}, case.input_note(name))
-    if context.chunks:
-        kv = torch.cat(context.chunks, 2)
+        case.compare_note(name, {"kv_len": cache.length, "rope": cache.next_position}, case.input_note(name))
+    if cache.chunks:
+        kv = torch.cat(cache.chunks, 2)
         case.compare(f"{name}.k", kv[:, 0])
         case.compare(f"{name}.v", kv[:, 1])
 
@@ -189,24 +195,24 @@ def check_und(case: Case, model: Bagel, group: str) -> None:
     case.compare("und.vit_pixels", pil_to_tensor(model.config.vit_transform(resized)))
     case.compare("und.vit_pixels_direct", pil_to_tensor(model.config.vit_transform(image)))
     items, size = model.image_parts(image, noise=None, latents=False)
-    seen = pack_sequences([items]).und_images
-    case.compare("und.vit_patches", seen.content)
-    case.compare("und.vit_position_ids", seen.image_position_ids)
-    case.compare("und.vit_hidden", model.vision(seen.content, seen.image_position_ids, seen.lengths))
-    case.compare("und.vit_tokens", model.encode_vit(seen))
-    shown = model.append_images([CFGContexts()], [[(items, size)]])
-    compare_context(case, "und.kv_image", shown[0].full)
+    images = pack_sequences([items]).und_images
+    case.compare("und.vit_patches", images.content)
+    case.compare("und.vit_position_ids", images.image_position_ids)
+    case.compare("und.vit_hidden", model.vision(images.content, images.image_position_ids, images.lengths))
+    case.compare("und.vit_tokens", model.encode_vit(images))
+    with_image = model.append_images([CFGContexts()], [[(items, size)]])
+    compare_context(case, "und.kv_image", with_image[0].full)
     if "und.prompt_ids" not in case:
         return
     prompt = text(case, model, "und.prompt_ids")
-    asked = model.append_text(shown, [prompt])[0].full
-    compare_context(case, "und.kv", asked)
-    compare_text(case, model, asked)
-    written_after(case, model, asked, "und.inferencer_text")
+    cache = model.append_text(with_image, [prompt])[0].full
+    compare_context(case, "und.kv", cache)
+    compare_text(case, model, cache)
+    decode_after(case, model, cache, "und.inferencer_text")
     if "und.think_system_ids" in case:
-        dialogue = model.append_text([CFGContexts()], [text(case, model, "und.think_system_ids")], system=True)
-        dialogue = model.append_text(model.append_images(dialogue, [[(items, size)]]), [prompt])
-        written_after(case, model, dialogue[0].full, "und.think_text")
+        contexts = model.append_text([CFGContexts()], [text(case, model, "und.think_system_ids")], system=True)
+        contexts = model.append_text(model.append_images(contexts, [[(items, size)]]), [prompt])
+        decode_after(case, model, contexts[0].full, "und.think_text")
 
 
 def to_tensor_u8(image: Image.Image) -> Tensor:
@@ -232,13 +238,13 @@ def compare_text(case: Case, model: Bagel, context: KVCache) -> None:
     case.compare("und.logits", torch.cat(logits))
 
 
-def written_after(case: Case, model: Bagel, context: KVCache, name: str) -> list[int]:
+def decode_after(case: Case, model: Bagel, context: KVCache, name: str) -> list[int]:
     """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are compared."""
     if name not in case.meta:
         return []
     stored, m = case.input_note(name), model.processor.special_tokens
     n = len(stored.split())
-    # a marker that the model writes ends the text: the original splits it there
+    # a special token that the model writes ends the text: the original splits it there
     ids = list(takewhile(lambda i: i not in (m.bos, m.eos), (row[0] for row in greedy(model, [context], n + 1))))[:n]
     case.compare_note(name, "".join(f" {i}" for i in ids), stored)
     return ids
@@ -249,9 +255,9 @@ def check_vit2(case: Case, model: Bagel, group: str) -> None:
     """Two images in one ViT call."""
     first = model.image_parts(stored_image(case, "und.image"), noise=None, latents=False)[0]
     more = [model.processor.vit_part(case.input(name)) for name in sorted(case.names(r"vit2\.pixels_\w+"))]
-    seen = pack_sequences([[*first, *more]]).und_images
-    case.compare("vit2.position_ids", seen.image_position_ids)
-    case.compare("vit2.tokens", model.encode_vit(seen))
+    images = pack_sequences([[*first, *more]]).und_images
+    case.compare("vit2.position_ids", images.image_position_ids)
+    case.compare("vit2.tokens", model.encode_vit(images))
 
 
 def check_und_batch(case: Case, model: Bagel, group: str) -> None:
@@ -269,21 +275,21 @@ def check_und_batch(case: Case, model: Bagel, group: str) -> None:
 
 def check_posids(case: Case, model: Bagel, group: str) -> None:
     """Ids of a grid in the ViT's table, both ways; the grid stands in a description."""
-    said = " ".join(case.description(name) for name in case.names(r"posids\..*"))
-    grid = re.search(r"(\d+)x(\d+) patches", said)
+    words = " ".join(case.description(name) for name in case.names(r"posids\..*"))
+    grid = re.search(r"(\d+)x(\d+) patches", words)
     h, w = (int(grid[1]), int(grid[2])) if grid else (5, 3)
     case.compare("posids.extrapolate", grid_position_ids(h, w, model.config.vit_grid))
     case.compare("posids.interpolate", grid_position_ids(h, w, model.config.vit_grid, interpolate=True))
 
 
-# ---- drawing
+# ---- generation
 
 
 @dataclass(frozen=True)
 class Scene:
     """A conversation at the point where an image is generated: of which size, from which noise, and like which stored runs."""
 
-    dialogue: CFGContexts
+    contexts: CFGContexts
     size: Size
     noise: Tensor
     like: tuple[str, ...] = ()
@@ -291,71 +297,75 @@ class Scene:
 
 def t2i_scene(case: Case, model: Bagel) -> Scene:
     """A prompt."""
-    (dialogue,) = model.append_text([CFGContexts()], [text(case, model, "t2i.prompt_ids")])
+    (contexts,) = model.append_text([CFGContexts()], [text(case, model, "t2i.prompt_ids")])
     size = tuple(case.input_note("t2i")["image_hw"])
-    return Scene(dialogue, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
+    return Scene(contexts, size, case.input("t2i.noise"), ("t2i.v_cfg_global", "t2i.x_global"))
 
 
-def shown(case: Case, model: Bagel, dialogue: CFGContexts, image: str, noise: str) -> CFGContexts:
+def append_stored_image(case: Case, model: Bagel, contexts: CFGContexts, image: str, noise: str) -> CFGContexts:
     """A stored image, encoded with stored posterior noise, appended."""
     items, size = model.image_parts(stored_image(case, image), noise=case.input(noise)[0], latents=True)
-    return model.append_images([dialogue], [[(items, size)]])[0]
+    return model.append_images([contexts], [[(items, size)]])[0]
 
 
 def edit_scene(case: Case, model: Bagel) -> Scene:
     """An image and an instruction."""
-    dialogue = shown(case, model, CFGContexts(), "edit.image", "edit.vae_eps")
-    compare_context(case, "edit.kv_image", dialogue.no_text)
-    (dialogue,) = model.append_text([dialogue], [text(case, model, "edit.prompt_ids")])
-    return Scene(dialogue, dialogue.image_size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
+    contexts = append_stored_image(case, model, CFGContexts(), "edit.image", "edit.vae_eps")
+    compare_context(case, "edit.kv_image", contexts.no_text)
+    (contexts,) = model.append_text([contexts], [text(case, model, "edit.prompt_ids")])
+    return Scene(contexts, contexts.image_size, case.input("edit.noise"), ("edit.x_global", "edit.x_channel"))
 
 
 def think_scene(case: Case, model: Bagel, group: str) -> Scene:
     """A system prompt, perhaps an image, a prompt, and the model's own text."""
     source, like = ("edit", "edit.x_text_channel") if group == "think_edit" else ("t2i", "t2i.x_app")
     system = f"{group}.system_ids" if f"{group}.system_ids" in case else "think_t2i.system_ids"
-    (dialogue,) = model.append_text([CFGContexts()], [text(case, model, system)], system=True)
+    (contexts,) = model.append_text([CFGContexts()], [text(case, model, system)], system=True)
     if source == "edit":
-        dialogue = shown(case, model, dialogue, "edit.image", "edit.vae_eps")
-    (dialogue,) = model.append_text([dialogue], [text(case, model, f"{source}.prompt_ids")])
-    ids = written_after(case, model, dialogue.full, f"{group}.text")
-    (dialogue,) = model.append_reasoning([dialogue], [model.processor.text_part(ids)])
-    size = dialogue.image_size or tuple(case.input_note("t2i")["image_hw"])
-    return Scene(dialogue, size, case.input(f"{source}.noise"), (like,))
+        contexts = append_stored_image(case, model, contexts, "edit.image", "edit.vae_eps")
+    (contexts,) = model.append_text([contexts], [text(case, model, f"{source}.prompt_ids")])
+    ids = decode_after(case, model, contexts.full, f"{group}.text")
+    (contexts,) = model.append_reasoning([contexts], [model.processor.text_part(ids)])
+    size = contexts.image_size or tuple(case.input_note("t2i")["image_hw"])
+    return Scene(contexts, size, case.input(f"{source}.noise"), (like,))
 
 
 def inter_scene(case: Case, model: Bagel) -> Scene:
     """Texts and images in the order that `meta` tells, as ["text_a", "und.image (posterior noise edit.vae_eps)"]."""
-    dialogue = CFGContexts()
+    contexts = CFGContexts()
     for entry in case.input_note("inter")["order"]:
         name = entry.split()[0] if entry.split()[0] in case else f"inter.{entry.split()[0]}"
         if noise := re.search(r"noise ([\w.]+)", entry):
-            dialogue = shown(case, model, dialogue, name, noise[1])
+            contexts = append_stored_image(case, model, contexts, name, noise[1])
         else:
-            (dialogue,) = model.append_text([dialogue], [text(case, model, name)])
-    contexts = {"main": dialogue.full, "text": dialogue.no_text, "img": dialogue.no_image}
-    ours = {name: [context.length, context.next_position] for name, context in contexts.items()} | {
-        "shape": [*dialogue.image_size]
+            (contexts,) = model.append_text([contexts], [text(case, model, name)])
+    caches = {"main": contexts.full, "text": contexts.no_text, "img": contexts.no_image}
+    ours = {name: [cache.length, cache.next_position] for name, cache in caches.items()} | {
+        "shape": [*contexts.image_size]
     }
     if "inter.kvlen_rope" in case.meta:
         case.compare_note("inter.kvlen_rope", ours, case.input_note("inter.kvlen_rope"))
     like = ("t2i.x_channel_int", "edit.x_channel", "t2i.x_app")
-    return Scene(dialogue, dialogue.image_size, case.input("inter.noise"), like)
+    return Scene(contexts, contexts.image_size, case.input("inter.noise"), like)
 
 
 def check_t2i(case: Case, model: Bagel, group: str) -> None:
     """Text to image: contexts, embeddings, schedule, velocities, runs, pixels."""
     scene = t2i_scene(case, model)
-    compare_context(case, "t2i.kv", scene.dialogue.full)
-    where = denoiser_of(model, scene, Guidance()).position_ids
-    case.compare("t2i.latent_position_ids", where)
-    case.compare("t2i.x_embed_t1", model.embed_latents(scene.noise, torch.ones(1), where))
+    compare_context(case, "t2i.kv", scene.contexts.full)
+    position_ids = denoiser_of(model, scene, Guidance()).position_ids
+    case.compare("t2i.latent_position_ids", position_ids)
+    case.compare("t2i.x_embed_t1", model.embed_latents(scene.noise, torch.ones(1), position_ids))
     if times := re.search(r"at t = ([\d., ]*\d)", case.description("t2i.time_embed")):
         case.compare("t2i.time_embed", model.time_embedder(torch.tensor([float(t) for t in times[1].split(",")])))
     if "t2i.timesteps" in case:
-        args = {"knots": len(case.tensors["t2i.timesteps"]), "shift": 3.0, **stated(case.description("t2i.timesteps"))}
-        case.compare("t2i.timesteps", flow_timesteps(int(args["knots"]) - 1, args["shift"]))
-    check_drawing(case, model, group, scene)
+        args = {
+            "timesteps": len(case.tensors["t2i.timesteps"]),
+            "shift": 3.0,
+            **args_in_words(case.description("t2i.timesteps")),
+        }
+        case.compare("t2i.timesteps", flow_timesteps(int(args["timesteps"]) - 1, args["shift"]))
+    check_generation(case, model, group, scene)
 
 
 def check_edit(case: Case, model: Bagel, group: str) -> None:
@@ -366,39 +376,39 @@ def check_edit(case: Case, model: Bagel, group: str) -> None:
     case.compare("edit.latent", latent)
     case.compare("edit.latent_tokens", patchify(latent[0], model.config.latent_patch_size))
     scene = edit_scene(case, model)
-    if told := case.input_note("edit"):
-        case.compare_note("edit: image_hw", [*scene.size], told["image_hw"])
-    compare_context(case, "edit.kv", scene.dialogue.full)
-    compare_context(case, "edit.kv_cfg_img", scene.dialogue.no_image)
-    check_drawing(case, model, group, scene)
+    if note := case.input_note("edit"):
+        case.compare_note("edit: image_hw", [*scene.size], note["image_hw"])
+    compare_context(case, "edit.kv", scene.contexts.full)
+    compare_context(case, "edit.kv_cfg_img", scene.contexts.no_image)
+    check_generation(case, model, group, scene)
 
 
 def check_think(case: Case, model: Bagel, group: str) -> None:
     """Generating after the model's own text."""
-    check_drawing(case, model, group, think_scene(case, model, group))
+    check_generation(case, model, group, think_scene(case, model, group))
 
 
 def check_inter(case: Case, model: Bagel, group: str) -> None:
     """Generating after several texts and images."""
-    check_drawing(case, model, group, inter_scene(case, model))
+    check_generation(case, model, group, inter_scene(case, model))
 
 
 @torch.inference_mode()
-def check_drawing(case: Case, model: Bagel, group: str, scene: Scene) -> None:
+def check_generation(case: Case, model: Bagel, group: str, scene: Scene) -> None:
     """Every stored velocity (v_*), run (x, x_*) and image of a group."""
     for name in case.names(rf"{group}\.v_\w+"):
         check_velocity(case, model, name, scene)
     latents = {}
     for name in case.names(rf"{group}\.x(_(?!embed)\w+)?"):
         args = run_args(case, name, scene.like)
-        (latents[name],) = denoise(model, [scene.dialogue], [scene.noise], [scene.size], args)
+        (latents[name],) = denoise(model, [scene.contexts], [scene.noise], [scene.size], args)
         case.compare(name, latents[name])
     check_pixels(case, model, group, scene, latents)
 
 
 def denoiser_of(model: Bagel, scene: Scene, guided: Guidance) -> LatentDenoiser:
     """The state in which a scene's image is denoised."""
-    return model.latent_denoiser([scene.dialogue], [scene.size], guidance=[guided])
+    return model.latent_denoiser([scene.contexts], [scene.size], guidance=[guided])
 
 
 def check_velocity(case: Case, model: Bagel, name: str, scene: Scene) -> None:
@@ -441,8 +451,8 @@ def layers_of(model: Bagel) -> Iterator[list[dict[str, Tensor]]]:
 
 def check_pixels(case: Case, model: Bagel, group: str, scene: Scene, latents: Mapping[str, Tensor]) -> None:
     """The latent grid, the VAE's output and the 8-bit image of the run that a description names."""
-    said = " ".join(case.description(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
-    run = re.search(rf"{group}\.x\w*", said)
+    words = " ".join(case.description(f"{group}.{name}") for name in ("pixels_u8", "latent_chw", "decoded"))
+    run = re.search(rf"{group}\.x\w*", words)
     if run and run[0] in latents:
         x, height = latents[run[0]], scene.size[0] // model.config.latent_downsample
         pixels = model.decode_latents(x, scene.size)
@@ -455,8 +465,8 @@ def check_batch(case: Case, model: Bagel, group: str) -> None:
     """Images of several sizes in one batch: each as when it is alone. The original's global norm mixes them."""
     first = t2i_scene(case, model)
     more = sorted(case.names(r"batch\.prompt_\w+"))
-    dialogues = [
-        first.dialogue,
+    contexts = [
+        first.contexts,
         *model.append_text([CFGContexts()] * len(more), [text(case, model, name) for name in more]),
     ]
     noises = [first.noise, *(case.input(name.replace("prompt", "noise")) for name in more)]
@@ -464,10 +474,10 @@ def check_batch(case: Case, model: Bagel, group: str) -> None:
     for run in sorted({name.rpartition("_")[0] for name in case.names(r"batch\.x_\w+_\d+")}):
         alike = run.replace("batch.", "t2i.")
         args = run_args(case, run, (f"{alike}_int", alike, "t2i.x_global_int"))
-        together = denoise(model, dialogues, noises, sizes, args)
+        together = denoise(model, contexts, noises, sizes, args)
         for i, ours in enumerate(together):
             if args.get("renorm", "global") == "global" and args.get("text", 4.0) > 1:
-                (alone,) = denoise(model, dialogues[i : i + 1], noises[i : i + 1], sizes[i : i + 1], args)
+                (alone,) = denoise(model, contexts[i : i + 1], noises[i : i + 1], sizes[i : i + 1], args)
                 case.better(
                     f"{run}_{i}", ours, alone, why="the original's global norm mixes a batch; held to our single run"
                 )

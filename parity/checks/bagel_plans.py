@@ -24,27 +24,26 @@ from unimm.training.tasks.bagel_plans import ConditionDropout, PlannedPart, drop
 class Plan:
     """A stored plan as the library's parts: what the original's packing was given."""
 
-    def __init__(self, case: Case, model: Bagel, told: Mapping[str, Any]) -> None:
-        self.case, self.model, self.told = case, model, told
-        self.normals = iter(told.get("timestep_normals", ()))
-        self.drawn, self.time = 0, 0.0
-        sequence = told.get("random_sequence", ["then 1"])
+    def __init__(self, case: Case, model: Bagel, note: Mapping[str, Any]) -> None:
+        self.case, self.model, self.note = case, model, note
+        self.normals = iter(note.get("timestep_normals", ()))
+        self.n_timesteps, self.timestep = 0, 0.0
+        sequence = note.get("random_sequence", ["then 1"])
         given = [value for value in sequence if not isinstance(value, str)]
         rest = [float(value.split()[-1]) for value in sequence if isinstance(value, str)]
         self.random = chain(given, repeat(rest[-1] if rest else 1.0))
-        self.draws = 0
+        self.n_random = 0
 
     def samples(self) -> list[list[Part]]:
-        """The items of each sample that its dropout leaves, image contents still empty."""
-        ours = {"text": "text", "vae": "vae", "vit": "vit"}
-        dropout = ConditionDropout(**{ours[kind]: rate for kind, rate in self.told.get("dropout_probs", {}).items()})
+        """The parts of each sample that its dropout leaves, image contents still empty."""
+        dropout = ConditionDropout(**self.note.get("dropout_probs", {}))
         return [
-            drop_conditions([self.part(entry) for entry in entries], dropout, self.draw)
-            for entries in self.told["plan"]
+            drop_conditions([self.part(entry) for entry in entries], dropout, self.rand)
+            for entries in self.note["plan"]
         ]
 
-    def draw(self) -> float:
-        self.draws += 1
+    def rand(self) -> float:
+        self.n_random += 1
         return next(self.random)
 
     def part(self, entry: Mapping[str, Any]) -> PlannedPart:
@@ -54,34 +53,35 @@ class Plan:
 
     def text(self, entry: Mapping[str, Any]) -> Part:
         ids = self.case.input(entry["text"]).tolist()
-        item = (self.model.processor.answer_part if entry["loss"] else self.model.processor.text_part)(ids)
-        return replace(item, labels=torch.cat((item.labels[:-1], torch.tensor([self.end_label(entry)]))))
+        part = (self.model.processor.answer_part if entry["loss"] else self.model.processor.text_part)(ids)
+        return replace(part, labels=torch.cat((part.labels[:-1], torch.tensor([self.end_label(entry)]))))
 
     def latent(self, entry: Mapping[str, Any]) -> Part:
-        cfg, loss, starts = self.model.config, bool(entry["loss"]), entry.get("split_start", True)
+        config, loss, starts = self.model.config, bool(entry["loss"]), entry.get("split_start", True)
         if starts:
             self.first = entry
         if loss and starts:
             raw = torch.tensor(next(self.normals))
-            self.time, self.drawn = float(shift_timesteps(raw.sigmoid(), cfg.train_timestep_shift)), self.drawn + 1
-        side = [n * cfg.latent_patch_size for n in entry["grid"]]
-        empty = torch.zeros(cfg.vae.latent_channels, *side)
-        item = self.model.processor.latent_part(empty, timestep=self.time if loss else 0.0, noised=loss)
+            self.timestep = float(shift_timesteps(raw.sigmoid(), config.train_timestep_shift))
+            self.n_timesteps += 1
+        side = [n * config.latent_patch_size for n in entry["grid"]]
+        empty = torch.zeros(config.vae.latent_channels, *side)
+        part = self.model.processor.latent_part(empty, timestep=self.timestep if loss else 0.0, noised=loss)
         grouped = "frame_delta" in self.first
         frame = (entry.get("frame_delta", 0 if loss else 1), not starts) if grouped else None
-        return self.marked(item, entry, frame)
+        return self.with_end_label(part, entry, frame)
 
     def patches(self, entry: Mapping[str, Any]) -> Part:
         side = [n * self.model.config.vision.patch_size for n in entry["grid"]]
-        return self.marked(
+        return self.with_end_label(
             self.model.processor.vit_part(torch.zeros(self.model.config.vision.channels, *side)), entry, None
         )
 
-    def marked(self, item: Part, entry: Mapping[str, Any], frame: tuple[int, bool] | None) -> Part:
-        """An image's item with a label at its closing marker, or as a frame of a video."""
-        again = {"boundary_ids": tuple(item.ids.tolist()), "timestep": item.timestep, "noised": item.noised}
+    def with_end_label(self, part: Part, entry: Mapping[str, Any], frame: tuple[int, bool] | None) -> Part:
+        """An image's part with a label at its closing special token, or as a frame of a video."""
+        again = {"boundary_ids": tuple(part.ids.tolist()), "timestep": part.timestep, "noised": part.noised}
         return image_part(
-            item.kind, item.tokens, item.image_position_ids, **again, video_frame=frame, end_label=self.end_label(entry)
+            part.kind, part.tokens, part.image_position_ids, **again, video_frame=frame, end_label=self.end_label(entry)
         )
 
     @staticmethod
@@ -91,14 +91,14 @@ class Plan:
 
 def check_plan(case: Case, model: Bagel, group: str) -> None:
     """A plan's packed layout and, where stored, its losses and gradients."""
-    told = case.input_note(group)
-    plan = Plan(case, model, told)
+    note = case.input_note(group)
+    plan = Plan(case, model, note)
     samples = plan.samples()
     if f"{group}.padded_images" in case:
         samples = filled(case, model, group, samples)
     batch = pack_sequences(samples)
     check_layout(case, group, batch, samples, model.config.train_timestep_shift)
-    check_told(case, group, batch, plan)
+    check_note(case, group, batch, plan)
     if f"{group}.flow_noise" in case:
         check_losses(case, model, group, batch)
 
@@ -108,20 +108,20 @@ def filled(case: Case, model: Bagel, group: str, samples: Sequence[Sequence[Part
     """The same items with their images: latents of the padded batch cut to size, patches from the stored rows."""
     padded = case.input(f"{group}.padded_images")
     latents = model.vae.encode(padded, noise=case.input(f"{group}.vae_eps"))
-    note = "encoded together as the original does; the library encodes each picture apart"
+    note = "encoded together as the original does; the library encodes each image apart"
     case.compare(f"{group}.padded_latent", latents, note=note)
     grids = iter(zip(latents, case.input_note(group)["vae_latent_shapes"], strict=True))
-    looks = [len(item.tokens) for item in chain(*samples) if item.kind == "und_image"]
-    patches = iter(case.input(f"{group}.vit_tokens").split(looks) if looks else ())
+    lengths = [len(part.tokens) for part in chain(*samples) if part.kind == "und_image"]
+    patches = iter(case.input(f"{group}.vit_tokens").split(lengths) if lengths else ())
     p = model.config.latent_patch_size
 
-    def fill(item: Part) -> Part:
-        if item.kind == "gen_image":
+    def fill(part: Part) -> Part:
+        if part.kind == "gen_image":
             latent, (h, w) = next(grids)
-            return replace(item, tokens=patchify(latent[:, : h * p, : w * p], p))
-        return replace(item, tokens=next(patches)) if item.kind == "und_image" else item
+            return replace(part, tokens=patchify(latent[:, : h * p, : w * p], p))
+        return replace(part, tokens=next(patches)) if part.kind == "und_image" else part
 
-    return [[fill(item) for item in items] for items in samples]
+    return [[fill(part) for part in items] for items in samples]
 
 
 def check_layout(case: Case, group: str, batch: PackedBatch, samples: Sequence[Sequence[Part]], shift: float) -> None:
@@ -149,22 +149,22 @@ def check_layout(case: Case, group: str, batch: PackedBatch, samples: Sequence[S
         case.compare(f"{group}.{name}", ours)
 
 
-def check_told(case: Case, group: str, batch: PackedBatch, plan: Plan) -> None:
+def check_note(case: Case, group: str, batch: PackedBatch, plan: Plan) -> None:
     """The counts that `meta` holds beside a plan."""
     blocks = list(chain(*batch.layout.mask.samples))
-    grids = [[*entry["grid"]] for entries in plan.told["plan"] for entry in entries if entry["type"] == "vae_image"]
+    grids = [[*entry["grid"]] for entries in plan.note["plan"] for entry in entries if entry["type"] == "vae_image"]
     ours = {
         "sample_lens": [*batch.layout.lengths],
         "split_lens": [block.length for block in blocks],
         "attn_modes": ["noise" if not block.visible else "full" if block.full else "causal" for block in blocks],
-        "random_draws": plan.draws,
-        "timestep_draws": plan.drawn,
+        "random_draws": plan.n_random,
+        "timestep_draws": plan.n_timesteps,
     }
     for name, value in ours.items():
-        if name in plan.told:
-            case.compare_note(f"{group}: {name}", value, plan.told[name])
-    if "random_sequence" not in plan.told and "vae_latent_shapes" in plan.told:
-        case.compare_note(f"{group}: vae_latent_shapes", grids, plan.told["vae_latent_shapes"])
+        if name in plan.note:
+            case.compare_note(f"{group}: {name}", value, plan.note[name])
+    if "random_sequence" not in plan.note and "vae_latent_shapes" in plan.note:
+        case.compare_note(f"{group}: vae_latent_shapes", grids, plan.note["vae_latent_shapes"])
 
 
 def check_losses(case: Case, model: Bagel, group: str, batch: PackedBatch) -> None:

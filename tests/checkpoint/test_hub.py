@@ -1,4 +1,4 @@
-"""Names to folders: what is asked of the hub, and whose licence is called to mind."""
+"""Names to folders: what is downloaded from the hub, and whose licence is warned of."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from unimm.checkpoint import hub
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
+def downloads(monkeypatch, tmp_path):
     """What would be downloaded: hub ids and patterns."""
     import huggingface_hub
 
@@ -29,26 +29,26 @@ def asked(monkeypatch, tmp_path):
     return found
 
 
-def test_a_licence_against_commercial_use_is_said_once(asked, caplog):
+def test_a_licence_against_commercial_use_is_warned_of_once(downloads, caplog):
     with caplog.at_level(logging.WARNING, logger="unimm"):
         for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"):
             hub.resolve(name, non_commercial={"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"})
     assert caplog.messages == ["Qwen/Qwen2.5-VL-3B-Instruct is not for commercial use: Qwen Research License"]
-    assert len(asked) == 3
+    assert len(downloads) == 3
 
 
-def test_configs_alone(asked, caplog):
+def test_configs_alone(downloads, caplog):
     with caplog.at_level(logging.WARNING, logger="unimm"):
         licences = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"}
         hub.resolve("Qwen/Qwen2.5-VL-3B-Instruct", weights=False, non_commercial=licences)
-    ((_, patterns),) = asked
+    ((_, patterns),) = downloads
     assert "*.json" in patterns and not any("safetensors" in pattern for pattern in patterns) and not caplog.messages
 
 
-def test_folders_of_a_repository_alone(asked):
+def test_folders_of_a_repository_alone(downloads):
     """FLUX.1-dev holds its transformer twice, 48 GB that UniWorld has no use for."""
     hub.resolve("black-forest-labs/FLUX.1-dev", subfolders=("vae", "tokenizer"))
-    ((_, patterns),) = asked
+    ((_, patterns),) = downloads
     assert {"vae/*.safetensors", "tokenizer/merges.txt"} <= {*patterns}
     assert all(pattern.startswith(("vae/", "tokenizer/")) for pattern in patterns)
 

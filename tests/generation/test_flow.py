@@ -1,4 +1,4 @@
-"""The flow: times, the sampler, guidance and TaylorSeer, each against its formula."""
+"""Flow: timesteps, samplers, guidance and the step cache, each against its formula."""
 
 import math
 
@@ -24,7 +24,7 @@ from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branch
 from unimm.generation.step_cache import TaylorSeer
 
 
-def test_knots():
+def test_flow_timesteps():
     times = flow_timesteps(6, 3.0)
     assert times[0] == 1 and times[-1] == 0 and len(times) == 7
     expected = [3 * t / (1 + 2 * t) for t in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]
@@ -34,7 +34,7 @@ def test_knots():
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-3, 1.0), (4, 0.0), (4, -1.0)])
-def test_knots_refuse(steps, shift):
+def test_schedules_refuse(steps, shift):
     with pytest.raises(ValueError, match="expected"):
         flow_timesteps(steps, shift)
 
@@ -85,8 +85,8 @@ def test_guidance_refuses(options):
         Guidance(**options)
 
 
-def test_a_batch_is_guided_sample_by_sample():
-    """The original takes one norm over the batch; here each picture has its own."""
+def test_a_batch_is_guided_image_by_image():
+    """The original takes one norm over the batch; here each image has its own."""
     table = {(i, name): torch.randn(3 + i, 2) * (10**i) for i in range(2) for name in ("full", "no_text", "no_image")}
 
     guidance = [
@@ -112,7 +112,7 @@ def step(cache, branches, compute):
     return cache.update(branches, {branch: compute(branch) for branch in due}), due
 
 
-def test_taylor_is_exact_on_a_line_and_counts_each_branch():
+def test_the_step_cache_is_exact_on_a_line_and_counts_each_branch():
     computed = {}
     cache = TaylorSeer()
     for n in range(14):
@@ -127,7 +127,7 @@ def test_taylor_is_exact_on_a_line_and_counts_each_branch():
     assert computed[7] == [(0, "full"), (0, "no_text")] and computed[10] == [(0, "full")]
 
 
-def test_taylor_series_is_the_formula():
+def test_the_step_cache_is_the_series_of_the_formula():
     values = [math.exp(0.3 * n) for n in range(9)]
     cache, branch = TaylorSeer(), (0, "full")
     found = []
@@ -160,17 +160,17 @@ def test_solver_equals_diffusers(steps, shift):
     theirs.set_timesteps(steps)
     times, x = dpm_timesteps(steps, shift=shift), torch.randn(2, 3)
     assert torch.allclose(times.float(), theirs.sigmas.float(), atol=1e-6)
-    told, noise = [], x
+    rounded, noise = [], x
 
     def velocity(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         time = timesteps[0].item()
-        told.append(round(1000 * time))
+        rounded.append(round(1000 * time))
         return (x + 0.3) * (1 + time) ** -0.5 - x.sin()
 
     ours = dpm_solver_pp(lambda x, t: velocity(x, floor_timesteps(t)), noise, times)
     for t in theirs.timesteps:
         x = theirs.step(velocity(x, t[None].double() / 1000), t, x).prev_sample
-    assert told[:steps] == theirs.timesteps.tolist() == told[steps:]
+    assert rounded[:steps] == theirs.timesteps.tolist() == rounded[steps:]
     # their logarithms are in float32, near 1 - t = 3e-4
     assert torch.allclose(ours, x, atol=1e-3)
 
@@ -231,7 +231,7 @@ def test_the_solver_is_exact_where_data_is_constant():
     assert off[1] < 0.4 * off[0]
 
 
-def test_whole_times():
+def test_integer_timesteps():
     assert integer_timesteps(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999])).tolist() == pytest.approx(
         [1, 1, 0.999, 0.5, 0.001]
     )

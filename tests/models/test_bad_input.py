@@ -46,7 +46,7 @@ def test_a_prompt_longer_than_the_positions(model):
     ("size", "near"),
     [((20, 32), r"\(16, 32\)|\(24, 32\)"), ((0, 8), r"\(8, 8\)"), ((8, 1000), r"\(8, 64\)"), ((-8, 8), r"\(8, 8\)")],
 )
-def test_sizes_that_cannot_be_drawn(model, size, near):
+def test_sizes_that_cannot_be_generated(model, size, near):
     with pytest.raises(ValueError, match=rf"multiples of 8 up to 64; the nearest is ({near})"):
         model.generate("a", size=size)
 
@@ -74,7 +74,7 @@ def test_images_of_a_batch(model):
         model.understand("/no/such.png", "what")
 
 
-def test_odd_pictures_work(model):
+def test_unusual_images_work(model):
     sixteen = Image.fromarray(np.zeros((9, 9), np.uint16))
     for image in (Image.new("RGBA", (20, 30)), sixteen, Image.new("L", (8, 40)), Image.new("1", (5, 5))):
         assert model.generate("a", images=image, steps=1).image.mode == "RGB"

@@ -26,7 +26,9 @@ def test_only_known_components_are_taken(name):
 def test_what_is_final_is_not_overridden(name):
     family = CLASSES[name]
     for method in ("from_folder", "from_pretrained", "save_pretrained", "supported_options"):
-        owners = [base for base in family.__mro__ if method in vars(base) and base.__module__.startswith("unimm.models")]
+        owners = [
+            base for base in family.__mro__ if method in vars(base) and base.__module__.startswith("unimm.models")
+        ]
         assert [base.__name__ for base in owners] == ["UnifiedModel"], method
 
 

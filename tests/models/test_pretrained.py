@@ -8,7 +8,7 @@ from unimm.checkpoint.hub import bundled_names
 from unimm.evaluation.benchmarks.shapes import evaluate
 
 NANO = GOLDEN.parents[1] / "unimm" / "pretrained"
-# well below what examples/*.md report, at 24 examples a task: a broken model draws and answers next to nothing right
+# well below what examples/*.md report, at 24 examples a task: a broken model generates and answers next to nothing right
 FLOORS = {
     "bagel-nano": {
         "draw.one": 0.8,

@@ -28,12 +28,12 @@ SIZES = [
 @pytest.fixture(params=range(len(SIZES)), scope="module")
 def model(request):
     numbers = dict(SIZES[request.param])
-    if "top" in numbers:  # latent patches of 1 halve the stride of a picture
+    if "top" in numbers:  # latent patches of 1 halve the stride of an image
         numbers["top"] = numbers["top"] | dict(vit_transform=dict(max_image_size=48, min_image_size=16, image_stride=4))
     return toy(request.param, **numbers)
 
 
-def test_two_streams_with_equal_weights_are_one_stream():
+def test_two_experts_with_equal_weights_are_one():
     torch.manual_seed(0)
     cfg = DecoderConfig(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_dim=48, vocab_size=11, max_positions=64, rope_theta=1e4, norm_eps=1e-6,
@@ -73,13 +73,13 @@ def samples(model):
     items = model.processor
     z, s = model.config.vae.latent_channels, model.config.latent_patch_size
 
-    def shown(h, w, seed):
+    def image_forms(h, w, seed):
         g = torch.Generator().manual_seed(seed)
         latent, pixels = torch.randn(z, h * s, w * s, generator=g), torch.rand(3, 16, 24, generator=g) * 2 - 1
         noised = items.latent_part(latent, timestep=0.3 + 0.1 * seed, noised=True)
         return ImageForms(vae=items.latent_part(latent), vit=items.vit_part(pixels), noised=noised)
 
-    a, b, c = shown(2, 3, 1), shown(1, 2, 2), shown(3, 2, 3)
+    a, b, c = image_forms(2, 3, 1), image_forms(1, 2, 2), image_forms(3, 2, 3)
     plans = [
         plan_text_to_image(items.text_part([5, 6, 7]), a.noised),
         plan_edit(b, [(items.text_part([8, 9]), c), (items.text_part([3]), a)]),
@@ -190,16 +190,16 @@ def test_thinking_in_a_batch_equals_the_single_runs(model):
 
 
 def latents(model, guidance, seed=0, prompt=(3, 4, 5)):
-    dialogue = model.append_text([CFGContexts()], [model.processor.text_part(list(prompt))])
+    contexts = model.append_text([CFGContexts()], [model.processor.text_part(list(prompt))])
     noise = model.initial_noise((24, 32), torch.Generator().manual_seed(seed))
-    return model.denoise(dialogue, [noise], [(24, 32)], guidance=[guidance], steps=5, timestep_shift=2.0)[0]
+    return model.denoise(contexts, [noise], [(24, 32)], guidance=[guidance], steps=5, timestep_shift=2.0)[0]
 
 
 def test_guidance_one_equals_none(model):
     plain = latents(model, Guidance(text_scale=1.0, image_scale=1.0))
     torch.testing.assert_close(latents(model, Guidance(text_scale=1.0, image_scale=3.0)), plain, rtol=0, atol=0)
     torch.testing.assert_close(latents(model, Guidance(text_scale=4.0, interval=(1.0, 1.0))), plain, rtol=0, atol=0)
-    # and the limit from above is the same picture
+    # and the limit from above is the same image
     nearly = latents(model, Guidance(text_scale=1.0 + 1e-6, image_scale=1.0, renorm_min=1.0))
     torch.testing.assert_close(nearly, plain, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(latents(model, Guidance()), plain, rtol=1e-2, atol=1e-2)
@@ -207,10 +207,10 @@ def test_guidance_one_equals_none(model):
 
 @torch.inference_mode()
 def test_equal_contexts_share_one_velocity(model):
-    """The app's text 4, image 1.5 on a prompt without pictures costs two passes and acts as text 1 + 1.5 (4 - 1)."""
-    dialogue = model.append_text([CFGContexts()], [model.processor.text_part([1, 2])])
+    """The app's text 4, image 1.5 on a prompt without images costs two forwards and acts as text 1 + 1.5 (4 - 1)."""
+    contexts = model.append_text([CFGContexts()], [model.processor.text_part([1, 2])])
     stride = model.config.latent_downsample
-    denoiser = model.latent_denoiser(dialogue, [(2 * stride, 2 * stride)], guidance=[Guidance()])
+    denoiser = model.latent_denoiser(contexts, [(2 * stride, 2 * stride)], guidance=[Guidance()])
     x, timesteps = torch.randn(4, model.config.latent_dim), torch.tensor([0.5], dtype=torch.float64)
     branches = denoiser.branches(timesteps)
     assert branches == [(0, "full"), (0, "no_text"), (0, "no_image")]
@@ -219,9 +219,9 @@ def test_equal_contexts_share_one_velocity(model):
     states = dict(zip(due, model.denoiser_states(denoiser, x, timesteps, due), strict=True))
     features = denoiser.features(branches, states)
     assert features[branches[0]] is features[branches[2]]
-    thrice = latents(model, Guidance(text_scale=4.0, image_scale=1.5, renorm_min=1.0))
+    three_branches = latents(model, Guidance(text_scale=4.0, image_scale=1.5, renorm_min=1.0))
     torch.testing.assert_close(
-        thrice, latents(model, Guidance(text_scale=5.5, image_scale=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
+        three_branches, latents(model, Guidance(text_scale=5.5, image_scale=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
     )
 
 
@@ -266,16 +266,18 @@ def test_fork_does_not_copy_the_prefix(model):
 def test_contexts_of_guidance_are_those_of_the_original(model):
     text = [model.processor.text_part([n]) for n in range(3)]
     items, size = model.image_parts(picture(), noise=None, latents=True)
-    told = model.append_text(model.append_text([CFGContexts()], [text[0]], system=True), [text[1]])[0]
-    assert told.no_text.length == 3 and told.full is told.no_image  # T2I: text = system prompt only, image = main
-    shown = model.append_images([CFGContexts()], [[(items, size)]])
-    edited = model.append_text(shown, [text[2]])[0]
+    prompted = model.append_text(model.append_text([CFGContexts()], [text[0]], system=True), [text[1]])[0]
+    assert (
+        prompted.no_text.length == 3 and prompted.full is prompted.no_image
+    )  # T2I: text = system prompt only, image = full
+    with_image = model.append_images([CFGContexts()], [[(items, size)]])
+    edited = model.append_text(with_image, [text[2]])[0]
     rows = sum(item.segment.length for item in items)
     assert (edited.full.length, edited.no_text.length, edited.no_image.length) == (rows + 3, rows, 3)
     assert (edited.full.next_position, edited.no_text.next_position, edited.no_image.next_position) == (5, 2, 3)
 
 
-def test_the_same_seed_draws_the_same_picture():
+def test_the_same_seed_gives_the_same_image():
     """On one thread and on two, whatever the global generator holds; compared here, since tests may run in other processes."""
     model, before, found = toy(0), torch.get_num_threads(), []
     try:
@@ -291,14 +293,14 @@ def test_the_same_seed_draws_the_same_picture():
 
 
 def going_on(model, *outputs: str, items=("a prompt",), seed: int = 0) -> list:
-    """The pieces that follow, texts as they are and pictures as arrays."""
+    """The pieces that follow, texts as they are and images as arrays."""
     pieces = model.interleave(
         list(items), outputs=outputs, text_sampling=TextSampling(max_tokens=3), steps=3, seed=seed
     )
     return [piece if isinstance(piece, str) else np.asarray(piece) for piece in pieces]
 
 
-def test_interleave_gives_what_was_asked_the_same_each_time():
+def test_interleave_gives_the_outputs_asked_for_and_the_same_each_time():
     model, items = toy(0), ("a prompt", picture(), "an instruction")
     pieces = going_on(model, "text", "image", "text", "image", items=items)
     assert [isinstance(piece, str) for piece in pieces] == [True, False, True, False]
@@ -313,12 +315,12 @@ def test_interleave_goes_on_with_what_it_made():
     first, second = going_on(model, "text", "text")
     assert going_on(model, "text", items=("a prompt", first)) == [second]
     assert second != first, "greedy: it would be the first again, had it not entered"
-    # picture i is drawn from seed + i, and greedy texts from none: the second piece's seed is 1
+    # image i has the seed seed + i, and greedy texts from none: the second piece's seed is 1
     with_text, alone = going_on(model, "text", "image")[1], going_on(model, "image", seed=1)[0]
     assert np.array_equal(with_text, going_on(model, "image", items=("a prompt", first), seed=1)[0])
     assert not np.array_equal(with_text, alone) and not np.array_equal(going_on(model, "image", "image")[1], alone)
     after_one, after_another = (going_on(model, "image", "text", seed=seed)[1] for seed in (0, 1))
-    assert len({first, after_one, after_another}) == 3, "a text knows the picture before it"
+    assert len({first, after_one, after_another}) == 3, "a text depends on the image before it"
 
 
 def test_streamed_pieces_are_the_answer():
@@ -336,7 +338,7 @@ def test_streamed_pieces_are_the_answer():
     assert "".join(streamed) == cut
 
 
-def test_taylor_leaks_nothing():
+def test_the_step_cache_leaks_nothing():
     model = toy(0)
     plain = model.generate("one two", seed=1, steps=12).image
     quick = model.generate("one two", seed=1, steps=12, step_cache=True).image

@@ -44,10 +44,10 @@ def pickled(x):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copied_tokenizer_still_takes_typed_markers_for_text(copied):
+def test_a_copied_tokenizer_still_takes_typed_special_tokens_for_text(copied):
     model = UniWorld.from_pretrained(GOLDEN / "uniworld" / "dev")
-    tokenizer, marker = model.mllm.tokenizer, model.mllm.tokenizer.token_id("<|im_end|>")
-    assert marker is not None and marker not in tokenizer.encode(TYPED)
+    tokenizer, token_id = model.mllm.tokenizer, model.mllm.tokenizer.token_id("<|im_end|>")
+    assert token_id is not None and token_id not in tokenizer.encode(TYPED)
     assert copied(tokenizer).encode(TYPED) == tokenizer.encode(TYPED)
     clip = uniworld().auxiliary.clip_tokenizer
     assert copied(clip)(["a <|endoftext|> bird"]).tolist() == clip(["a <|endoftext|> bird"]).tolist()
@@ -223,10 +223,10 @@ def test_one_thing_to_go_on_from(bagel):
         bagel.interleave(["a"], outputs=("video",))  # before the first piece is asked for
 
 
-# ---- pictures
+# ---- images
 
 
-def test_pictures_of_whole_numbers():
+def test_images_of_whole_numbers():
     plain = picture(9, 7)
     grey = plain.convert("L")
     expected = np.asarray(grey.convert("RGB"))
@@ -240,7 +240,7 @@ def test_pictures_of_whole_numbers():
         load_image(Image.new("RGB", (0, 0)))
 
 
-def test_pictures_stand_upright(tmp_path):
+def test_images_stand_upright(tmp_path):
     plain, exif = picture(24, 16), Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     plain.save(tmp_path / "a.png", exif=exif)
@@ -273,8 +273,8 @@ def test_a_model_that_is_cast(name):
 
 
 def test_a_pack_that_was_looked_at_serves_training(bagel):
-    drawn = bagel.processor.latent_part(torch.randn(3, 4, 6), timestep=0.4, noised=True)
-    batch = pack_sequences([[bagel.processor.answer_part([1, 2, 3]), drawn]])
+    latents = bagel.processor.latent_part(torch.randn(3, 4, 6), timestep=0.4, noised=True)
+    batch = pack_sequences([[bagel.processor.answer_part([1, 2, 3]), latents]])
     noise = torch.randn(6, bagel.config.latent_dim)
     model = copy.deepcopy(bagel)
     with torch.inference_mode():
