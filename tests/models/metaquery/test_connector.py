@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from unimm.checkpoint.load import check_keys, load_weights
 from unimm.checkpoint.save import released_state_dict
-from unimm.models.metaquery.connector import CONNECTOR_KEY_MAP, SANA_CONDITION_SCALE, Connector, ConnectorConfig
+from unimm.models.metaquery.connector import SANA_CONDITION_SCALE, Connector, ConnectorConfig
+from unimm.models.metaquery.weights import CONNECTOR_KEY_MAP
 
 MANIFESTS = GOLDEN / "blocks" / "manifests.json"
 SMALL = ConnectorConfig(dim=24, condition_dim=10, n_blocks=2, head_dim=8)
@@ -109,7 +110,7 @@ def test_what_training_begins_with():
 
 
 def test_refusals(small):
-    with pytest.raises(ValueError, match="got width 100, heads of 64"):
+    with pytest.raises(ValueError, match="got dim 100, head_dim 64"):
         ConnectorConfig(dim=100, condition_dim=4)
     with pytest.raises(ValueError, match="expected positive"):
         ConnectorConfig(dim=64, condition_dim=0)

@@ -310,7 +310,7 @@ def test_parts_that_do_not_fit(folder):
     with pytest.raises(ValueError, match="the scheduler's config lacks prediction_type"):
         MetaQuery.from_pretrained(folder)
     shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="reader of model_type 'llama': MetaQuery asks qwen2_5_vl or llava_onevision"):
+    with pytest.raises(ValueError, match="MLLM of model_type 'llama': expected qwen2_5_vl or llava_onevision"):
         MetaQuery.from_pretrained(changed(folder, "Qwen2.5-VL-tiny/config.json", model_type="llama"))
 
 

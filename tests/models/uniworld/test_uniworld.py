@@ -411,7 +411,7 @@ def test_parts_that_are_asked_for_and_absent():
     with pytest.raises(ValueError, match=r'without its VAE: give from_pretrained flux="black-forest-labs/FLUX\.1-dev"'):
         bare.generate("a cat")
     bare.auxiliary.vae = uniworld().auxiliary.vae
-    with pytest.raises(ValueError, match=r"without its text encoder \(CLIP\).*or draw with clip=False"):
+    with pytest.raises(ValueError, match=r"without its text encoder \(CLIP\).*or generate with clip=False"):
         bare.generate("a cat")
     with pytest.raises(ValueError, match=r"without its second text encoder \(T5\)"):
         bare.generate("a cat", t5=True)

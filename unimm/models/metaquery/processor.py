@@ -1,6 +1,6 @@
-"""What MetaQuery asks of its reader: a system prompt, pictures, a caption, and the queries where an answer would begin.
+"""MetaQuery's processor: a system prompt, images and a caption to parts, with the queries where an answer would begin.
 
-Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
+It needs no weights, so that training prepares batches in other processes. docs/originals/metaquery.md, "Queries and prompt".
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from unimm.tokenizers.text import TextTokenizer, encode_prompt
 from unimm.vlms.llava_onevision.processor import LlavaOneVisionProcessor
 from unimm.vlms.processor import IM_END, IM_START
 
-N_BOUNDARY_TOKENS = 2  # before the queries in the table of embeddings: <begin_of_img>, <end_of_img>
+N_BOUNDARY_TOKENS = 2  # rows of the embedding table before the queries: <begin_of_img>, <end_of_img>
 
 
 class PromptComposer(Protocol):
-    """What a reader makes of texts and pictures."""
+    """The MLLM's own way from texts and images to parts."""
 
     @property
     def text_tokenizer(self) -> TextTokenizer: ...
@@ -63,9 +63,10 @@ class MLLMChatFormat:
 
 @dataclass(frozen=True)
 class MetaQueryProcessor:
-    """Captions and pictures to items that end with the queries.
+    """Captions and images to parts that end with the queries.
 
-    first: the id of <begin_of_img>, which is how many rows the reader's own table has; end: of the marker after all.
+    begin_image_id: of <begin_of_img>, the first id behind the MLLM's own vocabulary. end_of_turn_id: of the token that ends
+    every sample.
     """
 
     composer: PromptComposer
@@ -78,7 +79,7 @@ class MetaQueryProcessor:
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """The reader's tokenizer. Raises ValueError for a checkpoint without one."""
+        """The MLLM's tokenizer. Raises ValueError for a checkpoint without one."""
         return self.composer.text_tokenizer
 
     @cached_property
@@ -88,19 +89,17 @@ class MetaQueryProcessor:
 
     @cached_property
     def query_ids(self) -> list[int]:
-        """Ids of the queries between their markers, and of the end of the turn."""
-        first_query_id, offsets = self.begin_image_id + N_BOUNDARY_TOKENS, range(self.n_queries)
-        return [
-            self.begin_image_id,
-            *(first_query_id + i for i in offsets),
-            self.begin_image_id + 1,
-            self.end_of_turn_id,
-        ]
+        """The ids of the queries between their boundary tokens, and of the end of the turn."""
+        end_image_id = self.begin_image_id + 1
+        first_query_id = self.begin_image_id + N_BOUNDARY_TOKENS
+        queries = range(first_query_id, first_query_id + self.n_queries)
+        return [self.begin_image_id, *queries, end_image_id, self.end_of_turn_id]
 
     def prompt_parts(self, caption: str, images: Sequence[ImageInput] = ()) -> list[Part]:
-        """What a picture is drawn from: pictures first, then the caption, of at most max_text ids.
+        """The parts of a prompt: the system turn, the images, the caption of at most max_text_tokens, the queries.
 
-        The caption is cut alone and decoded again, as in the original. Markers in it are its author's words.
+        As in the original the caption is truncated on its own ids, which are decoded to text again. Special tokens written
+        in it are plain text.
         """
         ids = self.text_tokenizer.encode(caption)
         cut = caption if len(ids) <= self.max_text_tokens else self.text_tokenizer.decode(ids[: self.max_text_tokens])
@@ -110,22 +109,21 @@ class MetaQueryProcessor:
         return [*before, text_part([*last.ids.tolist(), *self.query_ids])]
 
     def query_batch(self, samples: Sequence[Sequence[Part]], *, row_multiple: int = 1) -> "QueryBatch":
-        """Samples for training; the prompts' rows rounded up to a multiple, with a text that nobody asks about."""
+        """Samples for training. row_multiple: the prompts' rows are padded to a multiple of it, by a text without queries."""
         prompts = [[*before, text_part(last.ids[: -len(self.query_ids)].tolist())] for *before, last in samples]
-        rows = sum(item.segment.length for items in prompts for item in items)
-        packed = pack_sequences(
-            [*prompts, *([[text_part([self.end_of_turn_id] * (-rows % row_multiple))]] if rows % row_multiple else [])]
-        )
+        rows = sum(part.segment.length for parts in prompts for part in parts)
+        padding = [[text_part([self.end_of_turn_id] * (-rows % row_multiple))]] if rows % row_multiple else []
+        packed = pack_sequences([*prompts, *padding])
         ends = list(zip(packed.layout.lengths, packed.layout.next_positions, strict=True))[: len(prompts)]
-        prefixes = [CachedPrefix(length=length, next_position=clock) for length, clock in ends]
+        prefixes = [CachedPrefix(length=length, next_position=position) for length, position in ends]
         return QueryBatch(packed, pack_sequences([[text_part(self.query_ids)]] * len(prompts), prefixes))
 
     def without_system(self, parts: Sequence[Part]) -> list[Part]:
-        """A sample without its opening, to be read behind it."""
+        """A sample without its system turn."""
         first, *others = parts
         n = len(self.system_ids)
         assert first.ids[:n].tolist() == self.system_ids, (
-            "every sample begins with the opening, which ends with a marker"
+            "every sample begins with the system turn, which ends with a special token"
         )
         return [text_part(first.ids[n:].tolist()), *others]
 
@@ -136,35 +134,39 @@ class MetaQueryProcessor:
 
 @dataclass(frozen=True)
 class QueryBatch:
-    """Samples in two packs: all before the queries, which learns nothing while the reader is frozen, and the queries."""
+    """Samples in two batches, since what stands before the queries needs no gradients: the prompts, and the queries."""
 
     prompts: PackedBatch
     queries: PackedBatch
 
     def to(self, device: torch.device | str) -> "QueryBatch":
-        """The same on a device."""
+        """The batch on a device."""
         return QueryBatch(self.prompts.to(device), self.queries.to(device))
 
     def row_order(self) -> torch.Tensor:
-        """Which of all rows, the prompts' first, stand before one another in each sample: its prompt's, then its queries'."""
+        """The order that puts each sample's prompt rows before its query rows, in [all prompts' rows; all queries' rows]."""
         prompt_lengths = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
-        prompt_row, query_row, order = 0, sum(self.prompts.layout.lengths), []
-        for before, behind in zip(prompt_lengths, self.queries.layout.lengths, strict=True):
-            order += [torch.arange(prompt_row, prompt_row + before), torch.arange(query_row, query_row + behind)]
-            prompt_row, query_row = prompt_row + before, query_row + behind
+        prompt_row = 0
+        query_row = sum(self.prompts.layout.lengths)
+        order = []
+        for n_prompt, n_query in zip(prompt_lengths, self.queries.layout.lengths, strict=True):
+            order += [torch.arange(prompt_row, prompt_row + n_prompt), torch.arange(query_row, query_row + n_query)]
+            prompt_row += n_prompt
+            query_row += n_query
         return torch.cat(order).to(self.queries.ids.device)
 
 
 def black_image(image: Image.Image) -> Image.Image:
-    """What stands for a picture that is dropped: a black one of its size."""
+    """A black image of the same size, in place of one that is dropped."""
     return Image.new("RGB", image.size)
 
 
 @dataclass
 class ConditionBatch:
-    """What the reader is asked in one call, each sample once, and what each picture takes of the answers.
+    """The distinct samples that the images of one call are conditioned on, each of which runs once.
 
-    A branch is a sample and the weight of the velocity under it; the weights of a picture's branches add up to 1.
+    A branch of an image's guidance is the index of a sample and the weight of the velocity under its condition; the weights
+    of an image's branches add up to 1.
     """
 
     processor: MetaQueryProcessor
@@ -172,9 +174,9 @@ class ConditionBatch:
     index: dict[tuple, int] = field(default_factory=dict)
 
     def add_sample(self, caption: str, images: Sequence[Image.Image], *, kind: str) -> int:
-        """The place of a sample. kind: what is shown, "black" in place of the pictures, or the pictures."""
-        shown = [black_image(picture) for picture in images] if kind == "black" else list(images)
-        # black pictures are equal where their sizes are; others are where they are one object
+        """The index of a sample, which is added once. kind: "black" for black images in place of the images, or "given"."""
+        shown = [black_image(image) for image in images] if kind == "black" else list(images)
+        # black images are equal if their sizes are; others are if they are one object
         key = (caption, *(one.size if kind == "black" else id(one) for one in shown))
         if key not in self.index:
             self.index[key] = len(self.samples)
@@ -190,33 +192,33 @@ class ConditionBatch:
         guidance: float,
         image_guidance: float,
     ) -> list[tuple[int, float]]:
-        """The branches of a picture under its scales of guidance; a branch of weight 0 is not read.
+        """The branches of one image; a branch of weight 0 is left out.
 
-        Without pictures v = u + text (c - u). With them v = u + image (i - u) + text (c - i), where u sees the negative
-        prompt and black pictures, i the negative prompt and the pictures; at an image scale of 1 or less
-        v = i + text (c - i).
+        Without input images v = u + guidance (c - u), with c under the caption and u under the negative prompt. With them
+        v = u + image_guidance (i - u) + guidance (c - i): c has the caption and the images, i the negative prompt and the
+        images, u the negative prompt and black images. At an image_guidance of 1 or less v = i + guidance (c - i).
         """
-        conditional = (caption, "shown", guidance)
+        conditional = (caption, "given", guidance)
         if not images or image_guidance <= 1:
-            branches = [(negative_prompt, "shown", 1 - guidance), conditional]
+            branches = [(negative_prompt, "given", 1 - guidance), conditional]
         else:
             branches = [
                 (negative_prompt, "black", 1 - image_guidance),
-                (negative_prompt, "shown", image_guidance - guidance),
+                (negative_prompt, "given", image_guidance - guidance),
                 conditional,
             ]
-        return [(self.add_sample(words, images, kind=kind), weight) for words, kind, weight in branches if weight]
+        return [(self.add_sample(text, images, kind=kind), weight) for text, kind, weight in branches if weight]
 
 
 @dataclass(frozen=True)
 class LlavaSquareComposer:
-    """LLaVA-OneVision's prompts as MetaQuery makes them: pictures cropped to the tower's square, all of them tiled."""
+    """LLaVA-OneVision's composer as MetaQuery uses it: images cropped to the vision encoder's square, all of them tiled."""
 
     composer: LlavaOneVisionProcessor
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """The tokenizer."""
+        """The MLLM's tokenizer."""
         return self.composer.text_tokenizer
 
     def special(self, token: str) -> str | int:
@@ -230,6 +232,6 @@ class LlavaSquareComposer:
         return replace(self.composer, always_tiled=True).to_parts(cropped)
 
 
-def prompt_composer(prompts: Any) -> PromptComposer:
-    """What makes a reader's texts and pictures into items, the way MetaQuery does."""
-    return LlavaSquareComposer(prompts) if isinstance(prompts, LlavaOneVisionProcessor) else prompts
+def prompt_composer(processor: Any) -> PromptComposer:
+    """The composer for an MLLM's processor."""
+    return LlavaSquareComposer(processor) if isinstance(processor, LlavaOneVisionProcessor) else processor

@@ -1,9 +1,9 @@
-"""The parts of UniWorld that lie in repositories of their own: SigLIP2, and of FLUX.1-dev the VAE, CLIP and T5.
+"""UniWorld's auxiliary encoders, from repositories of their own: SigLIP2, and FLUX.1-dev's VAE, CLIP and T5.
 
-A checkpoint may hold them in folders of these names below its own, or lack those that no call asks for.
-docs/originals/uniworld.md, "Composition" and "Condition".
+A checkpoint may hold them in folders below its own, or lack those that no call needs. docs/originals/uniworld.md,
+"Composition" and "Condition".
 
-Axes: B texts, k pictures, M ids of a caption, C channels, h w latents.
+Axes: B texts, P images, M tokens of a text, C channels, h w latent grid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,12 @@ from unimm.tokenizers.text import TextTokenizer
 
 T = TypeVar("T")
 
-SIGLIP_HUB_ID, FLUX_HUB_ID = "google/siglip2-so400m-patch16-512", "black-forest-labs/FLUX.1-dev"
+SIGLIP_HUB_ID = "google/siglip2-so400m-patch16-512"
+FLUX_HUB_ID = "black-forest-labs/FLUX.1-dev"
 
 
 class AuxiliaryEncoders(nn.Module):
-    """What was found, and None for the rest; a method that needs what is not there says how to have it."""
+    """The encoders that were found, None for the rest; a method whose encoder is missing raises ValueError with the remedy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class AuxiliaryEncoders(nn.Module):
     # ---- files
 
     def load(self, folders: Mapping[str, Path], *, dtype: torch.dtype, device: str | torch.device) -> None:
-        """Load the parts that there are folders for; the VAE stays in float32."""
+        """Load the encoders and tokenizers whose folders are given; the VAE stays in float32."""
         if (folder := folders.get("siglip")) is not None:
             self.siglip = SiglipVisionEncoder.from_pretrained(folder, dtype=dtype, device=device)
         if (folder := folders.get("vae")) is not None:
@@ -61,7 +62,7 @@ class AuxiliaryEncoders(nn.Module):
             self.t5_tokenizer = load_t5_captions(folder)
 
     def check_widths(self, config: UniWorldConfig) -> None:
-        """Raise ValueError for parts of other widths than the checkpoint's."""
+        """Raise ValueError for encoders of other widths than the checkpoint's."""
         widths = {
             "SigLIP2": (self.siglip and self.siglip.config.dim, config.siglip_dim),
             "a VAE": (self.vae and self.vae.config.latent_channels, config.latent_channels),
@@ -72,29 +73,28 @@ class AuxiliaryEncoders(nn.Module):
             f"{part} of width {got}, expected {n}" for part, (got, n) in widths.items() if got not in (None, n)
         ]:
             raise ValueError(
-                f"got {'; '.join(wrong)}: give from_pretrained the parts that the checkpoint was trained with"
+                f"got {'; '.join(wrong)}: give from_pretrained the encoders that the checkpoint was trained with"
             )
 
     def key_maps(self, prefix: str) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of each file that is written; ours: what our names begin with."""
-        tables: dict[str, KeyMap] = {}
+        """The key map of each file of weights, by its path below a checkpoint. prefix: of our names."""
+        key_maps: dict[str, KeyMap] = {}
         if self.siglip is not None:
-            tables["siglip"] = siglip.siglip_key_map(
+            key_maps[f"siglip/{HUB_WEIGHT_FILES[0]}"] = siglip.siglip_key_map(
                 "vision_model.", f"{prefix}siglip.", pooling_head=self.siglip.config.has_pooling_head
             )
         if self.clip is not None:
-            tables["text_encoder"] = clip_text.clip_text_key_map().prefixed(ours=f"{prefix}clip.")
+            key_maps[f"text_encoder/{HUB_WEIGHT_FILES[0]}"] = clip_text.clip_text_key_map().prefixed(
+                ours=f"{prefix}clip."
+            )
         if self.t5 is not None:
-            tables["text_encoder_2"] = t5.KEY_MAP.prefixed(ours=f"{prefix}t5.")
-        key_maps: dict[tuple[str, ...], KeyMap] = {
-            (f"{name}/{HUB_WEIGHT_FILES[0]}",): table for name, table in tables.items()
-        }
-        return key_maps | (
-            {("vae/ae.safetensors",): KeyMap(Rename("{*}", f"{prefix}vae.{{*}}"))} if self.vae is not None else {}
-        )
+            key_maps[f"text_encoder_2/{HUB_WEIGHT_FILES[0]}"] = t5.KEY_MAP.prefixed(ours=f"{prefix}t5.")
+        if self.vae is not None:
+            key_maps["vae/ae.safetensors"] = KeyMap(Rename("{*}", f"{prefix}vae.{{*}}"))
+        return {(path,): key_map for path, key_map in key_maps.items()}
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """The contents of every config, by its path below a checkpoint's folder."""
+        """The contents of every config file, by its path below a checkpoint."""
         files: dict[str, dict[str, Any]] = {}
         if self.siglip is not None:
             files["siglip/config.json"] = self.siglip.config.to_json()
@@ -108,56 +108,52 @@ class AuxiliaryEncoders(nn.Module):
         return files
 
     def tokenizers(self) -> dict[str, TextTokenizer]:
-        """The tokenizers of captions, by their folders."""
-        found = {"tokenizer": self.clip_tokenizer, "tokenizer_2": self.t5_tokenizer}
-        return {name: captions.tokenizer for name, captions in found.items() if captions is not None}
+        """CLIP's and T5's tokenizers, by their folders."""
+        tokenizers = {"tokenizer": self.clip_tokenizer, "tokenizer_2": self.t5_tokenizer}
+        return {name: captions.tokenizer for name, captions in tokenizers.items() if captions is not None}
 
-    # ---- what they give
+    # ---- encoding and decoding
 
     def encode_siglip(self, images: Sequence[Image.Image]) -> Tensor:
-        """SigLIP2's features of pictures [k, patches, C]."""
+        """SigLIP2's patch features of images [P, patches, C]."""
         siglip = require_part(self.siglip, "SigLIP2", f'siglip="{SIGLIP_HUB_ID}"')
-        pixel_values = torch.stack([siglip.image_processor.preprocess(picture) for picture in images])
+        pixel_values = torch.stack([siglip.image_processor.preprocess(image) for image in images])
         return siglip(pixel_values.to(siglip.pos_embed))
 
     def encode_vae(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """The VAE's latents of pictures stretched to (height, width) [k, C, h, w]."""
-        resized = [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in images]
+        """The VAE's latents of images resized to (height, width) [P, C, h, w]."""
+        resized = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image in images]
         return self.required_vae.encode(self._to_vae(torch.stack([pil_to_tensor(one) for one in resized])))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, height, width], about [-1, 1]."""
+        """Latents [P, C, h, w] -> pixels [P, 3, height, width], about [-1, 1]."""
         return self.required_vae.decode(self._to_vae(latents)).float()
 
     @property
     def required_vae(self) -> AutoencoderKL:
-        """The VAE. Raises ValueError without one."""
+        """The VAE. Raises ValueError where it was not found."""
         return require_part(self.vae, "VAE", f'flux="{FLUX_HUB_ID}"')
 
     def _to_vae(self, x: Tensor) -> Tensor:
         return x.to(next(self.required_vae.parameters()))
 
     def encode_clip(self, texts: Sequence[str]) -> Tensor:
-        """CLIP's vector of each text [B, C]."""
-        remedy = f'flux="{FLUX_HUB_ID}", or draw with clip=False'
-        model, tokenizer = (
-            require_part(self.clip, "text encoder (CLIP)", remedy),
-            require_part(self.clip_tokenizer, "CLIP tokenizer", remedy),
-        )
+        """CLIP's pooled embedding of each text [B, C]."""
+        remedy = f'flux="{FLUX_HUB_ID}", or generate with clip=False'
+        model = require_part(self.clip, "text encoder (CLIP)", remedy)
+        tokenizer = require_part(self.clip_tokenizer, "CLIP tokenizer", remedy)
         return model.pool(tokenizer(texts).to(model.pos_embed.device))
 
     def encode_t5(self, texts: Sequence[str], length: int) -> Tensor:
-        """T5's states of each text, padded to `length` [B, M, C]."""
-        remedy = f'flux="{FLUX_HUB_ID}" and t5=True, or draw with t5=False'
-        model, tokenizer = (
-            require_part(self.t5, "second text encoder (T5)", remedy),
-            require_part(self.t5_tokenizer, "T5 tokenizer", remedy),
-        )
+        """T5's last hidden states of each text, padded to `length` tokens [B, M, C]."""
+        remedy = f'flux="{FLUX_HUB_ID}" and t5=True, or generate with t5=False'
+        model = require_part(self.t5, "second text encoder (T5)", remedy)
+        tokenizer = require_part(self.t5_tokenizer, "T5 tokenizer", remedy)
         return model(tokenizer(texts, max_length=length).to(model.embed.weight.device))
 
 
 def require_part(part: T | None, name: str, remedy: str) -> T:
-    """A part. Raises ValueError, with what to give `from_pretrained`, where it was not found."""
+    """The part. Raises ValueError, with what to give `from_pretrained`, where it is None."""
     if part is None:
         raise ValueError(f"this checkpoint was loaded without its {name}: give from_pretrained {remedy}")
     return part

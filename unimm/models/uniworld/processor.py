@@ -1,6 +1,6 @@
-"""What UniWorld asks of its reader: a prompt with its pictures, up to where an answer would begin.
+"""UniWorld's processor: a prompt and its images to parts, up to where an answer would begin; sizes; a call's options.
 
-Made without the model, so that training can make its batches ahead. docs/originals/uniworld.md, "Condition".
+It needs no weights, so that training prepares batches in other processes. docs/originals/uniworld.md, "Condition".
 """
 
 import math
@@ -15,14 +15,14 @@ from unimm.sequence.parts import Part
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, QwenVLProcessor
 
 ASSISTANT = "assistant"  # the task head reads the state of the last token of this word
-SIDE_UNIT = 32  # pixels; of a side's unit
-MAX_IMAGE_SIDE = 4096  # pixels a side of what is drawn
+SIDE_UNIT = 32  # pixels; a side is a multiple of this times the number of its aspect ratio
+MAX_IMAGE_SIDE = 4096  # pixels a side of a generated image
 ReferenceLatents = Literal["tokens", "condition"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniWorldProcessor:
-    """Prompts and pictures to items. system: of every prompt, "" for none, as released; in_front: where pictures stand."""
+    """Prompts and images to parts. system_prompt: "" for none, as released. images_first: before the text, else behind it."""
 
     mllm_processor: QwenVLProcessor
     system_prompt: str
@@ -39,14 +39,14 @@ class UniWorldProcessor:
         return ids[0]
 
     def prompt_parts(self, prompt: str, images: Sequence[Image.Image] = ()) -> list[Part]:
-        """A prompt and its pictures, which stand where it says the placeholder, or else all behind it or in front.
+        """The parts of a prompt and its images, which stand at its <|image_pad|> placeholders, or else all before or after it.
 
-        A picture is resized twice, as in the original: the second time its size is another, since the first has rounded
-        it. Raises ValueError for an empty prompt.
+        An image is resized twice, as in the original: the first resize rounds its size, so that the second differs. Raises
+        ValueError for an empty prompt.
         """
         placed = IMAGE_PAD in prompt or self.images_first or not prompt.strip()
         content = prompt if placed else prompt + IMAGE_PAD * len(images)
-        resized = [self.mllm_processor.image_processor(picture) for picture in images]
+        resized = [self.mllm_processor.image_processor(image) for image in images]
         return self.mllm_processor.conversation_parts(
             [{"role": "user", "content": content, "images": resized}], system=self.system_prompt
         )
@@ -83,16 +83,16 @@ class UniWorldImageOptions:
 def nearest_aspect_size(
     height: int, width: int, *, image_pixels: int, n_ratios: int = len(ASPECT_RATIOS), side_unit: int = SIDE_UNIT
 ) -> tuple[int, int]:
-    """(height, width) to draw for a picture of the size given: the nearest of the first `ratios` ratios (1, 5, 7, 9 or 11).
+    """The (height, width) of an image of about image_pixels, in the aspect ratio nearest to that of height and width.
 
-    A side is a whole multiple of `stride` times the ratio's number, so the area may be far from `pixels`: 16:9 at
-    1024 x 1024 is 864 x 1536. Raises ValueError for sides, pixels or ratios below 1.
+    n_ratios: how many of ASPECT_RATIOS to choose from. A side is a multiple of side_unit times the ratio's number, so the
+    area may be far from image_pixels: 16:9 at 1024 x 1024 is 864 x 1536. Raises ValueError for numbers below 1.
     """
     if min(height, width, image_pixels, side_unit) < 1 or not 1 <= n_ratios <= len(ASPECT_RATIOS):
         raise ValueError(
             f"got an image of {width}x{height}, {image_pixels} pixels, {n_ratios} ratios: expected positive sizes, and 1 to "
             f"{len(ASPECT_RATIOS)} ratios"
         )
-    across, down = min(ASPECT_RATIOS[:n_ratios], key=lambda ratio: abs(ratio[0] / ratio[1] - width / height))
-    scale = max(1, round(math.sqrt(image_pixels / (across * down * side_unit**2))))
-    return down * side_unit * scale, across * side_unit * scale
+    wide, high = min(ASPECT_RATIOS[:n_ratios], key=lambda ratio: abs(ratio[0] / ratio[1] - width / height))
+    scale = max(1, round(math.sqrt(image_pixels / (wide * high * side_unit**2))))
+    return high * side_unit * scale, wide * side_unit * scale
