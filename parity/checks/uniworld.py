@@ -17,7 +17,8 @@ from parity.case import Case
 from unimm.denoisers.flux import flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents
 from unimm.generation.flow import dynamic_shift, flow_timesteps, shift_timesteps
-from unimm.models.uniworld.model import MLLMOutput, UniWorld
+from unimm.models.uniworld.model import UniWorld
+from unimm.models.uniworld.network import MLLMOutput
 from unimm.models.uniworld.processor import ASSISTANT
 
 EXPECTS = 'config.json with model_type "univa_qwen2p5vl"'

@@ -1,22 +1,27 @@
-"""What MetaQuery and UniWorld share: a model around a frozen reader speaks with the reader's own voice."""
+"""The base of MetaQuery and UniWorld: image generation conditioned on a frozen MLLM, which itself answers in words."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from unimm.generation.decode import DecodeSession
+from unimm.generation.kv_cache import KVCache
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
 from unimm.processing.requests import ImageInput, Message
+from unimm.sequence.parts import Part
 from unimm.vlms.base import VisionLanguageModel
 
 
 class MLLMConditionedModel(UnifiedModel):
-    """A model that draws from what a frozen reader makes of a prompt, and answers as the reader does."""
+    """A model around a frozen MLLM: its `understand`, `chat`, `prefill` and `decode_step` are the MLLM's."""
 
     @property
     @abstractmethod
     def chat_mllm(self) -> VisionLanguageModel:
-        """The frozen reader, whole."""
+        """The frozen MLLM, with its language head."""
 
     def understand(
         self,
@@ -27,7 +32,7 @@ class MLLMConditionedModel(UnifiedModel):
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Answer a question about pictures, exactly as the frozen reader does: see its `understand`."""
+        """Answer a question about images, exactly as the frozen MLLM does: see its `understand`."""
         return self.chat_mllm.understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
 
     def chat(
@@ -39,5 +44,19 @@ class MLLMConditionedModel(UnifiedModel):
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Go on with a conversation, or a batch of them, exactly as the frozen reader does: see its `chat`."""
+        """Answer the last message of a conversation, or of a batch of them, exactly as the frozen MLLM does: see its `chat`."""
         return self.chat_mllm.chat(messages, system=system, stream=stream, text_sampling=text_sampling, seed=seed)
+
+    # ---- the MLLM's steps
+
+    def prefill(self, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> list[KVCache]:
+        """Append parts to each KV cache, all in one packed forward of the MLLM."""
+        return self.chat_mllm.prefill(caches, parts)
+
+    def decode_session(self, caches: Sequence[KVCache], capacity: int) -> DecodeSession:
+        """The state of decoding up to `capacity` tokens after each cache."""
+        return self.chat_mllm.decode_session(caches, capacity)
+
+    def decode_step(self, session: DecodeSession, ids: Tensor) -> Tensor:
+        """Append one token to each sequence of a session, ids [B] -> the logits of the next ones [B, V]."""
+        return self.chat_mllm.decode_step(session, ids)

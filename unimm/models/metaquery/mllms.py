@@ -67,7 +67,10 @@ MLLMS = {
     "qwen2_5_vl": MLLMSpec(
         model_class=QwenVL,
         chat_format=MLLMChatFormat(
-            before_system="system\n", between_messages="\n", before_images="user\n", after_images="",
+            before_system="system\n",
+            between_messages="\n",
+            before_images="user\n",
+            after_images="",
         ),
         inner_key_map=_qwen2_5_vl_key_map,
         limits_pixels=True,
@@ -75,7 +78,10 @@ MLLMS = {
     "llava_onevision": MLLMSpec(
         model_class=LlavaOneVision,
         chat_format=MLLMChatFormat(
-            before_system="system \n", between_messages="", before_images="user ", after_images="\n",
+            before_system="system \n",
+            between_messages="",
+            before_images="user ",
+            after_images="\n",
         ),
         inner_key_map=_llava_onevision_key_map,
         limits_pixels=False,

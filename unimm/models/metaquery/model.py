@@ -1,10 +1,9 @@
-"""MetaQuery: learned queries ask a frozen reader what to draw; a connector hands its answer to a diffusion transformer.
+"""MetaQuery: the network with its files and verbs.
 
-Pan et al. 2025, arXiv 2504.06256. Released code: github.com/facebookresearch/metaquery; no weights were released. The
-queries are further rows of the reader's table of embeddings, read causally behind the prompt; the reader's last hidden
-states at their places become the caption of a Sana. docs/originals/metaquery.md. Time 0 is data.
+Pan et al. 2025, arXiv 2504.06256. Released code: github.com/facebookresearch/metaquery; no weights were released.
+docs/originals/metaquery.md.
 
-Axes: R rows of a batch to be read, N queries, D the reader's width, B pictures, C channels, h w grid of latents.
+Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h w latent grid.
 """
 
 import json
@@ -52,7 +51,7 @@ from unimm.sequence.parts import Part, text_part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import VisionLanguageModel
 
-MAX_IMAGE_SIDE = 4096  # pixels a side of what is drawn
+MAX_IMAGE_SIDE = 4096  # pixels a side of a generated image
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class MetaQueryLatentDenoiser:
 
 
 class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
-    """The network with its verbs."""
+    """Learned queries of a frozen MLLM condition a Sana: generates images, and answers as the MLLM does."""
 
     RELEASES = RELEASES
     FILES = FILES
@@ -80,28 +79,29 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     @classmethod
     def _build(cls, folder: Path) -> Self:
-        """The model of a folder's config files, with its reader's tokenizer, without weights.
+        """The model of a folder's config files, with the MLLM's tokenizer, without weights.
 
         Raises CheckpointError where the folder's weights are for another number of queries.
         """
         model = cls(MetaQueryConfig.from_folder(folder))
-        name = model.config.part_ids["mllm_id"]
-        model.mllm.tokenizer = load_tokenizer(part_folder(folder, name), special_tokens=model.mllm.SPECIAL_TOKENS)
-        mllm_folder = part_folder(folder, name)
-        model.mllm_source = mllm_folder if any((mllm_folder / one).exists() for one in HUB_WEIGHT_FILES) else name
+        mllm_id = model.config.part_ids["mllm_id"]
+        mllm_folder = part_folder(folder, mllm_id)
+        model.mllm.tokenizer = load_tokenizer(mllm_folder, special_tokens=model.mllm.SPECIAL_TOKENS)
+        if any((mllm_folder / name).exists() for name in HUB_WEIGHT_FILES):
+            model.mllm_source = mllm_folder
         model.match_checkpoint(read_folder_shapes(folder))
         return model
 
     def match_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Leave out the language head where files of these shapes hold none. Raises CheckpointError for other queries."""
+        """Leave out the language head if files of these shapes hold none. Raises CheckpointError for other queries."""
         embedding_key = self.mllm_spec.embedding_key(self.config.mllm)
         rows = shapes.get(embedding_key, (self.config.embedding_rows,))[0]
         if rows != self.config.embedding_rows:
             vocab, n = self.config.mllm.decoder.vocab_size, self.config.n_queries
             raise CheckpointError(
                 f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids and "
-                f"{N_BOUNDARY_TOKENS} markers; config.json says num_metaqueries {n}, {self.config.embedding_rows} rows: "
-                "correct it, or fetch the files that go together"
+                f"{N_BOUNDARY_TOKENS} boundary tokens; config.json says num_metaqueries {n}, {self.config.embedding_rows} "
+                "rows: correct it, or fetch the files that go together"
             )
         head_key = self.mllm_spec.head_prefix(self.config.mllm) + "weight"
         if shapes and head_key not in shapes and not self.config.mllm.decoder.tie_word_embeddings:
@@ -120,14 +120,14 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
             self._chat_mllm = (self._load_chat_mllm(),)
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of the one file of weights."""
+        """The key map of the one file of weights."""
         with_head = not self.config.mllm.decoder.tie_word_embeddings and not isinstance(
             self.mllm.decoder.head, NoLanguageHead
         )
         return {HUB_WEIGHT_FILES: metaquery_key_map(self.config, self.mllm_spec, with_head=with_head)}
 
     def save_config(self, folder: Path) -> None:
-        """Write config.json, and below the folder the configs of the parts, and the reader's tokenizer."""
+        """Write config.json, and into folders below it the parts' configs and the MLLM's tokenizer."""
         for name, contents in self.config.to_json().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
@@ -257,11 +257,11 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators])
 
-    # ---- speaking
+    # ---- understanding
 
     @property
     def chat_mllm(self) -> VisionLanguageModel:
-        """The frozen reader, as it was before it was asked to draw. Raises ValueError where a lost head cannot be had."""
+        """The MLLM with its own embedding table and language head. Raises ValueError where a missing head cannot be loaded."""
         if not self._chat_mllm and not isinstance(self.decoder.head, NoLanguageHead):
             return self.mllm
         if not self._chat_mllm:
@@ -270,13 +270,15 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     @keep_weights_open()
     def _load_chat_mllm(self) -> VisionLanguageModel:
-        """This model's blocks and tower with the table and the head of the reader's own release."""
+        """This model's blocks and vision encoder with the embedding table and the head of the MLLM's own release."""
         try:
-            paths = weight_files(hub.resolve(self.mllm_source), HUB_WEIGHT_FILES)
+            paths = weight_files(
+                hub.resolve(self.mllm_source, non_commercial=self.FILES.non_commercial), HUB_WEIGHT_FILES
+            )
         except ValueError as error:
             raise ValueError(
                 f"MetaQuery's files hold no language head, and {self.mllm_source} has none to give ({error}): give "
-                "from_pretrained the folder or hub id of the reader's own release, `reader`"
+                "from_pretrained the folder or hub id of the MLLM's own release, components={'mllm': ...}"
             ) from error
         with torch.device("meta"):
             model = self.mllm_spec.model_class(self.config.mllm)

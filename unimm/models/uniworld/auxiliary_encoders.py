@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap, Rename
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.encoders import clip_text, siglip, t5
 from unimm.encoders.clip_text import CLIPTextEncoder
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.encoders.t5 import T5Encoder
-from unimm.models.uniworld.config import UniWorldConfig
+from unimm.models.uniworld.config import FLUX_FOLDERS, SIGLIP_FOLDER, UniWorldConfig
 from unimm.processing.images.io import pil_to_tensor
 from unimm.tokenizers.captions import CaptionTokenizer, load_clip_captions, load_t5_captions
 from unimm.tokenizers.kl import AutoencoderKL
@@ -157,3 +158,30 @@ def require_part(part: T | None, name: str, remedy: str) -> T:
     if part is None:
         raise ValueError(f"this checkpoint was loaded without its {name}: give from_pretrained {remedy}")
     return part
+
+
+def find_auxiliary_folders(
+    folder: Path,
+    components: Mapping[str, str | Path | None],
+    *,
+    is_hub_id: bool,
+    part_sources: Mapping[str, str],
+    non_commercial: Mapping[str, str],
+) -> dict[str, Path]:
+    """The folders of the encoders and tokenizers that exist, by the names of the folders below a checkpoint.
+
+    components: "siglip" and "flux", folders or hub ids; "t5": None leaves T5 out. Unless given, they lie below the
+    checkpoint's folder; those of a hub id come from the original's repositories. part_sources: where else, by folder.
+    """
+    siglip, flux = components.get("siglip"), components.get("flux")
+    if is_hub_id:
+        siglip, flux = siglip or SIGLIP_HUB_ID, flux or FLUX_HUB_ID
+    with_t5 = components.get("t5", True) is not None
+    wanted = tuple(part for part in FLUX_FOLDERS if with_t5 or not part.endswith("_2"))
+    flux_folder = folder if flux is None else hub.resolve(flux, subfolders=wanted, non_commercial=non_commercial)
+    folders = {part: flux_folder / part for part in wanted}
+    folders[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
+    for part, source in part_sources.items():
+        if part in folders and not folders[part].is_dir():
+            folders[part] = hub.resolve(source)
+    return {part: path for part, path in folders.items() if path.is_dir()}

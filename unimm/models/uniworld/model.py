@@ -1,15 +1,14 @@
-"""UniWorld-V1: what a frozen reader makes of a prompt, and what SigLIP2 sees in its pictures, told to FLUX.
+"""UniWorld-V1: the network with its files and verbs.
 
-Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1. The reader's last
-hidden states of all of a prompt's tokens are projected to the painter's width; each picture's features stand between
-its cells and the marker behind it. docs/originals/uniworld.md. Time 0 is data, 1 is noise.
+Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1.
+docs/originals/uniworld.md.
 
-Axes: B samples, n rows of a sample, m tokens of what the painter is told, D the reader's width, C channels, h w latents.
+Axes: B samples, M tokens of a condition, D model (the MLLM's), P images, L tokens of an image, C channels, h w latent grid,
+k reference images, S steps.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,21 +18,19 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.keymap import KeyMap, renames
+from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
-from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import ComponentModel, Components, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.uniworld import FILES, RELEASES
-from unimm.models.uniworld.auxiliary_encoders import FLUX_HUB_ID, SIGLIP_HUB_ID
-from unimm.models.uniworld.config import FLUX_FOLDERS, SIGLIP_FOLDER, TASK_HEAD_FILES, UniWorldConfig
+from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
+from unimm.models.uniworld.config import TASK_HEAD_FILES, UniWorldConfig
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
-from unimm.models.uniworld.network import UniWorldNetwork
+from unimm.models.uniworld.network import MLLMOutput, UniWorldNetwork
 from unimm.models.uniworld.processor import (
     MAX_IMAGE_SIDE,
     ReferenceLatents,
@@ -41,7 +38,7 @@ from unimm.models.uniworld.processor import (
     UniWorldProcessor,
     nearest_aspect_size,
 )
-from unimm.models.uniworld.weights import uniworld_key_map
+from unimm.models.uniworld.weights import TASK_HEAD_KEY_MAP, uniworld_key_map
 from unimm.processing.images.io import load_image, tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
@@ -54,23 +51,12 @@ from unimm.processing.requests import (
 )
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import load_tokenizer
-from unimm.vlms.base import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD
 
 
-@dataclass(frozen=True)
-class MLLMOutput:
-    """What the reader made of a sample: states after its final norm [n, D], and how to go on behind it."""
-
-    parts: Sequence[Part]
-    hidden_states: Tensor
-    cache: KVCache  # of all rows but the last
-    last_id: int  # the last row's id
-
-
 class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
-    """The network with its verbs."""
+    """A frozen MLLM and SigLIP2 condition a FLUX: generates and edits images, and answers as the MLLM does."""
 
     RELEASES = RELEASES
     FILES = FILES
@@ -85,7 +71,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
 
     @classmethod
     def _build(cls, folder: Path) -> Self:
-        """The model of a folder's config files, with its reader's tokenizer, without weights and without parts."""
+        """The model of a folder's config files, with the MLLM's tokenizer, without weights and auxiliary encoders."""
         model = cls(UniWorldConfig.from_folder(folder))
         model.mllm.tokenizer = load_tokenizer(folder)
         return model
@@ -99,33 +85,25 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         Unless given, these parts lie below the checkpoint's folder, or are absent; those of a hub id come from the
         repositories that the original names (FLUX.1-dev's non-commercial licence has to be accepted first).
         """
-        siglip, flux = components.get("siglip"), components.get("flux")
-        if not Path(name).expanduser().is_dir() and str(name) not in hub.bundled_names():  # a hub id
-            siglip, flux = siglip or SIGLIP_HUB_ID, flux or FLUX_HUB_ID
-        with_t5 = components.get("t5", True) is not None
-        wanted = tuple(part for part in FLUX_FOLDERS if with_t5 or not part.endswith("_2"))
-        licences = self.FILES.non_commercial
-        around = folder if flux is None else hub.resolve(flux, subfolders=wanted, non_commercial=licences)
-        homes = {part: around / part for part in wanted}
-        homes[SIGLIP_FOLDER] = folder / SIGLIP_FOLDER if siglip is None else hub.resolve(siglip)
-        homes |= {
-            part: hub.resolve(at)
-            for part, at in self.config.part_sources.items()
-            if part in homes and not homes[part].is_dir()
-        }
-        homes = {part: at for part, at in homes.items() if at.is_dir()}
-        self.auxiliary.load(homes, dtype=dtype, device=device)
+        folders = find_auxiliary_folders(
+            folder,
+            components,
+            is_hub_id=not Path(name).expanduser().is_dir() and str(name) not in hub.bundled_names(),
+            part_sources=self.config.part_sources,
+            non_commercial=self.FILES.non_commercial,
+        )
+        self.auxiliary.load(folders, dtype=dtype, device=device)
         self.auxiliary.check_widths(self.config)
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of each file of weights that there is a part for."""
-        tables: dict[tuple[str, ...], KeyMap] = {HUB_WEIGHT_FILES: uniworld_key_map(self.config)}
+        """The key map of each file of weights whose part the model has."""
+        key_maps: dict[tuple[str, ...], KeyMap] = {HUB_WEIGHT_FILES: uniworld_key_map(self.config)}
         if self.task_head is not None:
-            tables[TASK_HEAD_FILES] = renames({"0.{}": "task_head.fc1.{}", "3.{}": "task_head.fc2.{}"})
-        return tables | self.auxiliary.key_maps("auxiliary.")
+            key_maps[TASK_HEAD_FILES] = TASK_HEAD_KEY_MAP
+        return key_maps | self.auxiliary.key_maps("auxiliary.")
 
     def save_config(self, folder: Path) -> None:
-        """Write config.json and preprocessor_config.json, those of the parts below, and all tokenizers."""
+        """Write config.json and preprocessor_config.json, the auxiliary encoders' configs below, and all tokenizers."""
         for name, contents in (self.config.to_json() | self.auxiliary.to_json()).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
@@ -134,46 +112,16 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
                 (folder / name).mkdir(exist_ok=True)
                 tokenizer.save(folder / name)
 
-    # ---- reading
+    # ---- routing
 
     @property
     def processor(self) -> UniWorldProcessor:
-        """How this model's prompts are made."""
+        """Prompts and images to parts."""
         return UniWorldProcessor(
             mllm_processor=self.mllm.processor,
             system_prompt=self.config.system_prompt,
             images_first=self.config.images_first,
         )
-
-    @torch.no_grad()
-    def encode_prompts(
-        self, samples: Sequence[Sequence[Part]], *, image_embeds_shortcut: float = 0.0
-    ) -> list[MLLMOutput]:
-        """The MLLM's output for samples of `processor`, in one forward.
-
-        image_embeds_shortcut: weight in [0, 1] of the vision encoder's output, against the hidden states of its tokens.
-        """
-        mllm = self.mllm
-        lengths = [sum(part.segment.length for part in parts) for parts in samples]
-        plan = plan_prefill(mllm.decoder, [EMPTY_CACHE] * len(samples), samples)
-        batch = plan.batch
-        x = mllm.embed(batch)
-        rows = {EXPERT: torch.arange(sum(lengths), device=self.device)}
-        hidden = mllm.decoder(x, mllm.position_ids(batch), rows, plan.attend)[EXPERT]
-        states = mllm.decoder.norms[EXPERT](hidden)
-        if image_embeds_shortcut and batch.und_images:
-            image_rows = batch.und_images.rows
-            mixed = torch.lerp(states[image_rows], x[image_rows], image_embeds_shortcut)
-            states = states.index_copy(0, image_rows, mixed)
-        # the cache leaves out the last row, whose id decoding feeds first
-        caches = [
-            EMPTY_CACHE.appended(plan.buffer.copy_new_rows(i, length - 1), next_position - 1)
-            for i, (length, next_position) in enumerate(zip(lengths, batch.layout.next_positions, strict=True))
-        ]
-        return [
-            MLLMOutput(parts=parts, hidden_states=hidden_states, cache=cache, last_id=int(parts[-1].ids[-1]))
-            for parts, hidden_states, cache in zip(samples, states.split(lengths), caches, strict=True)
-        ]
 
     def task_head_state(self, samples: Sequence[Sequence[Part]], hidden_states: Sequence[Tensor]) -> Tensor:
         """The hidden state at the last "assistant" token of each sample [B, D], by which the task head routes."""
@@ -231,23 +179,23 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         return unpatchify_latents(x, height=noise.shape[2], width=noise.shape[3])
 
     def sampling_timesteps(self, size: tuple[int, int], steps: int, *, n_references: int = 0) -> Tensor:
-        """FLUX's times for a picture of (height, width), and references of its size."""
+        """FLUX's schedule [S + 1] for an image of (height, width) in pixels, with references of its size."""
         tokens = size[0] * size[1] // self.token_pixels**2
         return flow_timesteps(steps, dynamic_shift(tokens * (1 + n_references)))
 
     def initial_noise(self, size: tuple[int, int], seed: int) -> Tensor:
-        """What a picture of (height, width) begins from [C, h, w]."""
+        """Noise of an image of (height, width) in pixels, on the CPU [C, h, w]."""
         height, width = (side * PATCH_SIZE // self.token_pixels for side in size)
         shape = self.config.latent_channels, height, width
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
     @property
     def token_pixels(self) -> int:
-        """Pixels of a token, a side."""
+        """Pixels a side of an image token."""
         return PATCH_SIZE * self.auxiliary.required_vae.config.stride
 
     def output_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
-        """(height, width) of what is drawn from pictures: the ratio nearest to that of their mean height and width."""
+        """(height, width) of an image edited from others: in the aspect ratio nearest to their mean height and width."""
         height, width = sum(one.height for one in images), sum(one.width for one in images)
         return nearest_aspect_size(
             height or 1, width or 1, image_pixels=self.config.image_pixels, n_ratios=self.config.n_aspect_ratios
@@ -353,16 +301,16 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         image_embeds_shortcut: float = 0.0,
         progress: bool = False,
     ) -> Generation:
-        """Draw `n` pictures for each prompt, in the order of the prompts, or edit the images given with it.
+        """Generate `n` images for each prompt, in the order of the prompts, or edit the input images given with it.
 
-        prompt: one text or a batch. images: for one prompt a picture or several, for a batch one of these each; they are
-        read behind the text, or where it says <|image_pad|>. size: (height, width), unless given the nearest ratio to the
-        images'. seed: one, or one a prompt; from one number, that number and the ones after it, picture by picture.
-        guidance: what FLUX embeds; text_guidance: classifier-free, away from nothing told, 1 is none; one, or one a prompt.
-        t5, clip: whether they are told the prompt, too; unless given,
-        where they are. references: whether the painter sees the images' latents, too: as "tokens" beside the picture, or
-        among what it is told, the "condition". residual: how much of what is read of the images is what the reader's tower
-        gave. A picture does not depend on what else is in the batch. Raises ValueError for bad input.
+        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these each; they stand
+        after the text, or where it has <|image_pad|>. size: (height, width) in pixels; unless given, in the aspect ratio
+        nearest to the input images'. seed: one, or one a prompt; from one number, that number and the ones after it, image by
+        image. guidance: the scale that FLUX embeds; true_cfg_scale: of classifier-free guidance against an empty condition, 1
+        is none; one, or one a prompt. t5, clip: whether these encode the prompt, too; unless given, where they are loaded.
+        reference_latents: the input images' VAE latents as "tokens" beside the image's, or as part of the "condition".
+        image_embeds_shortcut: weight in [0, 1] of the vision encoder's output, against the MLLM's states of the input images.
+        An image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         prompts, image_lists = parse_requests(prompt, images)
         input_images = [[load_image(image) for image in some] for some in image_lists]
@@ -430,9 +378,9 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         text_sampling: TextSampling | None = None,
         progress: bool = False,
     ) -> str | Generation:
-        """Answer a prompt, or draw it, as the head decides that read it: a str or a Generation. The prompt is read once.
+        """Answer a prompt in words, or generate an image for it, as the task head decides; the prompt is encoded once.
 
-        Raises ValueError for bad input, and for a checkpoint without the head.
+        Returns a str or a Generation. Raises ValueError for bad input, and for a checkpoint without the head.
         """
         (image_list,) = parse_images(images, prompt)
         input_images = [load_image(image) for image in image_list]
@@ -451,9 +399,9 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         steps = decode_text(session, [output.last_id], end=end, sampling=sampling, seeds=seeds)
         return TextStream(steps, self.mllm.processor.text_tokenizer.decode, 1, sampling.stop).texts()[0]
 
-    # ---- speaking
+    # ---- understanding
 
     @property
     def chat_mllm(self) -> QwenVL:
-        """The reader."""
+        """The MLLM."""
         return self.mllm

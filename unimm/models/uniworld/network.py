@@ -9,6 +9,7 @@ k images of a sample.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,24 @@ from torch import Tensor, nn
 from unimm.denoisers.flux import FluxTransformer, flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.flow import add_noise
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
+from unimm.generation.prefill import plan_prefill
 from unimm.models.uniworld.auxiliary_encoders import AuxiliaryEncoders, require_part
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
+from unimm.vlms.base import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
+
+
+@dataclass(frozen=True)
+class MLLMOutput:
+    """The MLLM's output for a sample: hidden states after the final norm [N, D], and what decoding an answer begins with."""
+
+    parts: Sequence[Part]
+    hidden_states: Tensor
+    cache: KVCache  # of all rows but the last
+    last_id: int  # the id of the last row
 
 
 class UniWorldNetwork(nn.Module):
@@ -43,6 +57,38 @@ class UniWorldNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.mllm.dtype
+
+    # ---- MLLM
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, samples: Sequence[Sequence[Part]], *, image_embeds_shortcut: float = 0.0
+    ) -> list[MLLMOutput]:
+        """The MLLM's output for samples of `processor`, in one forward.
+
+        image_embeds_shortcut: weight in [0, 1] of the vision encoder's output, against the hidden states of its tokens.
+        """
+        mllm = self.mllm
+        lengths = [sum(part.segment.length for part in parts) for parts in samples]
+        plan = plan_prefill(mllm.decoder, [EMPTY_CACHE] * len(samples), samples)
+        batch = plan.batch
+        x = mllm.embed(batch)
+        rows = {EXPERT: torch.arange(sum(lengths), device=mllm.device)}
+        hidden = mllm.decoder(x, mllm.position_ids(batch), rows, plan.attend)[EXPERT]
+        states = mllm.decoder.norms[EXPERT](hidden)
+        if image_embeds_shortcut and batch.und_images:
+            image_rows = batch.und_images.rows
+            mixed = torch.lerp(states[image_rows], x[image_rows], image_embeds_shortcut)
+            states = states.index_copy(0, image_rows, mixed)
+        # the cache leaves out the last row, whose id decoding feeds first
+        caches = [
+            EMPTY_CACHE.appended(plan.buffer.copy_new_rows(i, length - 1), next_position - 1)
+            for i, (length, next_position) in enumerate(zip(lengths, batch.layout.next_positions, strict=True))
+        ]
+        return [
+            MLLMOutput(parts=parts, hidden_states=hidden_states, cache=cache, last_id=int(parts[-1].ids[-1]))
+            for parts, hidden_states, cache in zip(samples, states.split(lengths), caches, strict=True)
+        ]
 
     # ---- conditions
 
