@@ -26,7 +26,7 @@ from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import JanusSpecialTokens, padded_unconditional
 from unimm.models.janus.model import Janus
 from unimm.sequence.packing import PackedBatch, pack_sequences
-from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
+from unimm.sequence.parts import IGNORE_INDEX, Part, TextPart, text_part
 
 EXPECTS = 'config.json with model_type "multi_modality" or "janus"'
 
@@ -213,7 +213,7 @@ def labelled(case: Case, model: Janus, labels: Tensor, special: dict) -> list[Pa
     for item in prompts_of(case, model, "und", special)[0]:
         n = item.segment.length
         given = labels[at : at + n].tolist()
-        assert item.tokens is None or set(given) == {IGNORE_INDEX}, "a label at a picture's row"
-        items.append(item if item.tokens is not None else text_part(item.ids.tolist(), labels=given))
+        assert isinstance(item, TextPart) or set(given) == {IGNORE_INDEX}, "a label at a picture's row"
+        items.append(text_part(item.ids.tolist(), labels=given) if isinstance(item, TextPart) else item)
         at += n
     return items

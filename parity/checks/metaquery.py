@@ -18,7 +18,7 @@ from unimm.denoisers.sana import TIMESTEP_SCALE
 from unimm.generation.flow import dpm_timesteps, floor_timesteps, integer_timesteps
 from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import ConditionBatch
-from unimm.sequence.parts import Part, text_part
+from unimm.sequence.parts import ImagePart, Part, text_part
 
 EXPECTS = 'config.json with model_type "metaquery"'
 PAD = "<|endoftext|>"
@@ -138,14 +138,12 @@ def check_prompts(case: Case, model: MetaQuery, group: str, samples: Sequence[Se
         case.compare_note(
             f"{group}: decoded prompt {i}", spelt(model, [pad] * (longest - len(rows[i])) + rows[i]), text
         )
-    pictures = [item for items in samples for item in items if item.tokens is not None]
+    pictures = [item for items in samples for item in items if isinstance(item, ImagePart)]
     if pictures:
         merge = model.config.mllm.vision.spatial_merge_size
-        patches = [
-            rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures if item.tokens is not None
-        ]
+        patches = [rearrange(item.tokens, "n (s f) -> (n s) f", s=merge**2) for item in pictures]
         case.compare(f"{group}.pixel_values", torch.cat(patches))
-        grids = [item.image_position_ids.amax(0) + 1 for item in pictures if item.image_position_ids is not None]
+        grids = [item.image_position_ids.amax(0) + 1 for item in pictures]
         case.compare(f"{group}.image_grid_thw", torch.stack(grids) * torch.tensor([1, merge, merge]))
 
 

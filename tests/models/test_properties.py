@@ -90,9 +90,7 @@ def samples(model):
 
 def losses(model, plans, seed=0):
     packed = pack_sequences(plans)
-    tokens = sum(
-        len(item.tokens) for plan in plans for item in plan if item.kind == "gen_image" and item.tokens is not None
-    )
+    tokens = sum(len(item.tokens) for plan in plans for item in plan if item.kind == "gen_image")
     noise = torch.randn(tokens, model.config.latent_dim, generator=torch.Generator().manual_seed(seed))
     return model(packed, noise), noise
 
@@ -102,7 +100,7 @@ def test_packed_equals_one_by_one(model):
     packed, noise = losses(model, plans)
     ce, mse, at = [], [], 0
     for plan in plans:
-        n = sum(len(item.tokens) for item in plan if item.kind == "gen_image" and item.tokens is not None)
+        n = sum(len(item.tokens) for item in plan if item.kind == "gen_image")
         alone = model(pack_sequences([plan]), noise[at : at + n])
         at += n
         ce.append(alone.ce)

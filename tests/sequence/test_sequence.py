@@ -1,4 +1,4 @@
-"""Segments to positions and blocks, items to packs, and what the training plans drop."""
+"""Segments to positions and masks, parts to packed batches, and what the training plans drop."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_the_rows_of_the_docstring():
     assert layout.segment_starts == ((0, 3, 7),)
 
 
-def test_positions_go_on_after_a_past():
+def test_positions_continue_after_a_cached_prefix():
     layout = build_layout(
         [[TEXT], [CLEAN]],
         [
@@ -46,11 +46,11 @@ def test_positions_go_on_after_a_past():
     assert layout.position_ids.tolist() == [2, 3, 4, 9, 9, 9, 9]
     assert layout.next_positions == (5, 10)
     dense = layout.mask.dense(16)
-    assert dense[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]  # all of the past, and itself
-    assert dense[3].nonzero().flatten().tolist() == [8, 9, 10, 11, 12]  # full: the past and the whole block
+    assert dense[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]  # all of the prefix, and itself
+    assert dense[3].nonzero().flatten().tolist() == [8, 9, 10, 11, 12]  # full: the prefix and the whole segment
 
 
-def test_frames_of_a_video_are_one_block_that_later_items_see():
+def test_frames_of_a_video_are_one_block_that_later_parts_attend_to():
     frames = [
         image(noised=True, video_frame=(3, False)),
         image(noised=True, video_frame=(2, True)),
@@ -63,7 +63,7 @@ def test_frames_of_a_video_are_one_block_that_later_items_see():
     assert packed.noised.all()
 
 
-def test_pack_places_everything():
+def test_packed_rows_of_ids_and_images():
     packed = pack_sequences(
         [[text_part([1, 2, 3], labels=[2, 3, IGNORE_INDEX]), image("und_image")], [image(timestep=0.25, noised=True)]]
     )
@@ -77,7 +77,7 @@ def test_pack_places_everything():
     assert packed.label_weights.tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0, 0, 0, 0, 0])
 
 
-def test_dropped_text_leaves_nothing_and_a_dropped_picture_moves_the_clock():
+def test_a_dropped_text_leaves_nothing_and_a_dropped_image_a_position():
     text, target = text_part([1, 2]), image(noised=True)
     source = ImageForms(vae=image(), vit=image("und_image"), noised=target)
     always = iter([0.0, 0.0, 0.0])
@@ -88,17 +88,17 @@ def test_dropped_text_leaves_nothing_and_a_dropped_picture_moves_the_clock():
 
 
 def test_plans():
-    text, noised, look, clean = text_part([1, 2]), image(noised=True), image("und_image"), image()
-    shown = ImageForms(vae=clean, vit=look, noised=noised)
+    text, noised, vit, clean = text_part([1, 2]), image(noised=True), image("und_image"), image()
+    forms = ImageForms(vae=clean, vit=vit, noised=noised)
     assert [part.droppable for part in plan_text_to_image(text, noised)] == [True, False]
-    steps = plan_edit(shown, [(text, shown), (text, shown)])
-    assert [part.part for part in steps] == [clean, look, text, noised, clean, look, text, noised]
+    steps = plan_edit(forms, [(text, forms), (text, forms)])
+    assert [part.part for part in steps] == [clean, vit, text, noised, clean, vit, text, noised]
     assert [part.droppable for part in steps] == [True, True, True, False, True, True, True, False]
-    assert not any(part.droppable for part in plan_answer([look], [text, text]))
+    assert not any(part.droppable for part in plan_answer([vit], [text, text]))
     never = drop_conditions(
-        [PlannedPart(item, droppable=True) for item in (text, look, clean)], ConditionDropout(), lambda: 0.999
+        [PlannedPart(item, droppable=True) for item in (text, vit, clean)], ConditionDropout(), lambda: 0.999
     )
-    assert never == [text, look, clean]
+    assert never == [text, vit, clean]
 
 
 def test_dropout_rates_are_those_of_the_kind():
@@ -115,6 +115,6 @@ def test_label_weights():
     assert label_weights(torch.tensor([5, 6, 7, 8, 9])).tolist() == pytest.approx([0.5] * 4 + [1.0])
 
 
-def test_gap_moves_only_the_clock():
+def test_a_position_gap_has_no_rows():
     layout = pack_sequences([[position_gap(1), text_part([1])]]).layout
     assert layout.lengths == (1,) and layout.position_ids.tolist() == [1]

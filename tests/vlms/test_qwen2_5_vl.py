@@ -75,7 +75,7 @@ def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tens
         ids: list[int] = []
         for item in items:
             ids += item.ids.tolist() + [154] * item.n_tokens
-            if item.tokens is not None:
+            if item.kind == "und_image":
                 h, w = (item.image_position_ids[:, 1:].amax(0) + 1).tolist()
                 grids.append([item.n_tokens // (h * w), h * m, w * m])
                 patches.append(item.tokens.reshape(item.n_tokens * m * m, -1))
@@ -386,7 +386,10 @@ def test_config_round_trip():
         ({"vision_config": VISION | {"out_hidden_size": 40}}, "got out_hidden_size 40.*expected 72"),
         ({"vision_config": VISION | {"num_heads": 4}}, "expected heads of a multiple of 4"),
         ({"vision_config": VISION | {"fullatt_block_indexes": [7]}}, "full attention in layers .7,.*layers 0 to 2"),
-        ({"vision_config": VISION | {"temporal_patch_size": 1}}, "got temporal_patch_size 2, expected 1 by the rest of preprocessor_config"),
+        (
+            {"vision_config": VISION | {"temporal_patch_size": 1}},
+            "got temporal_patch_size 2, expected 1 by the rest of preprocessor_config",
+        ),
     ],
 )
 def test_wrong_configs(changes, words):

@@ -1,4 +1,7 @@
-"""Samples of parts packed end to end into one batch."""
+"""Samples of parts packed end to end into one batch.
+
+Axes: N rows, n rows or tokens of one kind, F features of a token.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -8,52 +11,49 @@ import torch
 from torch import Tensor
 
 from unimm.kernels.attention.mask import cached_tensor_property
-from unimm.sequence.parts import IGNORE_INDEX, Part
+from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part
 from unimm.sequence.segments import CachedPrefix, PackedLayout, build_layout
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The image tokens of a pack: contents [n, F], their rows in the pack, places in the table, tokens an image."""
+    """The image tokens of one kind in a batch, image after image."""
 
-    content: Tensor
-    rows: Tensor
-    image_position_ids: Tensor
-    lengths: tuple[int, ...]
-    pixel_values: Tensor | None = None  # of all images, where tokens are no patches
+    content: Tensor  # [n, F] patches or latent tokens, or [n] codes
+    rows: Tensor  # [n] of the batch
+    image_position_ids: Tensor  # [n] or [n, 3], as in ImagePart
+    lengths: tuple[int, ...]  # tokens per image
+    pixel_values: Tensor | None = None  # the tiles of all images, where tokens are no patches
 
     def to(self, device: torch.device | str) -> "ImageTokens":
         """The same tokens on a device."""
-        tiles = None if self.pixel_values is None else self.pixel_values.to(device)
-        return ImageTokens(
-            self.content.to(device), self.rows.to(device), self.image_position_ids.to(device), self.lengths, tiles
-        )
+        pixel_values = None if self.pixel_values is None else self.pixel_values.to(device)
+        position_ids = self.image_position_ids.to(device)
+        return ImageTokens(self.content.to(device), self.rows.to(device), position_ids, self.lengths, pixel_values)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Samples of items, laid end to end, ready for one forward."""
+    """Samples of parts laid end to end, ready for one forward."""
 
     layout: PackedLayout
-    ids: Tensor  # [n] text and marker ids
-    id_rows: Tensor  # [n]
+    ids: Tensor  # [n] of texts and of boundaries of images
+    id_rows: Tensor  # [n] their rows
     labels: Tensor  # [n]
     label_weights: Tensor  # [n] of each label in a reweighted loss
     und_images: ImageTokens | None
     gen_images: ImageTokens | None
-    timesteps: Tensor = field(repr=False)  # [draw tokens] float32
-    noised: Tensor = field(repr=False)  # [draw tokens] bool: which carry the flow loss
+    timesteps: Tensor = field(repr=False)  # [generated image tokens] float32
+    noised: Tensor = field(repr=False)  # [generated image tokens] bool: which carry the flow loss
 
     @cached_tensor_property
     def rows_by_expert(self) -> dict[str, Tensor]:
-        """Hard routing by token kind: latent tokens are the generation expert's, all others the understanding one's."""
-        rows = {
-            "und": torch.cat([self.id_rows, self.und_images.rows]).sort().values if self.und_images else self.id_rows
-        }
-        return rows | ({"gen": self.gen_images.rows} if self.gen_images else {})
+        """Routing by kind of token: generated image tokens to the generation expert, all others to the understanding one."""
+        und = torch.cat([self.id_rows, self.und_images.rows]).sort().values if self.und_images else self.id_rows
+        return {"und": und} | ({"gen": self.gen_images.rows} if self.gen_images else {})
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same pack on a device."""
+        """The same batch on a device."""
         if self.ids.device == torch.device(device):
             return self
         moved: dict[str, Any] = {}
@@ -69,56 +69,59 @@ def pack_sequences(
     *,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Lay samples of items end to end; `past` as in `lay_out`."""
-    layout = build_layout([[item.segment for item in items] for items in samples], prefixes, device=device)
+    """Lay samples of parts end to end; `prefixes` as in `build_layout`."""
+    layout = build_layout([[part.segment for part in parts] for parts in samples], prefixes, device=device)
     placed = [
         pair
-        for items, rows in zip(samples, layout.segment_starts, strict=True)
-        for pair in zip(items, rows, strict=True)
+        for parts, rows in zip(samples, layout.segment_starts, strict=True)
+        for pair in zip(parts, rows, strict=True)
     ]
-    # the ids of a text fill its segment, the markers of an image stand at its ends
-    ends = [torch.tensor([0, i.n_tokens + 1])[: len(i.ids)] for i, _ in placed]
-    ids_at = [at if i.n_tokens else torch.arange(len(i.ids)) for (i, _), at in zip(placed, ends, strict=True)]
-    id_rows = [row + at for (_, row), at in zip(placed, ids_at, strict=True)]
-    gen_images = [item for item, _ in placed if item.kind == "gen_image" and item.tokens is not None]
-    labels = [item.labels for item, _ in placed]
+    labels = [part.labels for part, _ in placed]
+    generated = [part for part, _ in placed if isinstance(part, ImagePart) and part.kind == "gen_image"]
+    n_tokens = torch.tensor([part.n_tokens for part in generated], dtype=torch.long)
+    timesteps = torch.tensor([part.timestep for part in generated], dtype=torch.float32)
+    noised = torch.tensor([part.noised for part in generated], dtype=torch.bool)
     return PackedBatch(
         layout=layout,
-        ids=torch.cat([item.ids for item, _ in placed]).to(device),
-        id_rows=torch.cat(id_rows).to(device),
+        ids=torch.cat([part.ids for part, _ in placed]).to(device),
+        id_rows=torch.cat([row + _id_offsets(part) for part, row in placed]).to(device),
         labels=torch.cat(labels).to(device),
         label_weights=torch.cat([label_weights(one) for one in labels]).to(device),
         und_images=_image_tokens("und_image", placed, device),
         gen_images=_image_tokens("gen_image", placed, device),
-        timesteps=_repeat_per_token(gen_images, [i.timestep for i in gen_images], torch.float32).to(device),
-        noised=_repeat_per_token(gen_images, [i.noised for i in gen_images], torch.bool).to(device),
+        timesteps=timesteps.repeat_interleave(n_tokens).to(device),
+        noised=noised.repeat_interleave(n_tokens).to(device),
     )
 
 
+def _id_offsets(part: Part) -> Tensor:
+    """Where the ids of a part lie in its segment: a text's fill it, an image's stand at its ends."""
+    if isinstance(part, ImagePart):
+        return torch.tensor([0, part.n_tokens + 1])[: len(part.ids)]
+    return torch.arange(len(part.ids))
+
+
 def label_weights(labels: Tensor) -> Tensor:
-    """The optional weight of each label of an item [n]: 1 / sqrt(labels of its turn), so that long answers do not drown
-    short ones; 0 without loss. A label at the closing token is no part of the turn and weighs 1."""
-    counts = labels != IGNORE_INDEX
-    turn = counts[:-1].sum().clamp(min=1).float().rsqrt()
-    return torch.cat((counts[:-1] * turn, counts[-1:].float()))
+    """The optional weight of each label of a part [n]: 1 / sqrt(n labels), so that long answers do not outweigh short ones.
+
+    It is 0 without a label. A label at the part's last row, of the id that ends the message, is not counted and weighs 1.
+    """
+    labelled = labels != IGNORE_INDEX
+    weight = labelled[:-1].sum().clamp(min=1).float().rsqrt()
+    return torch.cat((labelled[:-1] * weight, labelled[-1:].float()))
 
 
 def _image_tokens(kind: str, placed: list[tuple[Part, int]], device: torch.device | str) -> ImageTokens | None:
-    content, rows, image_position_ids, pixel_values = [], [], [], []
-    for item, row in placed:
-        if item.kind == kind and item.tokens is not None and item.image_position_ids is not None:
-            content.append(item.tokens)
-            rows.append(row + min(1, len(item.ids)) + torch.arange(len(item.tokens)))
-            image_position_ids.append(item.image_position_ids)
-            pixel_values += [] if item.pixel_values is None else [item.pixel_values]
-    if not content:
+    images = [(part, row) for part, row in placed if isinstance(part, ImagePart) and part.kind == kind]
+    if not images:
         return None
-    pixels = torch.cat(pixel_values) if pixel_values else None
-    return ImageTokens(
-        torch.cat(content), torch.cat(rows), torch.cat(image_position_ids), tuple(map(len, content)), pixels
-    ).to(device)
-
-
-def _repeat_per_token(items: list[Part], values: list, dtype: torch.dtype) -> Tensor:
-    lengths = torch.tensor([item.n_tokens for item in items], dtype=torch.long)
-    return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+    parts = [part for part, _ in images]
+    pixel_values = [part.pixel_values for part in parts if part.pixel_values is not None]
+    tokens = ImageTokens(
+        content=torch.cat([part.tokens for part in parts]),
+        rows=torch.cat([row + min(1, len(part.ids)) + torch.arange(part.n_tokens) for part, row in images]),
+        image_position_ids=torch.cat([part.image_position_ids for part in parts]),
+        lengths=tuple(part.n_tokens for part in parts),
+        pixel_values=torch.cat(pixel_values) if pixel_values else None,
+    )
+    return tokens.to(device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,33 +13,49 @@ IGNORE_INDEX = -100  # a label without loss; torch.nn.functional.cross_entropy's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A segment and what fills it: token ids alone (text), or marker ids around (one: before) an image's tokens."""
+class TextPart:
+    """Token ids in a segment of their own; also a position gap, which has none."""
 
-    kind: Literal[
-        "text", "und_image", "gen_image"
-    ]  # a text, an image looked at (ViT), an image drawn or drawn before (latents)
+    kind: ClassVar[Literal["text"]] = "text"
+    n_tokens: ClassVar[int] = 0  # image tokens
+    noised: ClassVar[bool] = False
+
     segment: Segment
-    ids: Tensor  # [n] text, or the markers: [2] around the tokens, [1] before them, [0] none
-    labels: Tensor  # one for each of ids, the id that its row must predict, or IGNORE
-    tokens: Tensor | None = None  # look: patches [n, p*p*3]; draw: latent tokens [n, p*p*C], clean, or codes [n]
-    # [n], where each token lies in its table of positions; or [n, 3], its time, row and column from where the image begins
-    image_position_ids: Tensor | None = None
-    pixel_values: Tensor | None = None  # look: the pixels [T, C, S, S] behind tokens that are no patches
-    timestep: float = 0.0  # draw: 0 is data, 1 is noise
-    noised: bool = False  # draw: a target, its tokens carry the flow loss
+    ids: Tensor  # [n]
+    labels: Tensor  # [n] the id that each row must predict, or IGNORE_INDEX
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePart:
+    """The tokens of an image between two boundary ids, behind one, or alone."""
+
+    kind: Literal["und_image", "gen_image"]  # to understand (features of an encoder), or generated (latents, codes)
+    segment: Segment
+    ids: Tensor  # the boundary ids: [2] around the tokens, [1] before them, [0] none
+    labels: Tensor  # of the boundary ids: the id that each row must predict, or IGNORE_INDEX
+    # to understand: patches [n, p*p*3]; generated: clean latent tokens [n, p*p*C], or codes [n]
+    tokens: Tensor
+    # [n] where each token lies in its table of positions; or [n, 3] its time, row and column from the image's first
+    image_position_ids: Tensor
+    pixel_values: Tensor | None = (
+        None  # the tiles [T, C, S, S] that the tokens are features of, where they are no patches
+    )
+    timestep: float = 0.0  # generated: 0 is data, 1 is noise
+    noised: bool = False  # generated: a target, its tokens carry the flow loss
 
     @property
     def n_tokens(self) -> int:
-        """Image tokens; a text has none."""
-        return 0 if self.tokens is None else len(self.tokens)
+        """Image tokens."""
+        return len(self.tokens)
 
 
-def text_part(ids: Sequence[int], *, labels: Sequence[int] | None = None) -> Part:
-    """A text of n token ids, markers included; causal, and the clock moves by n."""
+Part: TypeAlias = TextPart | ImagePart
+
+
+def text_part(ids: Sequence[int], *, labels: Sequence[int] | None = None) -> TextPart:
+    """A text of n token ids, special ones included: causal, each at the next position."""
     n = len(ids)
-    return Part(
-        kind="text",
+    return TextPart(
         segment=Segment(length=n, attention="causal", advance=n),
         ids=torch.tensor(ids, dtype=torch.long),
         labels=torch.full((n,), IGNORE_INDEX) if labels is None else torch.tensor(labels, dtype=torch.long),
@@ -57,20 +73,21 @@ def image_part(
     noised: bool = False,
     video_frame: tuple[int, bool] | None = None,
     end_label: int = IGNORE_INDEX,
-) -> Part:
-    """An image of n tokens between its two markers, or behind one; full, all rows at one clock, which moves by 1
-    (noised: by 0). A `causal` image is read like a text: each row sees those before it, the clock counts every row.
+) -> ImagePart:
+    """An image of n tokens between two boundary ids, or behind one.
 
-    A noised image is invisible to all that follows. Frames of a video are the exception, `frame` = (clock steps to
-    the next frame, whether it joins the frame before): later items see them, noised as they are.
+    All its rows attend to each other and share one position; the next part begins at the next one, behind a noised image
+    at the same. A `causal` image is like a text: each row attends to those before it and has a position of its own. Later
+    parts do not see a noised image. Frames of a video are the exception, video_frame = (positions to the next frame,
+    whether it shares a block with the frame before): later parts see them, noised as they are.
     """
     length, n = len(tokens) + len(boundary_ids), len(boundary_ids)
     advance, joined = video_frame or (length if causal else 0 if noised else 1, False)
     visible = video_frame is not None or not noised
-    attend: Literal["causal", "full"] = "causal" if causal else "full"
-    return Part(
+    attention: Literal["causal", "full"] = "causal" if causal else "full"
+    return ImagePart(
         kind=kind,
-        segment=Segment(length=length, attention=attend, visible=visible, advance=advance, joined=joined),
+        segment=Segment(length=length, attention=attention, visible=visible, advance=advance, joined=joined),
         ids=torch.tensor(boundary_ids, dtype=torch.long),
         labels=torch.tensor((IGNORE_INDEX, end_label)[:n]),
         tokens=tokens,
@@ -80,7 +97,7 @@ def image_part(
     )
 
 
-def position_gap(advance: int) -> Part:
-    """No rows, but the clock moves: what is left of a dropped image."""
+def position_gap(advance: int) -> TextPart:
+    """No rows, but `advance` positions: what remains of a dropped image."""
     none = torch.zeros(0, dtype=torch.long)
-    return Part(kind="text", segment=Segment(length=0, attention="full", advance=advance), ids=none, labels=none)
+    return TextPart(segment=Segment(length=0, attention="full", advance=advance), ids=none, labels=none)

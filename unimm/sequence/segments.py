@@ -1,6 +1,6 @@
-"""The one description of an interleaved sequence: segments, the items that fill them, and packs of many samples.
+"""The description of an interleaved sequence: segments, and the layout of many samples packed end to end.
 
-Masks, positions, expert choice and losses all come from the segment table; there is no second description.
+Masks, positions, expert choice and losses all follow from the segments; nothing else describes a sequence.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from unimm.kernels import AttentionMask, KeyRange
 class Segment:
     """Consecutive rows of one sample.
 
-    The mask rule, once, for training, prefill and denoising: a row sees another of its sample when that one's
+    The rule of the mask, for training, prefill and denoising: a row attends to another of its sample when that one's
     segment is visible or is its own, and it stands before, or both stand in one full segment.
 
-    `advance` is how far the rotary clock moves past the segment. Rows of a causal segment count up from the clock,
-    rows of a full one share it. A `joined` segment is one block with the segment before it: frames of one video see
-    each other, each at its own clock. Length 0 is a dropped condition that still moves the clock.
+    `advance` is the number of rotary positions to the next segment. Rows of a causal segment take one position each, rows
+    of a full one share one. A `joined` segment is one block with the segment before it: frames of one video attend to
+    each other, each at its own position. A segment of length 0 is a dropped condition that still advances the position.
     """
 
     length: int
@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPrefix:
-    """What a sample already holds in a cache: rows, the rotary clock after them, where its buffer begins."""
+    """The cached rows that a sample's new rows follow: how many, the next rotary position, their first row in the buffer."""
 
     length: int = 0
     next_position: int = 0
@@ -43,11 +43,11 @@ class CachedPrefix:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the rows of packed samples lie, at which rotary position, and who sees whom."""
+    """The rows of packed samples: where they lie, at which rotary position, and which attends to which."""
 
     segment_starts: tuple[tuple[int, ...], ...]  # first row of each segment, by sample
-    lengths: tuple[int, ...]  # rows a sample
-    next_positions: tuple[int, ...]  # the rotary clock after each sample
+    lengths: tuple[int, ...]  # rows per sample
+    next_positions: tuple[int, ...]  # the rotary position after each sample
     position_ids: Tensor  # [N]
     mask: AttentionMask
 
@@ -62,35 +62,39 @@ def build_layout(
     *,
     device: torch.device | str = "cpu",
 ) -> PackedLayout:
-    """Pack samples end to end. `past` says what each sample's rows come after; nothing unless given.
+    """Lay samples end to end. prefixes: the cached rows that each sample follows; none unless given.
 
-    Worked rows, one sample: text of 3, clean image of 2 tokens and markers, noised image of 1 token and markers
+    For example, one sample: a text of 3, a clean image of 2 tokens between boundary ids, a noised image of 1 token
 
         row       0  1  2 | 3  4  5  6 | 7  8  9
-        position  0  1  2 | 3  3  3  3 | 4  4  4      the clock then stands at 4: a noised image does not move it
+        position  0  1  2 | 3  3  3  3 | 4  4  4      the next position is 4 still: a noised image does not advance it
     """
     prefixes = prefixes or [CachedPrefix()] * len(samples)
-    row, starts, next_positions, positions, key_ranges = 0, [], [], [], []
+    row = 0
+    starts, next_positions, positions, key_ranges = [], [], [], []
     for segments, prefix in zip(samples, prefixes, strict=True):
-        position, sample_starts = prefix.next_position, []
+        position = prefix.next_position
+        sample_starts = []
         for segment in segments:
             sample_starts.append(row)
             positions.append(position + torch.arange(segment.length) * (segment.attention == "causal"))
-            row, position = row + segment.length, position + segment.advance
+            row += segment.length
+            position += segment.advance
         starts.append(tuple(sample_starts))
         next_positions.append(position)
         key_ranges.append([KeyRange(prefix.length, full=True), *_key_ranges(segments)])
     lengths = tuple(sum(segment.length for segment in segments) for segments in samples)
-    key_starts = None if prefixes[0].buffer_start is None else [p.buffer_start or 0 for p in prefixes]
+    key_starts = None if prefixes[0].buffer_start is None else [prefix.buffer_start or 0 for prefix in prefixes]
     mask = AttentionMask(key_ranges, query_lengths=lengths, key_starts=key_starts, device=device)
     return PackedLayout(tuple(starts), lengths, tuple(next_positions), torch.cat(positions).to(device), mask)
 
 
 def _key_ranges(segments: Sequence[Segment]) -> list[KeyRange]:
-    blocks: list[KeyRange] = []
+    key_ranges: list[KeyRange] = []
     for segment in segments:
         if segment.joined:
-            blocks[-1] = KeyRange(blocks[-1].length + segment.length, full=True, visible=segment.visible)
+            length = key_ranges[-1].length + segment.length
+            key_ranges[-1] = KeyRange(length, full=True, visible=segment.visible)
         else:
-            blocks.append(KeyRange(segment.length, full=segment.attention == "full", visible=segment.visible))
-    return blocks
+            key_ranges.append(KeyRange(segment.length, full=segment.attention == "full", visible=segment.visible))
+    return key_ranges

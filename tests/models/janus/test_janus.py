@@ -127,7 +127,7 @@ def test_prompts_are_what_the_format_says(tmp_path, roles, model):
     found = []
     for item in items:
         ids = item.ids.tolist()
-        found += ids if item.tokens is None else [ids[0], *[place] * item.n_tokens, ids[1]]
+        found += ids if item.kind == "text" else [ids[0], *[place] * item.n_tokens, ids[1]]
     assert found == expected
     assert len({markers.bos, markers.eos, markers.pad, markers.boi, markers.eoi, place}) == 6
     assert asked[0].ids.tolist() == [markers.bos, *theirs.encode(f"{you}: a cat\n\n{me}:", add_special_tokens=False)]

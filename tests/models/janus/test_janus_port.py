@@ -49,7 +49,7 @@ def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
         found: list[int] = []
         for item in items:
             ids = item.ids.tolist()
-            found += ids if item.tokens is None else [ids[0], *[place] * item.n_tokens, ids[1]]
+            found += ids if item.kind == "text" else [ids[0], *[place] * item.n_tokens, ids[1]]
         rows.append(found)
     longest = max(map(len, rows))
     ids = [[model.special_tokens.pad] * (longest - len(row)) + row for row in rows]

@@ -14,7 +14,7 @@ from torch import Tensor
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 from unimm.generation.guidance import Guidance
 from unimm.nn.patches import grid_position_ids, patchify
-from unimm.sequence.parts import IGNORE_INDEX, Part, image_part, text_part
+from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, image_part, text_part
 from unimm.tokenizers.text import TextTokenizer
 
 
@@ -152,7 +152,7 @@ class BagelProcessor:
             labels=[*ids, self.special_tokens.eos, IGNORE_INDEX],
         )
 
-    def vit_part(self, pixels: Tensor) -> Part:
+    def vit_part(self, pixels: Tensor) -> ImagePart:
         """An image [3, h, w] in [-1, 1] as the ViT's patches."""
         if self.vit_patch_size is None:
             raise NotImplementedError(
@@ -169,7 +169,7 @@ class BagelProcessor:
             boundary_ids=(self.special_tokens.boi, self.special_tokens.eoi),
         )
 
-    def latent_part(self, latent: Tensor, *, timestep: float = 0.0, noised: bool = False) -> Part:
+    def latent_part(self, latent: Tensor, *, timestep: float = 0.0, noised: bool = False) -> ImagePart:
         """A latent [z, h, w]: of an image in the context, clean, or of one to generate, noised."""
         p = self.check_visual_gen()
         return self.latent_token_part(
@@ -178,7 +178,7 @@ class BagelProcessor:
 
     def latent_token_part(
         self, tokens: Tensor, height: int, width: int, *, timestep: float = 0.0, noised: bool = False
-    ) -> Part:
+    ) -> ImagePart:
         """Latent tokens [height * width, C], or in their place numbers by which they are found later."""
         boundary_ids = (self.special_tokens.boi, self.special_tokens.eoi)
         return image_part(

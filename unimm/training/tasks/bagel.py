@@ -24,7 +24,7 @@ from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
-from unimm.sequence.parts import Part
+from unimm.sequence.parts import ImagePart, Part
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import TrainConfig, strict
 from unimm.training.freezing import freeze
@@ -184,28 +184,28 @@ class BagelBatchImages:
         self.config, self.items, self.timesteps_per_image, self.dice = config, items, targets, rng
         self.arrays: list[np.ndarray] = []
 
-    def vit_part(self, image: np.ndarray) -> Part:
+    def vit_part(self, image: np.ndarray) -> ImagePart:
         return self.items.vit_part(torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1)
 
-    def vae_part(self, image: np.ndarray) -> Part:
+    def vae_part(self, image: np.ndarray) -> ImagePart:
         return self._add(image, time=0.0, noised=False)
 
-    def noised_parts(self, image: np.ndarray) -> list[Part]:
+    def noised_parts(self, image: np.ndarray) -> list[ImagePart]:
         """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (docs/originals/bagel.md, "Losses")."""
         normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.timesteps_per_image)])
         times = shift_timesteps(normals.sigmoid(), self.config.train_timestep_shift)
         first = self._add(image, time=float(times[0]), noised=True)
         return [first, *(replace(first, timestep=float(t)) for t in times[1:])]
 
-    def filler_part(self) -> Part:
+    def filler_part(self) -> ImagePart:
         """The first picture again, clean."""
         return self._latent_part(self.arrays[0].shape, 0, time=0.0, noised=False)
 
-    def _add(self, image: np.ndarray, *, time: float, noised: bool) -> Part:
+    def _add(self, image: np.ndarray, *, time: float, noised: bool) -> ImagePart:
         self.arrays.append(image)
         return self._latent_part(image.shape, len(self.arrays) - 1, time=time, noised=noised)
 
-    def _latent_part(self, shape: tuple[int, ...], picture: int, *, time: float, noised: bool) -> Part:
+    def _latent_part(self, shape: tuple[int, ...], picture: int, *, time: float, noised: bool) -> ImagePart:
         h, w = shape[0] // self.config.latent_downsample, shape[1] // self.config.latent_downsample
         names = torch.stack((torch.full((h * w,), picture), torch.arange(h * w)), -1)
         return self.items.latent_token_part(names, h, w, timestep=time, noised=noised)

@@ -65,7 +65,7 @@ def drop_conditions(parts: Sequence[PlannedPart], dropout: ConditionDropout, ran
     A dropped text leaves nothing; a dropped picture still moves the rotary clock.
     """
     rates = {"text": dropout.text, "gen_image": dropout.vae, "und_image": dropout.vit}
-    kept = []
+    kept: list[Part] = []
     for part in parts:
         if part.droppable and rand() < rates[part.part.kind]:
             kept += [position_gap(1)] if part.part.kind != "text" else []

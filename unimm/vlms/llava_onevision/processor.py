@@ -12,7 +12,7 @@ from PIL import Image
 
 from unimm.processing.chat_templates import ChatMessage, Prompt
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
-from unimm.sequence.parts import Part, text_part
+from unimm.sequence.parts import ImagePart, Part, text_part
 from unimm.sequence.segments import Segment
 from unimm.vlms.llava_onevision.config import LlavaSpecialTokens
 from unimm.vlms.processor import IM_END, IM_START, VLMProcessor
@@ -68,12 +68,12 @@ class LlavaOneVisionProcessor(VLMProcessor):
             out += [text_part(ids[begin + 1 : end])] if end > begin + 1 else []
         return out
 
-    def und_image_part(self, image: Image.Image, *, tiled: bool) -> Part:
+    def und_image_part(self, image: Image.Image, *, tiled: bool) -> ImagePart:
         """An RGB picture: no marker; of each row its picture's (height, width) and tiles, for the model to arrange them."""
         tiles = self.image_processor.preprocess(image, tiled=tiled)
         n = self.image_processor.n_image_tokens(image.height, image.width, tiled=tiled)
         none = torch.zeros(0, dtype=torch.long)
-        return Part(
+        return ImagePart(
             kind="und_image",
             segment=Segment(length=n, attention="causal", advance=n),
             ids=none,

@@ -17,7 +17,7 @@ from unimm.processing.chat_templates import ChatMessage, Prompt
 from unimm.processing.images.io import load_image
 from unimm.processing.images.qwen2_vl import PatchGrid, Qwen2VLImageProcessor
 from unimm.processing.requests import ImageInput
-from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
+from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, text_part
 from unimm.sequence.segments import Segment
 from unimm.vlms.processor import IM_END, IM_START, VLMProcessor
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVisionConfig
@@ -86,7 +86,7 @@ class QwenVLProcessor(VLMProcessor):
             raise ValueError(f"got {len(images)} pictures and fewer placeholders: write {IMAGE_PAD} where each belongs")
         return [*out, text_part(text)] if text else out
 
-    def und_image_part(self, patches: Tensor, grid: PatchGrid, *, seconds_per_frame: float = 0.0) -> Part:
+    def und_image_part(self, patches: Tensor, grid: PatchGrid, *, seconds_per_frame: float = 0.0) -> ImagePart:
         """A picture's patches [N, C*T*p*p] behind the marker <|vision_start|>; its tokens are cells.
 
         Places [n, 3] are (time, row, column) from where the picture begins; the text behind it starts past the largest.
@@ -96,7 +96,7 @@ class QwenVLProcessor(VLMProcessor):
             places[:, 0] * seconds_per_frame * self.vision_config.tokens_per_second
         ).long()  # truncated, as in the original
         n = len(places)
-        return Part(
+        return ImagePart(
             kind="und_image",
             segment=Segment(length=n + 1, attention="causal", advance=int(places.max()) + 2),
             ids=torch.tensor([self.special_tokens.vision_start]),
