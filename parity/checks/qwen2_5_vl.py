@@ -17,7 +17,7 @@ from parity.case import Case
 from unimm.processing.images.qwen2_vl import PatchGrid, smart_resize
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part
-from unimm.vlms.base import EXPERT
+from unimm.vlms.llama_layout import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import QwenVLProcessor
 from unimm.vlms.qwen2_5_vl.vision import cell_positions, window_order

@@ -470,7 +470,7 @@ def test_verbs(ours):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: m.chat([]), "expected a list of turns"),
+        (lambda m: m.chat([]), "expected a list of messages"),
         (lambda m: m.chat([[{"role": "user", "content": "a"}]] * 2, stream=True), "2 conversations to stream"),
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "does not end with the user"),
         (lambda m: m.chat([{"role": "model", "content": "a"}]), "expected a dict of role"),

@@ -1,6 +1,6 @@
-"""Models that read texts and pictures and answer in words: the half that Qwen2.5-VL and LLaVA-OneVision share.
+"""Vision-language models, which read texts and images and answer in words: what Qwen2.5-VL and LLaVA-OneVision share.
 
-Everything is read causally. MetaQuery and UniWorld have one of them inside.
+All rows are causal. MetaQuery and UniWorld have one of them inside.
 
 Axes: N packed rows, n rows, D model.
 """
@@ -9,7 +9,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -27,49 +27,54 @@ from unimm.checkpoint.load import (
     weight_files,
 )
 from unimm.checkpoint.save import released_state_dict, save_safetensors
-from unimm.generation.causal_lm import CausalLM
-from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.kv_cache import KVCache, check_max_positions
 from unimm.generation.prefill import plan_prefill
-from unimm.generation.text_sampling import TextSampling
+from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
-from unimm.nn.packed_linear import optimize_for_cpu
+from unimm.nn.decoder import AttentionFn, ExpertRouting, RowsByExpert
 from unimm.sequence.packing import ImageTokens, PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 from unimm.vlms.chat import MLLMChat
+from unimm.vlms.llama_layout import EXPERT
 from unimm.vlms.processor import VLMProcessor
 
-EXPERT = "all"
 
-
-class VisionLanguageModel(MLLMChat, CausalLM):
-    """A decoder and a tower to look with."""
+class VisionLanguageModel(MLLMChat):
+    """A causal decoder with a vision encoder, its tokenizer, its files and its verbs: understand, chat."""
 
     config_class: ClassVar[Any]  # of the family; its `from_folder` reads what is released
-    SPECIAL_TOKENS: ClassVar[tuple[str, ...]] = ()  # markers that a tokenizer.json may not call special
-    config: Any
+    SPECIAL_TOKENS: ClassVar[tuple[str, ...]] = ()  # tokens that are special even where a tokenizer.json does not say so
     NON_COMMERCIAL: ClassVar[Mapping[str, str]] = {}  # hub ids whose licence forbids commercial use, and that licence
-    decoder: Decoder
+    config: Any
     tokenizer: TextTokenizer | None = None
 
     @abstractmethod
     def key_map(self, shapes: Mapping[str, Any]) -> KeyMap:
-        """The key table for files of these names; for none the layout that is written."""
+        """The key map for files whose tensors have these names; for none, that of the layout that is written."""
 
     @property
     @abstractmethod
     def processor(self) -> VLMProcessor:
-        """How this model's prompts are made."""
+        """Conversations to parts."""
 
     @abstractmethod
     def image_features(self, tokens: ImageTokens) -> Tensor:
-        """Pictures of a pack -> a row for each of their tokens [n, D]."""
+        """The embeddings of a batch's images, one row for each of their tokens [n, D]."""
 
+    @abstractmethod
     def position_ids(self, batch: PackedBatch) -> Tensor:
-        """Rotary positions of a pack [N], or [N, axes] where the model turns several."""
-        return batch.layout.position_ids
+        """The rotary positions of a batch, [N], or [N, axes] for a model that has several."""
+
+    @property
+    def eos_ids(self) -> Sequence[int]:
+        """The ids that end an answer."""
+        return self.config.special_tokens.eos_ids
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """The most new ids of an answer, where a call does not say."""
+        return DEFAULT_MAX_TOKENS
 
     # ---- files
 
@@ -80,6 +85,7 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         model.tokenizer = load_tokenizer(folder, special_tokens=model.SPECIAL_TOKENS)
         return model
 
+    @final
     @classmethod
     @keep_weights_open()
     def from_pretrained(
@@ -90,10 +96,10 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         device: str | torch.device = "cpu",
         revision: str | None = None,
     ) -> Self:
-        """Load a folder or a hub id, strictly, in evaluation mode; the weights in either spelling of their names.
+        """Load a folder or a hub id, strictly, in evaluation mode, in any of the released layouts of its weights.
 
-        Raises ValueError for a config of something else, CheckpointError for weights that do not fit, MemoryError where
-        they cannot.
+        Raises ValueError for another model's config, CheckpointError (a ValueError) for weights that do not fit,
+        MemoryError where they cannot.
         """
         folder = hub.resolve(name, revision=revision, non_commercial=cls.NON_COMMERCIAL)
         with torch.device("meta"):
@@ -103,52 +109,48 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         load_weights(model, paths, key_map, dtype=parse_dtype(dtype), device=torch.device(device))
         return model.eval()
 
+    @final
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given."""
         with atomic_directory(Path(folder)) as partial:
             for name, contents in self.config.to_json().items():
                 (partial / name).write_text(json.dumps(contents, indent=2) + "\n")
             state = released_state_dict(self, self.key_map({}))
-            kind = None if dtype is None else parse_dtype(dtype)
-            save_safetensors({key: x.to(kind or x.dtype) for key, x in state.items()}, partial / HUB_WEIGHT_FILES[0])
+            if dtype is not None:
+                state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
+            save_safetensors(state, partial / HUB_WEIGHT_FILES[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
 
-    def optimize_for_cpu(self, *, int8: bool = False) -> Self:
-        """This model made ready to write on a CPU, over the same weights; the tower stays as it is.
-
-        int8: the decoder's blocks are rounded to int8, a byte a weight; such a model neither trains nor saves. Weights
-        that change later are not packed again. Raises ValueError for int8 where the CPU, or PyTorch, has none.
-        """
-        return optimize_for_cpu(self, skip=("vision",), int8=("decoder.blocks",) if int8 else ())
-
-    # ---- reading
+    # ---- forward
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """Every row of a pack, in its order [N, D]: texts and markers, pictures."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
+        """The embeddings of every row of a batch, in order [N, D]: text and images."""
+        embeds = {"text": self.decoder.embed(batch.ids)}
+        rows = {"text": batch.id_rows}
         if batch.und_images:
-            parts["look"], rows["look"] = self.image_features(batch.und_images), batch.und_images.rows
-        return ExpertRouting(rows).join(parts)
+            embeds["und_image"] = self.image_features(batch.und_images)
+            rows["und_image"] = batch.und_images.rows
+        return ExpertRouting(rows).join(embeds)
 
     def backbone(self, batch: PackedBatch, attend: AttentionFn) -> RowsByExpert:
-        """Last hidden states of a pack's rows, before the final norm."""
+        """The last hidden states of every row of a batch [N, D], before the final norm."""
         rows = torch.arange(len(batch.layout.position_ids), device=self.device)
         return self.decoder(self.embed(batch), self.position_ids(batch), {EXPERT: rows}, attend)
 
     def last_hidden_state(
         self, batch: PackedBatch, attend: AttentionFn | None = None, *, rows: Tensor | None = None
     ) -> Tensor:
-        """Hidden states after the final norm of a pack's rows [N, D], or of some of them [n, D]."""
+        """The last hidden states of a batch's rows [N, D], or of some of them [n, D], after the final norm."""
         hidden = self.backbone(batch, attend or (lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)))[EXPERT]
         return self.decoder.norms[EXPERT](hidden if rows is None else hidden[rows])
 
     def encode(self, sequences: Sequence[Sequence[Part]], *, caches: Sequence[KVCache] | None = None) -> list[Tensor]:
-        """Hidden states after the final norm of each sample's rows, [n, D] each. contexts: what each comes after, read before.
+        """The last hidden states of each sequence's rows [n, D], after the final norm. caches: what each sequence follows.
 
-        Raises ValueError where a sample would outgrow the positions that the model knows.
+        Raises ValueError where a sequence would reach a position beyond the decoder's last.
         """
-        lengths = [sum(item.segment.length for item in items) for items in sequences]
+        lengths = [sum(part.segment.length for part in parts) for parts in sequences]
         if caches is None:
             batch = pack_sequences(sequences, device=self.device)
             check_max_positions(self.config.decoder, max(batch.layout.next_positions))
@@ -157,25 +159,12 @@ class VisionLanguageModel(MLLMChat, CausalLM):
         return list(self.last_hidden_state(plan.batch, plan.attend).split(lengths))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Training: the next-id loss at each labelled row [n]."""
-        at = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        said = self.last_hidden_state(batch, rows=batch.id_rows[at])
-        return linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
-
-    # ---- speaking
-
-    def decode_answer(
-        self, prompts: Sequence[list[Part]], text_sampling: TextSampling | None, seed: Sequence[int]
-    ) -> TextStream:
-        """The assistant's words after each prompt, which ends with a text."""
-        text_sampling = text_sampling or TextSampling()
-        contexts, last = self.prefill_prompts(prompts)
-        session = self.decode_session(contexts, text_sampling.token_limit)
-        end = self.config.special_tokens.eos_ids
-        steps = decode_text(session, last, end=end, sampling=text_sampling, seeds=seed)
-        return TextStream(steps, self.processor.text_tokenizer.decode, len(prompts), text_sampling.stop)
+        """Training: the next-id loss of each labelled row [n]."""
+        labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        states = self.last_hidden_state(batch, rows=batch.id_rows[labelled])
+        return linear_cross_entropy(states, self.decoder.head.weight, batch.labels[labelled])
 
 
 def drop_nulls(files: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says; null says nothing."""
+    """A config without the keys whose value is null."""
     return {key: value for key, value in files.items() if value is not None}

@@ -8,6 +8,9 @@ from unimm.checkpoint.config_io import JsonLayout, SameAs, read_config, write_co
 from unimm.checkpoint.keymap import Ignore, KeyMap, Rename, renames
 from unimm.nn.decoder import DecoderConfig
 
+EXPERT = "all"  # the expert of a decoder that has one set of weights for all rows
+
+
 DECODER_LAYOUT = JsonLayout(
     name="the language model's config",
     source="the released llm_config.json",

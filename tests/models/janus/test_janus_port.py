@@ -93,7 +93,7 @@ def test_the_port_says_the_same(both):
         JanusSpecialTokens(bos=0, eos=-1, pad=0, boi=0, eoi=0),
         model.fallback_special_tokens,
     )
-    steps = list(model.decode_answer(prompts, TextSampling(max_tokens=6), [0, 0, 0]).steps)
+    steps = list(model.decode_answers(prompts, TextSampling(max_tokens=6), [0, 0, 0]).steps)
     model.fallback_special_tokens = before
     assert written[:, given["input_ids"].shape[1] :].tolist() == torch.tensor(steps).T.tolist()
 

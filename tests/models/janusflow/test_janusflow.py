@@ -325,7 +325,7 @@ def test_bfloat16():
         ({"size": (32, 24)}, ValueError, r"\(32, 24\): this model was trained for \(24, 24\) alone"),
         ({"steps": 0}, ValueError, "got steps 0"),
         ({"n": 0}, ValueError, "got n 0"),
-        ({"guidance": -1.0}, ValueError, "guidance -1.0"),
+        ({"guidance": -1.0}, ValueError, "guidances -1.0: expected scales of 0 or more"),
         ({"guidance": [1.0, 2.0]}, ValueError, "got 2 guidances for 1 prompts"),
         ({"seed": -1}, ValueError, "got seed -1"),
         ({"prompt": " "}, ValueError, "got an empty "),

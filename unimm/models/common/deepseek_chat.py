@@ -1,75 +1,60 @@
-"""Models that talk in DeepSeek's conversation format about pictures of one size: the half that Janus and JanusFlow share.
+"""The halves of a network and of a model that Janus and JanusFlow share.
 
-A prompt is text whose placeholders become pictures; everything is read causally. docs/originals/janus.md, "Tokenizer"
-and "Image processor".
+A prompt is text in DeepSeek's chat format in which images of one size stand; all of it is causal. docs/originals/janus.md,
+"Tokenizer" and "Image processor".
+
+Axes: N packed rows, n image tokens, D model, F features of the vision encoder, h w grid, p patch, C channels.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
-from typing_extensions import Self
+import torch
+from einops import rearrange
+from torch import Tensor
 
-from unimm.generation.decode import TextStream, decode_text
-from unimm.generation.text_sampling import TextSampling
+from unimm.encoders.timm_vit import TimmVisionEncoder
+from unimm.generation.causal_lm import CausalLM
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
+from unimm.kernels import linear_cross_entropy
 from unimm.models.base import UnifiedModel
-from unimm.models.common.deepseek_network import DeepseekNetwork
 from unimm.models.common.deepseek_processor import DeepseekChatConfig, DeepseekProcessor, JanusSpecialTokens
-from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
-from unimm.processing.requests import ImageInput
-from unimm.sequence.parts import Part
+from unimm.processing.requests import parse_size
+from unimm.sequence.packing import ImageTokens, PackedBatch
+from unimm.sequence.parts import IGNORE_INDEX, Part
 from unimm.vlms.chat import MLLMChat
+from unimm.vlms.llama_layout import EXPERT
+
+
+class DeepseekNetwork(CausalLM):
+    """A causal decoder, and a vision encoder for the images that it understands."""
+
+    vision: TimmVisionEncoder
+
+    def image_features(self, tokens: ImageTokens) -> Tensor:
+        """The vision encoder's features of a batch's images, [n, F]."""
+        p = self.vision.patch_size
+        side = self.vision.grid_side
+        images = rearrange(tokens.content, "(b h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
+        return self.vision(images.to(self.dtype)).flatten(0, 1)
+
+    def text_loss(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+        """Cross entropy of every labelled row, from the last hidden states of all rows [N, D]."""
+        labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        states = self.decoder.norms[EXPERT](hidden[batch.id_rows[labelled]])
+        return linear_cross_entropy(states, self.decoder.head.weight, batch.labels[labelled])
 
 
 class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
-    """A decoder that is shown pictures through a tower and an aligner, and asked about them."""
+    """What a network of this kind needs to be a model: the processor, and the answers' end."""
 
-    image_processor: DeepseekVLImageProcessor  # the rule for pictures that the tower sees
+    image_processor: DeepseekVLImageProcessor  # of the images that it understands
     chat_config: DeepseekChatConfig
-    fallback_special_tokens: JanusSpecialTokens | None = None  # the markers of a checkpoint without tokenizer
-
-    # ---- faster on a CPU
-
-    def optimize_for_cpu(self, *, int8: bool = False) -> Self:
-        """This model made ready to write and draw on a CPU: about twice as fast a token, with `int8` three times.
-
-        Its weights are this model's own, the large ones packed a second time for products of few rows: as many bytes
-        again, and half a minute for each billion of them (float32: a whole one). Results are the same to within rounding.
-        Weights changed later, by training or loading, are not packed again: prepare the trained model.
-
-        int8: the decoder's blocks are kept in int8 alone, a byte a weight (drop this model to have its bytes back), each
-        product about 1 % off; such a model neither trains nor saves. Heads and encoders stay as they are.
-
-        On another device, or where PyTorch has no packed products (not x86), nothing is packed and nothing changes; with
-        int8 that is a ValueError.
-        """
-        return optimize_for_cpu(self, skip=("vision",), int8=("decoder.blocks",) if int8 else ())
-
-    # ---- the verbs
-
-    def understand(
-        self,
-        images: ImageInput | Sequence | None,
-        question: str | Sequence[str],
-        *,
-        stream: bool = False,
-        text_sampling: TextSampling | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Any:
-        """Answer a question about pictures: a str; for a batch of questions a list; with `stream`, pieces as they come.
-
-        images: for one question a picture, several, or None; for a batch one of these each. They stand before the
-        question, or where it says <image_placeholder>. Raises ValueError for bad input.
-        """
-        if stream and not isinstance(question, str) and len(question) > 1:
-            raise ValueError(f"got {len(question)} questions to stream: expected one")
-        return super().understand(images, question, stream=stream, text_sampling=text_sampling, seed=seed)
-
-    # ---- prompts
+    fallback_special_tokens: JanusSpecialTokens | None = None  # for a checkpoint without tokenizer
 
     @property
     def processor(self) -> DeepseekProcessor:
-        """How this model's prompts are made."""
+        """Conversations to parts."""
         return DeepseekProcessor(
             tokenizer=self.tokenizer,
             image_processor=self.image_processor,
@@ -80,15 +65,34 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
 
     @property
     def special_tokens(self) -> JanusSpecialTokens:
-        """The ids of the markers. Raises ValueError for a checkpoint without tokenizer, or one that lacks a marker."""
+        """The ids of the special tokens. Raises ValueError for a tokenizer that lacks one, or none at all."""
         return self.processor.special_tokens
 
-    def decode_answer(
-        self, prompts: Sequence[list[Part]], text_sampling: TextSampling | None, seed: Sequence[int]
-    ) -> TextStream:
-        """The assistant's words after each prompt."""
-        text_sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.chat_config.max_tokens)
-        contexts, last = self.prefill_prompts(prompts)
-        session = self.decode_session(contexts, text_sampling.token_limit)
-        steps = decode_text(session, last, end=self.special_tokens.eos, sampling=text_sampling, seeds=seed)
-        return TextStream(steps, self.processor.text_tokenizer.decode, len(prompts), text_sampling.stop)
+    @property
+    def eos_ids(self) -> tuple[int]:
+        """The id that ends an answer."""
+        return (self.special_tokens.eos,)
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """The most new ids of an answer, where a call does not say."""
+        return self.chat_config.max_tokens
+
+    def prefill_unique(self, prompts: Sequence[Sequence[Part]], keys: Sequence[Hashable]) -> list[KVCache]:
+        """The KV cache of each prompt; prompts of equal keys are computed once."""
+        unique = dict(zip(keys, prompts, strict=True))
+        caches = self.prefill([EMPTY_CACHE] * len(unique), list(unique.values()))
+        by_key = dict(zip(unique, caches, strict=True))
+        return [by_key[key] for key in keys]
+
+    def check_image_size(self, size: tuple[int, int] | None, trained: tuple[int, int]) -> None:
+        """Raise ValueError for another (height, width) than the one that the model was trained for."""
+        if size is not None and parse_size(size) != trained:
+            raise ValueError(
+                f"cannot generate (height, width) {tuple(size)}: this model was trained for {trained} alone; leave size out"
+            )
+
+
+def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A random generator of each seed, on the CPU, so that an image does not depend on the device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,7 +1,6 @@
-"""What a conversation with pictures is in the sequence: texts in DeepSeek's format, pictures between their markers.
+"""Conversations in DeepSeek's chat format as parts: special tokens, roles, image placeholders.
 
-Made without the model, so that training can make its batches ahead. docs/originals/janus.md, "Tokenizer" and "Image
-processor".
+docs/originals/janus.md, "Tokenizer" and "Image processor".
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ ROLES, PLAIN_ROLES = ("<|User|>", "<|Assistant|>"), ("User", "Assistant")
 
 @dataclass(frozen=True, kw_only=True)
 class JanusSpecialTokens:
-    """Ids that the format needs, looked up by their strings: they differ between the releases."""
+    """The ids of the special tokens, which differ between the releases; `TOKENS` are their strings."""
 
     bos: int
     eos: int
@@ -49,13 +48,13 @@ class JanusSpecialTokens:
     }
 
 
-# what no user can say, whether or not a tokenizer.json calls it special
+# tokens that are special whether or not a tokenizer.json calls them so, and thus never parsed out of text
 SPECIAL_TOKENS = (*JanusSpecialTokens.TOKENS.values(), IMAGE_PLACEHOLDER, *ROLES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekChatConfig:
-    """How a checkpoint talks unless told otherwise: the released numbers. A nano brings its own."""
+    """The chat defaults of a checkpoint: the released ones, unless its config.json has others under "generation"."""
 
     system: str = DEFAULT_SYSTEM_PROMPT
     template: str = "deepseek"
@@ -140,7 +139,8 @@ class DeepseekProcessor(ChatProcessor):
 
 
 def padded_unconditional(prompt: Sequence[Part], pad: int) -> list[Part]:
-    """The prompt that guidance compares with: as long, pads between the first and the last id."""
-    length = sum(item.segment.length for item in prompt)
-    first, last = int(prompt[0].ids[0]), int(prompt[-1].ids[-1])
+    """The unconditional prompt for classifier-free guidance: as long as the prompt, pads between its first and last id."""
+    length = sum(part.segment.length for part in prompt)
+    first = int(prompt[0].ids[0])
+    last = int(prompt[-1].ids[-1])
     return [text_part([first, *[pad] * (length - 2), last])]

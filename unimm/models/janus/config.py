@@ -13,9 +13,7 @@ from unimm.models.janus.transformers_layout import original_from_transformers
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.tokenizers.vq import VQConfig
-from unimm.vlms.llama_layout import decoder_config_to_json, llama_config_from_json
-
-EXPERT = "all"
+from unimm.vlms.llama_layout import EXPERT, decoder_config_to_json, llama_config_from_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,95 +1,110 @@
-"""Janus's network: a causal decoder between two encoders and two heads."""
+"""Janus's network: a causal decoder between two encoders and two heads.
+
+Images are understood through a SigLIP encoder and an aligner; they are generated as the tokens of a VQ tokenizer, one after
+the other, each fed back through an embedding and an aligner of its own. Everything is causal. arXiv 2410.13848, section 3.
+
+Axes: N packed rows, n image tokens, D model, V vocabulary (of image tokens), F features of the vision encoder.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimm.encoders.timm_vit import TimmVisionEncoder
-from unimm.kernels import attention, linear_cross_entropy
-from unimm.models.common.deepseek_network import DeepseekNetwork
-from unimm.models.janus.config import EXPERT, JanusConfig, ProjectorConfig
-from unimm.nn.decoder import Decoder, ExpertRouting, RowsByExpert
+from unimm.kernels import attention
+from unimm.models.common.deepseek_chat import DeepseekNetwork
+from unimm.models.janus.config import JanusConfig, ProjectorConfig
+from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
 from unimm.nn.layers import MLP
 from unimm.sequence.packing import PackedBatch
-from unimm.sequence.parts import IGNORE_INDEX, Part, image_part
+from unimm.sequence.parts import Part, image_part
 from unimm.tokenizers.vq import VQModel
+from unimm.vlms.llama_layout import EXPERT
 
 
 class Projector(nn.Module):
-    """Features of an encoder to rows of the language model."""
+    """Features of an encoder to rows of the language model: linears with GELU between them."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
         dims = [config.dim_in] + [config.dim_out] * config.depth
-        linears = [nn.Linear(a, b) for a, b in pairwise(dims)]
-        self.layers = nn.Sequential(*[part for linear in linears for part in (linear, nn.GELU())][:-1])
+        layers: list[nn.Module] = []
+        for dim_in, dim_out in pairwise(dims):
+            layers += [nn.GELU()] if layers else []
+            layers += [nn.Linear(dim_in, dim_out)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., F] -> [..., D]."""
         return self.layers(x)
 
 
 @dataclass(frozen=True)
 class JanusLosses:
-    """Cross entropy of every labelled row [n], and of every code that is drawn [m]."""
+    """Cross entropy of every labelled text row [n], and of every image token [n]."""
 
     text: Tensor
     image: Tensor
 
 
 class JanusNetwork(DeepseekNetwork):
-    """A decoder, a tower to look with, a VQ tokenizer to draw with, and an aligner for each."""
+    """A decoder; a vision encoder with its aligner; a VQ tokenizer with embedding, aligner and head."""
 
     def __init__(self, config: JanusConfig):
         super().__init__()
         self.config = config
-        d, codes = config.decoder.dim, config.vq.n_codes
+        dim = config.decoder.dim
+        n_codes = config.vq.n_codes
         self.decoder = Decoder(config.decoder)
-        self.vision, self.aligner = TimmVisionEncoder(config.vision), Projector(config.aligner)
+        self.vision = TimmVisionEncoder(config.vision)
+        self.aligner = Projector(config.aligner)
         if (width := self.vision.trunk.num_features) != config.aligner.dim_in:
             raise ValueError(
-                f"got an aligner_config with input_dim {config.aligner.dim_in} for {config.vision.model_name}: expected {width}, its width"
+                f"got an aligner_config with input_dim {config.aligner.dim_in} for {config.vision.model_name}: expected "
+                f"{width}, its width"
             )
         self.vq = VQModel(config.vq)
-        self.gen_embed, self.gen_aligner = nn.Embedding(codes, config.vq.code_dim), Projector(config.gen_aligner)
-        self.gen_head = MLP(d, config.gen_head_dim, codes, "gelu")
+        self.gen_embed = nn.Embedding(n_codes, config.vq.code_dim)
+        self.gen_aligner = Projector(config.gen_aligner)
+        self.gen_head = MLP(dim, config.gen_head_dim, n_codes, "gelu")
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """Every row of a pack, in its order [N, D]: texts and markers, pictures seen, codes drawn."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
+        """The embeddings of every row of a batch, in order [N, D]: text, images to understand, images to generate."""
+        embeds = {"text": self.decoder.embed(batch.ids)}
+        rows = {"text": batch.id_rows}
         if batch.und_images:
-            parts["look"], rows["look"] = self.aligner(self.image_features(batch.und_images)), batch.und_images.rows
+            embeds["und_image"] = self.aligner(self.image_features(batch.und_images))
+            rows["und_image"] = batch.und_images.rows
         if batch.gen_images:
-            parts["draw"], rows["draw"] = self.embed_image_tokens(batch.gen_images.content), batch.gen_images.rows
-        return ExpertRouting(rows).join(parts)
+            embeds["gen_image"] = self.embed_image_tokens(batch.gen_images.content)
+            rows["gen_image"] = batch.gen_images.rows
+        return ExpertRouting(rows).join(embeds)
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
-        """Codes [n] as rows of the language model [n, D]."""
+        """Image tokens [n] as rows of the language model [n, D]."""
         return self.gen_aligner(self.gen_embed(tokens))
 
-    def backbone(self, batch: PackedBatch, attend: Any) -> RowsByExpert:
-        """Last hidden states of a pack's rows, before the final norm."""
-        positions = batch.layout.position_ids
-        return self.decoder(self.embed(batch), positions, {EXPERT: torch.arange(len(positions))}, attend)
+    def backbone(self, batch: PackedBatch, attend: AttentionFn) -> RowsByExpert:
+        """The last hidden states of every row of a batch [N, D], before the final norm."""
+        position_ids = batch.layout.position_ids
+        return self.decoder(self.embed(batch), position_ids, {EXPERT: torch.arange(len(position_ids))}, attend)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states [n, D] -> the next code [n, V]."""
+        """Last hidden states [n, D] -> the logits of the next image tokens [n, V]."""
         return self.gen_head(self.decoder.norms[EXPERT](hidden))
 
     def forward(self, batch: PackedBatch) -> JanusLosses:
-        """Training: next-id loss at the labelled rows; each code of a drawn picture is predicted by the row before it."""
+        """Training: next-id loss of the labelled rows; each image token is predicted from the row before it."""
         hidden = self.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask))[EXPERT]
-        at = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        said = self.decoder.norms[EXPERT](hidden[batch.id_rows[at]])
-        text = linear_cross_entropy(said, self.decoder.head.weight, batch.labels[at])
+        text = self.text_loss(batch, hidden)
         if batch.gen_images is None:
             return JanusLosses(text, text.new_zeros(0))
         logits = self.image_logits(hidden[batch.gen_images.rows - 1])
         return JanusLosses(text, F.cross_entropy(logits.float(), batch.gen_images.content, reduction="none"))
 
     def image_token_part(self, tokens: Tensor, boi: int) -> Part:
-        """A picture to draw, codes [n], behind its marker."""
+        """The tokens [n] of an image to generate, behind the id that begins it."""
         return image_part("gen_image", tokens, torch.arange(len(tokens)), boundary_ids=(boi,), causal=True)

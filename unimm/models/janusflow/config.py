@@ -12,9 +12,8 @@ from unimm.models.janusflow.uvit import UViTDecoderConfig, UViTEncoderConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.tokenizers.kl import AutoencoderKLConfig
-from unimm.vlms.llama_layout import decoder_config_to_json, llama_config_from_json
+from unimm.vlms.llama_layout import EXPERT, decoder_config_to_json, llama_config_from_json
 
-EXPERT = "all"
 SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
 TIME_SCALE = 1000  # the original's time
 

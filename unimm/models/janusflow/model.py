@@ -1,11 +1,8 @@
-"""JanusFlow: Janus's decoupled encoders, and rectified flow inside the language model in place of codes.
+"""JanusFlow: Janus's decoupled vision encoders, and rectified flow inside the language model in place of image tokens.
 
 Ma et al. 2024, arXiv 2411.07975. Released code: github.com/deepseek-ai/Janus at 1daa72f, janus/janusflow.
-A noised latent enters through a shallow U-ViT as one row for the time and a row for each token, is read causally behind
-the prompt, and leaves through another as a velocity. The original's time runs from noise at 0 to data at 1, in
-thousandths; it is turned round here, in `enter` and `leave`, and nowhere else.
 
-Axes: N packed rows, B pictures, n tokens of a picture, D model, C channels, H W sides of a latent, h w of its grid.
+Axes: P images, B branches (with guidance two for an image), C channels, H W sides of a latent.
 """
 
 import json
@@ -18,25 +15,25 @@ from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation.flow import euler, flow_timesteps
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, allocate_kv_buffer, check_max_positions
+from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.models.base import ComponentModel, Components, Generation
-from unimm.models.common.deepseek_chat import DeepseekChatModel
+from unimm.models.common.cfg_branches import CFGBranches
+from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
 from unimm.models.janusflow import FILES, RELEASES
-from unimm.models.janusflow.config import EXPERT, SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
+from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
+from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
 from unimm.models.janusflow.network import JanusFlowNetwork, bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.processing.images.io import tensor_to_pil
-from unimm.processing.requests import ImageInput, broadcast, expand_seeds, parse_requests, parse_size
+from unimm.processing.requests import ImageInput, check_n_images, expand_seeds, parse_requests, parse_scales
 from unimm.sequence.parts import Part
-from unimm.sequence.segments import Segment, build_layout
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.tokenizers.text import load_tokenizer
 
 
 class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
-    """A decoder, a tower to look with, and a way in and a way out for latents; the autoencoder may lie elsewhere."""
+    """JanusFlow with its tokenizer, its autoencoder, which may lie elsewhere, and its verbs: generate, understand, chat."""
 
     RELEASES = RELEASES
     FILES = FILES
@@ -46,14 +43,16 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     def __init__(self, config: JanusFlowConfig):
         super().__init__(config)
         self.tokenizer = None
-        self.image_processor, self.chat_config = config.image_processor, config.chat
+        self.image_processor = config.image_processor
+        self.chat_config = config.chat
         self.vae_source: str | Path = SDXL_VAE
-        # one from elsewhere, once it is loaded: no part of the model, whose parameters stay what they were
+        # one from elsewhere, once it is loaded; in a tuple, so that it is no module and the parameters stay what they were
         self._external_vae: tuple[AutoencoderKL, ...] = ()
+
+    # ---- files
 
     @classmethod
     def _build(cls, folder: Path) -> "JanusFlow":
-        """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(JanusFlowConfig.from_folder(folder))
         model.tokenizer = load_tokenizer(folder, special_tokens=SPECIAL_TOKENS)
         return model
@@ -67,10 +66,12 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         when it is first needed.
         """
         if vae := components.get("vae"):
-            self.config, self.vae, self.vae_source = replace(self.config, vae=None), None, vae
+            self.config = replace(self.config, vae=None)
+            self.vae = None
+            self.vae_source = vae
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key table of each file of weights; an autoencoder from elsewhere is not written."""
+        """The key map of each file of weights; an autoencoder from elsewhere is not written."""
         return {WEIGHT_FILES: KEY_MAP} | ({("ae.safetensors",): VAE_KEY_MAP} if self.config.vae else {})
 
     def save_config(self, folder: Path) -> None:
@@ -84,7 +85,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         if self.vae is not None:
             return self.vae
         if not self._external_vae:
-            # whoever draws first may do so in inference mode, where tensors are made that nothing can change later
+            # the first call may come from inference mode, whose tensors could not be moved or trained later
             with torch.inference_mode(False):
                 vae = AutoencoderKL.from_pretrained(hub.resolve(self.vae_source), device=self.device).requires_grad_(
                     False
@@ -92,14 +93,50 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
             if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
-                    f"{self.config.gen_encoder.in_channels}, as the model draws; give from_pretrained another component 'vae'"
+                    f"{self.config.gen_encoder.in_channels}, as the model generates; give from_pretrained another component 'vae'"
                 )
             self._external_vae = (vae,)
         return self._external_vae[0].to(self.device)
 
-    # ---- drawing
+    # ---- generating images
+
+    def latent_denoiser(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        *,
+        guidance: Sequence[float],
+        latent_size: tuple[int, int] | None = None,
+        velocity_scale: float = 1.0,
+        bf16_time: bool = False,
+    ) -> JanusFlowLatentDenoiser:
+        """The state of denoising an image under each prompt; prompts that are one object are prefilled once.
+
+        guidance: v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1 there is no u.
+        latent_size: (H, W), the trained one unless given.
+        """
+        branches = CFGBranches.plan(guidance, self.device)
+        inputs = [*prompts, *(bos_unconditional(prompts[i]) for i in branches.guided)]
+        caches = self.prefill_unique(inputs, [id(prompt) for prompt in inputs])
+        rows, columns = (self.config.gen_encoder.grid_size(side) for side in latent_size or self.config.latent_size)
+        return JanusFlowLatentDenoiser(
+            self.decoder, caches, branches, rows * columns, velocity_scale=velocity_scale, bf16_time=bf16_time
+        )
 
     @torch.inference_mode()
+    def denoise_step(
+        self, denoiser: JanusFlowLatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor
+    ) -> Tensor:
+        """One Euler step of every image: x [P, C, H, W] float32 at timesteps [P] -> x at next_timesteps [P].
+
+        1 is noise, 0 is data; the images may be at different timesteps.
+        """
+        features = self.encode_latents(x, timesteps.to(x.device, torch.float32), bf16_time=denoiser.bf16_time)
+        features = features[denoiser.branches.images]
+        rows = torch.cat((features.time_embed[:, None], features.token_embeds), 1)
+        hidden = self.run_decoder(rows.flatten(0, 1), denoiser.position_ids, denoiser.attend)
+        velocities = self.decode_velocity(hidden.unflatten(0, rows.shape[:2])[:, 1:], features).float()
+        return euler_step(x, denoiser.guided_velocity(velocities), timesteps, next_timesteps)
+
     def denoise(
         self,
         prompts: Sequence[Sequence[Part]],
@@ -110,47 +147,26 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         bf16_time: bool = False,
         progress: bool = False,
     ) -> Tensor:
-        """From noise [B, C, H, W] to latents, a picture after each prompt; prompts that are one object are read once.
+        """From noise [P, C, H, W] to latents, an image after each prompt. guidance: see `latent_denoiser`.
 
-        Guidance w takes v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1
-        there is no u. The prompts do not depend on the time, so their keys and values serve every step.
         bf16_time: round the time and the length of a step as the original does in bfloat16, where 30 steps of 0.0334 go
         a little beyond the end.
         """
-        guided = [i for i, w in enumerate(guidance) if w != 1]
-        contexts = self.prefill_unique([*prompts, *(bos_unconditional(prompts[i]) for i in guided)])
-        at = torch.tensor([*range(len(prompts)), *guided], device=self.device)
-        w = torch.tensor([guidance[i] for i in guided], dtype=torch.float32, device=self.device)[:, None, None, None]
-        grid = [self.gen_encoder.config.grid_size(side) for side in noise.shape[2:]]
-        room = 1 + grid[0] * grid[1]
-        check_max_positions(self.config.decoder, max(c.next_position for c in contexts) + room)
-        cache = allocate_kv_buffer(self.decoder, contexts, [room] * len(contexts))
-        past = [cache.prefix(i) for i in range(len(contexts))]
-        layout = build_layout(
-            [[Segment(length=room, attention="causal", advance=0)]] * len(contexts), past, device=self.device
+        denoiser = self.latent_denoiser(
+            prompts,
+            guidance=guidance,
+            latent_size=(noise.shape[2], noise.shape[3]),
+            velocity_scale=bf16_velocity_scale(steps) if bf16_time else 1.0,
+            bf16_time=bf16_time,
         )
-        attend = cache.attend(past, layout.mask)
-        pace = float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps if bf16_time else 1.0
-
-        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-            entered = self.encode_latents(x, timesteps.to(x.device, torch.float32), bf16_time=bf16_time)[at]
-            block = torch.cat((entered.time_embed[:, None], entered.token_embeds), 1)
-            hidden = self._run_decoder(block.flatten(0, 1), layout.position_ids, attend)[EXPERT]
-            v = self.decode_velocity(hidden.unflatten(0, block.shape[:2])[:, 1:], entered).float()
-            v, free = v.split([len(prompts), len(guided)])
-            return pace * (v.index_copy(0, at[len(prompts) :], free + w * (v[guided] - free)) if guided else v)
-
-        return euler(velocity, noise.to(self.device), flow_timesteps(steps, 1.0), progress=progress)
-
-    def prefill_unique(self, prompts: Sequence[Sequence[Part]]) -> list[KVCache]:
-        """The context of each prompt; those that are one object are read once."""
-        unique = {id(prompt): prompt for prompt in prompts}
-        contexts = dict(zip(unique, self.prefill([EMPTY_CACHE] * len(unique), list(unique.values())), strict=True))
-        return [contexts[id(prompt)] for prompt in prompts]
+        x = noise.to(self.device)
+        for timesteps, next_timesteps in timestep_pairs(flow_timesteps(steps, 1.0), len(x), progress=progress):
+            x = self.denoise_step(denoiser, x, timesteps, next_timesteps)
+        return x
 
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pixels [B, 3, height, width], about [-1, 1]."""
+        """Latents [P, C, H, W] -> pixels [P, 3, height, width], about [-1, 1]."""
         return self.autoencoder.decode(latents.float())
 
     def generate(
@@ -166,31 +182,30 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         bf16_time: bool = False,
         progress: bool = False,
     ) -> Generation:
-        """Draw `n` pictures for each prompt, in the order of the prompts; a prompt is read once.
+        """Generate `n` images for each prompt, in the order of the prompts; a prompt is prefilled once.
 
-        prompt: one text or a batch of them. images: pictures to draw from, as in `understand`; the release was not
+        prompt: one text or a batch of them. images: images to condition on, as in `understand`; the release was not
         trained for that. size: (height, width), the trained one or None. seed: one, or one a prompt; from one number,
-        that number and the ones after it, picture by picture. steps: of the sampler. guidance: 1 is none; one, or one a
-        prompt. bf16_time: see `denoise`. A picture does not depend on what else is in the batch. Raises ValueError for
+        that number and the ones after it, image by image. steps: of the sampler. guidance: 1 is none; one, or one a
+        prompt. bf16_time: see `denoise`. An image does not depend on what else is in the batch. Raises ValueError for
         bad input.
         """
-        if size is not None and parse_size(size) != self.config.image_size:
-            raise ValueError(
-                f"cannot draw (height, width) {tuple(size)}: this model was trained for {self.config.image_size} alone"
-            )
-        prompts, pictures = parse_requests(prompt, images)
-        scales = broadcast(self.config.guidance if guidance is None else guidance, len(prompts), "guidances")
-        if n < 1 or not all(w >= 0 for w in scales):
-            raise ValueError(f"got n {n}, guidance {guidance}: expected at least 1 picture, and scales of 0 or more")
-        # the marker that the original appends is dropped by it again
-        items = [self.processor.generation_parts(one, some) for one, some in zip(prompts, pictures, strict=True)]
-        seeded = expand_seeds(seed, len(prompts), n_images=n)
+        self.check_image_size(size, self.config.image_size)
+        prompts, prompt_images = parse_requests(prompt, images)
+        n = check_n_images(n)
+        scales = parse_scales(
+            self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
+        )
+        seeds = expand_seeds(seed, len(prompts), n_images=n)
+        # up to the id that begins an image, which the original appends and drops again
+        parts = [self.processor.generation_parts(text, some) for text, some in zip(prompts, prompt_images, strict=True)]
         latents = self.denoise(
-            [one for one in items for _ in range(n)],
-            torch.stack([self.initial_noise(torch.Generator().manual_seed(s)) for s in seeded]),
-            guidance=[float(w) for w in scales for _ in range(n)],
+            [one for one in parts for _ in range(n)],
+            torch.stack([self.initial_noise(generator) for generator in seeded_generators(seeds)]),
+            guidance=scales,
             steps=self.config.steps if steps is None else steps,
             bf16_time=bf16_time,
             progress=progress,
         )
+        # one by one, so that an image does not depend on the others
         return Generation([tensor_to_pil(self.decode_latents(one[None])[0]) for one in latents])

@@ -1,8 +1,7 @@
 """JanusFlow's key maps: the released names and ours."""
 
 from unimm.checkpoint.keymap import KeyMap, Rename, renames
-from unimm.models.janusflow.config import EXPERT
-from unimm.vlms.llama_layout import llama_key_map
+from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 # released names on the left, ours on the right
 KEY_MAP = renames(

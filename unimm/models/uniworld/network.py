@@ -24,7 +24,7 @@ from unimm.models.uniworld.auxiliary_encoders import AuxiliaryEncoders, require_
 from unimm.models.uniworld.config import UniWorldConfig
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
-from unimm.vlms.base import EXPERT
+from unimm.vlms.llama_layout import EXPERT
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 

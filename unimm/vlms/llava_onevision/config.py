@@ -9,8 +9,8 @@ from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write
 from unimm.encoders.siglip import SiglipConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor, Size
-from unimm.vlms.base import EXPERT, drop_nulls
-from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
+from unimm.vlms.base import drop_nulls
+from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
 
 # what Qwen2Config says where a text_config is silent
 TEXT_DEFAULTS = {

@@ -16,7 +16,7 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.nn.decoder import Decoder
 from unimm.nn.layers import MLP
-from unimm.sequence.packing import ImageTokens
+from unimm.sequence.packing import ImageTokens, PackedBatch
 from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.llava_onevision.config import LlavaConfig
 from unimm.vlms.llava_onevision.processor import IMAGE_TOKEN, LlavaOneVisionProcessor
@@ -50,6 +50,10 @@ class LlavaOneVision(VisionLanguageModel):
             image_processor=self.config.image_processor,
             special_tokens=self.config.special_tokens,
         )
+
+    def position_ids(self, batch: PackedBatch) -> Tensor:
+        """The rotary positions of a batch [N], which count rows."""
+        return batch.layout.position_ids
 
     def image_features(self, tokens: ImageTokens) -> Tensor:
         """Pictures of a pack -> a row for each of their tokens [n, D]."""

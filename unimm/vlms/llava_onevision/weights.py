@@ -5,8 +5,7 @@ from typing import Any
 
 from unimm.checkpoint.keymap import KeyMap, renames
 from unimm.encoders.siglip import siglip_key_map
-from unimm.vlms.base import EXPERT
-from unimm.vlms.llama_layout import llama_key_map
+from unimm.vlms.llama_layout import EXPERT, llama_key_map
 from unimm.vlms.llava_onevision.config import LlavaConfig
 
 

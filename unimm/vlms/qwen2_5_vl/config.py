@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor
-from unimm.vlms.base import EXPERT, drop_nulls
-from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
+from unimm.vlms.base import drop_nulls
+from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
 
 VISION_ROPE_THETA, VISION_ROPE_TYPE = 10000.0, "axial"  # of the tower's rotary angles
 MROPE_SECTION = (16, 24, 24)

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimm.checkpoint.keymap import KeyMap, renames
-from unimm.vlms.base import EXPERT
-from unimm.vlms.llama_layout import llama_key_map
+from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 
 def has_nested_names(keys: Mapping[str, Any], *, prefix: str = "") -> bool:
