@@ -1,4 +1,4 @@
-"""A reader, an autoencoder and a MetaQuery at toy size."""
+"""An MLLM, an autoencoder and a MetaQuery at toy size."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from unimm.vlms.qwen2_5_vl.model import QwenVL
 GOLDEN = STORE / "metaquery" / "dev"
 STRINGS = {"eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
            "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}  # fmt: skip
-MARKERS = ("<|im_start|>", *STRINGS.values())
+SPECIAL_TOKENS = ("<|im_start|>", *STRINGS.values())
 TEXT = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
     max_position_embeddings=512, tie_word_embeddings=True, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
@@ -34,14 +34,14 @@ WIDTHS = dict(
 )  # fmt: skip
 
 
-def save_reader(folder: Path, tokenizer: SentencePieceTokenizer, **changes) -> Path:
-    """An untrained Qwen2.5-VL in the released layout, around a tokenizer with its markers."""
+def save_mllm(folder: Path, tokenizer: SentencePieceTokenizer, **changes) -> Path:
+    """An untrained Qwen2.5-VL in the released layout, around a tokenizer with its special tokens."""
     ids = {name: tokenizer.special_ids[string] for name, string in STRINGS.items()}
     files = TEXT | ids | {"vocab_size": tokenizer.backend.vocab_size(), "vision_config": VISION} | changes
     torch.manual_seed(5)
-    reader = QwenVL(QwenVLConfig.from_json(files, {}))
-    reader.tokenizer = tokenizer
-    reader.save_pretrained(folder)
+    mllm = QwenVL(QwenVLConfig.from_json(files, {}))
+    mllm.tokenizer = tokenizer
+    mllm.save_pretrained(folder)
     return folder
 
 

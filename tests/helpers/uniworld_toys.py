@@ -25,7 +25,7 @@ WORDS = ("a", "cat", "<|startoftext|>", "<|endoftext|>", "</s>", "<pad>", "<unk>
 
 
 def words(folder: Path) -> Path:
-    """A folder with a tokenizer of few words, which has the markers of CLIP's and of T5's."""
+    """A folder with a tokenizer of few words, which has the special tokens of CLIP's and of T5's."""
     inner = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -36,7 +36,7 @@ def words(folder: Path) -> Path:
 
 
 def uniworld(*, vae: bool = True, clip: bool = True, t5: bool = True) -> UniWorld:
-    """The stored model, which draws 64 x 64 pixels."""
+    """The stored model, which generates 64 x 64 pixels."""
     model = UniWorld.from_pretrained(CASE)
     torch.manual_seed(4)
     folder = words(Path(HOME.name))

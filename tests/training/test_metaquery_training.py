@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from helpers import metaquery_toys as toys
-from helpers.metaquery_training_toys import PAINTER
+from helpers.metaquery_training_toys import DENOISER
 from helpers.paths import RECIPES
 from PIL import Image
 
@@ -30,7 +30,7 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1, RE
 
 @functools.cache
 def words():
-    return train_tokenizer(400, lines=2000, special_tokens=toys.MARKERS)
+    return train_tokenizer(400, lines=2000, special_tokens=toys.SPECIAL_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def recipe(tmp_path_factory):
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "metaquery-nano.yaml")
     config = full.model["config"] | dict(num_metaqueries=5, connector_num_hidden_layers=1)
     config |= {"generation": config["generation"] | {"steps": 2}}
-    model = {"config": config, "denoiser": PAINTER, "scheduler": full.model["scheduler"]}
-    paths = dict(mllm=str(toys.save_reader(folder / "reader", words())), dcae=str(toys.save_dcae(folder / "dcae")))
+    model = {"config": config, "denoiser": DENOISER, "scheduler": full.model["scheduler"]}
+    paths = dict(mllm=str(toys.save_mllm(folder / "reader", words())), dcae=str(toys.save_dcae(folder / "dcae")))
     options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
     return dataclasses.replace(
         full, model=model, options=options, batch_size=9, precision="float32", warmup_steps=0, lr=3e-3

@@ -34,7 +34,7 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 @functools.cache
 def words():
-    return train_tokenizer(640, lines=2000, special_tokens=toys.MARKERS, extra=["system user assistant"], kind="bpe")
+    return train_tokenizer(640, lines=2000, special_tokens=toys.SPECIAL_TOKENS, extra=["system user assistant"], kind="bpe")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def recipe(tmp_path_factory):
     vision = {**full.model["vision"], **VIT, "num_hidden_layers": 1, "image_size": 64}
     generation = full.model["generation"] | {"steps": 2}
     model = {"generation": generation, "hidden": {"vae_projector": 5}, "denoiser": PAINTER, "vision": vision}
-    reader = toys.save_reader(folder / "reader", words())
+    reader = toys.save_mllm(folder / "reader", words())
     paths = dict(mllm=str(reader), vae=str(folder), vit=str(folder))
     options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
     return dataclasses.replace(

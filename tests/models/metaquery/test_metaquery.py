@@ -1,4 +1,4 @@
-"""MetaQuery: batches equal single runs, guidance, seeds, sizes, the frozen reader, files, both readers, and bad input."""
+"""MetaQuery: batches equal single runs, guidance, seeds, sizes, the frozen MLLM, files, both MLLMs, and bad input."""
 
 import json
 import shutil
@@ -31,100 +31,104 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def input_images():
     dice = np.random.default_rng(0)
     return [Image.fromarray(dice.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((60, 60), (70, 95), (30, 56))]
 
 
-def levels(drawn) -> np.ndarray:
-    return np.stack([np.asarray(image).astype(int) for image in drawn.images])
+def levels(generated) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in generated.images])
 
 
 def assert_same(a, b):
-    """Pictures are equal up to a rounding of their levels."""
+    """Images are equal up to a rounding of their levels."""
     assert np.abs(levels(a) - levels(b)).max() <= 1
 
 
 # ---- batches
 
 
-def test_a_batch_with_pictures_and_copies_equals_its_single_runs(model, pictures):
-    """The original fails with two prompts and pictures, and pairs copies with another's pictures."""
+def test_a_batch_with_images_and_copies_equals_its_single_runs(model, input_images):
+    """The original fails with two prompts and images, and pairs copies with another prompt's images."""
     prompts = ["a red cube", "make it blue", "both", ""]
-    images = [None, pictures[0], pictures[1:], [pictures[2]]]
+    images = [None, input_images[0], input_images[1:], [input_images[2]]]
     options = dict(steps=2, guidance=[3.0, 4.5, 1.0, 2.0], image_guidance=[1.5, 2.0, 1.0, 3.0])
     whole = model.generate(prompts, images=images, n=2, seed=[5, 9, 40, 7], **options)
     assert len(whole.images) == 8
-    for i, (prompt, shown, seed) in enumerate(zip(prompts, images, (5, 9, 40, 7), strict=True)):
+    for i, (prompt, given, seed) in enumerate(zip(prompts, images, (5, 9, 40, 7), strict=True)):
         for copy in range(2):
             scales = {name: options[name][i] for name in ("guidance", "image_guidance")}
-            alone = model.generate(prompt, images=shown, seed=seed + copy, steps=2, **scales)
+            alone = model.generate(prompt, images=given, seed=seed + copy, steps=2, **scales)
             assert np.abs(levels(alone)[0] - levels(whole)[2 * i + copy]).max() <= 1
 
 
-def test_seeds_count_up_picture_by_picture(model):
-    drawn = model.generate(["a", "b"], n=2, seed=3, steps=1)
+def test_seeds_count_up_image_by_image(model):
+    generated = model.generate(["a", "b"], n=2, seed=3, steps=1)
     again = model.generate(["a", "a", "b", "b"], seed=[3, 4, 5, 6], steps=1)
-    assert_same(drawn, again)
-    assert np.abs(levels(drawn)[0] - levels(drawn)[1]).max() > 1
+    assert_same(generated, again)
+    assert np.abs(levels(generated)[0] - levels(generated)[1]).max() > 1
 
 
 def test_sizes(model):
-    drawn = model.generate("a", size=(32, 96), steps=1)
-    assert drawn.image.size == (96, 32) and model.generate("a", steps=1).image.size == (128, 128)
+    generated = model.generate("a", size=(32, 96), steps=1)
+    assert generated.image.size == (96, 32) and model.generate("a", steps=1).image.size == (128, 128)
 
 
 # ---- guidance
 
 
-def velocities(model, *, text: float, image: float, shown=()):
-    """The velocity under scales, and those under each of the three prompts."""
-    asked = ConditionBatch(model.processor)
-    branches = [asked.guidance_branches("a cube", shown, negative_prompt="dark", guidance=text, image_guidance=image)]
+def velocities(model, *, guidance: float, image_guidance: float, images=()):
+    """The guided velocity, and those under each of the three conditions."""
+    batch = ConditionBatch(model.processor)
+    branches = [
+        batch.guidance_branches(
+            "a cube", images, negative_prompt="dark", guidance=guidance, image_guidance=image_guidance
+        )
+    ]
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        denoiser = model.latent_denoiser(model.condition(model.query_states(asked.samples)), branches)
+        denoiser = model.latent_denoiser(model.condition(model.query_states(batch.samples)), branches)
         combined = model.guided_velocity(x, torch.tensor([0.5]), denoiser.branches)
-        parts = [("dark", [black_image(one) for one in shown]), ("dark", shown), ("a cube", shown)]
+        parts = [("dark", [black_image(one) for one in images]), ("dark", images), ("a cube", images)]
         apart = model.condition(model.query_states([model.processor.prompt_parts(*part) for part in parts]))
         u, i, c = model.denoiser(x.expand(3, -1, -1, -1), torch.full((3,), 0.5), apart).split(1)
-    return combined, u, i, c, len(asked.samples)
+    return combined, u, i, c, len(batch.samples)
 
 
-def test_guidance_of_texts_and_pictures(model, pictures):
-    v, u, i, c, n = velocities(model, text=4.5, image=1.5)
+def test_guidance_of_texts_and_images(model, input_images):
+    v, u, i, c, n = velocities(model, guidance=4.5, image_guidance=1.5)
     assert n == 2 and torch.allclose(v, u + 4.5 * (c - u), atol=1e-4)
-    v, u, i, c, n = velocities(model, text=4.5, image=1.5, shown=pictures[:1])
+    v, u, i, c, n = velocities(model, guidance=4.5, image_guidance=1.5, images=input_images[:1])
     assert n == 3 and torch.allclose(v, u + 1.5 * (i - u) + 4.5 * (c - i), atol=1e-4)
-    v, u, i, c, n = velocities(model, text=4.5, image=1.0, shown=pictures[:1])
+    v, u, i, c, n = velocities(model, guidance=4.5, image_guidance=1.0, images=input_images[:1])
     assert n == 2 and torch.allclose(v, i + 4.5 * (c - i), atol=1e-4)
-    v, u, i, c, n = velocities(model, text=1.0, image=1.0, shown=pictures[:1])
+    v, u, i, c, n = velocities(model, guidance=1.0, image_guidance=1.0, images=input_images[:1])
     assert n == 1 and torch.allclose(v, c, atol=1e-5)
 
 
-def test_equal_prompts_are_read_once(model, pictures):
-    asked = ConditionBatch(model.processor)
-    for caption, shown in (("a", []), ("b", []), ("a", []), ("a", pictures[:1]), ("b", pictures[:1])):
-        asked.guidance_branches(caption, shown, negative_prompt="", guidance=3.0, image_guidance=2.0)
-    # a, b, and nothing; then a black picture with nothing, the picture with nothing, a, b
-    assert len(asked.samples) == 3 + 4
-    seen = []
-    hook = model.decoder.blocks[0].register_forward_hook(lambda block, args, out: seen.append(len(out["all"])))
+def test_equal_prompts_run_once(model, input_images):
+    batch = ConditionBatch(model.processor)
+    for caption, given in (("a", []), ("b", []), ("a", []), ("a", input_images[:1]), ("b", input_images[:1])):
+        batch.guidance_branches(caption, given, negative_prompt="", guidance=3.0, image_guidance=2.0)
+    # a, b, and no text; then a black image without text, the image without text, and with a and b
+    assert len(batch.samples) == 3 + 4
+    run_lengths = []
+    hook = model.decoder.blocks[0].register_forward_hook(lambda block, args, out: run_lengths.append(len(out["all"])))
     model.generate(["a red cube", "a red cube", "two"], n=2, steps=2)
     hook.remove()
-    opening = len(model.processor.system_ids)
+    n_system = len(model.processor.system_ids)
     rest = [
-        sum(i.segment.length for i in model.processor.prompt_parts(text)) - opening
+        sum(i.segment.length for i in model.processor.prompt_parts(text)) - n_system
         for text in ("", "a red cube", "two")
     ]
-    assert seen == [opening, sum(rest)]  # what all begin with, once; then each prompt once, whatever the steps
+    assert run_lengths == [n_system, sum(rest)]  # the system turn once, then each prompt once, whatever the steps
 
 
-def test_images_of_different_progress_share_one_forward(model, pictures):
+def test_images_of_different_progress_share_one_forward(model, input_images):
     """Each on a schedule of its own, and the second three steps later than the first: as each is alone."""
     batch = ConditionBatch(model.processor)
     options = dict(negative_prompt="dark", guidance=3.0, image_guidance=1.5)
-    branches = [batch.guidance_branches("a cube", shown, **options) for shown in ([], pictures[:1])]
+    branches = [batch.guidance_branches("a cube", given, **options) for given in ([], input_images[:1])]
     condition = model.condition(model.query_states(batch.samples))
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     schedules = [dpm_timesteps(6, shift=3.0), dpm_timesteps(3, shift=1.0)]
@@ -145,7 +149,7 @@ def test_images_of_different_progress_share_one_forward(model, pictures):
     torch.testing.assert_close(x, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_the_condition_is_computed_once_a_picture(model):
+def test_the_condition_is_computed_once_an_image(model):
     calls = []
     hooks = [
         part.register_forward_hook(lambda *_: calls.append(1))
@@ -157,15 +161,15 @@ def test_the_condition_is_computed_once_a_picture(model):
     assert len(calls) == 2
 
 
-def test_bfloat16(model, pictures):
-    """Eight bits of each weight: a fifth as far from the exact picture as another seed's is, at most."""
+def test_bfloat16(model, input_images):
+    """Eight bits of each weight: a fifth as far from the exact image as another seed's is, at most."""
     half = MetaQuery.from_pretrained(toys.GOLDEN, dtype="bfloat16")
     half.config = model.config
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    named = {"images": pictures[0], "steps": 1}
-    drawn, exact = (one.generate("make it blue", seed=2, **named) for one in (half, model))
+    named = {"images": input_images[0], "steps": 1}
+    generated, exact = (one.generate("make it blue", seed=2, **named) for one in (half, model))
     other = model.generate("make it blue", seed=3, **named)
-    assert np.abs(levels(drawn) - levels(exact)).mean() < 0.2 * np.abs(levels(other) - levels(exact)).mean()
+    assert np.abs(levels(generated) - levels(exact)).mean() < 0.2 * np.abs(levels(other) - levels(exact)).mean()
 
 
 # ---- prompts
@@ -182,65 +186,78 @@ def test_a_caption_is_cut_and_its_markers_are_words(model):
     )
 
 
-# ---- the reader
+# ---- the MLLM
 
 
 @pytest.fixture
-def trained(tmp_path):
-    """A toy with a reader of its own, tied, in a folder; and that reader."""
-    from helpers.metaquery_training_toys import PAINTER
+def tied(tmp_path):
+    """A toy around an MLLM with a tied head; and that MLLM."""
+    from helpers.metaquery_training_toys import DENOISER
 
     from unimm.training.tasks.bagel import train_tokenizer
     from unimm.training.tasks.metaquery import MetaQueryTrainingConfig, init_metaquery
 
-    words = train_tokenizer(400, lines=2000, special_tokens=toys.MARKERS)
-    reader, dcae = toys.save_reader(tmp_path / "reader", words), toys.save_dcae(tmp_path / "dcae")
+    words = train_tokenizer(400, lines=2000, special_tokens=toys.SPECIAL_TOKENS)
+    mllm, dcae = toys.save_mllm(tmp_path / "mllm", words), toys.save_dcae(tmp_path / "dcae")
     config = dict(mllm_id="parts/Qwen2.5-VL-toy", diffusion_model_id="Sana-toy", num_metaqueries=3, max_input_text_tokens=20,
                   connector_num_hidden_layers=1, system_prompt="draw.", input_size=4)  # fmt: skip
     config["generation"] = dict(min_pixels=256, max_pixels=4096, steps=2)
-    options = MetaQueryTrainingConfig(tasks={}, timesteps_per_image=1, dropout=0.1, novel_colours=0, novel_shapes=0, mllm=str(reader),
-                      dcae=str(dcae), denoiser="", mllm_dtype="float32", frozen=(), compile=False)  # fmt: skip
-    numbers = {"config": config, "denoiser": PAINTER, "scheduler": {"flow_shift": 3.0, "num_train_timesteps": 1000}}
+    options = MetaQueryTrainingConfig(
+        tasks={},
+        timesteps_per_image=1,
+        dropout=0.1,
+        novel_colours=0,
+        novel_shapes=0,
+        mllm=str(mllm),
+        dcae=str(dcae),
+        denoiser="",
+        mllm_dtype="float32",
+        frozen=(),
+        compile=False,
+    )
+    numbers = {"config": config, "denoiser": DENOISER, "scheduler": {"flow_shift": 3.0, "num_train_timesteps": 1000}}
     torch.manual_seed(0)
     found = init_metaquery(options, numbers).eval()
     torch.nn.init.normal_(found.denoiser.out_proj.weight)
-    return found, QwenVL.from_pretrained(reader)
+    return found, QwenVL.from_pretrained(mllm)
 
 
-def test_it_answers_exactly_as_the_frozen_reader(trained, tmp_path, pictures):
-    model, reader = trained
+def test_it_answers_exactly_as_the_frozen_mllm(tied, tmp_path, input_images):
+    model, mllm = tied
     model.save_pretrained(tmp_path / "saved")
     ours = MetaQuery.from_pretrained(tmp_path / "saved")
-    for name, x in reader.state_dict().items():
+    for name, x in mllm.state_dict().items():
         assert torch.equal(ours.mllm.state_dict()[name], x)
     for options in ({}, {"seed": 3, "text_sampling": TextSampling(temperature=1.0, max_tokens=6)}):
-        asked = {"text_sampling": BRIEF} | options
-        assert ours.understand(pictures, "what?", **asked) == reader.understand(pictures, "what?", **asked)
-    assert "".join(ours.understand(pictures[0], "what?", stream=True, text_sampling=BRIEF)) == reader.understand(
-        pictures[0], "what?", text_sampling=BRIEF
+        arguments = {"text_sampling": BRIEF} | options
+        assert ours.understand(input_images, "what?", **arguments) == mllm.understand(
+            input_images, "what?", **arguments
+        )
+    assert "".join(ours.understand(input_images[0], "what?", stream=True, text_sampling=BRIEF)) == mllm.understand(
+        input_images[0], "what?", text_sampling=BRIEF
     )
     talk = [{"role": "user", "content": "hello"}]
-    assert ours.chat(talk, system="be brief", text_sampling=BRIEF) == reader.chat(
+    assert ours.chat(talk, system="be brief", text_sampling=BRIEF) == mllm.chat(
         talk, system="be brief", text_sampling=BRIEF
     )
 
 
-def test_a_lost_head_is_taken_from_the_readers_release(model, tmp_path, pictures):
+def test_a_missing_head_is_loaded_from_the_mllm_s_release(model, tmp_path, input_images):
     with pytest.raises(ValueError, match=r"hold no language head, and Qwen2.5-VL-tiny has none to give"):
         model.understand(None, "what?")
     with torch.device("meta"):
         shapes = QwenVL(model.config.mllm).state_dict()
     torch.manual_seed(2)
-    reader = QwenVL(model.config.mllm)
-    reader.tokenizer = model.mllm.tokenizer
-    assert set(shapes) == set(reader.state_dict())
-    # its blocks and tower are those of the checkpoint, its table decayed there since, by AdamW's weight decay
+    mllm = QwenVL(model.config.mllm)
+    mllm.tokenizer = model.mllm.tokenizer
+    assert set(shapes) == set(mllm.state_dict())
+    # its blocks and vision encoder are the checkpoint's, its embedding table decayed there since, by AdamW's weight decay
     state = {name: x for name, x in model.mllm.state_dict().items() if "decoder.embed" not in name}
-    reader.load_state_dict(state, strict=False)
-    reader.save_pretrained(tmp_path / "reader")
-    ours = MetaQuery.from_pretrained(toys.GOLDEN, components={"mllm": tmp_path / "reader"})
-    assert ours.understand(pictures[:1], "what?", text_sampling=BRIEF) == reader.understand(
-        pictures[:1], "what?", text_sampling=BRIEF
+    mllm.load_state_dict(state, strict=False)
+    mllm.save_pretrained(tmp_path / "mllm")
+    ours = MetaQuery.from_pretrained(toys.GOLDEN, components={"mllm": tmp_path / "mllm"})
+    assert ours.understand(input_images[:1], "what?", text_sampling=BRIEF) == mllm.understand(
+        input_images[:1], "what?", text_sampling=BRIEF
     )
     assert_same(ours.generate("a", steps=1), model.generate("a", steps=1))
 
@@ -305,8 +322,8 @@ def test_parts_that_do_not_fit(folder):
         MetaQuery.from_pretrained(changed(folder, "Sana-tiny/scheduler/scheduler_config.json", _class_name="Other"))
     shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
     scheduler = folder / "Sana-tiny/scheduler/scheduler_config.json"
-    said = json.loads(scheduler.read_text())
-    scheduler.write_text(json.dumps({key: value for key, value in said.items() if key != "prediction_type"}))
+    released = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({key: value for key, value in released.items() if key != "prediction_type"}))
     with pytest.raises(ValueError, match="the scheduler's config lacks prediction_type"):
         MetaQuery.from_pretrained(folder)
     shutil.copytree(toys.GOLDEN, folder, dirs_exist_ok=True)
@@ -315,13 +332,13 @@ def test_parts_that_do_not_fit(folder):
 
 
 def test_no_file_is_written_outside_the_folder(model, folder, tmp_path):
-    shutil.copytree(folder / "Qwen2.5-VL-tiny", folder / "reader")
+    shutil.copytree(folder / "Qwen2.5-VL-tiny", folder / "mllm")
     weights = load_file(folder / "model.safetensors")
     save_file(weights, folder / "model.safetensors")
-    far = MetaQuery.from_pretrained(changed(folder, mllm_id="/elsewhere/../reader"))
+    far = MetaQuery.from_pretrained(changed(folder, mllm_id="/elsewhere/../mllm"))
     far.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "reader" / "config.json").exists()
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["mllm_id"] == "reader"
+    assert (tmp_path / "saved" / "mllm" / "config.json").exists()
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["mllm_id"] == "mllm"
 
 
 # ---- bad input

@@ -1,4 +1,4 @@
-"""The readers that MetaQuery asks: the released names of each, LLaVA-OneVision's prompts, and a whole model around one."""
+"""The MLLMs of MetaQuery: the released names of each, LLaVA-OneVision's prompts, and a whole model around one."""
 
 import json
 import re
@@ -34,7 +34,7 @@ NAMES = (
     "intermediate_size",
     "vocab_size",
 )
-# name -> the reader's config, its own files' names, tensors and parameters of the whole (the original's classes say the
+# name -> the MLLM's config, its own files' names, tensors and parameters of the whole (the original's classes say the
 # same)
 RELEASED = {
     "metaquery_qwen3b_sana": ((2048, 36, 16, 2, 11008, 151936, True), "qwen2.5-vl-3b", 1936, 7_292_855_107),
@@ -44,7 +44,7 @@ RELEASED = {
 HOMES = dict.fromkeys(MetaQueryConfig.PART_CONFIGS, "a part")
 
 
-def reader_of(numbers) -> QwenVLConfig | LlavaConfig:
+def mllm_config(numbers) -> QwenVLConfig | LlavaConfig:
     if numbers is None:
         return LlavaConfig.from_json(llava_toys.RELEASED, {})
     text = dict(zip((*NAMES, "tie_word_embeddings"), numbers, strict=True))
@@ -52,13 +52,13 @@ def reader_of(numbers) -> QwenVLConfig | LlavaConfig:
 
 
 def shapes_of(name: str, inside: str) -> dict[str, tuple[int, ...]]:
-    """A whole file's names and shapes: the reader's, but for its head; the painter's, the autoencoder's, and its own."""
-    reader = manifest(inside) if inside not in QWEN else {}
+    """A whole file's names and shapes: the MLLM's, but for its head; the denoiser's, the autoencoder's, and MetaQuery's own."""
+    mllm = manifest(inside) if inside not in QWEN else {}
     for key, shape in QWEN.get(inside, {}).items():
         n = re.search(r"\{(\d+)\}", key)
-        reader |= {key.replace(n[0], str(i)) if n else key: tuple(shape) for i in range(int(n[1]) if n else 1)}
-    reader.pop("lm_head.weight", None)
-    whole = {f"model.mllm_backbone.{key}": shape for key, shape in reader.items()}
+        mllm |= {key.replace(n[0], str(i)) if n else key: tuple(shape) for i in range(int(n[1]) if n else 1)}
+    mllm.pop("lm_head.weight", None)
+    whole = {f"model.mllm_backbone.{key}": shape for key, shape in mllm.items()}
     whole |= {f"model.transformer.{key}": shape for key, shape in manifest("sana_1600m_512_transformer").items()}
     whole |= {f"vae.{key}": shape for key, shape in manifest("dcae_f32c32_sana").items()}
     return whole | manifest(name)
@@ -67,10 +67,10 @@ def shapes_of(name: str, inside: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", RELEASED)
 def test_manifests_fit_the_released_models(name):
     numbers, inside, tensors, parameters = RELEASED[name]
-    shapes, reader = shapes_of(name, inside), reader_of(numbers)
+    shapes, mllm = shapes_of(name, inside), mllm_config(numbers)
     files = {"num_metaqueries": 256, "max_input_text_tokens": 256, "system_prompt": "", "input_size": 16}
     solver = {"flow_shift": 3.0, "num_train_timesteps": 1000}
-    cfg = MetaQueryConfig.from_json(files, reader, sana_toys.RELEASED, dc_ae_toys.RELEASED, solver, part_ids=HOMES)
+    cfg = MetaQueryConfig.from_json(files, mllm, sana_toys.RELEASED, dc_ae_toys.RELEASED, solver, part_ids=HOMES)
     with torch.device("meta"):
         model = MetaQuery(cfg)
     model.match_checkpoint(shapes)
@@ -94,14 +94,14 @@ def model(tmp_path_factory):
     text = llava_toys.TEXT | dict(hidden_size=64, vocab_size=tokenizer.backend.vocab_size())
     text |= {"eos_token_id": tokenizer.special_ids["<|im_end|>"]}
     files = llava_toys.TOP | ids | {"text_config": text, "vision_config": llava_toys.VISION}
-    reader = LlavaConfig.from_json(files | {"tie_word_embeddings": True}, {})
-    painter = sana_toys.FILES | {"in_channels": 4, "out_channels": 4, "sample_size": 4}
+    mllm = LlavaConfig.from_json(files | {"tie_word_embeddings": True}, {})
+    denoiser = sana_toys.FILES | {"in_channels": 4, "out_channels": 4, "sample_size": 4}
     config = {"num_metaqueries": 3, "max_input_text_tokens": 20, "system_prompt": "draw.", "input_size": 4}
     config |= {"connector_num_hidden_layers": 1}
     solver = {"flow_shift": 3.0, "num_train_timesteps": 1000}
     homes = HOMES | {"mllm_id": "llava-toy"}
     torch.manual_seed(0)
-    made = MetaQuery(MetaQueryConfig.from_json(config, reader, painter, toys.WIDTHS, solver, part_ids=homes))
+    made = MetaQuery(MetaQueryConfig.from_json(config, mllm, denoiser, toys.WIDTHS, solver, part_ids=homes))
     init_sana(made.denoiser)
     torch.nn.init.normal_(made.denoiser.out_proj.weight)
     made.init_queries()
@@ -113,16 +113,16 @@ def model(tmp_path_factory):
     return found
 
 
-def test_a_reader_of_the_other_kind_draws_and_answers(model):
-    pictures = [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 50), "blue")]
-    whole = model.generate(["a cube", "both"], images=[None, pictures], seed=[3, 4], steps=2)
-    for i, (prompt, images) in enumerate((("a cube", None), ("both", pictures))):
+def test_an_mllm_of_the_other_kind_generates_and_answers(model):
+    input_images = [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 50), "blue")]
+    whole = model.generate(["a cube", "both"], images=[None, input_images], seed=[3, 4], steps=2)
+    for i, (prompt, images) in enumerate((("a cube", None), ("both", input_images))):
         alone = model.generate(prompt, images=images, seed=3 + i, steps=2).image
         assert max(abs(a - b) for a, b in zip(alone.tobytes(), whole.images[i].tobytes(), strict=True)) <= 1
     assert isinstance(model.mllm, LlavaOneVision)
     brief = TextSampling(max_tokens=3)
-    assert model.understand(pictures, "what?", text_sampling=brief) == model.mllm.understand(
-        pictures, "what?", text_sampling=brief
+    assert model.understand(input_images, "what?", text_sampling=brief) == model.mllm.understand(
+        input_images, "what?", text_sampling=brief
     )
 
 
@@ -143,13 +143,13 @@ def test_llavas_prompt(model):
 
 
 def test_every_kind_names_its_table_and_head():
-    assert {name: kind.embedding_key(reader_of(RELEASED[at][0])) for (name, kind), at in zip(
+    assert {name: kind.embedding_key(mllm_config(RELEASED[at][0])) for (name, kind), at in zip(
         MLLMS.items(), ("metaquery_qwen3b_sana", "metaquery_llavaov0p5_sana"), strict=True
     )} == {
         "qwen2_5_vl": "model.mllm_backbone.model.embed_tokens.weight",
         "llava_onevision": "model.mllm_backbone.language_model.model.embed_tokens.weight",
     }  # fmt: skip
-    qwen = reader_of(RELEASED["metaquery_qwen7b_sana"][0])
+    qwen = mllm_config(RELEASED["metaquery_qwen7b_sana"][0])
     kind = MLLMS["qwen2_5_vl"]
     assert kind.head_prefix(qwen) == "model.mllm_backbone.lm_head."
     assert Rename("model.mllm_backbone.lm_head.{}", "mllm.decoder.head.{}") in kind.key_map(qwen, with_head=True)

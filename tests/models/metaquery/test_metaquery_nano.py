@@ -1,4 +1,4 @@
-"""The bundled metaquery-nano: its size, its reader's knowledge, what it draws, and that its release row tells the truth."""
+"""The bundled metaquery-nano: its size, its MLLM's knowledge, its images, and that its release row is right."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def test_its_row_says_what_it_is(model):
     assert isinstance(unimm.load("metaquery-nano"), MetaQuery)
 
 
-def test_the_reader_knows_who_likes_what(model):
+def test_the_mllm_knows_who_likes_what(model):
     names = list(FAVOURITES)
     said = model.understand([[]] * len(names), [FACT_COLOUR[0].format(name=name) for name in names])
     assert said == [FAVOURITES[name][1] for name in names]
@@ -56,13 +56,13 @@ def test_a_round_trip(model, tmp_path):
 
 
 def test_chance_is_what_differs():
-    """Others' favourites that have the asked one's colour are no chance for its colour: a perfect painter shows none."""
+    """Others' favourites that have the asked one's colour are no chance for its colour: a perfect denoiser shows none."""
     place = BUNDLED_FOLDER.parents[1] / "experiments" / "query_transfer" / "run.py"
     spec = importlib.util.spec_from_file_location("query_transfer", place)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)
-    asked = [script.Request(name=name, wording="draw what {name} likes", repetition=0) for name in FAVOURITES]
-    shown = script.favourite_rates([[FAVOURITES[one.name]] for one in asked], asked)
-    assert {key: score["accuracy"] for key, score in shown["own"].items()} == {"pair": 1, "shape": 1, "colour": 1}
-    assert shown["others"] == {"pair": 0, "shape": 0, "colour": 0}
+    requests = [script.Request(name=name, wording="draw what {name} likes", repetition=0) for name in FAVOURITES]
+    rates = script.favourite_rates([[FAVOURITES[one.name]] for one in requests], requests)
+    assert {key: score["accuracy"] for key, score in rates["own"].items()} == {"pair": 1, "shape": 1, "colour": 1}
+    assert rates["others"] == {"pair": 0, "shape": 0, "colour": 0}

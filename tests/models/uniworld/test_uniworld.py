@@ -1,4 +1,4 @@
-"""UniWorld: files and manifests, one pass a request, batches, guidance, references, who answers and who draws, bad input."""
+"""UniWorld: files and manifests, one forward a request, batches, guidance, references, routing, bad input."""
 
 import json
 import shutil
@@ -35,12 +35,12 @@ def model():
     return uniworld()
 
 
-def picture(seed: int, width: int = 60, height: int = 50) -> Image.Image:
+def random_image(seed: int, width: int = 60, height: int = 50) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def apart(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two pictures, of 255."""
+    """The largest difference of two images, of 255."""
     assert a.size == b.size
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
@@ -52,10 +52,10 @@ def released() -> UniWorldConfig:
     """The config that the release has, with its widths."""
     text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
                 intermediate_size=18944, rope_scaling={"type": "default", "mrope_section": [16, 24, 24]})  # fmt: skip
-    painter = {"in_channels": 64, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19,
+    denoiser = {"in_channels": 64, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19,
                "num_single_layers": 38, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
                "out_channels": None, "patch_size": 1}  # fmt: skip
-    tower = {"denoiser_type": "flux", "denoiser_config": painter, "input_hidden_size": 3584, "output_hidden_size": 4096,
+    tower = {"denoiser_type": "flux", "denoiser_config": denoiser, "input_hidden_size": 3584, "output_hidden_size": 4096,
              "vae_input_hidden_size": 64, "denoise_projector_type": "mlp2x_gelu"}  # fmt: skip
     vision = {"hidden_size": 1280, "out_hidden_size": 3584}
     files = {"model_type": "univa_qwen2p5vl", **text, "vision_config": vision, "denoise_tower": tower,
@@ -100,16 +100,17 @@ def test_round_trip(tmp_path, model):
     state = model.state_dict()
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
-    words = ("draw a cat", [picture(0)])
+    request = ("draw a cat", [random_image(0)])
     assert (
-        apart(model.generate(*words[:1], images=words[1]).image, again.generate(words[0], images=words[1]).image) == 0
+        apart(model.generate(request[0], images=request[1]).image, again.generate(request[0], images=request[1]).image)
+        == 0
     )
     model.save_pretrained(tmp_path / "half", dtype="bfloat16")
     half = UniWorld.from_pretrained(tmp_path / "half", dtype="bfloat16")
     kinds = {name: x.dtype for name, x in half.state_dict().items()}
     wide = {name for name, kind in kinds.items() if kind == torch.float32}
     assert wide == {name for name in kinds if name.startswith(("auxiliary.vae.", "task_head."))}
-    assert half.generate("draw a cat", images=picture(0), size=(64, 96)).image.size == (96, 64)
+    assert half.generate("draw a cat", images=random_image(0), size=(64, 96)).image.size == (96, 64)
     assert UniWorld.from_pretrained(tmp_path / "whole", components={"t5": None}).auxiliary.t5 is None
 
 
@@ -131,7 +132,7 @@ def replaced(one: UniWorld, other: UniWorld) -> UniWorld:
 
 def test_parts_of_their_own(tmp_path, model, monkeypatch):
     """A hub id's parts come from the repositories that the original names, and of FLUX only the folders that are read."""
-    asked = []
+    downloads = []
     model.save_pretrained(tmp_path / "flux")
     shutil.copytree(CASE, tmp_path / "core", ignore=shutil.ignore_patterns("siglip"))
     homes = {
@@ -141,17 +142,17 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     }
 
     def download(name, revision, patterns, *, weights, subfolders):
-        asked.append((name, subfolders))
+        downloads.append((name, subfolders))
         return homes[name]
 
     monkeypatch.setattr(hub, "_download", download)
     whole = UniWorld.from_pretrained("owner/uniworld", components={"t5": None})
-    assert (FLUX_HUB_ID, ("vae", "text_encoder", "tokenizer")) in asked and (SIGLIP_HUB_ID, ()) in asked
+    assert (FLUX_HUB_ID, ("vae", "text_encoder", "tokenizer")) in downloads and (SIGLIP_HUB_ID, ()) in downloads
     assert whole.auxiliary.siglip and whole.auxiliary.vae and whole.auxiliary.clip and not whole.auxiliary.t5
-    asked.clear()
+    downloads.clear()
     lone = UniWorld.from_pretrained(tmp_path / "core")
-    assert not asked and lone.auxiliary.siglip is None and lone.auxiliary.vae is None, (
-        "a folder's parts are below it, or asked for"
+    assert not downloads and lone.auxiliary.siglip is None and lone.auxiliary.vae is None, (
+        "a folder's components are below it, or given"
     )
     assert UniWorld.from_pretrained(tmp_path / "core", components={"flux": tmp_path / "flux"}).auxiliary.t5 is not None
 
@@ -172,7 +173,7 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"generation": {"parts": {"sight": "here"}}}, "got parts sight: expected some of siglip, vae"),
         ({"model_type": "qwen2_5_vl"}, "describes no UniWorld"),
@@ -186,8 +187,8 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
         ({"generation": {"steps": 0}}, "got steps 0"),
     ],
 )
-def test_wrong_configs(changes, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
         UniWorldConfig.from_json(FILES | changes, {})
 
 
@@ -201,38 +202,38 @@ def test_parts_of_other_widths_are_refused(tmp_path):
         UniWorld.from_pretrained(tmp_path / "case")
 
 
-# ---- reading
+# ---- conditions
 
 
-def test_what_is_told_is_what_is_read_with_the_features_before_their_marker(model):
-    shown = [picture(0), picture(1, 40, 90)]
-    items = model.processor.prompt_parts("the two", shown)
-    (reading,) = model.encode_prompts([items])
-    looks = model.auxiliary.encode_siglip(shown)
-    (told,) = model.condition([items], [reading.hidden_states], looks)
+def test_the_condition_has_the_features_before_the_end_of_their_image(model):
+    images = [random_image(0), random_image(1, 40, 90)]
+    items = model.processor.prompt_parts("the two", images)
+    (output,) = model.encode_prompts([items])
+    features = model.auxiliary.encode_siglip(images)
+    (condition,) = model.condition([items], [output.hidden_states], features)
     ids = torch.cat(
         [torch.cat((one.ids, torch.full((one.n_tokens,), model.config.mllm.special_tokens.image_pad))) for one in items]
     )
-    rows, seen, at = model.mllm_projector(reading.hidden_states), model.siglip_projector(looks), 0
+    rows, projected, at = model.mllm_projector(output.hidden_states), model.siglip_projector(features), 0
     expected = []
     for i, one in enumerate(ids.tolist()):
         if one == model.config.mllm.special_tokens.vision_end:
-            expected.append(seen[at])
+            expected.append(projected[at])
             at += 1
         expected.append(rows[i : i + 1])
-    assert at == 2 and torch.allclose(told, torch.cat(expected), atol=1e-6)
+    assert at == 2 and torch.allclose(condition, torch.cat(expected), atol=1e-6)
 
 
-def test_a_marker_of_a_user_is_text(model):
-    plain, typed = (model.processor.prompt_parts(f"see {one}", [picture(0)]) for one in ("this", "<|vision_end|>"))
+def test_a_special_token_typed_by_a_user_is_text(model):
+    plain, typed = (model.processor.prompt_parts(f"see {one}", [random_image(0)]) for one in ("this", "<|vision_end|>"))
     assert [one.kind for one in plain] == [one.kind for one in typed] == ["text", "und_image", "text"]
     assert model.config.mllm.special_tokens.vision_end not in typed[0].ids
 
 
-def test_pictures_stand_behind_the_text_unless_it_says_where(model):
+def test_images_stand_behind_the_text_unless_it_has_placeholders(model):
     def places(prompt, prompts=model.processor):
-        return [one.kind for one in prompts.prompt_parts(prompt, [picture(0)])], prompts.prompt_parts(
-            prompt, [picture(0)]
+        return [one.kind for one in prompts.prompt_parts(prompt, [random_image(0)])], prompts.prompt_parts(
+            prompt, [random_image(0)]
         )
 
     kinds, behind = places("see this")
@@ -251,40 +252,44 @@ def test_one_pass_and_one_modulation(model, monkeypatch):
     monkeypatch.setattr(model.mllm.decoder, "forward", lambda x, *rest: calls.append(len(x)) or inner(x, *rest))
     block = model.denoiser.mmdit.double_blocks[0].image.modulation
     hook = block.register_forward_hook(lambda *_: modulated.append(1))
-    model.generate("a small bird", images=picture(0), steps=3, n=2)
+    model.generate("a small bird", images=random_image(0), steps=3, n=2)
     hook.remove()
-    items = model.processor.prompt_parts("a small bird", [picture(0)])
+    items = model.processor.prompt_parts("a small bird", [random_image(0)])
     assert calls == [sum(one.segment.length for one in items)] and modulated == [1]
     calls.clear()
-    answer = deciding(model, draws=False).respond("a small bird", text_sampling=TextSampling(max_tokens=3))
-    deciding(model, draws=True)
+    answer = routing(model, generates=False).respond("a small bird", text_sampling=TextSampling(max_tokens=3))
+    routing(model, generates=True)
     read = sum(one.segment.length for one in model.processor.prompt_parts("a small bird"))
     assert isinstance(answer, str) and calls[0] == read and calls[1:] == [1] * len(calls[1:])
 
 
-def deciding(model: UniWorld, *, draws: bool) -> UniWorld:
-    """The model with a head that always decides the same."""
+def routing(model: UniWorld, *, generates: bool) -> UniWorld:
+    """The model with a task head that always decides the same."""
     torch.nn.init.zeros_(model.task_head.fc2.weight)
-    model.task_head.fc2.bias.copy_(torch.tensor([0.0, 1.0] if draws else [1.0, 0.0]))
+    model.task_head.fc2.bias.copy_(torch.tensor([0.0, 1.0] if generates else [1.0, 0.0]))
     return model
 
 
-def test_the_head_decides_who_answers(model):
-    drawn = deciding(model, draws=True).respond("a bird", images=picture(0), seed=3)
+def test_the_task_head_routes(model):
+    generated = routing(model, generates=True).respond("a bird", images=random_image(0), seed=3)
     assert (
-        isinstance(drawn, Generation)
-        and apart(drawn.image, model.generate("a bird", images=picture(0), seed=3).image) == 0
+        isinstance(generated, Generation)
+        and apart(generated.image, model.generate("a bird", images=random_image(0), seed=3).image) == 0
     )
     sampling = TextSampling(max_tokens=5)
-    said = deciding(model, draws=False).respond("a bird", images=picture(0), text_sampling=sampling)
-    shown = {"role": "user", "content": "a bird" + IMAGE_PAD, "images": [model.config.mllm.image_processor(picture(0))]}
-    assert said == model.chat([shown], system="", text_sampling=sampling)
+    answer = routing(model, generates=False).respond("a bird", images=random_image(0), text_sampling=sampling)
+    message = {
+        "role": "user",
+        "content": "a bird" + IMAGE_PAD,
+        "images": [model.config.mllm.image_processor(random_image(0))],
+    }
+    assert answer == model.chat([message], system="", text_sampling=sampling)
     torch.nn.init.zeros_(model.task_head.fc2.bias)
-    assert isinstance(model.respond("a bird", text_sampling=sampling), str), "as many votes for both: it answers"
+    assert isinstance(model.respond("a bird", text_sampling=sampling), str), "equal logits: it answers"
 
 
-def test_residual_is_what_the_tower_gave(model):
-    items = model.processor.prompt_parts("see", [picture(0)])
+def test_the_shortcut_is_the_vision_encoder_s_output(model):
+    items = model.processor.prompt_parts("see", [random_image(0)])
     (plain,), (half,), (whole,) = (model.encode_prompts([items], image_embeds_shortcut=f) for f in (0.0, 0.5, 1.0))
     first = items[0].segment.length + 1
     cells = slice(first, first + items[1].n_tokens)
@@ -295,12 +300,12 @@ def test_residual_is_what_the_tower_gave(model):
     assert torch.allclose(half.hidden_states, (plain.hidden_states + whole.hidden_states) / 2, atol=1e-6)
 
 
-# ---- drawing
+# ---- generation
 
 
-def test_a_picture_does_not_depend_on_its_batch(model):
+def test_an_image_does_not_depend_on_its_batch(model):
     prompts = ["a cat", "make the much longer cube red, and then some", "both"]
-    images = [None, picture(0), [picture(1, 40, 40), picture(2, 90, 90)]]
+    images = [None, random_image(0), [random_image(1, 40, 40), random_image(2, 90, 90)]]
     scales, free = [3.5, 1.0, 2.0], [1.0, 2.0, 1.0]
     together = model.generate(
         prompts, images=images, seed=[5, 7, 9], guidance=scales, true_cfg_scale=free, size=(64, 96)
@@ -313,25 +318,25 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     assert apart(together.images[0], together.images[1]) > 1
 
 
-def test_several_pictures_a_prompt(model):
+def test_several_images_a_prompt(model):
     four = model.generate(["a cat", "a dog"], n=2, seed=3).images
     for i, (prompt, seed) in enumerate((("a cat", 3), ("a cat", 4), ("a dog", 5), ("a dog", 6))):
         assert apart(four[i], model.generate(prompt, seed=seed).image) <= 1
 
 
 @torch.inference_mode()
-def test_text_guidance_leads_away_from_nothing(model):
-    told = [torch.randn(9, 40)]
+def test_true_cfg_leads_away_from_an_empty_condition(model):
+    condition = [torch.randn(9, 40)]
     noise, pooled, times = torch.randn(1, 4, 8, 8), torch.zeros(1, 24), torch.tensor([1.0, 0.0])
     plain, empty, twice, none = (
         model.denoise(
             model.latent_denoiser(some, (8, 8), pooled=pooled, guidance=3.5, true_cfg_scale=scale), noise, times
         )
         for some, scale in (
-            (told, None),
-            ([told[0][:0]], None),
-            (told, torch.tensor([2.0])),
-            (told, torch.tensor([0.0])),
+            (condition, None),
+            ([condition[0][:0]], None),
+            (condition, torch.tensor([2.0])),
+            (condition, torch.tensor([0.0])),
         )
     )
     assert torch.allclose(twice, 2 * plain - empty, atol=1e-4) and torch.allclose(none, empty, atol=1e-5)
@@ -365,34 +370,38 @@ def test_images_of_different_progress_share_one_forward(model):
 
 def test_sizes(model):
     assert model.generate("a cat").image.size == (64, 64)
-    assert model.generate("as wide", images=picture(0, 60, 50)).image.size == (160, 128), "5:4, in whole units of 32"
+    assert model.generate("as wide", images=random_image(0, 60, 50)).image.size == (160, 128), (
+        "5:4, in whole units of 32"
+    )
     cfg = replace(model.config, image_pixels=1024 * 1024)
     model.config, kept = cfg, model.config
-    assert model.output_size([picture(0, 192, 108)]) == (864, 1536)
-    assert model.output_size([picture(0, 100, 60), picture(0, 60, 100)]) == model.output_size([]) == (1024, 1024)
+    assert model.output_size([random_image(0, 192, 108)]) == (864, 1536)
+    assert (
+        model.output_size([random_image(0, 100, 60), random_image(0, 60, 100)]) == model.output_size([]) == (1024, 1024)
+    )
     model.config = kept
 
 
 def test_references(model):
-    shown = [picture(0, 64, 64)]
+    images = [random_image(0, 64, 64)]
     plain, tokens, condition = (
-        model.generate("a cat", images=shown, reference_latents=how).image for how in (None, "tokens", "condition")
+        model.generate("a cat", images=images, reference_latents=how).image for how in (None, "tokens", "condition")
     )
     assert min(apart(plain, tokens), apart(plain, condition), apart(tokens, condition)) > 0
-    both = model.generate(["a cat", "none"], images=[shown, None], reference_latents="tokens", seed=[0, 1])
+    both = model.generate(["a cat", "none"], images=[images, None], reference_latents="tokens", seed=[0, 1])
     assert apart(both.images[0], tokens) <= 1
-    assert apart(both.images[1], model.generate("none", seed=1).image) <= 1, "without a picture there is no reference"
+    assert apart(both.images[1], model.generate("none", seed=1).image) <= 1, "without an image there is no reference"
 
 
 @torch.inference_mode()
-def test_latents_among_what_is_told_are_half_as_fine(model):
+def test_reference_latents_in_the_condition_are_half_as_fine(model):
     latents = torch.randn(2, 4, 8, 12)
-    told = model.reference_condition(latents)
-    assert told.shape == (2 * 2 * 3, 40)
-    # the second picture's token at row 1, column 2: means of four latents each, channel by channel
+    condition = model.reference_condition(latents)
+    assert condition.shape == (2 * 2 * 3, 40)
+    # the second image's token at row 1, column 2: means of four latents each, channel by channel
     corners = [(c, 4 + 2 * y, 8 + 2 * x) for c in range(4) for y in (0, 1) for x in (0, 1)]
     means = torch.stack([latents[1, c, y : y + 2, x : x + 2].mean() for c, y, x in corners])
-    assert torch.allclose(told[-1], model.vae_projector(means), atol=1e-5)
+    assert torch.allclose(condition[-1], model.vae_projector(means), atol=1e-5)
 
 
 def test_captions(model):
@@ -418,11 +427,11 @@ def test_parts_that_are_asked_for_and_absent():
     assert bare.generate("a cat", clip=False).image.size == (64, 64)
     bare.auxiliary.siglip = None
     with pytest.raises(ValueError, match=r"without its SigLIP2: give from_pretrained siglip="):
-        bare.generate("a cat", images=picture(0), clip=False)
+        bare.generate("a cat", images=random_image(0), clip=False)
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (dict(prompt=" "), "got an empty prompt"),
         (dict(prompt=[]), "got no prompts"),
@@ -438,8 +447,8 @@ def test_parts_that_are_asked_for_and_absent():
         (dict(prompt="a", images="nowhere.png"), "no image at nowhere.png"),
     ],
 )
-def test_wrong_calls(model, call, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_calls(model, call, message):
+    with pytest.raises(ValueError, match=message):
         model.generate(**call)
 
 

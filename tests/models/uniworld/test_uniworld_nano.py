@@ -1,4 +1,4 @@
-"""The bundled uniworld-nano: its size, the VAE that it shares, what it decides, and that its release row tells the truth."""
+"""The bundled uniworld-nano: its size, the VAE that it shares, what it routes, and that its release row is right."""
 
 import json
 
@@ -37,9 +37,9 @@ def test_its_row_says_what_it_is(model):
 
 
 def test_every_verb(model):
-    drawn = model.generate(["a red circle", "two blue squares"], seed=0)
-    assert [image.size for image in drawn.images] == [(64, 64)] * 2
-    assert model.generate("make it blue", images=drawn.image, seed=0).image.size == (64, 64)
+    generated = model.generate(["a red circle", "two blue squares"], seed=0)
+    assert [image.size for image in generated.images] == [(64, 64)] * 2
+    assert model.generate("make it blue", images=generated.image, seed=0).image.size == (64, 64)
     assert isinstance(model.respond("draw a red circle"), Generation)
     one = example("answer.count", 0, split="test")
     assert isinstance(model.respond(one.prompt, images=Image.fromarray(one.images[0])), str)
@@ -48,7 +48,7 @@ def test_every_verb(model):
 def test_the_head_tells_questions_from_prompts(model):
     tasks = {"draw.one": 1, "draw.two": 1, "edit.remove": 1, "answer.count": 0, "answer.colour": 0, "answer.where": 0}
     examples = [(example(task, i, split="test"), wanted) for task, wanted in tasks.items() for i in range(10)]
-    shown = [[Image.fromarray(image) for image in one.images] for one, _ in examples]
-    asked = [model.processor.prompt_parts(one.prompt, some) for (one, _), some in zip(examples, shown, strict=True)]
-    votes = [int(model.route_logits(reading).argmax()) for reading in model.encode_prompts(asked)]
+    images = [[Image.fromarray(image) for image in one.images] for one, _ in examples]
+    samples = [model.processor.prompt_parts(one.prompt, some) for (one, _), some in zip(examples, images, strict=True)]
+    votes = [int(model.route_logits(output).argmax()) for output in model.encode_prompts(samples)]
     assert sum(vote == wanted for vote, (_, wanted) in zip(votes, examples, strict=True)) >= 57
