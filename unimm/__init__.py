@@ -1,4 +1,4 @@
-"""Unified multimodal models: each both understands pictures and draws them, behind the same verbs."""
+"""Unified multimodal models: each both understands and generates images, behind the same verbs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ __all__ = [
     "releases",
 ]
 
-# imported when first asked for: `import unimm` costs next to nothing
+# imported at first use: `import unimm` costs next to nothing
 _MODULES = {
     "Bagel": "unimm.models.bagel.model",
     "BagelConfig": "unimm.models.bagel.config",

@@ -32,9 +32,8 @@ def generate(
     hw = parse_size(size) if size else None
     check_writable(out)
     loaded = load_model(model, device, dtype)
-    prompts, images = [prompt] * n, [image] * n if image else None
     options = loaded.supported_options(think=think, steps=steps)
-    drawn = loaded.generate(prompts, images=images, size=hw, seed=seed, progress=True, **options)
+    drawn = loaded.generate(prompt, images=image or None, n=n, size=hw, seed=seed, progress=True, **options)
     for i, picture in enumerate(drawn.images):
         path = out if n == 1 else out.with_stem(f"{out.stem}-{i + 1}")
         for text in drawn.texts[i : i + 1]:

@@ -1,1 +1,1 @@
-"""The families, one file each."""
+"""The families, a folder each; their base, and the registry."""

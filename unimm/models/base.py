@@ -19,10 +19,9 @@ from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, parse_dtype, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
-from unimm.generation.guidance import Guidance
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.release import FamilyFiles, Release
-from unimm.processing.requests import ImageInput, parse_size
+from unimm.processing.requests import ImageInput
 from unimm.tokenizers.text import TextTokenizer
 
 Components = Mapping[str, str | Path | None]
@@ -44,22 +43,6 @@ class Generation:
     def text(self) -> str:
         """The first reasoning text; empty without `think`."""
         return self.texts[0] if self.texts else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageOptions:
-    """How a call generates images; None is the model's default."""
-
-    size: tuple[int, int] | None  # (height, width) in pixels
-    guidance: Sequence[Guidance | float] | None
-    steps: int | None
-    timestep_shift: float | None = None
-    step_cache: bool = False
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size is not None:
-            object.__setattr__(self, "size", parse_size(self.size))
 
 
 class UnifiedModel(nn.Module, ABC):
@@ -102,9 +85,7 @@ class UnifiedModel(nn.Module, ABC):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The model of a folder's config files, without weights. The error for another family's folder names that
-        family.
-        """
+        """The model of a folder's config files, without weights; for another family's folder the error names that one."""
         from unimm.models.registry import detect_family
 
         try:

@@ -24,9 +24,9 @@ from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
-from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
+from unimm.models.bagel.processor import BagelImageOptions, BagelProcessor, BagelSpecialTokens
 from unimm.models.bagel.weights import DECODER_KEY_MAP, LATENT_KEY_MAP, QK_NORM_KEY_MAP, VAE_KEY_MAP, VIT_KEY_MAP
-from unimm.models.base import Generation, ImageOptions, UnifiedModel
+from unimm.models.base import Generation, UnifiedModel
 from unimm.processing.images.io import load_image, pil_to_tensor, tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
@@ -219,7 +219,7 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     @torch.inference_mode()
     def _generate_images(
-        self, contexts: Sequence[CFGContexts], generators: Sequence[torch.Generator], options: ImageOptions
+        self, contexts: Sequence[CFGContexts], generators: Sequence[torch.Generator], options: BagelImageOptions
     ) -> list[Image.Image]:
         """An image after each context: guided as an edit where images came before."""
         defaults, stride = self.config.defaults, self.config.latent_downsample
@@ -271,7 +271,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         check_n_images(n)
         defaults = self.config.defaults
         scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
-        options = ImageOptions(
+        options = BagelImageOptions(
             size=size,
             guidance=None if scales is None else [scale for scale in scales for _ in range(n)],
             steps=steps,
@@ -345,7 +345,7 @@ class Bagel(BagelNetwork, UnifiedModel):
             raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
         if "image" in outputs:
             self.processor.check_visual_gen()
-        options = ImageOptions(
+        options = BagelImageOptions(
             size=size, guidance=None if guidance is None else [guidance], steps=steps, progress=progress
         )
         return self._interleave(inputs, outputs, expand_seeds(seed, max(1, len(outputs))), options, text_sampling)
@@ -355,7 +355,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         inputs: Sequence[str | ImageInput],
         outputs: Sequence[str],
         seeds: Sequence[int],
-        options: ImageOptions,
+        options: BagelImageOptions,
         sampling: TextSampling | None,
     ) -> Iterator[str | Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -14,6 +14,7 @@ from torch import Tensor
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 from unimm.generation.guidance import Guidance
 from unimm.nn.patches import grid_position_ids, patchify
+from unimm.processing.requests import parse_size
 from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, image_part, text_part
 from unimm.tokenizers.text import TextTokenizer
 
@@ -103,6 +104,22 @@ class BagelDefaults(JsonConfig):
             "think_understand_prompt": "think_answer",
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelImageOptions:
+    """How a call of BAGEL generates images; None is the default of `BagelDefaults`."""
+
+    size: tuple[int, int] | None  # (height, width) in pixels
+    guidance: Sequence[Guidance | float] | None
+    steps: int | None
+    timestep_shift: float | None = None
+    step_cache: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", parse_size(self.size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,9 @@ class DeepseekProcessor(ChatProcessor):
     def render(self, messages: Sequence[ChatMessage], system: str) -> Prompt:
         """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
         if IMAGE_PLACEHOLDER in system:
-            raise ValueError(f"got {IMAGE_PLACEHOLDER} in the system prompt: images belong to the messages; leave it out")
+            raise ValueError(
+                f"got {IMAGE_PLACEHOLDER} in the system prompt: images belong to the messages; leave it out"
+            )
         roles = self.roles
         written = [TemplateMessage(roles[message.role], message.content) for message in messages]
         prompt = apply_chat_template(
