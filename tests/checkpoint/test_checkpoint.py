@@ -107,13 +107,13 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
     assert (model.config.latent_grid, model.config.vit_grid) == (64, 70)
     assert model.config.vision.n_layers == 26 and model.config.decoder.qk_norm
     state, met = model.state_dict(), set()
-    for names, table in model.key_maps().items():
-        of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (table is VAE_KEY_MAP)}
-        found = check_keys(MANIFEST[names[0]], table, of_file, names[0])
+    for names, key_map in model.key_maps().items():
+        of_file = {key: x for key, x in state.items() if key.startswith("vae.") == (key_map is VAE_KEY_MAP)}
+        found = check_keys(MANIFEST[names[0]], key_map, of_file, names[0])
         assert len(set(found.values())) == len(found) == len(MANIFEST[names[0]])
         met |= {name for transform in found.values() for name in transform.our_names}
         # and back: every parameter of ours has the name that the manifest gives it
-        assert {key for name in of_file for key in table.released_tensors(name)} == set(MANIFEST[names[0]])
+        assert {key for name in of_file for key in key_map.released_tensors(name)} == set(MANIFEST[names[0]])
     assert met == set(state)
     assert sum(x.numel() for x in state.values()) == Bagel.RELEASES["ByteDance-Seed/BAGEL-7B-MoT"].parameters
 
@@ -123,15 +123,15 @@ def test_manifest_fits_the_released_model(monkeypatch, tmp_path, top):
 )
 def test_manifest_walk_can_fail(monkeypatch, tmp_path, key):
     model = full_size(monkeypatch, tmp_path, TOP)
-    table = model.key_maps()[WEIGHT_FILES]
+    key_map = model.key_maps()[WEIGHT_FILES]
     wanted = {name: x for name, x in model.state_dict().items() if not name.startswith("vae.")}
     shapes = MANIFEST["ema.safetensors"]
     with pytest.raises(CheckpointError, match=f"missing keys: {key}"):
-        check_keys({k: s for k, s in shapes.items() if k != key}, table, wanted, "here")
+        check_keys({k: s for k, s in shapes.items() if k != key}, key_map, wanted, "here")
     with pytest.raises(CheckpointError, match=rf"unexpected keys: {key}\.more"):
-        check_keys(shapes | {f"{key}.more": (1,)}, table, wanted, "here")
+        check_keys(shapes | {f"{key}.more": (1,)}, key_map, wanted, "here")
     with pytest.raises(CheckpointError, match=rf"wrong shapes: {key}: got \[1, 2\], expected \[\d+, 3584\]"):
-        check_keys(shapes | {key: (1, 2)}, table, wanted, "here")
+        check_keys(shapes | {key: (1, 2)}, key_map, wanted, "here")
 
 
 def test_an_entry_that_no_key_meets_is_an_error():

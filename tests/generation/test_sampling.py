@@ -1,4 +1,4 @@
-"""The next token, its stream to text, and the cache."""
+"""Sampling of text tokens, the stream of texts, and the KV buffer."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_temperature_and_top_p():
     assert {sample_token(logits, TextSampling(temperature=0.05), generators(s))[0] for s in range(200)} == {0}
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_the_others():
     logits = torch.randn(3, 50)
     sampling = TextSampling(temperature=1.0)
     together = sample_token(logits, sampling, generators(4, 5, 6))
@@ -83,14 +83,14 @@ def test_pieces_hold_back_half_characters_and_half_stops():
     assert stream(range(n), stop=("stop", "ab")).texts() == ["hé wörld "]
 
 
-def test_the_cache_keeps_contexts_apart():
+def test_a_buffer_keeps_its_caches_apart():
     def chunk(n, value):
         return torch.full((2, 2, n, 1, 4), float(value))
 
     a, b = KVCache().appended(chunk(3, 1), 3), KVCache().appended(chunk(1, 2), 1).appended(chunk(1, 3), 2)
-    cache = KVBuffer([a, b], [2, 1], empty=torch.empty(2, 2, 0, 1, 4))
-    assert cache.buffer[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0, 2, 3, 0]
-    past = cache.prefix(1)
-    assert (past.length, past.next_position, past.buffer_start) == (2, 2, 5)
-    assert cache.prefix(0, n_written=1).length == 4
+    buffer = KVBuffer([a, b], [2, 1], empty=torch.empty(2, 2, 0, 1, 4))
+    assert buffer.buffer[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0, 2, 3, 0]
+    prefix = buffer.prefix(1)
+    assert (prefix.length, prefix.next_position, prefix.buffer_start) == (2, 2, 5)
+    assert buffer.prefix(0, n_written=1).length == 4
     assert b.length == 2 and KVCache().length == 0

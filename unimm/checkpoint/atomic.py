@@ -1,4 +1,4 @@
-"""Folders written beside their place and renamed into it."""
+"""Folders that are written beside their final path and then moved into it, whole or not at all."""
 
 import shutil
 import tempfile
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-# files of tokenizers and processors that a folder may hold or not; a model is another one with them
+# files of tokenizers and processors that a model may have or not, and that are read wherever they are found
 OPTIONAL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
     "preprocessor_config.json",
@@ -17,10 +17,10 @@ OPTIONAL_FILES = (
 def atomic_directory(
     folder: Path, *, optional_files: Sequence[str] = (), optional_folders: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A folder to write into; its files move into `folder` only when the body has ended well.
+    """A temporary folder to write into, whose files move into `folder` once the body has ended without an error.
 
-    optional_files, optional_folders: names, beside `OPTIONAL_FILES`, that a folder may hold or not. Raises ValueError where
-    `folder` holds such files of another model, which would be read together with these.
+    optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises ValueError
+    where `folder` holds such files that are not replaced: they are of another model and would be read with this one.
     """
     folder = folder.expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +34,9 @@ def atomic_directory(
             )
         folder.mkdir(exist_ok=True)
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            place = folder / path.relative_to(partial)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
     finally:
         shutil.rmtree(partial)
 
@@ -44,7 +44,7 @@ def atomic_directory(
 def stale_files(
     folder: Path, written: Path, optional_files: Sequence[str], optional_folders: Sequence[str]
 ) -> list[str]:
-    """What a folder holds that would be read together with the files of `fresh`, which do not replace it."""
+    """The optional files of `folder`, relative to it, that the files of `written` do not replace."""
     subfolders = [path for path in written.rglob("*") if path.is_dir()]
     beside = [folder / path.relative_to(written) / name for path in (written, *subfolders) for name in optional_files]
     below = [path for name in optional_folders for path in (folder / name).rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""Choosing the next image token of an autoregressive image. Axes: B samples, V vocabulary."""
+"""Sampling of the image tokens of an autoregressive image. Axes: B sequences, V vocabulary of image tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokenSampling:
-    """How the codes of a picture are chosen. temperature 0 takes the likeliest; top_k and top_p are off unless given."""
+    """Options of sampling image tokens. temperature: 0 takes the likeliest. top_k, top_p: off unless given."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -26,9 +26,9 @@ class ImageTokenSampling:
 
 
 def sample_image_tokens(logits: Tensor, sampling: ImageTokenSampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One code a row of logits [B, V] -> [B], on their device; each row draws from its own generator, on the CPU.
+    """Sample a token per row of logits [B, V] -> [B], on their device, each row with its own generator, on the CPU.
 
-    The likeliest of p / e, with e exponential, is a draw from p: no row waits for another, and nothing leaves the device.
+    The largest of p / e, with e exponential, is a sample of p: one batched operation, without a copy to the host.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""Choosing the next text token. Axes: B samples, V vocabulary."""
+"""Sampling of text tokens. Axes: B sequences, V vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither a call nor a config says
+DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither the call nor the config sets a limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
-    """How text is chosen. temperature 0 is greedy; top_p keeps the likeliest ids up to that mass (arXiv 1904.09751).
+    """Options of text decoding. temperature: 0 is greedy. top_p: keep the likeliest ids up to this mass (arXiv 1904.09751).
 
-    max_tokens counts new ids; unless given, it is what the model's config says, or else 512. `stop` strings end the text
-    and are not part of it.
+    max_tokens: the limit of new ids; unless given, the config's, or else 512. stop: strings that end the text and are no
+    part of it.
     """
 
     temperature: float = 0.0
@@ -34,21 +34,21 @@ class TextSampling:
         given: Any = self.stop
         stop = (given,) if isinstance(given, str) else given
         if not isinstance(stop, Sequence) or not all(isinstance(one, str) and one for one in stop):
-            raise ValueError(f"got stop {self.stop!r}: expected strings of a letter or more")
+            raise ValueError(f"got stop {self.stop!r}: expected strings of at least one character")
         object.__setattr__(self, "stop", tuple(stop))
 
     @property
     def token_limit(self) -> int:
-        """The most new ids."""
+        """The limit of new ids."""
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def with_default_max_tokens(self, max_tokens: int) -> "TextSampling":
-        """The same, with `most` new ids where it names no number of its own."""
+        """The same options, with this limit where none is set."""
         return replace(self, max_tokens=max_tokens) if self.max_tokens is None else self
 
 
 def sample_token(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """One id a row of logits [B, V]; each row draws from its own generator, so a row does not depend on its neighbours."""
+    """Sample an id per row of logits [B, V], each with its own generator, so that a row does not depend on the others."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     p = (logits.float().cpu() / sampling.temperature).softmax(-1)
