@@ -105,7 +105,7 @@ def test_equal_to_diffusers(tmp_path, quant_convs, widths):
     assert_equal(ours.encode(image), latent)
     assert_equal(ours.decode(latent), theirs.decode(latent / 0.3).sample)
     # and what we write, diffusers reads
-    again = AutoencoderKL.from_pretrained(write(tmp_path, ours))
+    again = DiffusersAutoencoderKL.from_pretrained(write(tmp_path, ours))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
 
 
