@@ -13,8 +13,9 @@ from torch import Tensor
 from parity.case import Case
 from unimm.checkpoint.load import read_shapes
 from unimm.denoisers.flux import FluxConfig, FluxTransformer, flux_position_ids
-from unimm.denoisers.mmdit import ROPE_THETA, modulation_per_step, patchify_latents, unpatchify_latents
+from unimm.denoisers.mmdit import modulation_per_step, patchify_latents, unpatchify_latents
 from unimm.generation.flow import dynamic_shift, euler, flow_timesteps
+from unimm.nn.rope import ROPE_THETA
 
 EXPECTS = 'config.json with _class_name "FluxTransformer2DModel"'
 BFL = "model_bfl.safetensors"

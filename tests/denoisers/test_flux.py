@@ -18,13 +18,12 @@ from unimm.denoisers.flux import (
     flux_position_ids,
 )
 from unimm.denoisers.mmdit import (
-    apply_complex_rope,
-    complex_rope,
     modulation_per_step,
     patchify_latents,
     unpatchify_latents,
 )
 from unimm.generation.flow import euler, flow_timesteps
+from unimm.nn.rope import apply_complex_rope, complex_rope
 
 CASE = found("blocks/flux/dev")
 FILES = json.loads((CASE / "config.json").read_text())

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
-from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, DCAELevel, dc_ae_key_map, linear_attention
+from unimm.nn.linear_attention import linear_attention
+from unimm.tokenizers.dc_ae import DCAE, DCAEConfig, DCAELevel, dc_ae_key_map
 
 GOLDEN = STORE / "blocks"
 CONVOLUTIONS, ATTENTION = "ResBlock", "EfficientViTBlock"

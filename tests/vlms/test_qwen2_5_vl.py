@@ -31,8 +31,8 @@ from unimm.generation.decode import decode_text, sampling_loop
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention
-from unimm.nn.decoder import Decoder, DecoderConfig, mrope_cos_sin
-from unimm.nn.rope import rope_cos_sin
+from unimm.nn.decoder import Decoder, DecoderConfig
+from unimm.nn.rope import mrope_cos_sin, rope_cos_sin
 from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor, smart_resize
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, text_part
@@ -254,11 +254,12 @@ def test_windows_see_only_themselves(ours):
 
 def test_equal_axes_turn_as_one(ours):
     cfg, at = ours.config.decoder, torch.arange(9) * 7
-    one = mrope_cos_sin(at, cfg, torch.float32)
+    rope = (cfg.head_dim, cfg.rope_theta, cfg.rope_sections)
+    one = mrope_cos_sin(at, *rope, torch.float32)
     assert torch.equal(one, rope_cos_sin(at, cfg.head_dim, cfg.rope_theta, torch.float32))
-    assert torch.equal(mrope_cos_sin(at[:, None].expand(-1, 3), cfg, torch.float32), one)
-    axes = mrope_cos_sin(torch.stack((at, at + 1, at + 2), 1), cfg, torch.float32)
-    parts = [mrope_cos_sin(at + i, cfg, torch.float32).split(cfg.rope_sections, -1)[i] for i in range(3)]
+    assert torch.equal(mrope_cos_sin(at[:, None].expand(-1, 3), *rope, torch.float32), one)
+    axes = mrope_cos_sin(torch.stack((at, at + 1, at + 2), 1), *rope, torch.float32)
+    parts = [mrope_cos_sin(at + i, *rope, torch.float32).split(cfg.rope_sections, -1)[i] for i in range(3)]
     assert torch.equal(axes, torch.cat(parts, -1))
 
 

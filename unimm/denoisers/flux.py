@@ -35,9 +35,9 @@ from unimm.denoisers.mmdit import (
     MMDiTCondition,
     MMDiTConfig,
     Modulation,
-    complex_rope,
 )
 from unimm.nn.layers import MLP
+from unimm.nn.rope import complex_rope
 from unimm.nn.timestep import timestep_embedding
 
 BFL_WEIGHT_FILES = ("flux1-dev.safetensors", "flux1-schnell.safetensors")

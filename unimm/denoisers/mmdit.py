@@ -20,11 +20,11 @@ from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.generation.flow import Velocity
 from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
+from unimm.nn.rope import apply_complex_rope
 
 TIMESTEP_SCALE = 1000  # a time in [0, 1] is embedded as one in [0, 1000], and so is a guidance
 TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
 NORM_EPS = 1e-6  # of every norm; no config says it
-ROPE_THETA = 10000.0
 PATCH_SIZE = 2  # of the patches of latents that make a token
 
 
@@ -127,34 +127,6 @@ def unpatchify_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
     ):
         raise ValueError(f"got tokens {list(tokens.shape)} for {height} x {width} latents: expected [B, h * w / 4, 4C]")
     return rearrange(tokens, "B (h w) (C y x) -> B C (h y) (w x)", h=height // PATCH_SIZE, y=PATCH_SIZE, x=PATCH_SIZE)
-
-
-def complex_rope(position_ids: Tensor, axes_dims: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """places [J, A], one number an axis -> [J, K/2] complex: axis a turns axes[a] / 2 pairs by place * 10000^(-2i/axes[a]).
-
-    dtype: of the angles, as the original has them; float32 differs from float64 where places are in the thousands.
-    Raises ValueError for another number of axes.
-    """
-    if position_ids.ndim != 2 or position_ids.shape[1] != len(axes_dims):
-        raise ValueError(
-            f"got places of shape {list(position_ids.shape)}: expected [J, {len(axes_dims)}], one number an axis"
-        )
-    # sines of float64 are not to be had on every device, and the tables are small
-    steps = [ROPE_THETA ** -(torch.arange(0, n, 2, dtype=torch.float32).to(dtype) / n) for n in axes_dims]
-    angles = torch.cat([position_ids[:, a, None].to("cpu", dtype) * step for a, step in enumerate(steps)], -1)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(position_ids.device)
-
-
-def apply_complex_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of x [B, J, H, K] by angles [J, K/2] complex."""
-    pairs, rotations = rearrange(x.float(), "B J H (K two) -> B J H K two", two=2), rotations[:, None]
-    if torch.compiler.is_compiling():
-        # compilers fuse real numbers and leave complex ones alone; uncompiled, on a CPU, these are ten times as slow
-        a, b = pairs.unbind(-1)
-        rotated = torch.stack((a * rotations.real - b * rotations.imag, a * rotations.imag + b * rotations.real), -1)
-    else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
-    return rearrange(rotated, "B J H K two -> B J H (K two)").to(x.dtype)
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition: MMDiTCondition) -> Tensor:

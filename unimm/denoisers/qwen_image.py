@@ -33,9 +33,9 @@ from unimm.denoisers.mmdit import (
     MMDiTCondition,
     MMDiTConfig,
     Modulation,
-    complex_rope,
 )
 from unimm.nn.layers import MLP, RMSNorm
+from unimm.nn.rope import complex_rope
 from unimm.nn.timestep import timestep_embedding
 
 MLP_RATIO = 4  # in no config

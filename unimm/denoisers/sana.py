@@ -22,8 +22,8 @@ from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.checkpoint.load import Shapes
 from unimm.kernels import adaln_modulate
 from unimm.nn.layers import MLP, RMSNorm
+from unimm.nn.linear_attention import MixFFN, linear_attention
 from unimm.nn.timestep import TimestepMLP, timestep_embedding
-from unimm.tokenizers.dc_ae import MixFFN, linear_attention
 
 TIMESTEP_SCALE = 1000  # the released model counts its times from 0 to this
 TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time

@@ -24,11 +24,11 @@ from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedCompone
 from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, read_json, write_config
 from unimm.checkpoint.keymap import KeyMap, Rename, equal_slices
 from unimm.checkpoint.load import Shapes
-from unimm.kernels import rms_norm, swiglu
+from unimm.kernels import rms_norm
+from unimm.nn.linear_attention import MixFFN, channels_first, channels_last, linear_attention
 
 NORM_EPS = 1e-5  # of the norms
 MLP_EXPANSION = 4  # of the feed-forward
-MIN_DENOMINATOR = 1e-15  # keeps a row that sees nothing from 0 / 0
 
 CONVOLUTION_KEY_MAP = KeyMap(Rename("{*}", "{*}"))
 ATTENTION_KEY_MAP = equal_slices([f"{{*}}.attn.to_{name}.weight" for name in "qkv"], "{*}.attn.to_qkv.weight")
@@ -151,26 +151,6 @@ LAYOUT = JsonLayout(
 )
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """relu(q) relu(k)^T v, each row over the sum of its scores: q, k, v [..., L, K] -> [..., L, K] float32.
-
-    The products are taken from the right, so the cost grows with L and not with its square: EfficientViT, arXiv
-    2205.14756, section 3.1.
-    """
-    q, k, v = F.relu(q).float(), F.relu(k).float(), v.float()
-    return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + MIN_DENOMINATOR)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h, w, C]"""
-    return rearrange(x, "B C h w -> B h w C")
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """[B, h, w, C] -> [B, C, h, w]"""
-    return rearrange(x, "B h w C -> B C h w")
-
-
 class ChannelRMSNorm(nn.Module):
     """RMS norm over the channels, with a bias."""
 
@@ -181,22 +161,6 @@ class ChannelRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C]"""
         return rms_norm(x, self.weight, NORM_EPS) + self.bias
-
-
-class MixFFN(nn.Module):
-    """1x1 convolution, SiLU, depthwise 3x3, half of the channels gated by the other, 1x1 convolution. Of Sana's blocks, too."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.conv_inverted = nn.Conv2d(dim, 2 * hidden_dim, 1)
-        self.conv_depth = nn.Conv2d(2 * hidden_dim, 2 * hidden_dim, 3, padding=1, groups=2 * hidden_dim)
-        self.conv_point = nn.Conv2d(hidden_dim, dim, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, h, w, C] -> the same; the 1x1 convolutions are products of matrices in this layout."""
-        y = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))
-        y, gate = channels_last(self.conv_depth(channels_first(y))).chunk(2, -1)
-        return F.linear(swiglu(gate, y), self.conv_point.weight.flatten(1))
 
 
 class DCAEResBlock(nn.Module):
