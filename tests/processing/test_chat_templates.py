@@ -51,9 +51,7 @@ def test_deepseek_counts_messages_not_roles():
 
 
 def test_llama_writes_tags():
-    both = {
-        text_of(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")
-    }
+    both = {text_of(ask("a", "b", "", ""), system="s", template=name) for name in ("llama-2", "llava_llama2")}
     assert both == {"[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST][/INST]"}
     assert text_of(ask("", ""), system="", template="llama-2") == "[INST] [INST][/INST]"
 
@@ -79,10 +77,14 @@ def test_images_and_special_tokens_stand_where_their_messages_say():
 
 def test_messages_are_read_once():
     image = Image.new("RGB", (4, 4))
-    (message,) = parse_messages([{"role": "user", "content": "a", "images": [image, image]}], placeholder="<i>", separator="\n")
+    (message,) = parse_messages(
+        [{"role": "user", "content": "a", "images": [image, image]}], placeholder="<i>", separator="\n"
+    )
     assert [type(piece) for piece in message.content] == [Image.Image, str, Image.Image, str]
     assert message.content[1] == "\n" and message.content[3] == "\na" and message.n_images == 2
-    (message,) = parse_messages([{"role": "user", "content": "<i> or <i>?", "images": [image, image]}], placeholder="<i>")
+    (message,) = parse_messages(
+        [{"role": "user", "content": "<i> or <i>?", "images": [image, image]}], placeholder="<i>"
+    )
     assert [type(piece) for piece in message.content] == [Image.Image, str, Image.Image, str]
     with pytest.raises(ValueError, match="does not end with the user: expected the user to have the last word"):
         parse_messages([{"role": "assistant", "content": "a"}], placeholder="<i>")

@@ -410,7 +410,7 @@ def test_wrong_preprocessors():
         (lambda m: m.understand(picture(8, 8), " "), "got an empty prompt"),
         (lambda m: m.understand(picture(8, 8), "<image> or <image>?"), "got 2 <image> for 1 images"),
         (lambda m: m.chat([{"role": "assistant", "content": "a"}]), "the user to have the last word"),
-        (lambda m: m.processor.ids_to_parts([154, 3], [], tiled=True), "got 1 placeholders for 0 pictures"),
+        (lambda m: m.processor.ids_to_parts([154, 3], [], tiled=True), "got 1 placeholders for 0 images"),
         (lambda m: m.understand(None, "a" * 600), r"would reach position \d+, the model knows 512"),
     ],
 )

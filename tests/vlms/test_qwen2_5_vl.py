@@ -480,13 +480,13 @@ def test_verbs(ours):
         (lambda m: m.understand(picture(900, 4), "a"), "at most 200 times as long"),
         (lambda m: m.understand(None, "a" * 600), "would reach position .*the model knows 512"),
         (lambda m: m.encode([[text_part([1] * 600)]]), "would reach position 600"),
-        (lambda m: m.processor.ids_to_parts([154, 3], shown(m, [(8, 8)])), "without the marker"),
-        (lambda m: m.processor.ids_to_parts([152, 154, 3], []), "got 1 placeholders for no picture"),
+        (lambda m: m.processor.ids_to_parts([154, 3], shown(m, [(8, 8)])), "without <\\|vision_start\\|> before it"),
+        (lambda m: m.processor.ids_to_parts([152, 154, 3], []), "got 1 placeholders for no image"),
         (
             lambda m: m.processor.ids_to_parts([152, 154, 154, 3], shown(m, [(40, 40)])),
-            "2 placeholders for a picture of 25 cells",
+            "2 placeholders for an image of 25 cells",
         ),
-        (lambda m: m.processor.ids_to_parts([152, 3], shown(m, [(8, 8)])), "1 pictures and fewer placeholders"),
+        (lambda m: m.processor.ids_to_parts([152, 3], shown(m, [(8, 8)])), "1 images and fewer placeholders"),
         (lambda m: video_frames([picture(8, 8), picture(8, 9)]), "of one size"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Text to ids: a released tokenizer.json, or the sentencepiece model of a nano."""
+"""Text to ids and back: a released tokenizer.json, or a sentencepiece model; prompts of text and special tokens."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as Sequenced
+from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 QWEN2_FILES = ("vocab.json", "merges.txt")
 # contractions; a word with what stands before it; one digit; signs; ends of lines; blanks
@@ -24,7 +24,7 @@ QWEN2_SPLIT_PATTERN = (
 class JsonTokenizer:
     """A released tokenizer.json, or the older files that Qwen2's is made from, through the tokenizers library.
 
-    special: tokens that are markers even where the file does not call them special.
+    special_tokens: tokens that are special even where the file does not call them so.
     """
 
     FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -36,15 +36,15 @@ class JsonTokenizer:
         self.backend.add_special_tokens(
             [token for token in special_tokens if self.backend.token_to_id(token) is not None]
         )
-        self.backend.encode_special_tokens = True  # a marker typed by a user stays text
+        self.backend.encode_special_tokens = True  # a special token that a user types stays text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copying and pickling keep all but this of `inner`."""
+        """Copying and pickling keep all of `backend` but this."""
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no markers added."""
+        """Ids of the text alone, without special tokens around it."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -73,7 +73,7 @@ def build_qwen2_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     vocab, merges = (str(folder / name) for name in QWEN2_FILES)
     inner = tokenizers.Tokenizer(BPE.from_file(vocab, merges))
     inner.normalizer = NFC()
-    inner.pre_tokenizer = Sequenced(
+    inner.pre_tokenizer = PreTokenizerSequence(
         [Split(tokenizers.Regex(QWEN2_SPLIT_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     inner.decoder = ByteLevelDecoder()
@@ -85,13 +85,14 @@ def build_qwen2_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     misplaced = [token["content"] for at, token in added.items() if inner.token_to_id(token["content"]) != int(at)]
     if misplaced:
         raise ValueError(
-            f"{path} gives {', '.join(misplaced[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files again"
+            f"{path} gives {', '.join(misplaced[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files "
+            "again"
         )
     return inner
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model whose special tokens are control symbols of it: text can never spell one."""
+    """A sentencepiece model whose special tokens are its control symbols, which no text is encoded as."""
 
     def __init__(self, data: bytes):
         self.model_proto = data
@@ -120,9 +121,9 @@ class SentencePieceTokenizer:
 def load_tokenizer(
     folder: Path, *, special_tokens: Sequence[str] = ()
 ) -> "JsonTokenizer | SentencePieceTokenizer | None":
-    """The tokenizer in a model's folder, or None where the folder holds none (golden cases hold ids only).
+    """The tokenizer in a model's folder, or None where the folder holds none (some stored cases hold ids only).
 
-    special: tokens that are markers even where tokenizer.json does not call them special.
+    special_tokens: tokens that are special even where tokenizer.json does not call them so.
     """
     if (folder / "tokenizer.json").exists() or all((folder / name).exists() for name in QWEN2_FILES):
         return JsonTokenizer(folder, special_tokens)
@@ -132,16 +133,17 @@ def load_tokenizer(
 
 
 class TextTokenizer(Protocol):
-    """What a model needs of its tokenizer. markers: its special tokens by their strings."""
+    """What a model needs of its tokenizer."""
 
     @property
-    def special_ids(self) -> dict[str, int]: ...
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the special tokens, by their strings."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no markers added; markers written in the text are its users' words, not ids."""
+        """Ids of the text alone; special tokens that it spells stay text."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, markers left out."""
+        """The text of ids, special tokens left out."""
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token by its string, or None."""

@@ -44,7 +44,9 @@ class VisionLanguageModel(MLLMChat):
     """A causal decoder with a vision encoder, its tokenizer, its files and its verbs: understand, chat."""
 
     config_class: ClassVar[Any]  # of the family; its `from_folder` reads what is released
-    SPECIAL_TOKENS: ClassVar[tuple[str, ...]] = ()  # tokens that are special even where a tokenizer.json does not say so
+    SPECIAL_TOKENS: ClassVar[
+        tuple[str, ...]
+    ] = ()  # tokens that are special even where a tokenizer.json does not say so
     NON_COMMERCIAL: ClassVar[Mapping[str, str]] = {}  # hub ids whose licence forbids commercial use, and that licence
     config: Any
     tokenizer: TextTokenizer | None = None

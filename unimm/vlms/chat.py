@@ -82,7 +82,9 @@ class MLLMChat(CausalLM):
         them for a batch, or (`stream`) an iterator of pieces. Raises ValueError for bad input.
         """
         if not messages or isinstance(messages, Mapping):
-            raise ValueError(f"got {messages!r} for a conversation: expected a list of messages, the last one the user's")
+            raise ValueError(
+                f"got {messages!r} for a conversation: expected a list of messages, the last one the user's"
+            )
         is_single = isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_single else list(messages)
         if stream and len(conversations) != 1:

@@ -395,8 +395,8 @@ def test_a_folder_of_another_family(folder, tmp_path):
     ("changes", "message"),
     [
         (dict(gen_head_config=None), r"config\.json lacks gen_head_config\.\S+: expected a released Janus, fetch"),
-        (dict(generation={"size": [10, 24]}), r"got the size \(10, 24\) to draw: expected .*multiples of 4"),
-        (dict(generation={"size": [0, 24]}), r"got the size \(0, 24\) to draw"),
+        (dict(generation={"size": [10, 24]}), r"got the size \(10, 24\) to generate: expected .*multiples of 4"),
+        (dict(generation={"size": [0, 24]}), r"got the size \(0, 24\) to generate"),
         (dict(aligner=dict(n_embed=48)), r"got a width of 48 in the config of the aligner: expected 32"),
         (dict(aligner=dict(input_dim=48)), r"aligner_config with input_dim 48 for siglip_toy: expected 24"),
         (
@@ -445,7 +445,7 @@ def test_another_image_tokenizer(folder):
 def test_files_that_do_not_fit_each_other(folder):
     change(folder / "preprocessor_config.json", image_size=32)
     with pytest.raises(
-        ValueError, match=r"got pictures of 32 pixels a side for a tower of 24: expected the same; correct"
+        ValueError, match=r"got images of 32 pixels a side for a vision encoder of 24: expected the same; correct"
     ):
         Janus.from_pretrained(folder)
     (folder / "config.json").write_text("{")

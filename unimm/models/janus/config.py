@@ -18,7 +18,7 @@ from unimm.vlms.llama_layout import EXPERT, decoder_config_to_json, llama_config
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """`depth` linears with erf GELU between them; 0: nothing at all."""
+    """The numbers of a projector: `depth` linears with exact GELU between them; 0 for the identity."""
 
     depth: int
     dim_in: int
@@ -52,58 +52,61 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JanusConfig:
+    """The configs of the parts, and the defaults of generation."""
+
     decoder: DecoderConfig
     vision: TimmEncoderConfig
     aligner: ProjectorConfig
     gen_aligner: ProjectorConfig
-    gen_head_dim: int  # width inside the head that predicts codes
+    gen_head_dim: int  # width inside the head that predicts image tokens
     vq: VQConfig
-    image_processor: DeepseekVLImageProcessor  # the rule for pictures that are looked at
-    image_size: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
+    image_processor: DeepseekVLImageProcessor  # of the images to understand
+    image_size: tuple[int, int]  # (height, width) of generated images, the one that the model was trained for
     guidance: float
     image_sampling: ImageTokenSampling
     chat: DeepseekChatConfig
 
     def __post_init__(self) -> None:
-        stride, d = self.vq.stride, self.decoder.dim
+        stride = self.vq.stride
+        dim = self.decoder.dim
         if len(self.image_size) != 2 or min(self.image_size) < 1 or any(side % stride for side in self.image_size):
             raise ValueError(
-                f"got the size {self.image_size} to draw: expected (height, width) in multiples of {stride}"
+                f"got the size {self.image_size} to generate: expected (height, width) in multiples of {stride}"
             )
         if self.image_processor.size != self.vision.image_size:
             raise ValueError(
-                f"got pictures of {self.image_processor.size} pixels a side for a tower of {self.vision.image_size}: expected the same; "
-                "correct image_size in preprocessor_config.json or in the vision_config"
+                f"got images of {self.image_processor.size} pixels a side for a vision encoder of {self.vision.image_size}: "
+                "expected the same; correct image_size in preprocessor_config.json or in the vision_config"
             )
         for name, got, expected in (
-            ("aligner", self.aligner.dim_out, d),
-            ("gen_aligner", self.gen_aligner.dim_out, d),
+            ("aligner", self.aligner.dim_out, dim),
+            ("gen_aligner", self.gen_aligner.dim_out, dim),
             ("gen_aligner's input", self.gen_aligner.dim_in, self.vq.code_dim),
         ):
             if got != expected:
                 raise ValueError(
-                    f"got a width of {got} in the config of the {name}: expected {expected}, as what it meets has"
+                    f"got a width of {got} in the config of the {name}: expected {expected}, as the part that it adjoins has"
                 )
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Codes of a picture, (rows, columns)."""
+        """(rows, columns) of an image's tokens."""
         return self.image_size[0] // self.vq.stride, self.image_size[1] // self.vq.stride
 
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusConfig":
         """Read config.json, of either layout, and preprocessor_config.json, if it is there."""
-        files, look = (read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+        files = read_json(folder / "config.json")
         if "vision_config" not in files:
             raise ValueError(
                 f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}"
             )
         files = original_from_transformers(files) if "text_config" in files else files
-        return cls.from_json(files, look)
+        return cls.from_json(files, read_json(folder / "preprocessor_config.json"))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "JanusConfig":
-        """From the contents of the original layout's files. Raises ValueError for missing keys."""
+        """Read the contents of the original layout's files. Raises ValueError for missing keys."""
         if missing := [key for key in ("vision_config", "language_config") if key not in data]:
             raise ValueError(f"config.json lacks {', '.join(missing)}: fetch it again")
         vision = TimmEncoderConfig.from_json(data["vision_config"]["params"])

@@ -14,66 +14,68 @@ from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.tokenizers.kl import AutoencoderKLConfig
 from unimm.vlms.llama_layout import EXPERT, decoder_config_to_json, llama_config_from_json
 
-SDXL_VAE, SDXL_STRIDE = "stabilityai/sdxl-vae", 8
-TIME_SCALE = 1000  # the original's time
+SDXL_VAE = "stabilityai/sdxl-vae"
+SDXL_STRIDE = 8
+TIME_SCALE = 1000  # the original's time is in thousandths
 
 
 @dataclass(frozen=True, kw_only=True)
 class JanusFlowConfig:
+    """The configs of the parts, and the defaults of generation."""
+
     decoder: DecoderConfig
     vision: TimmEncoderConfig
     gen_encoder: UViTEncoderConfig
     gen_decoder: UViTDecoderConfig
-    vae: AutoencoderKLConfig | None  # None: the autoencoder lies elsewhere
-    image_processor: DeepseekVLImageProcessor  # the rule for pictures that are looked at
-    latent_size: tuple[int, int]  # (height, width) of what is drawn: the one that the model was trained for
+    vae: AutoencoderKLConfig | None  # None where the autoencoder lies elsewhere
+    image_processor: DeepseekVLImageProcessor  # of the images to understand
+    latent_size: tuple[int, int]  # (height, width) of generated latents, the one that the model was trained for
     steps: int
     guidance: float
     chat: DeepseekChatConfig
 
     def __post_init__(self) -> None:
-        dim, tokens = self.decoder.dim, [self.gen_encoder.grid_size(side) for side in self.latent_size]
+        dim = self.decoder.dim
         if (self.gen_encoder.time_dim, self.gen_decoder.time_dim) != (dim, dim):
             raise ValueError(
                 f"got hidden_size {self.gen_encoder.time_dim}, {self.gen_decoder.time_dim} in the U-ViTs: expected {dim}"
             )
-        if self.gen_encoder.dim != self.gen_decoder.dim or [n * self.latent_patch_size for n in tokens] != list(
-            self.latent_size
-        ):
+        decoded = tuple(self.gen_encoder.grid_size(side) * self.latent_patch_size for side in self.latent_size)
+        if self.gen_encoder.dim != self.gen_decoder.dim or decoded != tuple(self.latent_size):
             raise ValueError(
-                f"got {self.gen_encoder} and {self.gen_decoder} for a latent of {self.latent_size}: expected the same width, and a "
-                "decoder that gives back the size that the encoder takes"
+                f"got {self.gen_encoder} and {self.gen_decoder} for a latent of {self.latent_size}: expected the same width, "
+                "and a decoder that gives back the size that the encoder takes"
             )
 
     @property
     def latent_patch_size(self) -> int:
-        """Latents a token, along each side."""
+        """The latents of a token along each side."""
         return 2**self.gen_decoder.n_upsamples
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of what is drawn."""
+        """(height, width) of generated images in pixels."""
         stride = self.vae.stride if self.vae else SDXL_STRIDE
         return self.latent_size[0] * stride, self.latent_size[1] * stride
 
     @classmethod
     def from_folder(cls, folder: Path) -> "JanusFlowConfig":
         """Read config.json, and preprocessor_config.json and vae_config.json where they are there."""
-        files, look, vae = (
-            read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config", "vae_config")
-        )
+        files = read_json(folder / "config.json")
         if "vision_gen_enc_config" not in files:
             found = ", ".join(files) or "nothing"
             raise ValueError(
                 f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}"
             )
-        return cls.from_json(files, look, vae)
+        return cls.from_json(
+            files, read_json(folder / "preprocessor_config.json"), read_json(folder / "vae_config.json")
+        )
 
     @classmethod
     def from_json(
         cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> "JanusFlowConfig":
-        """From the contents of the released files; of vae_config.json those of FLUX's layout, or nothing."""
+        """Read the contents of the released files; of vae_config.json, in FLUX's layout, they may be empty."""
         vision = TimmEncoderConfig.from_json(data["vision_und_enc_config"]["params"])
         gen_decoder = UViTDecoderConfig.from_json(data["vision_gen_dec_config"]["params"])
         # the release generates as many tokens as it encodes: 576

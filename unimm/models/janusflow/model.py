@@ -93,7 +93,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
             if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
-                    f"{self.config.gen_encoder.in_channels}, as the model generates; give from_pretrained another component 'vae'"
+                    f"{self.config.gen_encoder.in_channels}, as the model generates; give from_pretrained another component "
+                    "'vae'"
                 )
             self._external_vae = (vae,)
         return self._external_vae[0].to(self.device)

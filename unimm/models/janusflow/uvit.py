@@ -1,9 +1,9 @@
-"""JanusFlow's two convolutional ends: latents to tokens and back to a velocity (a U-ViT with one level and one skip).
+"""JanusFlow's shallow U-ViTs: latents to tokens, and tokens to a velocity, with one level and one skip connection.
 
-docs/originals/janusflow.md, "Shallow U-ViTs". The blocks are ConvNeXt's (arXiv 2201.03545, the norm of responses from
-2301.00808), turned by the time. Parameters carry the released names.
+docs/originals/janusflow.md, "Shallow U-ViTs". The blocks are ConvNeXt's (arXiv 2201.03545; its global response norm is from
+2301.00808), modulated by the time. Parameters have the released names.
 
-Axes: B batch, C channels, h w grid, D model (of the language model, and of the time's embedding).
+Axes: B batch, C channels, H W sides of a latent, h w grid of tokens, D model (width of the time embedding).
 """
 
 import math
@@ -22,17 +22,19 @@ from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.nn.layers import RMSNorm
 from unimm.nn.timestep import TimestepMLP, timestep_embedding
 
-MLP_RATIO, DEPTHWISE_KERNEL_SIZE = 4, 7  # of a ConvNeXt block
-UPSAMPLE_FACTOR = 2  # of each step out of the decoder
+# of a ConvNeXt block
+MLP_RATIO = 4
+DEPTHWISE_KERNEL_SIZE = 7
+UPSAMPLE_FACTOR = 2  # of each upsampling of the decoder
 GRN_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class UViTConfig:
-    """What both ends have; the defaults are the release's."""
+    """What encoder and decoder have in common; the defaults are the release's."""
 
-    dim: int = 768  # of the encoder's blocks, which is that of the skip
-    n_blocks: int = 2  # 0: no middle
+    dim: int = 768  # of the encoder's blocks, and so of the skip connection
+    n_blocks: int = 2  # of the middle; 0 for none
     time_dim: int = 2048
     norm_eps: float = 1e-6
     bias: bool = True
@@ -48,12 +50,12 @@ class UViTConfig:
     def __post_init__(self) -> None:
         if min(self.dim, self.time_dim) < 1 or self.n_blocks < 0 or self.dim % 2:
             raise ValueError(
-                f"got {self}: expected positive numbers, and an even width for the time's cosines and sines"
+                f"got {self}: expected positive numbers, and an even width for the cosines and sines of the time embedding"
             )
 
     @classmethod
     def from_json(cls, params: Mapping[str, Any]) -> Self:
-        """Read `params` of a released config: the release's number for a missing one, kernel less stride for a padding of null.
+        """Read the params of a released config; the release's numbers for missing ones, kernel less stride for a null padding.
 
         Raises ValueError for what the release does not have.
         """
@@ -81,7 +83,7 @@ class UViTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UViTEncoderConfig(UViTConfig):
-    """The way in: a convolution that gathers patches, then blocks."""
+    """The encoder: a convolution over patches, then blocks."""
 
     in_channels: int = 4
     kernel_size: int = 2
@@ -97,13 +99,13 @@ class UViTEncoderConfig(UViTConfig):
     }
 
     def grid_size(self, size: int) -> int:
-        """Tokens along a side of a latent."""
+        """The number of tokens along a side of a latent."""
         return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class UViTDecoderConfig(UViTConfig):
-    """The way out: blocks over tokens and skip, then steps to twice the size."""
+    """The decoder: blocks over tokens and skip connection, then upsampling by 2 `n_upsamples` times."""
 
     in_channels: int = 768
     out_channels: int = 4
@@ -118,20 +120,21 @@ class UViTDecoderConfig(UViTConfig):
 
 
 class GlobalResponseNorm(nn.Module):
-    """bias + (weight * g / mean(g) + 1) * x, g the length of a channel over the grid. arXiv 2301.00808, section 3."""
+    """bias + (weight * g / mean(g) + 1) * x, g the L2 norm of a channel over the grid. arXiv 2301.00808, section 3."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1, dim)), nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.weight = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, h, w, C]"""
+        """x [B, h, w, C] -> [B, h, w, C]."""
         norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         return self.bias + (self.weight * (norms / (norms.mean(-1, keepdim=True) + GRN_EPS)) + 1) * x
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, norm, Linear, GELU, norm of responses, Linear; then the sum with x is scaled and shifted by the time."""
+    """Depthwise 7x7, norm, linear, GELU, global response norm, linear; the sum with x is scaled and shifted by the time."""
 
     def __init__(self, dim: int, config: UViTConfig):
         super().__init__()
@@ -146,7 +149,7 @@ class ConvNeXtBlock(nn.Module):
         self.cond_embeds_mapper = nn.Linear(config.time_dim, 2 * dim, bias=config.bias)
 
     def forward(self, x: Tensor, time_embed: Tensor) -> Tensor:
-        """x [B, C, h, w], time [B, D] embedded -> [B, C, h, w]"""
+        """x [B, C, h, w], time_embed [B, D] -> [B, C, h, w]."""
         y = self.norm(rearrange(self.depthwise(x), "B C h w -> B h w C"))
         y = self.channelwise_linear_2(self.channelwise_norm(F.gelu(self.channelwise_linear_1(y))))
         x = x + rearrange(y, "B h w C -> B C h w")
@@ -168,7 +171,7 @@ class ConvNeXtStack(nn.Module):
 
 
 class PixelShuffleUpsample(nn.Module):
-    """Norm, a 1x1 convolution, and every channel's four values spread over a 2x2 square."""
+    """Norm, a 1x1 convolution, and a pixel shuffle to twice the size."""
 
     def __init__(self, dim: int, out_dim: int, config: UViTConfig):
         super().__init__()
@@ -176,12 +179,12 @@ class PixelShuffleUpsample(nn.Module):
         self.unpatch_conv = nn.Conv2d(dim, out_dim * UPSAMPLE_FACTOR**2, 1, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w] -> [B, C', 2h, 2w]"""
+        """x [B, C, h, w] -> [B, C', 2h, 2w]."""
         return F.pixel_shuffle(self.unpatch_conv(_channel_norm(self.norm, x)), UPSAMPLE_FACTOR)
 
 
 class ShallowUViTEncoder(nn.Module):
-    """Noised latents and their times to tokens on a grid, and the embedded times."""
+    """Noised latents and their times to a grid of tokens and to time embeddings."""
 
     def __init__(self, config: UViTEncoderConfig):
         super().__init__()
@@ -190,26 +193,29 @@ class ShallowUViTEncoder(nn.Module):
         self.in_conv = nn.Conv2d(config.in_channels, config.dim, config.kernel_size, config.stride, config.padding)
         self.mid_block = ConvNeXtStack(config.dim, config)
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, H, W], times [B] in [0, 1000] -> tokens [B, C', h, w], which are the skip as well; times [B, D]."""
-        time_embed = self.time_embed(timestep_embedding(timesteps, self.config.dim).to(x.dtype))
+    def forward(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W], times [B] from 0 at noise to 1000 at data -> tokens [B, C', h, w], time embeddings [B, D].
+
+        The tokens are also the skip connection of the decoder.
+        """
+        time_embed = self.time_embed(timestep_embedding(times, self.config.dim).to(x.dtype))
         return self.mid_block(self.in_conv(x), time_embed), time_embed
 
 
 class ShallowUViTDecoder(nn.Module):
-    """What the language model made of the tokens, with the encoder's beside it, to a velocity."""
+    """The language model's output at the tokens, concatenated with the encoder's, to a velocity."""
 
     def __init__(self, config: UViTDecoderConfig):
         super().__init__()
         self.config = config
         self.input_norm = RMSNorm(config.in_channels, config.norm_eps)
-        both = config.in_channels + config.dim
-        self.mid_block = ConvNeXtStack(both, config)
-        widths = (both, *[config.dim] * (config.n_upsamples - 1), config.out_channels)
+        dim = config.in_channels + config.dim
+        self.mid_block = ConvNeXtStack(dim, config)
+        widths = (dim, *[config.dim] * (config.n_upsamples - 1), config.out_channels)
         self.out_convs = nn.ModuleList(PixelShuffleUpsample(dim, out, config) for dim, out in pairwise(widths))
 
     def forward(self, x: Tensor, skip: Tensor, time_embed: Tensor) -> Tensor:
-        """x [B, C, h, w], skip [B, C', h, w], time [B, D] -> [B, out, H, W]"""
+        """x [B, C, h, w], skip [B, C', h, w], time_embed [B, D] -> [B, out_channels, H, W]."""
         x = self.mid_block(torch.cat((_channel_norm(self.input_norm, x), skip), 1), time_embed)
         for out_conv in self.out_convs:
             x = out_conv(x)

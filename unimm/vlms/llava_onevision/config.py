@@ -12,7 +12,7 @@ from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
 from unimm.vlms.base import drop_nulls
 from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
 
-# what Qwen2Config says where a text_config is silent
+# the defaults of Qwen2Config in transformers
 TEXT_DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
@@ -26,7 +26,7 @@ ASPECT_RATIO_PREFIX = "anyres_max_"
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaSpecialTokens:
-    """Ids that the format needs; the released ones where a config is silent."""
+    """The ids of special tokens, by default the released ones."""
 
     im_end: int = 151645
     image: int = 151646
@@ -35,10 +35,9 @@ class LlavaSpecialTokens:
     @classmethod
     def from_json(cls, files: Mapping[str, Any], text: Mapping[str, Any]) -> "LlavaSpecialTokens":
         """Read a released config.json and its text_config."""
-        end = text.get("eos_token_id") or files.get("eos_token_id") or cls.im_end
-        found = {ours: files.get(f"{ours}_token_index", files.get(f"{ours}_token_id")) for ours in ("image", "video")}
-        known = {name: value for name, value in found.items() if value is not None}
-        return cls(im_end=end[0] if isinstance(end, list) else end, **known)
+        eos = text.get("eos_token_id") or files.get("eos_token_id") or cls.im_end
+        ids = {name: files.get(f"{name}_token_index", files.get(f"{name}_token_id")) for name in ("image", "video")}
+        return cls(im_end=eos[0] if isinstance(eos, list) else eos, **drop_nulls(ids))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -48,11 +47,13 @@ class LlavaSpecialTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
+    """The configs of the parts, and the activation of the projector."""
+
     decoder: DecoderConfig
     vision: SiglipConfig
     special_tokens: LlavaSpecialTokens
     image_processor: LlavaOnevisionImageProcessor
-    projector_act: str  # of the projector
+    projector_act: str
 
     # of config.json, but for the parts
     JSON: ClassVar = JsonLayout(
@@ -76,12 +77,12 @@ class LlavaConfig:
 
     @classmethod
     def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "LlavaConfig":
-        """From the contents of the released files. Raises ValueError for what no release has."""
-        kind = files.get("model_type", "llava_onevision")
-        if kind != "llava_onevision" or not {"vision_config", "text_config"} <= files.keys():
+        """Read the contents of the released files. Raises ValueError for what no release has."""
+        model_type = files.get("model_type", "llava_onevision")
+        if model_type != "llava_onevision" or not {"vision_config", "text_config"} <= files.keys():
             raise ValueError(
                 f"config.json describes no LLaVA-OneVision: expected model_type 'llava_onevision', a text_config and a "
-                f"vision_config; got {kind!r} and {', '.join(files)}"
+                f"vision_config; got {model_type!r} and {', '.join(files)}"
             )
         aspect = str(files.get("vision_aspect_ratio", ASPECT_RATIO_PREFIX + "9"))
         if not aspect.startswith(ASPECT_RATIO_PREFIX) or not aspect.removeprefix(ASPECT_RATIO_PREFIX).isdigit():
@@ -126,14 +127,14 @@ class LlavaConfig:
 
 
 def _decoder_config(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
-    turning = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
-    kinds = {turning.get(name, "default") for name in ("type", "rope_type")} - {"default"}
-    if kinds or text.get("use_sliding_window") or text.get("model_type", "qwen2") != "qwen2":
+    rope = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
+    types = {rope.get(name, "default") for name in ("type", "rope_type")} - {"default"}
+    if types or text.get("use_sliding_window") or text.get("model_type", "qwen2") != "qwen2":
         asked = {name: text.get(name) for name in ("model_type", "rope_scaling", "use_sliding_window") if name in text}
         raise ValueError(f"the text_config asks for {asked}: expected a plain Qwen2, as every release up to 72B has")
     files = {"qk_norm": False, **TEXT_DEFAULTS, **text}
-    files |= {"rope_theta": turning.get("rope_theta", files["rope_theta"])}
-    # older files tie by the text_config's word, newer ones by that of the whole
+    files |= {"rope_theta": rope.get("rope_theta", files["rope_theta"])}
+    # older files have the key in the text_config, newer ones at the top
     return decoder_config_from_json(
         files,
         qkv_bias=True,

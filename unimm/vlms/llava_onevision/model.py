@@ -1,9 +1,9 @@
-"""LLaVA-OneVision: a Qwen2 that reads texts and pictures, which it sees whole and in tiles; a part of MetaQuery.
+"""LLaVA-OneVision: a vision-language model that encodes an image whole and in tiles; a part of MetaQuery.
 
-Li et al. 2024, arXiv 2408.03326. Everything is read causally, at positions that count rows. docs/originals/blocks.md,
+Li et al. 2024, arXiv 2408.03326. All rows are causal, at positions that count them. docs/originals/blocks.md,
 "LLaVA-OneVision" and "SigLIP2".
 
-Axes: N packed rows, n rows of a picture, T tiles, D model, F features of a tile.
+Axes: N packed rows, n rows of an image, T tiles, D model, F features of a tile.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from unimm.vlms.llava_onevision.weights import llava_key_map
 
 
 class LlavaOneVision(VisionLanguageModel):
-    """A decoder, a tower to look with, and what brings its features to the decoder's width."""
+    """LLaVA-OneVision with its tokenizer: a decoder, a vision encoder and a projector between them."""
 
     config_class = LlavaConfig
     SPECIAL_TOKENS = (IMAGE_TOKEN, "<video>")
@@ -39,12 +39,12 @@ class LlavaOneVision(VisionLanguageModel):
         self.image_newline = nn.Parameter(torch.randn(config.decoder.dim) * config.decoder.dim**-0.5)
 
     def key_map(self, shapes: Mapping[str, Any]) -> KeyMap:
-        """The key table for files of these names, in either spelling; for none the older one."""
+        """The key map for files whose tensors have these names, nested or not; for none, not nested."""
         return llava_key_map(self.config, shapes)
 
     @property
     def processor(self) -> LlavaOneVisionProcessor:
-        """How this model's prompts are made."""
+        """Conversations to parts."""
         return LlavaOneVisionProcessor(
             tokenizer=self.tokenizer,
             image_processor=self.config.image_processor,
@@ -56,16 +56,14 @@ class LlavaOneVision(VisionLanguageModel):
         return batch.layout.position_ids
 
     def image_features(self, tokens: ImageTokens) -> Tensor:
-        """Pictures of a pack -> a row for each of their tokens [n, D]."""
-        assert tokens.pixel_values is not None, "the prompts of this model bring tiles"
-        # the tower's last layer, before its norm, as the decoder was trained with
+        """The embeddings of a batch's images, one row for each of their tokens [n, D]."""
+        assert tokens.pixel_values is not None, "the processor of this model makes parts with tiles"
+        # the encoder's last layer, before its norm, as the decoder was trained with
         features = self.projector(self.vision.pre_norm_features(tokens.pixel_values.to(self.dtype)))
         first = torch.tensor(tokens.lengths).cumsum(0) - torch.tensor(tokens.lengths)
         sizes = tokens.content[first.to(tokens.content.device)].tolist()
-        parts, rule = features.split([n for *_, n in sizes]), self.config.image_processor
-        return torch.cat(
-            [
-                arrange_tiles(part, self.image_newline, (h, w), rule)
-                for part, (h, w, _) in zip(parts, sizes, strict=True)
-            ]
-        )
+        rows = [
+            arrange_tiles(image, self.image_newline, (height, width), self.config.image_processor)
+            for image, (height, width, _) in zip(features.split([n for *_, n in sizes]), sizes, strict=True)
+        ]
+        return torch.cat(rows)

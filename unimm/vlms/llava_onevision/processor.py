@@ -1,6 +1,6 @@
-"""What a conversation with pictures is in LLaVA-OneVision's sequence: texts in its chat template, pictures as rows.
+"""Conversations in LLaVA-OneVision's chat format as parts: special tokens, and images whole and in tiles.
 
-Made without the model, so that training can make its batches ahead. docs/originals/metaquery.md, "Queries and prompt".
+docs/originals/metaquery.md, "Queries and prompt".
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ IMAGE_TOKEN = "<image>"  # the placeholder of an image
 class LlavaOneVisionProcessor(VLMProcessor):
     """Conversations in LLaVA-OneVision's chat format as parts.
 
-    always_tiled: whether every image is seen in tiles, too; else a single image of a prompt is, and several are not.
+    always_tiled: whether every image is encoded in tiles, too; else a single image of a prompt is, and several are not.
     """
 
     image_processor: LlavaOnevisionImageProcessor
@@ -44,12 +44,9 @@ class LlavaOneVisionProcessor(VLMProcessor):
         im_end = self.special(IM_END)
         prompt: Prompt = [im_start, f"system \n{system}", im_end] if system else []
         for message in messages:
-            # images in front stand on the line of the role, others in the text
-            n = (
-                message.n_images
-                if all(isinstance(one, Image.Image) for one in message.content[: message.n_images])
-                else 0
-            )
+            # images that all stand in front of the text are on the line of the role
+            front = message.content[: message.n_images]
+            n = len(front) if all(isinstance(piece, Image.Image) for piece in front) else 0
             prompt += [im_start, f"{message.role} ", *message.content[:n], "\n", *message.content[n:], im_end]
         return [*prompt, im_start, "assistant\n"]
 
@@ -58,18 +55,20 @@ class LlavaOneVisionProcessor(VLMProcessor):
         return [self.und_image_part(image, tiled=self.always_tiled or n_images == 1)]
 
     def ids_to_parts(self, ids: Sequence[int], images: Sequence[Image.Image], *, tiled: bool) -> list[Part]:
-        """Ids with a placeholder for each picture, as items. Raises ValueError where they are not as many."""
-        places = [i for i, one in enumerate(ids) if one == self.special_tokens.image]
-        if len(places) != len(images):
-            raise ValueError(f"got {len(places)} placeholders for {len(images)} pictures: write {IMAGE_TOKEN} for each")
-        out: list[Part] = []
-        for begin, end, picture in zip([-1, *places], [*places, len(ids)], [None, *images], strict=True):
-            out += [] if picture is None else [self.und_image_part(picture, tiled=tiled)]
-            out += [text_part(ids[begin + 1 : end])] if end > begin + 1 else []
-        return out
+        """Ids with a placeholder for each image, as parts. Raises ValueError where there are not as many."""
+        placeholders = [i for i, one in enumerate(ids) if one == self.special_tokens.image]
+        if len(placeholders) != len(images):
+            raise ValueError(
+                f"got {len(placeholders)} placeholders for {len(images)} images: write {IMAGE_TOKEN} for each"
+            )
+        parts: list[Part] = []
+        for begin, end, image in zip([-1, *placeholders], [*placeholders, len(ids)], [None, *images], strict=True):
+            parts += [] if image is None else [self.und_image_part(image, tiled=tiled)]
+            parts += [text_part(ids[begin + 1 : end])] if end > begin + 1 else []
+        return parts
 
     def und_image_part(self, image: Image.Image, *, tiled: bool) -> ImagePart:
-        """An RGB picture: no marker; of each row its picture's (height, width) and tiles, for the model to arrange them."""
+        """An RGB image, with no ids around it. Each row holds (height, width, tiles), from which the model arranges them."""
         tiles = self.image_processor.preprocess(image, tiled=tiled)
         n = self.image_processor.n_image_tokens(image.height, image.width, tiled=tiled)
         none = torch.zeros(0, dtype=torch.long)

@@ -11,9 +11,11 @@ from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor
 from unimm.vlms.base import drop_nulls
 from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
 
-VISION_ROPE_THETA, VISION_ROPE_TYPE = 10000.0, "axial"  # of the tower's rotary angles
+# of the vision encoder's rotary embedding, which no config holds
+VISION_ROPE_THETA = 10000.0
+VISION_ROPE_TYPE = "axial"
 MROPE_SECTION = (16, 24, 24)
-# what transformers takes where a config is silent, which is not what the releases say
+# the defaults of Qwen2_5_VLTextConfig in transformers, which are not the numbers of the releases
 TEXT_DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 8,
@@ -24,25 +26,28 @@ TEXT_DEFAULTS = {
 
 
 def read_qwen_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, in which generation_config.json has its say about the ids that end an answer."""
-    files, ends = read_json(folder / "config.json"), read_json(folder / "generation_config.json").get("eos_token_id")
-    return files if ends is None else {**files, "generation_ends": ends}
+    """A folder's config.json, with the ids that end an answer of its generation_config.json as "generation_ends"."""
+    files = read_json(folder / "config.json")
+    eos_ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    return files if eos_ids is None else {**files, "generation_ends": eos_ids}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
+    """The numbers of the vision encoder."""
+
     dim: int
     n_layers: int
     n_heads: int
     mlp_dim: int
     out_dim: int
     patch_size: int
-    temporal_patch_size: int  # of a patch
+    temporal_patch_size: int  # frames of a patch
     spatial_merge_size: int  # patches a side of a cell
     channels: int
     window_size: int  # pixels a side
-    full_attention_layers: tuple[int, ...]  # layers that see all of a frame
-    tokens_per_second: int  # steps of the rotary clock in a second of video
+    full_attention_layers: tuple[int, ...]  # whose attention is over whole frames, not windows
+    tokens_per_second: int  # rotary positions of a second of video
     act: str
 
     JSON: ClassVar = JsonLayout(
@@ -83,17 +88,16 @@ class QwenVisionConfig:
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.dim // self.n_heads % 4:
             raise ValueError(f"got vision width {self.dim}, {self.n_heads} heads: expected heads of a multiple of 4")
-        if self.window_size < self.patch_size * self.spatial_merge_size or not set(self.full_attention_layers) <= set(
-            range(self.n_layers)
-        ):
+        cell_size = self.patch_size * self.spatial_merge_size
+        if self.window_size < cell_size or not set(self.full_attention_layers) <= set(range(self.n_layers)):
             raise ValueError(
-                f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: expected a cell "
-                f"({self.patch_size * self.spatial_merge_size} pixels) or more, and layers 0 to {self.n_layers - 1}"
+                f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: expected "
+                f"a cell ({cell_size} pixels) or more, and layers 0 to {self.n_layers - 1}"
             )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "QwenVisionConfig":
-        """Read a released vision_config. Raises ValueError for missing keys, and for rotary angles of another theta."""
+        """Read a released vision_config. Raises ValueError for missing keys, and for another rotary embedding."""
         rope = data.get("rope_parameters") or {}
         theta, rope_type = rope.get("rope_theta", VISION_ROPE_THETA), rope.get("rope_type", VISION_ROPE_TYPE)
         if theta != VISION_ROPE_THETA or rope_type not in (VISION_ROPE_TYPE, "default"):
@@ -114,14 +118,14 @@ class QwenVisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenSpecialTokens:
-    """Ids that the format needs; the released ones where a config is silent."""
+    """The ids of special tokens, by default the released ones."""
 
-    im_end: int = 151645  # behind every turn
+    im_end: int = 151645  # ends every message
     vision_start: int = 151652
     vision_end: int = 151653
     image_pad: int = 151655
     video_pad: int = 151656
-    other_eos: tuple[int, ...] = ()  # that end an answer, too
+    other_eos: tuple[int, ...] = ()  # other ids that end an answer
 
     JSON: ClassVar = JsonLayout(
         keys={
@@ -157,6 +161,8 @@ def _as_list(ids: int | Sequence[int] | None) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVLConfig:
+    """The configs of the parts."""
+
     decoder: DecoderConfig
     vision: QwenVisionConfig
     special_tokens: QwenSpecialTokens
@@ -179,25 +185,25 @@ class QwenVLConfig:
 
     @classmethod
     def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "QwenVLConfig":
-        """From the contents of the released files, the text's numbers at the top of config.json or in its text_config."""
+        """Read the contents of the released files; the text's numbers are at the top of config.json or in its text_config."""
         if "vision_config" not in files:
             raise ValueError(f"config.json describes no Qwen2.5-VL: expected a vision_config; found {', '.join(files)}")
         text = {**TEXT_DEFAULTS, **drop_nulls(files), **drop_nulls(files.get("text_config", {}))}
-        turning = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
-        kinds = {turning.get(name, "default") for name in ("type", "rope_type")} - {"default", "mrope"}
-        if kinds or text.get("use_sliding_window"):
-            asked = f"rope_scaling of type {', '.join(kinds)}" if kinds else "use_sliding_window"
+        rope = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
+        types = {rope.get(name, "default") for name in ("type", "rope_type")} - {"default", "mrope"}
+        if types or text.get("use_sliding_window"):
+            asked = f"rope_scaling of type {', '.join(types)}" if types else "use_sliding_window"
             raise ValueError(f"the config asks for {asked}, which no release does and is not built")
         text = {"qk_norm": False, **text}
-        text |= {"rope_theta": turning.get("rope_theta", text["rope_theta"])}
+        text |= {"rope_theta": rope.get("rope_theta", text["rope_theta"])}
         vision = QwenVisionConfig.from_json(files["vision_config"])
         return cls(
             decoder=decoder_config_from_json(
                 text,
                 qkv_bias=True,
                 experts=(EXPERT,),
-                rope_sections=tuple(turning.get("mrope_section", MROPE_SECTION)),
-                # the text_config's own word is that of a model without this one around it
+                rope_sections=tuple(rope.get("mrope_section", MROPE_SECTION)),
+                # the top of config.json counts: the text_config's key describes the language model on its own
                 tie_word_embeddings=files.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             ),
             vision=vision,
@@ -215,8 +221,8 @@ class QwenVLConfig:
         top: dict[str, Any] = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
         text = decoder_config_to_json(self.decoder)
         del text["qk_norm"]
-        turning = {"type": "mrope", "mrope_section": list(self.decoder.rope_sections)}
-        top |= {**text, "rope_scaling": turning, "use_sliding_window": False, **self.special_tokens.to_json()}
+        rope = {"type": "mrope", "mrope_section": list(self.decoder.rope_sections)}
+        top |= {**text, "rope_scaling": rope, "use_sliding_window": False, **self.special_tokens.to_json()}
         return {
             "config.json": top | {"vision_config": self.vision.to_json()},
             "preprocessor_config.json": self.image_processor.to_json(),

@@ -1,7 +1,6 @@
-"""What a conversation with pictures is in Qwen2.5-VL's sequence: texts in its chat template, pictures behind a marker.
+"""Conversations in Qwen2.5-VL's chat format as parts: special tokens, image patches and their positions.
 
-Made without the model, so that training can make its batches ahead. docs/originals/blocks.md, "Position ids (M-RoPE)"
-and "Image processor".
+docs/originals/blocks.md, "Position ids (M-RoPE)" and "Image processor".
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,55 +58,52 @@ class QwenVLProcessor(VLMProcessor):
     def ids_to_parts(
         self, ids: Sequence[int], images: Sequence[tuple[Tensor, PatchGrid]], *, seconds_per_frame: Sequence[float] = ()
     ) -> list[Part]:
-        """Ids with runs of placeholders, each a picture's or a video's, as items. shown: patches and grid of each run.
+        """Ids with runs of placeholders, each an image's or a video's, as parts. images: patches and grid of each run.
 
-        A run may be a single id or as long as the picture has cells. seconds: of each of `shown`, what a step of its grid
-        in time lasts; a still picture's is 0, and so are all unless given. Raises ValueError where runs and pictures differ.
+        A run may be a single id or as long as the image has cells. seconds_per_frame: of each of `images`, how long a step
+        of its grid in time is; 0 for an image, and for all unless given. Raises ValueError where runs and images differ.
         """
-        left = iter(zip(images, seconds_per_frame or [0.0] * len(images), strict=True))
-        out: list[Part] = []
+        remaining = iter(zip(images, seconds_per_frame or [0.0] * len(images), strict=True))
+        parts: list[Part] = []
         text: list[int] = []
         for one, length in _runs(ids, (self.special_tokens.image_pad, self.special_tokens.video_pad)):
             if not length:
                 text.append(one)
                 continue
             if not text or text.pop() != self.special_tokens.vision_start:
-                raise ValueError(
-                    "got a picture's placeholder without the marker <|vision_start|> before it: add the marker"
-                )
-            found = next(left, None)
-            item = None if found is None else self.und_image_part(*found[0], seconds_per_frame=found[1])
-            if item is None or length not in (1, item.n_tokens):
-                n = "no picture" if item is None else f"a picture of {item.n_tokens} cells"
-                raise ValueError(f"got {length} placeholders for {n}: expected one for each picture, or one a cell")
-            out += [text_part(text), item] if text else [item]
+                raise ValueError(f"got an image placeholder without {VISION_START} before it: add the special token")
+            image = next(remaining, None)
+            part = None if image is None else self.und_image_part(*image[0], seconds_per_frame=image[1])
+            if part is None or length not in (1, part.n_tokens):
+                got = "no image" if part is None else f"an image of {part.n_tokens} cells"
+                raise ValueError(f"got {length} placeholders for {got}: expected one for each image, or one a cell")
+            parts += [text_part(text), part] if text else [part]
             text = []
-        if next(left, None) is not None:
-            raise ValueError(f"got {len(images)} pictures and fewer placeholders: write {IMAGE_PAD} where each belongs")
-        return [*out, text_part(text)] if text else out
+        if next(remaining, None) is not None:
+            raise ValueError(f"got {len(images)} images and fewer placeholders: write {IMAGE_PAD} where each belongs")
+        return [*parts, text_part(text)] if text else parts
 
     def und_image_part(self, patches: Tensor, grid: PatchGrid, *, seconds_per_frame: float = 0.0) -> ImagePart:
-        """A picture's patches [N, C*T*p*p] behind the marker <|vision_start|>; its tokens are cells.
+        """The patches [N, C*T*p*p] of an image behind <|vision_start|>; its tokens are cells.
 
-        Places [n, 3] are (time, row, column) from where the picture begins; the text behind it starts past the largest.
+        Their positions [n, 3] are (time, row, column) from where the image begins; the text behind it follows the largest.
         """
-        places = cell_positions(grid, self.vision_config.spatial_merge_size)
-        places[:, 0] = (
-            places[:, 0] * seconds_per_frame * self.vision_config.tokens_per_second
-        ).long()  # truncated, as in the original
-        n = len(places)
+        positions = cell_positions(grid, self.vision_config.spatial_merge_size)
+        times = positions[:, 0] * seconds_per_frame * self.vision_config.tokens_per_second
+        positions[:, 0] = times.long()  # truncated, as in the original
+        n = len(positions)
         return ImagePart(
             kind="und_image",
-            segment=Segment(length=n + 1, attention="causal", advance=int(places.max()) + 2),
+            segment=Segment(length=n + 1, attention="causal", advance=int(positions.max()) + 2),
             ids=torch.tensor([self.special_tokens.vision_start]),
             labels=torch.tensor([IGNORE_INDEX]),
             tokens=rearrange(patches, "(n s) f -> n (s f)", n=n),
-            image_position_ids=places,
+            image_position_ids=positions,
         )
 
 
 def _runs(ids: Sequence[int], pad_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each id that is no pad, with 0; each run of equal pads once, with its length."""
+    """(id, 0) of each id that is no pad, and (id, length) of each run of equal pads."""
     run = 0
     for i, one in enumerate(ids):
         run = run + 1 if one in pad_ids else 0
@@ -119,10 +115,9 @@ def _runs(ids: Sequence[int], pad_ids: Sequence[int]) -> Iterator[tuple[int, int
 
 
 def video_frames(images: Sequence[ImageInput]) -> list[Image.Image]:
-    """Pictures of one size as the frames of a video. Raises ValueError where the sizes differ."""
-    opened = [load_image(picture) for picture in images]
-    if len({picture.size for picture in opened}) != 1:
-        raise ValueError(
-            f"got frames of sizes {[picture.size for picture in opened]}: expected some, of one size; resize them"
-        )
-    return opened
+    """Images of one size as the frames of a video. Raises ValueError where the sizes differ."""
+    frames = [load_image(image) for image in images]
+    sizes = [frame.size for frame in frames]
+    if len(set(sizes)) != 1:
+        raise ValueError(f"got frames of sizes {sizes}: expected some, of one size; resize them")
+    return frames

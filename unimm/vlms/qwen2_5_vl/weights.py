@@ -8,14 +8,14 @@ from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 
 def has_nested_names(keys: Mapping[str, Any], *, prefix: str = "") -> bool:
-    """Whether released names are in the newer spelling, the language model's and the tower's below `model`."""
+    """Whether released names are nested as transformers writes them today, all but the language head's below `model`."""
     return any(key.startswith((f"{prefix}model.language_model.", f"{prefix}model.visual.")) for key in keys)
 
 
 def qwen_key_map(*, head: bool, nested: bool = False, prefix: str = "", module_prefix: str = "") -> KeyMap:
     """The key map. head: the files hold a language head; without, one may be there and is ignored.
 
-    nested: the newer spelling. prefix: what the released names begin with where the model is a part of another's files.
+    nested: see `has_nested_names`. prefix: what the released names begin with where the model is a part of another's files.
     module_prefix: what our names begin with there.
     """
     text, vision = ("model.language_model.", "model.visual.") if nested else ("model.", "visual.")
