@@ -21,7 +21,14 @@ RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 # samples a batch: enough for every kind of task that a recipe has
 SAMPLES = 16
 # options, where a recipe has them: what costs time and changes no gradient, and stages that leave out a part at first
-OPTIONS = {"compiled": False, "measured": 8, "judged": 2, "free": 0, "sighted": 0}
+OPTIONS = {
+    "compile": False,
+    "measured_scenes": 8,
+    "scored_examples": 2,
+    "scored_scenes": 2,
+    "unquantized_steps": 0,
+    "vision_steps": 0,
+}
 
 BEFORE = "trained before, by a recipe of its own"
 # what is not trained, by the beginning of its parameters' names; each must be met
@@ -29,20 +36,20 @@ FROZEN = {
     "bagel-nano": {"vae.": BEFORE, "vision.": BEFORE},
     "janus-nano": {"vq.": BEFORE, "vision.": BEFORE},
     "janusflow-nano": {"vae.": BEFORE, "vision.": BEFORE},
-    "metaquery-nano": {"reader.": BEFORE, "vae.": BEFORE},
+    "metaquery-nano": {"mllm.": BEFORE, "vae.": BEFORE},
     "uniworld-nano": {
-        "reader.": BEFORE,
-        "parts.vae.": BEFORE,
-        "from_latents.": "of references as part of the condition, which the released data never shows",
+        "mllm.": BEFORE,
+        "auxiliary.vae.": BEFORE,
+        "vae_projector.": "of references as part of the condition, which the released data never shows",
     },
 }
 # what is trained, and has no gradient in some step or in any
 UNUSED = {
-    "metaquery-nano-reader": {
-        "guess.": "what the tower alone is taught by, in the first steps, which are left out here"
+    "metaquery-nano-mllm": {
+        "probe.": "what the vision encoder alone is trained by, in the first steps, which are left out here"
     },
     "uniworld-nano": {
-        "painter.pooled.fc1.weight": "of CLIP's vector, which is zeros: the recipe's `captioned` is false"
+        "denoiser.pooled_embed.fc1.weight": "of CLIP's embedding, which is zeros: the recipe's `captioned` is false"
     },
 }
 
@@ -139,6 +146,6 @@ def test_a_recipe_makes_the_bundled_model(objective, name):
     made, bundled = objective(name).model, unimm.load(name)
     shapes = {key: tuple(x.shape) for key, x in made.state_dict().items()}
     theirs = {key: tuple(x.shape) for key, x in bundled.state_dict().items()}
-    # the head that decides is trained after the rest, by another recipe
-    assert {key for key in shapes.keys() ^ theirs.keys() if not key.startswith("decide.")} == set()
+    # the task head is trained after the rest, by another recipe
+    assert {key for key in shapes.keys() ^ theirs.keys() if not key.startswith("task_head.")} == set()
     assert {key for key in shapes.keys() & theirs.keys() if shapes[key][1:] != theirs[key][1:]} == set()
