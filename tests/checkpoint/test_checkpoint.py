@@ -419,7 +419,7 @@ def without(folder: Path, *parts: str) -> None:
     rewrite(folder / "ema.safetensors", edit)
 
 
-def test_a_checkpoint_that_only_draws(folder, tmp_path):
+def test_a_checkpoint_that_only_generates(folder, tmp_path):
     without(folder, "vit_model.", "connector.", "vit_pos_embed.")
     with pytest.raises(CheckpointError, match=r"missing keys: connector\.fc1\.bias"):
         Bagel.from_pretrained(folder)
@@ -428,20 +428,20 @@ def test_a_checkpoint_that_only_draws(folder, tmp_path):
     assert model.config.vision is None and not any(name.startswith("vision") for name in model.state_dict())
     model.tokenizer = toy(llm={"vocab_size": model.config.decoder.vocab_size}).tokenizer
     assert model.generate("a circle", size=(16, 32), steps=1).image.size == (32, 16)
-    for asked in (
+    for call in (
         lambda: model.understand(picture(), "what is it?"),
         lambda: model.generate("more of it", images=picture()),
     ):
         with pytest.raises(NotImplementedError, match=r"visual_und false"):
-            asked()
+            call()
     model.tokenizer = None
     model.save_pretrained(tmp_path / "again")
     assert same(model, Bagel.from_pretrained(tmp_path / "again"))
 
 
 @pytest.fixture
-def looks(folder) -> Bagel:
-    """A model trained to look only."""
+def understanding_only(folder) -> Bagel:
+    """A model trained to understand only."""
     without(folder, "time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
     (folder / "ae.safetensors").unlink()
     change(folder / "config.json", visual_gen=False)
@@ -450,18 +450,18 @@ def looks(folder) -> Bagel:
     return model
 
 
-def test_a_checkpoint_that_only_looks(looks, tmp_path):
-    assert not any(name.startswith(("vae", "time")) for name in looks.state_dict())
-    assert isinstance(looks.understand(picture(), "what is it?"), str)
-    assert isinstance(next(iter(looks.interleave(["what is it?"], outputs=["text"]))), str)
-    looks.tokenizer = None
-    looks.save_pretrained(tmp_path / "again")
-    assert same(looks, Bagel.from_pretrained(tmp_path / "again"))
+def test_a_checkpoint_that_only_understands(understanding_only, tmp_path):
+    assert not any(name.startswith(("vae", "time")) for name in understanding_only.state_dict())
+    assert isinstance(understanding_only.understand(picture(), "what is it?"), str)
+    assert isinstance(next(iter(understanding_only.interleave(["what is it?"], outputs=["text"]))), str)
+    understanding_only.tokenizer = None
+    understanding_only.save_pretrained(tmp_path / "again")
+    assert same(understanding_only, Bagel.from_pretrained(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("images", [None, "a picture"])
-def test_a_checkpoint_that_only_looks_refuses_to_draw(looks, images):
+def test_a_checkpoint_that_only_understands_refuses_to_generate(understanding_only, images):
     with pytest.raises(NotImplementedError, match=r"visual_gen false"):
-        looks.generate("a circle", images=images and picture(), size=(16, 32))
+        understanding_only.generate("a circle", images=images and picture(), size=(16, 32))
     with pytest.raises(NotImplementedError, match=r"visual_gen false"):
-        next(iter(looks.interleave(["a circle"], size=(16, 32))))
+        next(iter(understanding_only.interleave(["a circle"], size=(16, 32))))

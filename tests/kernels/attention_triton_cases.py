@@ -53,7 +53,7 @@ def fixed() -> Iterator[None]:
 
 
 def packed(samples: list[list[tuple[str, int]]]) -> Tensor:
-    """Text (causal), image (full) and noised (full, seen by itself alone) segments, [N, N] bool."""
+    """Text (causal), image (full) and noised (full, invisible to others) segments, [N, N] bool."""
     spans = [(i, kind, n) for i, segments in enumerate(samples) for kind, n in segments]
     sample, kind, segment = (
         [x for j, span in enumerate(spans) for x in [(*span[:2], j)[at]] * span[2]] for at in range(3)
@@ -250,7 +250,7 @@ def test_two_ranges_a_key(steps):
 
 @pytest.mark.parametrize("layout", [Tensor.contiguous, heads_first])
 def test_caches_longer_than_queries(layout):
-    """Two samples that ask with their last rows only, in a buffer with room between and after their keys."""
+    """Two samples whose last rows alone are queries, in a buffer with free rows between and after their keys."""
     dense = torch.zeros(75, 230, dtype=torch.bool)
     dense[:70, 10:110] = packed([[("text", 30), ("image", 70)]])[30:]
     dense[70:, 130:193] = packed([[("text", 63)]])[-5:]

@@ -136,7 +136,7 @@ if in_child():
             reference = results(case.op, inputs)
         assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in reference]
         for ours, theirs in zip(errors(found, truth), errors(reference, truth), strict=True):
-            # a few numbers may be lucky: nobody does better than rounding once
+            # a few numbers may be exact by chance: no result is better than one rounding
             assert ours <= max(2 * theirs, torch.finfo(dtype).eps / 2, FLOOR[torch.float32])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

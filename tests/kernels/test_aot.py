@@ -110,7 +110,7 @@ def faults(job: Job, report: Report) -> list[str]:
 
 
 def compile_in_child(jobs: list[Job], folder: Path, cache: Path) -> list[Report]:
-    """Not in this process: other tests may have told Triton to interpret."""
+    """Not in this process, where Triton may be set to interpret."""
     ask, answer = folder / "jobs.json", folder / "reports.json"
     ask.write_text(json.dumps([vars(job) for job in jobs]))
     ran = child([__file__, str(ask), str(answer)], interpret=False, cache=cache)

@@ -41,7 +41,7 @@ def packs() -> dict[str, AttentionMask]:
     """Masks of every shape that the ways tell apart."""
     first = [KeyRange(3), KeyRange(4, full=True), KeyRange(3, full=True, visible=False), KeyRange(2)]
     keys = torch.arange(30)
-    window = (keys, (keys + 7).clamp(max=28))  # row 0 sees key 0, and the last two keys are seen by nobody
+    window = (keys, (keys + 7).clamp(max=28))  # row 0 attends to key 0, no row to the last two keys
     blind = (torch.full((9,), 4), torch.full((9,), 7))  # rows 0 to 3 and 7 see nothing
     return {
         "one": AttentionMask([first]),

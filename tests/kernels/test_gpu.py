@@ -1,4 +1,4 @@
-"""On a CUDA device: the same pictures, answers and losses as on the CPU, to rounding."""
+"""On a CUDA device: the same images, answers and losses as on the CPU, to rounding."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Ranges, tiles and pictures of masks against their definition, pair by pair."""
+"""Ranges, tiles and plots of masks against their definition, pair by pair."""
 
 import re
 
@@ -64,10 +64,10 @@ def agree(mask: AttentionMask, expected: Tensor) -> None:
         full = counts == rows * keys
         part = (counts > 0) & ~full
         tiles = mask.schedule(rows, keys)
-        for runs, turn in ((tiles.by_row, False), (tiles.by_key, True)):
+        for runs, transposed in ((tiles.by_row, False), (tiles.by_key, True)):
             assert isinstance(runs, TileRuns) and all(t.dtype == torch.int32 for t in runs)
             for ptr, pairs, want in ((*runs[:2], full), (*runs[2:], part)):
-                want = want.T if turn else want
+                want = want.T if transposed else want
                 assert torch.equal(listed(ptr, pairs, tuple(want.shape)), want), (rows, keys)
         assert (tiles.n_full, tiles.n_partial, tiles.n_all) == (int(full.sum()), int(part.sum()), full.numel())
 
@@ -91,7 +91,7 @@ def layouts(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
 
 
 @st.composite
-def freely(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
+def any_ranges(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
     """Ranges of any kind: wild ones, ones that grow, steps of one, empty ones, one or two a key."""
     n, m = draw(st.integers(1, 20)), draw(st.integers(1, 40))
     kind = draw(st.sampled_from(("wild", "growing", "window")))
@@ -106,29 +106,29 @@ def freely(draw: st.DrawFn) -> tuple[AttentionMask, Tensor]:
     return AttentionMask.from_ranges(a[0], b[0], second, n_queries=n), seen_by(both if second else both[:1], n)
 
 
-def pictured(text: str) -> list[tuple[list[list[bool]], list[list[int]]]]:
-    """The worked rows of a docstring, a picture a column of text: cells, and the numbers at the end of each row."""
+def docstring_masks(text: str) -> list[tuple[list[list[bool]], list[list[int]]]]:
+    """The example masks of a docstring, one per column of text: cells, and the numbers at the end of each row."""
     lines = [re.split(r"\brow \d", line)[1:] for line in text.splitlines()]
-    pictures = []
+    examples = []
     for column in zip(*filter(None, lines), strict=True):
         words = [row.split() for row in column]
         cells = [[word == "x" for word in row if word in "x."] for row in words]
-        pictures.append((cells, [[int(word) for word in row if word.isdigit()] for row in words]))
-    return pictures
+        examples.append((cells, [[int(word) for word in row if word.isdigit()] for row in words]))
+    return examples
 
 
 def test_the_rows_of_the_docstring():
     mask = AttentionMask([[KeyRange(3), KeyRange(2, full=True), KeyRange(2, full=True, visible=False), KeyRange(1)]])
-    ((cells, bounds),) = pictured(AttentionMask.__doc__)
+    ((cells, bounds),) = docstring_masks(AttentionMask.__doc__)
     assert len(cells) == 8
     assert cells == mask.dense_sample(0).tolist() == mask.dense().tolist()
     assert bounds == mask.ranges[0].T.tolist()
 
 
 def test_the_rows_of_from_ranges():
-    pictures = pictured(AttentionMask.from_ranges.__doc__)
-    assert len(pictures) == 3
-    for cells, bounds in pictures:
+    examples = docstring_masks(AttentionMask.from_ranges.__doc__)
+    assert len(examples) == 3
+    for cells, bounds in examples:
         first, last, *second = torch.tensor(bounds).T
         mask = AttentionMask.from_ranges(first, last, tuple(second) or None)
         assert cells == mask.dense().tolist()
@@ -147,14 +147,14 @@ def test_a_mask_is_its_definition(case):
     assert torch.equal(AttentionMask.from_table(mask.table).ranges, mask.ranges)
 
 
-@given(freely())
+@given(any_ranges())
 @settings(max_examples=150, deadline=None)
 def test_ranges_of_any_kind(case):
     agree(*case)
 
 
 @pytest.mark.nightly
-@given(layouts(), freely())
+@given(layouts(), any_ranges())
 @settings(max_examples=3000, deadline=None)
 def test_thousands(one, other):
     agree(*one)
@@ -238,20 +238,20 @@ def test_spans_are_few():
     assert len(KeySpans.from_ranges(mask.spans.ranges().astype(np.int64), mask.n_queries).start) == 16
 
 
-def colours(picture) -> set[tuple[int, ...]]:
-    return {tuple(map(int, colour)) for colour in np.unique(np.asarray(picture).reshape(-1, 3), axis=0)}
+def colours(plot) -> set[tuple[int, ...]]:
+    return {tuple(map(int, colour)) for colour in np.unique(np.asarray(plot).reshape(-1, 3), axis=0)}
 
 
-def test_pictures():
+def test_plots():
     mask = AttentionMask(
         [[KeyRange(3), KeyRange(2, full=True), KeyRange(2, full=True, visible=False), KeyRange(1)], [KeyRange(4)]]
     )
-    picture = mask.plot(size=12 * 12)
-    assert picture.size == (144, 144)
-    middles = np.asarray(picture)[6::12, 6::12]
+    plot = mask.plot(size=12 * 12)
+    assert plot.size == (144, 144)
+    middles = np.asarray(plot)[6::12, 6::12]
     assert np.array_equal((middles != MASKED).any(-1), mask.dense().numpy())
     assert tuple(middles[4, 0]) == CAUSAL and tuple(middles[4, 3]) == FULL and tuple(middles[6, 5]) == INVISIBLE
-    assert (0, 0, 0) in colours(picture)  # a line where the second sample begins
+    assert (0, 0, 0) in colours(plot)  # a line where the second sample begins
 
     tiled = np.asarray(mask.plot(size=12 * 12, tiles=(4, 4)))[6::12, 6::12]
     assert (tiled[0, 8:] == BACKGROUND).all() and tuple(tiled[0, 5]) not in (
@@ -264,8 +264,8 @@ def test_pictures():
 
 
 @pytest.mark.parametrize(("name", "tiles"), [("mask", None), ("tiles", (8, 8))])
-def test_the_pictures_of_the_guide_are_what_the_code_draws(name, tiles):
+def test_the_images_of_the_guide_are_what_the_code_plots(name, tiles):
     first = [KeyRange(6), KeyRange(9, full=True, visible=False), KeyRange(9, full=True), KeyRange(4)]
-    drawn = AttentionMask([first, [KeyRange(9, full=True), KeyRange(5)]]).plot(tiles=tiles)
-    kept = Image.open(ROOT / "unimm" / "kernels" / "attention" / f"{name}.png")
-    assert np.array_equal(np.asarray(drawn), np.asarray(kept))
+    plotted = AttentionMask([first, [KeyRange(9, full=True), KeyRange(5)]]).plot(tiles=tiles)
+    stored = Image.open(ROOT / "docs" / "images" / f"{name}.png")
+    assert np.array_equal(np.asarray(plotted), np.asarray(stored))

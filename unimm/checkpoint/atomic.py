@@ -19,8 +19,9 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """A temporary folder to write into, whose files move into `folder` once the body has ended without an error.
 
-    optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises ValueError
-    where `folder` holds such files that are not replaced: they are of another model and would be read with this one.
+    optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises
+    ValueError where `folder` holds such files that are not replaced: they are of another model and would be read with
+    this one.
     """
     folder = folder.expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Key maps: how the tensors of a released file become our parameters, and back.
 
-In the names of an entry `{}` stands for one dotted part of a name, or a piece of one, and `{*}` for the rest of it. What
-the placeholders of one name match fills those of the other, in order.
+In the names of an entry `{}` stands for one dotted part of a name, or a piece of one, and `{*}` for the rest of it.
+What the placeholders of one name match fills those of the other, in order.
 """
 
 import re
@@ -42,7 +42,7 @@ class Transform(ABC):
 
     @abstractmethod
     def to_ours(self, released: Tensor, ours: Sequence[Tensor]) -> list[Tensor]:
-        """New values of our parameters, from the released tensor; `ours` are their present ones, on meta until loaded."""
+        """New values of our parameters from the released tensor; `ours` are the present ones, on meta until loaded."""
 
     def matched(self, name: str) -> Self | None:
         """This transform with the placeholders filled so that one of our names is `name`; None where none can be."""

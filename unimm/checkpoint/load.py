@@ -1,4 +1,4 @@
-"""Strict loading of released weights into a model built on meta: every tensor once, in its shape, and nothing left over."""
+"""Strict loading of released weights into a model built on meta: every tensor once, in its shape, and no other."""
 
 import json
 import re
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The first of `names` that the folder holds; its shards, where that is an index. Raises CheckpointError for none."""
+    """The first of `names` that the folder holds, or its shards for an index. Raises CheckpointError for none."""
     for name in names:
         path = folder / name
         if not path.exists():
@@ -63,7 +63,7 @@ def keep_weights_open() -> Iterator[None]:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A file of weights, safetensors or torch.save's .bin and .pt: `keys`, `get_slice(key).get_shape()`, `get_tensor(key)`.
+    """A file of weights, safetensors or torch.save's .bin and .pt, with the methods of an open safetensors file.
 
     Raises CheckpointError for a broken one.
     """
@@ -206,7 +206,7 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the parameters that no file held their tensors: zeros for those of `unused` (name patterns), which nothing reads.
+    """Fill the parameters that no file held: zeros for those of `unused` (name patterns), which nothing reads.
 
     Buffers that a module computes for itself are moved to the device. Raises CheckpointError where another parameter
     was not loaded.

@@ -129,7 +129,7 @@ class TextStream:
         return [self._truncate_at_stop(self.decode(row)) for row in ids]
 
     def pieces(self) -> Iterator[str]:
-        """The text of a single row as it grows; what may still change is held back: half a character, half a stop string."""
+        """The text of a single row as it grows, without what may still change: half a character, half a stop string."""
         ids: list[int] = []
         text = ""
         n_given = 0

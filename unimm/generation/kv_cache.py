@@ -54,7 +54,7 @@ class KVBuffer:
         ends = torch.tensor([c.length + n for c, n in zip(caches, capacity, strict=True)]).cumsum(0).tolist()
         self.starts = [0, *ends[:-1]]
         layers, two, _, heads, head_dim = empty.shape
-        # zeros, since the reference attention also reads rows that nobody wrote, and 0 * nan is nan
+        # zeros, since the reference attention also reads unwritten rows, and 0 * nan is nan
         self.buffer = empty.new_zeros(layers, two, ends[-1], heads, head_dim)
         for start, cache in zip(self.starts, caches, strict=True):
             if cache.chunks:

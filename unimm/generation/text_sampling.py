@@ -13,10 +13,10 @@ DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither the call nor the co
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
-    """Options of text decoding. temperature: 0 is greedy. top_p: keep the likeliest ids up to this mass (arXiv 1904.09751).
+    """Options of text decoding. temperature: 0 is greedy. top_p: keep the likeliest ids up to this mass.
 
-    max_tokens: the limit of new ids; unless given, the config's, or else 512. stop: strings that end the text and are no
-    part of it.
+    max_tokens: the limit of new ids; unless given, the config's, or else 512. stop: strings that end the text and are
+    no part of it. top_p: Holtzman et al. 2020, arXiv 1904.09751.
     """
 
     temperature: float = 0.0
@@ -48,7 +48,7 @@ class TextSampling:
 
 
 def sample_token(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """Sample an id per row of logits [B, V], each with its own generator, so that a row does not depend on the others."""
+    """Sample an id per row of logits [B, V], each with its own generator: a row does not depend on the others."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     p = (logits.float().cpu() / sampling.temperature).softmax(-1)

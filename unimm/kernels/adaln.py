@@ -17,7 +17,7 @@ from unimm.kernels.dispatch import resolve_backend
 
 
 def adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """layer_norm(x) (1 + scale) + shift: x [B, L, D], scale and shift [B, D] -> [B, L, D]; float32 inside, x's dtype out.
+    """layer_norm(x) (1 + scale) + shift: x [B, L, D], scale and shift [B, D] -> [B, L, D] in x's dtype, by float32.
 
     Peebles and Xie 2022, arXiv 2212.09748, section 3.2. Raises ValueError where the shapes disagree.
     """

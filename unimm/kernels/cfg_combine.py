@@ -3,8 +3,8 @@
 Axes: L tokens of an image, C channels of each.
 
 Bytes read and written per number in float32 with all branches, counted from each operation's inputs and outputs, not
-measured: 80 eager; here 16 where tokens are renormalized, 28 where the whole image is, of which 12 come from the cache (an
-image of 4096 tokens of 64 is 1 MB).
+measured: 80 eager; here 16 where tokens are renormalized, 28 where the whole image is, of which 12 come from the cache
+(an image of 4096 tokens of 64 is 1 MB).
 """
 
 import torch
@@ -28,10 +28,11 @@ def cfg_combine(
 ) -> Tensor:
     """The guided velocity of one image, [L, C], from its velocities under the full condition and without a part of it.
 
-    u = no_text + text_scale (full - no_text), then u = no_image + image_scale (u - no_image) where `no_image` is given. Its
-    length is multiplied by |full| / |u|, at least `renorm_min` and at most 1: "global" by the lengths of the whole image,
-    "channel" by those of each token, "text_channel" likewise, but before the second step. docs/originals/bagel.md,
-    "Guidance". The kernel has no backward. Raises ValueError for another renorm, or shapes that differ.
+    u = no_text + text_scale (full - no_text), then u = no_image + image_scale (u - no_image) where `no_image` is given.
+    Its length is multiplied by |full| / |u|, at least `renorm_min` and at most 1: "global" by the lengths of the whole
+    image, "channel" by those of each token, "text_channel" likewise, but before the second step.
+    docs/originals/bagel.md, "Guidance". The kernel has no backward. Raises ValueError for another renorm, or shapes
+    that differ.
     """
     if renorm not in RENORM_TYPES:
         raise ValueError(f"unknown renorm {renorm!r}: expected one of {', '.join(RENORM_TYPES)}")

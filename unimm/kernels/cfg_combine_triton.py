@@ -1,7 +1,7 @@
 """The guided velocity in Triton: one launch per image where lengths are those of tokens, two where of the whole image.
 
-The length of a whole image has to be known before its first number can be written: a first kernel writes sums of squares,
-a second adds them up and computes the velocity again, from the cache.
+The length of a whole image has to be known before its first number can be written: a first kernel writes sums of
+squares, a second adds them up and computes the velocity again, from the cache.
 """
 
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
@@ -44,7 +44,7 @@ def renormalize_kernel(
     full_ptr, no_text_ptr, no_image_ptr, sums_ptr, out_ptr, n, text_scale, image_scale, renorm_min,
     HAS_NO_IMAGE: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """The guided velocity of a block, renormalized by the length of the whole image. SUMS: blocks up to a power of 2."""
+    """The guided velocity of a block, renormalized by the whole image's length. SUMS: blocks up to a power of 2."""
     blocks = tl.arange(0, SUMS)
     full = tl.sum(tl.load(sums_ptr + blocks, mask=blocks < tl.num_programs(0), other=0.0))
     guided = tl.sum(tl.load(sums_ptr + tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0.0))
@@ -59,7 +59,7 @@ def renormalize_tokens_kernel(
     full_ptr, no_text_ptr, no_image_ptr, out_ptr, n, text_scale, image_scale, renorm_min,
     HAS_NO_IMAGE: tl.constexpr, AFTER_TEXT: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The guided velocity of a tile of tokens, each renormalized by its own length: after the text's step or at the end."""
+    """The guided velocity of a tile of tokens, each renormalized by its length: after the text's step or at the end."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < C)[None, :]

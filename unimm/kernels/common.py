@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] -> [N, D] with contiguous rows at any distance from each other; copies only where a view is impossible."""
+    """x [..., D] -> [N, D] with contiguous rows at any distance; copies only where a view is impossible."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

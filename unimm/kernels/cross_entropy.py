@@ -4,9 +4,9 @@ Axes: N rows, D model, V vocabulary.
 
 The logits of a chunk are computed, reduced to their log-sum-exp and dropped; backward computes them again. That costs a
 fourth matrix product beside the three of plain cross entropy, and saves the [N, V] logits, their float32 copy, their
-softmax and its gradient: 14 N V bytes at the peak in bfloat16, 12 in float32 (counted), which for 8192 rows of 152 064 ids
-are 17 GB. Liger-Kernel's fused loss (arXiv 2410.10989, section 3.2) computes the gradient in the forward pass and so needs
-a scalar loss; this one returns a loss per row, and takes any gradient for it.
+softmax and its gradient: 14 N V bytes at the peak in bfloat16, 12 in float32 (counted), which for 8192 rows of 152 064
+ids are 17 GB. Liger-Kernel's fused loss (arXiv 2410.10989, section 3.2) computes the gradient in the forward pass and
+so needs a scalar loss; this one returns a loss per row, and takes any gradient for it.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(x weight^T)[label] for every row: x [N, D], weight [V, D], labels [N] integers -> [N] float32.
 
-    A row whose label is `ignore_index` has loss 0 and no gradient. chunk_rows: rows computed at once; unless given as many
-    as make 64 MiB of logits, but at least 512. Matrix products are in x's dtype (or autocast's), all else in float32.
-    Raises ValueError where the shapes or dtypes disagree.
+    A row whose label is `ignore_index` has loss 0 and no gradient. chunk_rows: rows computed at once; unless given as
+    many as make 64 MiB of logits, but at least 512. Matrix products are in x's dtype (or autocast's), all else in
+    float32. Raises ValueError where the shapes or dtypes disagree.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         got = tensor_shapes(x, weight, labels)

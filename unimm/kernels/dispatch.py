@@ -23,7 +23,7 @@ _graph_backend: str | None = None
 
 
 def constant_in_graphs(function: F) -> F:
-    """Mark a function whose result a compiled graph may hold as a constant, as torch.compiler.assume_constant_result does.
+    """Mark a function whose result a graph may hold as a constant, as torch.compiler.assume_constant_result does.
 
     That decorator imports torch._dynamo at once, which takes as long as importing torch; a test holds the two together.
     """
@@ -42,9 +42,9 @@ def use_kernels(name: str) -> Iterator[None]:
     """Run the body with one backend.
 
     auto: Triton for CUDA tensors where it is installed, else sdpa. reference: plain operations, the definition.
-    sdpa: PyTorch's fused attention, split by sample and key range, and plain operations for other ops. triton: the Triton
-    kernels. flex: PyTorch's FlexAttention, compiled; other ops as in auto.
-    A backend that cannot run raises ValueError, with the reason, when an op is called.
+    sdpa: PyTorch's fused attention, split by sample and key range, and plain operations for other ops. triton: the
+    Triton kernels. flex: PyTorch's FlexAttention, compiled; other ops as in auto. A backend that cannot run raises
+    ValueError, with the reason, when an op is called.
     """
     global _graph_backend  # noqa: PLW0603 - compiled graphs are guarded by a global, not by a ContextVar
     token, before = _context_backend.set(_check_backend(name)), _graph_backend
@@ -97,7 +97,7 @@ def _flex_unsupported_reason(tensors: tuple[Tensor, ...]) -> str | None:
 
 @constant_in_graphs
 def interpreter_enabled() -> bool:
-    """Whether Triton interprets kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before they are first imported."""
+    """Whether Triton interprets kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before they are imported."""
     if not HAS_TRITON:
         return False
     from triton import knobs

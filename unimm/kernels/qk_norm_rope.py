@@ -2,8 +2,8 @@
 
 Axes: N rows, H query heads, G key/value heads, K head.
 
-Bytes read and written per number in bfloat16, counted from each operation's inputs and outputs, not measured; cosines, sines
-and weights, which all heads share, left out: forward 54 eager, 4 here; backward 112 eager, 6 here.
+Bytes read and written per number in bfloat16, counted from each operation's inputs and outputs, not measured; cosines,
+sines and weights, which all heads share, left out: forward 54 eager, 4 here; backward 112 eager, 6 here.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from unimm.kernels.dispatch import resolve_backend
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos_sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm over each head, then the rotation of its pairs (i, i + K/2): q [N, H, K], k [N, G, K] -> the same, same dtypes.
+    """RMS norm over each head, then the rotation of its pairs (i, i + K/2): q [N, H, K], k [N, G, K] -> the same.
 
     q_weight, k_weight: [K]. cos_sin [2, N, K/2]: cosines and sines of the rotary angles, which get no gradient. Raises
     ValueError where the shapes disagree.

@@ -1,8 +1,8 @@
 """RMS norm of every head and its rotary embedding in one pass, forward and backward, in Triton.
 
-A program owns a tile of heads: the pair (n, h) of row and head has the number n H + h, so neighbours in memory are neighbours
-in a tile; the cosines and sines of a row, which its heads share, are found by the division and come from the cache. The two
-halves of a head, which the rotation mixes, are two tiles.
+A program owns a tile of heads: the pair (n, h) of row and head has the number n H + h, so neighbours in memory are
+neighbours in a tile; the cosines and sines of a row, which its heads share, are found by the division and come from the
+cache. The two halves of a head, which the rotation mixes, are two tiles.
 """
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"

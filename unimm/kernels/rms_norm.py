@@ -16,7 +16,7 @@ from unimm.kernels.dispatch import resolve_backend
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) in float32, cast back, times the weight: x [..., D], weight [D] -> [..., D], in the dtype both promote to.
+    """x / rms(x) in float32, cast back, times the weight: x [..., D], weight [D] -> [..., D], of both dtypes promoted.
 
     Raises ValueError where the widths differ.
     """

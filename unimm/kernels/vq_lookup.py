@@ -2,8 +2,8 @@
 
 Axes: N vectors, V codes (the vocabulary of image tokens), D features.
 
-Bytes read and written for an image of 576 vectors, 16 384 codes of 8, float32, counted, not measured: the matrix written
-and read is 75 MB; here each tile of 64 vectors reads the codebook (0.5 MB, from the cache), 5 MB in all.
+Bytes read and written for an image of 576 vectors, 16 384 codes of 8, float32, counted, not measured: the matrix
+written and read is 75 MB; here each tile of 64 vectors reads the codebook (0.5 MB, from the cache), 5 MB in all.
 """
 
 import torch

@@ -48,7 +48,7 @@ class PackedBatch:
 
     @cached_tensor_property
     def rows_by_expert(self) -> dict[str, Tensor]:
-        """Routing by kind of token: generated image tokens to the generation expert, all others to the understanding one."""
+        """Routing by kind: generated image tokens to the generation expert, all others to the understanding one."""
         und = torch.cat([self.id_rows, self.und_images.rows]).sort().values if self.und_images else self.id_rows
         return {"und": und} | ({"gen": self.gen_images.rows} if self.gen_images else {})
 
@@ -102,9 +102,10 @@ def _id_offsets(part: Part) -> Tensor:
 
 
 def label_weights(labels: Tensor) -> Tensor:
-    """The optional weight of each label of a part [n]: 1 / sqrt(n labels), so that long answers do not outweigh short ones.
+    """The optional weight of each label of a part [n]: 1 / sqrt(labels): long answers do not outweigh short ones.
 
-    It is 0 without a label. A label at the part's last row, of the id that ends the message, is not counted and weighs 1.
+    It is 0 without a label. A label at the part's last row, of the id that ends the message, is not counted and weighs
+    1.
     """
     labelled = labels != IGNORE_INDEX
     weight = labelled[:-1].sum().clamp(min=1).float().rsqrt()

@@ -76,10 +76,10 @@ def image_part(
 ) -> ImagePart:
     """An image of n tokens between two boundary ids, or behind one.
 
-    All its rows attend to each other and share one position; the next part begins at the next one, behind a noised image
-    at the same. A `causal` image is like a text: each row attends to those before it and has a position of its own. Later
-    parts do not see a noised image. Frames of a video are the exception, video_frame = (positions to the next frame,
-    whether it shares a block with the frame before): later parts see them, noised as they are.
+    All its rows attend to each other and share one position; the next part begins at the next one, behind a noised
+    image at the same. A `causal` image is like a text: each row attends to those before it and has a position of its
+    own. Later parts do not see a noised image. Frames of a video are the exception, video_frame = (positions to the
+    next frame, whether it shares a block with the frame before): later parts see them, noised as they are.
     """
     length, n = len(tokens) + len(boundary_ids), len(boundary_ids)
     advance, joined = video_frame or (length if causal else 0 if noised else 1, False)

@@ -20,9 +20,10 @@ class Segment:
     The rule of the mask, for training, prefill and denoising: a row attends to another of its sample when that one's
     segment is visible or is its own, and it stands before, or both stand in one full segment.
 
-    `advance` is the number of rotary positions to the next segment. Rows of a causal segment take one position each, rows
-    of a full one share one. A `joined` segment is one block with the segment before it: frames of one video attend to
-    each other, each at its own position. A segment of length 0 is a dropped condition that still advances the position.
+    `advance` is the number of rotary positions to the next segment. Rows of a causal segment take one position each,
+    rows of a full one share one. A `joined` segment is one block with the segment before it: frames of one video attend
+    to each other, each at its own position. A segment of length 0 is a dropped condition that still advances the
+    position.
     """
 
     length: int
@@ -34,7 +35,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPrefix:
-    """The cached rows that a sample's new rows follow: how many, the next rotary position, their first row in the buffer."""
+    """The cached rows that a sample's new rows follow: their number, the next rotary position, their buffer row."""
 
     length: int = 0
     next_position: int = 0

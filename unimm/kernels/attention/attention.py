@@ -1,7 +1,7 @@
 """Attention over packed sequences under one mask: one call for training, prefill, decoding and denoising.
 
-Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query and m key
-rows in a padded call, r query heads of a key head.
+Axes: N query rows, M key rows, H query heads, G key/value heads (H a multiple of G), K head; B samples of n query and m
+key rows in a padded call, r query heads of a key head.
 """
 
 import warnings
@@ -45,8 +45,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return _decode_op(q, k, v, *mask.decode_ranges)
     if backend == "triton" or compiling:
         return _attention_via_op(q, k, v, mask, backend)
-    # eager code calls PyTorch directly, where fused calls know whether a gradient is needed: 2.7 ms forward and 13.4 with
-    # backward against 11 and 28 through the op (40 samples of 50 rows, 4 heads of 64, bf16, one thread)
+    # eager code calls PyTorch directly, where fused calls know whether a gradient is needed: 2.7 ms forward and 13.4
+    # with backward against 11 and 28 through the op (40 samples of 50 rows, 4 heads of 64, bf16, one thread)
     return _attention_eager(q, k, v, mask)
 
 
@@ -134,7 +134,7 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
 
 
 def _attention_strided(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n: int) -> Tensor:
-    """Decoding with caches of one length, a query row each, q [B, H, K]: one call on strided views of the keys, no gather."""
+    """Decoding with caches of one length, q [B, H, K]: one call on strided views of the keys, without a gather."""
     k, v = (rearrange(t[start:].unfold(0, n, step), "b g k m -> b g m k") for t in (k, v))
     return rearrange(_sdpa(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
 
@@ -178,7 +178,7 @@ def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tenso
     """Attention of n queries that are the last n of m keys."""
     n = q.shape[0]
     m = k.shape[0]
-    # where every row is a query, is_causal says it all: a mask would take SDPA off its fast path
+    # where every row is a query, is_causal suffices: a mask would take SDPA off its fast path
     square = causal and n == m
     attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and 1 < n < m else None
     q, k, v = (rearrange(t, "n h k -> 1 h n k") for t in (q, k, v))
@@ -239,10 +239,10 @@ def _attention_op(
     by_key: list[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N] (-inf for a row that attends to nothing).
+    """-> o [N, H, K] and the logarithm of each softmax's denominator, lse [H, N]: -inf for a row without keys.
 
-    ranges, by_row and by_key: the mask's ranges and runs of tiles, for Triton. table: the mask as numbers, for sdpa, which
-    has no tiles.
+    ranges, by_row and by_key: the mask's ranges and runs of tiles, for Triton. table: the mask as numbers, for sdpa,
+    which has no tiles.
     """
     if backend == "triton":
         from unimm.kernels.attention.attention_triton import launch_attention
@@ -270,7 +270,7 @@ def _attention_backward_op(
 
 @custom_op("unimm::decode", mutates_args=())
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """A query row per sample, q [B, H, K], over `lengths` rows of k and v [M, G, K] from `starts` on, both [B] int32."""
+    """A query row per sample, q [B, H, K], over `lengths` [B] int32 rows of k and v [M, G, K] from `starts` [B] on."""
     from unimm.kernels.attention.decode_triton import launch_decode
 
     return launch_decode(q, k, v, starts, lengths)
@@ -381,7 +381,7 @@ def _backward_without_triton(
 
 
 def _gather_heads(x: Tensor, rows: Tensor, like: Tensor | None = None) -> Tensor:
-    """Rows [B, n] of x [N, H, K] -> [B, G, r n, K], the r query heads of a group one after the other; r is 1 without `like`."""
+    """Rows [B, n] of x [N, H, K] -> [B, G, r n, K], the r query heads of each of the key heads of `like`, or of x."""
     g = x.shape[1] if like is None else like.shape[1]
     return rearrange(x.index_select(0, rows.flatten()), "(b n) (g r) k -> b g (r n) k", b=len(rows), g=g)
 

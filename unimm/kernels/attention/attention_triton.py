@@ -56,7 +56,7 @@ def load_rows(ptr, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def store_rows(ptr, tile, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.constexpr):
-    """Write rows of one head, [rows, WIDTH], in the dtype of `ptr`; nothing past the head's width or from row `end` on."""
+    """Write rows of one head, [rows, WIDTH], in the dtype of `ptr`, but for those past the width or row `end`."""
     dims = tl.arange(0, WIDTH)
     at = ptr + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
     tl.store(at, tile.to(ptr.dtype.element_ty), mask=(rows < end)[:, None] & (dims < HEAD)[None, :])
@@ -283,8 +283,8 @@ def launch_attention(
     """q [N, H, K], k and v [M, G, K] -> o [N, H, K] dense, in q's dtype, and lse [H, N] float32, the natural logarithm.
 
     ranges [R, 2, M] int32 with R = 1 or 2: rows ranges[r, 0, c] <= n < ranges[r, 1, c] attend to key c, for any r.
-    runs: the key tiles of each block of rows, for tiles of config.rows x config.keys. scale (> 0) is K ** -0.5 unless given.
-    A row that attends to nothing gets o = 0 and lse = -inf. Rows of k and v outside every range must be finite.
+    runs: the key tiles of each block of rows, for tiles of config.rows x config.keys. scale (> 0) is K ** -0.5 unless
+    given. A row that attends to nothing gets o = 0 and lse = -inf. Rows of k and v outside every range must be finite.
     """
     (n, h, head), (m, g, _) = q.shape, k.shape
     q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
@@ -307,7 +307,7 @@ def launch_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor,
     by_row: TileRuns, by_key: TileRuns, config: TileConfig, *, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """From do [N, H, K], the gradient of forward's o: dq [N, H, K], dk and dv [M, G, K], dense, in the dtypes of q, k, v.
+    """From do [N, H, K], the gradient of o: dq [N, H, K], dk and dv [M, G, K], dense, in the dtypes of q, k, v.
 
     by_row: the key tiles of each block of rows, as in forward; by_key: the row tiles of each block of keys.
     """

@@ -1,8 +1,8 @@
 """Attention of one query row per sample over a long cache, in Triton: keys are split between programs, then merged.
 
-Axes: B samples, M key rows, H query heads, G key/value heads, K head. One program per sample and head is too few to fill
-a GPU, so each sample's keys are cut into equal parts; the heads of a group share the keys they load, as rows of one matrix
-product.
+Axes: B samples, M key rows, H query heads, G key/value heads, K head. One program per sample and head is too few to
+fill a GPU, so each sample's keys are cut into equal parts; the heads of a group share the keys they load, as rows of
+one matrix product.
 """
 # triton reads the signatures of kernels; types here would be types of pointers, which have no names
 # mypy: disable-error-code="no-untyped-def"
@@ -33,7 +33,7 @@ def part_kernel(
     q_sample, q_head, k_row, k_head, v_row, v_head, n_parts, group, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Program (b, g, i): part i of the keys of sample b, key head g; its output and lse in float32, [B, G, parts, ROWS, K]."""
+    """Program (b, g, i): part i of the keys of sample b, key head g; output [B, G, parts, ROWS, K] and lse, float32."""
     sample, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     length = tl.load(lengths_ptr + sample)
@@ -107,8 +107,8 @@ def _part_count(device: torch.device, programs: int, longest: int, step: int) ->
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
     """One query row per sample: q [B, H, K], k and v [M, G, K] packed -> o [B, H, K] dense, in q's dtype.
 
-    starts, lengths [B] int32: sample b attends to the key rows starts[b] .. starts[b] + lengths[b]; where there are none,
-    o = 0. scale (> 0) is K ** -0.5 unless given.
+    starts, lengths [B] int32: sample b attends to the key rows starts[b] .. starts[b] + lengths[b]; where there are
+    none, o = 0. scale (> 0) is K ** -0.5 unless given.
     """
     (b, h, head), (m, g, _) = q.shape, k.shape
     q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)

@@ -1,4 +1,4 @@
-"""The attention mask of packed sequences: as ranges of rows that attend to each key, and as the tiles that a kernel visits.
+"""The attention mask of packed sequences: the ranges of rows that attend to each key, and the tiles of a kernel.
 
 Axes: N query rows, M key rows, R ranges of a key (1 or 2), B samples of a padded call, n and m their rows.
 """
@@ -56,7 +56,7 @@ class KeyRange:
 
 
 class SDPACall(NamedTuple):
-    """A single call on gathered rows: query rows [B, n], key rows [B, m], attn_mask [B, n, m] (None: no key is hidden)."""
+    """A call on gathered rows: query rows [B, n], key rows [B, m], attn_mask [B, n, m], None where no key is hidden."""
 
     q_rows: Tensor
     k_rows: Tensor
@@ -124,7 +124,7 @@ class AttentionMask:
         n_queries: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "AttentionMask":
-        """Any mask of one range of rows per key, or two: rows [first[k], last[k]) attend to key k, and those of `second`.
+        """Any mask of one range of rows per key, or two: rows [first[k], last[k]) attend to key k, or `second`'s.
 
         first and last [M]; `n_queries` is N, M unless given. Documents, prefix-LM, sliding windows, cross-attention and
         the omni masks of Show-o and Transfusion have one range per key. Two are for keys that some rows between do not
@@ -174,7 +174,7 @@ class AttentionMask:
 
     @cached_tensor_property
     def decode_ranges(self) -> tuple[Tensor, Tensor] | None:
-        """Where each sample's keys begin and how many there are, [B] int32 each, in a mask of decoding; None for others."""
+        """Where each sample's keys begin and how many there are, [B] int32 each, in decoding; None for other masks."""
         if not self.is_decoding:
             return None
         starts, lengths = (
@@ -190,8 +190,10 @@ class AttentionMask:
 
     @cached_property
     def uniform_decode(self) -> tuple[int, int, int] | None:
-        """Decoding samples of one length, evenly spaced: where the first one's keys begin, the step to the next, the number
-        of keys. None for any other mask."""
+        """Of evenly spaced decoding samples of one length: where the first keys begin, the step, their length.
+
+        None for any other mask.
+        """
         if not self.is_decoding or len(set(self.key_lengths)) > 1:
             return None
         n = self.key_lengths[0]
@@ -200,8 +202,10 @@ class AttentionMask:
 
     @cached_property
     def table(self) -> Tensor:
-        """The samples as numbers, [n, 4] int64 on the host: (1, query length, key start, 0) of a sample, (2, length, full,
-        visible) of each of its ranges, then zeros. `from_table` reads it; a mask made from ranges has no rows in it."""
+        """The samples as numbers, [n, 4] int64 on the host, which `from_table` reads; a mask made from ranges has none.
+
+        (1, query length, key start, 0) of a sample, (2, length, full, visible) of each of its ranges, then zeros.
+        """
         rows = []
         for key_ranges, query_length, start in zip(self.samples, self.query_lengths, self.key_starts, strict=True):
             rows.append((1, query_length, start, 0))
@@ -225,8 +229,10 @@ class AttentionMask:
         return AttentionMask(samples, query_lengths=query_lengths, key_starts=key_starts, device=device)
 
     def precompute(self, rows: int | None = None, keys: int | None = None) -> "AttentionMask":
-        """Compute now the tensors that a compiled graph needs, the tiles of rows x keys too if given, and mark their lengths
-        as dynamic, so that a batch of another layout does not compile the graph again."""
+        """Compute now the tensors that a compiled graph needs, with the tiles of rows x keys if given.
+
+        Their lengths are marked as dynamic, so that a batch of another layout does not compile the graph again.
+        """
         from torch._dynamo import maybe_mark_dynamic
 
         maybe_mark_dynamic(self.ranges, 2)
@@ -262,7 +268,7 @@ class AttentionMask:
     # ---- for calls of PyTorch's attention
 
     def dense(self, n_keys: int | None = None) -> Tensor:
-        """The whole mask, [N, M] bool: the definition, for tests and the reference. M is `n_keys` for a larger buffer."""
+        """The whole mask, [N, M] bool: the definition, for tests and the reference. n_keys: M of a larger buffer."""
         rows = torch.arange(self.n_queries, device=self.device)[:, None]
         seen = ((rows >= self.ranges[:, :1]) & (rows < self.ranges[:, 1:])).any(0)
         return seen if n_keys is None else torch.nn.functional.pad(seen, (0, n_keys - seen.shape[1]))
@@ -282,7 +288,7 @@ class AttentionMask:
 
     @cached_tensor_property
     def padded_calls(self) -> tuple[list[SDPACall], Tensor]:
-        """A padded call for each bucket of samples of similar length; and where each packed row lies in their results [N]."""
+        """A padded call for each bucket of samples of similar length; where each packed row lies in the results [N]."""
         buckets: dict[int, list[int]] = {}
         for i, n_k in enumerate(self.key_lengths):
             if self.query_lengths[i]:  # a sample may have no queries
@@ -328,7 +334,7 @@ class AttentionMask:
         return calls, torch.arange(self.n_queries, device=self.device)
 
     def _query_chunks(self) -> Iterator[tuple[int, int, int, int]]:
-        """Query rows [begin, end) that attend to much the same keys, and the key rows [begin, end) among which those are."""
+        """Query rows [begin, end) that attend to much the same keys, and the key rows [begin, end) that hold those."""
         if not self.samples:
             for row in range(0, self.n_queries, MAX_CALL_ROWS):
                 yield row, min(row + MAX_CALL_ROWS, self.n_queries), 0, self.n_keys
@@ -372,7 +378,7 @@ class AttentionMask:
 
 
 def _block_lists(tiles: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tiles as flex_attention lists them: how many a row of tiles has [1, 1, I], and their columns first [1, 1, I, J]."""
+    """Tiles as flex_attention lists them: their number in each row of tiles [1, 1, I], their columns [1, 1, I, J]."""
     order = np.argsort(~tiles, axis=1, kind="stable")
     count, columns = (torch.from_numpy(x.astype(np.int32))[None, None] for x in (tiles.sum(1), order))
     return count.to(device), columns.to(device)

@@ -19,10 +19,10 @@ PARTIAL = 0.55  # how far a partly visible tile fades to the background, where t
 
 
 def plot_mask(mask: "AttentionMask", *, size: int = 480, tiles: tuple[int, int] | None = None) -> Image.Image:
-    """Plot a mask at most `size` pixels wide: a cell per pair where there is room, else a pixel for the pair at its middle.
+    """Plot a mask at most `size` pixels wide: a cell per pair, or a pixel for the pair at its middle in larger masks.
 
-    Keys that a row attends to are blue (in a causal range), orange (full) or green (invisible to later rows), others are
-    grey, and lines part the samples. With `tiles` (rows, keys) each tile has a border, empty tiles, which are never
+    Keys that a row attends to are blue (in a causal range), orange (full) or green (invisible to later rows), others
+    are grey, and lines part the samples. With `tiles` (rows, keys) each tile has a border, empty tiles, which are never
     visited, are blank, and partly visible ones are pale.
     """
     n, m = mask.n_queries, mask.n_keys

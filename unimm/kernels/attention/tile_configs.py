@@ -1,7 +1,7 @@
-"""Tile sizes of the attention kernels: a table per architecture, number size and head width; nothing is tuned at run time.
+"""Tile sizes of the attention kernels, by architecture, size of a number and head width; none is tuned at run time.
 
-Chosen by compiling ahead of time (tests/kernels/test_aot.py): no spills, shared memory under the architecture's limit, its
-matrix instructions present. Those that pass have not been compared by speed on a GPU.
+Chosen by compiling ahead of time (tests/kernels/test_aot.py): no spills, shared memory under the architecture's limit,
+its matrix instructions present. Those that pass have not been compared by speed on a GPU.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class LoopConfig:
 class TileConfig:
     """Tiles of rows x keys, which the schedule is made for, and the loops of the three kernels over them.
 
-    A program of forward and dq owns `rows` rows and steps over the keys of a tile; one of dkv owns `keys` keys and steps
-    over the rows.
+    A program of forward and dq owns `rows` rows and steps over the keys of a tile; one of dkv owns `keys` keys and
+    steps over the rows.
     """
 
     rows: int

@@ -1,6 +1,7 @@
 """The tiles of an attention matrix that must be visited: exact, from spans of keys, without the matrix.
 
-Axes: N query rows, M key rows, R ranges of a key (1 or 2). Tiles are numbered i of I along the rows, j of J along the keys.
+Axes: N query rows, M key rows, R ranges of a key (1 or 2). Tiles are numbered i of I along the rows, j of J along the
+keys.
 """
 
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class TileSchedule(NamedTuple):
 class KeySpans:
     """A mask as spans of consecutive keys whose row ranges are equal or move on by one row per key.
 
-    Rows [first + i * first_step, last + i * last_step) attend to key start + i of a span, and likewise those of a second
-    range; steps are 0 or 1. No row attends to a key outside all spans. The arrays have a row per span.
+    Rows [first + i * first_step, last + i * last_step) attend to key start + i of a span, and likewise those of a
+    second range; steps are 0 or 1. No row attends to a key outside all spans. The arrays have a row per span.
     """
 
     start: IntArray  # [spans]
@@ -67,7 +68,7 @@ class KeySpans:
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[int, int, int, int, int]], n_queries: int, n_keys: int) -> "KeySpans":
-        """From (start, length, first, last, first_step) of each span with one range; spans without a row are left out."""
+        """From (start, length, first, last, first_step) of each span with one range, but for those without a row."""
         table = np.array([row for row in rows if row[1] and row[3] > row[2]], dtype=np.int64).reshape(-1, 5)
         start, length = table[:, :2].T
         first, last, step = (table[:, i : i + 1] for i in (2, 3, 4))
@@ -117,7 +118,7 @@ class KeySpans:
         return self._schedules[rows, keys]
 
     def tile_visibility(self, rows: int, keys: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which tiles are full and which are partly visible, [I, J] each; work and memory of the order of I * J + spans.
+        """Which tiles are full and which are partly visible, [I, J] each; work and memory grow as I * J + spans.
 
         Spans are cut at the borders of tiles into pieces. The rows that attend to some key of a piece, and those that
         attend to all its keys, are one interval each per range (its bounds move by at most one row per key), and the
@@ -147,7 +148,7 @@ class KeySpans:
 
 
 def _normalize_ranges(ranges: IntArray) -> IntArray:
-    """The same pairs with the ranges of a key in order and apart, empty ones (0, 0) and last, and as few as possible."""
+    """The same pairs with a key's ranges in order and apart, empty ones (0, 0) and last, as few as possible."""
     first, last = ranges.transpose(1, 0, 2)
     first, last = (np.where(last > first, x, 0) for x in (first, last))
     if len(first) == 2:
@@ -169,7 +170,7 @@ def _repeat_index(counts: IntArray) -> tuple[IntArray, IntArray]:
 def _add_interval(
     counts: NDArray[np.float64], line: IntArray, begin: IntArray, end: IntArray, weight: IntArray
 ) -> None:
-    """Add weight at `begin` and subtract it at `end`, of the line that begins at `line`; a running sum fills the interval."""
+    """Add weight at `begin` and subtract it at `end` in the line from `line` on; a running sum fills the interval."""
     at = np.concatenate((line + begin, line + end))
     counts += np.bincount(at, np.concatenate((weight, -weight)), len(counts))
 

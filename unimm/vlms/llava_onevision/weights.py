@@ -14,18 +14,18 @@ def llava_key_map(
 ) -> KeyMap:
     """The key map for files whose tensors have these names, nested as transformers writes them today or not; for none, not.
 
-    head: the files hold a language head, unless it is the table of embeddings. prefix: what the released names begin with
-    where the model is a part of another's files. module_prefix: what our names begin with there.
+    head: the files hold a language head, unless it is the table of embeddings. prefix: what the released names begin
+    with where the model is a part of another's files. module_prefix: what our names begin with there.
     """
     newer = any(key.startswith(f"{prefix}model.") for key in shapes)
     inner = prefix + ("model." if newer else "")
     body = inner + "language_model." + ("" if newer else "model.")
     top = prefix + ("" if newer else "language_model.") + "lm_head"
     language_model = llama_key_map(body, top, EXPERT, has_head=head and not config.decoder.tie_word_embeddings)
-    tower = inner + "vision_tower."
+    encoder = inner + "vision_tower."
     # what transformers writes today leaves out the name around the vision encoder
-    tower += "" if any(key.startswith(f"{tower}embeddings.") for key in shapes) else "vision_model."
-    vision = siglip_key_map(tower, "vision.", pooling_head=config.vision.has_pooling_head)
+    encoder += "" if any(key.startswith(f"{encoder}embeddings.") for key in shapes) else "vision_model."
+    vision = siglip_key_map(encoder, "vision.", pooling_head=config.vision.has_pooling_head)
     projector = renames(
         {
             inner + "multi_modal_projector.linear_1.{}": "projector.fc1.{}",
