@@ -1,7 +1,9 @@
 """What every family inherits: components from elsewhere, layouts, options that a family may lack, and releases as data."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.toys import toy
@@ -72,3 +74,14 @@ def test_a_file_of_any_family_is_refused_where_it_would_be_read(tmp_path):
     (tmp_path / "task_head_final.pt").touch()
     with pytest.raises(ValueError, match=r"holds task_head_final\.pt of another model"):
         toy(0).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["generation", "models/bagel"])
+def test_the_way_goes_down(folder):
+    """No function receives a model in order to call it back; it gets tensors, a part of the model, or state."""
+    for path in (Path(unimm.__file__).parent / folder).glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                names = {one.arg for one in (*function.args.args, *function.args.kwonlyargs)}
+                annotations = {ast.unparse(one.annotation) for one in function.args.args if one.annotation}
+                assert "model" not in names and not annotations & {"Bagel", "BagelNetwork", "CausalLM", "UnifiedModel"}
