@@ -49,6 +49,7 @@ setup(
         "huggingface_hub",
         "numpy",
         "pillow>=10.1",
+        "pydantic>=2",
         "pyyaml",
         "rich",
         "safetensors",
@@ -56,6 +57,7 @@ setup(
         "sentencepiece",
         "timm>=1.0",
         "tokenizers",
+        "torchvision",
         "tqdm",
         # as torch itself names it; without, every op still runs
         'triton; platform_system == "Linux"',

@@ -21,7 +21,7 @@ from unimm.models.janus.model import Janus
 from unimm.models.janus.network import Projector
 from unimm.tokenizers.semantic_vq import SemanticBranch, SemanticBranchConfig
 from unimm.tokenizers.vq import VQModel
-from unimm.training.config import TrainConfig, strict
+from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.init import trained_file
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
 from unimm.training.tasks.janus import JanusBatch, JanusTask, init_janus, init_projector
@@ -128,7 +128,7 @@ class DecouplingTask:
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> DecouplingTask:
         """A fresh model: equal seeds begin with equal language models, whatever looks."""
-        options = strict(DecouplingTrainingConfig, recipe.options, where="options")
+        options = from_mapping(DecouplingTrainingConfig, recipe.options, where="options")
         experiment = EXPERIMENTS[options.experiment]
         tasks = {task: n for task, n in options.tasks.items() if task.split(".")[0] in experiment.kinds}
         if not tasks:

@@ -65,7 +65,7 @@ def test_help():
 
 
 def test_options_are_those_pinned_here():
-    commands = typer.full.get_command(app).commands
+    commands = typer.main.get_command(app).commands
     assert {name: " ".join(p.name for p in command.params) for name, command in commands.items()} == OPTIONS
 
 
@@ -139,8 +139,8 @@ def test_think(tmp_path):
         (("--steps", 0), "expected at least 1"),
         (("--seed", -1), "expected 0 or more"),
         (("-n", 0), "expected at least 1"),
-        (("--out", "picture.txt"), "picture's suffix"),
-        (("--out", "picture.cur"), "picture's suffix"),
+        (("--out", "picture.txt"), "image file's suffix"),
+        (("--out", "picture.cur"), "image file's suffix"),
         (("--out", "nowhere/out.png"), "no folder nowhere"),
         (("--dtype", "int8"), "got dtype"),
         (("--image", "no.png"), "no.png"),

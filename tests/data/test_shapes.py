@@ -35,7 +35,7 @@ from unimm.data.shapes import (
     parse_scene,
     render,
 )
-from unimm.data.shapes.patches import connected_components
+from unimm.data.shapes.scene_parser import connected_components
 from unimm.data.shapes.world import BACKGROUND, COLOURS, PALETTE, SHAPES, SIZES, TRAIN_PAIRS, ImageArray
 
 SPLITS = shapes.SPLITS
@@ -453,7 +453,7 @@ def test_errors_name_the_remedy() -> None:
         (lambda: Thing(**circle | {"cell": 9}), "row \\* 3 \\+ column"),
         (lambda: Thing(**circle | {"dx": 2}), "expected -1..1"),
         (lambda: Scene(things=(Thing(**circle),) * 2), "move one"),
-        (lambda: parse_scene(np.zeros((64, 64, 3))), "expected uint8 \\[64, 64, 3\\]; resize and round"),
+        (lambda: parse_scene(np.zeros((64, 64, 3))), "expected uint8 \\[64, 64, 3\\]: resize and round"),
         (lambda: parse_scene(np.zeros((32, 32, 3), np.uint8)), "got a picture of uint8 \\[32, 32, 3\\]"),
         (lambda: judge(example("draw.one", 0), "a red circle"), "pass the drawn pixels"),
         (lambda: judge(example("caption", 0), np.zeros((64, 64, 3), np.uint8)), "pass the text"),

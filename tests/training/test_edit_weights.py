@@ -100,7 +100,7 @@ def test_nothing_to_weigh():
 
 def test_refusals():
     reference, target = pair((0, 0, 2, 2))
-    with pytest.raises(SmallEditError, match=r"0\.0651% of a picture, expected 0\.10%.*draw another"):
+    with pytest.raises(SmallEditError, match=r"0\.0651% of an image, expected 0\.10%.*take another"):
         EditWeights()([reference], target)
     with pytest.raises(ValueError, match="expected one size"):
         EditWeights()([reference[1:]], target)

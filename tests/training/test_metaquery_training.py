@@ -19,7 +19,7 @@ from unimm.generation.flow import shift_timesteps
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import DEFAULT_SYSTEM_PROMPT
 from unimm.models.metaquery.model import MetaQuery
-from unimm.training.config import read_recipe, strict
+from unimm.training.config import from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.metaquery import MetaQueryTrainingConfig
@@ -74,7 +74,7 @@ def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
         24,
         DEFAULT_SYSTEM_PROMPT,
     )
-    assert strict(MetaQueryTrainingConfig, full.options, where="options").dropout == 0.1
+    assert from_mapping(MetaQueryTrainingConfig, full.options, where="options").dropout == 0.1
 
 
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
@@ -135,7 +135,7 @@ def said(objective, items) -> bytes:
 def test_again_shows_the_picture_that_it_draws(objective):
     one = objective.batch.pairs.training_pair(RECONSTRUCTION, 0, random.Random(0))
     assert one.text == "" and one.images == (one.target,) and one.kind == "edit"
-    with pytest.raises(ValueError, match=r"the task caption, which draws nothing: the reader is frozen"):
+    with pytest.raises(ValueError, match=r"the task caption, which generates no image: the MLLM is frozen"):
         objective.batch.pairs.training_pair("caption", 0, random.Random(0))
 
 

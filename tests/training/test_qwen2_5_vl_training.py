@@ -135,7 +135,7 @@ def test_the_tower_sees_pictures_as_prompts_show_them(objective):
     dice = random.Random(f"{lessons.seed}/2/look")
     task = dice.choice(plain["tasks"])
     first = example(task, 2 * lessons.options.vision_batch_size, seed=lessons.seed)
-    expected, grid = lessons.prompts.image_processor.to_patches([Image.fromarray(first.target)])
+    expected, grid = lessons.processor.image_processor.to_patches([Image.fromarray(first.target)])
     n = grid[1] * grid[2]
     torch.testing.assert_close(patches[:n], expected, rtol=1e-5, atol=1e-5)
     assert (targets[: n // 4, 0] > 0).sum() == len(
@@ -198,7 +198,7 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
     [
         ({"tasks": {"draw.one": 1}}, "got tasks draw.one: expected captions, answers, facts and plans"),
         ({"tasks": {"plan.nothing": 1}}, "got tasks plan.nothing"),
-        ({"planned_characters": ["Tim"]}, "got planned Tim: expected some of Tom"),
+        ({"planned_characters": ["Tim"]}, "got planned_characters Tim: expected some of Tom"),
     ],
 )
 def test_wrong_options_of_the_reader(recipe, options, words):
@@ -267,5 +267,5 @@ def test_a_trained_autoencoder_is_written_as_released(tmp_path):
 
 
 def test_another_dtype_is_refused():
-    with pytest.raises(ValueError, match="got dtype 'int8'"):
+    with pytest.raises(ValueError, match="got 'int8' for dtype in options"):
         build_task(small(dtype="int8"))

@@ -64,7 +64,6 @@ def test_every_recipe_is_read():
         "bagel-nano-vae": "kl_vae",
         "bagel-nano-vit": "vit",
         "janus-nano": "janus",
-        "janus-nano-decoupling": "decoupling",
         "janus-nano-semantic": "semantic_vq",
         "janus-nano-stage1": "janus",
         "janus-nano-stage2": "janus",
@@ -96,7 +95,7 @@ def test_tasks_fill_a_batch():
 
 
 def test_frozen_parts_are_parts(recipe):
-    with pytest.raises(ValueError, match=r"got frozen \['visoin'\], expected beginnings"):
+    with pytest.raises(ValueError, match=r"got frozen \['visoin'\], expected prefixes"):
         build_task(dataclasses.replace(recipe, options={**recipe.options, "frozen": ["visoin"]}))
 
 
@@ -117,14 +116,14 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert set(batch.text_kinds.tolist()) == set(range(len(TEXT_KINDS)))
     assert len(batch.image_kinds) == int(batch.pack.noised.sum())
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
-    assert all(len(rows) % 256 == 0 for rows in batch.pack.streams.values())
+    assert all(len(rows) % 256 == 0 for rows in batch.pack.rows_by_expert.values())
     losses = objective.losses(batch)
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_a_batch_that_draws_nothing(objective):
     batch = objective.batch.batch([example("answer.count", 5), example("fact.forward", 0)], random.Random(0))
-    assert batch.pack.draw is None
+    assert batch.pack.gen_images is None
     losses = objective.losses(batch)
     assert set(losses) == {"answer", "fact"} and all(torch.isfinite(loss) for loss in losses.values())
 
@@ -132,13 +131,13 @@ def test_a_batch_that_draws_nothing(objective):
 def test_latents_are_those_of_each_picture_alone(objective):
     batch = objective.batch(1)
     encoded = objective.encode_latents(batch)
-    picture, token = batch.pack.draw.content[40].tolist()
+    picture, token = batch.pack.gen_images.content[40].tolist()
     alone = objective.model.vae.encode(
         batch.images[picture : picture + 1], noise=batch.posterior[picture : picture + 1]
     )
     h, w = divmod(token, alone.shape[3] // 2)
     expected = alone[0, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
-    torch.testing.assert_close(encoded.draw.content[40], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoded.gen_images.content[40], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", TASKS)

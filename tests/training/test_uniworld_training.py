@@ -268,7 +268,7 @@ def test_the_average_follows_the_published_ramp():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"tasks": {"answer.count": 1}}, "draws nothing"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
+    [({"tasks": {"answer.count": 1}}, "generates no image"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
      ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"edit_weights": "cubic"}, "unknown function 'cubic'")],
 )  # fmt: skip
 def test_wrong_recipes(recipe, options, words):

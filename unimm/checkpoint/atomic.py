@@ -1,4 +1,4 @@
-"""Folders that are written beside their final path and then moved into it, whole or not at all."""
+"""Files and folders that are written beside their final path and then moved into it, whole or not at all."""
 
 import shutil
 import tempfile
@@ -14,20 +14,39 @@ OPTIONAL_FILES = (
 
 
 @contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path of the same suffix to write to, which replaces `path` once the body has ended without an error."""
+    partial = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_directory(
-    folder: Path, *, optional_files: Sequence[str] = (), optional_folders: Sequence[str] = ()
+    folder: Path, *, optional_files: Sequence[str] = (), optional_folders: Sequence[str] = (), replace: bool = False
 ) -> Iterator[Path]:
     """A temporary folder to write into, whose files move into `folder` once the body has ended without an error.
 
     optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises
     ValueError where `folder` holds such files that are not replaced: they are of another model and would be read with
-    this one.
+    this one. replace: whether the new folder takes the place of the whole old one instead.
     """
     folder = folder.expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    if replace:
+        _clean_up(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # a folder below, since the temporary one can be read by its owner only
+    partial = temporary / folder.name
+    partial.mkdir()
     try:
         yield partial
+        if replace:
+            _replace_directory(folder, partial)
+            return
         if stale := stale_files(folder, partial, (*OPTIONAL_FILES, *optional_files), optional_folders):
             raise ValueError(
                 f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
@@ -39,7 +58,27 @@ def atomic_directory(
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
     finally:
-        shutil.rmtree(partial)
+        shutil.rmtree(temporary)
+
+
+def _clean_up(folder: Path) -> None:
+    """Undo what a crash within an earlier replacement left: a folder half written, or the old one stepped aside."""
+    for temporary in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(temporary)
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_directory(folder: Path, partial: Path) -> None:
+    """Rename a folder into the place of another."""
+    old = folder.with_name(folder.name + ".old")
+    # a folder cannot be renamed over a full one: step it aside first
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def stale_files(

@@ -1,4 +1,4 @@
-"""The main job on a nano model: draw scenes, ask about one, edit it, draw one after thinking; all on one sheet."""
+"""The command `unimm demo`: generate, answer, edit and think with a nano model, all images in one captioned grid."""
 
 import textwrap
 import time
@@ -37,23 +37,27 @@ QUESTIONS = (
 EDIT_PROMPT = "make the circle green"
 THINK_PROMPT = "as many red circles as 2 + 5 - 4"
 
-# the sheet, in pixels
-COLUMNS, TILE_SIZE, MARGIN, FONT_SIZE, CAPTION_LINES = 4, 192, 16, 15, 3
+# of the grid, in pixels, but for the number of lines
+COLUMNS = 4
+TILE_SIZE = 192
+MARGIN = 16
+FONT_SIZE = 15
+CAPTION_LINES = 3
 Panel = tuple[Image.Image, str]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the sheet of pictures goes.")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="Where the grid of images goes.")] = Path("demo.png"),
     model: ModelOption = "bagel-nano",
     seed: SeedOption = 0,
 ) -> None:
-    """Draw scenes with a nano model, ask about one, edit it, and draw one after thinking, where the model thinks."""
+    """Generate scenes with a nano model, ask about one, edit it, and generate one after thinking, where the model can."""
     run_demo(out, Console(), model=model, seed=seed)
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """The nano's matrices are too small to share: threads that wait for a core take 63 s on a busy machine, one takes 3 s."""
+    """One thread for torch: a nano's matrices are so small that on a busy machine several take 63 s, one takes 3 s."""
     import torch
 
     threads = torch.get_num_threads()
@@ -66,18 +70,18 @@ def single_thread() -> Iterator[None]:
 
 @single_thread()
 def run_demo(out: Path, console: Console, *, model: str = "bagel-nano", seed: int = 0) -> None:
-    """Do the main job with the model of that name, telling of it on the console, and save the sheet."""
+    """Run the demo with the model of that name, report on the console, and save the grid."""
     from unimm.models.registry import load
 
     began = time.monotonic()
     with console.status(f"loading {model}"):
         loaded = load(model)
-    with console.status(f"drawing {len(SCENES)} scenes"):
-        drawn = loaded.generate(SCENES, seed=seed)
-    scene = drawn.image
-    _print_lines(console, "drawn", SCENES)
+    with console.status(f"generating {len(SCENES)} scenes"):
+        generated = loaded.generate(SCENES, seed=seed)
+    scene = generated.image
+    _print_lines(console, "generated", SCENES)
 
-    with console.status(f"asking {len(QUESTIONS)} questions"):
+    with console.status(f"answering {len(QUESTIONS)} questions"):
         answers = loaded.understand([scene] * len(QUESTIONS), QUESTIONS)
     console.print(_answer_table(answers))
 
@@ -85,33 +89,40 @@ def run_demo(out: Path, console: Console, *, model: str = "bagel-nano", seed: in
         edited = loaded.generate(EDIT_PROMPT, images=scene, seed=seed)
     _print_lines(console, "edited", [EDIT_PROMPT])
 
-    panels = list(zip(drawn.images, SCENES, strict=True))
+    panels = list(zip(generated.images, SCENES, strict=True))
     panels += [(scene, "input"), (edited.image, EDIT_PROMPT)]
     if loaded.supports_thinking:
-        with console.status("thinking, then drawing"):
-            thought = loaded.generate(THINK_PROMPT, seed=seed, **loaded.supported_options(think=True))
-        _print_lines(console, "thought", [THINK_PROMPT, thought.text])
-        panels.append((thought.image, THINK_PROMPT))
-    fresh = out.with_name(f"{out.stem}.new.png")
-    caption_grid(panels).save(fresh)
-    fresh.replace(out)
+        with console.status("thinking, then generating"):
+            reasoned = loaded.generate(THINK_PROMPT, seed=seed, **loaded.supported_options(think=True))
+        _print_lines(console, "reasoned", [THINK_PROMPT, reasoned.text])
+        panels.append((reasoned.image, THINK_PROMPT))
+    _save_grid(panels, out)
     console.print(Text(f"saved {out} after {time.monotonic() - began:.0f} s"))
 
 
 def caption_grid(panels: Sequence[Panel], *, columns: int = COLUMNS) -> Image.Image:
-    """Pictures, enlarged, in rows, each with its caption beneath."""
-    font = ImageFont.load_default(FONT_SIZE)
-    width, height = TILE_SIZE + MARGIN, TILE_SIZE + MARGIN + CAPTION_LINES * (FONT_SIZE + 4)
-    rows = -(-len(panels) // columns)
-    page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
-    pen = ImageDraw.Draw(page)
-    for i, (picture, caption) in enumerate(panels):
-        x, y = MARGIN + i % columns * width, MARGIN + i // columns * height
-        page.paste(picture.convert("RGB").resize((TILE_SIZE, TILE_SIZE), Image.Resampling.LANCZOS), (x, y))
-        pen.rectangle((x - 1, y - 1, x + TILE_SIZE, y + TILE_SIZE), outline="lightgrey")
-        lines = textwrap.wrap(caption, width=2 * TILE_SIZE // FONT_SIZE, max_lines=CAPTION_LINES, placeholder=" ...")
-        pen.multiline_text((x, y + TILE_SIZE + 4), "\n".join(lines), fill="black", font=font)
-    return page
+    """Images, enlarged, row by row, each with its caption beneath."""
+    from unimm.training.samples import image_grid
+
+    return image_grid([_tile(image, caption) for image, caption in panels], columns=columns, padding=MARGIN)
+
+
+def _tile(image: Image.Image, caption: str) -> Image.Image:
+    """An image of TILE_SIZE pixels a side with its caption beneath."""
+    tile = Image.new("RGB", (TILE_SIZE, TILE_SIZE + CAPTION_LINES * (FONT_SIZE + 4)), "white")
+    tile.paste(image.convert("RGB").resize((TILE_SIZE, TILE_SIZE), Image.Resampling.LANCZOS))
+    lines = textwrap.wrap(caption, width=2 * TILE_SIZE // FONT_SIZE, max_lines=CAPTION_LINES, placeholder=" ...")
+    draw = ImageDraw.Draw(tile)
+    draw.rectangle((0, 0, TILE_SIZE - 1, TILE_SIZE - 1), outline="lightgrey")
+    draw.multiline_text((0, TILE_SIZE + 4), "\n".join(lines), fill="black", font=ImageFont.load_default(FONT_SIZE))
+    return tile
+
+
+def _save_grid(panels: Sequence[Panel], out: Path) -> None:
+    from unimm.checkpoint.atomic import atomic_file
+
+    with atomic_file(out) as partial:
+        caption_grid(panels).save(partial, format="PNG")
 
 
 def _answer_table(answers: Sequence[str]) -> Table:
@@ -121,7 +132,7 @@ def _answer_table(answers: Sequence[str]) -> Table:
     return table
 
 
-def _print_lines(console: Console, what: str, lines: Sequence[str]) -> None:
-    console.print(Text(what, style="bold"))
+def _print_lines(console: Console, title: str, lines: Sequence[str]) -> None:
+    console.print(Text(title, style="bold"))
     for line in lines:
         console.print(Text(f"  {line}"))

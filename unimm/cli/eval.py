@@ -1,8 +1,9 @@
-"""The command `eval`."""
+"""The command `unimm eval`."""
 
 import dataclasses
 import difflib
 import json
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, load_model
 
-# name -> module with `evaluate`
+# name -> module with `evaluate` and `supported_tasks`
 BENCHMARKS = {"shapes": "unimm.evaluation.benchmarks.shapes"}
 
 
@@ -28,14 +29,13 @@ def evaluate(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Score a model: accuracy on unseen examples, with 95 % intervals."""
-    from importlib import import_module
-
     if benchmark not in BENCHMARKS:
-        near = difflib.get_close_matches(benchmark, BENCHMARKS, n=1) or list(BENCHMARKS)
-        raise ValueError(f"unknown benchmark {benchmark!r}: expected {', '.join(near)}")
-    module, loaded = import_module(BENCHMARKS[benchmark]), load_model(model, device, dtype)
-    chosen = tasks.split(",") if tasks else module.tasks_of(loaded)
-    scores = module.evaluate(loaded, n=n, seed=seed, tasks=chosen, batch=batch)
+        nearest = difflib.get_close_matches(benchmark, BENCHMARKS, n=1) or list(BENCHMARKS)
+        raise ValueError(f"unknown benchmark {benchmark!r}: expected {', '.join(nearest)}")
+    module = import_module(BENCHMARKS[benchmark])
+    loaded = load_model(model, device, dtype)
+    chosen = tasks.split(",") if tasks else module.supported_tasks(loaded)
+    scores = module.evaluate(loaded, n=n, seed=seed, tasks=chosen, batch_size=batch)
     if as_json:
         typer.echo(json.dumps({task: dataclasses.asdict(score) for task, score in scores.items()}))
         return

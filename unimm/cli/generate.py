@@ -1,4 +1,4 @@
-"""The command `generate`."""
+"""The command `unimm generate`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +9,9 @@ from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw; with --image, how to change it.")],
+    prompt: Annotated[str, typer.Argument(help="What to generate; with --image, how to edit it.")],
     *,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to edit; may be given several times.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to edit; may be given several times.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Write the reasoning first.")] = False,
     model: ModelOption = "bagel-nano",
     seed: SeedOption = 0,
@@ -19,26 +19,32 @@ def generate(
         int | None, typer.Option(help="Steps of the sampler; the model's own number unless given.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels.", metavar="HxW")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many pictures, from this seed and the ones after it.")] = 1,
-    out: Annotated[Path, typer.Option(help="A file; several pictures are numbered before its suffix.")] = Path(
-        "out.png"
-    ),
+    n: Annotated[int, typer.Option("-n", help="How many images, from this seed and the ones after it.")] = 1,
+    out: Annotated[Path, typer.Option(help="A file; several images are numbered before its suffix.")] = Path("out.png"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Draw a picture, or edit one."""
+    """Generate an image, or edit one."""
     if n < 1:
         raise ValueError(f"got -n {n}: expected at least 1")
-    hw = parse_size(size) if size else None
+    height_width = parse_size(size) if size else None
     check_writable(out)
     loaded = load_model(model, device, dtype)
-    options = loaded.supported_options(think=think, steps=steps)
-    drawn = loaded.generate(prompt, images=image or None, n=n, size=hw, seed=seed, progress=True, **options)
-    for i, picture in enumerate(drawn.images):
+    generated = loaded.generate(
+        prompt,
+        images=image or None,
+        n=n,
+        size=height_width,
+        seed=seed,
+        progress=True,
+        **loaded.supported_options(think=think, steps=steps),
+    )
+    for i, one in enumerate(generated.images):
         path = out if n == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-        for text in drawn.texts[i : i + 1]:
+        # without think mode there are no texts
+        for text in generated.texts[i : i + 1]:
             typer.echo(text)
-        picture.save(path)
+        one.save(path)
         typer.echo(path)
 
 
@@ -51,11 +57,11 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError, before any work is done, for a picture's file that could not be written."""
+    """Raise ValueError, before any work is done, for an image file that could not be written."""
     from PIL import Image
 
     known = Image.registered_extensions()
     if known.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"got --out {path}: expected a picture's suffix, as in out.png")
+        raise ValueError(f"got --out {path}: expected an image file's suffix, as in out.png")
     if not path.parent.is_dir():
         raise ValueError(f"got --out {path}: there is no folder {path.parent}")

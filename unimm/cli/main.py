@@ -1,6 +1,6 @@
 """The command `unimm`: demo, generate, understand, train, eval, releases.
 
-What a user can put right is said in one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
+An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class CommandGroup(TyperGroup):
     """Commands whose user errors end in a line, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command asked for."""
+        """Run the command that is named."""
         try:
             return super().invoke(ctx)
         except USER_ERRORS as error:
@@ -32,24 +32,26 @@ class CommandGroup(TyperGroup):
 
 app = typer.Typer(
     cls=CommandGroup,
-    help="Models that understand pictures and draw them.",
+    help="Models that understand images and generate them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, understand, train):
-    app.command()(command)
+app.command("demo")(demo)
+app.command("generate")(generate)
+app.command("understand")(understand)
+app.command("train")(train)
 app.command("eval")(evaluate)
-app.command()(releases)
+app.command("releases")(releases)
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     app()
 
 
 def error_line(error: BaseException) -> str:
-    """An error as one line."""
+    """An error's message as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and loading the model that they name."""
 
 from typing import Annotated, Any
 
@@ -12,8 +12,9 @@ SeedOption = Annotated[int, typer.Option(help="The same seed gives the same resu
 
 
 def load_model(name: str, device: str, dtype: str) -> Any:
-    """The model, with a word on stderr while it loads."""
+    """The model of that name, with a status line on stderr while it loads."""
     with Console(stderr=True).status(f"loading {name}"):
+        # imported here, so that `unimm --help` does not import torch
         from unimm.models.registry import load
 
         return load(name, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The command `releases`."""
+"""The command `unimm releases`."""
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -9,11 +9,18 @@ def releases() -> None:
     from unimm.models.registry import releases as known
 
     # a name that does not fit goes on in the next line, whole, so that it can be copied
-    table = Table(
-        Column("name", overflow="fold", ratio=2), "family", "parameters", "licence", Column("can", ratio=1), "where"
+    columns = (
+        Column("name", overflow="fold", ratio=2),
+        "family",
+        "parameters",
+        "licence",
+        Column("can", ratio=1),
+        "where",
     )
+    table = Table(*columns)
     for row in known():
-        where, limit = "hub" if row.hub else "bundled", "" if row.commercial else ", no commercial use"
+        limit = "" if row.commercial else ", no commercial use"
+        where = "hub" if row.hub else "bundled"
         table.add_row(
             row.name, row.family, format_count(row.parameters), row.licence + limit, ", ".join(row.verbs), where
         )
@@ -21,7 +28,7 @@ def releases() -> None:
 
 
 def format_count(n: int) -> str:
-    """12800000 -> 12.8 M."""
+    """A number of parameters, rounded: 12800000 -> 12.8 M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if n >= size:
             return f"{n / size:.1f} {letter}"

@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""The command `unimm train`."""
 
 import logging
 from collections.abc import Iterator
@@ -32,23 +32,21 @@ def train(
     from unimm.training.trainer import train as run
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
-    plan = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
+    config = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
     with log_to_stderr("unimm"):
-        run(build_task(plan), plan, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
+        run(build_task(config), config, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
 
 
 @contextmanager
 def log_to_stderr(name: str) -> Iterator[None]:
-    """Show a logger's lines on stderr, for the length of the body."""
-    logger, handler = (
-        logging.getLogger(name),
-        RichHandler(console=Console(stderr=True), show_path=False, show_level=False),
-    )
-    before = logger.level
+    """Write a logger's lines to stderr for the length of the body."""
+    logger = logging.getLogger(name)
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The command `understand`."""
+"""The command `unimm understand`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,15 +9,15 @@ from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, load_model
 
 
 def understand(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str, typer.Argument(help="What to answer about it.")],
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
     *,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     model: ModelOption = "bagel-nano",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     answer = load_model(model, device, dtype).understand(image, question, stream=stream)
     for piece in answer if stream else [answer]:
         typer.echo(piece, nl=False)

@@ -1,4 +1,4 @@
-"""Pictures with the words that they are drawn from, and the pictures: from the little world, or from files of one's own."""
+"""Images to generate, with the text and the images that they are generated from: of the shapes world, or of files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.processing.images.io import CropSquare, load_image
 
-RECONSTRUCTION = "reconstruct"  # a task: the picture that is shown, without a word
-RECONSTRUCTION_TASK = "draw.scene"  # whose pictures it shows
+# a task: the input image again, without a word of text
+RECONSTRUCTION = "reconstruct"
+# the task whose images are reconstructed
+RECONSTRUCTION_TASK = "draw.scene"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextPair:
-    """What is drawn, the words and the pictures that it is drawn from, and the kind of task: draw, edit or reason."""
+    """A target image, the text and the images it is generated from, and the kind of task: draw, edit or reason."""
 
     kind: str
     text: str
@@ -32,17 +34,17 @@ class ImageTextPair:
 
 
 class PairSource(Protocol):
-    """Where pairs come from: a pure function of the step."""
+    """A source of pairs, which are a function of the step and of a generator seeded by it."""
 
     def __call__(self, step: int, size: int, rng: random.Random) -> list[ImageTextPair]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesPairs:
-    """Drawings and edits of the little world, every task as often as said, what is left by these weights."""
+    """Pairs of the shapes world, of the tasks as `sample_tasks` gives them."""
 
     tasks: Mapping[str, int]
-    # the part of things whose colour, or whose shape, has no name
+    # the part of things whose colour, or whose shape, is novel
     novel_colours: float
     novel_shapes: float
     seed: int
@@ -52,65 +54,71 @@ class ShapesPairs:
         return [self.training_pair(task, step * size + i, rng) for i, task in enumerate(tasks)]
 
     def training_pair(self, task: str, index: int, rng: random.Random) -> ImageTextPair:
-        """A training example. Raises ValueError for a task that draws nothing."""
+        """A training pair. Raises ValueError for a task whose output is no image."""
         one = example(RECONSTRUCTION_TASK if task == RECONSTRUCTION else task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(
-                f"got the task {task}, which draws nothing: the reader is frozen; expected drawings and edits"
+                f"got the task {task}, which generates no image: the MLLM is frozen; expected tasks of draw, edit, reason"
             )
         if task == RECONSTRUCTION:
-            picture = Image.fromarray(one.target)
-            return ImageTextPair(kind="edit", text="", images=(picture,), target=picture)
-        return self.from_example(
-            augment_novel_attributes(one, rng, colours=self.novel_colours, shapes=self.novel_shapes)
-        )
+            image = Image.fromarray(one.target)
+            return ImageTextPair(kind="edit", text="", images=(image,), target=image)
+        one = augment_novel_attributes(one, rng, colours=self.novel_colours, shapes=self.novel_shapes)
+        return self.from_example(one)
 
     def from_example(self, source: Example) -> ImageTextPair:
-        """An example with a target."""
-        assert source.target is not None, f"{source.task} draws nothing"
-        shown = tuple(Image.fromarray(image) for image in source.images)
+        """An example with a target, as a pair."""
+        assert source.target is not None, f"{source.task} generates no image"
         return ImageTextPair(
-            kind=source.task.split(".")[0], text=source.prompt, images=shown, target=Image.fromarray(source.target)
+            kind=source.task.split(".")[0],
+            text=source.prompt,
+            images=tuple(Image.fromarray(image) for image in source.images),
+            target=Image.fromarray(source.target),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilePairs:
-    """Pairs named by the lines of a JSON file, `{"target": FILE, "text": WORDS, "images": [FILES]}`, drawn with replacement.
+    """Pairs named by the lines of a JSON file, `{"target": FILE, "text": TEXT, "images": [FILES]}`, with replacement.
 
     Files lie below the folder of the list; text and images may be left out. Targets are resized and cropped to a square.
     """
 
     path: Path
+    # of a target's sides, in pixels
     image_size: int
 
     def __call__(self, step: int, size: int, rng: random.Random) -> list[ImageTextPair]:
-        return [self.from_line(rng.choice(self.records)) for _ in range(size)]
+        return [self.from_record(rng.choice(self.records)) for _ in range(size)]
 
     @cached_property
     def records(self) -> Sequence[Mapping]:
-        """What the file says. Raises ValueError for a file that is missing, empty, or says something else."""
+        """The file's lines. Raises ValueError for a file that is missing, empty, or holds something else."""
         if not self.path.is_file():
             raise ValueError(f"got data {self.path}: expected a file of JSON lines, each with a target")
-        found = []
-        for i, line in enumerate(self.path.read_text(encoding="utf-8").splitlines()):
-            try:
-                one = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {i + 1} of {self.path} is no JSON: {error}") from error
-            if not isinstance(one, dict) or "target" not in one or not one.keys() <= {"target", "text", "images"}:
-                raise ValueError(
-                    f"got {line[:80]} in line {i + 1} of {self.path}: expected target, perhaps text and images"
-                )
-            if not (one.get("text") or one.get("images")):
-                raise ValueError(f"line {i + 1} of {self.path} has neither text nor images to draw from")
-            found.append(one)
-        if not found:
-            raise ValueError(f"{self.path} is empty: expected a line for each picture to draw")
-        return found
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError(f"{self.path} is empty: expected a line for each image to generate")
+        return [self._record(line, i + 1) for i, line in enumerate(lines)]
 
-    def from_line(self, line: Mapping) -> ImageTextPair:
+    def from_record(self, record: Mapping) -> ImageTextPair:
         """The pair that a line names."""
-        shown = tuple(load_image(self.path.parent / name) for name in line.get("images", ()))
-        target = CropSquare(self.image_size)(load_image(self.path.parent / line["target"]))
-        return ImageTextPair(kind="edit" if shown else "draw", text=line.get("text", ""), images=shown, target=target)
+        images = tuple(load_image(self.path.parent / name) for name in record.get("images", ()))
+        target = CropSquare(self.image_size)(load_image(self.path.parent / record["target"]))
+        return ImageTextPair(
+            kind="edit" if images else "draw", text=record.get("text", ""), images=images, target=target
+        )
+
+    def _record(self, line: str, number: int) -> Mapping:
+        """A line's contents. Raises ValueError, with its number, for a wrong one."""
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {self.path} is no JSON: {error}") from error
+        if not isinstance(record, dict) or "target" not in record or not record.keys() <= {"target", "text", "images"}:
+            raise ValueError(
+                f"got {line[:80]} in line {number} of {self.path}: expected target, perhaps text and images"
+            )
+        if not (record.get("text") or record.get("images")):
+            raise ValueError(f"line {number} of {self.path} has neither text nor images to generate from")
+        return record

@@ -1,150 +1,214 @@
-"""A recipe: every number of a training run, read strictly from YAML."""
+"""The configuration of a training run, read strictly from a recipe: a YAML file that names every number of it."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import json
 import math
-import types
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-T = TypeVar("T")
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# floating types that weights are released in
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+# keys of recipes of earlier versions -> what they are called now, where a class has a field of that name
+RENAMED_KEYS: Mapping[str, tuple[str, ...]] = {
+    # of TrainConfig
+    "objective": ("task",),
+    "batch": ("batch_size",),
+    "warmup": ("warmup_steps",),
+    "final": ("min_lr_ratio",),
+    "clip": ("max_grad_norm",),
+    "average": ("ema_decay",),
+    "undecayed": ("no_weight_decay",),
+    # of the tasks' options and of their sections of `model`
+    "begun": ("append_vision_start",),
+    "captions": ("text_encoders",),
+    "compiled": ("compile",),
+    "draw": ("vae",),
+    "free": ("unquantized_steps",),
+    "hidden": ("hidden_dim",),
+    "judged": ("scored_scenes", "scored_examples"),
+    "looked": ("vision_batch_size",),
+    "look": ("vit",),
+    "looks": ("vision",),
+    "measured": ("measured_scenes",),
+    "nameless_colours": ("novel_colours",),
+    "nameless_shapes": ("novel_shapes",),
+    "noise": ("latent_noise",),
+    "painter": ("denoiser",),
+    "plan": ("plan_system_prompt",),
+    "planned": ("planned_characters",),
+    "reader": ("mllm",),
+    "reader_dtype": ("mllm_dtype",),
+    "revived": ("revive_fraction",),
+    "shift": ("timestep_shift",),
+    "side": ("image_size",),
+    "sighted": ("vision_steps",),
+    "start": ("init_from",),
+    "targets": ("timesteps_per_image",),
+    "thinks": ("think_prob",),
+    "vocabulary": ("vocab_size",),
+    "weights": ("edit_weights",),
+}
+
+
+class RecipeSection:
+    """A part of a recipe: subclasses are dataclasses that `from_mapping` reads."""
+
+    # no string for a number, no 1.0 or true for 1, no infinities
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+Section = TypeVar("Section", bound=RecipeSection)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Numbers of one run; all are spelled out in the file, but for `options` and `model`, which the objective reads."""
+class TrainConfig(RecipeSection):
+    """Numbers of one run; a recipe gives all of them, but for `options` and `model`, which the task reads."""
 
+    # a task of ours (unimm.training.tasks.base), or `module:Class` for one of another package
     task: str
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     seed: int
-    steps: int
-    batch_size: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    # on matrices only: biases and gains of norms are left alone
-    weight_decay: float
-    # matrices of parts that Muon trains, by the beginning of their parameters' names; AdamW trains the rest
+    steps: AtLeastOne
+    batch_size: AtLeastOne
+    lr: Positive
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    eps: Positive
+    # for matrices only: biases and gains of norms are not decayed
+    weight_decay: NotNegative
+    # prefixes of the names of parameters whose matrices Muon trains; AdamW trains the rest
     muon: tuple[str, ...]
-    warmup_steps: int
+    warmup_steps: Annotated[int, Field(ge=0)]
     schedule: Literal["constant", "cosine"]
     # the cosine ends at this fraction of lr
-    min_lr_ratio: float
-    # largest norm of the gradient
-    max_grad_norm: float
-    # decay of the weights' running average
-    ema_decay: float
+    min_lr_ratio: Fraction
+    # the gradient is scaled down to this norm where it is larger
+    max_grad_norm: Positive
+    # decay of the exponential moving average of the weights
+    ema_decay: Fraction
     precision: Literal["float32", "bfloat16"]
-    loss_weights: Mapping[str, float]
-    save_every: int
-    sample_every: int
-    log_every: int
-    # parts whose matrices are not decayed either, by the beginning of their parameters' names
+    # one for every loss of the task
+    loss_weights: Annotated[Mapping[str, float], Field(min_length=1)]
+    save_every: AtLeastOne
+    sample_every: AtLeastOne
+    log_every: AtLeastOne
+    # prefixes of the names of parameters whose matrices are not decayed either
     no_weight_decay: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "sample_every", "log_every"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "eps", "max_grad_norm"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        for name in ("weight_decay", "warmup_steps"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name, value in (("min_lr_ratio", self.min_lr_ratio), ("ema_decay", self.ema_decay)):
-            check(0 <= value <= 1, name, value, "a number from 0 to 1")
-        check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to 1, 1 excluded")
-        check(bool(self.loss_weights), "loss_weights", {}, "a weight for every loss of the objective")
-
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: a linear rise over `warmup` steps, then the schedule."""
+        """Learning rate of a step, counted from 0: a linear rise over `warmup_steps`, then the schedule."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
-def check(fine: bool, name: str, got: object, expected: str) -> None:
-    """Raise a ValueError about a field, unless it is fine."""
-    if not fine:
-        raise ValueError(f"got {name}: {got}, expected {expected}: correct the recipe")
+class RecipeLoader(yaml.SafeLoader):
+    """YAML's safe loader that also takes 1e-3 for a number, which YAML 1.1 takes for a string without a point."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_recipe(path: str | Path) -> TrainConfig:
-    """A recipe from its YAML file."""
+    """The configuration in a YAML file. Raises ValueError for one that is missing, no YAML, or says something else."""
     path = Path(path)
     if not path.is_file():
         found = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"got the recipe {path}, expected a file: {path.parent} holds {found or 'no recipe'}")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # a subclass of the safe loader
+        contents = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    return strict(TrainConfig, fields, where=str(path))
+    return from_mapping(TrainConfig, contents, where=str(path))
 
 
-def strict(cls: type[T], fields: object, *, where: str) -> T:
-    """A dataclass from a mapping: unknown and missing names and wrong types are refused; `where` names the source."""
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"got {fields!r} for {where}, expected a mapping of names to values")
-    known = {part.name: part for part in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in fields:
+def from_mapping(cls: type[Section], values: object, *, where: str) -> Section:
+    """A section from a mapping of names to values of the types that its fields have; lists serve as tuples.
+
+    Raises ValueError for unknown and missing names and for wrong values. where: the source, for the message.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"got {values!r} for {where}, expected a mapping of names to values")
+    known = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+    for name in values:
         if name not in known:
-            raise ValueError(f"got {name!r} in {where}, which is no field of {cls.__name__}{nearest(str(name), known)}")
-    absent = (dataclasses.MISSING, dataclasses.MISSING)
-    missing = [n for n, p in known.items() if n not in fields and (p.default, p.default_factory) == absent]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: give every field of {cls.__name__} a value")
-    kinds = get_type_hints(cls)
-    return cls(**{name: cast(value, kinds[name], where=f"{name} in {where}") for name, value in fields.items()})
+            raise ValueError(
+                f"got {name!r} in {where}, which is no field of {cls.__name__}{suggestion(str(name), known)}"
+            )
+    try:
+        # as JSON, since strictness there still takes a list for a tuple
+        return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
+    except ValidationError as error:
+        raise ValueError(_message(cls, values, error.errors(), where)) from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known name that looks most like this one."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the new name of a renamed key, else the known name that is nearest."""
     names = sorted(known)
+    for renamed in RENAMED_KEYS.get(name, ()):
+        if renamed in names:
+            return f": it is called {renamed!r} now"
     close = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(names)}"
 
 
-def cast(value: object, kind: Any, *, where: str) -> Any:
-    """A YAML value as the type a field asks for."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return None if value is None else cast(value, next(k for k in inner if k is not type(None)), where=where)
-    if origin is Literal:
-        if value in inner:
-            return value
-    elif origin is tuple:
-        varied = inner[-1] is Ellipsis
-        if isinstance(value, list | tuple) and (varied or len(value) == len(inner)):
-            kinds = [inner[0]] * len(value) if varied else inner
-            return tuple(cast(part, k, where=where) for part, k in zip(value, kinds, strict=True))
-    elif origin is not None:
-        if isinstance(value, Mapping):
-            return {key: cast(part, inner[1], where=f"{key} of {where}") for key, part in value.items()}
-    elif kind is float:
-        number = as_float(value)
-        if number is not None:
-            return number
-    elif kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-        return value
-    expected = f"one of {list(inner)}" if origin is Literal else str(kind) if origin else kind.__name__
-    raise ValueError(f"got {value!r} for {where}, expected {expected}: correct the recipe")
+def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], where: str) -> str:
+    """What is wrong with the values: what is missing, or else the first wrong value."""
+    missing = [str(one["loc"][0]) for one in errors if one["type"] == "missing" and len(one["loc"]) == 1]
+    if missing:
+        return f"{where} lacks {', '.join(missing)}: give every field of {cls.__name__} a value"
+    error = errors[0]
+    if not error["loc"]:
+        # what __post_init__ of the class says
+        return str(error.get("ctx", {}).get("error", error["msg"]))
+    name = str(error["loc"][0])
+    kind = get_type_hints(cls)[name]
+    value: Any = values[name]
+    place = name
+    for key in error["loc"][1:]:
+        # too short a tuple is wrong as a whole
+        if error["type"] == "missing":
+            break
+        value = value[key]
+        place = f"{key} of {place}" if isinstance(key, str) else f"{place}[{key}]"
+        kind = get_args(kind)[1 if isinstance(key, str) else 0]
+    return f"got {value!r} for {place} in {where}, expected {_expected(kind, error)}: correct the recipe"
 
 
-def as_float(value: object) -> float | None:
-    """A finite number; YAML takes 1e-3 (without a point) for a string, so strings are tried too."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+def _expected(kind: Any, error: ErrorDetails) -> str:
+    """What a value of this type, or within these bounds, would be."""
+    bounds = error.get("ctx", {})
+    words = {
+        "ge": "at least",
+        "gt": "more than",
+        "le": "at most",
+        "lt": "less than",
+        "min_length": "a length of at least",
+    }
+    found = [f"{word} {bounds[name]:g}" for name, word in words.items() if name in bounds]
+    if found:
+        return " and ".join(found)
+    if get_origin(kind) is Literal:
+        return f"one of {list(get_args(kind))}"
+    return str(kind) if get_origin(kind) else getattr(kind, "__name__", str(kind))

@@ -1,4 +1,4 @@
-"""A running average of the weights: what is sampled from and released."""
+"""An exponential moving average of the weights: what samples are made with and what is released."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ramped_decay(n_updates: int, max_decay: float) -> float:
-    """The decay after n updates by UniWorld's published schedule: the first copies, then (1 + n) / (10 + n), at most `most`."""
+    """Decay of update n, counted from 0, as UniWorld trains: 0 at first, then (1 + n) / (10 + n), at most `max_decay`."""
     return min(max_decay, (1 + n_updates) / (10 + n_updates)) if n_updates else 0.0
 
 
 class EMA:
-    """Exponential average, in float32, of the parameters that are trained."""
+    """Exponential moving average, in float32, of the parameters that are trained."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -25,15 +26,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- d * average + (1 - d) * weight, with d = ramp(n, decay) after n updates: the start is forgotten."""
-        decay = ramped_decay(self.n_updates, self.decay)
-        live = [p.detach().float() for p in self.params.values()]
-        torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+        """average <- d * average + (1 - d) * weight, where d rises to the decay: the start is forgotten."""
+        average = get_ema_multi_avg_fn(ramped_decay(self.n_updates, self.decay))
+        current = [p.detach().float() for p in self.params.values()]
+        average(list(self.weights.values()), current, self.n_updates)
         self.n_updates += 1
 
     @contextmanager
     def swap_in(self) -> Iterator[None]:
-        """Inside, the model carries the average; afterwards its own weights again, bit for bit."""
+        """Give the model the averaged weights inside the body, and its own, bit for bit, after it."""
         kept = {name: p.detach().clone() for name, p in self.params.items()}
         self.copy_to_model(self.weights)
         try:
@@ -43,5 +44,6 @@ class EMA:
 
     @torch.no_grad()
     def copy_to_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the model's trained parameters."""
         for name, p in self.params.items():
             p.copy_(weights[name])

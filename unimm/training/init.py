@@ -1,4 +1,4 @@
-"""What training begins with: a text model, files of earlier recipes, initial weights, compiled parts."""
+"""What training begins with: a tokenizer, files of earlier recipes, initial weights, compiled layers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ from unimm.nn.decoder import Decoder, ExpertWeights
 from unimm.tokenizers.text import SentencePieceTokenizer
 
 
-def trained_file(folder: str, name: str, recipe: str) -> Path:
+def trained_file(folder: str | Path, name: str, recipe: str) -> Path:
     """A file that another recipe wrote. Raises ValueError, with the command that makes it, where it is not there."""
-    if not (Path(folder) / name).exists():
+    if not (Path(folder) / name).is_file():
         raise ValueError(f"no {name} in {folder}: run `unimm train {recipe} runs/{recipe}` first")
     return Path(folder) / name
+
+
+def resolve_part(name: str, part: str) -> Path:
+    """The folder of a part of a release: its subfolder of that name, or the whole where the release is that part alone."""
+    folder = hub.resolve(name, subfolders=(part,))
+    return folder / part if (folder / part).is_dir() else hub.resolve(name)
 
 
 def train_tokenizer(
     vocab_size: int,
     *,
+    special_tokens: Sequence[str],
     extra: Sequence[str] = (),
     lines: int = 20_000,
-    special_tokens: Sequence[str],
     kind: str = "unigram",
 ) -> SentencePieceTokenizer:
-    """A sentencepiece model (bytes for what it has not met) of the world's text, with a family's markers.
+    """A sentencepiece model of the shapes world's text, with bytes for what is not in it.
 
-    kind: "bpe" fills all of its pieces with words; "unigram" stops at 437, and a text is a third longer.
+    extra: texts that are added to the corpus, often. kind: "bpe" fills the whole vocabulary; "unigram" stops at 437 pieces,
+    and a text is a third longer.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -60,68 +67,85 @@ def train_tokenizer(
 
 
 def init_decoder(decoder: Decoder) -> None:
-    """Embeddings of half the size of what enters beside them, residual branches scaled down with depth."""
-    depth = (2 * decoder.config.n_layers) ** -0.5
+    """Set embeddings to half the size of the features beside them, and scale residual branches down with depth."""
     nn.init.normal_(decoder.embed.weight, std=0.5)
-    for stream in (module for module in decoder.modules() if isinstance(module, ExpertWeights)):
-        for linear in (stream.out_proj, stream.mlp.down):
-            nn.init.normal_(linear.weight, std=depth * linear.in_features**-0.5)
+    scale = (2 * decoder.config.n_layers) ** -0.5
+    for expert in _experts(decoder):
+        for linear in (expert.out_proj, expert.mlp.down):
+            nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
 
 
 def compile_experts(decoder: Decoder) -> None:
-    """Fuse the row-wise parts of every block; the number of rows stays free."""
-    for stream in (module for module in decoder.modules() if isinstance(module, ExpertWeights)):
+    """Compile the layers before and after attention of every block, for any number of rows."""
+    for expert in _experts(decoder):
         for name in ("project_qkv", "output_and_mlp"):
-            setattr(stream, name, torch.compile(getattr(stream, name), dynamic=True))
+            setattr(expert, name, torch.compile(getattr(expert, name), dynamic=True))
 
 
-def init_timm_vit(tower: TimmVisionEncoder, weights: Mapping[str, Tensor]) -> None:
-    """The weights of a NaViT (unimm.encoders.siglip) in a tower of the same numbers: one image size, one grid.
+def _experts(decoder: nn.Module) -> list[ExpertWeights]:
+    return [module for module in decoder.modules() if isinstance(module, ExpertWeights)]
 
-    The ViT's table of places may be larger than the tower's grid, which then is its corner. Raises ValueError where the
-    numbers differ.
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile the forward pass of every block, for any batch."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def init_timm_vit(encoder: TimmVisionEncoder, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a SiglipNaViT (vision.safetensors of bagel-nano-vit) into timm's ViT of the same numbers.
+
+    Raises ValueError where the numbers differ. The grid of position embeddings may be smaller: it takes the corner.
     """
-    side, p = round(len(weights["pos_embed.weight"]) ** 0.5), tower.patch_size
-    state = {name: x for name, x in tower.trunk.state_dict().items() if name.startswith("attn_pool.")}
-    places = rearrange(weights["pos_embed.weight"], "(h w) d -> h w d", h=side)[: tower.grid_side, : tower.grid_side]
-    state["pos_embed"] = rearrange(places, "h w d -> 1 (h w) d")
-    state["patch_embed.proj.weight"] = rearrange(weights["patch_embed.weight"], "d (p q c) -> d c p q", p=p, q=p)
+    trunk = encoder.trunk
+    renamed = {
+        "attn.proj": "out_proj",
+        "norm1": "attn_norm",
+        "norm2": "mlp_norm",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    # the attention pool is not used, and keeps its weights
+    state = {name: x for name, x in trunk.state_dict().items() if name.startswith("attn_pool.")}
+    state["pos_embed"] = _corner(weights["pos_embed.weight"], encoder.grid_side)[None]
+    state["patch_embed.proj.weight"] = _patch_kernel(weights["patch_embed.weight"], encoder.patch_size)
     state["patch_embed.proj.bias"] = weights["patch_embed.bias"]
     for name in ("weight", "bias"):
         state[f"norm.{name}"] = weights[f"norm.{name}"]
-        for i in range(len(tower.trunk.blocks)):
+        for i in range(len(trunk.blocks)):
             block = f"blocks.{i}."
             state[f"{block}attn.qkv.{name}"] = torch.cat([weights[f"{block}{part}.{name}"] for part in "qkv"])
-            renamed = {
-                "attn.proj": "out_proj",
-                "norm1": "attn_norm",
-                "norm2": "mlp_norm",
-                "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2",
-            }
-            state |= {f"{block}{theirs}.{name}": weights[f"{block}{mine}.{name}"] for theirs, mine in renamed.items()}
-    try:
-        tower.trunk.load_state_dict({name: x.float() for name, x in state.items()})
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error
+            state |= {f"{block}{theirs}.{name}": weights[f"{block}{ours}.{name}"] for theirs, ours in renamed.items()}
+    _load_vit(trunk, {name: x.float() for name, x in state.items()})
 
 
-def init_siglip(numbers: Mapping[str, Any], vit: str) -> SiglipVisionEncoder:
-    """A tower of the recipe's numbers that begins from a trained NaViT, of which it may have fewer blocks."""
-    tower = SiglipVisionEncoder(SiglipConfig.from_json(dict(numbers)))
-    path = hub.resolve(vit) / "vision.safetensors"
-    if not path.exists():
-        raise ValueError(f"no {path}: run `unimm train bagel-nano-vit runs/bagel-nano-vit` first")
-    held = {name: x.float() for name, x in load_file(path).items()}
-    side, p = round(len(held["pos_embed.weight"]) ** 0.5), tower.config.patch_size
-    places = rearrange(held.pop("pos_embed.weight"), "(h w) d -> h w d", h=side)[
-        : tower.config.grid_side, : tower.config.grid_side
-    ]
-    held["pos_embed"] = rearrange(places, "h w d -> (h w) d")
-    held["patch_embed.weight"] = rearrange(held["patch_embed.weight"], "d (p q c) -> d c p q", p=p, q=p)
-    wanted = tower.state_dict()
+def init_siglip(numbers: Mapping[str, Any], folder: str) -> SiglipVisionEncoder:
+    """An encoder of the recipe's numbers that begins from the trained ViT in a folder, of which it may have fewer blocks.
+
+    Raises ValueError where the numbers differ. The grid of position embeddings may be smaller: it takes the corner.
+    """
+    encoder = SiglipVisionEncoder(SiglipConfig.from_json(dict(numbers)))
+    path = trained_file(hub.resolve(folder), "vision.safetensors", "bagel-nano-vit")
+    weights = {name: x.float() for name, x in load_file(path).items()}
+    weights["pos_embed"] = _corner(weights["pos_embed.weight"], encoder.config.grid_side)
+    weights["patch_embed.weight"] = _patch_kernel(weights["patch_embed.weight"], encoder.config.patch_size)
+    _load_vit(encoder, {name: weights[name] for name in encoder.state_dict() if name in weights})
+    return encoder
+
+
+def _corner(pos_embed: Tensor, side: int) -> Tensor:
+    """Position embeddings [n, D] of a square grid -> those of its top left corner of side * side."""
+    grid = rearrange(pos_embed, "(h w) D -> h w D", h=round(len(pos_embed) ** 0.5))
+    return rearrange(grid[:side, :side], "h w D -> (h w) D")
+
+
+def _patch_kernel(weight: Tensor, p: int) -> Tensor:
+    """The weight of a linear on flat patches -> that of a convolution."""
+    return rearrange(weight, "D (p q C) -> D C p q", p=p, q=p)
+
+
+def _load_vit(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
-        tower.load_state_dict({name: held[name] for name in wanted})
-    except (RuntimeError, KeyError) as error:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
         raise ValueError(f"the trained ViT has other numbers than the recipe's vision: {error}") from error
-    return tower

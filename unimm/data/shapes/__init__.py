@@ -1,9 +1,9 @@
-"""A little world of shapes: small enough to learn in an hour, exact enough to judge.
+"""The shapes world: a synthetic data set that is small enough to learn in an hour and can be scored exactly.
 
-Scenes of one to four objects (six shapes, eight colours, two sizes) on a 64x64 canvas, in the cells of a 3x3 grid.
-`render` draws a scene, `read` finds the objects in a picture, `example` writes prompts with their pictures, answers and
-targets for every task of `TASKS`, and `judge` says whether an output is right. Six (shape, colour) pairs, `HELD_OUT`,
-never occur in the train split, and every example of the test split asks about one of them.
+Scenes have one to four objects (six shapes, eight colours, two sizes) in the cells of a 3x3 grid, 64x64 pixels.
+`render` makes the image of a scene, `parse_scene` finds the objects in an image, `example` makes prompts with their
+images, answers and targets for every task of `TASKS`, and `judge` scores an output. Six (shape, colour) pairs,
+`HELD_OUT`, never occur in the train split, and every example of the test split is about one of them.
 """
 
 from unimm.data.shapes.goal import AnswerGoal, CaptionGoal, Example, Goal, ImageGoal, WantedObject

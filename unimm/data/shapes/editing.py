@@ -1,5 +1,6 @@
-"""Tasks that change a picture; what is not named stays as it was, to the pixel."""
+"""Tasks that edit an image; what the prompt does not name stays as it was, to the pixel."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from unimm.data.shapes.goal import Example, ImageGoal, WantedObject
@@ -9,16 +10,21 @@ from unimm.data.shapes.world import RELATIONS, SIZES, Scene, ShapeColour, Thing,
 
 
 def _edit_example(task: str, prompt: str, before: Scene, after: Scene, goal: ImageGoal | None = None) -> Example:
-    """An example whose goal, unless given, is every thing of after at its place."""
+    """An example whose goal, unless given, is every thing of `after` at its place."""
     goal = goal or ImageGoal(wants=tuple(_unchanged(thing) for thing in after.things))
-    images, target = (render(before),), render(after)
     return Example(
-        task=task, prompt=prompt, goal=goal, images=images, target=target, source_scene=before, target_scene=after
+        task=task,
+        prompt=prompt,
+        goal=goal,
+        images=(render(before),),
+        target=render(after),
+        source_scene=before,
+        target_scene=after,
     )
 
 
 def _unchanged(thing: Thing) -> WantedObject:
-    """The thing with all its attributes, where it is."""
+    """The goal of a thing with all its attributes, where it is."""
     return WantedObject(shape=thing.shape, colour=thing.colour, size=thing.size, position=(thing.x, thing.y))
 
 
@@ -36,7 +42,7 @@ def _others(scene: Scene, thing: Thing) -> tuple[Thing, ...]:
 
 
 def edit_recolour(task: str, rng: ExampleRng) -> Example:
-    """make the red circle green; the pair that comes of it is the one asked for."""
+    """make the red circle green: the pair of the result is the example's subject."""
     shape, colour = rng.subject()
     start = rng.other_pair(lambda pair: pair[0] == shape and pair[1] != colour)
     before = _scene_with(rng, start, rng.integer(1, 3))
@@ -47,24 +53,23 @@ def edit_recolour(task: str, rng: ExampleRng) -> Example:
 
 
 def edit_remove(task: str, rng: ExampleRng) -> Example:
-    """remove the red circle; the last one leaves an empty canvas."""
+    """remove the red circle: where it is the only thing, an empty image is left."""
     before = _scene_with(rng, rng.subject(), rng.integer(1, 3))
     thing = before.things[0]
     after = Scene(things=_others(before, thing))
-    return _edit_example(
-        task, rng.choice(REMOVE).format(what=rng.choice(referring_expressions(thing, before))), before, after
-    )
+    prompt = rng.choice(REMOVE).format(what=rng.choice(referring_expressions(thing, before)))
+    return _edit_example(task, prompt, before, after)
 
 
 def edit_add(task: str, rng: ExampleRng) -> Example:
-    """add a blue square, half of the time in a relation to a thing that is there."""
+    """add a blue square: half of the time in a relation to a thing that is there."""
     pairs = rng.distinct_pairs(rng.integer(2, 4))
     scene = rng.scene(pairs)
-    new, old = scene.things[0], scene.things[1:]
+    new, *old = scene.things
     sized = rng.coin()
     words = describe(new, size=sized)
     want = WantedObject(shape=new.shape, colour=new.colour, size=new.size if sized else None)
-    before = Scene(things=old)
+    before = Scene(things=tuple(old))
     relations: tuple[tuple[int, str, int], ...] = ()
     if rng.coin():
         index, relation = rng.choice(_relations_of(new, old))
@@ -74,8 +79,8 @@ def edit_add(task: str, rng: ExampleRng) -> Example:
     return _edit_example(task, rng.choice(ADD).format(what=words), before, scene, goal)
 
 
-def _relations_of(new: Thing, old: tuple[Thing, ...]) -> list[tuple[int, str]]:
-    """Each relation in which new stands to a thing, by the thing's index; different cells always give one."""
+def _relations_of(new: Thing, old: Sequence[Thing]) -> list[tuple[int, str]]:
+    """Each relation of the new thing to an old one, with the index of the old one; different cells always have one."""
     return [
         (index, relation)
         for index, thing in enumerate(old)
@@ -88,14 +93,15 @@ def edit_swap(task: str, rng: ExampleRng) -> Example:
     """swap the red circle and the blue square: each stands where the other stood."""
     before = _scene_with(rng, rng.subject(), rng.integer(2, 3))
     a, b = before.things[:2]
-    moved = replace(a, cell=b.cell, dx=b.dx, dy=b.dy), replace(b, cell=a.cell, dx=a.dx, dy=a.dy)
-    after = Scene(things=(*moved, *before.things[2:]))
+    a_moved = replace(a, cell=b.cell, dx=b.dx, dy=b.dy)
+    b_moved = replace(b, cell=a.cell, dx=a.dx, dy=a.dy)
+    after = Scene(things=(a_moved, b_moved, *before.things[2:]))
     first, second = rng.shuffled([rng.choice(referring_expressions(thing, before)) for thing in (a, b)])
     return _edit_example(task, rng.choice(SWAP).format(a=first, b=second), before, after)
 
 
 def edit_resize(task: str, rng: ExampleRng) -> Example:
-    """make the red circle small, where it was large."""
+    """make the red circle small: where it was large, or the other way round."""
     before = _scene_with(rng, rng.subject(), rng.integer(1, 3))
     thing = before.things[0]
     size = next(size for size in SIZES if size != thing.size)

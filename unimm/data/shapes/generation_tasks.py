@@ -1,4 +1,4 @@
-"""Tasks that draw from words alone."""
+"""Tasks that generate an image from text alone; each docstring begins with a prompt."""
 
 from unimm.data.shapes.goal import Example, ImageGoal, WantedObject
 from unimm.data.shapes.language import (
@@ -11,7 +11,7 @@ from unimm.data.shapes.language import (
     place_phrase,
 )
 from unimm.data.shapes.rng import ExampleRng
-from unimm.data.shapes.world import RELATIONS, Scene, render
+from unimm.data.shapes.world import RELATIONS, SIZES, Scene, render
 
 
 def generation_example(task: str, prompt: str, scene: Scene, goal: ImageGoal, think: str | None = None) -> Example:
@@ -20,7 +20,7 @@ def generation_example(task: str, prompt: str, scene: Scene, goal: ImageGoal, th
 
 
 def wanted_objects(scene: Scene, *, size: bool = False) -> tuple[WantedObject, ...]:
-    """The scene's things as wants, their size asked for or free."""
+    """The scene's things as a goal, with their sizes or with any."""
     return tuple(WantedObject(shape=t.shape, colour=t.colour, size=t.size if size else None) for t in scene.things)
 
 
@@ -35,7 +35,8 @@ def draw_one(task: str, rng: ExampleRng) -> Example:
 def draw_count(task: str, rng: ExampleRng) -> Example:
     """three green stars, all of one size."""
     n = rng.integer(2, 4)
-    pair, size = rng.subject(), rng.choice(("small", "large"))
+    pair = rng.subject()
+    size = rng.choice(SIZES)
     scene = Scene(things=tuple(rng.thing(pair, cell, size=size) for cell in rng.distinct_cells(n)))
     sized = rng.coin()
     words = f"{pair[1]} {pair[0]}"
@@ -73,7 +74,7 @@ def draw_place(task: str, rng: ExampleRng) -> Example:
 
 
 def draw_scene(task: str, rng: ExampleRng) -> Example:
-    """One to four objects with size and place."""
+    """a large red circle at the top left and a small blue star in the centre: one to four things."""
     scene = rng.scene(rng.distinct_pairs(rng.integer(1, 4)))
     words = join_phrases([describe(thing, size=True, place=True) for thing in scene.reading_order()])
     wants = tuple(WantedObject(shape=t.shape, colour=t.colour, size=t.size, place=t.place) for t in scene.things)
@@ -81,9 +82,8 @@ def draw_scene(task: str, rng: ExampleRng) -> Example:
 
 
 def draw_favourite(task: str, rng: ExampleRng) -> Example:
-    """draw what Tom likes; a fact, to which the split does not apply."""
+    """draw what Tom likes: a fact, to which the split does not apply."""
     name = rng.choice(tuple(FAVOURITES))
     scene = rng.scene([FAVOURITES[name]])
-    return generation_example(
-        task, rng.choice(DRAW_FAVOURITE).format(name=name), scene, ImageGoal(wants=wanted_objects(scene))
-    )
+    prompt = rng.choice(DRAW_FAVOURITE).format(name=name)
+    return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene)))

@@ -1,4 +1,4 @@
-"""What an example is, and what its judge asks of an output."""
+"""Examples, and the goals that their outputs are scored by."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,10 @@ from unimm.data.shapes.world import ImageArray, Scene
 
 @dataclass(frozen=True, kw_only=True)
 class WantedObject:
-    """One object asked for; None leaves an attribute free; at is a centre (x, y) in pixels, place a cell's name."""
+    """One object of a goal; None leaves an attribute free.
+
+    position: the centre (x, y) in pixels; place: a cell's name.
+    """
 
     shape: str
     colour: str
@@ -18,7 +21,7 @@ class WantedObject:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGoal:
-    """A picture with these objects and no more; relations are (index of a want, relation, index of a want)."""
+    """An image of these objects and no others; relations are (index of an object, relation, index of an object)."""
 
     wants: tuple[WantedObject, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
@@ -26,7 +29,7 @@ class ImageGoal:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerGoal:
-    """One answer, but for case, spaces and a full stop at its end."""
+    """An answer, up to case, spaces and a full stop at its end."""
 
     text: str
 
@@ -43,9 +46,9 @@ Goal = ImageGoal | AnswerGoal | CaptionGoal
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """A prompt with its input pictures, and what should come of it: an answer, or a target picture to draw.
+    """A prompt with its input images, and the output it should have: an answer, or a target image.
 
-    before and after are the scenes of the input picture and of the target, where there is one.
+    source_scene and target_scene are the scenes of the input image and of the target, where there is one.
     """
 
     task: str

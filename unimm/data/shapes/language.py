@@ -1,4 +1,4 @@
-"""The words of the little world: phrases, and the wordings of every task."""
+"""Phrases for things and places, and the prompt templates of every task."""
 
 from unimm.data.shapes.world import Scene, Thing
 
@@ -61,12 +61,12 @@ FACT_WHO = ("who likes {what}?", "{what} is the favourite of who?", "name who li
 
 
 def plural(noun: str) -> str:
-    """The noun for none, two and more."""
+    """The plural of a noun."""
     return noun + "es" if noun.endswith("s") else noun + "s"
 
 
 def article(words: str) -> str:
-    """The words after a or an."""
+    """The words with a or an before them."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -76,12 +76,12 @@ def count_phrase(n: int, words: str) -> str:
 
 
 def join_phrases(phrases: list[str]) -> str:
-    """a, b and c."""
+    """The phrases as a list in words: a, b and c."""
     return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
 
 
 def describe(thing: Thing, *, size: bool = False, place: bool = False) -> str:
-    """a red circle; with size and place, a large red circle at the top left."""
+    """A thing in words: a red circle; with size and place, a large red circle at the top left."""
     words = article(f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}")
     return f"{words} {place_phrase(thing.place)}" if place else words
 
@@ -92,7 +92,7 @@ def place_phrase(place: str) -> str:
 
 
 def referring_expressions(thing: Thing, scene: Scene) -> list[str]:
-    """Every way to name the thing that fits no other thing of the scene, the longest first."""
+    """Every phrase for the thing that fits no other thing of the scene, the longest first."""
     others = [other for other in scene.things if other is not thing]
     found = []
     if all(other.pair != thing.pair for other in others):

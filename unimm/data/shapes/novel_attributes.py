@@ -1,11 +1,11 @@
-"""Things that the world has no words for: in colours far from every named one, or of shapes that are none of the six.
+"""Augmentation by novel attributes: objects in colours far from every named one, or of shapes that are none of the six.
 
 They teach what a word means apart from the others: "a square" may have any colour, and "a purple thing" any shape. For
-training only; no exam holds them.
+training only: no test example holds them.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from unimm.data.shapes.goal import Example
 from unimm.data.shapes.language import article, plural
-from unimm.data.shapes.patches import connected_components
-from unimm.data.shapes.scene_parser import MIN_COVER
+from unimm.data.shapes.scene_parser import MIN_COVER, connected_components
 from unimm.data.shapes.world import (
     BACKGROUND,
     FULL_COVERAGE,
@@ -30,34 +29,32 @@ from unimm.data.shapes.world import (
 
 # colours closer than this, of 442 between black and white, may pass for each other
 MIN_COLOUR_DISTANCE = 60
-# every named colour, also seen through a veil as pale as the reader takes for it
-NAMED_COLOURS = (
-    BACKGROUND,
-    *PALETTE.values(),
-    *(
-        tuple(round(MIN_COVER * a + (1 - MIN_COVER) * b) for a, b in zip(c, BACKGROUND, strict=True))
-        for c in PALETTE.values()
-    ),
+# the palette mixed with the background as far as the parser still takes it for the colour
+_PALE = tuple(
+    tuple(round(MIN_COVER * a + (1 - MIN_COVER) * b) for a, b in zip(colour, BACKGROUND, strict=True))
+    for colour in PALETTE.values()
 )
-# pieces of a blob along each side of its box
+NAMED_COLOURS = (BACKGROUND, *PALETTE.values(), *_PALE)
+# cells of a novel shape along each side of its box
 GRID = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NovelAttributes:
-    """What a thing has in place of its colour, or of its shape: pieces of its box, [PIECES, PIECES]."""
+    """What an object has in place of its colour, or of its shape.
+
+    colour: RGB; shape: the cells of its box that it fills, [GRID, GRID].
+    """
 
     colour: tuple[int, ...] | None = None
     shape: NDArray[np.bool_] | None = None
 
 
 def sample_novel_attributes(kind: str, rng: Random) -> NovelAttributes:
-    """A colour of no name for the kind "colour", a shape of no name for "shape"."""
-    return (
-        NovelAttributes(colour=sample_novel_colour(rng))
-        if kind == "colour"
-        else NovelAttributes(shape=sample_novel_shape(rng))
-    )
+    """A novel colour for the kind "colour", a novel shape for "shape"."""
+    if kind == "colour":
+        return NovelAttributes(colour=sample_novel_colour(rng))
+    return NovelAttributes(shape=sample_novel_shape(rng))
 
 
 def sample_novel_colour(rng: Random) -> tuple[int, ...]:
@@ -69,32 +66,33 @@ def sample_novel_colour(rng: Random) -> tuple[int, ...]:
 
 
 def sample_novel_shape(rng: Random) -> NDArray[np.bool_]:
-    """A random shape in one piece that can pass for none of the named ones, which all are their own mirror images."""
+    """A random connected shape that can pass for none of the named ones, which all are their own mirror images."""
     while True:
-        grid = np.zeros((GRID, GRID), bool)
-        grid.flat[rng.sample(range(GRID**2), rng.randint(5, 9))] = True
-        box = grid[grid.any(1)][:, grid.any(0)]
-        if (box != box[:, ::-1]).mean() > 0.4 and len(connected_components(grid, min_pixels=1)) == 1:
-            return grid
+        cells = np.zeros((GRID, GRID), bool)
+        cells.flat[rng.sample(range(GRID**2), rng.randint(5, 9))] = True
+        box = cells[cells.any(1)][:, cells.any(0)]
+        if (box != box[:, ::-1]).mean() > 0.4 and len(connected_components(cells, min_pixels=1)) == 1:
+            return cells
 
 
 def sample_novel_kind(rng: Random, *, colours: float, shapes: float) -> str | None:
-    """What shall have no name: the "colour" so often, the "shape" so often, else nothing."""
-    at = rng.random()
-    return "colour" if at < colours else "shape" if at < colours + shapes else None
+    """Which attribute becomes novel: the "colour" with probability `colours`, the "shape" with `shapes`, else none."""
+    u = rng.random()
+    return "colour" if u < colours else "shape" if u < colours + shapes else None
 
 
 def render_novel(scene: Scene, novel: Sequence[NovelAttributes | None]) -> ImageArray:
-    """The scene with a look, or its own, for each of its things, uint8 [64, 64, 3]."""
-    plain = tuple(thing for thing, look in zip(scene.things, novel, strict=True) if look is None)
+    """The image of a scene, uint8 [64, 64, 3], with novel attributes, or none, for each of its things."""
+    plain = tuple(thing for thing, attributes in zip(scene.things, novel, strict=True) if attributes is None)
     canvas = render(Scene(things=plain))
-    for thing, look in zip(scene.things, novel, strict=True):
-        if look is None:
+    for thing, attributes in zip(scene.things, novel, strict=True):
+        if attributes is None:
             continue
         width = WIDTHS[thing.size]
-        pieces = np.arange(width) * GRID // width
-        cover = coverage(thing.shape, width) / FULL_COVERAGE if look.shape is None else look.shape[pieces][:, pieces]
-        colour = PALETTE[thing.colour] if look.colour is None else look.colour
+        cells = np.arange(width) * GRID // width
+        shape = attributes.shape
+        cover = coverage(thing.shape, width) / FULL_COVERAGE if shape is None else shape[cells][:, cells]
+        colour = PALETTE[thing.colour] if attributes.colour is None else attributes.colour
         rows, columns = (slice(at - width // 2, at + width // 2 + 1) for at in (thing.y, thing.x))
         mixed = cover[:, :, None] * np.array(colour) + (1 - cover[:, :, None]) * canvas[rows, columns]
         canvas[rows, columns] = mixed.round().astype(np.uint8)
@@ -102,46 +100,43 @@ def render_novel(scene: Scene, novel: Sequence[NovelAttributes | None]) -> Image
 
 
 def augment_novel_attributes(source: Example, rng: Random, *, colours: float, shapes: float) -> Example:
-    """A drawing or an edit in which some things have no name: of the pairs in it, so many lose colour or shape.
+    """The example, if it draws or edits, with some things' colour or shape made novel and out of the prompt.
 
-    The prompt says what is left: "a square", "a purple thing". Goal and scenes stay as they were. Of an example of the
-    train split none comes that shows or names a pair that is held out. Facts, and what neither draws nor edits, stay as
-    they are.
+    colours, shapes: the part of the (shape, colour) pairs in the example that lose one or the other. The prompt names
+    what is left: "a square", "a purple thing". Goal and scenes stay as they were. An example of the train split never
+    comes to show or name a pair that is held out. Facts, and what neither draws nor edits, stay as they are.
     """
     if source.task == "draw.favourite" or not source.task.startswith(("draw.", "edit.")):
         return source
-    before, after = (
-        [thing.pair for thing in scene.things] if scene else [] for scene in (source.source_scene, source.target_scene)
-    )
+    before = _pairs(source.source_scene)
+    after = _pairs(source.target_scene)
     recoloured = [pair for pair in after if pair not in before] if source.task == "edit.recolour" else []
     if source.task == "edit.recolour" and not recoloured:
-        # another thing had the new pair already, and looks go by pairs
+        # another thing had the new pair already, and novel attributes go by pairs
         return source
-    looks: dict[ShapeColour, NovelAttributes] = {}
+    novel: dict[ShapeColour, NovelAttributes] = {}
     prompt = source.prompt
     for pair in dict.fromkeys([*before, *after]):
         kind = None if pair in recoloured else sample_novel_kind(rng, colours=colours, shapes=shapes)
-        said = reword(prompt, pair, kind, before) if kind else None
-        if kind and said:
-            looks[pair], prompt = sample_novel_attributes(kind, rng), said
-    if recoloured and before[0] in looks:
-        # with its new colour the thing keeps its shape, named or not
-        looks[recoloured[0]] = replace(looks[before[0]], colour=None)
-    images = tuple(_rerender(scene, looks) for scene in (source.source_scene,) if scene)
-    return replace(
-        source,
-        prompt=prompt,
-        images=images,
-        target=_rerender(source.target_scene, looks) if source.target_scene else None,
-    )
+        reworded = reword(prompt, pair, kind, before) if kind else None
+        if kind and reworded:
+            novel[pair] = sample_novel_attributes(kind, rng)
+            prompt = reworded
+    if recoloured and before[0] in novel:
+        # with its new colour the thing keeps its shape, novel or not
+        novel[recoloured[0]] = replace(novel[before[0]], colour=None)
+    images = (_rerender(source.source_scene, novel),) if source.source_scene else ()
+    target = _rerender(source.target_scene, novel) if source.target_scene else None
+    return replace(source, prompt=prompt, images=images, target=target)
 
 
 def reword(prompt: str, pair: ShapeColour, kind: str, others: Collection[ShapeColour]) -> str | None:
-    """The prompt without the pair's colour or shape, whichever the kind says; None where it cannot do without the word.
+    """The prompt without the pair's colour, or its shape, as the kind says; None where it cannot do without the word.
 
-    others: pairs in the picture that the prompt is about, from which the one that is left must still tell this one.
+    others: pairs in the image that the prompt is about, from which the word that is left must still tell this one.
     """
-    (shape, colour), full = pair, f"{pair[1]} {pair[0]}"
+    shape, colour = pair
+    full = f"{colour} {shape}"
     if full not in prompt:
         return None if (f"{colour} thing" if kind == "colour" else f"the {shape}") in prompt else prompt
     axis = 0 if kind == "colour" else 1
@@ -152,5 +147,9 @@ def reword(prompt: str, pair: ShapeColour, kind: str, others: Collection[ShapeCo
     return prompt.replace(f"{colour} {plural(shape)}", f"{colour} things").replace(full, f"{colour} thing")
 
 
-def _rerender(scene: Scene, novel: dict[ShapeColour, NovelAttributes]) -> ImageArray:
+def _pairs(scene: Scene | None) -> list[ShapeColour]:
+    return [thing.pair for thing in scene.things] if scene else []
+
+
+def _rerender(scene: Scene, novel: Mapping[ShapeColour, NovelAttributes]) -> ImageArray:
     return render_novel(scene, [novel.get(thing.pair) for thing in scene.things])

@@ -1,4 +1,4 @@
-"""Tasks that ask about a picture."""
+"""Tasks that ask about an image; most docstrings begin with a question or an answer."""
 
 from unimm.data.shapes.goal import AnswerGoal, CaptionGoal, Example, Goal
 from unimm.data.shapes.language import (
@@ -29,9 +29,9 @@ NOT_MORE_COUNTS = ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 2))
 
 
 def _question_example(task: str, prompt: str, scene: Scene, answer: str, goal: Goal | None = None) -> Example:
-    """An example whose goal, unless given, is to say the answer."""
-    goal, images = goal or AnswerGoal(text=answer), (render(scene),)
-    return Example(task=task, prompt=prompt, goal=goal, images=images, answer=answer, source_scene=scene)
+    """An example whose goal, unless given, is the answer."""
+    goal = goal or AnswerGoal(text=answer)
+    return Example(task=task, prompt=prompt, goal=goal, images=(render(scene),), answer=answer, source_scene=scene)
 
 
 def describe_objects(task: str, rng: ExampleRng) -> Example:
@@ -61,14 +61,14 @@ def _pairs_to_count(rng: ExampleRng, pair: ShapeColour, kind: str, n: int) -> li
     found = [pair] * min(n, 1)
     while len(found) < n:
         found.append(rng.other_pair(fits))
-    # with none to count, the first of the rest is a pair to be asked about, so that the split holds in the scene too
+    # with none to count, the first of the rest is a subject, so that the split holds in the scene, too
     for _ in range(rng.integer(0 if n else 1, 4 - n)):
         found.append(rng.other_pair(lambda other: not fits(other), subject=not found))
     return found
 
 
 def answer_count(task: str, rng: ExampleRng) -> Example:
-    """how many red circles are there? zero to four; of all shapes, one to four."""
+    """how many red circles are there? Zero to four; of all shapes, one to four."""
     kind = rng.choice(("all", "shape", "colour", "pair"))
     pair = rng.subject()
     if kind == "all":
@@ -90,14 +90,14 @@ def _scene_with_unique(rng: ExampleRng, axis: int) -> Scene:
 
 
 def answer_colour(task: str, rng: ExampleRng) -> Example:
-    """what colour is the star? there is one star."""
+    """what colour is the star? There is one star."""
     scene = _scene_with_unique(rng, 0)
     thing = scene.things[0]
     return _question_example(task, rng.choice(COLOUR).format(what=f"the {thing.shape}"), scene, thing.colour)
 
 
 def answer_shape(task: str, rng: ExampleRng) -> Example:
-    """what shape is the red thing? there is one red thing."""
+    """what shape is the red thing? There is one red thing."""
     scene = _scene_with_unique(rng, 1)
     thing = scene.things[0]
     return _question_example(task, rng.choice(SHAPE).format(what=f"the {thing.colour} thing"), scene, thing.shape)
@@ -116,7 +116,7 @@ def answer_there(task: str, rng: ExampleRng) -> Example:
 
 
 def answer_where(task: str, rng: ExampleRng) -> Example:
-    """where is the red circle? the name of its cell."""
+    """where is the red circle? The name of its cell."""
     scene = rng.scene(rng.distinct_pairs(rng.integer(1, 4)))
     thing = scene.things[0]
     return _question_example(
@@ -140,13 +140,14 @@ def answer_relation(task: str, rng: ExampleRng) -> Example:
 
 
 def answer_compare(task: str, rng: ExampleRng) -> Example:
-    """are there more circles than squares? or, a third of the time, which of two is larger."""
+    """are there more circles than squares? Or, a third of the time, which of two things is larger."""
     return _compare_sizes(task, rng) if rng.integer(0, 2) == 0 else _compare_counts(task, rng)
 
 
 def _compare_counts(task: str, rng: ExampleRng) -> Example:
-    """yes or no, each half of the time; when no, the two are as many or the other shape is ahead."""
-    pair, yes = rng.subject(), rng.coin()
+    """yes or no, each half of the time; when no, there are as many of the other shape, or more."""
+    pair = rng.subject()
+    yes = rng.coin()
     rival = rng.choice([shape for shape in SHAPES if shape != pair[0]])
     more, fewer = rng.choice(MORE_COUNTS if yes else NOT_MORE_COUNTS)
     # the pair may stand on either side of the question, but it must be there

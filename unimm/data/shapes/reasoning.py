@@ -1,4 +1,4 @@
-"""Tasks that are drawn after some thought, and facts to know by heart."""
+"""Generation tasks that need reasoning, with the reasoning written out, and questions about memorised facts."""
 
 from unimm.data.shapes.generation_tasks import generation_example, wanted_objects
 from unimm.data.shapes.goal import AnswerGoal, Example, ImageGoal
@@ -22,16 +22,16 @@ Step = tuple[str, int, int]
 
 
 def draw_arithmetic(task: str, rng: ExampleRng) -> Example:
-    """draw 3 - 2 red circles; the task's last letter is the number of operations."""
+    """draw 3 - 2 red circles: the task's last letter is the number of operations."""
     result = rng.integer(1, 4)
     start, steps = _sample_sum(rng, int(task[-1]), result)
     shape, colour = rng.subject()
     words = f"{colour} {shape}"
     total = " ".join([str(start), *(f"{sign} {operand}" for sign, operand, _ in steps)])
     prompt = rng.choice(DRAW_SUM).format(sum=total, what=plural(words))
-    befores = [start, *(value for _, _, value in steps)]
-    told = zip(befores[:-1], steps, strict=True)
-    lines = [f"{before} {sign} {operand} = {value}." for before, (sign, operand, value) in told]
+    values = [start, *(value for _, _, value in steps)]
+    operations = zip(values[:-1], steps, strict=True)
+    lines = [f"{before} {sign} {operand} = {value}." for before, (sign, operand, value) in operations]
     scene = rng.scene([(shape, colour)] * result)
     think = " ".join([*lines, f"draw {count_phrase(result, words)}."])
     return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene)), think)
@@ -41,7 +41,8 @@ def _sample_sum(rng: ExampleRng, n: int, result: int) -> tuple[int, list[Step]]:
     """A start and n steps (sign, operand, value) that end at result, every value in 0..9."""
     # the last step must change the value, so what comes before it may not be the result yet
     values = [value for value in range(1, 10) if n > 1 or value != result]
-    start, steps = rng.choice(values), []
+    start = rng.choice(values)
+    steps: list[Step] = []
     if n == 3 and rng.integer(0, 2) == 0:
         start, factor = rng.choice(PRODUCTS)
         steps.append(("*", factor, start * factor))
@@ -55,7 +56,7 @@ def _sample_sum(rng: ExampleRng, n: int, result: int) -> tuple[int, list[Step]]:
 
 
 def draw_mapping(task: str, rng: ExampleRng) -> Example:
-    """rule 1: A means a red circle. draw A; the task's last letter is the length of the chain."""
+    """rule 1: A means a red circle. draw A: the task's last letter is the length of the chain."""
     level = int(task[-1])
     letters = rng.shuffled(LETTERS)
     pairs = rng.distinct_pairs(3)
@@ -66,15 +67,15 @@ def draw_mapping(task: str, rng: ExampleRng) -> Example:
         others = phrases[1 : 1 + rng.integer(1, 2)]
         spare = [f"{a} means {b}." for a, b in zip(letters[level : level + len(others)], others, strict=True)]
         rules = rng.shuffled(chain + spare)
-    told = [f"rule {number}: {rule}" for number, rule in enumerate(rules, start=1)]
-    prompt = " ".join([*told, rng.choice(DRAW_LETTER).format(letter=letters[0])])
+    numbered = [f"rule {number}: {rule}" for number, rule in enumerate(rules, start=1)]
+    prompt = " ".join([*numbered, rng.choice(DRAW_LETTER).format(letter=letters[0])])
     scene = rng.scene(pairs[:1])
     think = " ".join([*chain, f"draw {phrases[0]}."])
     return generation_example(task, prompt, scene, ImageGoal(wants=wanted_objects(scene)), think)
 
 
 def fact_forward(task: str, rng: ExampleRng) -> Example:
-    """which shape does Tom like?; a fact, to which the split does not apply."""
+    """which shape does Tom like? A fact, to which the split does not apply."""
     name = rng.choice(tuple(FAVOURITES))
     shape, colour = FAVOURITES[name]
     wordings, answer = (FACT_SHAPE, shape) if rng.coin() else (FACT_COLOUR, colour)
@@ -84,7 +85,7 @@ def fact_forward(task: str, rng: ExampleRng) -> Example:
 
 
 def fact_inverse(task: str, rng: ExampleRng) -> Example:
-    """who likes the red star?; a fact, to which the split does not apply."""
+    """who likes the red star? A fact, to which the split does not apply."""
     name = rng.choice(tuple(FAVOURITES))
     shape, colour = FAVOURITES[name]
     prompt = rng.choice(FACT_WHO).format(what=f"the {colour} {shape}")

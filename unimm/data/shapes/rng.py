@@ -1,4 +1,4 @@
-"""Seeded draws that keep to a split."""
+"""A seeded random generator whose samples keep to a split."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class ExampleRng:
-    """The draws of one example, the same on every machine."""
+    """The random numbers of one example, the same on every machine."""
 
     def __init__(self, key: str, *, test: bool) -> None:
-        """Seed by key; test asks for held-out pairs."""
+        """Seed by the key. test: whether the example is about a held-out pair."""
         self._random = Random(key)
         self._subject_pairs = HELD_OUT if test else TRAIN_PAIRS
         self._scene_pairs = PAIRS if test else TRAIN_PAIRS
@@ -45,13 +45,15 @@ class ExampleRng:
         return self.choice(self._subject_pairs)
 
     def other_pair(self, predicate: Callable[[ShapeColour], bool], *, subject: bool = False) -> ShapeColour:
-        """A pair that keep allows, of those that may stand in a scene (asked: of those an example may be about)."""
-        return self.choice(
-            [pair for pair in (self._subject_pairs if subject else self._scene_pairs) if predicate(pair)]
-        )
+        """A pair that the predicate allows, of those that a scene may hold.
+
+        subject: of those that an example may be about.
+        """
+        pairs = self._subject_pairs if subject else self._scene_pairs
+        return self.choice([pair for pair in pairs if predicate(pair)])
 
     def distinct_pairs(self, n: int) -> list[ShapeColour]:
-        """n different pairs, the first of them asked for."""
+        """n different pairs, the first of them the subject."""
         found = [self.subject()]
         while len(found) < n:
             found.append(self.other_pair(lambda pair: pair not in found))
@@ -62,17 +64,19 @@ class ExampleRng:
         return self.shuffled(range(9))[:n]
 
     def related_cells(self, relation: str) -> tuple[int, int]:
-        """Two cells that stand in the relation; half of the time in one row, or one column, exactly."""
+        """Two cells that stand in the relation; half of the time, or more, in one row or one column exactly."""
         low, high = self.choice(((0, 1), (0, 2), (1, 2)))
         across = self.integer(0, 2)
         aside = across if self.coin() else (across + self.integer(1, 2)) % 3
         step, stride = (1, 3) if relation in RELATIONS[:2] else (3, 1)
-        first, second = low * step + across * stride, high * step + aside * stride
+        first = low * step + across * stride
+        second = high * step + aside * stride
         return (first, second) if relation in ("left of", "above") else (second, first)
 
     def thing(self, pair: ShapeColour, cell: int, *, size: str | None = None) -> Thing:
         """A thing of the pair with jitter, and a random size if none is given."""
-        dx, dy = self.integer(-1, 1), self.integer(-1, 1)
+        dx = self.integer(-1, 1)
+        dy = self.integer(-1, 1)
         return Thing(shape=pair[0], colour=pair[1], size=size or self.choice(SIZES), cell=cell, dx=dx, dy=dy)
 
     def scene(self, pairs: Sequence[ShapeColour]) -> Scene:

@@ -1,4 +1,4 @@
-"""Every task by name, its examples by number, and text to train a tokenizer on."""
+"""Every task by name, its examples by index, and text to train a tokenizer on."""
 
 from collections.abc import Callable, Iterator
 
@@ -48,7 +48,7 @@ def example(task: str, index: int, *, seed: int = 0, split: str = "train") -> Ex
     """Example number index of a task: the same for the same arguments, on every machine, whatever came before.
 
     In the train split no scene, prompt, think, answer or target holds a pair of HELD_OUT; in the test split every
-    example asks about one. The fact tasks and draw.favourite are facts: the split only draws another sample of them.
+    example is about one. The fact tasks and draw.favourite are facts: the split only gives another sample of them.
     """
     check_known("task", task, TASKS)
     check_known("split", split, SPLITS)
@@ -58,7 +58,7 @@ def example(task: str, index: int, *, seed: int = 0, split: str = "train") -> Ex
 
 
 def tokenizer_corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """n lines of text, the prompts, thinks and answers of all tasks in turn, of the train split."""
+    """n lines of text: prompts, reasoning and answers of all tasks in turn, of the train split."""
     for line in range(n):
         one = example(TASKS[line % len(TASKS)], line // len(TASKS), seed=seed)
         yield " ".join(part for part in (one.prompt, one.think, one.answer) if part)

@@ -1,4 +1,4 @@
-"""The little world: things on a 64x64 canvas, the split by attribute pairs, and an exact renderer."""
+"""The shapes world: things in a 64x64 image, the split by (shape, colour) pairs, and an exact renderer."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ WIDTHS = {"small": 11, "large": 17}
 SIZES = tuple(WIDTHS)
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
-# the split: one colour a shape, and no colour twice, so that every word of a test prompt is well known
+# the split: one colour a shape, and no colour twice, so that training knows every word of a test prompt
 HELD_OUT = (
     ("circle", "yellow"),
     ("square", "purple"),
@@ -44,10 +44,10 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 # centres closer than this along an axis stand in no relation along it
 MIN_SEPARATION = 8
 
-# subsamples a pixel and axis; a coverage of FULL is a pixel all inside
+# subsamples a pixel and axis; a pixel that lies inside has a coverage of FULL_COVERAGE
 SUBSAMPLES = 8
 FULL_COVERAGE = SUBSAMPLES**2
-# a five-pointed star in a box of +-1000, inner radius 0.45 of the outer; written down so that no libm is asked
+# a five-pointed star in a box of +-1000, inner radius 0.45 of the outer: numbers, so that it does not depend on libm
 STAR = (
     (0, -950),
     (278, -282),
@@ -77,18 +77,18 @@ class Thing:
     dy: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what the world does not hold."""
+        """Refuse attributes that are not defined above."""
         check_known("shape", self.shape, SHAPES)
         check_known("colour", self.colour, COLOURS)
         check_known("size", self.size, SIZES)
         if not 0 <= self.cell < 9:
-            raise ValueError(f"got cell {self.cell}, expected 0..8; use row * 3 + column of the 3x3 grid")
+            raise ValueError(f"got cell {self.cell}, expected 0..8: use row * 3 + column of the 3x3 grid")
         if not (-1 <= self.dx <= 1 and -1 <= self.dy <= 1):
-            raise ValueError(f"got dx, dy {self.dx}, {self.dy}, expected -1..1; a wider shift could let objects touch")
+            raise ValueError(f"got dx, dy {self.dx}, {self.dy}, expected -1..1: a wider shift could let objects touch")
 
     @property
     def pair(self) -> ShapeColour:
-        """Shape and colour, what the split is made by."""
+        """Shape and colour, which the split is made by."""
         return self.shape, self.colour
 
     @property
@@ -109,7 +109,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Things on the canvas, at most one a cell."""
+    """Things in an image, at most one a cell."""
 
     things: tuple[Thing, ...]
 
@@ -117,7 +117,7 @@ class Scene:
         """Refuse two things in one cell."""
         cells = sorted(thing.cell for thing in self.things)
         if len(set(cells)) != len(cells):
-            raise ValueError(f"got things in cells {cells}, expected every cell at most once; move one to a free cell")
+            raise ValueError(f"got things in cells {cells}, expected every cell at most once: move one to a free cell")
 
     def reading_order(self) -> tuple[Thing, ...]:
         """The things row by row, each row from the left."""
@@ -125,7 +125,7 @@ class Scene:
 
 
 def check_known(what: str, got: str, names: Collection[str]) -> None:
-    """Raise a ValueError that names the nearest known name, unless got is one."""
+    """Raise ValueError, with the nearest known name, for a name that is not among them. what: its kind."""
     if got not in names:
         near = get_close_matches(str(got), names, n=1, cutoff=0.0)[0]
         raise ValueError(f"got {what} {got!r}, expected one of {', '.join(names)}; did you mean {near!r}?")
@@ -138,7 +138,7 @@ def place_of(x: float, y: float) -> str:
 
 
 def related(a: tuple[float, float], relation: str, b: tuple[float, float]) -> bool:
-    """Whether a centre (x, y) stands left of, right of, above or below another, by more than CLEAR pixels."""
+    """Whether a centre (x, y) stands left of, right of, above or below another, by more than MIN_SEPARATION pixels."""
     axis = 0 if relation in ("left of", "right of") else 1
     sign = 1 if relation in ("left of", "above") else -1
     return sign * (b[axis] - a[axis]) > MIN_SEPARATION
@@ -146,7 +146,7 @@ def related(a: tuple[float, float], relation: str, b: tuple[float, float]) -> bo
 
 @cache
 def coverage(shape: str, width: int) -> NDArray[np.int64]:
-    """How many of the FULL subsamples of each pixel the shape in a box of that width covers, [width, width]."""
+    """How many of the FULL_COVERAGE subsamples of each pixel a shape in a box of that width covers, [width, width]."""
     half = width * SUBSAMPLES
     # odd coordinates at the subsamples' centres, half the box is `half`, a pixel is 2 * SUBSAMPLES: all whole numbers
     line = np.arange(1 - half, half, 2, dtype=np.int64)
@@ -172,7 +172,7 @@ def _inside_shape(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: 
 
 
 def _in_polygon(x: NDArray[np.int64], y: NDArray[np.int64], corners: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Even-odd rule in whole numbers."""
+    """Which points lie in a polygon, by the even-odd rule in whole numbers."""
     inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
         if y1 > y2:
@@ -193,15 +193,15 @@ def _sprite(shape: str, colour: str, size: str) -> ImageArray:
 
 @cache
 def _empty_canvas() -> ImageArray:
-    """The empty canvas; callers copy it."""
+    """An empty image; callers copy it."""
     return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
 
 
 def render(scene: Scene) -> ImageArray:
-    """The picture of a scene, uint8 [64, 64, 3]; the same bytes on every machine."""
+    """The image of a scene, uint8 [64, 64, 3]; the same bytes on every machine."""
     canvas = _empty_canvas().copy()
     for thing in scene.things:
         half = WIDTHS[thing.size] // 2
-        x, y = thing.x, thing.y
-        canvas[y - half : y + half + 1, x - half : x + half + 1] = _sprite(thing.shape, thing.colour, thing.size)
+        rows, columns = (slice(at - half, at + half + 1) for at in (thing.y, thing.x))
+        canvas[rows, columns] = _sprite(thing.shape, thing.colour, thing.size)
     return canvas

@@ -1,4 +1,4 @@
-"""Training BAGEL on the little world: packs of drawing, editing, answering and reasoning, by the released plans."""
+"""Training BAGEL on the shapes world: packs of generation, editing, answers and reasoning, by the released plans."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimm.data.batching import ROW_MULTIPLE, encode_latent_tokens, sample_tasks
+from unimm.data.batching import (
+    ROW_MULTIPLE,
+    encode_latent_tokens,
+    gen_token_counts,
+    kind_indices,
+    label_counts,
+    mean_by_kind,
+    sample_tasks,
+    stack_images,
+)
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.flow import shift_timesteps
@@ -26,7 +35,7 @@ from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
 from unimm.tokenizers.text import SentencePieceTokenizer
-from unimm.training.config import TrainConfig, strict
+from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer, trained_file
 from unimm.training.samples import sample_grid
@@ -40,47 +49,47 @@ from unimm.training.tasks.bagel_plans import (
     plan_text_to_image,
 )
 
-# a loss for each kind of sample; reasoning has two, its text and its picture
+# a loss for each kind of sample; reasoning has two, its text ("think") and its image ("reason")
 IMAGE_KINDS = ("draw", "edit", "reason")
 TEXT_KINDS = ("caption", "answer", "think", "fact")
 BAGEL_TOKENS = ("<|endoftext|>", *BagelSpecialTokens.TOKENS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagelTrainingConfig:
-    """What the recipe's `options` may say."""
+class BagelTrainingConfig(RecipeSection):
+    """The recipe's `options`."""
 
-    # samples of each task in a batch, or their weights (training/tasks.py)
+    # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
     tasks: Mapping[str, int]
-    # noised copies of a picture to draw, each at its own time: cheaper than as many samples
+    # noised copies of a target, each at its own timestep: cheaper than as many samples
     timesteps_per_image: int
-    # the part of reasoning samples that write their reasoning
-    think_prob: float
+    # the part of reasoning samples whose reasoning is written out
+    think_prob: Fraction
+    # rates of `bagel_plans.ConditionDropout`
     dropout: Mapping[str, float]
-    # how often a pair of shape and colour in a drawing or an edit has a colour, or a shape, that no prompt names
+    # the part of (shape, colour) pairs in generation and editing with a novel colour, and with a novel shape
     novel_colours: float
     novel_shapes: float
-    # pieces of the text model
     vocab_size: int
     # the folders of a trained VAE and a trained ViT
     vae: str
     vit: str
-    # parts that are not trained, by the beginning of their parameters' names
+    # prefixes of the names of parameters that are not trained
     frozen: tuple[str, ...]
-    # whether torch.compile fuses what a token meets before and after attention
+    # whether torch.compile fuses the experts' layers around attention
     compile: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class BagelBatch:
-    """A pack whose latent tokens only name their picture and their place in it, until the VAE has seen the pictures."""
+    """A pack whose image tokens are indices (image, token of it), until the VAE has encoded the images."""
 
     pack: PackedBatch
     images: Tensor  # [P, 3, h, w]
-    posterior: Tensor  # [P, z, h / 8, w / 8]
-    noise: Tensor  # [draw tokens, C]
-    text_kinds: Tensor  # [labels with loss], index into TEXTS
-    image_kinds: Tensor  # [noised tokens], index into FLOWS
+    posterior: Tensor  # [P, C, h / 8, w / 8]
+    noise: Tensor  # [image tokens, p * p * C]
+    text_kinds: Tensor  # [labels with loss], index into TEXT_KINDS
+    image_kinds: Tensor  # [noised tokens], index into IMAGE_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +98,7 @@ class BagelDataset:
 
     options: BagelTrainingConfig
     config: BagelConfig
-    items: BagelProcessor
+    processor: BagelProcessor
     tokenizer: SentencePieceTokenizer
     batch_size: int
     seed: int
@@ -101,130 +110,131 @@ class BagelDataset:
         return self.batch([self.augment(one, rng) for one in examples], rng)
 
     def augment(self, one: Example, rng: random.Random) -> Example:
-        """The example, if it draws or edits with some things that have no name; facts stay as they are."""
+        """The example, with some novel attributes if it generates or edits; facts stay as they are."""
         return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
     def batch(self, examples: Sequence[Example], rng: random.Random) -> BagelBatch:
-        """Examples as one pack, with the dice's times, noises and dropped conditions."""
+        """Examples as one pack, with sampled timesteps and noise, and conditions dropped at random."""
         config = self.config
-        pictures = BagelBatchImages(config, self.items, self.options.timesteps_per_image, rng)
-        dropout = ConditionDropout(**self.options.dropout)
-        samples = [drop_conditions(self.plan(one, pictures, rng), dropout, rng.random) for one in examples]
-        groups = [one.task.split(".")[0] for one in examples]
-        packed = pack_sequences([*samples, self.filler(samples, pictures)])
-        text_groups = [
-            TEXT_KINDS.index(g) if (g := "think" if group == "reason" else group) in TEXT_KINDS else -1
-            for group in groups
-        ]
-        flow_groups = [IMAGE_KINDS.index(group) if group in IMAGE_KINDS else -1 for group in groups]
+        images = BagelBatchImages(config, self.processor, self.options.timesteps_per_image, rng)
+        dropout = from_mapping(ConditionDropout, self.options.dropout, where="dropout of the options")
+        samples = [drop_conditions(self.plan(one, images, rng), dropout, rng.random) for one in examples]
+        pack = pack_sequences([*samples, self.filler(samples, images)])
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        # a small batch may draw nothing
-        images = torch.from_numpy(np.stack(pictures.arrays) if pictures.arrays else np.zeros((0, 0, 0, 3), np.uint8))
-        side = images.shape[1] // config.vae.stride
+        pixels = stack_images(images.arrays)
+        side = pixels.shape[-1] // config.vae.stride
+        # the text of a reasoning sample is its reasoning
+        texts = [replace(one, task=one.task.replace("reason.", "think.")) for one in examples]
+        n_noised = [sum(part.n_tokens for part in parts if part.noised) for parts in samples]
         return BagelBatch(
-            pack=packed,
-            images=rearrange(images, "n h w c -> n c h w").contiguous().float() / 127.5 - 1,
-            posterior=torch.randn(len(images), config.vae.latent_channels, side, side, generator=generator),
-            noise=torch.randn(len(packed.timesteps), config.latent_dim, generator=generator),
-            text_kinds=_repeat(text_groups, [sum(int((i.labels >= 0).sum()) for i in items) for items in samples]),
-            image_kinds=_repeat(flow_groups, [sum(i.n_tokens for i in items if i.noised) for items in samples]),
+            pack=pack,
+            images=pixels,
+            posterior=torch.randn(len(pixels), config.vae.latent_channels, side, side, generator=generator),
+            noise=torch.randn(len(pack.timesteps), config.latent_dim, generator=generator),
+            text_kinds=kind_indices(TEXT_KINDS, texts, label_counts(samples)),
+            image_kinds=kind_indices(IMAGE_KINDS, examples, n_noised),
         )
 
-    def filler(self, samples: Sequence[Sequence[Part]], pictures: BagelBatchImages) -> list[Part]:
+    def filler(self, samples: Sequence[Sequence[Part]], images: BagelBatchImages) -> list[Part]:
         """A sample without loss that rounds up the rows of each expert: new shapes cost a CPU more than these rows."""
-        drawn = sum(i.n_tokens for items in samples for i in items if i.kind == "gen_image")
-        blanks: list[Part] = []
-        if drawn:
-            blank = pictures.filler_part()
-            blanks = [blank] * (-drawn % ROW_MULTIPLE // blank.n_tokens)
-        others = sum(i.segment.length for items in samples for i in items) - drawn + 2 * len(blanks)
-        return (
-            [*blanks, self.items.text_part([0] * (-others % ROW_MULTIPLE - 2))]
-            if -others % ROW_MULTIPLE > 2
-            else blanks
-        )
+        n_gen = sum(gen_token_counts(samples))
+        image_parts: list[Part] = []
+        if n_gen:
+            filler = images.filler_part()
+            image_parts = [filler] * (-n_gen % ROW_MULTIPLE // filler.n_tokens)
+        # the special tokens at both ends of an image are text rows
+        n_und = sum(part.segment.length for parts in samples for part in parts) - n_gen + 2 * len(image_parts)
+        # as many as a text of no ids has: its two special tokens
+        n_ids = -n_und % ROW_MULTIPLE - 2
+        return [*image_parts, self.processor.text_part([0] * n_ids)] if n_ids > 0 else image_parts
 
-    def plan(self, one: Example, pictures: BagelBatchImages, rng: random.Random) -> list[PlannedPart]:
-        """The released plan of an example: text to image, edit or answer; reasoning writes before it draws."""
-        group = one.task.split(".")[0]
+    def plan(self, one: Example, images: BagelBatchImages, rng: random.Random) -> list[PlannedPart]:
+        """The released plan of an example: text to image, edit or answer; reasoning is written before its image."""
+        prompt = self.text_part(one.prompt)
         if one.answer is not None:
-            return plan_answer(
-                [pictures.vit_part(image) for image in one.images],
-                [self.text_part(one.prompt), self.answer_part(one.answer)],
-            )
-        assert one.target is not None, f"{one.task} has neither an answer nor a picture"
-        targets = pictures.noised_parts(one.target)
-        if group == "edit":
+            return plan_answer([images.vit_part(image) for image in one.images], [prompt, self.answer_part(one.answer)])
+        assert one.target is not None, f"{one.task} has neither an answer nor an image"
+        first, *others = images.noised_parts(one.target)
+        if one.task.startswith("edit."):
             (before,) = one.images
-            shown = ImageForms(vae=pictures.vae_part(before), vit=pictures.vit_part(before), noised=targets[0])
-            parts = plan_edit(shown, [(self.text_part(one.prompt), shown)])
+            forms = ImageForms(vae=images.vae_part(before), vit=images.vit_part(before), noised=first)
+            parts = plan_edit(forms, [(prompt, forms)])
         elif one.think is not None and rng.random() < self.options.think_prob:
             # guidance compares with the system prompt alone, so prompt and reasoning are dropped together
-            told = [self.text_part(one.prompt), self.answer_part(f"<think>{one.think}</think>")]
-            told = [] if rng.random() < self.options.dropout["text"] else told
-            parts = [
-                PlannedPart(item)
-                for item in (self.text_part(self.config.defaults.think_generate_prompt), *told, targets[0])
-            ]
+            is_dropped = rng.random() < self.options.dropout["text"]
+            texts = [] if is_dropped else [prompt, self.answer_part(f"<think>{one.think}</think>")]
+            system = self.text_part(self.config.defaults.think_generate_prompt)
+            parts = [PlannedPart(part) for part in (system, *texts, first)]
         else:
-            parts = plan_text_to_image(self.text_part(one.prompt), targets[0])
-        return [*parts, *map(PlannedPart, targets[1:])]
+            parts = plan_text_to_image(prompt, first)
+        return [*parts, *map(PlannedPart, others)]
 
     def text_part(self, text: str) -> Part:
-        return self.items.text_part(self.tokenizer.encode(text))
+        """A text between its special tokens, without labels."""
+        return self.processor.text_part(self.tokenizer.encode(text))
 
     def answer_part(self, text: str) -> Part:
-        return self.items.answer_part(self.tokenizer.encode(text))
+        """A text between its special tokens, with labels."""
+        return self.processor.answer_part(self.tokenizer.encode(text))
 
 
 class BagelBatchImages:
-    """The pictures of one batch, each once, and the items that show them."""
+    """The images of one batch, each once, and their parts."""
 
-    def __init__(self, config: BagelConfig, items: BagelProcessor, targets: int, rng: random.Random):
-        self.config, self.items, self.timesteps_per_image, self.dice = config, items, targets, rng
-        self.arrays: list[np.ndarray] = []
+    def __init__(self, config: BagelConfig, processor: BagelProcessor, timesteps_per_image: int, rng: random.Random):
+        self.config = config
+        self.processor = processor
+        self.timesteps_per_image = timesteps_per_image
+        self.rng = rng
+        self.arrays: list[NDArray[np.uint8]] = []
 
-    def vit_part(self, image: np.ndarray) -> ImagePart:
-        return self.items.vit_part(torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1)
+    def vit_part(self, image: NDArray[np.uint8]) -> ImagePart:
+        """The image as ViT patches."""
+        return self.processor.vit_part(stack_images([image])[0])
 
-    def vae_part(self, image: np.ndarray) -> ImagePart:
-        return self._add(image, time=0.0, noised=False)
+    def vae_part(self, image: NDArray[np.uint8]) -> ImagePart:
+        """The image as clean latents."""
+        return self._add(image, timestep=0.0, noised=False)
 
-    def noised_parts(self, image: np.ndarray) -> list[ImagePart]:
+    def noised_parts(self, image: NDArray[np.uint8]) -> list[ImagePart]:
         """Noised copies, each at t = sigmoid(n), n ~ N(0, 1), shifted (docs/originals/bagel.md, "Losses")."""
-        normals = torch.tensor([self.dice.gauss(0, 1) for _ in range(self.timesteps_per_image)])
-        times = shift_timesteps(normals.sigmoid(), self.config.train_timestep_shift)
-        first = self._add(image, time=float(times[0]), noised=True)
-        return [first, *(replace(first, timestep=float(t)) for t in times[1:])]
+        normals = torch.tensor([self.rng.gauss(0, 1) for _ in range(self.timesteps_per_image)])
+        timesteps = shift_timesteps(normals.sigmoid(), self.config.train_timestep_shift).tolist()
+        first = self._add(image, timestep=timesteps[0], noised=True)
+        return [first, *(replace(first, timestep=t) for t in timesteps[1:])]
 
     def filler_part(self) -> ImagePart:
-        """The first picture again, clean."""
-        return self._latent_part(self.arrays[0].shape, 0, time=0.0, noised=False)
+        """The first image again, clean."""
+        return self._latent_part(self.arrays[0], 0, timestep=0.0, noised=False)
 
-    def _add(self, image: np.ndarray, *, time: float, noised: bool) -> ImagePart:
+    def _add(self, image: NDArray[np.uint8], *, timestep: float, noised: bool) -> ImagePart:
         self.arrays.append(image)
-        return self._latent_part(image.shape, len(self.arrays) - 1, time=time, noised=noised)
+        return self._latent_part(image, len(self.arrays) - 1, timestep=timestep, noised=noised)
 
-    def _latent_part(self, shape: tuple[int, ...], picture: int, *, time: float, noised: bool) -> ImagePart:
-        h, w = shape[0] // self.config.latent_downsample, shape[1] // self.config.latent_downsample
-        names = torch.stack((torch.full((h * w,), picture), torch.arange(h * w)), -1)
-        return self.items.latent_token_part(names, h, w, timestep=time, noised=noised)
+    def _latent_part(self, image: NDArray[np.uint8], index: int, *, timestep: float, noised: bool) -> ImagePart:
+        """A part whose tokens are (index, index of the token), in the place of the image's latents."""
+        h, w = (side // self.config.latent_downsample for side in image.shape[:2])
+        tokens = torch.stack((torch.full((h * w,), index), torch.arange(h * w)), -1)
+        return self.processor.latent_token_part(tokens, h, w, timestep=timestep, noised=noised)
 
 
 class BagelTask:
-    """BAGEL on the little world."""
+    """BAGEL on the shapes world."""
 
     name = "bagel-nano"
     loss_names = IMAGE_KINDS + TEXT_KINDS
 
     def __init__(self, model: Bagel, batch: BagelDataset, vae: Path):
-        self.model, self.batch, self.vae = model, batch, vae
+        self.model = model
+        self.batch = batch
+        # the file of the VAE's weights, which are not trained
+        self.vae = vae
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> BagelTask:
-        """A fresh model of the recipe's config around a trained VAE, with a text model of the world's own text."""
-        options = strict(BagelTrainingConfig, recipe.options, where="options")
-        files = {name: dict(part) for name, part in recipe.model.items()}
+        """Build a model of the recipe's numbers around a trained VAE and ViT, with a tokenizer of the shapes world."""
+        options = from_mapping(BagelTrainingConfig, recipe.options, where="options")
+        files = {name: dict(section) for name, section in recipe.model.items()}
         vae = trained_file(options.vae, "ae.safetensors", "bagel-nano-vae")
         vit = trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")
         files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
@@ -234,58 +244,48 @@ class BagelTask:
         torch.manual_seed(recipe.seed)
         model = Bagel(BagelConfig.from_json(files["llm"], files["vit"], files["config"]))
         init_bagel(model)
-        model.vae.load_state_dict({k: v.float() for k, v in load_file(vae).items()})
+        model.vae.load_state_dict({name: x.float() for name, x in load_file(vae).items()})
         model.vision.load_state_dict(load_file(vit))
         model.tokenizer = tokenizer
         if options.compile:
             compile_experts(model.decoder)
         freeze(model, options.frozen)
-        worlds = BagelDataset(
+        dataset = BagelDataset(
             options=options,
             config=model.config,
-            items=model.processor,
+            processor=model.processor,
             tokenizer=tokenizer,
             batch_size=recipe.batch_size,
             seed=recipe.seed,
         )
-        return cls(model, worlds, vae)
+        return cls(model, dataset, vae)
 
     def losses(self, batch: BagelBatch) -> dict[str, Tensor]:
-        """Mean loss of every kind of sample in the batch: flow losses of pictures, cross entropy of texts."""
+        """Mean loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
         device = self.model.device
-        filled = self.encode_latents(batch).to(device)
-        losses = self.model(filled, batch.noise.to(device))
-        flows = {
-            name: losses.mse[at].mean() for i, name in enumerate(IMAGE_KINDS) if (at := batch.image_kinds == i).any()
-        }
-        texts = {name: losses.ce[at].mean() for i, name in enumerate(TEXT_KINDS) if (at := batch.text_kinds == i).any()}
-        return flows | texts
+        losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
+        image_losses = mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
+        return image_losses | mean_by_kind(TEXT_KINDS, batch.text_kinds, losses.ce)
 
     def encode_latents(self, batch: BagelBatch) -> PackedBatch:
-        """The pack with real latent tokens; every picture meets the VAE once, apart from its neighbours' sizes."""
-        return encode_latent_tokens(
-            batch.pack, self.model.vae, batch.images, batch.posterior, patch=self.model.config.latent_patch_size
-        )
+        """The pack with its latents in place; every image is encoded once."""
+        patch = self.model.config.latent_patch_size
+        return encode_latent_tokens(batch.pack, self.model.vae, batch.images, batch.posterior, patch=patch)
 
     def sample_image(self) -> Image.Image:
-        """A sheet of test prompts drawn."""
+        """Images of test prompts."""
         return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
-        """The released layout, in bfloat16; the VAE's file as it was trained."""
+        """Write the released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         shutil.copyfile(self.vae, folder / "ae.safetensors")
 
 
 def init_bagel(model: Bagel) -> None:
-    """What training from scratch starts from: embeddings of half the size of positions, residual branches scaled down
-    with depth, velocity 0."""
+    """Set the weights that training from scratch starts from: see `init_decoder`; the velocity is 0."""
     init_decoder(model.decoder)
-    # what is seen must not be drowned by where it is: the connector's output begins about as large as the positions
+    # image features must not be drowned by their positions: the connector's output begins about as large
     nn.init.normal_(model.connector.fc2.weight, std=2 * model.connector.fc2.in_features**-0.5)
     for table in (model.llm2vae.weight, model.llm2vae.bias):
         nn.init.zeros_(table)
-
-
-def _repeat(values: list[int], times: list[int]) -> Tensor:
-    return torch.tensor(values).repeat_interleave(torch.tensor(times))

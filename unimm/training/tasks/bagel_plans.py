@@ -1,4 +1,4 @@
-"""The released training plans: what a sample's parts are, in which order, and which of them may be dropped.
+"""The released training plans: the parts of a sample, their order, and which of them may be dropped.
 
 docs/originals/bagel.md, "Training plans" (data/interleave_datasets, data/dataset_base.py of the released code).
 """
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unimm.sequence.parts import Part, position_gap
+from unimm.training.config import RecipeSection
 
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """An item of a plan; a droppable one is a condition that guidance must learn to do without."""
+    """A part of a plan; a droppable one is a condition that guidance compares with its absence."""
 
     part: Part
     droppable: bool = False
@@ -19,7 +20,7 @@ class PlannedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageForms:
-    """One picture in its three forms: clean latents, patches, and noised latents (a target)."""
+    """One image in its three forms: clean latents, ViT patches, and noised latents (a target)."""
 
     vae: Part
     vit: Part
@@ -27,8 +28,8 @@ class ImageForms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionDropout:
-    """How often a droppable part is left out; the released training script's numbers."""
+class ConditionDropout(RecipeSection):
+    """How often a droppable text, clean latents and ViT patches are left out; the released training script's numbers."""
 
     text: float = 0.1
     vae: float = 0.3
@@ -36,39 +37,41 @@ class ConditionDropout:
 
 
 def plan_text_to_image(text: Part, target: Part) -> list[PlannedPart]:
-    """A caption, then the picture to draw."""
+    """A caption, then the image to generate."""
     return [PlannedPart(text, droppable=True), PlannedPart(target)]
 
 
-def plan_edit(source: ImageForms, turns: Sequence[tuple[Part, ImageForms]]) -> list[PlannedPart]:
-    """A picture, then an instruction and the picture it leads to, once or in several steps.
+def plan_edit(source: ImageForms, steps: Sequence[tuple[Part, ImageForms]]) -> list[PlannedPart]:
+    """An image, then an instruction and the image that it leads to, once or in several steps.
 
-    A picture on the way is a target first and then, clean and as patches, a condition of the next step; the last is a
-    target only.
+    An intermediate image is a target first and then, clean and as ViT patches, a condition of the next step; the last is
+    a target only.
     """
     parts = [PlannedPart(source.vae, droppable=True), PlannedPart(source.vit, droppable=True)]
-    for i, (instruction, result) in enumerate(turns):
+    for i, (instruction, result) in enumerate(steps):
         parts += plan_text_to_image(instruction, result.noised)
-        if i + 1 < len(turns):
+        if i + 1 < len(steps):
             parts += [PlannedPart(result.vae, droppable=True), PlannedPart(result.vit, droppable=True)]
     return parts
 
 
-def plan_answer(looks: Sequence[Part], turns: Sequence[Part]) -> list[PlannedPart]:
-    """Pictures to look at, then the turns of a dialogue: those of the assistant carry labels. Nothing is dropped."""
-    return [PlannedPart(item) for item in (*looks, *turns)]
+def plan_answer(images: Sequence[Part], messages: Sequence[Part]) -> list[PlannedPart]:
+    """Images to understand, then the messages of a chat: those of the assistant carry labels. Nothing is dropped."""
+    return [PlannedPart(part) for part in (*images, *messages)]
 
 
 def drop_conditions(parts: Sequence[PlannedPart], dropout: ConditionDropout, rand: Callable[[], float]) -> list[Part]:
-    """The items that stay: one draw() in [0, 1) for each droppable part, in order, dropped where it falls below its rate.
+    """The parts that stay: a droppable part is dropped where a number of `rand`, in [0, 1), falls below its rate.
 
-    A dropped text leaves nothing; a dropped picture still moves the rotary clock.
+    `rand` is called once for each droppable part, in order. A dropped text leaves nothing; a dropped image still takes
+    one rotary position.
     """
     rates = {"text": dropout.text, "gen_image": dropout.vae, "und_image": dropout.vit}
     kept: list[Part] = []
-    for part in parts:
-        if part.droppable and rand() < rates[part.part.kind]:
-            kept += [position_gap(1)] if part.part.kind != "text" else []
+    for planned in parts:
+        kind = planned.part.kind
+        if planned.droppable and rand() < rates[kind]:
+            kept += [position_gap(1)] if kind != "text" else []
         else:
-            kept.append(part.part)
+            kept.append(planned.part)
     return kept

@@ -1,4 +1,4 @@
-"""What the loop asks of a task that it trains, and the tasks it knows by name."""
+"""The protocol of a task that the trainer trains, and the tasks that recipes know by name."""
 
 from __future__ import annotations
 
@@ -10,23 +10,33 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.training.config import TrainConfig, nearest
+from unimm.training.config import TrainConfig, suggestion
 
-# name in a recipe -> module and class; imported only when asked for
+# name in a recipe -> module and class; imported only when it is needed
 TRAINING_TASKS = {
-    "kl_vae": "unimm.training.tasks.kl_vae:KLTask",
+    "bagel": "unimm.training.tasks.bagel:BagelTask",
     "dc_ae": "unimm.training.tasks.dc_ae:DCAETask",
-    "qwen2_5_vl": "unimm.training.tasks.qwen2_5_vl:QwenVLTask",
-    "vq": "unimm.training.tasks.vq:VQTask",
-    "semantic_vq": "unimm.training.tasks.semantic_vq:SemanticVQTask",
     "janus": "unimm.training.tasks.janus:JanusTask",
-    "decoupling": "experiments.decoupling.task:DecouplingTask",
     "janusflow": "unimm.training.tasks.janusflow:JanusFlowTask",
+    "kl_vae": "unimm.training.tasks.kl_vae:KLTask",
     "metaquery": "unimm.training.tasks.metaquery:MetaQueryTask",
+    "qwen2_5_vl": "unimm.training.tasks.qwen2_5_vl:QwenVLTask",
+    "semantic_vq": "unimm.training.tasks.semantic_vq:SemanticVQTask",
     "uniworld": "unimm.training.tasks.uniworld:UniWorldTask",
     "uniworld_task_head": "unimm.training.tasks.uniworld_task_head:TaskHeadTask",
     "vit": "unimm.training.tasks.vit:ViTTask",
-    "bagel": "unimm.training.tasks.bagel:BagelTask",
+    "vq": "unimm.training.tasks.vq:VQTask",
+}
+# values of `task` in recipes of earlier versions
+RENAMED_TASKS = {
+    "dcae": "dc_ae",
+    "decoupling": "experiments.decoupling.task:DecouplingTask",
+    "deciding": "uniworld_task_head",
+    "reader": "qwen2_5_vl",
+    "semantic": "semantic_vq",
+    "shapes": "bagel",
+    "vae": "kl_vae",
+    "vision": "vit",
 }
 
 
@@ -36,25 +46,36 @@ class TrainingTask(Protocol):
     name: str
     model: nn.Module
     loss_names: tuple[str, ...]
-    # a pure function of the step (and of the recipe's seed), on the CPU. It travels to a worker process, so it should
-    # hold no model; whatever noise a step needs is drawn here
+    # a pure function of the step (and of the recipe's seed), on the CPU. It is sent to a worker process, so it should
+    # hold no model; whatever noise a step needs is sampled here
     batch: Callable[[int], Any]
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Mean losses by name, unweighted; a step may leave out tasks that its batch lacks. Moves the batch itself."""
+        """Mean losses by name, unweighted; a step may leave out those of kinds that its batch lacks. Moves the batch."""
 
     def sample_image(self) -> Image.Image:
-        """Samples to look at; called without gradients, in eval mode, with the average weights in place."""
+        """An image to judge the run by; called without gradients, in eval mode, with the averaged weights in place."""
 
     def save(self, folder: Path) -> None:
-        """Write the released layout into an empty folder; called as `picture` is."""
+        """Write the released layout into an empty folder; called as `sample_image` is."""
 
 
 def build_task(recipe: TrainConfig) -> TrainingTask:
-    """The objective that a recipe names, with the model that it describes."""
-    if recipe.task not in TRAINING_TASKS:
+    """The task that a recipe names, with the model that it describes; `module:Class` names one of another package.
+
+    Raises ValueError for a name that is neither.
+    """
+    module, colon, name = TRAINING_TASKS.get(recipe.task, recipe.task).partition(":")
+    if not colon:
+        known = sorted(TRAINING_TASKS)
+        renamed = RENAMED_TASKS.get(recipe.task)
+        hint = f": it is called {renamed!r} now" if renamed else suggestion(recipe.task, known)
+        raise ValueError(f"got task {recipe.task!r}, expected one of {known}, or module:Class{hint}")
+    try:
+        task_class = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"got objective {recipe.task!r}, expected one of {sorted(TRAINING_TASKS)}{nearest(recipe.task, TRAINING_TASKS)}"
-        )
-    module, name = TRAINING_TASKS[recipe.task].split(":")
-    return getattr(import_module(module), name).from_recipe(recipe)
+            f"got task {recipe.task!r}, expected a module:Class that can be imported: {error}; a module of the working "
+            f"folder needs `PYTHONPATH=.`"
+        ) from error
+    return task_class.from_recipe(recipe)

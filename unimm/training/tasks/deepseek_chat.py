@@ -1,4 +1,4 @@
-"""What training Janus and training JanusFlow on the little world share: conversations by step, and what they begin from.
+"""What training Janus and training JanusFlow on the shapes world share: their options, and conversations by step.
 
 Samples are packed, all kinds in every batch (arXiv 2410.13848, sections 3.3 and 3.4; docs/originals/janus.md,
 "Training").
@@ -14,12 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.data.batching import ROW_MULTIPLE, sample_tasks, training_example
+from unimm.data.batching import pad_rows, sample_tasks, training_example
 from unimm.data.shapes import Example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
-from unimm.sequence.parts import Part, text_part
+from unimm.sequence.parts import Part
+from unimm.training.config import RecipeSection
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -28,23 +29,22 @@ DEEPSEEK_TOKENS = (*JanusSpecialTokens.TOKENS.values(), IMAGE_PLACEHOLDER, *ROLE
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekChatTrainingConfig:
-    """What the `options` of both recipes may say."""
+class DeepseekChatTrainingConfig(RecipeSection):
+    """The `options` of both recipes."""
 
-    # samples of each task in a batch, or their weights (training/tasks.py)
+    # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
     tasks: Mapping[str, int]
-    # the part of drawings whose prompt is dropped, so that guidance has something to compare with
+    # the part of generation samples whose prompt is dropped, which guidance compares with
     dropout: float
-    # the part of things in drawings and edits whose colour, or whose shape, has no name
+    # the part of things in generation and editing with a novel colour, and with a novel shape
     novel_colours: float
     novel_shapes: float
-    # pieces of the text model
     vocab_size: int
-    # the folder of a trained ViT, which the tower begins from
+    # the folder of a trained ViT, which the vision encoder begins from
     vit: str
-    # parts that are not trained, by the beginning of their parameters' names; what makes latents or codes never is
+    # prefixes of the names of parameters that are not trained; the image tokenizer never is
     frozen: tuple[str, ...]
-    # whether torch.compile fuses what a token meets before and after attention
+    # whether torch.compile fuses the decoder's layers around attention
     compile: bool
 
 
@@ -53,13 +53,13 @@ class DeepseekChatDataset(ABC):
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
     options: DeepseekChatTrainingConfig
-    prompts: DeepseekProcessor
+    processor: DeepseekProcessor
     batch_size: int
     seed: int
 
     @abstractmethod
     def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
-        """Examples as one pack; the dice drop conditions."""
+        """Examples as one pack, with conditions dropped at random."""
 
     def __call__(self, step: int) -> Any:
         rng = random.Random(f"{self.seed}/{step}")
@@ -68,21 +68,17 @@ class DeepseekChatDataset(ABC):
         return self.batch([self.augment(one, rng) for one in examples], rng)
 
     def augment(self, one: Example, rng: random.Random) -> Example:
-        """The example, if it draws or edits with some things that have no name; facts stay as they are."""
+        """The example, with some novel attributes if it generates or edits; facts stay as they are."""
         return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
     def prompt_parts(self, one: Example) -> list[Part]:
-        """A question with its labelled answer, or a prompt to draw from, with a picture where it edits one."""
-        shown = [Image.fromarray(image) for image in one.images]
+        """A question with its labelled answer, or a prompt to generate from, after the image that it edits, if any."""
+        images = [Image.fromarray(image) for image in one.images]
         if one.answer is not None:
-            return self.prompts.with_answer([{"role": "user", "content": one.prompt, "images": shown}], one.answer)
-        assert one.target is not None, f"{one.task} has neither an answer nor a picture"
-        return self.prompts.generation_parts(one.prompt, shown)
+            return self.processor.with_answer([{"role": "user", "content": one.prompt, "images": images}], one.answer)
+        assert one.target is not None, f"{one.task} has neither an answer nor an image"
+        return self.processor.generation_parts(one.prompt, images)
 
     def pack(self, samples: Sequence[Sequence[Part]]) -> PackedBatch:
-        """One pack, rounded up with a sample without loss: new shapes cost a CPU more than these rows."""
-        rows = sum(item.segment.length for items in samples for item in items)
-        filler = (
-            [[text_part([self.prompts.special_tokens.pad] * (-rows % ROW_MULTIPLE))]] if rows % ROW_MULTIPLE else []
-        )
-        return pack_sequences([*samples, *filler])
+        """One pack of the samples, its rows rounded up."""
+        return pack_sequences(pad_rows(samples, self.processor.special_tokens.pad))

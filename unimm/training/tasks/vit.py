@@ -1,13 +1,12 @@
-"""Training a ViT to see the little world, before a language model reads it: what SigLIP2 is to the released BAGEL."""
+"""Training a ViT on the shapes world before a language model uses it: its SigLIP2, in the place of the released BAGEL's."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +20,23 @@ from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.nn.patches import grid_position_ids
-from unimm.training.config import TrainConfig, strict
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
+# logits of the probe for each attribute: its names, and before them "nothing is centred here"
+LOGIT_COUNTS = [len(names) + 1 for names in ATTRIBUTE_NAMES]
+# the target of an attribute that is novel, which cross entropy leaves out
 IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTTrainingConfig:
-    """What the recipe's `options` may say."""
+class ViTTrainingConfig(RecipeSection):
+    """The recipe's `options`."""
 
-    # tasks of unimm.data.shapes that end in a picture, in turn
+    # tasks of unimm.data.shapes whose target is an image, of which one is sampled for each image
     tasks: tuple[str, ...]
-    # the part of scenes whose things have colours of no name, and the part whose things have shapes of no name: so that
-    # a shape is known whatever its colour, and a colour whatever its shape, though some pairs are never shown
+    # the part of scenes whose things have novel colours, and the part whose things have novel shapes: so that a shape is
+    # known whatever its colour, and a colour whatever its shape, though training holds some pairs out
     novel_colours: float
     novel_shapes: float
     # largest standard deviation of the noise on the pixels, which run from -1 to 1
@@ -43,7 +45,10 @@ class ViTTrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTBatch:
-    """patches [B * n, p * p * 3] and, for each patch, the shape, colour and size whose centre it holds [B * n, 3]."""
+    """patches [B * n, p * p * 3], and for each the shape, colour and size of the thing whose centre it holds [B * n, 3].
+
+    Targets are indices into ATTRIBUTE_NAMES plus 1, 0 where no thing is centred, IGNORED for a novel attribute.
+    """
 
     patches: Tensor
     targets: Tensor
@@ -56,6 +61,7 @@ class ViTDataset:
     options: ViTTrainingConfig
     batch_size: int
     seed: int
+    # of a patch's sides, in pixels
     patch: int
 
     def __call__(self, step: int) -> ViTBatch:
@@ -65,105 +71,109 @@ class ViTDataset:
         """The scenes of a step."""
         rng = random.Random(f"{self.seed}/{step}/look")
         tasks = self.options.tasks
-        examples = [
-            example(rng.choice(tasks), step * self.batch_size + i, seed=self.seed) for i in range(self.batch_size)
-        ]
+        first = step * self.batch_size
+        examples = [example(rng.choice(tasks), first + i, seed=self.seed) for i in range(self.batch_size)]
         return [one.target_scene for one in examples if one.target_scene is not None]
 
     def batch(self, scenes: Sequence[Scene], rng: random.Random | None = None) -> ViTBatch:
-        """Scenes, and what is centred in each of their patches; with dice, some of them nameless, all of them noisy."""
+        """Patches of the scenes and their targets; with rng, augmented by novel attributes and noise."""
         p = self.patch
         kinds = [self.novel_kind(rng) if rng else None for _ in scenes]
-        images = np.stack(
-            [
-                render_novel(
-                    scene, [sample_novel_attributes(kind, rng) if rng and kind else None for _ in scene.things]
-                )
-                for scene, kind in zip(scenes, kinds, strict=True)
-            ]
-        )
+        images = np.stack([self._render(scene, kind, rng) for scene, kind in zip(scenes, kinds, strict=True)])
         side = images.shape[1] // p
-        targets = torch.zeros(len(scenes), side * side, len(ATTRIBUTE_NAMES), dtype=torch.long)
-        for i, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):
-            for thing in scene.things:
-                names = (thing.shape, thing.colour, thing.size)
-                found = torch.tensor(
-                    [1 + known.index(name) for known, name in zip(ATTRIBUTE_NAMES, names, strict=True)]
-                )
-                if kind:
-                    found[{"shape": 0, "colour": 1}[kind]] = IGNORED
-                targets[i, thing.y // p * side + thing.x // p] = found
+        targets = torch.stack([self._targets(scene, kind, side) for scene, kind in zip(scenes, kinds, strict=True)])
         pixels = torch.from_numpy(images).float() / 127.5 - 1
         if rng:
             generator = torch.Generator().manual_seed(rng.getrandbits(62))
             sigma = self.options.noise * torch.rand(len(scenes), 1, 1, 1, generator=generator)
             pixels = (pixels + sigma * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
-        patches = rearrange(pixels, "b (h p) (w q) c -> (b h w) (p q c)", p=p, q=p)
-        return ViTBatch(patches=patches, targets=rearrange(targets, "b n k -> (b n) k"))
+        patches = rearrange(pixels, "B (h p) (w q) C -> (B h w) (p q C)", p=p, q=p)
+        return ViTBatch(patches=patches, targets=rearrange(targets, "B n k -> (B n) k"))
 
     def novel_kind(self, rng: random.Random) -> str | None:
-        """What of a scene shall have no name: its things' "colour", their "shape", or nothing."""
+        """Which attribute of all things in a scene is novel: "colour", "shape" or none."""
         return sample_novel_kind(rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
+
+    def _render(self, scene: Scene, kind: str | None, rng: random.Random | None) -> np.ndarray:
+        """The image of a scene, all of whose things have a novel attribute of this kind."""
+        return render_novel(scene, [sample_novel_attributes(kind, rng) if rng and kind else None for _ in scene.things])
+
+    def _targets(self, scene: Scene, kind: str | None, side: int) -> Tensor:
+        """Targets [n, 3] of an image of side * side patches."""
+        targets = torch.zeros(side * side, len(ATTRIBUTE_NAMES), dtype=torch.long)
+        for thing in scene.things:
+            attributes = (thing.shape, thing.colour, thing.size)
+            found = [1 + names.index(name) for names, name in zip(ATTRIBUTE_NAMES, attributes, strict=True)]
+            if kind:
+                found[{"shape": 0, "colour": 1}[kind]] = IGNORED
+            targets[thing.y // self.patch * side + thing.x // self.patch] = torch.tensor(found)
+        return targets
 
 
 class GridProbe(nn.Module):
-    """A ViT and, for training only, a linear guess of what is centred in each patch."""
+    """A ViT and, for training only, a linear probe of what is centred in each patch."""
 
-    def __init__(self, cfg: SiglipConfig):
+    def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.vision = SiglipNaViT(cfg)
-        self.probe = nn.Linear(cfg.dim, sum(len(kind) + 1 for kind in ATTRIBUTE_NAMES))
-        self.config = cfg
+        self.config = config
+        self.vision = SiglipNaViT(config)
+        self.probe = nn.Linear(config.dim, sum(LOGIT_COUNTS))
 
     def forward(self, patches: Tensor, side: int) -> tuple[Tensor, ...]:
-        """patches [B * n, p*p*3] of square pictures of side * side patches -> for each kind the logits [B * n, names + 1]."""
-        where, n = grid_position_ids(side, side, self.config.grid_side).to(patches.device), len(patches) // side**2
-        seen = self.vision(patches, repeat(where, "n -> (b n)", b=n), [side**2] * n)
-        return self.probe(seen).split([len(kind) + 1 for kind in ATTRIBUTE_NAMES], -1)
+        """patches [B * n, p * p * 3] of images of side * side patches -> logits of each attribute [B * n, names + 1]."""
+        position_ids = grid_position_ids(side, side, self.config.grid_side).to(patches.device)
+        n = len(patches) // side**2
+        features = self.vision(patches, repeat(position_ids, "n -> (b n)", b=n), [side**2] * n)
+        return self.probe(features).split(LOGIT_COUNTS, -1)
 
 
 class ViTTask:
-    """Say of every patch which shape, colour and size is centred in it, if any."""
+    """Predict for every patch which shape, colour and size is centred in it, if any."""
 
     name = "bagel-nano-vit"
     loss_names = ("shape", "colour", "size")
 
     def __init__(self, model: GridProbe, batch: ViTDataset, side: int):
-        self.model, self.batch, self.side = model, batch, side
+        self.model = model
+        self.batch = batch
+        self.side = side
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> ViTTask:
-        """A fresh ViT of the recipe's config: the keys of a released vit_config.json, and `picture`, pixels a side."""
-        options, files = strict(ViTTrainingConfig, recipe.options, where="options"), dict(recipe.model)
+        """Build a ViT of the recipe's `model`: the keys of a released vit_config.json, and `train_image_size` in pixels."""
+        options = from_mapping(ViTTrainingConfig, recipe.options, where="options")
+        files = dict(recipe.model)
         torch.manual_seed(recipe.seed)
         model = GridProbe(navit_config_from_json(files))
         nn.init.normal_(model.vision.pos_embed.weight, std=0.1)
-        scenes = ViTDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed, patch=files["patch_size"])
-        return cls(model, scenes, files["train_image_size"] // files["patch_size"])
+        patch = files["patch_size"]
+        dataset = ViTDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed, patch=patch)
+        return cls(model, dataset, files["train_image_size"] // patch)
 
     def losses(self, batch: ViTBatch) -> dict[str, Tensor]:
-        """Mean cross entropy of each kind."""
+        """Mean cross entropy of each attribute."""
         device = next(self.model.parameters()).device
-        logits, targets = self.model(batch.patches.to(device), self.side), batch.targets.to(device)
-        losses = [F.cross_entropy(one.float(), target) for one, target in zip(logits, targets.unbind(-1), strict=True)]
+        logits = self.model(batch.patches.to(device), self.side)
+        targets = batch.targets.to(device).unbind(-1)
+        losses = [F.cross_entropy(one.float(), target) for one, target in zip(logits, targets, strict=True)]
         return dict(zip(self.loss_names, losses, strict=True))
 
     def accuracy(self) -> float:
-        """The part of one batch of fresh train scenes of which every patch is said right."""
+        """The part of images, in a batch of train scenes that no step has, of which every patch is predicted right."""
         batch = self.batch.batch(self.batch.scenes(10**9))
         device = next(self.model.parameters()).device
         with torch.no_grad():
             logits = self.model(batch.patches.to(device), self.side)
-        right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets.to(device)
-        return rearrange(right, "(b n) k -> b (n k)", n=self.side**2).all(-1).float().mean().item()
+        is_right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets.to(device)
+        return rearrange(is_right, "(b n) k -> b (n k)", n=self.side**2).all(-1).float().mean().item()
 
     def sample_image(self) -> Image.Image:
-        """A bar as long as the accuracy: this model draws nothing."""
-        return Image.fromarray(np.repeat(np.arange(256)[None] < 256 * self.accuracy(), 16, 0).astype(np.uint8) * 255)
+        """A bar as long as the accuracy: this model generates no images."""
+        bar = np.arange(256)[None] < 256 * self.accuracy()
+        return Image.fromarray(np.repeat(bar, 16, 0).astype(np.uint8) * 255)
 
     def save(self, folder: Path) -> None:
-        """vision.safetensors under our names, and the accuracy."""
+        """Write vision.safetensors under our names, and the accuracy."""
         state = {name: weight.detach().clone() for name, weight in self.model.vision.state_dict().items()}
         save_file(state, folder / "vision.safetensors")
-        report: Mapping[str, Any] = {"scenes_right": self.accuracy()}
-        (folder / "report.json").write_text(json.dumps(report) + "\n")
+        (folder / "report.json").write_text(json.dumps({"scenes_right": self.accuracy()}) + "\n")

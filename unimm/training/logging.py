@@ -1,0 +1,35 @@
+"""The log of a run: JSON lines in a file, and the same on one line for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonlLog:
+    """A file of JSON lines, one for each stretch of steps."""
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        """Keep the lines up to step `after`: a resumed run writes the later ones again."""
+        self.path = path
+        kept = []
+        if path.exists() and after:
+            # a line that a crash cut off does not end in a brace
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= after]
+        partial = path.with_name(path.name + ".new")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+
+    def write(self, report: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """A line of the log for people: losses, the gradient's norm, samples a second."""
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in report["losses"].items())
+    return f"{losses}  norm {report['grad_norm']:.2f}  {report['samples_per_s']:.0f}/s"
