@@ -199,6 +199,18 @@ def test_cached_equals_uncached(any_model):
         assert_equal(torch.stack(stepped, 1)[i], whole[-5:])
 
 
+@torch.inference_mode()
+def test_image_tokens_are_decoded_by_steps_of_a_session(model):
+    prompt = [*model.processor.generation_parts("a cat"), text_part([model.special_tokens.boi])]
+    expected = model.generate_image_tokens([prompt], [torch.Generator()], guidance=[1.0], image_sampling=GREEDY)[0]
+    caches, last = model.prefill_prompts([prompt])
+    session, x, tokens = model.decode_session(caches, CODES), model.decoder.embed(torch.tensor(last)), []
+    for _ in range(CODES):
+        tokens.append(model.decode_image_step(session, x).float().argmax(-1))
+        x = model.embed_image_tokens(tokens[-1])
+    assert torch.equal(torch.cat(tokens), expected)
+
+
 @pytest.mark.parametrize(
     "sampling", [TextSampling(max_tokens=6), TextSampling(max_tokens=6, temperature=1.5, top_p=0.9)]
 )

@@ -340,7 +340,7 @@ def test_a_saved_config_keeps_what_is_its_own(tmp_path):
 
 def test_what_transformers_layout_cannot_say(tmp_path):
     for name, changes, message in (
-        ("head", dict(gen_head_config=dict(image_token_embed=40)), r"code head of width 40 in a model of width 32"),
+        ("head", dict(gen_head_config=dict(image_token_embed=40)), r"image head of width 40 in a model of width 32"),
         (
             "tower",
             dict(vision_config=dict(model_name="test_vit", image_size=32), aligner_config=dict(input_dim=64)),

@@ -287,6 +287,34 @@ def test_batch_equals_singles(kv_heads):
     assert apart(both.images[0], both.images[2]) > 1
 
 
+@torch.inference_mode()
+def test_images_at_different_timesteps_share_a_step(model):
+    """A step of a batch whose images are at timesteps of their own equals a step of each image alone."""
+    prompts = [model.processor.generation_parts(text) for text in ("a red circle", "two", "four green triangles")]
+    scales, generator = [2.0, 1.0, 5.0], torch.Generator().manual_seed(0)
+    x = torch.stack([model.initial_noise(generator) for _ in prompts])
+    now, after = torch.tensor([1.0, 0.5, 0.75]), torch.tensor([0.75, 0.25, 0.25])
+    together = model.denoise_step(model.latent_denoiser(prompts, guidance=scales), x, now, after)
+    for i, prompt in enumerate(prompts):
+        one = slice(i, i + 1)
+        denoiser = model.latent_denoiser([prompt], guidance=scales[one])
+        alone = model.denoise_step(denoiser, x[one], now[one], after[one])
+        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+        # the timesteps matter
+        other = model.denoise_step(denoiser, x[one], now[one] - 0.125, after[one])
+        assert (other - alone).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_denoise_is_a_loop_over_steps(model):
+    prompts = [model.processor.generation_parts(text) for text in ("a red circle", "two")]
+    noise = torch.stack([model.initial_noise(torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    x, denoiser = noise, model.latent_denoiser(prompts, guidance=[2.0, 1.0])
+    for now, after in ((1.0, 0.5), (0.5, 0.0)):
+        x = model.denoise_step(denoiser, x, torch.full((2,), now), torch.full((2,), after))
+    assert torch.equal(x, model.denoise(prompts, noise, guidance=[2.0, 1.0], steps=2))
+
+
 def test_seeds(model):
     four = model.generate(["a circle", "a circle"], n=2, seed=7).images
     assert len(four) == 4 and apart(four[0], four[1]) > 1

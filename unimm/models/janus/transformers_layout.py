@@ -1,7 +1,6 @@
-"""Janus's checkpoints as transformers lays them out: their config as the original's, and back; the key table.
+"""Janus's checkpoints in transformers' layout: their config as the original's, and back; the key map.
 
-docs/originals/janus.md, "transformers layout" and "Key mapping". The numbers for what a config leaves out are those of
-its JanusConfig.
+docs/originals/janus.md, "transformers layout" and "Key mapping". The defaults are those of JanusConfig in transformers.
 """
 
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from unimm.checkpoint.keymap import KeyMap, Squeeze, equal_slices, renames
 from unimm.encoders.timm_vit import RELEASED_VITS, TimmEncoderConfig, TimmViTConfig
 from unimm.models.common.deepseek_processor import JanusSpecialTokens
-from unimm.vlms.llama_layout import llama_key_map
+from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 CheckpointLayout = Literal["original", "transformers"]
 ConfigFiles = dict[str, dict[str, Any]]
@@ -49,47 +48,59 @@ VQ_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
     "double_latent": False,
 }
+# the original's keys of the VQ tokenizer -> transformers'
+VQ_KEYS = {
+    "n_embed": "embed_dim",
+    "ch": "base_channels",
+    "ch_mult": "channel_multiplier",
+    "num_res_blocks": "num_res_blocks",
+    "z_channels": "latent_channels",
+}
 FIXED_FIELDS = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
 
 
 def original_from_transformers(files: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' config.json as the original's. Raises ValueError for what no release asks for and is not built."""
-    llm, vision, vq = (
-        TEXT_DEFAULTS | files["text_config"],
-        VISION_DEFAULTS | files["vision_config"],
-        VQ_DEFAULTS | files.get("vq_config", {}),
-    )
-    for name, asked, usual in (("vision_config", vision, VISION_DEFAULTS), ("vq_config", vq, VQ_DEFAULTS)):
-        if wrong := [f"{key} {asked[key]!r}" for key in FIXED_FIELDS if key in usual and asked[key] != usual[key]]:
-            raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
-    d = llm["hidden_size"]
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mlp_ratio")
+    """transformers' config.json as the original's. Raises ValueError for what no release has and is not built."""
+    llm = TEXT_DEFAULTS | files["text_config"]
+    vision = VISION_DEFAULTS | files["vision_config"]
+    vq = VQ_DEFAULTS | files.get("vq_config", {})
+    _check_fixed("vision_config", vision, VISION_DEFAULTS)
+    _check_fixed("vq_config", vq, VQ_DEFAULTS)
+    dim = llm["hidden_size"]
     vit = TimmViTConfig(
-        **dict(zip(("dim", "n_layers", "n_heads", "patch_size", "mlp_ratio"), (vision[k] for k in sizes), strict=True))
+        dim=vision["hidden_size"],
+        n_layers=vision["num_hidden_layers"],
+        n_heads=vision["num_attention_heads"],
+        patch_size=vision["patch_size"],
+        mlp_ratio=vision["mlp_ratio"],
     )
-    name = f"siglip_large_patch16_{vision['image_size']}"
-    params: dict[str, Any] = {"image_size": vision["image_size"], "model_name": name}
-    if vit != RELEASED_VITS.get(name):
-        params |= {"model_name": "siglip"} | vit.to_json()
-    codes = {"image_token_size": vq["num_embeddings"], "n_embed": vq["embed_dim"], "ch": vq["base_channels"]}
-    codes |= {
-        "ch_mult": vq["channel_multiplier"],
-        "num_res_blocks": vq["num_res_blocks"],
-        "z_channels": vq["latent_channels"],
-    }
-    look = {"projector_type": "mlp_gelu", "depth": vision["depth"], "input_dim": vit.dim, "n_embed": d}
-    draw = {"projector_type": "mlp_gelu", "depth": vq["num_hidden_layers"], "input_dim": vq["embed_dim"], "n_embed": d}
-    head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": d}
+    model_name = f"siglip_large_patch16_{vision['image_size']}"
+    encoder: dict[str, Any] = {"image_size": vision["image_size"], "model_name": model_name}
+    if vit != RELEASED_VITS.get(model_name):
+        encoder |= {"model_name": "siglip"} | vit.to_json()
+    codes = {"image_token_size": vq["num_embeddings"], **{ours: vq[theirs] for ours, theirs in VQ_KEYS.items()}}
+    gen_depth = vq["num_hidden_layers"]
+    head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": dim}
     return {
-        "vision_config": {"params": params},
-        "aligner_config": {"params": look},
+        "vision_config": {"params": encoder},
+        "aligner_config": {"params": _projector(vision["depth"], vit.dim, dim)},
         "gen_vision_config": {"cls": "VQ-16", "params": codes},
-        "gen_aligner_config": {"params": draw},
+        "gen_aligner_config": {"params": _projector(gen_depth, vq["embed_dim"], dim)},
         "gen_head_config": {"params": head},
-        # transformers ties the embeddings unless told, but no file of theirs has them tied
+        # transformers' default is tied embeddings, but none of its files has them tied
         "language_config": llm | {"tie_word_embeddings": False},
         **({"generation": files["generation"]} if "generation" in files else {}),
     }
+
+
+def _check_fixed(name: str, section: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    wrong = [f"{key} {section[key]!r}" for key in FIXED_FIELDS if key in defaults and section[key] != defaults[key]]
+    if wrong:
+        raise ValueError(f"the {name} asks for {', '.join(wrong)}, which no release does and is not built")
+
+
+def _projector(depth: int, dim_in: int, dim_out: int) -> dict[str, Any]:
+    return {"projector_type": "mlp_gelu", "depth": depth, "input_dim": dim_in, "n_embed": dim_out}
 
 
 def transformers_from_original(
@@ -97,70 +108,78 @@ def transformers_from_original(
 ) -> ConfigFiles:
     """The original's config.json and preprocessor_config.json as transformers', with its generation_config.json.
 
-    Raises ValueError for what that layout cannot say: a code head of another width than the model, another encoder.
+    Raises ValueError for what that layout cannot hold: an image head of another width than the model, another encoder.
     """
-    top, look = files["config.json"], files["preprocessor_config.json"]
-    llm, head, codes = top["language_config"], top["gen_head_config"]["params"], top["gen_vision_config"]["params"]
-    tower, aligners = (
-        TimmEncoderConfig.from_json(top["vision_config"]["params"]),
-        ("aligner_config", "gen_aligner_config"),
-    )
-    vit, d = tower.vit, llm["hidden_size"]
-    if vit is None:
-        raise ValueError(
-            f'got the encoder {tower.model_name}: transformers knows SigLIP alone; save it with layout="original"'
-        )
-    if short := [name for name in aligners if top[name]["params"]["projector_type"] == "identity"]:
-        raise ValueError(
-            f'got an identity as {short[0]}: transformers has a linear at least; save it with layout="original"'
-        )
-    if head["image_token_embed"] != d:
-        raise ValueError(
-            f"got a code head of width {head['image_token_embed']} in a model of width {d}: transformers has one number "
-            'for both; save it with layout="original"'
-        )
-    vision = dict(VISION_DEFAULTS) | {
-        "hidden_size": vit.dim,
-        "num_hidden_layers": tower.depth,
-        "num_attention_heads": vit.n_heads,
+    top = files["config.json"]
+    look = files["preprocessor_config.json"]
+    encoder = TimmEncoderConfig.from_json(top["vision_config"]["params"])
+    dim = top["language_config"]["hidden_size"]
+    _check_expressible(top, encoder, dim)
+    config: dict[str, Any] = {
+        "architectures": ["JanusForConditionalGeneration"],
+        "model_type": "janus",
+        "tie_word_embeddings": False,
+        "text_config": top["language_config"],
+        "vision_config": _transformers_vision(top, encoder, dim),
+        "vq_config": _transformers_vq(top, encoder, dim),
+        "generation": top["generation"],
     }
-    vision |= {
-        "patch_size": vit.patch_size,
-        "mlp_ratio": vit.mlp_ratio,
-        "image_size": tower.image_size,
-        "projection_dim": d,
-    }
-    vision |= {"depth": top["aligner_config"]["params"]["depth"], "model_type": "janus_vision_model"}
-    vision |= {"num_image_tokens": (tower.image_size // vit.patch_size) ** 2}
-    vq = dict(VQ_DEFAULTS) | {
-        "embed_dim": codes["n_embed"],
-        "num_embeddings": codes["image_token_size"],
-        "projection_dim": d,
-    }
-    names = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks"}
-    vq |= {theirs: codes[ours] for ours, theirs in {**names, "z_channels": "latent_channels"}.items() if ours in codes}
-    vq |= {"image_token_embed_dim": d, "num_hidden_layers": top["gen_aligner_config"]["params"]["depth"]}
-    vq |= {"model_type": "janus_vqgan", "num_patches": tower.image_size // 2 ** (len(vq["channel_multiplier"]) - 1)}
-    config: dict[str, Any] = {"architectures": ["JanusForConditionalGeneration"], "model_type": "janus"}
-    config |= {"tie_word_embeddings": False}
-    config |= {"text_config": llm, "vision_config": vision, "vq_config": vq, "generation": top["generation"]}
-    config |= {"image_token_id": image_token_id} if image_token_id is not None else {}
+    if image_token_id is not None:
+        config["image_token_id"] = image_token_id
     side = {"height": look["image_size"], "width": look["image_size"]}
     look = {**look, "image_processor_type": "JanusImageProcessor", "processor_class": "JanusProcessor", "size": side}
-    drawn: dict[str, Any] = {
-        "guidance_scale": top["generation"]["guidance"],
-        "temperature": 1.0,
-        "do_sample": True,
-        "top_k": 0,
-    }
+    generation: dict[str, Any] = {
+        "guidance_scale": top["generation"]["guidance"], "temperature": 1.0, "do_sample": True, "top_k": 0,
+    }  # fmt: skip
     if special_tokens:
-        drawn |= {
-            "bos_token_id": special_tokens.bos,
-            "eos_token_id": special_tokens.eos,
-            "pad_token_id": special_tokens.pad,
-        }
-        drawn |= {"generation_kwargs": {"boi_token_id": special_tokens.boi}}
-    return {"config.json": config, "preprocessor_config.json": look, "generation_config.json": drawn}
+        generation |= {
+            "bos_token_id": special_tokens.bos, "eos_token_id": special_tokens.eos, "pad_token_id": special_tokens.pad,
+            "generation_kwargs": {"boi_token_id": special_tokens.boi},
+        }  # fmt: skip
+    return {"config.json": config, "preprocessor_config.json": look, "generation_config.json": generation}
+
+
+def _check_expressible(top: Mapping[str, Any], encoder: TimmEncoderConfig, dim: int) -> None:
+    advice = 'save it with layout="original"'
+    if encoder.vit is None:
+        raise ValueError(f"got the encoder {encoder.model_name}: transformers knows SigLIP alone; {advice}")
+    names = ("aligner_config", "gen_aligner_config")
+    if identities := [name for name in names if top[name]["params"]["projector_type"] == "identity"]:
+        raise ValueError(f"got an identity as {identities[0]}: transformers has a linear at least; {advice}")
+    head_dim = top["gen_head_config"]["params"]["image_token_embed"]
+    if head_dim != dim:
+        raise ValueError(
+            f"got an image head of width {head_dim} in a model of width {dim}: transformers has one number for both; {advice}"
+        )
+
+
+def _transformers_vision(top: Mapping[str, Any], encoder: TimmEncoderConfig, dim: int) -> dict[str, Any]:
+    vit = encoder.vit
+    assert vit is not None, "checked before"
+    return VISION_DEFAULTS | {
+        "hidden_size": vit.dim,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": vit.n_heads,
+        "patch_size": vit.patch_size,
+        "mlp_ratio": vit.mlp_ratio,
+        "image_size": encoder.image_size,
+        "projection_dim": dim,
+        "depth": top["aligner_config"]["params"]["depth"],
+        "model_type": "janus_vision_model",
+        "num_image_tokens": (encoder.image_size // vit.patch_size) ** 2,
+    }
+
+
+def _transformers_vq(top: Mapping[str, Any], encoder: TimmEncoderConfig, dim: int) -> dict[str, Any]:
+    codes = top["gen_vision_config"]["params"]
+    vq = VQ_DEFAULTS | {"num_embeddings": codes["image_token_size"], "projection_dim": dim}
+    vq |= {theirs: codes[ours] for ours, theirs in VQ_KEYS.items() if ours in codes}
+    return vq | {
+        "image_token_embed_dim": dim,
+        "num_hidden_layers": top["gen_aligner_config"]["params"]["depth"],
+        "model_type": "janus_vqgan",
+        "num_patches": encoder.image_size // 2 ** (len(vq["channel_multiplier"]) - 1),
+    }
 
 
 def transformers_key_map(aligner_depth: int, gen_aligner_depth: int) -> KeyMap:
@@ -203,7 +222,7 @@ def transformers_key_map(aligner_depth: int, gen_aligner_depth: int) -> KeyMap:
             **{f"{part}.{{}}": f"{part}.{{}}" for part in ("quant_conv", "post_quant_conv")},
         }
     ).prefixed(released="model.vqmodel.", ours="vq.")
-    return vision + heads + vq + llama_key_map("model.language_model.", "lm_head", "all")
+    return vision + heads + vq + llama_key_map("model.language_model.", "lm_head", EXPERT)
 
 
 VQ_STACKS = {"encoder": ("down", "downsample"), "decoder": ("up", "upsample")}
