@@ -417,7 +417,8 @@ def test_captions(model):
 
 def test_parts_that_are_asked_for_and_absent():
     bare = uniworld(vae=False, clip=False, t5=False)
-    with pytest.raises(ValueError, match=r'without its VAE: give from_pretrained flux="black-forest-labs/FLUX\.1-dev"'):
+    remedy = r'give from_pretrained components=\{"flux": "black-forest-labs/FLUX\.1-dev"\}'
+    with pytest.raises(ValueError, match=f"without its VAE: {remedy}"):
         bare.generate("a cat")
     bare.auxiliary.vae = uniworld().auxiliary.vae
     with pytest.raises(ValueError, match=r"without its text encoder \(CLIP\).*or generate with clip=False"):
@@ -426,7 +427,7 @@ def test_parts_that_are_asked_for_and_absent():
         bare.generate("a cat", t5=True)
     assert bare.generate("a cat", clip=False).image.size == (64, 64)
     bare.auxiliary.siglip = None
-    with pytest.raises(ValueError, match=r"without its SigLIP2: give from_pretrained siglip="):
+    with pytest.raises(ValueError, match=r'without its SigLIP2: give from_pretrained components=\{"siglip": '):
         bare.generate("a cat", images=random_image(0), clip=False)
 
 

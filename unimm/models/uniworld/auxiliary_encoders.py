@@ -117,7 +117,7 @@ class AuxiliaryEncoders(nn.Module):
 
     def encode_siglip(self, images: Sequence[Image.Image]) -> Tensor:
         """SigLIP2's patch features of images [P, patches, C]."""
-        siglip = require_part(self.siglip, "SigLIP2", f'siglip="{SIGLIP_HUB_ID}"')
+        siglip = require_part(self.siglip, "SigLIP2", f'components={{"siglip": "{SIGLIP_HUB_ID}"}}')
         pixel_values = torch.stack([siglip.image_processor.preprocess(image) for image in images])
         return siglip(pixel_values.to(siglip.pos_embed))
 
@@ -133,21 +133,21 @@ class AuxiliaryEncoders(nn.Module):
     @property
     def required_vae(self) -> AutoencoderKL:
         """The VAE. Raises ValueError where it was not found."""
-        return require_part(self.vae, "VAE", f'flux="{FLUX_HUB_ID}"')
+        return require_part(self.vae, "VAE", f'components={{"flux": "{FLUX_HUB_ID}"}}')
 
     def _to_vae(self, x: Tensor) -> Tensor:
         return x.to(next(self.required_vae.parameters()))
 
     def encode_clip(self, texts: Sequence[str]) -> Tensor:
         """CLIP's pooled embedding of each text [B, C]."""
-        remedy = f'flux="{FLUX_HUB_ID}", or generate with clip=False'
+        remedy = f'components={{"flux": "{FLUX_HUB_ID}"}}, or generate with clip=False'
         model = require_part(self.clip, "text encoder (CLIP)", remedy)
         tokenizer = require_part(self.clip_tokenizer, "CLIP tokenizer", remedy)
         return model.pool(tokenizer(texts).to(model.pos_embed.device))
 
     def encode_t5(self, texts: Sequence[str], length: int) -> Tensor:
         """T5's last hidden states of each text, padded to `length` tokens [B, M, C]."""
-        remedy = f'flux="{FLUX_HUB_ID}" and t5=True, or generate with t5=False'
+        remedy = f'components={{"flux": "{FLUX_HUB_ID}"}}, or generate with t5=False'
         model = require_part(self.t5, "second text encoder (T5)", remedy)
         tokenizer = require_part(self.t5_tokenizer, "T5 tokenizer", remedy)
         return model(tokenizer(texts, max_length=length).to(model.embed.weight.device))
