@@ -171,7 +171,7 @@ def test_wrong_inputs(small):
         small(torch.zeros(1, 5, 16), condition, modulation)
     with pytest.raises(ValueError, match=r"got 2 latents, a condition of 1 rows"):
         small(torch.zeros(2, 6, 16), condition, modulation)
-    with pytest.raises(ValueError, match=r"got seen \[1, 2\] for a text \[1, 3, 36\]"):
+    with pytest.raises(ValueError, match=r"got key_padding_mask \[1, 2\] for a text \[1, 3, 36\]"):
         small.condition(torch.zeros(1, 3, 36), [(1, 2, 3)], key_padding_mask=torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"expected \[B, M, 36\]"):
         small.condition(torch.zeros(1, 3, 35), [(1, 2, 3)])

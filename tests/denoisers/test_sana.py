@@ -159,11 +159,11 @@ def test_wrong_inputs(small):
     condition = small.condition(torch.randn(1, 3, 20))
     with pytest.raises(ValueError, match=r"got latents \[1, 5, 4, 4\]: expected \[B, 6, h, w\]"):
         small(torch.zeros(1, 5, 4, 4), torch.zeros(1), condition)
-    with pytest.raises(ValueError, match=r"got 2 latents, 2 times, a condition of 1 rows.*rows\(index\)"):
+    with pytest.raises(ValueError, match=r"got 2 latents, 2 timesteps, a condition of 1 rows.*rows\(index\)"):
         small(torch.zeros(2, 6, 4, 4), torch.zeros(2), condition)
     with pytest.raises(ValueError, match=r"expected \[B, M, 20\]"):
         small.condition(torch.zeros(1, 3, 21))
-    with pytest.raises(ValueError, match="a token to see in every row"):
+    with pytest.raises(ValueError, match="a token that is no padding in every row"):
         small.condition(torch.zeros(2, 3, 20), torch.tensor([[1, 0, 0], [0, 0, 0]]))
 
 

@@ -159,7 +159,7 @@ def test_gradients_reach_every_parameter(small):
     [
         ({"model_type": "siglip2_vision_model"}, "got model_type 'siglip2_vision_model'.*NaFlex"),
         ({"hidden_size": 25}, "a multiple of the heads"),
-        ({"image_size": 3}, "pictures of a patch or more"),
+        ({"image_size": 3}, "images of a patch or more"),
         ({"num_hidden_layers": 0}, "expected positive numbers"),
     ],
 )

@@ -179,7 +179,7 @@ def test_an_int8_model(bench, model, tmp_path):
             logits.append(one.image_logits(one.decode_session([EMPTY_CACHE, EMPTY_CACHE], 1).append(x)))
     # 14 products of about 1 % each, in two layers that add to the stream
     assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.05
-    with pytest.raises(ValueError, match="is in int8, which no file holds"):
+    with pytest.raises(ValueError, match="is in int8, which no released layout has"):
         small.save_pretrained(tmp_path / "a")
 
 

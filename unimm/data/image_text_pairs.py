@@ -15,7 +15,7 @@ from PIL import Image
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
-from unimm.processing.images.io import CropSquare, load_image
+from unimm.processing.images.io import center_crop, load_image
 
 # a task: the input image again, without a word of text
 RECONSTRUCTION = "reconstruct"
@@ -104,7 +104,7 @@ class FilePairs:
     def from_record(self, record: Mapping) -> ImageTextPair:
         """The pair that a line names."""
         images = tuple(load_image(self.path.parent / name) for name in record.get("images", ()))
-        target = CropSquare(self.image_size)(load_image(self.path.parent / record["target"]))
+        target = center_crop(load_image(self.path.parent / record["target"]), self.image_size)
         return ImageTextPair(
             kind="edit" if images else "draw", text=record.get("text", ""), images=images, target=target
         )

@@ -1,4 +1,4 @@
-"""FLUX.1's transformer: packed latents to their velocity, told what to draw by a sequence, a vector and a guidance.
+"""FLUX.1's transformer: packed latents to their velocity, conditioned on a text's states, a pooled vector and a guidance.
 
 docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the order of shift and scale. Time 0 is data,
 1 is noise; velocity = noise - data.
@@ -7,7 +7,7 @@ docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the or
     steps = flux.modulations(times[:-1], pooled, guidance=3.5)
     velocity = flux(latents, condition, steps[i])
 
-Axes: B batch, L tokens of the picture, M of the text, D model, C channels, S steps, h w grid.
+Axes: B batch, L tokens of the image, M of the text, D model, C channels, S steps, h w grid.
 """
 
 import json
@@ -179,9 +179,9 @@ class FluxConfig(JsonConfig):
             return len({key.split(".")[1] for key in shapes if key.startswith(f"{name}.")})
 
         norms = [shape for key, shape in shapes.items() if key.endswith("query_norm.scale")]
-        told = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
-        if (lost := [key for key in told if key not in shapes]) or not norms:
-            raise ValueError(f"the weights lack {', '.join(lost) or 'norms of queries'}: expected those of FLUX.1")
+        required = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+        if (missing := [key for key in required if key not in shapes]) or not norms:
+            raise ValueError(f"the weights lack {', '.join(missing) or 'norms of queries'}: expected those of FLUX.1")
         (dim, in_channels), head_dim = shapes["img_in.weight"], norms[0][0]
         wide = [
             _first_length(shapes, "double_blocks.", "img_mlp.0.bias"),
@@ -258,7 +258,7 @@ def flux_bfl_key_map(config: FluxConfig) -> KeyMap:
 
 
 def flux_position_ids(height: int, width: int) -> Tensor:
-    """The places of a picture of height x width packed tokens, [h w, 3] float32: (0, row, column)."""
+    """Position ids of an image of height x width packed tokens, [h w, 3] float32: (0, row, column)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack((torch.zeros_like(rows), rows, columns), -1).flatten(0, 1).float()
 
@@ -294,10 +294,11 @@ class FluxTransformer(PretrainedComponent):
         text_position_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> MMDiTCondition:
-        """text [B, M, C], the picture's places [L, 3] (see `grid`), the text's [M, 3], all 0 unless given; seen [B, M]: 0
+        """text [B, M, C], position_ids of the image [L, 3] (see `flux_position_ids`), text_position_ids [M, 3], 0 by default;
+        key_padding_mask [B, M]: 0
         where a token is padding.
 
-        Once a picture. Raises ValueError for other shapes.
+        Computed once an image. Raises ValueError for other shapes.
         """
         if text_position_ids is None:
             text_position_ids = position_ids.new_zeros(text.shape[1], position_ids.shape[-1])

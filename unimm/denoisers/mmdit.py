@@ -1,10 +1,10 @@
-"""The transformer that FLUX and Qwen-Image share: text and picture project apart and attend together.
+"""MMDiT, the transformer of FLUX and Qwen-Image: text and image project apart and attend together.
 
 Esser et al. 2024, arXiv 2403.03206, section 4; docs/originals/blocks.md, "FLUX.1 transformer" and "Qwen-Image
 transformer". What depends on the time and on the text alone is computed once: `Trunk.modulations` for all steps,
-`Condition` for a picture.
+`MMDiTCondition` for an image.
 
-Axes: B batch, L tokens of the picture, M of the text, J = M + L of both, text first; D model, H heads, K head, S steps.
+Axes: B batch, L tokens of the image, M of the text, J = M + L of both, text first; D model, H heads, K head, S steps.
 """
 
 from collections.abc import Sequence
@@ -24,27 +24,26 @@ from unimm.nn.rope import apply_complex_rope
 
 TIMESTEP_SCALE = 1000  # a time in [0, 1] is embedded as one in [0, 1000], and so is a guidance
 TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
-NORM_EPS = 1e-6  # of every norm; no config says it
+NORM_EPS = 1e-6  # of every norm, in no config
 PATCH_SIZE = 2  # of the patches of latents that make a token
 
 
 # the attention of a double block in diffusers' words
-def _attention_key_map(stream: str, q: str, k: str, v: str, out: str, norm: str) -> KeyMap:
+def _attention_key_map(stream: str, qkv: tuple[str, str, str], out: str, norm: str) -> KeyMap:
     """The key map of one stream's attention in diffusers' layout: released names of its projections and norms."""
     released, ours = "transformer_blocks.{}.attn.", f"mmdit.double_blocks.{{}}.{stream}."
     names = {f"{out}.{{}}": "out_proj.{}", f"{norm}q.weight": "q_norm.weight", f"{norm}k.weight": "k_norm.weight"}
-    qkv = equal_slices([f"{name}.{{}}" for name in (q, k, v)], "qkv.{}")
-    return (renames(names) + qkv).prefixed(released=released, ours=ours)
+    slices = equal_slices([f"{name}.{{}}" for name in qkv], "qkv.{}")
+    return (renames(names) + slices).prefixed(released=released, ours=ours)
 
 
-ATTENTION_KEY_MAP = _attention_key_map("image", "to_q", "to_k", "to_v", "to_out.0", "norm_") + _attention_key_map(
-    "text", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_"
-)
+ATTENTION_KEY_MAP = _attention_key_map("image", ("to_q", "to_k", "to_v"), "to_out.0", "norm_")
+ATTENTION_KEY_MAP += _attention_key_map("text", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """Of a trunk. axes: how many numbers of a head each axis of a place turns; n_singles may be 0."""
+    """Numbers of an MMDiT. rope_axes_dims: dimensions of a head that each axis of a position rotates."""
 
     in_channels: int
     out_channels: int
@@ -89,9 +88,9 @@ class Modulation(NamedTuple):
 
 
 class MMDiTCondition(NamedTuple):
-    """A text beside a picture's places, as the blocks see it: computed once a picture, and the same at every step.
+    """What the blocks need of a text and of the positions: computed once an image, the same at every step.
 
-    tokens [B, M, D], projected; angles [J, K/2] complex; seen [B, 1, 1, J] bool, or None where all are.
+    tokens [B, M, D], projected; rotations [J, K/2] complex; attention_mask [B, 1, 1, J] bool, None where nothing is masked.
     """
 
     tokens: Tensor
@@ -99,7 +98,7 @@ class MMDiTCondition(NamedTuple):
     attention_mask: Tensor | None = None
 
     def select_rows(self, index: Tensor) -> "MMDiTCondition":
-        """The condition of rows `index` [N]: several pictures of one text, or a branch of guidance."""
+        """The condition of rows `index` [N]: several images of one text, or a branch of guidance."""
         return MMDiTCondition(
             self.tokens[index], self.rotations, None if self.attention_mask is None else self.attention_mask[index]
         )
@@ -130,18 +129,18 @@ def unpatchify_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition: MMDiTCondition) -> Tensor:
-    """q, k, v [B, J, H, K], normed and not yet turned -> [B, J, H K]"""
+    """q, k, v [B, J, H, K], q and k normalised and not yet rotated -> [B, J, H K]"""
     q, k, v = (
         rearrange(x, "B J H K -> B H J K")
         for x in (apply_complex_rope(q, condition.rotations), apply_complex_rope(k, condition.rotations), v)
     )
-    # not `kernels.attention`: all rows of a picture see the same keys, which needs no mask of ranges
+    # not `kernels.attention`: all rows of an image attend to the same keys, which needs no mask of ranges
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.attention_mask)
     return rearrange(y, "B H J K -> B J (H K)")
 
 
 class MMDiTStream(nn.Module):
-    """What a double block has for the text, and again for the picture: all but the attention itself."""
+    """One of a double block's two streams, the text's or the image's: all but the attention itself."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -206,7 +205,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class MMDiTFinalLayer(nn.Module):
-    """A norm that the time turns, then the velocity."""
+    """The adaptive norm and the projection to the velocity."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -232,17 +231,17 @@ class MMDiT(nn.Module):
     def condition(
         self, text: Tensor, rotations: Tensor, key_padding_mask: Tensor | None = None, *, norm: nn.Module | None = None
     ) -> MMDiTCondition:
-        """text [B, M, C], angles [J, K/2] complex of it and of the picture, seen [B, M]: 0 where a token is padding; norm:
-        of the text, before it is projected.
+        """text [B, M, C], rotations [J, K/2] complex of text and image -> the condition. Raises ValueError for other shapes.
 
-        Raises ValueError for other shapes.
+        key_padding_mask [B, M]: 0 where a token is padding. norm: of the text, before it is projected.
         """
         if text.ndim != 3 or text.shape[2] != self.config.text_dim:
             raise ValueError(f"got a text of shape {list(text.shape)}: expected [B, M, {self.config.text_dim}]")
         if key_padding_mask is not None:
             if key_padding_mask.shape != text.shape[:2]:
                 raise ValueError(
-                    f"got seen {list(key_padding_mask.shape)} for a text {list(text.shape)}: expected {list(text.shape[:2])}"
+                    f"got key_padding_mask {list(key_padding_mask.shape)} for a text {list(text.shape)}: expected "
+                    f"{list(text.shape[:2])}"
                 )
             key_padding_mask = F.pad(key_padding_mask.bool(), (0, len(rotations) - text.shape[1]), value=True)[
                 :, None, None
@@ -252,8 +251,8 @@ class MMDiT(nn.Module):
     def modulations(self, vectors: Tensor) -> list[Modulation]:
         """vectors [S, B, D], of every step and row -> what `forward` takes, one a step.
 
-        These linears are more than a quarter of FLUX's weights and see one row a picture: for all steps at once they are
-        read once.
+        These linears are more than a quarter of FLUX's weights and are applied to one row an image: for all steps at
+        once, their weights are read once.
         """
         vectors = F.silu(vectors)
 
@@ -272,17 +271,18 @@ class MMDiT(nn.Module):
 
     def forward(self, latents: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
         """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree."""
-        text, found = condition.tokens, list(latents.shape)
+        text = condition.tokens
+        shape = list(latents.shape)
         tokens = len(condition.rotations) - text.shape[1]
-        if len(found) != 3 or found[1:] != [tokens, self.config.in_channels]:
+        if len(shape) != 3 or shape[1:] != [tokens, self.config.in_channels]:
             raise ValueError(
-                f"got latents {found}: expected [B, {tokens}, {self.config.in_channels}], packed, as many tokens as the "
-                "condition has places for"
+                f"got latents {shape}: expected [B, {tokens}, {self.config.in_channels}], packed, as many tokens as the "
+                "condition has positions for"
             )
-        if not found[0] == len(text) == len(modulation.final):
+        if not shape[0] == len(text) == len(modulation.final):
             raise ValueError(
-                f"got {found[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: expected as "
-                "many; condition.select_rows(index) repeats and picks rows"
+                f"got {shape[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: expected "
+                "as many; condition.select_rows(index) repeats and picks rows"
             )
         image = self.image_in(latents)
         for block, of_image, of_text in zip(self.double_blocks, modulation.image, modulation.text, strict=True):
@@ -295,5 +295,5 @@ class MMDiT(nn.Module):
 
 def modulation_per_step(model: nn.Module, condition: MMDiTCondition, modulations: Sequence[Modulation]) -> Velocity:
     """A velocity for `flow.sample`: call i takes the modulation of step i, and the time is in it already."""
-    left = iter(modulations)
-    return lambda x, time: model(x, condition, next(left))
+    steps = iter(modulations)
+    return lambda x, timestep: model(x, condition, next(steps))

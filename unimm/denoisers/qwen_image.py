@@ -1,10 +1,10 @@
-"""Qwen-Image's transformer: packed latents to their velocity, told what to draw by a text alone.
+"""Qwen-Image's transformer: packed latents to their velocity, conditioned on a text alone.
 
 Wu et al. 2025, arXiv 2508.02324, section 2; docs/originals/blocks.md, "Qwen-Image transformer". Only double blocks, no
-vector of the text, no guidance; places are counted from the middle of a picture, and the text's go on along the
+vector of the text, no guidance; positions are counted from the middle of an image, and the text's go on along the
 diagonal (MSRoPE). Time 0 is data, 1 is noise; velocity = noise - data.
 
-Axes: B batch, L tokens of the pictures, M of the text, D model, C channels, S steps, f h w frames and grid.
+Axes: B batch, L tokens of the images, M of the text, D model, C channels, S steps, f h w frames and grid.
 """
 
 import json
@@ -40,7 +40,7 @@ from unimm.nn.timestep import timestep_embedding
 
 MLP_RATIO = 4  # in no config
 RELEASED_AXES_DIMS = (16, 56, 56)
-MAX_POSITIONS = 4096  # of text and pictures, along each axis: as many as the original's tables have
+MAX_POSITIONS = 4096  # of text and images, along each axis: as many as the original's tables have
 
 KEY_MAP = ATTENTION_KEY_MAP + renames(
     {
@@ -117,15 +117,15 @@ class QwenImageConfig(JsonConfig):
 
 
 def msrope_position_ids(images: Sequence[tuple[int, int, int]], n_text_tokens: int) -> tuple[Tensor, Tensor]:
-    """Places [L, 3] of the tokens of one or more pictures (frames, height, width), and [n_text, 3] of a text's; int64.
+    """Position ids [L, 3] of images of (frames, height, width) tokens, and [n_text_tokens, 3] of a text; int64.
 
-    Frames of picture k count from k. Rows and columns count from the middle, so that a larger picture goes on where a
-    smaller one ends. The text begins where the largest picture does, at the same number on every axis. Raises ValueError
-    for a picture without tokens, and beyond the 4096 places that the original knows.
+    Frames of image k count from k. Rows and columns count from the middle, so that a larger image goes on where a
+    smaller one ends. The text begins where the largest image ends, at the same number on every axis. Raises ValueError
+    for an image without tokens, and beyond the 4096 positions of the original.
     """
-    if not images or any(len(picture) != 3 or min(picture) < 1 for picture in images):
+    if not images or any(len(image) != 3 or min(image) < 1 for image in images):
         raise ValueError(
-            f"got pictures {list(images)}: expected one or more of (frames, height, width), in packed tokens"
+            f"got images {list(images)}: expected one or more of (frames, height, width), in packed tokens"
         )
     grids = [
         torch.cartesian_prod(torch.arange(k, k + f), torch.arange(h) - (h - h // 2), torch.arange(w) - (w - w // 2))
@@ -134,7 +134,7 @@ def msrope_position_ids(images: Sequence[tuple[int, int, int]], n_text_tokens: i
     start = max(max(h, w) // 2 for _, h, w in images)
     if start + n_text_tokens > MAX_POSITIONS:
         raise ValueError(
-            f"got {n_text_tokens} tokens of text from place {start} on: expected them to end before {MAX_POSITIONS}"
+            f"got {n_text_tokens} tokens of text from position {start} on: expected them to end before {MAX_POSITIONS}"
         )
     return torch.cat(grids), (start + torch.arange(n_text_tokens))[:, None].expand(-1, 3)
 
@@ -161,14 +161,14 @@ class QwenImageTransformer(PretrainedComponent):
     def condition(
         self, text: Tensor, images: Sequence[tuple[int, int, int]], *, key_padding_mask: Tensor | None = None
     ) -> MMDiTCondition:
-        """text [B, M, C], the pictures of every row, seen [B, M]: 0 where a token is padding, all seen unless given.
+        """text [B, M, C] and the images of every row -> the condition, computed once. Raises ValueError for other shapes.
 
-        Once a picture. pictures: as for `places`; the first is drawn, others may follow it in the latents. Raises
-        ValueError for other shapes.
+        images: as for `msrope_position_ids`; the first is generated, others may follow it in the latents.
+        key_padding_mask [B, M]: 0 where a token is padding; none is by default.
         """
-        of_pictures, of_text = msrope_position_ids(images, text.shape[1])
-        # the original's tables are of float32, and far places feel it
-        angles = complex_rope(torch.cat((of_text, of_pictures)), self.config.rope_axes_dims, dtype=torch.float32)
+        image_ids, text_ids = msrope_position_ids(images, text.shape[1])
+        # the original's tables are of float32, which shows at large positions
+        angles = complex_rope(torch.cat((text_ids, image_ids)), self.config.rope_axes_dims, dtype=torch.float32)
         return self.mmdit.condition(text, angles.to(text.device), key_padding_mask, norm=self.text_norm)
 
     def modulations(self, timesteps: Tensor, *, batch_size: int = 1) -> list[Modulation]:

@@ -1,4 +1,4 @@
-"""Sana: a diffusion transformer whose self-attention is linear in the number of latents, told what to draw by a caption.
+"""Sana: a diffusion transformer whose self-attention is linear in the number of latents, conditioned on a caption.
 
 Xie et al. 2024, arXiv 2410.10629, section 2.3; docs/originals/blocks.md, "Sana transformer": no positions;
 cross-attention without a norm before and a gate after. Time 0 is data, 1 is noise; velocity = noise - data.
@@ -59,7 +59,7 @@ KEY_MAP += equal_slices(
 class SanaConfig(JsonConfig):
     in_channels: int
     out_channels: int
-    sample_size: int  # of the grid of latents that it was trained on; it draws others, too
+    sample_size: int  # side of the grid of latents that it was trained on; others are possible
     patch_size: int
     n_layers: int
     n_heads: int
@@ -92,7 +92,7 @@ class SanaConfig(JsonConfig):
         fixed={
             "_class_name": "SanaTransformer2DModel",
             "dropout": 0.0,
-            "interpolation_scale": None,  # a number asks for a table of positions
+            "interpolation_scale": None,  # a number would mean a table of positions
             "norm_elementwise_affine": False,
             "guidance_embeds": False,
             "qk_norm": None,
@@ -113,9 +113,10 @@ class SanaConfig(JsonConfig):
 
 
 class SanaCondition(NamedTuple):
-    """A caption as the blocks see it: computed once a picture, and the same at every step.
+    """What the blocks need of a caption: computed once an image, the same at every step.
 
-    tokens [B, M, D], projected; keys and values of every block, [B, H, M, K]; seen [B, 1, 1, M], or None where all are.
+    tokens [B, M, D], projected; keys and values of every block, [B, H, M, K]; attention_mask [B, 1, 1, M], None where
+    nothing is masked.
     """
 
     tokens: Tensor
@@ -124,7 +125,7 @@ class SanaCondition(NamedTuple):
     attention_mask: Tensor | None
 
     def select_rows(self, index: Tensor) -> "SanaCondition":
-        """The condition of rows `index` [N]: several pictures of one caption, or a branch of guidance."""
+        """The condition of rows `index` [N]: several images of one caption, or a branch of guidance."""
         keys, values = (tuple(x[index] for x in part) for part in (self.keys, self.values))
         return SanaCondition(
             self.tokens[index], keys, values, None if self.attention_mask is None else self.attention_mask[index]
@@ -147,7 +148,7 @@ class SanaLinearAttention(nn.Module):
 
 
 class SanaCrossAttention(nn.Module):
-    """Latents ask, the caption answers."""
+    """Attention from the latents to the caption."""
 
     def __init__(self, config: SanaConfig):
         super().__init__()
@@ -162,19 +163,19 @@ class SanaCrossAttention(nn.Module):
         return k.contiguous(), v.contiguous()
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """x [B, L, D], what `see` gave -> [B, L, D]"""
+        """x [B, L, D], keys and values of `project_kv` -> [B, L, D]"""
         q = rearrange(self.q(x), "B L (H K) -> B H L K", K=self.head_dim)
         if q.device.type == "cpu":
-            # its backward is nine times as slow in bfloat16 (128 pictures of 16 tokens, 20 keys: 84 ms against 9)
+            # its backward is nine times as slow in bfloat16 (128 images of 16 tokens, 20 keys: 84 ms against 9)
             q, keys, values = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, keys, values))
-        # not `kernels.attention`: keys of their own, the same for all rows of a picture, need no mask of ranges
+        # not `kernels.attention`: keys of their own, the same for all rows of an image, need no mask of ranges
         with torch.autocast(q.device.type, enabled=q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)):
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=attention_mask)
         return self.out_proj(rearrange(y, "B H L K -> B L (H K)").to(x.dtype))
 
 
 class SanaBlock(nn.Module):
-    """Linear attention, cross attention, and a feed-forward that looks at the neighbours; the time turns the first and last."""
+    """Linear attention, cross attention, and a convolutional feed-forward; the timestep modulates the first and the last."""
 
     def __init__(self, config: SanaConfig):
         super().__init__()
@@ -221,9 +222,9 @@ class SanaTransformer(PretrainedComponent):
         return KEY_MAP
 
     def condition(self, caption: Tensor, key_padding_mask: Tensor | None = None) -> SanaCondition:
-        """caption [B, M, C], seen [B, M] (0 where a token is padding; all are seen unless given) -> what `forward` takes.
+        """caption [B, M, C], key_padding_mask [B, M] (0 where a token is padding; none is by default) -> what `forward` takes.
 
-        Raises ValueError for other shapes, and where a row sees nothing.
+        Raises ValueError for other shapes, and for a row of padding alone.
         """
         if caption.ndim != 3 or caption.shape[2] != self.config.caption_dim or not caption.shape[1]:
             raise ValueError(
@@ -233,8 +234,8 @@ class SanaTransformer(PretrainedComponent):
             key_padding_mask.shape != caption.shape[:2] or not key_padding_mask.bool().any(1).all()
         ):
             raise ValueError(
-                f"got seen {list(key_padding_mask.shape)} for a caption {list(caption.shape)}: expected {list(caption.shape[:2])} "
-                "with a token to see in every row"
+                f"got key_padding_mask {list(key_padding_mask.shape)} for a caption {list(caption.shape)}: expected "
+                f"{list(caption.shape[:2])}, with a token that is no padding in every row"
             )
         tokens = self.caption_norm(self.caption_proj(caption))
         blocks = cast("list[SanaBlock]", self.blocks)  # of a ModuleList nothing is known but that it holds modules
@@ -245,23 +246,25 @@ class SanaTransformer(PretrainedComponent):
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: SanaCondition) -> Tensor:
         """latents [B, C, h, w], times [B] float32 in [0, 1], a condition of as many rows -> velocity [B, C, h, w]."""
-        p, channels, found = self.config.patch_size, self.config.in_channels, list(latents.shape)
-        if len(found) != 4 or found[1] != channels or found[2] % p or found[3] % p:
+        p = self.config.patch_size
+        channels = self.config.in_channels
+        shape = list(latents.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
             raise ValueError(
-                f"got latents {found}: expected [B, {channels}, h, w] with sides that are multiples of {p}"
+                f"got latents {shape}: expected [B, {channels}, h, w] with sides that are multiples of {p}"
             )
-        if not found[0] == len(timesteps) == len(condition.tokens):
+        if not shape[0] == len(timesteps) == len(condition.tokens):
             raise ValueError(
-                f"got {found[0]} latents, {len(timesteps)} times, a condition of {len(condition.tokens)} rows: expected as many; "
-                "condition.select_rows(index) repeats and picks rows"
+                f"got {shape[0]} latents, {len(timesteps)} timesteps, a condition of {len(condition.tokens)} rows: expected as "
+                "many; condition.select_rows(index) repeats and picks rows"
             )
         x = rearrange(self.patch_embed(latents), "B D h w -> B (h w) D")
         time, shifts = self.embed_timesteps(timesteps)
         for block, keys, values in zip(self.blocks, condition.keys, condition.values, strict=True):
-            x = block(x, shifts, keys, values, condition.attention_mask, height=found[2] // p)
+            x = block(x, shifts, keys, values, condition.attention_mask, height=shape[2] // p)
         shift, scale = (self.scale_shift_table + time[:, None]).unbind(1)
         x = self.out_proj(adaln_modulate(x, scale, shift, FINAL_NORM_EPS))
-        return rearrange(x, "B (h w) (py px C) -> B C (h py) (w px)", h=found[2] // p, py=p, px=p)
+        return rearrange(x, "B (h w) (py px C) -> B C (h py) (w px)", h=shape[2] // p, py=p, px=p)
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """times [B] in [0, 1] -> embedded [B, D], and what all blocks share of their shifts, scales and gates, [B, 6, D]."""

@@ -36,7 +36,7 @@ class CLIPTextConfig(JsonConfig):
     max_positions: int
     norm_eps: float
     act: str
-    eos_id: int  # id whose first place is pooled; LEGACY_END: the place of the largest id
+    eos_id: int  # its first position is pooled; LEGACY_EOS_ID: the position of the largest id
 
     JSON: ClassVar = JsonLayout(
         name="the text encoder's config",
@@ -86,7 +86,7 @@ class CLIPTextConfig(JsonConfig):
 
 
 class CLIPTextEncoder(PretrainedComponent):
-    """Ids of captions to their states: every id sees those before it."""
+    """Ids of captions to hidden states, with causal attention."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

@@ -33,11 +33,11 @@ class SiglipConfig(JsonConfig):
     n_heads: int
     mlp_dim: int
     patch_size: int
-    image_size: int  # pixels a side; a rest that fills no patch is left out
+    image_size: int  # pixels a side; what is left of them beside whole patches is not encoded
     channels: int
     norm_eps: float
     act: str
-    has_pooling_head: bool  # whether a picture's features can be pooled to one
+    has_pooling_head: bool  # whether an image's features can be pooled to one
 
     JSON: ClassVar = JsonLayout(
         name="the vision encoder's config",
@@ -76,7 +76,7 @@ class SiglipConfig(JsonConfig):
         sizes = (self.dim, self.n_layers, self.n_heads, self.mlp_dim, self.patch_size, self.channels, self.norm_eps)
         if min(sizes) <= 0 or self.dim % self.n_heads or self.image_size < self.patch_size:
             raise ValueError(
-                f"got {self}: expected positive numbers, a width that is a multiple of the heads, and pictures of a patch "
+                f"got {self}: expected positive numbers, a width that is a multiple of the heads, and images of a patch "
                 "or more; correct config.json"
             )
 

@@ -50,8 +50,8 @@ class T5Config:
             )
         if self.feed_forward not in GATED_ACTIVATIONS:
             raise ValueError(
-                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED_ACTIVATIONS)}, as T5 v1.1 has; the first T5 is "
-                "not built"
+                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED_ACTIVATIONS)}, as in T5 v1.1; the "
+                "first T5 is not supported"
             )
 
     @classmethod
@@ -105,9 +105,9 @@ LAYOUT = JsonLayout(
 
 
 def relative_position_buckets(length: int, n_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """The bucket [L, L] of each pair (id that asks, id that is seen).
+    """The bucket [L, L] of the relative position of each pair (query, key).
 
-    Half the buckets are for ids that stand behind; of either half the first half holds one distance each, the rest grow
+    Half the buckets are for keys behind the query; of either half the first half holds one distance each, the rest grow
     with the logarithm up to `furthest`.
     """
     at = torch.arange(length, device=device)
@@ -140,7 +140,7 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(PretrainedComponent):
-    """Ids of captions to their states; every id sees all of its row, padding and all."""
+    """Ids of captions to hidden states, with attention over the whole row, padding included."""
 
     def __init__(self, config: T5Config):
         super().__init__()

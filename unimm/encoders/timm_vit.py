@@ -1,6 +1,6 @@
 """A fixed-size vision encoder from timm: SigLIP as Janus uses it, or any other by name.
 
-Axes: B pictures, S pixels a side, n features of a picture in raster order, D model.
+Axes: B images, S pixels a side, n features of an image in raster order, D model.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, writ
 
 @dataclass(frozen=True, kw_only=True)
 class TimmViTConfig(JsonConfig):
-    """A SigLIP ViT: erf GELU, biases everywhere, LayerNorms of 1e-6, a pooling head that nothing reads."""
+    """A SigLIP ViT: erf GELU, biases, LayerNorms with an epsilon of 1e-6, a pooling head that is not used."""
 
     dim: int
     n_layers: int
@@ -37,7 +37,7 @@ class TimmViTConfig(JsonConfig):
     )
 
 
-# what a released model_name means
+# the encoders that released values of model_name stand for
 RELEASED_VITS = {
     "siglip_large_patch16_384": TimmViTConfig(dim=1024, n_layers=24, n_heads=16, patch_size=16),
     "siglip_large_patch16_256": TimmViTConfig(dim=1024, n_layers=24, n_heads=16, patch_size=16),
@@ -48,7 +48,7 @@ RELEASED_VITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TimmEncoderConfig:
-    """Which encoder, for pictures of size * size pixels. vit: its numbers; None for another encoder of timm's, by name."""
+    """An encoder of images of image_size * image_size pixels. vit: its numbers; None for another encoder of timm's, by name."""
 
     model_name: str
     image_size: int
@@ -57,7 +57,7 @@ class TimmEncoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TimmEncoderConfig":
-        """Read the params of a released vision_config; numbers that stand in it go before those that its name means."""
+        """Read the params of a released vision_config; its numbers override those of a released name."""
         released = RELEASED_VITS.get(data.get("model_name", ""))
         layout = TimmViTConfig.JSON if released is None else replace(TimmViTConfig.JSON, defaults=released.to_json())
         numbers = {"width", "layers", "heads", "patch_size"} <= data.keys()
@@ -72,7 +72,7 @@ class TimmEncoderConfig:
     @property
     def depth(self) -> int:
         """Layers that are built: up to the selected one, counted from the end where it is negative."""
-        assert self.vit is not None, "another encoder is built whole"
+        assert self.vit is not None, "only a ViT of ours is cut at a layer"
         total, s = self.vit.n_layers, self.select_layer
         return min(total, total + s + 1) if s < 0 else min(total, s)
 
@@ -86,7 +86,7 @@ LAYOUT = JsonLayout(
 
 
 class TimmVisionEncoder(nn.Module):
-    """Pictures to features, before the aligner. `trunk` is timm's module; its names are the released ones."""
+    """Images to features, before the aligner. `trunk` is timm's module; its names are the released ones."""
 
     def __init__(self, config: TimmEncoderConfig):
         super().__init__()
@@ -96,9 +96,10 @@ class TimmVisionEncoder(nn.Module):
         self.grid_side = config.image_size // self.patch_size
         if not self.grid_side:
             raise ValueError(
-                f"got pictures of {config.image_size} pixels for {config.model_name}: expected {self.patch_size} or more, one feature's"
+                f"got images of {config.image_size} pixels for {config.model_name}: expected "
+                f"{self.patch_size} or more, one patch"
             )
-        # where an encoder that gives a grid has its features, and how many of a sequence belong to no place
+        # the axes of an output that is a grid, and the number of tokens of a sequence that are no patches
         self.feature_axes = "b h w d" if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC" else "b d h w"
         self.n_prefix_tokens: int = getattr(self.trunk, "num_prefix_tokens", 0)
 
@@ -109,7 +110,7 @@ class TimmVisionEncoder(nn.Module):
 
 
 def _build_siglip(config: TimmEncoderConfig, vit: TimmViTConfig) -> Any:
-    # two seconds to import, and only models that look through it need it
+    # two seconds to import, and only models with this encoder need it
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = VisionTransformer(

@@ -1,6 +1,6 @@
-"""Parts that several families share: norms, feed-forwards, rotary and fixed positions, the embedding of time.
+"""Layers that several families share: activations, norms, feed-forwards, and a ViT's block.
 
-Axes: B batch, N packed tokens, D model, H heads, K head, F hidden.
+Axes: N packed tokens, D model, H heads, K head.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def get_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function that a released config means by `name`. Raises ValueError for a name that is not known."""
+    """The activation of that name in released configs. Raises ValueError for an unknown name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r} in the config: expected one of {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), in float32 and back, then times the weight: the order of Qwen2 (and it matters in bfloat16)."""
+    """x / rms(x), in float32 and cast back, then times the weight: the order of Qwen2, which matters in bfloat16."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(act(gate(x)) * up(x)), without biases unless asked. Shazeer 2020, arXiv 2002.05202, equation 6."""
+    """down(act(gate(x)) * up(x)), without biases by default. Shazeer 2020, arXiv 2002.05202, equation 6."""
 
     def __init__(self, dim: int, hidden_dim: int, act: str = "silu", *, bias: bool = False):
         super().__init__()
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention under a mask, then the feed-forward; biases everywhere: SigLIP's block, and that of CLIP's texts."""
+    """Pre-norm attention under a mask, then the feed-forward, with biases: the block of SigLIP and of CLIP's text encoder."""
 
     def __init__(self, dim: int, n_heads: int, mlp_dim: int, act: str, eps: float):
         super().__init__()

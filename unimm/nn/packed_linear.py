@@ -1,4 +1,4 @@
-"""A model made ready to decode on a CPU: the same one, with its large linears packed for few rows."""
+"""Linears whose weights are packed for few rows, which makes decoding on a CPU faster."""
 
 import copy
 import logging
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 QUANTIZED_ENGINES = ("x86", "fbgemm")
 MIN_SCALE = torch.finfo(torch.float32).tiny
-MIN_PACKED_WEIGHTS = 2**18  # weights: fewer stay in the cache, where packing gains nothing
+MIN_PACKED_WEIGHTS = 2**18  # smaller matrices stay in the cache, where packing gains nothing
 
 
 class PackedFloat16:
-    """Weights in bfloat16 as float16, which has the bits for them; products and sums in float32."""
+    """Weights in bfloat16 or float16 as float16, which has the bits for them; products and sums in float32."""
 
     MAX_ROWS: ClassVar = 8  # rows; more are faster the plain way
     MAX_RELATIVE_LOSS: ClassVar = 2.0**-16  # of the weights' norm may be lost: those below float16's smallest
@@ -32,7 +32,7 @@ class PackedFloat16:
 
     @staticmethod
     def rounding_error(weight: Tensor) -> Tensor:
-        """What packing loses of each weight."""
+        """The rounding error of each packed weight."""
         return weight.float() - weight.half().float()
 
 
@@ -60,13 +60,13 @@ class SplitFloat16:
 
     @classmethod
     def rounding_error(cls, weight: Tensor) -> Tensor:
-        """What packing loses of each weight."""
+        """The rounding error of each packed weight."""
         high, low = cls.split(weight)
         return weight - high - low.float() / cls.LOW_SCALE
 
 
 class PackedInt8:
-    """Weights rounded to int8 with a scale an output; rows of x to 8 bits with a scale each, so that none depends on another.
+    """Weights rounded to int8 with a scale an output; rows of x rounded to 8 bits with a scale each.
 
     About 1 % of error, as |y - y'| / |y|. The product is exact in int32.
     """
@@ -85,12 +85,12 @@ class PackedInt8:
 
 
 def can_pack() -> bool:
-    """Whether this CPU, and PyTorch as it is set, have the packed products."""
+    """Whether this CPU has the packed products, and PyTorch's engine is set to one that has them."""
     return torch.backends.quantized.engine in QUANTIZED_ENGINES
 
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFloat16 | None:
-    """Weights [F, D] once more, in the order in which few rows read them; None where that gains nothing or is not exact.
+    """A packed copy of weights [F, D]; None where packing gains nothing or is not exact.
 
     A matrix with weights beyond float16's range, or with tiny ones alone, is not packed.
     """
@@ -129,7 +129,7 @@ def _prepack_int8(weight: Tensor) -> Any:
     scales = (weight.abs().amax(1).double() / 127).clamp(min=MIN_SCALE)
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():
-        # pytorch/pytorch issue 184982: no product that stays reads as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
+        # pytorch/pytorch issue 184982: no product that will remain is as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning)
         return torch.ops.quantized.linear_prepack(
             torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
@@ -143,7 +143,7 @@ def _int8_product(x: Tensor, levels: int, packed: Any) -> Tensor:
 
 
 def _accumulates_in_int32() -> bool:
-    """Whether products of 8 bits with 8 add up: without VNNI pairs of them are summed in 16 bits, which is too few."""
+    """Whether products of 8 bits with 8 are summed in 32 bits: without VNNI pairs are summed in 16, which overflows."""
     ones = torch.ones(1, 64)
     return bool(torch.isclose(_int8_product(ones, 127, _prepack_int8(ones)), ones.sum()).all())
 
@@ -153,7 +153,7 @@ def _prepack_float16(weight: Tensor, bias: Tensor | None) -> Any:
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weights, which it shares with the one given, stand in a second order for few rows."""
+    """A linear over the weights of another, of which it has a packed copy for few rows."""
 
     def __init__(self, linear: nn.Linear, packed: PackedFloat16 | SplitFloat16):
         super().__init__()
@@ -164,7 +164,7 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear with weights in int8 alone: no gradient, and a ValueError for who would save them."""
+    """A linear with weights in int8 alone: without gradients, and its state dict raises ValueError."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -176,13 +176,16 @@ class Int8Linear(nn.Module):
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise ValueError(f"{prefix.rstrip('.')} is in int8, which no file holds: save the model that was prepared")
+    raise ValueError(
+        f"{prefix.rstrip('.')} is in int8, which no released layout has: save the model that this one was made from"
+    )
 
 
 def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] = ()) -> M:
-    """Another model over the same parameters whose large linears are packed, those below the parts `but` left as they are.
+    """A copy of the model over the same parameters whose large linears are packed.
 
-    Those below the parts `int8` are kept in int8 instead. Raises ValueError for int8 where the CPU, or PyTorch, has none.
+    skip: submodules whose linears are not packed. int8: submodules whose linears are rounded to int8.
+     Raises ValueError for int8 where the CPU, or PyTorch, has none.
     """
     if int8 and not can_pack():
         raise ValueError(
@@ -201,7 +204,7 @@ def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] 
         if packed or _is_below(name, int8):
             optimized.set_submodule(name, PackedLinear(linear, packed) if packed else Int8Linear(linear))
             n += 1
-    log.info("%d of %d linears are packed", n, len(linears))
+    log.info("packed %d of %d linears", n, len(linears))
     return optimized
 
 

@@ -16,9 +16,9 @@ def unpatchify(x: Tensor, patch: int, height: int) -> Tensor:
 
 
 def grid_position_ids(height: int, width: int, table_side: int, *, interpolate: bool = False) -> Tensor:
-    """Where a grid of height x width patches lies in a table of side x side, [n] in raster order.
+    """Position ids [n], in raster order, of a grid of height x width patches in a table of table_side x table_side.
 
-    The top-left corner of the table, or (`interpolate`) the whole table's nearest buckets. Raises ValueError for a grid
+    Those of the table's top-left corner; with `interpolate`, the nearest ones of the whole table. Raises ValueError for a grid
     that the table cannot hold: the original's row * side + column would run into the next row unseen.
     """
     if not interpolate and max(height, width) > table_side:

@@ -19,13 +19,13 @@ from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, read_fi
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_MAX_LENGTH, T5_MAX_LENGTH = 77, 512  # of FLUX's captions
-LARGEST_MODEL_MAX_LENGTH = 100_000  # a model_max_length above this stands for none
+LARGEST_MODEL_MAX_LENGTH = 100_000  # a model_max_length above this means no limit
 # words, digits one by one, the rest in runs; of English, what follows an apostrophe
 CLIP_SPLIT_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class CLIPTokenizer(JsonTokenizer):
-    """CLIP's byte pairs: a tokenizer.json, or what vocab.json and merges.txt say."""
+    """CLIP's byte-pair encoding, from tokenizer.json, or from vocab.json and merges.txt."""
 
     def __init__(self, folder: Path):
         self.files = read_files(folder, self.FILES)
@@ -33,7 +33,7 @@ class CLIPTokenizer(JsonTokenizer):
         self.backend = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else clip_bpe_tokenizer(folder)
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # a marker typed by a user stays text
+        self.backend.encode_special_tokens = True  # special tokens in a text of a user stay text
 
 
 def clip_bpe_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -80,21 +80,21 @@ class CaptionTokenizer:
 def load_clip_captions(folder: Path) -> CaptionTokenizer:
     """What makes CLIP's captions from a released tokenizer's folder (FLUX's tokenizer).
 
-    Raises ValueError where files or markers are missing.
+    Raises ValueError where files or special tokens are missing.
     """
-    tokenizer, told = CLIPTokenizer(folder), _read_tokenizer_config(folder)
+    tokenizer, config = CLIPTokenizer(folder), _read_tokenizer_config(folder)
     begin, end, pad = (
-        _special_id(tokenizer, told, *name) for name in (("bos", CLIP_BOS), ("eos", CLIP_EOS), ("pad", CLIP_EOS))
+        _special_id(tokenizer, config, *name) for name in (("bos", CLIP_BOS), ("eos", CLIP_EOS), ("pad", CLIP_EOS))
     )
     return CaptionTokenizer(
-        tokenizer=tokenizer, bos_id=begin, eos_id=end, pad_id=pad, max_length=_max_length(told, CLIP_MAX_LENGTH)
+        tokenizer=tokenizer, bos_id=begin, eos_id=end, pad_id=pad, max_length=_max_length(config, CLIP_MAX_LENGTH)
     )
 
 
 def load_t5_captions(folder: Path) -> CaptionTokenizer:
     """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or spiece.model.
 
-    Raises ValueError where files or markers are missing.
+    Raises ValueError where files or special tokens are missing.
     """
     tokenizer: JsonTokenizer | SentencePieceTokenizer
     if (folder / "tokenizer.json").exists():
@@ -105,10 +105,10 @@ def load_t5_captions(folder: Path) -> CaptionTokenizer:
         tokenizer = SentencePieceTokenizer((folder / "spiece.model").read_bytes())
     else:
         raise ValueError(f"no tokenizer in {folder}: expected T5's tokenizer.json or spiece.model")
-    told = _read_tokenizer_config(folder)
-    end, pad = (_special_id(tokenizer, told, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
+    config = _read_tokenizer_config(folder)
+    end, pad = (_special_id(tokenizer, config, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
     return CaptionTokenizer(
-        tokenizer=tokenizer, bos_id=None, eos_id=end, pad_id=pad, max_length=_max_length(told, T5_MAX_LENGTH)
+        tokenizer=tokenizer, bos_id=None, eos_id=end, pad_id=pad, max_length=_max_length(config, T5_MAX_LENGTH)
     )
 
 
@@ -117,15 +117,15 @@ def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
     return {key: value for path in names if path.exists() for key, value in json.loads(path.read_text()).items()}
 
 
-def _max_length(told: dict[str, Any], otherwise: int) -> int:
-    length = told.get("model_max_length") or otherwise
-    return int(length) if length < LARGEST_MODEL_MAX_LENGTH else otherwise
+def _max_length(config: dict[str, Any], default: int) -> int:
+    length = config.get("model_max_length") or default
+    return int(length) if length < LARGEST_MODEL_MAX_LENGTH else default
 
 
 def _special_id(
-    tokenizer: JsonTokenizer | SentencePieceTokenizer, told: dict[str, Any], role: str, otherwise: str
+    tokenizer: JsonTokenizer | SentencePieceTokenizer, config: dict[str, Any], role: str, default: str
 ) -> int:
-    token = told.get(f"{role}_token") or otherwise
+    token = config.get(f"{role}_token") or default
     token = token["content"] if isinstance(token, dict) else token
     found = tokenizer.token_id(token)
     if found is None:

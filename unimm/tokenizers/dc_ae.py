@@ -1,4 +1,4 @@
-"""DC-AE, the deep compression autoencoder of Sana: pictures to a small grid of wide latents and back.
+"""DC-AE, the deep compression autoencoder of Sana: images to a small grid of wide latents and back.
 
 Chen et al. 2024, arXiv 2410.10733; docs/originals/blocks.md, "DC-AE". Parameters carry the released names, but for the
 queries, keys and values, which are one projection.
@@ -48,7 +48,7 @@ class DCAELevel:
 class DCAEConfig:
     """Numbers of the autoencoder. Levels go from the finest to the coarsest, in the decoder too.
 
-    Pixels lie in [-1, 1]; a latent is `scale` times what the encoder gives.
+    Pixels lie in [-1, 1]; a latent is `scaling_factor` times the encoder's output.
     """
 
     in_channels: int

@@ -1,4 +1,4 @@
-"""The KL autoencoder of FLUX and of SDXL: pictures to a grid of continuous latents and back."""
+"""The KL autoencoder of FLUX and of SDXL: images to a grid of continuous latents and back."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Every place of the grid attends to every other, with one head."""
+    """Attention between all positions of the grid, with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -358,5 +358,5 @@ class AutoencoderKL(PretrainedComponent):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, which pictures and latents are cast to."""
+        """The dtype of the weights, which images and latents are cast to."""
         return self.decoder.conv_in.weight.dtype

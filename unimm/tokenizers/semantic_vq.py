@@ -1,9 +1,9 @@
-"""Janus's semantic tokenizer (arXiv 2410.13848, appendix A): a VQ autoencoder whose codes also say what an encoder sees.
+"""Janus's semantic tokenizer (arXiv 2410.13848, appendix A): a VQ autoencoder whose codes also predict an encoder's features.
 
-A transformer reads the codes in raster order, each seeing those before it, and says at every code the feature that a
-frozen encoder (SigLIP) has there. What it says is what a language model is shown of a picture to understand.
+A causal transformer over the codes, in raster order, predicts at every code the feature that a frozen encoder (SigLIP) has
+there. A language model understands the image by these features.
 
-Axes: B pictures, E features of a code, h w grid, n = h * w codes of a picture, N = B * n, D model, H heads, K head,
+Axes: B images, E features of a code, h w grid, n = h * w codes of an image, N = B * n, D model, H heads, K head,
 F features of the encoder.
 """
 
@@ -44,7 +44,7 @@ class SemanticBranchConfig(JsonConfig):
 
 
 class SemanticBlock(nn.Module):
-    """Pre-norm causal attention over the codes of each picture, then the feed-forward."""
+    """Pre-norm causal attention over the codes of each image, then the feed-forward."""
 
     def __init__(self, config: SemanticBranchConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class SemanticBlock(nn.Module):
 
 
 class SemanticBranch(nn.Module):
-    """Codes to what the encoder sees at each of them."""
+    """Codes to the predicted features of an encoder."""
 
     def __init__(self, config: SemanticBranchConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class SemanticBranch(nn.Module):
 
 
 class SemanticVQ(nn.Module):
-    """A VQ autoencoder and the branch that reads its codes."""
+    """A VQ autoencoder and the branch over its codes."""
 
     def __init__(self, vq: VQConfig, branch: SemanticBranchConfig) -> None:
         super().__init__()
@@ -100,5 +100,5 @@ class SemanticVQ(nn.Module):
         self.branch = SemanticBranch(branch)
 
     def features(self, ids: Tensor, *, grid: tuple[int, int]) -> Tensor:
-        """ids [B, n] of a grid (h, w) -> features [B, n, F] to understand the picture by."""
+        """ids [B, n] of a grid (h, w) -> features [B, n, F] to understand the image by."""
         return self.branch(self.vq.quantize.lookup(ids, grid))

@@ -1,6 +1,6 @@
-"""LlamaGen's VQ autoencoder, which Janus draws with: pictures to a grid of codes and back.
+"""LlamaGen's VQ autoencoder, with which Janus generates images: images to a grid of codes and back.
 
-Axes: B pictures, E features of a code, V codes, h w grid, n = h * w codes of a picture in raster order.
+Axes: B images, E features of a code, V codes, h w grid, n = h * w codes of an image in raster order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class VQConfig(JsonConfig):
     n_codes: int = 16384
     code_dim: int = 8
 
-    # of the params of a gen_vision_config; what its cls, VQ-16, says already is left out, as in the released config
+    # of the params of a gen_vision_config; what its cls, VQ-16, implies is left out, as in the released config
     JSON: ClassVar = JsonLayout(
         name="the config of the image tokenizer",
         source="image_token_size and n_embed, at least, in its params",
@@ -214,7 +214,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
     def encode(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [-1, 1] -> z [B, E, h, w], of any length: `quantize` looks at its direction only."""
+        """image [B, 3, H, W] in [-1, 1] -> z [B, E, h, w], of any length: `quantize` uses its direction only."""
         stride, channels = self.config.stride, self.config.channels
         if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
             raise ValueError(

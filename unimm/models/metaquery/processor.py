@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from unimm.processing.chat_templates import Prompt
-from unimm.processing.images.io import CropSquare, load_image
+from unimm.processing.images.io import center_crop, load_image
 from unimm.processing.requests import ImageInput
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part, text_part
@@ -227,8 +227,8 @@ class LlavaSquareComposer:
 
     def to_parts(self, prompt: Prompt) -> list[Part]:
         """A prompt of texts, ids of special tokens and RGB images, which are cropped, as parts."""
-        crop = CropSquare(self.composer.image_processor.tile_size)
-        cropped: Prompt = [crop(item) if isinstance(item, Image.Image) else item for item in prompt]
+        size = self.composer.image_processor.tile_size
+        cropped: Prompt = [center_crop(item, size) if isinstance(item, Image.Image) else item for item in prompt]
         return replace(self.composer, always_tiled=True).to_parts(cropped)
 
 

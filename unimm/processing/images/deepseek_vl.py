@@ -13,7 +13,7 @@ from unimm.processing.images.io import normalize
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekVLImageProcessor:
-    """Janus's look at a picture: the long side to `size`, the short one padded, values normalised."""
+    """Resize the long side to `size`, pad the short one, normalise the values."""
 
     size: int
     min_size: int = 14
@@ -46,7 +46,7 @@ class DeepseekVLImageProcessor:
         return tuple(int(255 * mean) for mean in self.mean)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An RGB picture as a square. As released, sides are cut to whole pixels, in this order of operations."""
+        """An RGB image as a square. As released, sides are truncated to whole pixels, in this order of operations."""
         longest = max(image.size)
         width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
         side = max(width, height)
@@ -56,7 +56,7 @@ class DeepseekVLImageProcessor:
         return square
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture, squared, as normalised values [3, size, size] float32."""
+        """An RGB image, padded to a square, as normalised values [3, size, size] float32."""
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
 

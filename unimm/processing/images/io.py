@@ -1,7 +1,6 @@
-"""Pictures to pixels: opening, resizing by the released rule, patches and their places; and back to pictures."""
+"""Images to tensors and back: loading, cropping, normalising."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
 
 
 def load_image(image: Image.Image | str | Path) -> Image.Image:
-    """An RGB picture from a picture or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
+    """An RGB image from an image or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
 
     Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing, broken or unknown
-    file, for more than MAX_PIXELS pixels or none, and for a picture of floats, whose range nobody knows.
+    file, for more than MAX_PIXELS pixels or none, and for an image of floats, whose range is unknown.
     """
     if isinstance(image, str | Path):
         try:
@@ -56,24 +55,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True)
-class CropSquare:
-    """A picture to be drawn: the short side to `size`, the middle of the long one."""
-
-    size: int
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """The square (PIL's bicubic)."""
-        shortest = min(image.size)
-        width, height = (round(side / shortest * self.size) for side in image.size)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
-        return image.resize((width, height), Image.Resampling.BICUBIC).crop(
-            (left, top, left + self.size, top + self.size)
-        )
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image whose short side is resized to `size` (PIL's bicubic)."""
+    shortest = min(image.size)
+    width, height = (round(side / shortest * size) for side in image.size)
+    left = (width - size) // 2
+    top = (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 def normalize(image: Image.Image, *, mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> Tensor:
-    """A picture's values times `scale`, less the mean, over the deviation: [3, h, w] float32."""
+    """An image's values times `rescale_factor`, minus the mean, over the standard deviation: [3, h, w] float32."""
     # the product in float64, the rest in float32, as in the originals
     values = (np.asarray(image).astype(np.float64) * rescale_factor).astype(np.float32)
     normal = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
@@ -81,11 +74,11 @@ def normalize(image: Image.Image, *, mean: Sequence[float], std: Sequence[float]
 
 
 def pil_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as [3, h, w] float32 in [-1, 1]."""
+    """An RGB image as [3, h, w] float32 in [-1, 1]."""
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
 def tensor_to_pil(image: Tensor) -> Image.Image:
-    """[3, h, w] in [-1, 1] as a picture; values are clamped and cut, not rounded, to 8 bits, as the originals do."""
+    """[3, h, w] in [-1, 1] as an image; values are clamped and truncated, not rounded, to 8 bits, as in the originals."""
     values = ((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())

@@ -1,8 +1,8 @@
-"""LLaVA-OneVision's look at a picture: whole, and again in tiles at about its own size; rows for what the tiles show.
+"""LLaVA-OneVision's image processor: an image resized to one tile, and again cut into tiles at about its own size.
 
 Li et al. 2024, arXiv 2408.03326, section 3.2. The numbers are those of transformers' processor, which the released files name.
 
-Axes: T tiles, S pixels a side of one, C channels; h w sides of a picture or of the features of all its tiles; n rows.
+Axes: T tiles, S pixels a side of one, C channels; h w sides of an image or of the features of all its tiles.
 """
 
 import math
@@ -23,7 +23,7 @@ SHRINK_THRESHOLD = 1.1  # features that are longer than allowed by more than thi
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCrop:
-    """Which part of the features of all tiles shows the picture, and the size that it is brought to."""
+    """The part of the features of all tiles that is image and not padding, and the size that it is resized to."""
 
     top: int
     left: int
@@ -34,7 +34,7 @@ class FeatureCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaOnevisionImageProcessor:
-    """The whole picture stretched to a tile, then the tiles of the grid that keeps most of it."""
+    """The whole image resized to a tile, then the tiles of the grid that keeps most of its pixels."""
 
     tile_size: int  # of a tile, a side
     tile_side: int  # features of a tile, a side
@@ -51,18 +51,12 @@ class LlavaOnevisionImageProcessor:
             for grid in self.grid_pinpoints
             if min(grid) < 1 or grid[0] % self.tile_size or grid[1] % self.tile_size
         ]
-        if (
-            not self.grid_pinpoints
-            or bad
-            or self.max_tiles < 1
-            or len(self.mean) != 3
-            or len(self.std) != 3
-            or min(self.std) <= 0
-        ):
+        normal = len(self.mean) == len(self.std) == 3 and min(self.std) > 0
+        if not self.grid_pinpoints or bad or self.max_tiles < 1 or not normal:
             raise ValueError(
-                f"got image_grid_pinpoints {bad or list(self.grid_pinpoints)}, anyres_max_{self.max_tiles}, mean {self.mean}, std {self.std}"
-                f": expected sizes of whole tiles of {self.tile_size} pixels, a positive number of tiles, and three means and "
-                "deviations (above 0)"
+                f"got image_grid_pinpoints {bad or list(self.grid_pinpoints)}, anyres_max_{self.max_tiles}, "
+                f"mean {self.mean}, std {self.std}: expected sizes of whole tiles of {self.tile_size} pixels, a positive "
+                "number of tiles, and three means and deviations (above 0)"
             )
 
     @classmethod
@@ -79,12 +73,12 @@ class LlavaOnevisionImageProcessor:
 
         Raises ValueError where the file asks for other sizes than the model.
         """
-        asked = data.get("size") or {}
-        sides = {asked.get(name, tile_size) for name in ("height", "width", "shortest_edge")}
+        size = data.get("size") or {}
+        sides = {size.get(name, tile_size) for name in ("height", "width", "shortest_edge")}
         pinpoints = data.get("image_grid_pinpoints")
         if sides != {tile_size} or (pinpoints and {tuple(grid) for grid in pinpoints} != set(grid_pinpoints)):
             raise ValueError(
-                f"got size {asked}, image_grid_pinpoints {pinpoints} in preprocessor_config.json: expected tiles of "
+                f"got size {size}, image_grid_pinpoints {pinpoints} in preprocessor_config.json: expected tiles of "
                 f"{tile_size} pixels and the image_grid_pinpoints of config.json"
             )
         given = {
@@ -102,7 +96,7 @@ class LlavaOnevisionImageProcessor:
         return write_config(self, LAYOUT) | {"size": size, "image_grid_pinpoints": pinpoints}
 
     def select_grid(self, height: int, width: int) -> Size:
-        """Of all grids the one that keeps most of a picture's pixels; of several the one that wastes the fewest."""
+        """The grid that keeps most of an image's pixels; of several, the one that wastes the fewest."""
 
         def preference(grid: Size) -> tuple[int, int]:
             scale = min(grid[1] / width, grid[0] / height)
@@ -112,7 +106,7 @@ class LlavaOnevisionImageProcessor:
         return max(self.grid_pinpoints, key=preference)  # the first of the best, as in the original
 
     def feature_crop(self, height: int, width: int) -> FeatureCrop:
-        """The part of the features that a picture of this size fills; the rest shows the padding around it."""
+        """The part of the features that an image of this size fills; the rest is padding."""
         full_h, full_w = (pixels // self.tile_size * self.tile_side for pixels in self.select_grid(height, width))
         top = left = 0
         if width / height > full_w / full_h:
@@ -125,39 +119,39 @@ class LlavaOnevisionImageProcessor:
         return FeatureCrop(top=top, left=left, height=h, width=w, size=size)
 
     def n_image_tokens(self, height: int, width: int, *, tiled: bool) -> int:
-        """Rows of a picture of this size: the whole, then lines of tiles with a newline behind each."""
+        """Image tokens of an image of this size: the whole, then lines of tiles with a newline behind each."""
         if not tiled:
             return self.tile_side**2 + 1
         h, w = self.feature_crop(height, width).size
         return self.tile_side**2 + h * (w + 1)
 
     def preprocess(self, image: Image.Image, *, tiled: bool) -> Tensor:
-        """An RGB picture -> [T, C, S, S] float32, normalised: the whole of it, then its tiles in raster order.
+        """An RGB image -> [T, C, S, S] float32, normalised: the whole of it, then its tiles in raster order.
 
         Not `tiled`: the whole alone, padded to a square.
         """
         if not tiled:
             return self._normalize_tile(self._pad_to_square(image))[None]
         grid = self.select_grid(image.height, image.width)
-        canvas, s = self._resize_and_pad(image, grid), self.tile_size
+        padded, s = self._resize_and_pad(image, grid), self.tile_size
         corners = [(x, y) for y in range(0, grid[0], s) for x in range(0, grid[1], s)]
-        cut = [canvas.crop((x, y, x + s, y + s)) for x, y in corners]
+        cut = [padded.crop((x, y, x + s, y + s)) for x, y in corners]
         return torch.stack([self._normalize_tile(part) for part in (image, *cut)])
 
     def _resize_and_pad(self, image: Image.Image, grid: Size) -> Image.Image:
-        """The picture as large as it fits a grid, in the middle, on black."""
+        """The image as large as fits a grid, in the middle, on black."""
         down, across = grid[0] / image.height, grid[1] / image.width
         if across < down:
             height, width = min(math.ceil(image.height * across), grid[0]), grid[1]
         else:
             height, width = grid[0], min(math.ceil(image.width * down), grid[1])
-        canvas = Image.new("RGB", (grid[1], grid[0]))
+        padded = Image.new("RGB", (grid[1], grid[0]))
         resized = image.resize((width, height), Image.Resampling(self.resample))
-        canvas.paste(resized, ((grid[1] - width) // 2, (grid[0] - height) // 2))
-        return canvas
+        padded.paste(resized, ((grid[1] - width) // 2, (grid[0] - height) // 2))
+        return padded
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        """The picture on a square of the mean's colour."""
+        """The image on a square of the mean's colour."""
         longest = max(image.size)
         square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in self.mean))
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))

@@ -1,6 +1,8 @@
-"""Qwen2.5-VL's look at a picture: sides to whole cells within a number of pixels, then patches in the order of the cells.
+"""Qwen2.5-VL's image processor: sides of whole cells within a number of pixels, then patches in the order of the cells.
 
-Axes: C channels, T frames of a patch, p patch, m patches a side of a cell; N patches, n cells of a picture in raster order.
+A cell is a square of merge_size * merge_size patches, which become one token of the language model.
+
+Axes: C channels, T frames of a patch, p patch, m patches a side of a cell; N patches.
 """
 
 import math
@@ -16,18 +18,18 @@ from torch import Tensor
 from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
 from unimm.processing.images.io import normalize
 
-PatchGrid = tuple[int, int, int]  # patches of a picture in time, down and across
-DEFAULT_MAX_PIXELS = 28 * 28 * 1280  # where a preprocessor_config.json is silent
+PatchGrid = tuple[int, int, int]  # patches of an image in time, down and across
+DEFAULT_MAX_PIXELS = 28 * 28 * 1280  # of a preprocessor_config.json that has none
 MAX_ASPECT_RATIO = 200  # sides this many times as long as the other are refused, as in the original
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2VLImageProcessor:
-    """Multiples of a cell, `patch * merge` pixels; about the picture's ratio; between min_pixels and max_pixels."""
+    """Resize to multiples of a cell, of about the image's ratio, between min_pixels and max_pixels; normalise."""
 
     patch_size: int
     merge_size: int
-    temporal_patch_size: int  # a patch spans as many; a still picture is repeated
+    temporal_patch_size: int  # frames of a patch; a still image is repeated
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 16384
     resample: int = 3  # PIL's number of a filter
@@ -75,20 +77,20 @@ class Qwen2VLImageProcessor:
         return self.patch_size * self.merge_size
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize. Raises ValueError for a picture that is longer than `LONGEST` times its width."""
+        """(height, width) after the resize. Raises ValueError for an image over `MAX_ASPECT_RATIO` times as long as wide."""
         return smart_resize(height, width, self.merged_patch_size, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The resized picture (by PIL, with its antialias)."""
+        """The resized image (by PIL, with its antialias)."""
         height, width = self.resized_size(image.height, image.width)
         return image.resize((width, height), Image.Resampling(self.resample))
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture, resized, as normalised values [3, h, w] float32."""
+        """An RGB image, resized, as normalised values [3, h, w] float32."""
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
     def to_patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, PatchGrid]:
-        """Frames of one size, a still picture is one -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
+        """Frames of one size (a still image is one) -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
 
         Cells in raster order, inside a cell its patches in raster order; features ordered (channel, frame, row, column).
         """

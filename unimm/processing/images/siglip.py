@@ -13,7 +13,7 @@ from unimm.processing.images.io import normalize
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipImageProcessor:
-    """SigLIP's look at a picture: both sides to `size`, whatever their ratio, values normalised.
+    """Resize both sides to `size`, whatever their ratio; normalise the values.
 
     resample: PIL's number of a filter; 2, bilinear, is that of SigLIP2's releases.
     """
@@ -50,11 +50,11 @@ class SiglipImageProcessor:
         return write_config(self, LAYOUT)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The picture as a square."""
+        """The image as a square."""
         return image.resize((self.size, self.size), Image.Resampling(self.resample))
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture, stretched, as normalised values [3, size, size] float32."""
+        """An RGB image, resized, as normalised values [3, size, size] float32."""
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
 
