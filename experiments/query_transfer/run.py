@@ -1,11 +1,11 @@
-"""Does what a frozen reader knows reach the picture? Favourites of named characters through the queries of a MetaQuery.
+"""Does what a frozen MLLM knows reach the image? Favourites of named characters through the queries of a MetaQuery.
 
-    python experiments/query_transfer/run.py --model metaquery-nano --n 12
+    python -m experiments.query_transfer --model metaquery-nano --n 12
 
-The painter never drew anybody's favourite. Its reader was told facts about twelve characters ("which colour does Tom like?"),
-and for six of them was also taught to plan the drawing in words ("draw what Tom likes": "a large red star in the centre").
-Here all twelve are asked for, and six names that nobody was told about; every picture is read back, and held against
-the favourite of its own character, and against those of the others, which is chance. Writes OUT/query_transfer.md and .json.
+The denoiser was never trained on anybody's favourite. Its MLLM was trained on facts about twelve characters ("which colour
+does Tom like?"), and for six of them also to plan the image in words ("draw what Tom likes": "a large red star in the
+centre"). Here all twelve are requested, and six names that it does not know; every image is parsed, and compared with the
+favourite of its own character, and with those of the others, which is chance. Writes OUT/query_transfer.md and .json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLANNED = ("Tom", "Anna", "Ben", "Clara", "David", "Emma")
 FACTS_ONLY = tuple(name for name in FAVOURITES if name not in PLANNED)
 STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
 GROUPS = {"facts and plans": PLANNED, "facts alone": FACTS_ONLY, "strangers": STRANGERS}
-TEXT = """`python experiments/query_transfer/run.py --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
+TEXT = """`python -m experiments.query_transfer --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
 
 Does what a frozen reader knows reach the picture? The painter of this MetaQuery was never trained on anybody's favourite. Its
 reader was told facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
@@ -49,7 +49,7 @@ AXES = ("shape", "colour")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A picture that is asked for: by name, with a wording, for the n-th time."""
+    """A request for a character's favourite, in a wording, for the n-th time."""
 
     name: str
     wording: str
@@ -65,7 +65,7 @@ class Request:
 
 
 def parse_generated(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[ShapeColour]]:
-    """The things that each prompt's picture holds."""
+    """The things in the image of each prompt."""
     found: list[list[ShapeColour]] = []
     for at in range(0, len(prompts), BATCH):
         images = model.generate(prompts[at : at + BATCH], seed=seeds[at : at + BATCH]).images
@@ -74,13 +74,13 @@ def parse_generated(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[in
 
 
 def mllm_plans(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
-    """What the reader says of prompts under the painter's system prompt."""
+    """The MLLM's plans for prompts, under the denoiser's system prompt."""
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return model.chat(talks, system=model.config.system_prompt, text_sampling=TextSampling(max_tokens=40))
 
 
 def fact_accuracy(model: MetaQuery, names: Sequence[str]) -> BenchmarkScore:
-    """The part of questions about favourite shapes and colours that the reader answers right."""
+    """The part of questions about favourite shapes and colours that the MLLM answers right."""
     asked = [
         (name, wording, axis)
         for name in names
@@ -93,7 +93,7 @@ def fact_accuracy(model: MetaQuery, names: Sequence[str]) -> BenchmarkScore:
 
 
 def matches(found: Sequence[ShapeColour], pair: ShapeColour) -> dict[str, bool]:
-    """Whether a picture shows a favourite: it alone; things of its shape and no other; things of its colour and no other."""
+    """Whether an image holds a favourite: it alone; things of its shape and no other; things of its colour and no other."""
     alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
     return {"pair": list(found) == [pair], **alike}
 
@@ -106,7 +106,7 @@ def other_favourites(name: str, what: str) -> list[ShapeColour]:
 
 
 def favourite_rates(found: Sequence[Sequence[ShapeColour]], asked: Sequence[Request]) -> dict[str, Any]:
-    """How often pictures show their own character's favourite, and how often those of the others, which is chance."""
+    """How often images hold their own character's favourite, and how often those of the others, which is chance."""
     pairs = list(zip(found, asked, strict=True))
     own = [matches(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
     others = {
@@ -126,7 +126,7 @@ def favourite_rates(found: Sequence[Sequence[ShapeColour]], asked: Sequence[Requ
 
 
 def measure(model: MetaQuery, n: int) -> dict[str, Any]:
-    """Every group, asked for in every way; n pictures for each name and wording."""
+    """Rates for every group and every way to request; n images for each name and wording."""
     results: dict[str, Any] = {}
     for group, names in GROUPS.items():
         asked = [
@@ -162,7 +162,7 @@ def plans_for(plans: dict[str, str], name: str) -> list[str]:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """What was measured, in markdown."""
+    """The results in markdown."""
     ways = {"queries": "name, through the queries", "words": "the reader's own words", "named": "`draw a red star`"}
     lines = [
         "| characters | asked for by | pictures | alone in the picture | its shape | its colour | empty |",
@@ -196,9 +196,10 @@ def rate_cell(got: dict[str, Any], key: str) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="metaquery-nano")
-    parser.add_argument("--n", type=int, default=12, help="pictures for each name and wording")
+    parser.add_argument("--n", type=int, default=12, help="images for each name and wording")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     results = measure(MetaQuery.from_pretrained(options.model), options.n)
@@ -209,7 +210,3 @@ def main() -> None:
     (options.out / "query_transfer.md").write_text(
         "# Query transfer\n\n" + TEXT.format(**made) + "\n" + results_table(results)
     )
-
-
-if __name__ == "__main__":
-    main()

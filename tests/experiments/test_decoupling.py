@@ -1,17 +1,15 @@
 """The ablation of decoupled encoders: what each experiment looks through, learns and trains, and the command that runs all."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 from helpers.janus_recipes import BRANCH, CODES, parts, small, text_model
-from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+from experiments.decoupling import run as script
 from experiments.decoupling.task import EXPERIMENTS
 from unimm import Janus
 from unimm.tokenizers.semantic_vq import SemanticVQ
@@ -19,8 +17,7 @@ from unimm.training.tasks import janus
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer
 
-NAME = "janus-nano-decoupling"
-SCRIPT = ROOT / "experiments" / "decoupling" / "run.py"
+RECIPE = script.RECIPE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,18 +34,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objectives(folder):
-    return {name: build_task(small(NAME, folder, options={"experiment": name}, batch_size=15)) for name in EXPERIMENTS}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("decoupling_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return {
+        name: build_task(small(RECIPE, folder, options={"experiment": name}, batch_size=15)) for name in EXPERIMENTS
+    }
 
 
 def test_language_models_begin_alike(objectives):
@@ -77,7 +65,7 @@ def test_one_encoder_looks_through_the_codes_it_draws_with(objectives, folder):
 def test_tasks_are_those_that_an_experiment_learns(objectives):
     for name, objective in objectives.items():
         batch = objective.batch(0)
-        understands, draws = bool((batch.text_kinds >= 0).any()), batch.pack.draw is not None
+        understands, draws = bool((batch.text_kinds >= 0).any()), batch.pack.gen_images is not None
         assert (understands, draws) == (name != "F", name != "E")
     # equal tasks, equal pictures to draw and words to say, whatever looks
     a, b, d = (objectives[name].batch(2) for name in "ABD")
@@ -88,7 +76,7 @@ def test_tasks_are_those_that_an_experiment_learns(objectives):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_few_steps_of_each(objectives, folder, name, tmp_path):
     objective = objectives[name]
-    recipe = dataclasses.replace(small(NAME, folder, options={"experiment": name}), warmup_steps=0, lr=3e-3)
+    recipe = dataclasses.replace(small(RECIPE, folder, options={"experiment": name}), warmup_steps=0, lr=3e-3)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch, before = objective.batch(0), {key: x.clone() for key, x in objective.model.state_dict().items()}
     first = {key: loss.item() for key, loss in objective.losses(batch).items()}
@@ -111,19 +99,27 @@ def test_a_few_steps_of_each(objectives, folder, name, tmp_path):
 
 def test_what_is_missing_is_named(folder):
     with pytest.raises(ValueError, match=r"got 'C' for experiment.*one of \['A', 'B', 'D', 'E', 'F'\]"):
-        build_task(small(NAME, folder, options={"experiment": "C"}))
+        build_task(small(RECIPE, folder, options={"experiment": "C"}))
     with pytest.raises(ValueError, match=r"run `unimm train janus-nano-semantic"):
-        build_task(small(NAME, folder, options={"experiment": "B", "semantic": "/nowhere"}))
+        build_task(small(RECIPE, folder, options={"experiment": "B", "semantic": "/nowhere"}))
     with pytest.raises(ValueError, match="experiment F learns"):
-        build_task(small(NAME, folder, options={"experiment": "F", "tasks": {"caption": 1}}))
+        build_task(small(RECIPE, folder, options={"experiment": "F", "tasks": {"caption": 1}}))
 
 
-def test_one_command_for_all(script, folder, tmp_path):
-    recipe = small(NAME, folder, batch_size=15)
-    plan = script.Study(
-        out=tmp_path, recipe=recipe, seeds=(3,), minutes=None, steps=2, n=1, eval_seed=1, device="cpu", workers=0
+def test_one_command_for_all(folder, tmp_path):
+    recipe = small(RECIPE, folder, batch_size=15)
+    study = script.Study(
+        out=tmp_path,
+        recipe=recipe,
+        seeds=(3,),
+        minutes=None,
+        steps=2,
+        n_examples=1,
+        eval_seed=1,
+        device="cpu",
+        workers=0,
     )
-    script.run(plan)
+    script.run(study)
     runs = json.loads((tmp_path / "decoupling.json").read_text())["runs"]
     assert [(one["experiment"], one["seed"], one["steps"]) for one in runs] == [(name, 3, 2) for name in EXPERIMENTS]
     learned = {one["experiment"]: {task.split(".")[0] for task in one["scores"]} for one in runs}
@@ -131,33 +127,33 @@ def test_one_command_for_all(script, folder, tmp_path):
     assert learned == {"A": both, "B": both, "D": both, "E": {"answer"}, "F": {"draw"}}
     assert all(len(one["scores"]) == 4 * len(learned[one["experiment"]]) for one in runs)
     # 6 tasks of 15 draw, each once; E and F fill the batch with the others
-    seen = {one["experiment"]: (one["understood"], one["drawn"]) for one in runs}
+    seen = {one["experiment"]: (one["understood"], one["generated"]) for one in runs}
     assert seen == {"A": (18, 12), "B": (18, 12), "D": (18, 12), "E": (30, 0), "F": (0, 30)}
     assert all(set(one["losses"]) == learned[one["experiment"]] for one in runs)
     table = (tmp_path / "decoupling.md").read_text()
     assert all(f"| {name} | {one.description} | 3 | 2 |" in table for name, one in EXPERIMENTS.items())
     # what is scored already is not made again
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))]
-    script.run(plan)
+    script.run(study)
     assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))] and len(before) == 5
     # and stands for no other question
     with pytest.raises(ValueError, match="was made under"):
-        script.run(dataclasses.replace(plan, n_examples=2))
+        script.run(dataclasses.replace(study, n_examples=2))
 
 
-def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
-    plan = script.Study(
+def test_a_table_of_several_seeds_has_their_means(folder, tmp_path):
+    study = script.Study(
         out=tmp_path,
-        recipe=small(NAME, folder),
+        recipe=small(RECIPE, folder),
         seeds=(0, 1),
         minutes=15.0,
         steps=None,
-        n=10,
+        n_examples=10,
         eval_seed=1,
         device="cpu",
     )
     runs = [
-        {"experiment": "E", "seed": seed, "steps": 100 + 10 * seed, "understood": 50, "drawn": 0}
+        {"experiment": "E", "seed": seed, "steps": 100 + 10 * seed, "understood": 50, "generated": 0}
         | {"losses": {"answer": 0.5 + seed}}
         | {
             "scores": {
@@ -166,7 +162,7 @@ def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
         }
         for seed in (0, 1)
     ]
-    lines = script.results_table(plan, runs).splitlines()
+    lines = script.results_table(study, runs).splitlines()
     assert "15 minutes each" in lines[0]
     assert lines[-3].startswith("| E | D, understanding only | 0 | 100 | 50 / 0 | 0.500 / - | 0.50 (0.25-0.75) |")
     means = "0.55 | 0.55 | 0.55 | 0.55 | 0.550 | - | - | - | - | -"
@@ -174,19 +170,19 @@ def test_a_table_of_several_seeds_has_their_means(script, folder, tmp_path):
     assert len({line.count("|") for line in lines[5:]}) == 1
 
 
-def test_a_run_that_was_stopped_is_not_scored(script, folder, tmp_path, monkeypatch):
-    plan = script.Study(
+def test_a_run_that_was_stopped_is_not_scored(folder, tmp_path, monkeypatch):
+    study = script.Study(
         out=tmp_path,
-        recipe=small(NAME, folder),
+        recipe=small(RECIPE, folder),
         seeds=(0,),
         minutes=15.0,
         steps=9,
-        n=1,
+        n_examples=1,
         eval_seed=1,
         device="cpu",
         workers=0,
     )
     monkeypatch.setattr(script, "train", lambda *args, **options: 4)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 4"):
-        script.run_experiment(plan, "D", 0)
+        script.run_experiment(study, "D", 0)
     assert not list(tmp_path.rglob("scores.json"))

@@ -45,9 +45,9 @@ def parts(folder: Path) -> Path:
     return folder
 
 
-def small(name: str, folder: Path, *, options: dict | None = None, **changes) -> TrainConfig:
-    """One of our recipes with small numbers, around the parts in a folder."""
-    full = read_recipe(RECIPES / f"{name}.yaml")
+def small(name: str | Path, folder: Path, *, options: dict | None = None, **changes) -> TrainConfig:
+    """A recipe, given by its name or its path, with small numbers, around the parts in a folder."""
+    full = read_recipe(name if isinstance(name, Path) else RECIPES / f"{name}.yaml")
     model = copy.deepcopy(dict(full.model))
     model["language"] |= LANGUAGE
     model["vision"] |= VISION

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -24,10 +25,26 @@ from unimm.training.tasks.base import TRAINING_TASKS, build_task
 from unimm.training.trainer import Trainer, iterate_batches, train
 
 RECIPE = TrainConfig(
-    task="toy", seed=3, steps=8, batch_size=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, muon=(), warmup_steps=2,
-    schedule="cosine", min_lr_ratio=0.1, max_grad_norm=1.0, ema_decay=0.9, precision="float32", loss_weights={"near": 1.0, "small": 0.5},
-    save_every=4, sample_every=4, log_every=1,
-)  # fmt: skip
+    task="toy",
+    seed=3,
+    steps=8,
+    batch_size=4,
+    lr=0.01,
+    betas=(0.9, 0.99),
+    eps=1e-8,
+    weight_decay=0.1,
+    muon=(),
+    warmup_steps=2,
+    schedule="cosine",
+    min_lr_ratio=0.1,
+    max_grad_norm=1.0,
+    ema_decay=0.9,
+    precision="float32",
+    loss_weights={"near": 1.0, "small": 0.5},
+    save_every=4,
+    sample_every=4,
+    log_every=1,
+)
 
 
 class Draw:
@@ -254,6 +271,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = {name: torch.zeros(7) if name == "3.bias" else x for name, x in saving.named_tensors(Toy().model).items()}
     with pytest.raises(ValueError, match=r"3.bias.*\[3\], expected \[7\]"):
         saving.load_into(path, other)
+
+
+def test_a_checkpoint_of_other_names_is_not_resumed(tmp_path):
+    """As an earlier version of the library would have written it."""
+    run(tmp_path, recipe=dataclasses.replace(RECIPE, steps=4))
+    path = tmp_path / "checkpoints/00000004/model.safetensors"
+    save_file({f"old.{name}": x for name, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"does not fit this model.*the version of unimm"):
+        run(tmp_path, resume=True)
 
 
 # files
@@ -486,6 +512,31 @@ def test_wrong_recipes(change, words):
         from_mapping(TrainConfig, {**fields(), **change}, where="here")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "renamed"),
+    [
+        ("objective", "toy", "task"),
+        ("batch", 4, "batch_size"),
+        ("warmup", 2, "warmup_steps"),
+        ("final", 0.1, "min_lr_ratio"),
+        ("clip", 1.0, "max_grad_norm"),
+        ("average", 0.9, "ema_decay"),
+        ("undecayed", [], "no_weight_decay"),
+    ],
+)
+def test_keys_of_earlier_versions_name_their_new_ones(key, value, renamed):
+    old = {name: one for name, one in fields().items() if name != renamed} | {key: value}
+    with pytest.raises(ValueError, match=f"got {key!r} in here.*it is called {renamed!r} now"):
+        from_mapping(TrainConfig, old, where="here")
+
+
+def test_options_of_earlier_versions_name_their_new_ones():
+    recipe = read_recipe(RECIPES / "bagel-nano-vit.yaml")
+    options = {**recipe.options, "nameless_colours": 0.1}
+    with pytest.raises(ValueError, match="'nameless_colours' in options.*it is called 'novel_colours' now"):
+        build_task(dataclasses.replace(recipe, options=options))
+
+
 def test_missing_names_are_named(tmp_path):
     short = {name: value for name, value in fields().items() if name not in ("lr", "max_grad_norm")}
     with pytest.raises(ValueError, match="here lacks lr, max_grad_norm"):
@@ -510,6 +561,24 @@ def test_learning_rate():
 def test_unknown_objective():
     with pytest.raises(ValueError, match=r"'kl_vea'.*did you mean 'kl_vae'"):
         build_task(dataclasses.replace(RECIPE, task="kl_vea"))
+
+
+def test_a_task_of_an_earlier_version_names_its_new_one():
+    with pytest.raises(ValueError, match="got task 'shapes'.*it is called 'bagel' now"):
+        build_task(dataclasses.replace(RECIPE, task="shapes"))
+
+
+def test_a_task_of_another_package():
+    toy = Toy()
+    module = types.ModuleType("toy_package")
+    module.ToyTask = types.SimpleNamespace(from_recipe=lambda recipe: toy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "toy_package", module)
+        assert build_task(dataclasses.replace(RECIPE, task="toy_package:ToyTask")) is toy
+        with pytest.raises(ValueError, match="'toy_package:Task'.*expected a module:Class that can be imported"):
+            build_task(dataclasses.replace(RECIPE, task="toy_package:Task"))
+    with pytest.raises(ValueError, match="'nowhere:Task'.*PYTHONPATH"):
+        build_task(dataclasses.replace(RECIPE, task="nowhere:Task"))
 
 
 # the autoencoder's objective

@@ -34,7 +34,9 @@ TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1}
 
 @functools.cache
 def words():
-    return train_tokenizer(640, lines=2000, special_tokens=toys.SPECIAL_TOKENS, extra=["system user assistant"], kind="bpe")
+    return train_tokenizer(
+        640, lines=2000, special_tokens=toys.SPECIAL_TOKENS, extra=["system user assistant"], kind="bpe"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +182,14 @@ def test_a_training_prompt_may_end_with_the_marker(objective):
 
 def trained(objective) -> set[str]:
     """The parameters that a step changes, those of a fused table by their rows."""
-    recipe = dataclasses.replace(read_recipe(RECIPES / "uniworld-nano.yaml"), lr=1e-2, warmup_steps=0, weight_decay=0.0, muon=(),
-                                 precision="float32")  # fmt: skip
+    recipe = dataclasses.replace(
+        read_recipe(RECIPES / "uniworld-nano.yaml"),
+        lr=1e-2,
+        warmup_steps=0,
+        weight_decay=0.0,
+        muon=(),
+        precision="float32",
+    )
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
     for step in range(2):

@@ -1,0 +1,5 @@
+"""`python -m experiments.decoupling`."""
+
+from experiments.decoupling.run import main
+
+main()
