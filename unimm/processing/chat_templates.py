@@ -35,7 +35,8 @@ class ChatMessage:
 def parse_messages(messages: Sequence[Message], *, placeholder: str, separator: str = "") -> list[ChatMessage]:
     """Read a conversation whose last message is the user's; images stand at placeholders: see `place_images`.
 
-    Raises ValueError for bad messages, for images that do not match the placeholders, and for images that cannot be read.
+    Raises ValueError for bad messages, for images that do not match the placeholders, and for images that cannot be
+    read.
     """
     parsed = [_parse_message(message, placeholder, separator) for message in messages]
     if not parsed or parsed[-1].role != "user":
@@ -78,12 +79,14 @@ def _text_parts(tokenizer: TextTokenizer, prompt: Sequence[str | int]) -> list[P
 
 # ---- DeepSeek-VL's templates
 #
-# In every one the contents are stripped, messages at even places end with one separator and those at odd places with the
-# other (whatever their roles say), and the whole prompt is stripped at the end. docs/originals/janus.md, "Tokenizer".
+# In every one the contents are stripped, messages at even places end with one separator and those at odd places with
+# the other (whatever their roles say), and the whole prompt is stripped at the end. docs/originals/janus.md,
+# "Tokenizer".
 
 EOS_TOKEN = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 DEFAULT_SYSTEM_PROMPT = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, "
     "and assist the user with a variety of tasks using natural language."
 )
 

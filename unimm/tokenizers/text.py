@@ -85,7 +85,8 @@ def build_qwen2_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     misplaced = [token["content"] for at, token in added.items() if inner.token_to_id(token["content"]) != int(at)]
     if misplaced:
         raise ValueError(
-            f"{path} gives {', '.join(misplaced[:3])} ids that do not follow those of vocab.json: fetch the tokenizer's files "
+            f"{path} gives {', '.join(misplaced[:3])} ids that do not follow those of vocab.json: fetch the "
+            "tokenizer's files "
             "again"
         )
     return inner

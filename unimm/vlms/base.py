@@ -148,7 +148,8 @@ class VisionLanguageModel(MLLMChat):
         return self.decoder.norms[EXPERT](hidden if rows is None else hidden[rows])
 
     def encode(self, sequences: Sequence[Sequence[Part]], *, caches: Sequence[KVCache] | None = None) -> list[Tensor]:
-        """The last hidden states of each sequence's rows [n, D], after the final norm. caches: what each sequence follows.
+        """The last hidden states of each sequence's rows [n, D], after the final norm. caches: what each sequence
+        follows.
 
         Raises ValueError where a sequence would reach a position beyond the decoder's last.
         """

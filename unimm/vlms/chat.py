@@ -77,9 +77,9 @@ class MLLMChat(CausalLM):
     ) -> Any:
         """Answer the last message of a conversation, or of each of a batch of conversations.
 
-        A message is {"role": "user" or "assistant", "content": str, "images": [images]}, images where there are some; the
-        last one is the user's. system: in place of the model's own system prompt, "" for none. Returns a str, a list of
-        them for a batch, or (`stream`) an iterator of pieces. Raises ValueError for bad input.
+        A message is {"role": "user" or "assistant", "content": str, "images": [images]}, images where there are some;
+        the last one is the user's. system: in place of the model's own system prompt, "" for none. Returns a str, a
+        list of them for a batch, or (`stream`) an iterator of pieces. Raises ValueError for bad input.
         """
         if not messages or isinstance(messages, Mapping):
             raise ValueError(
@@ -114,14 +114,14 @@ class MLLMChat(CausalLM):
         """This model made faster on a CPU: about twice as fast a token, with `int8` three times.
 
         It shares this model's weights; the large ones are packed a second time for products of few rows: as many bytes
-        again, and half a minute for each billion of them (float32: a whole one). Results are the same to within rounding.
-        Weights that change later, by training or loading, are not packed again: optimize the trained model.
+        again, and half a minute for each billion of them (float32: a whole one). Results are the same to within
+        rounding. Weights that change later, by training or loading, are not packed again: optimize the trained model.
 
         int8: the decoder's blocks are kept in int8 alone, a byte a weight (drop this model to free its bytes), each
         product about 1 % off; such a model neither trains nor saves. Heads and encoders stay as they are.
 
-        On another device, or where PyTorch has no packed products (not x86), nothing is packed and nothing changes; with
-        int8 that is a ValueError.
+        On another device, or where PyTorch has no packed products (not x86), nothing is packed and nothing changes;
+        with int8 that is a ValueError.
         """
         return optimize_for_cpu(self, skip=self.UNPACKED, int8=("decoder.blocks",) if int8 else ())
 

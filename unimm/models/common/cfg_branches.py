@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CFGBranches:
-    """The branches of a forward: one under its prompt for each image, then an unconditional one for each guided image."""
+    """The branches of a forward: one under its prompt for each image, then an unconditional one for each guided."""
 
     n_images: int
     guided: tuple[int, ...]  # the images whose scale is not 1
@@ -28,7 +28,7 @@ class CFGBranches:
         return cls(len(guidance), guided, scales, images)
 
     def combine(self, outputs: Tensor) -> Tensor:
-        """Outputs of the branches [B, ...] float32 -> those of the images [P, ...], u + scale (c - u) for the guided ones.
+        """Outputs of the branches [B, ...] float32 -> those of the images [P, ...], u + scale (c - u) where guided.
 
         c: under the prompt; u: unconditional. arXiv 2207.12598, equation 6, with scale = 1 + w.
         """

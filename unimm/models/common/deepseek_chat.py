@@ -1,7 +1,7 @@
 """The halves of a network and of a model that Janus and JanusFlow share.
 
-A prompt is text in DeepSeek's chat format in which images of one size stand; all of it is causal. docs/originals/janus.md,
-"Tokenizer" and "Image processor".
+A prompt is text in DeepSeek's chat format in which images of one size stand; all of it is causal.
+docs/originals/janus.md, "Tokenizer" and "Image processor".
 
 Axes: N packed rows, n image tokens, D model, F features of the vision encoder, h w grid, p patch, C channels.
 """
@@ -89,7 +89,8 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
         """Raise ValueError for another (height, width) than the one that the model was trained for."""
         if size is not None and parse_size(size) != trained:
             raise ValueError(
-                f"cannot generate (height, width) {tuple(size)}: this model was trained for {trained} alone; leave size out"
+                f"cannot generate (height, width) {tuple(size)}: this model was trained for {trained} alone; leave "
+                "size out"
             )
 
 

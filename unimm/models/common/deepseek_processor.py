@@ -123,7 +123,7 @@ class DeepseekProcessor(ChatProcessor):
         return [self.special_tokens.bos, *prompt]
 
     def generation_parts(self, prompt: str, images: Sequence[ImageInput] = ()) -> list[Part]:
-        """A prompt to generate an image from, its images in front, without a system prompt, up to where the image begins."""
+        """A prompt to generate an image from, without a system prompt; its own images stand in front of the text."""
         messages = self.parse_messages([{"role": "user", "content": prompt, "images": images}])
         return self.to_parts(self.render(messages, ""))
 
@@ -134,14 +134,14 @@ class DeepseekProcessor(ChatProcessor):
 
     def und_image_part(self, pixels: Tensor, boundary_ids: tuple[int, int]) -> Part:
         """A part of pixels [3, S, S], between the ids that begin and end it."""
-        # pixels at the right and the bottom edge that fill no patch are left out, as the convolution of the encoder does
+        # pixels at the right and the bottom edge that fill no patch are left out, as by the encoder's convolution
         side = self.image_processor.size // self.patch_size * self.patch_size
         tokens = patchify(pixels[:, :side, :side], self.patch_size)
         return image_part("und_image", tokens, torch.arange(len(tokens)), boundary_ids=boundary_ids, causal=True)
 
 
 def padded_unconditional(prompt: Sequence[Part], pad: int) -> list[Part]:
-    """The unconditional prompt for classifier-free guidance: as long as the prompt, pads between its first and last id."""
+    """The unconditional prompt for classifier-free guidance: as long as the prompt, pads between its two ends."""
     length = sum(part.segment.length for part in prompt)
     first = int(prompt[0].ids[0])
     last = int(prompt[-1].ids[-1])

@@ -75,7 +75,8 @@ class JanusConfig:
             )
         if self.image_processor.size != self.vision.image_size:
             raise ValueError(
-                f"got images of {self.image_processor.size} pixels a side for a vision encoder of {self.vision.image_size}: "
+                f"got images of {self.image_processor.size} pixels a side for a vision encoder of "
+                f"{self.vision.image_size}: "
                 "expected the same; correct image_size in preprocessor_config.json or in the vision_config"
             )
         for name, got, expected in (
@@ -85,7 +86,8 @@ class JanusConfig:
         ):
             if got != expected:
                 raise ValueError(
-                    f"got a width of {got} in the config of the {name}: expected {expected}, as the part that it adjoins has"
+                    f"got a width of {got} in the config of the {name}: expected {expected}, as the part that it "
+                    "adjoins has"
                 )
 
     @property

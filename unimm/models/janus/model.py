@@ -1,8 +1,10 @@
 """Janus and Janus-Pro: decoupled vision encoders on one autoregressive transformer.
 
-Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.17811. Released code: github.com/deepseek-ai/Janus at 1daa72f.
+Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.17811. Released code: github.com/deepseek-ai/Janus at
+1daa72f.
 
-Axes: P images, B branches (with guidance two for an image), n tokens of an image, D model, V vocabulary of image tokens.
+Axes: P images, B branches (with guidance two for an image), n tokens of an image, D model, V vocabulary of image
+tokens.
 """
 
 import json
@@ -80,7 +82,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
 
     @torch.inference_mode()
     def decode_image_step(self, session: DecodeSession, x: Tensor) -> Tensor:
-        """Append one embedded row to each sequence of a session, x [B, D] -> the logits of the next image tokens [B, V].
+        """Append one embedded row to each sequence, x [B, D] -> the logits of the next image tokens [B, V].
 
         The first row is the embedding of the id that begins an image, the later ones `embed_image_tokens`.
         """
@@ -99,9 +101,9 @@ class Janus(JanusNetwork, DeepseekChatModel):
     ) -> Tensor:
         """The tokens [P, n] of an image after each prompt, which ends with the id that begins an image.
 
-        guidance: l = u + w (c - u) of the logits, c after the prompt, u after one of pads between its first and last id; at
-        1 there is no u. grid: (rows, columns) of an image, the trained one unless given. Prompts that are equal texts, or
-        one object, are prefilled once.
+        guidance: l = u + w (c - u) of the logits, c after the prompt, u after one of pads between its first and last
+        id; at 1 there is no u. grid: (rows, columns) of an image, the trained one unless given. Prompts that are equal
+        texts, or one object, are prefilled once.
         """
         branches = CFGBranches.plan(guidance, self.device)
         pad = self.special_tokens.pad if branches.guided else 0
@@ -137,10 +139,11 @@ class Janus(JanusNetwork, DeepseekChatModel):
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts; a prompt is prefilled once.
 
-        prompt: one text or a batch of them. images: images to condition on, as in `understand`; no release was trained for
-        that, so a released model follows them loosely at best. size: (height, width), the trained one or None. seed: one,
-        or one a prompt; from one number, that number and the ones after it, image by image. guidance: 1 is none; one, or
-        one a prompt. An image does not depend on what else is in the batch. Raises ValueError for bad input.
+        prompt: one text or a batch of them. images: images to condition on, as in `understand`; no release was trained
+        for that, so a released model follows them loosely at best. size: (height, width), the trained one or None.
+        seed: one, or one a prompt; from one number, that number and the ones after it, image by image. guidance: 1 is
+        none; one, or one a prompt. An image does not depend on what else is in the batch. Raises ValueError for bad
+        input.
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)

@@ -1,7 +1,8 @@
 """Janus's network: a causal decoder between two encoders and two heads.
 
-Images are understood through a SigLIP encoder and an aligner; they are generated as the tokens of a VQ tokenizer, one after
-the other, each fed back through an embedding and an aligner of its own. Everything is causal. arXiv 2410.13848, section 3.
+Images are understood through a SigLIP encoder and an aligner; they are generated as the tokens of a VQ tokenizer, one
+after the other, each fed back through an embedding and an aligner of its own. Everything is causal. arXiv 2410.13848,
+section 3.
 
 Axes: N packed rows, n image tokens, D model, V vocabulary (of image tokens), F features of the vision encoder.
 """
@@ -63,7 +64,8 @@ class JanusNetwork(DeepseekNetwork):
         self.aligner = Projector(config.aligner)
         if (width := self.vision.trunk.num_features) != config.aligner.dim_in:
             raise ValueError(
-                f"got an aligner_config with input_dim {config.aligner.dim_in} for {config.vision.model_name}: expected "
+                f"got an aligner_config with input_dim {config.aligner.dim_in} for {config.vision.model_name}: "
+                "expected "
                 f"{width}, its width"
             )
         self.vq = VQModel(config.vq)

@@ -149,7 +149,8 @@ def _check_expressible(top: Mapping[str, Any], encoder: TimmEncoderConfig, dim: 
     head_dim = top["gen_head_config"]["params"]["image_token_embed"]
     if head_dim != dim:
         raise ValueError(
-            f"got an image head of width {head_dim} in a model of width {dim}: transformers has one number for both; {advice}"
+            f"got an image head of width {head_dim} in a model of width {dim}: transformers has one number for both; "
+            f"{advice}"
         )
 
 

@@ -38,12 +38,14 @@ class JanusFlowConfig:
         dim = self.decoder.dim
         if (self.gen_encoder.time_dim, self.gen_decoder.time_dim) != (dim, dim):
             raise ValueError(
-                f"got hidden_size {self.gen_encoder.time_dim}, {self.gen_decoder.time_dim} in the U-ViTs: expected {dim}"
+                f"got hidden_size {self.gen_encoder.time_dim}, {self.gen_decoder.time_dim} in the U-ViTs: expected "
+                f"{dim}"
             )
         decoded = tuple(self.gen_encoder.grid_size(side) * self.latent_patch_size for side in self.latent_size)
         if self.gen_encoder.dim != self.gen_decoder.dim or decoded != tuple(self.latent_size):
             raise ValueError(
-                f"got {self.gen_encoder} and {self.gen_decoder} for a latent of {self.latent_size}: expected the same width, "
+                f"got {self.gen_encoder} and {self.gen_decoder} for a latent of {self.latent_size}: expected the same "
+                "width, "
                 "and a decoder that gives back the size that the encoder takes"
             )
 

@@ -15,11 +15,11 @@ from unimm.sequence.segments import Segment, build_layout
 
 
 class JanusFlowLatentDenoiser:
-    """What stays the same from step to step: prompts do not depend on the time, so their keys and values serve every step.
+    """What stays the same from step to step: the keys and values of the prompts, which do not depend on the time.
 
     Behind the cache of each branch the buffer has room for 1 + n rows, the time and the latent tokens, which every step
-    overwrites. velocity_scale, bf16_time: see `JanusFlow.denoise`. Raises ValueError where the rows would reach a position
-    beyond the decoder's last.
+    overwrites. velocity_scale, bf16_time: see `JanusFlow.denoise`. Raises ValueError where the rows would reach a
+    position beyond the decoder's last.
     """
 
     def __init__(

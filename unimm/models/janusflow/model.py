@@ -33,7 +33,7 @@ from unimm.tokenizers.text import load_tokenizer
 
 
 class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
-    """JanusFlow with its tokenizer, its autoencoder, which may lie elsewhere, and its verbs: generate, understand, chat."""
+    """JanusFlow with its tokenizer, its autoencoder and its verbs: generate, understand, chat."""
 
     RELEASES = RELEASES
     FILES = FILES
@@ -46,7 +46,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         self.image_processor = config.image_processor
         self.chat_config = config.chat
         self.vae_source: str | Path = SDXL_VAE
-        # one from elsewhere, once it is loaded; in a tuple, so that it is no module and the parameters stay what they were
+        # one from elsewhere, once it is loaded; in a tuple, so that it is no module of this one
         self._external_vae: tuple[AutoencoderKL, ...] = ()
 
     # ---- files
@@ -60,10 +60,10 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     def load_components(
         self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """components: "vae", the folder or hub id of the autoencoder, in either layout of `kl_layouts`; it stays in float32.
+        """components: "vae", the folder or hub id of the autoencoder, in a layout of `kl_layouts`; it stays in float32.
 
-        Unless given: the folder's own ae.safetensors with vae_config.json, or else stabilityai/sdxl-vae, which is fetched
-        when it is first needed.
+        Unless given: the folder's own ae.safetensors with vae_config.json, or else stabilityai/sdxl-vae, which is
+        fetched when it is first needed.
         """
         if vae := components.get("vae"):
             self.config = replace(self.config, vae=None)
@@ -81,7 +81,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
 
     @property
     def autoencoder(self) -> AutoencoderKL:
-        """The autoencoder; one from elsewhere is loaded now. Raises ValueError where it cannot be had or does not fit."""
+        """The autoencoder; one from elsewhere is loaded now. Raises ValueError where that fails or it does not fit."""
         if self.vae is not None:
             return self.vae
         if not self._external_vae:
@@ -93,7 +93,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
             if vae.config.latent_channels != self.config.gen_encoder.in_channels:
                 raise ValueError(
                     f"got an autoencoder of {vae.config.latent_channels} channels from {self.vae_source}: expected "
-                    f"{self.config.gen_encoder.in_channels}, as the model generates; give from_pretrained another component "
+                    f"{self.config.gen_encoder.in_channels}, as the model generates; give from_pretrained another "
+                    "component "
                     "'vae'"
                 )
             self._external_vae = (vae,)
@@ -112,8 +113,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     ) -> JanusFlowLatentDenoiser:
         """The state of denoising an image under each prompt; prompts that are one object are prefilled once.
 
-        guidance: v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1 there is no u.
-        latent_size: (H, W), the trained one unless given.
+        guidance: v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1 there is
+        no u. latent_size: (H, W), the trained one unless given.
         """
         branches = CFGBranches.plan(guidance, self.device)
         inputs = [*prompts, *(bos_unconditional(prompts[i]) for i in branches.guided)]

@@ -1,13 +1,13 @@
 """JanusFlow's network: a causal decoder; a vision encoder for understanding; two U-ViTs around it for generating.
 
-A noised latent enters through a shallow U-ViT as one row for the time and a row for each token, is causal behind the prompt,
-and leaves through another as a velocity. arXiv 2411.07975, section 3.
+A noised latent enters through a shallow U-ViT as one row for the time and a row for each token, is causal behind the
+prompt, and leaves through another as a velocity. arXiv 2411.07975, section 3.
 
-Timesteps are 1 at noise and 0 at data, as everywhere in this package. The original's time runs from noise at 0 to data at 1,
-in thousandths: it is converted in `encode_latents` and `decode_velocity`, and nowhere else.
+Timesteps are 1 at noise and 0 at data, as everywhere in this package. The original's time runs from noise at 0 to data
+at 1, in thousandths: it is converted in `encode_latents` and `decode_velocity`, and nowhere else.
 
-Axes: N packed rows, B images or branches of them, n tokens of an image, D model, C channels, H W sides of a latent, h w of
-its grid of tokens, p patch (latents a token, along each side).
+Axes: N packed rows, B images or branches of them, n tokens of an image, D model, C channels, H W sides of a latent, h w
+of its grid of tokens, p patch (latents a token, along each side).
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ class UViTFeatures:
 def noised_part(tokens: Tensor, boi: int, *, timestep: float) -> Part:
     """The tokens [n, p*p*C] of a latent to be noised up to a timestep; the time takes the row of the id before them.
 
-    Later parts do not see it and their positions do not count it, so copies of an image at other timesteps may follow the
-    same prompt, with the result of each alone.
+    Later parts do not see it and their positions do not count it, so copies of an image at other timesteps may follow
+    the same prompt, with the result of each alone.
     """
     part = image_part(
         "gen_image", tokens, torch.arange(len(tokens)), boundary_ids=(boi,), causal=True, timestep=timestep, noised=True
@@ -141,7 +141,7 @@ class JanusFlowNetwork(DeepseekNetwork):
         return -self.gen_decoder(grid, features.skip, features.time_embed)
 
     def forward(self, batch: PackedBatch, noise: Tensor) -> JanusFlowLosses:
-        """Training: next-id loss of the labelled rows, flow loss of the noised tokens; noise [n, p*p*C] of all of them."""
+        """Training: next-id loss of the labelled rows, flow loss of the noised tokens; noise [n, p*p*C]."""
         latents = None
         if batch.gen_images:
             noised = self._unpatchify(add_noise(batch.gen_images.content, noise, batch.timesteps))

@@ -1,7 +1,7 @@
 """JanusFlow's shallow U-ViTs: latents to tokens, and tokens to a velocity, with one level and one skip connection.
 
-docs/originals/janusflow.md, "Shallow U-ViTs". The blocks are ConvNeXt's (arXiv 2201.03545; its global response norm is from
-2301.00808), modulated by the time. Parameters have the released names.
+docs/originals/janusflow.md, "Shallow U-ViTs". The blocks are ConvNeXt's (arXiv 2201.03545; its global response norm is
+from 2301.00808), modulated by the time. Parameters have the released names.
 
 Axes: B batch, C channels, H W sides of a latent, h w grid of tokens, D model (width of the time embedding).
 """
@@ -50,12 +50,13 @@ class UViTConfig:
     def __post_init__(self) -> None:
         if min(self.dim, self.time_dim) < 1 or self.n_blocks < 0 or self.dim % 2:
             raise ValueError(
-                f"got {self}: expected positive numbers, and an even width for the cosines and sines of the time embedding"
+                f"got {self}: expected positive numbers, and an even width for the cosines and sines of the time "
+                "embedding"
             )
 
     @classmethod
     def from_json(cls, params: Mapping[str, Any]) -> Self:
-        """Read the params of a released config; the release's numbers for missing ones, kernel less stride for a null padding.
+        """Read the params of a released config: the release's for missing ones, kernel - stride for a null padding.
 
         Raises ValueError for what the release does not have.
         """
@@ -134,7 +135,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, norm, linear, GELU, global response norm, linear; the sum with x is scaled and shifted by the time."""
+    """Depthwise 7x7, norm, linear, GELU, global response norm, linear; the sum with x is modulated by the time."""
 
     def __init__(self, dim: int, config: UViTConfig):
         super().__init__()

@@ -68,7 +68,9 @@ class LlavaOneVisionProcessor(VLMProcessor):
         return parts
 
     def und_image_part(self, image: Image.Image, *, tiled: bool) -> ImagePart:
-        """An RGB image, with no ids around it. Each row holds (height, width, tiles), from which the model arranges them."""
+        """An RGB image, with no ids around it. Each row holds (height, width, tiles), from which the model arranges
+        them.
+        """
         tiles = self.image_processor.preprocess(image, tiled=tiled)
         n = self.image_processor.n_image_tokens(image.height, image.width, tiled=tiled)
         none = torch.zeros(0, dtype=torch.long)

@@ -12,7 +12,8 @@ from unimm.vlms.llava_onevision.config import LlavaConfig
 def llava_key_map(
     config: LlavaConfig, shapes: Mapping[str, Any], *, head: bool = True, prefix: str = "", module_prefix: str = ""
 ) -> KeyMap:
-    """The key map for files whose tensors have these names, nested as transformers writes them today or not; for none, not.
+    """The key map for files whose tensors have these names, nested as transformers writes them today or not; for none,
+    not.
 
     head: the files hold a language head, unless it is the table of embeddings. prefix: what the released names begin
     with where the model is a part of another's files. module_prefix: what our names begin with there.

@@ -91,7 +91,8 @@ class QwenVisionConfig:
         cell_size = self.patch_size * self.spatial_merge_size
         if self.window_size < cell_size or not set(self.full_attention_layers) <= set(range(self.n_layers)):
             raise ValueError(
-                f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: expected "
+                f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: "
+                "expected "
                 f"a cell ({cell_size} pixels) or more, and layers 0 to {self.n_layers - 1}"
             )
 
@@ -185,7 +186,9 @@ class QwenVLConfig:
 
     @classmethod
     def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "QwenVLConfig":
-        """Read the contents of the released files; the text's numbers are at the top of config.json or in its text_config."""
+        """Read the contents of the released files; the text's numbers are at the top of config.json or in its
+        text_config.
+        """
         if "vision_config" not in files:
             raise ValueError(f"config.json describes no Qwen2.5-VL: expected a vision_config; found {', '.join(files)}")
         text = {**TEXT_DEFAULTS, **drop_nulls(files), **drop_nulls(files.get("text_config", {}))}

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: a vision-language model; a part of MetaQuery, UniWorld and Qwen-Image.
 
-Bai et al. 2025, arXiv 2502.13923. All rows are causal; their positions are (time, row, column), which are equal for text.
-docs/originals/blocks.md, "Qwen2.5-VL".
+Bai et al. 2025, arXiv 2502.13923. All rows are causal; their positions are (time, row, column), which are equal for
+text. docs/originals/blocks.md, "Qwen2.5-VL".
 
 Axes: N packed rows, n rows or cells, D model, V vocabulary.
 """

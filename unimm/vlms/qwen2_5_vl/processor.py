@@ -60,8 +60,9 @@ class QwenVLProcessor(VLMProcessor):
     ) -> list[Part]:
         """Ids with runs of placeholders, each an image's or a video's, as parts. images: patches and grid of each run.
 
-        A run may be a single id or as long as the image has cells. seconds_per_frame: of each of `images`, how long a step
-        of its grid in time is; 0 for an image, and for all unless given. Raises ValueError where runs and images differ.
+        A run may be a single id or as long as the image has cells. seconds_per_frame: of each of `images`, how long a
+        step of its grid in time is; 0 for an image, and for all unless given. Raises ValueError where runs and images
+        differ.
         """
         remaining = iter(zip(images, seconds_per_frame or [0.0] * len(images), strict=True))
         parts: list[Part] = []
@@ -86,7 +87,8 @@ class QwenVLProcessor(VLMProcessor):
     def und_image_part(self, patches: Tensor, grid: PatchGrid, *, seconds_per_frame: float = 0.0) -> ImagePart:
         """The patches [N, C*T*p*p] of an image behind <|vision_start|>; its tokens are cells.
 
-        Their positions [n, 3] are (time, row, column) from where the image begins; the text behind it follows the largest.
+        Their positions [n, 3] are (time, row, column) from where the image begins; the text behind it follows the
+        largest.
         """
         positions = cell_positions(grid, self.vision_config.spatial_merge_size)
         times = positions[:, 0] * seconds_per_frame * self.vision_config.tokens_per_second

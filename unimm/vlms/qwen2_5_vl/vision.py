@@ -32,7 +32,8 @@ def cell_positions(grid: PatchGrid, merge_size: int) -> Tensor:
 
 
 def window_order(positions: Sequence[Tensor], window_cells: int) -> tuple[Tensor, list[int]]:
-    """Positions of the cells of each image [n, 3] -> the order of all cells window by window, and the cells of each window.
+    """Positions of the cells of each image [n, 3] -> the order of all cells window by window, and the cells of each
+    window.
 
     Windows are squares of window_cells * window_cells cells from the top left; those at the right and the bottom may be
     smaller.
@@ -115,7 +116,9 @@ class QwenVisionEncoder(nn.Module):
         return self.merger(x)[order.argsort()]
 
     def rope_angles(self, positions: Tensor) -> Tensor:
-        """Cosines and sines [2, N, K/2] float32 of the patches of cells at (frame, row, column) [n, 3]: rows, then columns."""
+        """Cosines and sines [2, N, K/2] float32 of the patches of cells at (frame, row, column) [n, 3]: rows, then
+        columns.
+        """
         m = self.config.spatial_merge_size
         half = self.config.dim // self.config.n_heads // 2
         inside_cell = torch.cartesian_prod(*[torch.arange(m, device=positions.device)] * 2)

@@ -8,15 +8,15 @@ from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 
 def has_nested_names(keys: Mapping[str, Any], *, prefix: str = "") -> bool:
-    """Whether released names are nested as transformers writes them today, all but the language head's below `model`."""
+    """Whether released names are nested as transformers writes them today: below `model`, but for the head's."""
     return any(key.startswith((f"{prefix}model.language_model.", f"{prefix}model.visual.")) for key in keys)
 
 
 def qwen_key_map(*, head: bool, nested: bool = False, prefix: str = "", module_prefix: str = "") -> KeyMap:
     """The key map. head: the files hold a language head; without, one may be there and is ignored.
 
-    nested: see `has_nested_names`. prefix: what the released names begin with where the model is a part of another's files.
-    module_prefix: what our names begin with there.
+    nested: see `has_nested_names`. prefix: what the released names begin with where the model is a part of another's
+    files. module_prefix: what our names begin with there.
     """
     text, vision = ("model.language_model.", "model.visual.") if nested else ("model.", "visual.")
     key_map = llama_key_map(text, "lm_head", EXPERT, has_head=head) + qwen_vision_key_map(vision, "vision.")
