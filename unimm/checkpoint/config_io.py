@@ -113,7 +113,8 @@ def read_config(
     keys = _keys(cls, layout)
     if layout.keys is None and (unknown := sorted(data.keys() - {names[0] for names in keys.values()})):
         raise ValueError(f"got {', '.join(unknown)} in {layout.name}: expected some of {', '.join(sorted(keys))}")
-    found, hints = {}, get_type_hints(cls)
+    found = {}
+    hints = get_type_hints(cls)
     missing = []
     for name, definition in _fields(cls).items():
         if given is not None and name in given:
@@ -164,7 +165,8 @@ def _check_missing(keys: Sequence[str], layout: JsonLayout) -> None:
 
 def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> None:
     for key, path in layout.derived.items():
-        got, expected = _get(data, key), _encode(attrgetter(path)(config))
+        got = _get(data, key)
+        expected = _encode(attrgetter(path)(config))
         if got is not None and got != expected:
             raise ValueError(
                 f"got {key} {got!r}, expected {expected!r} by the rest of {layout.name}: correct one of them"

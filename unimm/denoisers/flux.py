@@ -182,7 +182,8 @@ class FluxConfig(JsonConfig):
         required = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
         if (missing := [key for key in required if key not in shapes]) or not norms:
             raise ValueError(f"the weights lack {', '.join(missing) or 'norms of queries'}: expected those of FLUX.1")
-        (dim, in_channels), head_dim = shapes["img_in.weight"], norms[0][0]
+        (dim, in_channels) = shapes["img_in.weight"]
+        head_dim = norms[0][0]
         wide = [
             _first_length(shapes, "double_blocks.", "img_mlp.0.bias"),
             _first_length(shapes, "single_blocks.", "linear1.bias") - 3 * dim,
@@ -227,7 +228,8 @@ def flux_key_map(config: FluxConfig) -> KeyMap:
 def _qkv_mlp_slices(dim: int, mlp_dim: int) -> KeyMap:
     """The released q, k, v and proj_mlp of a single block, which are parts of the rows of one of our linears."""
     unit = gcd(dim, mlp_dim)
-    one, shares = dim // unit, (3 * dim + mlp_dim) // unit
+    one = dim // unit
+    shares = (3 * dim + mlp_dim) // unit
     lengths = {"attn.to_q": one, "attn.to_k": one, "attn.to_v": one, "proj_mlp": shares - 3 * one}
     return KeyMap(
         *(
@@ -270,7 +272,8 @@ class FluxTransformer(PretrainedComponent):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        self.config, dim = config, config.mmdit.dim
+        self.config = config
+        dim = config.mmdit.dim
         self.time_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu")
         self.guidance_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu") if config.guidance_embeds else None
         self.pooled_embed = MLP(config.pooled_dim, dim, dim, "silu")

@@ -31,7 +31,8 @@ PATCH_SIZE = 2  # of the patches of latents that make a token
 # the attention of a double block in diffusers' words
 def _attention_key_map(stream: str, qkv: tuple[str, str, str], out: str, norm: str) -> KeyMap:
     """The key map of one stream's attention in diffusers' layout: released names of its projections and norms."""
-    released, ours = "transformer_blocks.{}.attn.", f"mmdit.double_blocks.{{}}.{stream}."
+    released = "transformer_blocks.{}.attn."
+    ours = f"mmdit.double_blocks.{{}}.{stream}."
     names = {f"{out}.{{}}": "out_proj.{}", f"{norm}q.weight": "q_norm.weight", f"{norm}k.weight": "k_norm.weight"}
     slices = equal_slices([f"{name}.{{}}" for name in qkv], "qkv.{}")
     return (renames(names) + slices).prefixed(released=released, ours=ours)
@@ -146,8 +147,10 @@ class MMDiTStream(nn.Module):
         super().__init__()
         dim = config.dim
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.qkv, self.out_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(config.head_dim, NORM_EPS), RMSNorm(config.head_dim, NORM_EPS)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(config.head_dim, NORM_EPS)
+        self.k_norm = RMSNorm(config.head_dim, NORM_EPS)
         self.mlp = MLP(dim, config.mlp_dim, dim, "gelu_pytorch_tanh")
         self.head_dim = config.head_dim
 
@@ -169,7 +172,8 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.image, self.text = MMDiTStream(config), MMDiTStream(config)
+        self.image = MMDiTStream(config)
+        self.text = MMDiTStream(config)
 
     def forward(
         self, image: Tensor, text: Tensor, image_shifts: Tensor, text_shifts: Tensor, condition: MMDiTCondition
@@ -191,9 +195,12 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         dim = config.dim
         self.modulation = nn.Linear(dim, 3 * dim)
-        self.qkv_mlp, self.out_proj = nn.Linear(dim, 3 * dim + config.mlp_dim), nn.Linear(dim + config.mlp_dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(config.head_dim, NORM_EPS), RMSNorm(config.head_dim, NORM_EPS)
-        self.split_sizes, self.head_dim = (3 * dim, config.mlp_dim), config.head_dim
+        self.qkv_mlp = nn.Linear(dim, 3 * dim + config.mlp_dim)
+        self.out_proj = nn.Linear(dim + config.mlp_dim, dim)
+        self.q_norm = RMSNorm(config.head_dim, NORM_EPS)
+        self.k_norm = RMSNorm(config.head_dim, NORM_EPS)
+        self.split_sizes = (3 * dim, config.mlp_dim)
+        self.head_dim = config.head_dim
 
     def forward(self, x: Tensor, shifts: Tensor, condition: MMDiTCondition) -> Tensor:
         """x [B, J, D], shifts [B, 3, D] -> [B, J, D]"""
@@ -223,7 +230,8 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config
-        self.image_in, self.text_in = nn.Linear(config.in_channels, config.dim), nn.Linear(config.text_dim, config.dim)
+        self.image_in = nn.Linear(config.in_channels, config.dim)
+        self.text_in = nn.Linear(config.text_dim, config.dim)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.n_double_blocks))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.n_single_blocks))
         self.final_layer = MMDiTFinalLayer(config)
@@ -259,10 +267,8 @@ class MMDiT(nn.Module):
         def of(linear: nn.Linear) -> tuple[Tensor, ...]:
             return rearrange(linear(vectors), "S B (n D) -> S B n D", D=self.config.dim).unbind()
 
-        doubles, singles = (
-            cast("list[DoubleStreamBlock]", self.double_blocks),
-            cast("list[SingleStreamBlock]", self.single_blocks),
-        )
+        doubles = cast("list[DoubleStreamBlock]", self.double_blocks)
+        singles = cast("list[SingleStreamBlock]", self.single_blocks)
         streams = (of(x.modulation) for block in doubles for x in (block.image, block.text))
         both = [*zip(*streams, strict=True)] or [()] * len(vectors)
         single = [*zip(*(of(block.modulation) for block in singles), strict=True)] or [()] * len(vectors)
@@ -287,7 +293,8 @@ class MMDiT(nn.Module):
         image = self.image_in(latents)
         for block, of_image, of_text in zip(self.double_blocks, modulation.image, modulation.text, strict=True):
             image, text = block(image, text, of_image, of_text, condition)
-        x, n_text = torch.cat((text, image), 1), text.shape[1]
+        x = torch.cat((text, image), 1)
+        n_text = text.shape[1]
         for block, shifts in zip(self.single_blocks, modulation.single, strict=True):
             x = block(x, shifts, condition)
         return self.final_layer(x[:, n_text:], modulation.final)

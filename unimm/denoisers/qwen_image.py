@@ -146,7 +146,8 @@ class QwenImageTransformer(PretrainedComponent):
 
     def __init__(self, config: QwenImageConfig):
         super().__init__()
-        self.config, dim = config, config.mmdit.dim
+        self.config = config
+        dim = config.mmdit.dim
         self.time_embed = MLP(TIMESTEP_EMBED_DIM, dim, dim, "silu")
         self.text_norm = RMSNorm(config.text_dim, NORM_EPS)
         self.mmdit = MMDiT(config.mmdit)

@@ -27,7 +27,8 @@ from unimm.nn.timestep import TimestepMLP, timestep_embedding
 
 TIMESTEP_SCALE = 1000  # the released model counts its times from 0 to this
 TIMESTEP_EMBED_DIM = 256  # cosines and sines of a time
-FINAL_NORM_EPS, CAPTION_NORM_EPS = 1e-6, 1e-5  # of the last norm and of the caption's, in no config
+FINAL_NORM_EPS = 1e-6  # in no config, as the next
+CAPTION_NORM_EPS = 1e-5
 N_MODULATIONS = 6  # shift, scale and gate of the attention, then of the feed-forward
 
 KEY_MAP = renames(
@@ -154,7 +155,8 @@ class SanaCrossAttention(nn.Module):
         super().__init__()
         inner = config.n_cross_heads * config.cross_head_dim
         self.head_dim = config.cross_head_dim
-        self.q, self.kv = nn.Linear(config.dim, inner), nn.Linear(config.dim, 2 * inner)
+        self.q = nn.Linear(config.dim, inner)
+        self.kv = nn.Linear(config.dim, 2 * inner)
         self.out_proj = nn.Linear(inner, config.dim)
 
     def project_kv(self, caption: Tensor) -> tuple[Tensor, Tensor]:

@@ -196,7 +196,8 @@ class SiglipVisionEncoder(PretrainedComponent):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """images [B, C, S, S], normalised -> patches with their positions [B, n, D]. Raises ValueError for another size."""
-        got, expected = list(images.shape), [self.config.channels, self.config.image_size, self.config.image_size]
+        got = list(images.shape)
+        expected = [self.config.channels, self.config.image_size, self.config.image_size]
         if len(got) != 4 or got[1:] != expected:
             raise ValueError(f"got images {got}: expected [B, {str(expected)[1:]}, as `image_processor` makes them")
         return rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + self.pos_embed

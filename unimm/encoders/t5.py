@@ -112,7 +112,8 @@ def relative_position_buckets(length: int, n_buckets: int, max_distance: int, de
     """
     at = torch.arange(length, device=device)
     apart = at[None] - at[:, None]
-    half, near = n_buckets // 2, n_buckets // 4
+    half = n_buckets // 2
+    near = n_buckets // 4
     far = apart.abs().clamp(min=near).float()
     # in float32, and cut: a distance on the edge of a bucket falls where it fell in training
     far = near + (torch.log(far / near) / math.log(max_distance / near) * (half - near)).long()
@@ -124,9 +125,11 @@ class T5Block(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        inner, self.n_heads = config.n_heads * config.head_dim, config.n_heads
+        inner = config.n_heads * config.head_dim
+        self.n_heads = config.n_heads
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.qkv, self.out_proj = nn.Linear(config.dim, 3 * inner, bias=False), nn.Linear(inner, config.dim, bias=False)
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.dim, bias=False)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.mlp_dim, GATED_ACTIVATIONS[config.feed_forward])
 
@@ -161,7 +164,8 @@ class T5Encoder(PretrainedComponent):
         """ids [B, L], padded as in training (FLUX: to 512) -> states after the final norm [B, L, D]."""
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"got ids {list(ids.shape)}: expected [B, L], L > 0")
-        config, n = self.config, ids.shape[1]
+        config = self.config
+        n = ids.shape[1]
         bias = rearrange(
             self.position_bias(relative_position_buckets(n, config.n_buckets, config.max_distance, ids.device)),
             "q k h -> 1 h q k",

@@ -73,7 +73,8 @@ class TimmEncoderConfig:
     def depth(self) -> int:
         """Layers that are built: up to the selected one, counted from the end where it is negative."""
         assert self.vit is not None, "only a ViT of ours is cut at a layer"
-        total, s = self.vit.n_layers, self.select_layer
+        total = self.vit.n_layers
+        s = self.select_layer
         return min(total, total + s + 1) if s < 0 else min(total, s)
 
 

@@ -86,7 +86,9 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        dim, head_dim, eps = config.dim, config.head_dim, config.norm_eps
+        dim = config.dim
+        head_dim = config.head_dim
+        eps = config.norm_eps
         self.head_dim = head_dim
         self.attn_norm = RMSNorm(dim, eps)
         self.q = nn.Linear(dim, config.n_heads * head_dim, bias=config.qkv_bias)
@@ -105,7 +107,8 @@ class ExpertWeights(nn.Module):
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos_sin, self.q_norm.eps)
         else:
-            q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+            q = apply_rope(q, cos_sin)
+            k = apply_rope(k, cos_sin)
         # under autocast cos_sin is float32; the released code, too, casts back here
         return q.to(v.dtype), k.to(v.dtype), v
 

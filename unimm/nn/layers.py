@@ -48,12 +48,14 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, act: str = "silu", *, bias: bool = False):
         super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden_dim, bias=bias), nn.Linear(dim, hidden_dim, bias=bias)
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
         self.act = get_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate(x), self.up(x)
+        gate = self.gate(x)
+        up = self.up(x)
         return self.down(swiglu(gate, up) if self.act is F.silu else self.act(gate) * up)
 
 
@@ -62,7 +64,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, out_dim: int, act: str):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, out_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim)
         self.act = get_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The products are taken from the right, so the cost grows with L and not with its square: EfficientViT, arXiv
     2205.14756, section 3.1.
     """
-    q, k, v = F.relu(q).float(), F.relu(k).float(), v.float()
+    q = F.relu(q).float()
+    k = F.relu(k).float()
+    v = v.float()
     return q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + MIN_DENOMINATOR)
 
 

@@ -157,7 +157,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, packed: PackedFloat16 | SplitFloat16):
         super().__init__()
-        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.weight, self.bias, self.packed)

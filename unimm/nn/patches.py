@@ -29,5 +29,6 @@ def grid_position_ids(height: int, width: int, table_side: int, *, interpolate: 
         edges = torch.arange(1 / table_side, 1.0, 1 / table_side)
         row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), edges, right=True) for n in (height, width))
     else:
-        row, column = torch.arange(height), torch.arange(width)
+        row = torch.arange(height)
+        column = torch.arange(width)
     return (row[:, None] * table_side + column).flatten()

@@ -14,5 +14,6 @@ def sincos_pos_embed_2d(side: int, dim: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat((angles.sin(), angles.cos()), -1)  # [side, D/2]
-    row, column = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    row = line[:, None].expand(-1, side, -1)
+    column = line[None].expand(side, -1, -1)
     return rearrange(torch.cat((column, row), -1), "h w d -> (h w) d").float()

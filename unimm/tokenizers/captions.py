@@ -17,8 +17,10 @@ from torch import Tensor
 
 from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, read_files
 
-CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
-CLIP_MAX_LENGTH, T5_MAX_LENGTH = 77, 512  # of FLUX's captions
+CLIP_BOS = "<|startoftext|>"
+CLIP_EOS = "<|endoftext|>"
+CLIP_MAX_LENGTH = 77  # of FLUX's captions
+T5_MAX_LENGTH = 512  # of FLUX's captions
 LARGEST_MODEL_MAX_LENGTH = 100_000  # a model_max_length above this means no limit
 # words, digits one by one, the rest in runs; of English, what follows an apostrophe
 CLIP_SPLIT_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -68,7 +70,8 @@ class CaptionTokenizer:
     def __call__(self, texts: str | Sequence[str], *, max_length: int | None = None) -> Tensor:
         """Texts, which may be empty -> ids [B, length]. length: instead of the released one."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        n, first = self.max_length if max_length is None else max_length, [] if self.bos_id is None else [self.bos_id]
+        n = self.max_length if max_length is None else max_length
+        first = [] if self.bos_id is None else [self.bos_id]
         if n <= len(first) + 1 or not texts:
             raise ValueError(
                 f"got {len(texts)} captions of length {n}: expected one or more, of {len(first) + 2} ids or more"
@@ -82,7 +85,8 @@ def load_clip_captions(folder: Path) -> CaptionTokenizer:
 
     Raises ValueError where files or special tokens are missing.
     """
-    tokenizer, config = CLIPTokenizer(folder), _read_tokenizer_config(folder)
+    tokenizer = CLIPTokenizer(folder)
+    config = _read_tokenizer_config(folder)
     begin, end, pad = (
         _special_id(tokenizer, config, *name) for name in (("bos", CLIP_BOS), ("eos", CLIP_EOS), ("pad", CLIP_EOS))
     )

@@ -156,7 +156,8 @@ class ChannelRMSNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C]"""
@@ -336,7 +337,8 @@ class DCAE(PretrainedComponent):
 
     def encode(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> latent [B, C, h, w], scaled."""
-        stride, channels = self.config.stride, self.config.in_channels
+        stride = self.config.stride
+        channels = self.config.in_channels
         if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
             raise ValueError(
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "

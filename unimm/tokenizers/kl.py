@@ -331,7 +331,8 @@ class AutoencoderKL(PretrainedComponent):
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W] in [-1, 1] -> mean, log variance of the posterior, each [B, C, h, w], before scaling."""
-        stride, channels = self.config.stride, self.config.in_channels
+        stride = self.config.stride
+        channels = self.config.in_channels
         if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
             raise ValueError(
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "

@@ -31,7 +31,8 @@ def kl_diffusers_key_map(
     changes = [fine != coarse for fine, coarse in pairwise(widths)]
     names = _level_names("encoder.down_blocks.{}", "encoder.down.{}", "down", shortcut=any(changes), scales=last > 0)
     for level in range(last + 1):
-        released, ours = f"decoder.up_blocks.{last - level}", f"decoder.up.{level}"
+        released = f"decoder.up_blocks.{last - level}"
+        ours = f"decoder.up.{level}"
         shortcut = level < last and changes[level]
         names |= _level_names(released, ours, "up", shortcut=shortcut, scales=level > 0)
     squeezed = KeyMap()

@@ -52,7 +52,8 @@ class SemanticBlock(nn.Module):
         self.attn_norm = nn.LayerNorm(config.dim)
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.mlp_norm = nn.LayerNorm(config.dim)
-        self.fc1, self.fc2 = nn.Linear(config.dim, config.mlp_dim), nn.Linear(config.mlp_dim, config.dim)
+        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         """x [N, D] -> [N, D]"""

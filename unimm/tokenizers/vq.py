@@ -113,7 +113,8 @@ def vq_middle(width: int) -> nn.Sequential:
 class VQEncoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        widths, last = config.widths, len(config.widths) - 1
+        widths = config.widths
+        last = len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.channels, config.width, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             VQLevel(a, b, n_blocks=config.n_res_blocks, attends=i == last, size="same" if i == last else "half")
@@ -136,7 +137,8 @@ class VQDecoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        widths, last = config.widths[::-1], len(config.widths) - 1
+        widths = config.widths[::-1]
+        last = len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = vq_middle(widths[0])
         self.conv_blocks = nn.ModuleList(
@@ -215,7 +217,8 @@ class VQModel(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1] -> z [B, E, h, w], of any length: `quantize` uses its direction only."""
-        stride, channels = self.config.stride, self.config.channels
+        stride = self.config.stride
+        channels = self.config.channels
         if image.ndim != 4 or image.shape[1] != channels or image.shape[2] % stride or image.shape[3] % stride:
             raise ValueError(
                 f"got an image of shape {list(image.shape)}, expected [B, {channels}, H, W] with sides that are "

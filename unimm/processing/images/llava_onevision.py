@@ -113,7 +113,8 @@ class LlavaOnevisionImageProcessor:
             top = (full_h - int(round(height * (full_w / width), 7))) // 2
         else:
             left = (full_w - int(round(width * (full_h / height), 7))) // 2
-        h, w = full_h - 2 * top, full_w - 2 * left
+        h = full_h - 2 * top
+        w = full_w - 2 * left
         ratio = math.sqrt(h * w / (self.max_tiles * self.tile_side**2))
         size = (int(h // ratio), int(w // ratio)) if ratio > SHRINK_THRESHOLD else (h, w)
         return FeatureCrop(top=top, left=left, height=h, width=w, size=size)
@@ -133,18 +134,22 @@ class LlavaOnevisionImageProcessor:
         if not tiled:
             return self._normalize_tile(self._pad_to_square(image))[None]
         grid = self.select_grid(image.height, image.width)
-        padded, s = self._resize_and_pad(image, grid), self.tile_size
+        padded = self._resize_and_pad(image, grid)
+        s = self.tile_size
         corners = [(x, y) for y in range(0, grid[0], s) for x in range(0, grid[1], s)]
         cut = [padded.crop((x, y, x + s, y + s)) for x, y in corners]
         return torch.stack([self._normalize_tile(part) for part in (image, *cut)])
 
     def _resize_and_pad(self, image: Image.Image, grid: Size) -> Image.Image:
         """The image as large as fits a grid, in the middle, on black."""
-        down, across = grid[0] / image.height, grid[1] / image.width
+        down = grid[0] / image.height
+        across = grid[1] / image.width
         if across < down:
-            height, width = min(math.ceil(image.height * across), grid[0]), grid[1]
+            height = min(math.ceil(image.height * across), grid[0])
+            width = grid[1]
         else:
-            height, width = grid[0], min(math.ceil(image.width * down), grid[1])
+            height = grid[0]
+            width = min(math.ceil(image.width * down), grid[1])
         padded = Image.new("RGB", (grid[1], grid[0]))
         resized = image.resize((width, height), Image.Resampling(self.resample))
         padded.paste(resized, ((grid[1] - width) // 2, (grid[0] - height) // 2))

@@ -97,13 +97,12 @@ class Qwen2VLImageProcessor:
         values = torch.stack([self.preprocess(frame) for frame in frames])
         missing = -len(values) % self.temporal_patch_size
         values = torch.cat((values, repeat(values[-1], "c h w -> n c h w", n=missing)))
-        t, h, w = (
-            len(values) // self.temporal_patch_size,
-            values.shape[2] // self.patch_size,
-            values.shape[3] // self.patch_size,
-        )
+        t = len(values) // self.temporal_patch_size
+        h = values.shape[2] // self.patch_size
+        w = values.shape[3] // self.patch_size
         order = "(t f) c (h m p) (w k q) -> (t h w m k) (c f p q)"
-        p, m = self.patch_size, self.merge_size
+        p = self.patch_size
+        m = self.merge_size
         return rearrange(values, order, f=self.temporal_patch_size, p=p, q=p, m=m, k=m), (t, h, w)
 
 
