@@ -30,7 +30,8 @@ from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelSpecialTokens
 from unimm.nn.decoder import ExpertRouting
-from unimm.nn.patches import grid_position_ids, patchify, unpatchify
+from unimm.nn.patches import patchify, unpatchify
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.images.io import pil_to_tensor, tensor_to_pil
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unimm.models.bagel.processor import BagelImageProcessor
-from unimm.nn.patches import grid_position_ids, patchify, unpatchify
+from unimm.nn.patches import patchify, unpatchify
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.images import io as pixels
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.images.io import center_crop, load_image, pil_to_tensor, tensor_to_pil

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.kernels import AttentionMask, KeyRange, attention
-from unimm.nn.patches import grid_position_ids
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.vq import VQConfig, VQModel
 
 

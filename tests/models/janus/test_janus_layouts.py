@@ -409,7 +409,7 @@ def test_a_folder_of_another_family(folder, tmp_path):
             r"unknown vision encoder 'no_such_vit': expected .*timm",
         ),
         (dict(vision=dict(select_feature="cls")), r"got select_feature 'cls', expected 'same'"),
-        (dict(vision=dict(image_size=6)), r"got pictures of 6 pixels for siglip_toy: expected 8 or more"),
+        (dict(vision=dict(image_size=6)), r"got images of 6 pixels for siglip_toy: expected 8 or more"),
         (dict(language=dict(num_attention_heads=5)), r"dim 32 must be a multiple of n_heads 5"),
         (dict(language=dict(attention_bias=True)), r"got attention_bias True, expected False"),
         (dict(gen_vision=dict(ch=20)), r"multiple of 32"),

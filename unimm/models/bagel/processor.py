@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
 from unimm.generation.guidance import Guidance
-from unimm.nn.patches import grid_position_ids, patchify
+from unimm.nn.patches import patchify
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.requests import parse_size
 from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, image_part, text_part
 from unimm.tokenizers.text import TextTokenizer

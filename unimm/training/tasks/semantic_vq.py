@@ -19,7 +19,7 @@ from unimm.checkpoint.load import parse_dtype
 from unimm.data.shapes.scenes import SCORING_BATCH, held_out_scenes
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
-from unimm.nn.patches import grid_position_ids
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.tasks.vq import (

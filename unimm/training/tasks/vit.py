@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
-from unimm.nn.patches import grid_position_ids
+from unimm.nn.pos_embed import grid_position_ids
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
