@@ -75,7 +75,7 @@ def test_images_and_special_tokens_stand_where_their_messages_say():
     assert apply_chat_template(messages, template="alignment") == [image]
 
 
-def test_messages_are_read_once():
+def test_messages_are_parsed():
     image = Image.new("RGB", (4, 4))
     (message,) = parse_messages(
         [{"role": "user", "content": "a", "images": [image, image]}], placeholder="<i>", separator="\n"

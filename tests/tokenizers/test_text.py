@@ -37,7 +37,7 @@ def test_ids_and_texts(ours, theirs, text):
     assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def test_markers(ours, theirs):
+def test_special_tokens(ours, theirs):
     pieces = ["<|im_start|>", "user\n", "hello", "<|im_end|>", "\n", "<|image_pad|>"]
     prompt = [special_token(ours, piece) for piece in pieces]
     assert [type(item) for item in prompt] == [int, str, str, int, str, int]

@@ -96,7 +96,7 @@ PROMPTS = [
 
 
 def batch_of(model: LlavaOneVision) -> list[list]:
-    """Prompts of a picture, of none, and of three, two of them side by side, as items."""
+    """Prompts of an image, of none, and of three, two of them side by side, as items."""
     return [model.processor.ids_to_parts(ids, shown(sizes), tiled=len(sizes) == 1) for ids, sizes in PROMPTS]
 
 
@@ -149,8 +149,8 @@ def test_equals_transformers(tmp_path, tied):
 
 
 @torch.inference_mode()
-def test_pictures_of_any_size_equal_transformers(theirs, ours):
-    """Rows of pictures higher and wider than a tile, shrunk ones too, all in one call; and what a row is made of."""
+def test_images_of_any_size_equal_transformers(theirs, ours):
+    """Rows of images higher and wider than a tile, shrunk ones too, all in one call; and what a row is made of."""
     for size, image in zip(SIZES, shown(), strict=True):
         item = ours.processor.und_image_part(image, tiled=True)
         expected = transformers_processor()(image, return_tensors="pt")
@@ -216,7 +216,7 @@ def test_a_batch_equals_singles(ours):
 
 @torch.inference_mode()
 def test_cached_equals_uncached(ours):
-    """A prefix read once, a picture among it; and text written row by row equals text read at once."""
+    """A prefix read once, an image among it; and text written row by row equals text read at once."""
     samples = batch_of(ours)
     whole, kept = ours.encode(samples), [2, 0, 3]
     contexts = ours.prefill([EMPTY_CACHE] * 3, [items[:n] for items, n in zip(samples, kept, strict=True)])
@@ -228,7 +228,7 @@ def test_cached_equals_uncached(ours):
         assert torch.equal(ours.decoder.head(hidden)[-9:-1].argmax(-1), ids)
 
 
-def test_prepared_says_the_same(ours):
+def test_optimized_for_cpu_answers_the_same(ours):
     samples = batch_of(ours)
     assert torch.equal(greedy(ours.optimize_for_cpu(), samples), greedy(ours, samples))
 
@@ -268,7 +268,7 @@ def test_gradients_reach_every_parameter(tmp_path):
 
 
 def test_the_released_template(ours):
-    """Pictures first, behind the role; a newline before the text and none behind a turn; no system prompt of its own."""
+    """Images first, behind the role; a newline before the text and none behind a turn; no system prompt of its own."""
     turns = [
         {"role": "user", "content": "one", "images": shown()[:2]},
         {"role": "assistant", "content": "two"},
@@ -285,7 +285,7 @@ def test_the_released_template(ours):
     assert text.startswith("<|im_start|>user \nis <image> like <image>?<|im_end|>")
 
 
-def test_several_pictures_are_not_tiled_unless_asked(ours):
+def test_several_images_are_not_tiled_unless_asked(ours):
     def rows(images, **how):
         processor = dataclasses.replace(ours.processor, **how)
         parts = processor.conversation_parts([{"role": "user", "content": "a", "images": images}])
@@ -297,7 +297,7 @@ def test_several_pictures_are_not_tiled_unless_asked(ours):
     assert all(n > SIDE**2 + 1 for n in rows(images, always_tiled=True))
 
 
-def test_markers_typed_by_a_user_are_text(ours):
+def test_special_tokens_typed_by_a_user_are_text(ours):
     (item,) = ours.processor.conversation_parts([{"role": "user", "content": "a<|im_end|>b<video>"}])
     assert item.ids.tolist().count(151) == 1 and 155 not in item.ids
 
@@ -306,7 +306,7 @@ def test_markers_typed_by_a_user_are_text(ours):
 
 
 def test_both_spellings(tmp_path, theirs, ours):
-    """What transformers writes today, with and without the name around the tower, and what we write: the older names."""
+    """What transformers writes today, with and without the name around the encoder, and what we write: the older names."""
     newer = saved(theirs, tmp_path / "theirs")
     names = set(load_file(newer / "model.safetensors"))
     ours.save_pretrained(tmp_path / "ours")

@@ -56,12 +56,12 @@ def ours(theirs, tmp_path_factory) -> QwenVL:
 
 
 def shown(model: QwenVL, sizes=SIZES) -> list:
-    """Patches and grids of pictures of noise."""
+    """Patches and grids of images of noise."""
     return [model.config.image_processor.to_patches([picture(w, h, seed=i)]) for i, (h, w) in enumerate(sizes)]
 
 
 def batch_of(model: QwenVL) -> list[list]:
-    """Prompts of two pictures, of none, and of one, as items."""
+    """Prompts of two images, of none, and of one, as items."""
     one, two, three = shown(model, [(20, 37), (24, 16), (16, 40)])
     look, end = [152, 154, 153], [10, 20, 30]
     rows = [([7, 8, *look, 9, *look, *end], [one, two]), ([5, 6, *end], []), ([*look, *end], [three])]
@@ -128,8 +128,8 @@ def test_equals_transformers(tmp_path, tied):
 
 
 @torch.inference_mode()
-def test_pictures_of_any_size_equal_transformers(theirs, ours):
-    """Cells at the edges of windows, a single cell, many pictures in one call."""
+def test_images_of_any_size_equal_transformers(theirs, ours):
+    """Cells at the edges of windows, a single cell, many images in one call."""
     patches, grids = zip(*shown(ours), strict=True)
     expected = theirs.model.visual(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
     assert_close(ours.vision(torch.cat(patches), grids), expected)
@@ -208,7 +208,7 @@ def test_a_batch_equals_singles(ours):
 
 @torch.inference_mode()
 def test_cached_equals_uncached(ours):
-    """A prefix read once, a picture among it; and text written row by row equals text read at once."""
+    """A prefix read once, an image among it; and text written row by row equals text read at once."""
     samples = batch_of(ours)
     whole = ours.encode(samples)
     kept = [3, 0, 1]
@@ -222,7 +222,7 @@ def test_cached_equals_uncached(ours):
         assert torch.equal(ours.decoder.head(hidden)[-9:-1].argmax(-1), ids)
 
 
-def test_prepared_says_the_same(ours):
+def test_optimized_for_cpu_answers_the_same(ours):
     samples = batch_of(ours)
     ready = ours.optimize_for_cpu()
     assert ready is not ours and ready.decoder.embed.weight is ours.decoder.embed.weight
@@ -411,7 +411,7 @@ def test_wrong_weights(theirs, tmp_path):
         QwenVL.from_pretrained(tmp_path)
 
 
-# ---- pictures and prompts
+# ---- images and prompts
 
 
 def test_sizes():
@@ -444,13 +444,13 @@ def test_template(ours):
     assert [item.kind for item in items] == ["text", "und_image", "text", "und_image", "text"]
     # an image stands between <|vision_start|>, which is its part's, and <|vision_end|>
     assert items[1].ids.tolist() == [152] and items[2].ids.tolist()[0] == 153 and 152 not in items[0].ids.tolist()
-    # a marker that a user types is words
+    # a special token that a user types is words
     (item,) = ours.processor.conversation_parts([{"role": "user", "content": "<|im_end|>"}], system="")
     assert item.ids.tolist().count(151) == 1
 
 
 def test_positions(ours):
-    """Worked: 2 words, a picture of 2 x 1 cells behind its marker, its end, a word."""
+    """Worked: 2 words, an image of 2 x 1 cells behind its special token, its end, a word."""
     shown_ = ours.config.image_processor.to_patches([picture(8, 16)])
     batch = pack_sequences([ours.processor.ids_to_parts([5, 6, 152, 154, 154, 153, 7], [shown_])])
     assert ours.position_ids(batch).tolist() == [[0] * 3, [1] * 3, [2] * 3, [3, 3, 3], [3, 4, 3], [5] * 3, [6] * 3]
@@ -502,7 +502,7 @@ def test_no_tokenizer(theirs, tmp_path):
 
 
 def test_a_given_attention_is_used(ours):
-    """States through a caller's attention, at some rows: what a model built around the reader asks for."""
+    """States through a caller's attention, at some rows: what a model built around the VLM asks for."""
     batch, calls = pack_sequences(batch_of(ours)), []
 
     def attend(layer, q, k, v):
@@ -514,7 +514,7 @@ def test_a_given_attention_is_used(ours):
         assert calls == [0, 1] and torch.equal(some, ours.last_hidden_state(batch)[[1, 5]])
 
 
-def test_vision_config_says_what_it_lacks():
+def test_vision_config_names_what_it_lacks():
     with pytest.raises(ValueError, match="lacks hidden_size, out_hidden_size"):
         QwenVisionConfig.from_json({})
 
@@ -563,7 +563,7 @@ def test_a_prompt_of_one_id(ours):
     assert contexts[0].length == 0 and last == [5]
 
 
-def test_what_a_preprocessor_says_is_done():
+def test_a_preprocessor_config_is_followed():
     rule = Qwen2VLImageProcessor.from_json({"resample": 2}, patch_size=4, merge_size=2, temporal_patch_size=2)
     assert rule.resample == 2 and rule.max_pixels == 28 * 28 * 1280
     assert Qwen2VLImageProcessor.from_json(rule.to_json(), patch_size=4, merge_size=2, temporal_patch_size=2) == rule

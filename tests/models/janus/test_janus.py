@@ -21,7 +21,7 @@ from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.tokenizers.text import load_tokenizer
 
 GREEDY = ImageTokenSampling(temperature=0.0)
-CODES = 36  # of a picture of 24 pixels
+CODES = 36  # of an image of 24 pixels
 EOS = JanusSpecialTokens.TOKENS["eos"]
 
 
@@ -49,7 +49,7 @@ def any_model(request, folder, tmp_path_factory) -> Janus:
 
 
 def talks() -> list[list[dict]]:
-    """Conversations of different lengths, with pictures and without."""
+    """Conversations of different lengths, with images and without."""
     return [
         [user("what is it?", picture())],
         [user("hello there, how are you?")],
@@ -76,7 +76,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def codes_of(model: Janus, monkeypatch, prompt, **options) -> list[list[int]]:
-    """The codes of every picture that `generate` draws."""
+    """The codes of every image that `generate` draws."""
     drawn = []
     with monkeypatch.context() as patch:
         paint = model.decode_image_tokens
@@ -105,8 +105,8 @@ def calls(model: Janus, run) -> list[int]:
 
 
 @pytest.mark.parametrize("roles", [True, False])
-def test_prompts_are_what_the_format_says(tmp_path, roles, model):
-    """A chat of two turns and two pictures against the text written out here and the whole tokenizer's own ids."""
+def test_prompts_follow_the_chat_format(tmp_path, roles, model):
+    """A chat of two turns and two images against the text written out here and the whole tokenizer's own ids."""
     byte_tokenizer(tmp_path, roles=roles, seed=7)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     model.tokenizer, before = load_tokenizer(tmp_path), model.tokenizer
@@ -134,7 +134,7 @@ def test_prompts_are_what_the_format_says(tmp_path, roles, model):
 
 
 @pytest.mark.parametrize("plain", [(), (*ROLES, EOS, IMAGE_PLACEHOLDER)], ids=["special", "not called special"])
-def test_what_a_user_types_is_never_a_marker(tmp_path, folder, plain):
+def test_what_a_user_types_is_never_a_special_token(tmp_path, folder, plain):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     byte_tokenizer(tmp_path, plain=plain)
@@ -159,7 +159,7 @@ def test_what_a_user_types_is_never_a_marker(tmp_path, folder, plain):
     assert sum(i in markers for i in answered[-1].ids.tolist()) == 4, "the answer ends with the only eos"
 
 
-def test_a_picture_stands_where_the_question_says(model):
+def test_an_image_stands_at_its_placeholder(model):
     a, b = picture(20, 20, 1), picture(20, 20, 2)
     items = model.processor.conversation_parts([user(f"is {IMAGE_PLACEHOLDER} like {IMAGE_PLACEHOLDER}?", a, b)])
     assert model.tokenizer.decode(items[2].ids.tolist()) == " like "
@@ -168,7 +168,7 @@ def test_a_picture_stands_where_the_question_says(model):
     assert [item.kind for item in items] == [item.kind for item in in_front] == kinds
     one = model.processor.conversation_parts(
         [{"role": "user", "content": "is it?", "images": a}]
-    )  # a picture is a list of one
+    )  # an image is a list of one
     assert [item.kind for item in one] == kinds[:3]
     assert torch.equal(items[1].tokens, one[1].tokens)
 
@@ -290,7 +290,7 @@ def test_each_code_is_predicted_by_the_row_before_it(any_model):
     assert torch.equal(guided.argmax(-1), codes)
 
 
-def test_a_batch_of_pictures_equals_the_single_ones(any_model, monkeypatch):
+def test_a_batch_of_images_equals_the_single_ones(any_model, monkeypatch):
     prompts, scales, seeds = ["a cat", "two dogs and a very long tail", "red"], [5.0, 1.0, 2.5], [3, 50, 8]
     images = [None, picture(), [picture(9, 30, 1), picture(20, 9, 2)]]
     together = codes_of(any_model, monkeypatch, prompts, images=images, guidance=scales, seed=seeds, n=2)
@@ -304,7 +304,7 @@ def test_a_batch_of_pictures_equals_the_single_ones(any_model, monkeypatch):
     assert len({tuple(one) for one in together}) > 3
 
 
-def test_one_seed_counts_up_picture_by_picture(model, monkeypatch):
+def test_one_seed_counts_up_image_by_image(model, monkeypatch):
     drawn = codes_of(model, monkeypatch, ["a", "b"], n=2, seed=7)
     assert drawn == codes_of(model, monkeypatch, ["a", "b"], n=2, seed=[7, 9])
     assert drawn[3] == codes_of(model, monkeypatch, "b", seed=10)[0]
@@ -312,10 +312,10 @@ def test_one_seed_counts_up_picture_by_picture(model, monkeypatch):
     assert drawn == codes_of(model, monkeypatch, ["a", "b"], n=2, seed=7)
 
 
-def test_a_prompt_is_read_once(model):
+def test_a_prompt_is_prefilled_once(model):
     prompt = model.processor.generation_parts("a cat")[
         0
-    ].segment.length  # without the last marker: what the contexts hold
+    ].segment.length  # without the last special token: what the contexts hold
     seen = calls(model, lambda: model.generate("a cat", n=3))
     assert seen == [2 * prompt, *[6] * CODES], "the prompt and its pads; then three pictures, each with and without"
     assert calls(model, lambda: model.generate("a cat", n=3, guidance=1.0)) == [prompt, *[3] * CODES]
@@ -338,7 +338,7 @@ def test_guidance_one_is_none_and_zero_the_pads(model, monkeypatch):
     assert codes_of(model, monkeypatch, "a cat") == codes_of(model, monkeypatch, "a cat", guidance=5.0), "as released"
 
 
-def test_a_picture_to_draw_from_is_seen(model, monkeypatch):
+def test_an_input_image_conditions_generation(model, monkeypatch):
     first = codes_of(model, monkeypatch, "make it red", images=picture(), image_sampling=GREEDY)
     assert first == codes_of(model, monkeypatch, "make it red", images=[picture()], image_sampling=GREEDY)
     assert first != codes_of(model, monkeypatch, "make it red", images=picture(seed=1), image_sampling=GREEDY)
@@ -404,7 +404,7 @@ def shares(row: torch.Tensor, sampling: ImageTokenSampling, n: int = 20_000) -> 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_codes_are_drawn_from_the_softmax(temperature):
+def test_image_tokens_are_sampled_from_the_softmax(temperature):
     row = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
     p, n = (row / temperature).softmax(0), 20_000
     found = shares(row, ImageTokenSampling(temperature=temperature), n)
@@ -450,7 +450,7 @@ def test_sampling_refuses(options):
 
 
 def training_pack(model: Janus):
-    """A picture to draw after its prompt, one after pads (a dropped condition), and an answer about a picture."""
+    """An image to draw after its prompt, one after pads (a dropped condition), and an answer about an image."""
     prompt = [*model.processor.generation_parts("a cat"), text_part([model.special_tokens.boi])]
     free = padded_unconditional(prompt, model.special_tokens.pad)[0].ids.tolist()
     codes = torch.randint(0, 64, (2, CODES), generator=torch.Generator().manual_seed(0))
@@ -482,14 +482,14 @@ def test_every_trained_part_learns(any_model):
     any_model.zero_grad()
     losses = any_model(training_pack(any_model))
     (losses.text.mean() + losses.image.mean()).backward()
-    still = ("vq.", "vision.trunk.attn_pool.")  # the picture tokenizer is never trained, and nothing reads the pool
+    still = ("vq.", "vision.trunk.attn_pool.")  # the image tokenizer is never trained, and nothing reads the pool
     names = [name for name, p in any_model.named_parameters() if p.grad is None or not p.grad.any()]
     assert [name for name in names if not name.startswith(still)] == []
     assert all(any(name.startswith(part) for name in names) for part in still)
     any_model.zero_grad()
 
 
-def test_a_picture_alone_trains_too(model):
+def test_an_image_alone_trains_too(model):
     model.zero_grad()
     prompt = model.processor.generation_parts("a cat")
     losses = model(pack_sequences([[*prompt, model.image_token_part(torch.arange(CODES), model.special_tokens.boi)]]))
@@ -499,8 +499,8 @@ def test_a_picture_alone_trains_too(model):
     model.zero_grad()
 
 
-def test_a_step_of_training_learns_a_picture(tmp_path):
-    """Enough steps on one picture, and it is drawn, whatever the seed."""
+def test_a_step_of_training_learns_an_image(tmp_path):
+    """Enough steps on one image, and it is drawn, whatever the seed."""
     model = Janus.from_pretrained(janus(tmp_path / "toy", generation={"size": [8, 8]}))
     prompt, target = model.processor.generation_parts("a cat"), torch.tensor([5, 9, 60, 2])
     batch = pack_sequences([[*prompt, model.image_token_part(target, model.special_tokens.boi)]])

@@ -29,7 +29,7 @@ def test_empty_prompts(model, prompt):
             verb()
 
 
-def test_pictures_and_placeholders(model):
+def test_images_and_placeholders(model):
     with pytest.raises(ValueError, match=r"got 2 <image_placeholder> for 1 images: expected one for each; give"):
         model.understand(picture(), f"{IMAGE_PLACEHOLDER} and {IMAGE_PLACEHOLDER}?")
     with pytest.raises(ValueError, match=r"got 1 <image_placeholder> for 0 images"):
@@ -80,7 +80,7 @@ def test_what_the_family_lacks(model):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 23), (0, 0), (-24, 24)])
-def test_sizes_that_cannot_be_drawn(model, size):
+def test_sizes_that_cannot_be_generated(model, size):
     with pytest.raises(
         ValueError, match=r"cannot generate .*: this model was trained for \(24, 24\) alone; leave size out"
     ):

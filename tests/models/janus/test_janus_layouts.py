@@ -456,7 +456,7 @@ def test_files_that_do_not_fit_each_other(folder):
         Janus.from_pretrained(folder)
 
 
-def test_the_rule_for_pictures_is_read(folder):
+def test_the_image_processor_is_read(folder):
     change(folder / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.3, 0.2], min_size=3)
     model = Janus.from_pretrained(folder)
     pixels = model.processor.conversation_parts([{"role": "user", "content": "a", "images": picture(24, 24)}])[1].tokens

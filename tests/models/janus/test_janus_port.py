@@ -17,7 +17,7 @@ from unimm.models.janus.transformers_layout import original_from_transformers
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import text_part
 
-# the port draws as many codes as its tower sees patches, and has one width for what stands around the codes
+# the port draws as many codes as its vision encoder sees patches, and has one width for what stands around the codes
 PORTABLE = dict(vision_config=dict(patch_size=4), gen_head_config=dict(image_token_embed=32))
 PORTS = {
     "all heads": dict(language_config=dict(num_key_value_heads=4)),
@@ -43,7 +43,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
-    """Prompts as transformers wants them: ids padded on the left, placeholders where a picture's rows are, and a mask."""
+    """Prompts as transformers wants them: ids padded on the left, placeholders where an image's rows are, and a mask."""
     rows, place = [], model.tokenizer.token_id(IMAGE_PLACEHOLDER)
     for items in prompts:
         found: list[int] = []
@@ -58,7 +58,7 @@ def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
 
 
 def asked(model: Janus) -> tuple[list, torch.Tensor]:
-    """Three prompts with a picture, two, and none; the pictures in order."""
+    """Three prompts with an image, two, and none; the images in order."""
     shown = [[picture()], [picture(30, 10, 1), picture(8, 40, 2)], []]
     turns = [[{"role": "user", "content": f"what is {i}?", "images": images}] for i, images in enumerate(shown)]
     pixels = torch.stack([model.image_processor.preprocess(image) for images in shown for image in images])
@@ -81,7 +81,7 @@ def test_the_port_sees_and_reads_the_same(both):
 
 
 @torch.inference_mode()
-def test_the_port_says_the_same(both):
+def test_the_port_answers_the_same(both):
     model, port = both
     prompts, pixels = asked(model)
     given = padded(model, prompts)
@@ -99,7 +99,7 @@ def test_the_port_says_the_same(both):
 
 
 @torch.inference_mode()
-def test_the_port_draws_the_same(both):
+def test_the_port_generates_the_same(both):
     model, port = both
     hidden, codes = torch.randn(5, 32), torch.randint(0, 64, (2, 36))
     assert_equal(model.gen_head(hidden), port.model.generation_head(hidden))

@@ -102,7 +102,7 @@ def assert_equal(got, expected):
 
 
 def apart(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two pictures, of 255; 1 is rounding, which follows the size of a batch."""
+    """The largest difference of two images, of 255; 1 is rounding, which follows the size of a batch."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
 
 
@@ -168,7 +168,7 @@ def original(model: JanusFlow, ids: list[int], noise: torch.Tensor, *, steps: in
 
 
 @torch.inference_mode()
-def test_drawing_is_the_original_loop(model):
+def test_generation_is_the_original_loop(model):
     ids, noise = [model.special_tokens.bos, 5, 6, 7, model.special_tokens.boi], torch.randn(3, 12, 12)
     prompt = [text_part(ids[:-1])]
     for guidance in (1.0, 2.0, 0.0):
@@ -190,7 +190,7 @@ def test_a_cached_prompt_is_a_recomputed_one(model):
     assert_equal(ours, x)
 
 
-def test_time_is_turned_round_at_the_door(model):
+def test_time_is_converted_in_the_network(model):
     x = torch.randn(2, 3, 12, 12)
     entered = model.encode_latents(x, torch.tensor([1.0, 0.25]))
     assert_equal(entered.time_embed, model.gen_encoder.time_embed(timestep_embedding(torch.tensor([0.0, 750.0]), 16)))
