@@ -371,7 +371,7 @@ def test_a_scene_is_read_right_or_not():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"perceptual": "vgg"}, "perceptual loss is not available, since it needs pretrained VGG"),
+        ({"perceptual": "vgg"}, "perceptual loss is not available: it needs pretrained VGG"),
         ({"adversarial": True}, "adversarial loss is not available"),
         ({"dtype": "int8"}, "got 'int8' for dtype in options"),
         ({"temperature": 0.0}, "got 0.0 for temperature in options"),

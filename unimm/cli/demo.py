@@ -51,7 +51,7 @@ def demo(
     model: ModelOption = "bagel-nano",
     seed: SeedOption = 0,
 ) -> None:
-    """Generate scenes with a nano model, ask about one, edit it, and generate one after thinking, where the model can."""
+    """Generate scenes with a nano model, question one, edit it, and generate one after thinking, if the model can."""
     run_demo(out, Console(), model=model, seed=seed)
 
 

@@ -27,8 +27,8 @@ THOUGHT_TASKS = {f"fact.{kind}{level}": f"reason.{kind}{level}" for kind in ("ma
 def sample_tasks(tasks: Mapping[str, int], size: int, rng: random.Random) -> list[str]:
     """The task of each of `size` samples, given how often each should occur.
 
-    Every task occurs as often as its number, and what is left of the batch is sampled by these numbers as weights. Where
-    they add up to more than `size`, so many are sampled without replacement.
+    Every task occurs as often as its number, and what is left of the batch is sampled by these numbers as weights.
+    Where they add up to more than `size`, so many are sampled without replacement.
     """
     repeated = [task for task, n in tasks.items() for _ in range(n)]
     if len(repeated) > size:
@@ -85,7 +85,10 @@ def kind_indices(names: Sequence[str], examples: Sequence[Example], counts: Sequ
 
 
 def mean_by_kind(names: Sequence[str], kinds: Tensor, losses: Tensor) -> dict[str, Tensor]:
-    """The mean loss of every kind that occurs. kinds, losses: [n], indices into the names and the losses of the same rows."""
+    """The mean loss of every kind that occurs.
+
+    kinds, losses: [n], indices into the names and the losses of the same rows.
+    """
     return {name: losses[kinds == i].mean() for i, name in enumerate(names) if (kinds == i).any()}
 
 

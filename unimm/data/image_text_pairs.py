@@ -58,7 +58,7 @@ class ShapesPairs:
         one = example(RECONSTRUCTION_TASK if task == RECONSTRUCTION else task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(
-                f"got the task {task}, which generates no image: the MLLM is frozen; expected tasks of draw, edit, reason"
+                f"got the task {task}, which generates no image: the MLLM is frozen; expected draw, edit or reason"
             )
         if task == RECONSTRUCTION:
             image = Image.fromarray(one.target)
@@ -81,7 +81,7 @@ class ShapesPairs:
 class FilePairs:
     """Pairs named by the lines of a JSON file, `{"target": FILE, "text": TEXT, "images": [FILES]}`, with replacement.
 
-    Files lie below the folder of the list; text and images may be left out. Targets are resized and cropped to a square.
+    Files lie below the folder of the list; text and images may be left out. Targets are cropped to a square.
     """
 
     path: Path

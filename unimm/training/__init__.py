@@ -1,1 +1,1 @@
-"""Training: a recipe, an objective, one loop."""
+"""Training: a recipe, a task, one loop."""

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ramped_decay(n_updates: int, max_decay: float) -> float:
-    """Decay of update n, counted from 0, as UniWorld trains: 0 at first, then (1 + n) / (10 + n), at most `max_decay`."""
+    """Decay of update n, from 0 on, as UniWorld trains: 0 at first, then (1 + n) / (10 + n), at most `max_decay`."""
     return min(max_decay, (1 + n_updates) / (10 + n_updates)) if n_updates else 0.0
 
 

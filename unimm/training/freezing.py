@@ -19,7 +19,7 @@ def check_prefixes(model: nn.Module, prefixes: Sequence[str], *, where: str) -> 
 def freeze(model: nn.Module, frozen: Sequence[str], *, always: Sequence[str] = ()) -> None:
     """Train all parameters but those whose names begin with one of these.
 
-    Raises ValueError for a prefix among `frozen` that no parameter has; those of `always` may be of parts that are absent.
+    Raises ValueError for a prefix among `frozen` that no parameter has; those of `always` may be absent.
     """
     check_prefixes(model, frozen, where="frozen")
     for name, parameter in model.named_parameters():

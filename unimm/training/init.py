@@ -29,7 +29,7 @@ def trained_file(folder: str | Path, name: str, recipe: str) -> Path:
 
 
 def resolve_part(name: str, part: str) -> Path:
-    """The folder of a part of a release: its subfolder of that name, or the whole where the release is that part alone."""
+    """The folder of a part of a release: its subfolder of that name, or the whole where the part stands alone."""
     folder = hub.resolve(name, subfolders=(part,))
     return folder / part if (folder / part).is_dir() else hub.resolve(name)
 
@@ -44,8 +44,8 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """A sentencepiece model of the shapes world's text, with bytes for what is not in it.
 
-    extra: texts that are added to the corpus, often. kind: "bpe" fills the whole vocabulary; "unigram" stops at 437 pieces,
-    and a text is a third longer.
+    extra: texts that are added to the corpus, often. kind: "bpe" fills the whole vocabulary; "unigram" stops at 437
+    pieces, and a text is a third longer.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -120,7 +120,7 @@ def init_timm_vit(encoder: TimmVisionEncoder, weights: Mapping[str, Tensor]) -> 
 
 
 def init_siglip(numbers: Mapping[str, Any], folder: str) -> SiglipVisionEncoder:
-    """An encoder of the recipe's numbers that begins from the trained ViT in a folder, of which it may have fewer blocks.
+    """An encoder of the recipe's numbers that begins from the trained ViT in a folder; it may have fewer blocks.
 
     Raises ValueError where the numbers differ. The grid of position embeddings may be smaller: it takes the corner.
     """

@@ -12,9 +12,9 @@ from unimm.training.freezing import check_prefixes
 
 
 def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices that the recipe names, AdamW for the rest; one of the two where nothing is left for the other.
+    """Muon for the matrices that the recipe names, AdamW for the rest; one alone where the other has nothing.
 
-    Muon is that of Jordan et al. 2024, scaled as in arXiv 2502.16982, section 2.2, so that AdamW's learning rate serves.
+    Muon is that of Jordan et al. 2024, scaled as in arXiv 2502.16982, section 2.2, so that AdamW's learning rate fits.
     Matrices are decayed, but for those that the recipe excepts; vectors are not.
     """
     check_prefixes(model, recipe.muon, where="muon")

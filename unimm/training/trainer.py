@@ -121,7 +121,10 @@ class Trainer:
         self.since = (time.monotonic(), 0)
 
     def update(self, batch: Any) -> None:
-        """Take one step. Raises FloatingPointError, before any weight changes, for a loss or gradient that is not finite."""
+        """Take one step.
+
+        Raises FloatingPointError, before any weight changes, for a loss or gradient that is not finite.
+        """
         lr = self.recipe.lr_at(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -29,7 +29,7 @@ class ImageForms:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionDropout(RecipeSection):
-    """How often a droppable text, clean latents and ViT patches are left out; the released training script's numbers."""
+    """How often a droppable text, clean latents and ViT patches are left out; the released script's numbers."""
 
     text: float = 0.1
     vae: float = 0.3
@@ -44,8 +44,8 @@ def plan_text_to_image(text: Part, target: Part) -> list[PlannedPart]:
 def plan_edit(source: ImageForms, steps: Sequence[tuple[Part, ImageForms]]) -> list[PlannedPart]:
     """An image, then an instruction and the image that it leads to, once or in several steps.
 
-    An intermediate image is a target first and then, clean and as ViT patches, a condition of the next step; the last is
-    a target only.
+    An intermediate image is a target first and then, clean and as ViT patches, a condition of the next step; the last
+    is a target only.
     """
     parts = [PlannedPart(source.vae, droppable=True), PlannedPart(source.vit, droppable=True)]
     for i, (instruction, result) in enumerate(steps):

@@ -51,7 +51,10 @@ class TrainingTask(Protocol):
     batch: Callable[[int], Any]
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Mean losses by name, unweighted; a step may leave out those of kinds that its batch lacks. Moves the batch."""
+        """Mean losses by name, unweighted; a step may leave out those of kinds that its batch lacks.
+
+        Moves the batch.
+        """
 
     def sample_image(self) -> Image.Image:
         """An image to judge the run by; called without gradients, in eval mode, with the averaged weights in place."""

@@ -118,7 +118,7 @@ class DCAETask:
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> DCAETask:
-        """Build a model of the recipe's `model`: the keys of a released config.json but for the scale, which is measured."""
+        """Build a model of the recipe's `model`: a released config.json's keys but the scale, which is measured."""
         options = from_mapping(DCAETrainingConfig, recipe.options, where="options of the recipe")
         config = DCAEConfig.from_json({**recipe.model, "scaling_factor": 1.0})
         return cls(config, options, batch_size=recipe.batch_size, seed=recipe.seed)

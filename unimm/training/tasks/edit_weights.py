@@ -16,8 +16,8 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-# the weight of a region by x, the image's area over its own: the smaller, the more. The release has the second; all are 1
-# at x = 1
+# the weight of a region by x, the image's area over its own: the smaller, the more. The release has the second; all are
+# 1 at x = 1
 AREA_FUNCTIONS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "log": lambda x: float(np.log2(x)) + 1,
@@ -60,8 +60,8 @@ class EditWeights:
     def __call__(self, references: Sequence[Array], target: Array) -> Tensor:
         """Images of one size -> the weights of the loss, [1, h / 8, w / 8] float32: 1 outside of the edit.
 
-        All ones where there is no reference, or no difference from the only one. Raises SmallEditError for an edit under
-        `min_area`, ValueError where several references leave no pixel in common, and for other shapes.
+        All ones where there is no reference, or no difference from the only one. Raises SmallEditError for an edit
+        under `min_area`, ValueError where several references leave no pixel in common, and for other shapes.
         """
         mask = self.latent_mask(references, target)
         area = mask.sum() / mask.size
@@ -69,7 +69,7 @@ class EditWeights:
         return torch.from_numpy(np.where(mask, weight, 1.0).astype(np.float32))[None]
 
     def latent_mask(self, references: Sequence[Array], target: Array) -> Array:
-        """The mask at the size of the latents, [h / 8, w / 8]: stages 1 to 3 of each reference, their intersection, 4."""
+        """The mask at the size of the latents, [h / 8, w / 8]: stages 1 to 3 of each reference, intersected, then 4."""
         mask = np.ones(target.shape[:2], bool)
         for reference in references:
             mask &= self.drop_small_components(self.close_gaps(self.difference_mask(reference, target)))
@@ -118,7 +118,7 @@ class EditWeights:
 
 
 def ellipse(side: int) -> Array:
-    """An ellipse in a square of odd side, as OpenCV draws it: the middle column alone in the first row and in the last."""
+    """An ellipse in a square of odd side, as OpenCV has it: the middle column alone in the first and last rows."""
     r = side // 2
     if not r:
         return np.ones((1, 1), bool)

@@ -78,7 +78,7 @@ class JanusDataset(DeepseekChatDataset):
         )
 
     def sample(self, one: Example, targets: list[NDArray[np.uint8]], rng: random.Random) -> list[Part]:
-        """A question with its labelled answer, or a prompt and the image to generate, which is appended to `targets`."""
+        """A question with its labelled answer, or a prompt and the target, which is appended to `targets`."""
         prompt = self.prompt_parts(one)
         if one.target is None:
             return prompt

@@ -50,7 +50,8 @@ class MetaQueryTrainingConfig(RecipeSection):
     # the part of things in generation and editing with a novel colour, and with a novel shape
     novel_colours: float
     novel_shapes: float
-    # folders or hub ids: of an MLLM, of an AutoencoderDC, and of a Sana, or "" for an untrained one of the recipe's numbers
+    # folders or hub ids: of an MLLM, of an AutoencoderDC, and of a Sana, or "" for an untrained one of the recipe's
+    # numbers
     mllm: str
     dcae: str
     denoiser: str

@@ -1,4 +1,4 @@
-"""Training the semantic tokenizer: the losses of a VQ autoencoder, and those of predicting a frozen encoder's features."""
+"""Training the semantic tokenizer: a VQ autoencoder's losses, and those of predicting a frozen encoder's features."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class TimmViTTeacher(nn.Module):
 def load_teacher(files: Mapping[str, Any], folder: Path) -> NaViTTeacher | TimmViTTeacher:
     """The encoder in folder/vision.safetensors, frozen. Raises ValueError where there is none.
 
-    files: the keys of a released vit_config.json for one of ours, which has one layer fewer than they say; the params of
-    a released vision_config, known by `model_name`, for one of timm's.
+    files: the keys of a released vit_config.json for one of ours, which has one layer fewer; the params of a released
+    vision_config, known by `model_name`, for one of timm's.
     """
     if not (folder / TEACHER_FILE).is_file():
         raise ValueError(
@@ -160,7 +160,7 @@ class SemanticVQTask:
 
     @torch.no_grad()
     def teacher_features(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """image [B, 3, H, W] -> the teacher's features [B, n, F] on the grid of codes: of the patch that a code is in."""
+        """image [B, 3, H, W] -> the teacher's features [B, n, F] on the grid of codes, of the patch around each."""
         self.teacher.to(image.device)
         features = F.interpolate(self.teacher(image).float(), grid, mode="nearest")
         return rearrange(features, "B F h w -> B (h w) F")
@@ -181,7 +181,7 @@ class SemanticVQTask:
         (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
 
     def report(self) -> dict[str, float]:
-        """Mean cosine of predicted and true features of test scenes; and of the mean feature, a prediction from no image."""
+        """Mean cosine of predicted and true features of test scenes; and of the mean feature, the best blind guess."""
         predicted = []
         features = []
         image = held_out_scenes(self.options.tasks, self.options.scored_scenes, self.batch.seed)[1]

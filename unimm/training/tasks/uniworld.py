@@ -52,9 +52,9 @@ class UniWorldTrainingConfig(RecipeSection):
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
     tasks: Mapping[str, int]
-    # the published stages: the MLLM's projector, without image features; that, SigLIP2's projector, and the attention and
-    # modulation of the denoiser's image stream. "all": everything but the MLLM and the autoencoder, for a denoiser that
-    # is trained from scratch
+    # the published stages: the MLLM's projector, without image features; that, SigLIP2's projector, and the attention
+    # and modulation of the denoiser's image stream. "all": everything but the MLLM and the autoencoder, for a denoiser
+    # that is trained from scratch
     trained: Literal["stage 1", "stage 2", "all"]
     # noised copies of a target, each at its own timestep: cheaper than as many samples
     timesteps_per_image: int
@@ -69,9 +69,9 @@ class UniWorldTrainingConfig(RecipeSection):
     # the part of things in generation and editing with a novel colour, and with a novel shape
     novel_colours: float
     novel_shapes: float
-    # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer in a FLUX, or "" where `captioned` is false;
-    # of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's numbers
-    # that begins from the trained ViT in the folder `vit`
+    # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer in a FLUX, or "" where `captioned` is
+    # false; of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's
+    # numbers that begins from the trained ViT in the folder `vit`
     mllm: str
     vae: str
     text_encoders: str
@@ -125,7 +125,7 @@ class UniWorldDataset:
         one = example(task, index, seed=self.seed)
         if one.target is None:
             raise ValueError(
-                f"got the task {task}, which generates no image: the MLLM is frozen; expected tasks of draw, edit, reason"
+                f"got the task {task}, which generates no image: the MLLM is frozen; expected draw, edit or reason"
             )
         return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
@@ -259,7 +259,10 @@ class UniWorldTask:
 
     @torch.no_grad()
     def reference_latents(self, batch: UniWorldBatch, indices: Tensor) -> Tensor | None:
-        """The latents of each sample's reference image [n, C, h, w], where the denoiser takes them. indices: of samples."""
+        """The latents of each sample's reference image [n, C, h, w], where the denoiser takes them.
+
+        indices: of samples.
+        """
         if self.model.config.reference_latents != "tokens" or int(batch.reference_indices[indices[0]]) < 0:
             return None
         device = self.model.device
@@ -350,7 +353,7 @@ def _is_trained(name: str, stage: str) -> bool:
 
 
 def _keep_first_rows(n: int) -> Callable[[Tensor], Tensor]:
-    """A hook that keeps a gradient's first rows: those of queries, keys and values, which stand before a feed-forward."""
+    """A hook that keeps a gradient's first rows: queries, keys and values, which stand before a feed-forward."""
 
     def hook(gradient: Tensor) -> Tensor:
         return torch.cat((gradient[:n], torch.zeros_like(gradient[n:])))

@@ -1,6 +1,7 @@
 """Training UniWorld's task head, which decides whether a request is answered in words or by an image.
 
-Its input is the frozen MLLM's hidden state at the last "assistant": docs/originals/uniworld.md, "Understand or generate".
+Its input is the frozen MLLM's hidden state at the last "assistant": docs/originals/uniworld.md, "Understand or
+generate".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training a ViT on the shapes world before a language model uses it: its SigLIP2, in the place of the released BAGEL's."""
+"""Training a ViT on the shapes world, before a language model uses it in the place of the released SigLIP2."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ViTTrainingConfig(RecipeSection):
 
     # tasks of unimm.data.shapes whose target is an image, of which one is sampled for each image
     tasks: tuple[str, ...]
-    # the part of scenes whose things have novel colours, and the part whose things have novel shapes: so that a shape is
-    # known whatever its colour, and a colour whatever its shape, though training holds some pairs out
+    # the part of scenes whose things have novel colours, and the part whose things have novel shapes: so that a shape
+    # is known whatever its colour, and a colour whatever its shape, though training holds some pairs out
     novel_colours: float
     novel_shapes: float
     # largest standard deviation of the noise on the pixels, which run from -1 to 1
@@ -45,7 +45,7 @@ class ViTTrainingConfig(RecipeSection):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTBatch:
-    """patches [B * n, p * p * 3], and for each the shape, colour and size of the thing whose centre it holds [B * n, 3].
+    """patches [B * n, p * p * 3], and for each the shape, colour and size of the thing centred in it [B * n, 3].
 
     Targets are indices into ATTRIBUTE_NAMES plus 1, 0 where no thing is centred, IGNORED for a novel attribute.
     """
@@ -120,7 +120,7 @@ class GridProbe(nn.Module):
         self.probe = nn.Linear(config.dim, sum(LOGIT_COUNTS))
 
     def forward(self, patches: Tensor, side: int) -> tuple[Tensor, ...]:
-        """patches [B * n, p * p * 3] of images of side * side patches -> logits of each attribute [B * n, names + 1]."""
+        """patches [B * n, p * p * 3] of side * side an image -> logits of each attribute [B * n, names + 1]."""
         position_ids = grid_position_ids(side, side, self.config.grid_side).to(patches.device)
         n = len(patches) // side**2
         features = self.vision(patches, repeat(position_ids, "n -> (b n)", b=n), [side**2] * n)
@@ -140,7 +140,7 @@ class ViTTask:
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> ViTTask:
-        """Build a ViT of the recipe's `model`: the keys of a released vit_config.json, and `train_image_size` in pixels."""
+        """Build a ViT of the recipe's `model`: a released vit_config.json's keys, and `train_image_size` in pixels."""
         options = from_mapping(ViTTrainingConfig, recipe.options, where="options")
         files = dict(recipe.model)
         torch.manual_seed(recipe.seed)

@@ -40,8 +40,8 @@ class VQTrainingConfig(RecipeSection):
     crowded: float
     # of the softmax over codes that the entropy is taken of
     temperature: Positive
-    # so many steps are trained without the codebook, which then starts from the vectors of a batch: at the start vectors
-    # tell brightness alone, and codes chosen then leave out colours for long
+    # so many steps are trained without the codebook, which then starts from the vectors of a batch: at the start
+    # vectors tell brightness alone, and codes chosen then leave out colours for long
     unquantized_steps: int
     # every so many steps, in the first `revive_fraction` of them, codes that were not used lately move to vectors
     revive_every: AtLeastOne
@@ -64,7 +64,7 @@ class VQTrainingConfig(RecipeSection):
             # YAML reads a bare off as False
             if getattr(self, name) not in ("off", False):
                 raise ValueError(
-                    f"got {name}: {getattr(self, name)}, expected off: the {name} loss is not available, since it needs "
+                    f"got {name}: {getattr(self, name)}, expected off: the {name} loss is not available: it needs "
                     f"{network}, which this package does not bring"
                 )
 
@@ -122,7 +122,7 @@ class VQDataset:
 
 
 def codebook_entropy(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    """Mean entropy of each vector's choice less that of the mean choice, in nats; small where choices are sure and even.
+    """Mean entropy of each vector's choice less that of the mean choice, in nats: small if choices are sure and even.
 
     z [B, C, h, w], codebook [V, C]; a choice is the softmax of -|z - e|^2 / temperature over codes, all of length 1.
     """
