@@ -30,7 +30,8 @@ BACKWARD_WORK = 2.5
 
 
 def sample(layout: str, dice: random.Random) -> list[KeyRange]:
-    """One training sample of a layout: BAGEL's plans (texts causal, images full, targets invisible), Janus's causal one."""
+    """One training sample of a layout: BAGEL's plans (texts causal, images full, targets invisible), Janus's causal
+    one."""
     text = lambda low, high: KeyRange(dice.randint(low, high))  # noqa: E731
     clean, seen, target = (
         KeyRange(LATENT, full=True),

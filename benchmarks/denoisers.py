@@ -4,12 +4,12 @@
     python benchmarks/denoisers.py --denoisers flux --side 512 --layers 1 2 --rounds 3
     python benchmarks/denoisers.py --compiled --dtype bfloat16 --layers 19 38 --side 1024     # on a GPU
 
-Weights are random and shared: diffusers' modules hold views of ours. Velocities must agree within 1e-4 of the largest before
-anything is timed (float32; in bfloat16 within 3e-2). Rounds go from rival to rival, and a ratio is of one round, so that what
-else the machine does falls on all; times on a CPU are of the process, not of the wall. Rivals: `ours`, a step of a loop whose
-conditions and modulations are known; `ours, with its share`, which adds what is computed once, shared by the loop's steps;
-`nothing kept`, which computes it in every step; `diffusers`, whose step always does. `--compiled` runs both sides through
-torch.compile, on a GPU as CUDA graphs.
+Weights are random and shared: diffusers' modules hold views of ours. Velocities must agree within 1e-4 of the largest
+before anything is timed (float32; in bfloat16 within 3e-2). Rounds go from rival to rival, and a ratio is of one round,
+so that what else the machine does falls on all; times on a CPU are of the process, not of the wall. Rivals: `ours`, a
+step of a loop whose conditions and modulations are known; `ours, with its share`, which adds what is computed once,
+shared by the loop's steps; `nothing kept`, which computes it in every step; `diffusers`, whose step always does.
+`--compiled` runs both sides through torch.compile, on a GPU as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Field:
-    """A denoiser's rivals, each a step; what is computed once before the loop; and how much of a step's work that is."""
+    """A denoiser's rivals, each a step; what is computed once before the loop; and how much of a step's work that
+    is."""
 
     steps: dict[str, Step]
     once: Step

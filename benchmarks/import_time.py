@@ -35,7 +35,8 @@ def import_seconds(statement: str) -> float:
 
 
 def rows(statements: tuple[str, ...], runs: int) -> list[dict[str, float | str]]:
-    """A row a statement: the least and the median of `runs` processes, which take turns so that load on the machine is shared.
+    """A row a statement: the least and the median of `runs` processes, which take turns so that load on the machine is
+    shared.
 
     The ratio is that of the least times: of the work itself, whatever else the machine does.
     """

@@ -1,14 +1,16 @@
-"""Image tokens of Janus: ms each, against transformers' port and, where its checkout is given, the original, in one run.
+"""Image tokens of Janus: ms each, against transformers' port and, where its checkout is given, the original, in one
+run.
 
     python benchmarks/janus_decode.py                                # Janus-Pro-1B's widths, 4 layers, bfloat16, one image
     python benchmarks/janus_decode.py --dtype float32 --tokens 24
     python benchmarks/janus_decode.py --original ~/Janus --rivals plain packed original
     python benchmarks/janus_decode.py --size 7b --layers 30 --images 16 --rivals captured      # on a GPU
 
-Weights are random: only shapes matter. The vocabulary of texts is small, since drawing reads no row of its head. All rivals
-have the same weights, through files that we write, and in float32 must choose the same codes greedily before they are timed
-(int8 is let off). Guidance is on: two rows an image. Rounds go from rival to rival; a token is timed from one call of the head
-to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle of an image of 576.
+Weights are random: only shapes matter. The vocabulary of texts is small, since drawing reads no row of its head. All
+rivals have the same weights, through files that we write, and in float32 must choose the same codes greedily before
+they are timed (int8 is let off). Guidance is on: two rows an image. Rounds go from rival to rival; a token is timed
+from one call of the head to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle
+of an image of 576.
 """
 
 from __future__ import annotations

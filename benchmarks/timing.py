@@ -35,7 +35,8 @@ class Times:
 
 
 def measure(call: Callable[[], Any], *, seconds: float = 1.0, least: int = 5, most: int = 200) -> Times:
-    """Time calls one by one until `seconds` are over, after two that do not count; one of over SLOW seconds once, after one.
+    """Time calls one by one until `seconds` are over, after two that do not count; one of over SLOW seconds once, after
+    one.
 
     On a GPU by its own events, with the cache in between overwritten; on a CPU by the clock.
     """

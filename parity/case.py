@@ -37,7 +37,8 @@ class Row:
 
 
 def stored(folder: Path) -> Path:
-    """Where the outputs of a case are: with it, or for a case in transformers' layout with the case that it was made of."""
+    """Where the outputs of a case are: with it, or for a case in transformers' layout with the case that it was made
+    of."""
     beside = folder.with_name(folder.name.removesuffix("_hf"))
     return folder if (folder / "io.safetensors").is_file() else beside
 
@@ -78,7 +79,8 @@ class Case:
         return self.meta.get(name, default)
 
     def compare(self, name: str, ours: Tensor, *, note: str = "", share: float = FLOAT) -> None:
-        """Compare with a stored tensor; nothing where none is stored under the name. share: allowed, of its largest value."""
+        """Compare with a stored tensor; nothing where none is stored under the name. share: allowed, of its largest
+        value."""
         if name in self.tensors:
             difference, allowed, why = distance(ours, self.tensors[name], share)
             self._add(Row(name=name, kind="compared", difference=difference, allowed=allowed, note=why or note))

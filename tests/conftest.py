@@ -22,7 +22,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def fixed() -> Iterator[None]:
-    """Every test begins from the same seeds, sees NaN in memory that nobody wrote, and leaves torch's defaults as they were."""
+    """Every test begins from the same seeds, sees NaN in memory that nobody wrote, and leaves torch's defaults as they
+    were."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

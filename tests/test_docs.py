@@ -1,4 +1,5 @@
-"""The documentation: every section that a comment names exists, and no page is named that the repository does not hold."""
+"""The documentation: every section that a comment names exists, and no page is named that the repository does not
+hold."""
 
 import re
 from pathlib import Path

@@ -54,7 +54,8 @@ def verbs(name: str) -> list[str]:
 
 
 def public() -> list[str]:
-    """All public names, then the signatures of functions, of values (but configs, which files are read into), of verbs."""
+    """All public names, then the signatures of functions, of values (but configs, which files are read into), of
+    verbs."""
     things = {name: getattr(unimm, name) for name in unimm.__all__}
     functions = [f"{name}{signature(thing)}" for name, thing in things.items() if inspect.isfunction(thing)]
     values = {

@@ -1,4 +1,5 @@
-"""The house: who may import whom, what no file of the package does, sizes, the quick import, and the README's first lines."""
+"""The house: who may import whom, what no file of the package does, sizes, the quick import, and the README's first
+lines."""
 
 import ast
 import os
@@ -81,7 +82,8 @@ def test_every_family_has_files():
 
 @each_file
 def test_only_the_registry_knows_the_families_and_only_by_strings(path):
-    """What families are built on imports none of them, not in a function either; the registry imports them by their names."""
+    """What families are built on imports none of them, not in a function either; the registry imports them by their
+    names."""
     here = module(path)
     parts = here.split(".")[1:]
     below = parts and room(here) not in (None, *ABOVE_FAMILIES)
@@ -92,7 +94,8 @@ def test_only_the_registry_knows_the_families_and_only_by_strings(path):
 
 # ---- rooms
 
-# floor by floor; a module imports from its own room and from those of earlier floors, never from the others of its floor
+# floor by floor; a module imports from its own room and from those of earlier floors, never from the others of its
+# floor
 FLOORS = (
     ("kernels",),
     ("nn", "sequence", "checkpoint"),

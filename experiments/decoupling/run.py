@@ -1,11 +1,13 @@
-"""Janus's ablation of decoupled encoders (arXiv 2410.13848, table 5) at nano size: all experiments on one budget, in one table.
+"""Janus's ablation of decoupled encoders (arXiv 2410.13848, table 5) at nano size: all experiments on one budget, in
+one table.
 
     python -m experiments.decoupling runs/decoupling --minutes 15 --seeds 0
     python -m experiments.decoupling runs/decoupling --steps 6000 --seeds 0 1 2 --device cuda
 
 Trains the experiments A, B, D, E and F of janus-nano-decoupling.yaml, scores each on held-out pairs, and writes
-OUT/decoupling.md and OUT/decoupling.json. A budget of minutes is fair only where nothing else runs beside. Runs that are
-scored already are kept, so a stopped command goes on with the next one; a run that was stopped midway is to be deleted.
+OUT/decoupling.md and OUT/decoupling.json. A budget of minutes is fair only where nothing else runs beside. Runs that
+are scored already are kept, so a stopped command goes on with the next one; a run that was stopped midway is to be
+deleted.
 """
 
 from __future__ import annotations

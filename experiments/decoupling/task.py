@@ -1,4 +1,5 @@
-"""The experiments of Janus's ablation (arXiv 2410.13848, table 5): one encoder or two, one task or two, otherwise alike.
+"""The experiments of Janus's ablation (arXiv 2410.13848, table 5): one encoder or two, one task or two, otherwise
+alike.
 
 Where there is one, the vision encoder is replaced by the image tokenizer that generation uses; the rest of the model is
 unchanged.

@@ -2,10 +2,11 @@
 
     python -m experiments.query_transfer --model metaquery-nano --n 12
 
-The denoiser was never trained on anybody's favourite. Its MLLM was trained on facts about twelve characters ("which colour
-does Tom like?"), and for six of them also to plan the image in words ("draw what Tom likes": "a large red star in the
-centre"). Here all twelve are requested, and six names that it does not know; every image is parsed, and compared with the
-favourite of its own character, and with those of the others, which is chance. Writes OUT/query_transfer.md and .json.
+The denoiser was never trained on anybody's favourite. Its MLLM was trained on facts about twelve characters ("which
+colour does Tom like?"), and for six of them also to plan the image in words ("draw what Tom likes": "a large red star
+in the centre"). Here all twelve are requested, and six names that it does not know; every image is parsed, and compared
+with the favourite of its own character, and with those of the others, which is chance. Writes OUT/query_transfer.md and
+.json.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def fact_accuracy(model: MetaQuery, names: Sequence[str]) -> BenchmarkScore:
 
 
 def matches(found: Sequence[ShapeColour], pair: ShapeColour) -> dict[str, bool]:
-    """Whether an image holds a favourite: it alone; things of its shape and no other; things of its colour and no other."""
+    """Whether an image holds a favourite: it alone; things of its shape and no other; things of its colour and no
+    other."""
     alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
     return {"pair": list(found) == [pair], **alike}
 

@@ -240,7 +240,8 @@ def compare_text(case: Case, model: Bagel, context: KVCache) -> None:
 
 
 def decode_after(case: Case, model: Bagel, context: KVCache, name: str) -> list[int]:
-    """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are compared."""
+    """The model's own text. The stored one may have been cut, at a length that is not stored: as many ids are
+    compared."""
     if name not in case.meta:
         return []
     stored, m = case.input_note(name), model.processor.special_tokens
@@ -288,7 +289,8 @@ def check_posids(case: Case, model: Bagel, group: str) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A conversation at the point where an image is generated: of which size, from which noise, and like which stored runs."""
+    """A conversation at the point where an image is generated: of which size, from which noise, and like which stored
+    runs."""
 
     contexts: CFGContexts
     size: Size

@@ -1,4 +1,5 @@
-"""What a case of the FLUX transformer stores: packing, velocity and the sampler's path, in both layouts of the weights."""
+"""What a case of the FLUX transformer stores: packing, velocity and the sampler's path, in both layouts of the
+weights."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def plain(batch: PackedBatch) -> Any:
 
 
 def row_items(model: JanusFlow, ids: Sequence[int], pictures: Sequence[Tensor], *, image: int) -> list[Part]:
-    """Stored ids without pads, placeholders in them, as items: an image takes its run of placeholders and both neighbours."""
+    """Stored ids without pads, placeholders in them, as items: an image takes its run of placeholders and both
+    neighbours."""
     items: list[Part] = []
     at, n = 0, model.vision.grid_side**2
     for pixels in pictures:

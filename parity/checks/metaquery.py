@@ -1,4 +1,5 @@
-"""What a case of MetaQuery stores: prompts, the MLLM's answers, conditions, every step of an image, one step of training."""
+"""What a case of MetaQuery stores: prompts, the MLLM's answers, conditions, every step of an image, one step of
+training."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ INPUTS = ("vq/image", "vq/rand_ids")
 
 
 def vq_checks(model_vq: VQModel, io: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str]]:
-    """For each stored output its name, ours, and a note: what `Case.compare` takes. INPUTS are the names of the rest."""
+    """For each stored output its name, ours, and a note: what `Case.compare` takes. INPUTS are the names of the
+    rest."""
     z = model_vq.encode(io["vq/image"])
     grid = (z.shape[2], z.shape[3])
     quantized = model_vq.quantize(z)

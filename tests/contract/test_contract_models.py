@@ -1,5 +1,5 @@
-"""The contract of every model, bundled or stored: verbs run and change nothing, saved is loaded, dtype and device are kept,
-files and model hold the same numbers. A new family is taken up from the registry."""
+"""The contract of every model, bundled or stored: verbs run and change nothing, saved is loaded, dtype and device are
+kept, files and model hold the same numbers. A new family is taken up from the registry."""
 
 from collections.abc import Iterator
 from types import GeneratorType

@@ -1,4 +1,5 @@
-"""The contract of parts, on every stored case of one: strictly loaded, every number of its file used, dtype and device kept."""
+"""The contract of parts, on every stored case of one: strictly loaded, every number of its file used, dtype and device
+kept."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -44,7 +45,8 @@ def test_every_case_is_walked():
 
 @each_part
 def test_every_number_of_the_file_is_used(case):
-    """The model holds the file's numbers, all of them and no others, whatever they are called and however they are stacked."""
+    """The model holds the file's numbers, all of them and no others, whatever they are called and however they are
+    stacked."""
     model = loader(case)(found(case))
     assert torch.equal(numbers(load_file(found(case) / "model.safetensors")), numbers(model.state_dict()))
     assert not model.training

@@ -1,6 +1,8 @@
-"""The contract of training: in a step of a recipe every parameter gets a gradient, but for those that are named here, with why.
+"""The contract of training: in a step of a recipe every parameter gets a gradient, but for those that are named here,
+with why.
 
-Every bundled model has a recipe of its name. What one needs of another (runs/NAME/release) is made by that one, untrained.
+Every bundled model has a recipe of its name. What one needs of another (runs/NAME/release) is made by that one,
+untrained.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""What the contract walks: every bundled model and every stored case, taken up from the registry and from tests/golden."""
+"""What the contract walks: every bundled model and every stored case, taken up from the registry and from
+tests/golden."""
 
 import functools
 import json

@@ -1,4 +1,5 @@
-"""Things without a name: far from every named one, said by what is left of their name, and never a pair that is held out."""
+"""Things without a name: far from every named one, said by what is left of their name, and never a pair that is held
+out."""
 
 import math
 import random

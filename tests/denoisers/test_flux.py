@@ -1,4 +1,5 @@
-"""FLUX's transformer: two layouts, diffusers' own, steps modulated at once, a text projected once, and what is refused."""
+"""FLUX's transformer: two layouts, diffusers' own, steps modulated at once, a text projected once, and what is
+refused."""
 
 import json
 
@@ -220,7 +221,8 @@ def test_steps_modulated_at_once_are_the_steps():
 
 @torch.inference_mode()
 def test_a_step_computes_nothing_that_is_known(monkeypatch):
-    """Neither the text's projection nor a linear of the modulation, and a condition serves every picture of its text."""
+    """Neither the text's projection nor a linear of the modulation, and a condition serves every picture of its
+    text."""
     model = made()
     given = inputs(model, rows=3)
     want = velocity(model, given | {"text": given["text"][[1, 1, 0]]}, torch.full((3,), 0.4))

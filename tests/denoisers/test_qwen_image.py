@@ -1,4 +1,5 @@
-"""Qwen-Image's transformer: the released names, diffusers' own, places from the middle, texts with padding, bad input."""
+"""Qwen-Image's transformer: the released names, diffusers' own, places from the middle, texts with padding, bad
+input."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The ablation of decoupled encoders: what each experiment looks through, learns and trains, and the command that runs all."""
+"""The ablation of decoupled encoders: what each experiment looks through, learns and trains, and the command that runs
+all."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """Where the stored cases are: the small ones beside the tests, the larger ones in the folder that UNIMM_GOLDEN names.
 
-tests/golden stays under 25 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is skipped
-where it is absent.
+tests/golden stays under 25 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is
+skipped where it is absent.
 """
 
 import json
@@ -16,7 +16,8 @@ LARGER = ("blocks/dcae/dev", "blocks/fluxvae/dev", "blocks/qwen2p5vl/dev", "bloc
 
 
 def found(case: str) -> Path:
-    """The folder of a case by its path in the store, say blocks/dcae/dev. Skips the test, with the reason, where it is not."""
+    """The folder of a case by its path in the store, say blocks/dcae/dev. Skips the test, with the reason, where it is
+    not."""
     elsewhere = os.environ.get("UNIMM_GOLDEN")
     places = [GOLDEN / case] + ([Path(elsewhere) / case] if elsewhere else [])
     for place in places:

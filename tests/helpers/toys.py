@@ -106,7 +106,8 @@ JANUS: dict[str, dict] = {
 
 
 def janus_files(*, generation: dict | None = None, **changes: dict) -> dict:
-    """The config.json of a small Janus: 9 patches of 8 pixels seen, 6 x 6 codes of 4 pixels drawn. changes: by section."""
+    """The config.json of a small Janus: 9 patches of 8 pixels seen, 6 x 6 codes of 4 pixels drawn. changes: by
+    section."""
     files = {
         name: numbers | changes.get(name, {})
         if name == "language_config"
@@ -120,7 +121,8 @@ def janus_files(*, generation: dict | None = None, **changes: dict) -> dict:
 def janus(
     folder: Path, seed: int = 0, *, roles: bool | None = True, generation: dict | None = None, **changes: dict
 ) -> Path:
-    """A random Janus, saved into a folder in the original layout. roles: as in `byte_tokenizer`; None for no tokenizer."""
+    """A random Janus, saved into a folder in the original layout. roles: as in `byte_tokenizer`; None for no
+    tokenizer."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(janus_files(generation=generation, **changes)))

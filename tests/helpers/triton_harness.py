@@ -1,7 +1,8 @@
-"""Triton without a GPU: a child process that interprets kernels, bfloat16 made right there, red zones, ahead-of-time compiles.
+"""Triton without a GPU: a child process that interprets kernels, bfloat16 made right there, red zones, ahead-of-time
+compiles.
 
-The interpreter shows wrong numbers, the compiler shows what the interpreter lets pass: spills, lost matrix instructions,
-shared memory over the limit. Neither shows races or speed.
+The interpreter shows wrong numbers, the compiler shows what the interpreter lets pass: spills, lost matrix
+instructions, shared memory over the limit. Neither shows races or speed.
 """
 
 import os
@@ -34,7 +35,8 @@ def in_child() -> bool:
 def child(
     command: list[str], *, interpret: bool, package: Path | None = None, cache: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a Python command line in a process where Triton interprets, or does not: it decides when a kernel is decorated.
+    """Runs a Python command line in a process where Triton interprets, or does not: it decides when a kernel is
+    decorated.
 
     package: a folder that holds the `unimm` to import, instead of the one beside the tests. cache: of compiled kernels.
     """
@@ -136,7 +138,8 @@ def poisoned() -> Iterator[None]:
 
 
 def red_zone(x: Tensor, *, zone: int = 4096) -> Tensor:
-    """x, with its strides, amid `zone` NaN (or the largest integers) on either side: reads out of bounds show in the result."""
+    """x, with its strides, amid `zone` NaN (or the largest integers) on either side: reads out of bounds show in the
+    result."""
     span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     fill = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
     buffer = torch.full((2 * zone + span,), fill, dtype=x.dtype)
@@ -206,8 +209,8 @@ def compile_ahead(
 ) -> Report:  # fmt: skip
     """Compiles a jitted kernel for a GPU that is not here, and reads what became of it. Not where Triton interprets.
 
-    types: "*bf16", "i32", "fp32" for every argument that is no constexpr. aligned: those known to be multiples of 16, as
-    a launch finds out by looking; pointers are.
+    types: "*bf16", "i32", "fp32" for every argument that is no constexpr. aligned: those known to be multiples of 16,
+    as a launch finds out by looking; pointers are.
     """
     import triton
     from triton.backends.compiler import GPUTarget

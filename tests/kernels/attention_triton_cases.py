@@ -26,8 +26,8 @@ if not in_child():
 mend_bfloat16()
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-# relative error allowed beyond twice the plain computation's: the rounding of one number in 16 bits; for float32 that of
-# a few, since the two add in different orders
+# relative error allowed beyond twice the plain computation's: the rounding of one number in 16 bits; for float32 that
+# of a few, since the two add in different orders
 FLOOR = {FLOAT32: 5e-7, FLOAT16: 2**-12, BFLOAT16: 2**-9}
 LSE = 1e-6  # relative beyond 1, absolute below; float32 whatever the inputs
 LARGE = 1e4  # what no row may see, yet must be a number: 0 times infinity is none
@@ -49,7 +49,8 @@ def fixed() -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------- masks from the definition
+# ------------------------------------------------------------------------------------------------- masks from the
+# definition
 
 
 def packed(samples: list[list[tuple[str, int]]]) -> Tensor:
@@ -106,7 +107,8 @@ def runs_of(dense: Tensor, rows: int, keys: int) -> TileRuns:
     return TileRuns(*out)
 
 
-# ------------------------------------------------------------------------------------------------------------- the definition
+# ------------------------------------------------------------------------------------------------------------- the
+# definition
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,8 @@ def a_slice(x: Tensor) -> Tensor:
     return wide[:, 1:-1, 8:]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tester
+# ------------------------------------------------------------------------------------------------------------ the
+# tester
 
 
 @triton.jit
@@ -204,7 +207,8 @@ def test_the_mend_of_bfloat16():
         there_and_back[(1,)](x, y, add=1)
 
 
-# -------------------------------------------------------------------------------------------------------------------- cases
+# --------------------------------------------------------------------------------------------------------------------
+# cases
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,8 @@ def test_a_gradient_expanded_from_one_number():
 
 
 def far_apart(x: Tensor, dim: int) -> Tensor:
-    """The same numbers 2^29 apart along one axis: from index 4 on, an offset has more than 31 bits. Zeros take no memory."""
+    """The same numbers 2^29 apart along one axis: from index 4 on, an offset has more than 31 bits. Zeros take no
+    memory."""
     step, n = 2**29, x.shape[dim]
     pages = torch.from_numpy(np.zeros(step * (n - 1) + x[0].numel() * len(x) // n, dtype=np.float16))
     inner = [x.shape[1 - dim], x.shape[2]]

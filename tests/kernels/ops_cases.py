@@ -1,4 +1,5 @@
-"""Cases of the ops: the function, and the truth in float64. Run as tests in a child that interprets Triton (test_ops.py)."""
+"""Cases of the ops: the function, and the truth in float64. Run as tests in a child that interprets Triton
+(test_ops.py)."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""The ops beside attention: references against float64, gradients, contracts; kernels interpreted and compiled ahead."""
+"""The ops beside attention: references against float64, gradients, contracts; kernels interpreted and compiled
+ahead."""
 
 import pytest
 import torch

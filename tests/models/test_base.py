@@ -1,4 +1,5 @@
-"""What every family inherits: components from elsewhere, layouts, options that a family may lack, and releases as data."""
+"""What every family inherits: components from elsewhere, layouts, options that a family may lack, and releases as
+data."""
 
 import ast
 import subprocess

@@ -1,4 +1,5 @@
-"""The bundled models: small enough, loadable from what the package ships, and as able as their pages say, within chance."""
+"""The bundled models: small enough, loadable from what the package ships, and as able as their pages say, within
+chance."""
 
 import pytest
 from helpers.cases import GOLDEN
@@ -8,7 +9,8 @@ from unimm.checkpoint.hub import bundled_names
 from unimm.evaluation.benchmarks.shapes import evaluate
 
 NANO = GOLDEN.parents[1] / "unimm" / "pretrained"
-# well below what examples/*.md report, at 24 examples a task: a broken model generates and answers next to nothing right
+# well below what examples/*.md report, at 24 examples a task: a broken model generates and answers next to nothing
+# right
 FLOORS = {
     "bagel-nano": {
         "draw.one": 0.8,

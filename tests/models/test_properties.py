@@ -276,7 +276,8 @@ def test_contexts_of_guidance_are_those_of_the_original(model):
 
 
 def test_the_same_seed_gives_the_same_image():
-    """On one thread and on two, whatever the global generator holds; compared here, since tests may run in other processes."""
+    """On one thread and on two, whatever the global generator holds; compared here, since tests may run in other
+    processes."""
     model, before, found = toy(0), torch.get_num_threads(), []
     try:
         for threads in (1, 2):

@@ -1,4 +1,5 @@
-"""Calls that nobody planned and somebody makes: copies, odd types, other defaults of torch, folders that were used before."""
+"""Calls that nobody planned and somebody makes: copies, odd types, other defaults of torch, folders that were used
+before."""
 
 import copy
 import pickle

@@ -1,4 +1,5 @@
-"""Few rows on a CPU: packed weights equal the plain product, decoding gathers nothing, and the rivals choose the same codes."""
+"""Few rows on a CPU: packed weights equal the plain product, decoding gathers nothing, and the rivals choose the same
+codes."""
 
 import importlib
 import sys
@@ -100,8 +101,8 @@ def test_int8(rows):
     y = product(x)
     for i in range(rows):  # each with its own scale, and sums that are exact
         assert torch.equal(product(x[i : i + 1])[0], y[i])
-    # an error of half a step of 1/127 of the largest, uniform, of either factor: 3.5 / 127 / sqrt(12) = 0.8 % for normal
-    # numbers, so 1.1 % in all, and twice that of x where it has 7 bits
+    # an error of half a step of 1/127 of the largest, uniform, of either factor: 3.5 / 127 / sqrt(12) = 0.8 % for
+    # normal numbers, so 1.1 % in all, and twice that of x where it has 7 bits
     assert error(product(x) - b, x, w, None) < 0.025
     assert torch.equal(product(torch.zeros(1, IN))[0], b)
 

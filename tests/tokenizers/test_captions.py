@@ -1,4 +1,5 @@
-"""Captions' ids: beside transformers' CLIP and T5 tokenizers, cut, padded, from either kind of file; what is refused."""
+"""Captions' ids: beside transformers' CLIP and T5 tokenizers, cut, padded, from either kind of file; what is
+refused."""
 
 import io
 import json
@@ -77,7 +78,8 @@ def test_clip_equals_transformers(clip):
 
 
 def test_clip_of_tokenizer_json(clip, tmp_path):
-    """The same ids out of a tokenizer.json, even one that was saved to cut and to pad; another pad where one is told."""
+    """The same ids out of a tokenizer.json, even one that was saved to cut and to pad; another pad where one is
+    told."""
     ours = load_clip_captions(clip)
     ours.tokenizer.backend.enable_truncation(3)
     ours.tokenizer.backend.enable_padding(length=5)

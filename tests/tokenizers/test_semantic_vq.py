@@ -1,4 +1,5 @@
-"""The semantic tokenizer: codes read causally, a teacher of either kind, a few steps of its recipe, the files it writes."""
+"""The semantic tokenizer: codes read causally, a teacher of either kind, a few steps of its recipe, the files it
+writes."""
 
 import dataclasses
 import json
@@ -94,9 +95,7 @@ def test_teachers_see_as_their_encoders(tmp_path):
     seen = load_teacher(TIMM, tmp_path)
     assert seen.out_dim == 32 and seen(image).shape == (2, 32, 4, 4)
     torch.testing.assert_close(seen(image).flatten(2).mT, tower(image))
-    save_file(
-        SiglipNaViT(navit_config_from_json(VIT)).state_dict(), tmp_path / "vision.safetensors"
-    )
+    save_file(SiglipNaViT(navit_config_from_json(VIT)).state_dict(), tmp_path / "vision.safetensors")
     seen = load_teacher(VIT, tmp_path)
     assert seen.out_dim == 32 and seen(image[..., :32]).shape == (2, 32, 4, 2)
     torch.testing.assert_close(seen(image[1:]), seen(image)[1:], rtol=1e-4, atol=1e-5)

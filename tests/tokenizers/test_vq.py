@@ -1,4 +1,5 @@
-"""The VQ autoencoder: equal to the original's stored outputs and to a port of it, the released names, any grid; training."""
+"""The VQ autoencoder: equal to the original's stored outputs and to a port of it, the released names, any grid;
+training."""
 
 import dataclasses
 import json

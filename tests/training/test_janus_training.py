@@ -1,4 +1,5 @@
-"""Training Janus: what its batches hold, which losses they make, what each stage trains, and how stages follow each other."""
+"""Training Janus: what its batches hold, which losses they make, what each stage trains, and how stages follow each
+other."""
 
 import dataclasses
 import os

@@ -1,4 +1,5 @@
-"""Training JanusFlow on the little world: batches without the model, labels, dropped prompts, packing, steps, the release."""
+"""Training JanusFlow on the little world: batches without the model, labels, dropped prompts, packing, steps, the
+release."""
 
 import dataclasses
 import functools

@@ -1,4 +1,5 @@
-"""Training MetaQuery on the little world: batches, dropped conditions, what learns and what does not, steps, the release."""
+"""Training MetaQuery on the little world: batches, dropped conditions, what learns and what does not, steps, the
+release."""
 
 import dataclasses
 import functools

@@ -1,4 +1,5 @@
-"""Training metaquery-nano's parts: the reader's lessons, plans and steps; its autoencoder's batches, scale and release."""
+"""Training metaquery-nano's parts: the reader's lessons, plans and steps; its autoencoder's batches, scale and
+release."""
 
 import dataclasses
 import functools

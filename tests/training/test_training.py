@@ -155,7 +155,8 @@ run({out!r}, toy=Toy(5, spoil), workers=1)
 
 
 def test_what_a_worker_raises_ends_the_run(tmp_path):
-    """In its own words, and without a worker left behind that nobody can stop: in a process of its own, to its very end."""
+    """In its own words, and without a worker left behind that nobody can stop: in a process of its own, to its very
+    end."""
     code = SPOILT.format(tests=str(TESTS), here=str(TESTS / "training"), out=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: got no such task"), done.stderr

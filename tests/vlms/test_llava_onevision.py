@@ -1,4 +1,5 @@
-"""LLaVA-OneVision: beside transformers' at toy size, its tiles, batches, caches, files and prompts; the released manifest."""
+"""LLaVA-OneVision: beside transformers' at toy size, its tiles, batches, caches, files and prompts; the released
+manifest."""
 
 import dataclasses
 import json
@@ -306,7 +307,8 @@ def test_special_tokens_typed_by_a_user_are_text(ours):
 
 
 def test_both_spellings(tmp_path, theirs, ours):
-    """What transformers writes today, with and without the name around the encoder, and what we write: the older names."""
+    """What transformers writes today, with and without the name around the encoder, and what we write: the older
+    names."""
     newer = saved(theirs, tmp_path / "theirs")
     names = set(load_file(newer / "model.safetensors"))
     ours.save_pretrained(tmp_path / "ours")
@@ -340,7 +342,8 @@ def test_a_tied_head_in_the_files_is_left(tmp_path):
 
 
 def test_manifest_fits_the_released_model():
-    """MetaQuery's backbone: without a language head, the table enlarged by its 258 rows, here as more of the vocabulary."""
+    """MetaQuery's backbone: without a language head, the table enlarged by its 258 rows, here as more of the
+    vocabulary."""
     shapes = manifest("metaquery_llavaov0p5_backbone")
     files = RELEASED | {"text_config": RELEASED["text_config"] | {"vocab_size": 152258}}
     with torch.device("meta"):

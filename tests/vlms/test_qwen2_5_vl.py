@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: beside transformers' at toy size, its windows, batches, caches, files and prompts; the released manifests."""
+"""Qwen2.5-VL: beside transformers' at toy size, its windows, batches, caches, files and prompts; the released
+manifests."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""A component with files of its own, such as a text encoder, an autoencoder or a denoiser, loaded from its released folder."""
+"""A component with files of its own, such as a text encoder, an autoencoder or a denoiser, loaded from its released
+folder."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -28,7 +29,8 @@ class PretrainedComponent(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
-        """The module without weights. shapes: of the weights, for what the configs leave out. Raises ValueError for others' configs."""
+        """The module without weights. shapes: of the weights, for what the configs leave out. Raises ValueError for
+        others' configs."""
 
     @abstractmethod
     def key_map(self, shapes: Shapes) -> KeyMap:

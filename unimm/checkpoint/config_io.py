@@ -46,21 +46,19 @@ class SameAs:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLayout:
-    """How a released file holds the fields of a config. A key may be a path, `section.key`. A value of null counts as left out.
+    """How a released file holds the fields of a config. A key may be a path, `section.key`. A value of null counts as
+    left out.
 
-    name: of the file in error messages. source: where a right one comes from, for the same messages.
-    keys: field -> its key, or several, of which the first that the file has is read and the first is written; a field that
-    is not listed is given by the caller, or has the dataclass's default. A field that may be None is None where the file
-    leaves it out. keys=None: every field has a key of its own name, and
-    the file may hold no other.
-    defaults: key -> the value that a file without it means.
-    fixed: key -> the only supported value; a file without it means that one. A list of it in the file is as good.
-    derived: key -> a property of the config that a file may repeat (a path, `vae.stride`), and must then repeat rightly.
-    unwritten: keys of `fixed` that a file need not repeat.
-    constants: key -> a value that is written and not read.
-    required: keys that the file must have although the class has a default for them, or they are fixed.
-    section: where the file may be a larger one, the key of the part that is read.
-    omit_defaults: whether a key whose value is its default is not written.
+    name: of the file in error messages. source: where a right one comes from, for the same messages. keys: field -> its
+    key, or several, of which the first that the file has is read and the first is written; a field that is not listed
+    is given by the caller, or has the dataclass's default. A field that may be None is None where the file leaves it
+    out. keys=None: every field has a key of its own name, and the file may hold no other. defaults: key -> the value
+    that a file without it means. fixed: key -> the only supported value; a file without it means that one. A list of it
+    in the file is as good. derived: key -> a property of the config that a file may repeat (a path, `vae.stride`), and
+    must then repeat rightly. unwritten: keys of `fixed` that a file need not repeat. constants: key -> a value that is
+    written and not read. required: keys that the file must have although the class has a default for them, or they are
+    fixed. section: where the file may be a larger one, the key of the part that is read. omit_defaults: whether a key
+    whose value is its default is not written.
     """
 
     name: str = "the config"
@@ -93,7 +91,8 @@ class JsonConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read the contents of a file. Raises ValueError for keys that are missing, and for values that are not supported."""
+        """Read the contents of a file. Raises ValueError for keys that are missing, and for values that are not
+        supported."""
         return read_config(cls, data, cls.JSON)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +105,8 @@ def read_config(
 ) -> T:
     """A config out of a file's contents. given: fields that the caller knows better than the file.
 
-    Raises ValueError for keys that are missing, for values that are not supported, and for those that contradict the others.
+    Raises ValueError for keys that are missing, for values that are not supported, and for those that contradict the
+    others.
     """
     data = data.get(layout.section, data) if layout.section else data
     check_data(data, layout)

@@ -1,4 +1,5 @@
-"""FLUX.1's transformer: packed latents to their velocity, conditioned on a text's states, a pooled vector and a guidance.
+"""FLUX.1's transformer: packed latents to their velocity, conditioned on a text's states, a pooled vector and a
+guidance.
 
 docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the order of shift and scale. Time 0 is data,
 1 is noise; velocity = noise - data.
@@ -297,9 +298,8 @@ class FluxTransformer(PretrainedComponent):
         text_position_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> MMDiTCondition:
-        """text [B, M, C], position_ids of the image [L, 3] (see `flux_position_ids`), text_position_ids [M, 3], 0 by default;
-        key_padding_mask [B, M]: 0
-        where a token is padding.
+        """text [B, M, C], position_ids of the image [L, 3] (see `flux_position_ids`), text_position_ids [M, 3], 0 by
+        default; key_padding_mask [B, M]: 0 where a token is padding.
 
         Computed once an image. Raises ValueError for other shapes.
         """
@@ -315,10 +315,11 @@ class FluxTransformer(PretrainedComponent):
     def modulations(
         self, timesteps: Tensor, pooled: Tensor, *, guidance: float | Tensor | None = None
     ) -> list[Modulation]:
-        """times [S] of all steps, or [S, B], in [0, 1]; pooled [B, C]; guidance, or one a row [B] -> a modulation a step.
+        """times [S] of all steps, or [S, B], in [0, 1]; pooled [B, C]; guidance, or one a row [B] -> a modulation a
+        step.
 
-        Before the loop: `flux(latents, condition, modulations[i])`. In training `modulations(times[None], ...)[0]`, times
-        [B]. Raises ValueError for a guidance that the model does not embed, or the lack of one that it does.
+        Before the loop: `flux(latents, condition, modulations[i])`. In training `modulations(times[None], ...)[0]`,
+        times [B]. Raises ValueError for a guidance that the model does not embed, or the lack of one that it does.
         """
         if pooled.ndim != 2 or pooled.shape[1] != self.config.pooled_dim:
             raise ValueError(f"got pooled of shape {list(pooled.shape)}: expected [B, {self.config.pooled_dim}]")

@@ -91,7 +91,8 @@ class Modulation(NamedTuple):
 class MMDiTCondition(NamedTuple):
     """What the blocks need of a text and of the positions: computed once an image, the same at every step.
 
-    tokens [B, M, D], projected; rotations [J, K/2] complex; attention_mask [B, 1, 1, J] bool, None where nothing is masked.
+    tokens [B, M, D], projected; rotations [J, K/2] complex; attention_mask [B, 1, 1, J] bool, None where nothing is
+    masked.
     """
 
     tokens: Tensor
@@ -106,7 +107,8 @@ class MMDiTCondition(NamedTuple):
 
 
 def patchify_latents(latents: Tensor) -> Tensor:
-    """latents [B, C, 2h, 2w] -> [B, h w, 4C]: a token is a patch of 2 x 2, row by row; of its numbers the channel is first.
+    """latents [B, C, 2h, 2w] -> [B, h w, 4C]: a token is a patch of 2 x 2, row by row; of its numbers the channel is
+    first.
 
     Raises ValueError for odd sides.
     """
@@ -239,7 +241,8 @@ class MMDiT(nn.Module):
     def condition(
         self, text: Tensor, rotations: Tensor, key_padding_mask: Tensor | None = None, *, norm: nn.Module | None = None
     ) -> MMDiTCondition:
-        """text [B, M, C], rotations [J, K/2] complex of text and image -> the condition. Raises ValueError for other shapes.
+        """text [B, M, C], rotations [J, K/2] complex of text and image -> the condition. Raises ValueError for other
+        shapes.
 
         key_padding_mask [B, M]: 0 where a token is padding. norm: of the text, before it is projected.
         """

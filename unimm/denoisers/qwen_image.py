@@ -162,7 +162,8 @@ class QwenImageTransformer(PretrainedComponent):
     def condition(
         self, text: Tensor, images: Sequence[tuple[int, int, int]], *, key_padding_mask: Tensor | None = None
     ) -> MMDiTCondition:
-        """text [B, M, C] and the images of every row -> the condition, computed once. Raises ValueError for other shapes.
+        """text [B, M, C] and the images of every row -> the condition, computed once. Raises ValueError for other
+        shapes.
 
         images: as for `msrope_position_ids`; the first is generated, others may follow it in the latents.
         key_padding_mask [B, M]: 0 where a token is padding; none is by default.
@@ -175,7 +176,8 @@ class QwenImageTransformer(PretrainedComponent):
     def modulations(self, timesteps: Tensor, *, batch_size: int = 1) -> list[Modulation]:
         """times [S] of all steps, in [0, 1], for batches of so many rows; or [S, B] -> a modulation a step.
 
-        Before the loop: `model(latents, condition, modulations[i])`. In training `modulations(times[None])[0]`, times [B].
+        Before the loop: `model(latents, condition, modulations[i])`. In training `modulations(times[None])[0]`, times
+        [B].
         """
         if timesteps.ndim not in (1, 2):
             raise ValueError(f"got times of shape {list(timesteps.shape)}: expected [S] or [S, B]")

@@ -3,7 +3,8 @@
 Xie et al. 2024, arXiv 2410.10629, section 2.3; docs/originals/blocks.md, "Sana transformer": no positions;
 cross-attention without a norm before and a gate after. Time 0 is data, 1 is noise; velocity = noise - data.
 
-Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H heads, K head, C channels, h w grid, p patch.
+Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H heads, K head, C channels, h w grid, p
+patch.
 """
 
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ class SanaCrossAttention(nn.Module):
 
 
 class SanaBlock(nn.Module):
-    """Linear attention, cross attention, and a convolutional feed-forward; the timestep modulates the first and the last."""
+    """Linear attention, cross attention, and a convolutional feed-forward; the timestep modulates the first and the
+    last."""
 
     def __init__(self, config: SanaConfig):
         super().__init__()
@@ -224,7 +226,8 @@ class SanaTransformer(PretrainedComponent):
         return KEY_MAP
 
     def condition(self, caption: Tensor, key_padding_mask: Tensor | None = None) -> SanaCondition:
-        """caption [B, M, C], key_padding_mask [B, M] (0 where a token is padding; none is by default) -> what `forward` takes.
+        """caption [B, M, C], key_padding_mask [B, M] (0 where a token is padding; none is by default) -> what `forward`
+        takes.
 
         Raises ValueError for other shapes, and for a row of padding alone.
         """
@@ -269,7 +272,8 @@ class SanaTransformer(PretrainedComponent):
         return rearrange(x, "B (h w) (py px C) -> B C (h py) (w px)", h=shape[2] // p, py=p, px=p)
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """times [B] in [0, 1] -> embedded [B, D], and what all blocks share of their shifts, scales and gates, [B, 6, D]."""
+        """times [B] in [0, 1] -> embedded [B, D], and what all blocks share of their shifts, scales and gates, [B, 6,
+        D]."""
         time = self.time_embed(
             timestep_embedding(TIMESTEP_SCALE * timesteps.float(), TIMESTEP_EMBED_DIM).to(self.scale_shift_table.dtype)
         )

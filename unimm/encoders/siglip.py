@@ -1,4 +1,5 @@
-"""SigLIP2's vision encoder: at one size (UniWorld, LLaVA-OneVision), and over packed images of any size (BAGEL's NaViT).
+"""SigLIP2's vision encoder: at one size (UniWorld, LLaVA-OneVision), and over packed images of any size (BAGEL's
+NaViT).
 
 Tschannen et al. 2025, arXiv 2502.14786; the fixed-size releases have SigLIP's own architecture (arXiv 2303.15343).
 docs/originals/blocks.md, "SigLIP2".
@@ -141,7 +142,8 @@ class SiglipNaViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """patches [N, p*p*C] ordered (row in patch, column in patch, channel), position_ids [N], patches an image -> [N, D]."""
+        """patches [N, p*p*C] ordered (row in patch, column in patch, channel), position_ids [N], patches an image ->
+        [N, D]."""
         mask = AttentionMask([[KeyRange(n, full=True)] for n in lengths], device=patches.device)
         x = self.patch_embed(patches) + self.pos_embed(position_ids)
         for block in self.blocks:
@@ -195,7 +197,8 @@ class SiglipVisionEncoder(PretrainedComponent):
         return siglip_file_key_map(self.config, shapes)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """images [B, C, S, S], normalised -> patches with their positions [B, n, D]. Raises ValueError for another size."""
+        """images [B, C, S, S], normalised -> patches with their positions [B, n, D]. Raises ValueError for another
+        size."""
         got = list(images.shape)
         expected = [self.config.channels, self.config.image_size, self.config.image_size]
         if len(got) != 4 or got[1:] != expected:
@@ -217,7 +220,8 @@ class SiglipVisionEncoder(PretrainedComponent):
         return self.norm(self.pre_norm_features(images))
 
     def pool_features(self, features: Tensor) -> Tensor:
-        """Features of `forward` [B, n, D] -> one an image [B, D]. Raises ValueError for an encoder without a pooling head."""
+        """Features of `forward` [B, n, D] -> one an image [B, D]. Raises ValueError for an encoder without a pooling
+        head."""
         if self.pooling_head is None:
             raise ValueError("this encoder has no pooling head (vision_use_head false): use its features")
         return self.pooling_head(features)

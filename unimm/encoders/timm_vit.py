@@ -48,7 +48,8 @@ RELEASED_VITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TimmEncoderConfig:
-    """An encoder of images of image_size * image_size pixels. vit: its numbers; None for another encoder of timm's, by name."""
+    """An encoder of images of image_size * image_size pixels. vit: its numbers; None for another encoder of timm's, by
+    name."""
 
     model_name: str
     image_size: int
@@ -105,7 +106,8 @@ class TimmVisionEncoder(nn.Module):
         self.n_prefix_tokens: int = getattr(self.trunk, "num_prefix_tokens", 0)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S], normalised -> [B, n, D]: after the final norm, without pooling. S: whole patches alone."""
+        """images [B, 3, S, S], normalised -> [B, n, D]: after the final norm, without pooling. S: whole patches
+        alone."""
         x = self.trunk.forward_features(images)
         return rearrange(x, f"{self.feature_axes} -> b (h w) d") if x.ndim == 4 else x[:, self.n_prefix_tokens :]
 

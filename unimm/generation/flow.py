@@ -26,7 +26,8 @@ def shift_timesteps(timesteps: Tensor, shift: float) -> Tensor:
 
 
 def flow_timesteps(steps: int, shift: float) -> Tensor:
-    """The timesteps of `steps` steps from noise to data, [S + 1] float32 from 1 to 0. Raises ValueError below 1 step."""
+    """The timesteps of `steps` steps from noise to data, [S + 1] float32 from 1 to 0. Raises ValueError below 1
+    step."""
     _check_schedule(steps, shift)
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift)
 
@@ -74,7 +75,8 @@ def _check_schedule(steps: int, shift: float) -> None:
 
 
 def integer_timesteps(uniform: Tensor, *, train_steps: int = 1000) -> Tensor:
-    """Draws in [0, 1) to timesteps of training, (train_steps - i) / train_steps for integers i: never 0. MetaQuery's."""
+    """Draws in [0, 1) to timesteps of training, (train_steps - i) / train_steps for integers i: never 0.
+    MetaQuery's."""
     return (train_steps - (uniform * train_steps).floor()) / train_steps
 
 
@@ -143,7 +145,8 @@ class DPMSolverPP:
 
 
 def dpm_solver_pp(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, progress: bool = False) -> Tensor:
-    """Steps of DPM-Solver++ of images from noise [P, ...] to data along one schedule [S + 1]; fewer do than of Euler's."""
+    """Steps of DPM-Solver++ of images from noise [P, ...] to data along one schedule [S + 1]; fewer do than of
+    Euler's."""
     solver, x = DPMSolverPP(), noise
     for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
         x = solver.step(x, velocity(x, t), t, next_t)

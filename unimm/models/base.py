@@ -29,7 +29,8 @@ Components = Mapping[str, str | Path | None]
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` made: the images, in the order of the prompts, and with `think` the reasoning that led to each."""
+    """What `generate` made: the images, in the order of the prompts, and with `think` the reasoning that led to
+    each."""
 
     images: list[Image.Image]
     texts: list[str] = field(default_factory=list)
@@ -75,7 +76,8 @@ class UnifiedModel(nn.Module, ABC):
 
     @abstractmethod
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
-        """The key map of each file of weights, in `checkpoint_layout`; of a file's possible names the first is written."""
+        """The key map of each file of weights, in `checkpoint_layout`; of a file's possible names the first is
+        written."""
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
@@ -85,7 +87,8 @@ class UnifiedModel(nn.Module, ABC):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The model of a folder's config files, without weights; for another family's folder the error names that one."""
+        """The model of a folder's config files, without weights; for another family's folder the error names that
+        one."""
         from unimm.models.registry import detect_family
 
         try:

@@ -1,7 +1,7 @@
 """The causal decoder of every family: a transformer in which each token belongs to an expert.
 
-With one expert it is a Llama or a Qwen2. With two it is BAGEL's Mixture-of-Transformers (arXiv 2505.14683, section 2.1):
-a token meets the weights of its expert alone, and all tokens attend together.
+With one expert it is a Llama or a Qwen2. With two it is BAGEL's Mixture-of-Transformers (arXiv 2505.14683, section
+2.1): a token meets the weights of its expert alone, and all tokens attend together.
 
 Axes: N packed tokens, n tokens of one expert, A axes of a position, D model, H query heads, G key/value heads, K head,
 V vocabulary.
@@ -25,7 +25,8 @@ AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Numbers of a decoder. rope_sections: rotary frequencies of each axis of a position, for positions of several axes."""
+    """Numbers of a decoder. rope_sections: rotary frequencies of each axis of a position, for positions of several
+    axes."""
 
     dim: int
     n_layers: int

@@ -73,7 +73,8 @@ class MLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention under a mask, then the feed-forward, with biases: the block of SigLIP and of CLIP's text encoder."""
+    """Pre-norm attention under a mask, then the feed-forward, with biases: the block of SigLIP and of CLIP's text
+    encoder."""
 
     def __init__(self, dim: int, n_heads: int, mlp_dim: int, act: str, eps: float):
         super().__init__()

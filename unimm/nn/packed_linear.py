@@ -113,7 +113,8 @@ def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFlo
 def packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedFloat16 | SplitFloat16 | None
 ) -> Tensor:
-    """F.linear(x, weight, bias), x [..., D] -> [..., F]; few rows without gradients go through `packed`, the same weights."""
+    """F.linear(x, weight, bias), x [..., D] -> [..., F]; few rows without gradients go through `packed`, the same
+    weights."""
     rows = x.numel() // x.shape[-1]
     if packed is None or rows > packed.MAX_ROWS or not x.is_cpu or torch.is_grad_enabled():
         return packed_linear_reference(x, weight, bias)
@@ -129,7 +130,8 @@ def _prepack_int8(weight: Tensor) -> Any:
     scales = (weight.abs().amax(1).double() / 127).clamp(min=MIN_SCALE)
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():
-        # pytorch/pytorch issue 184982: no product that will remain is as fast (onednn.qlinear_pointwise 2.2 ms against 0.9)
+        # pytorch/pytorch issue 184982: no product that will remain is as fast (onednn.qlinear_pointwise 2.2 ms against
+        # 0.9)
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning)
         return torch.ops.quantized.linear_prepack(
             torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None

@@ -22,8 +22,8 @@ def sincos_pos_embed_2d(side: int, dim: int) -> Tensor:
 def grid_position_ids(height: int, width: int, table_side: int, *, interpolate: bool = False) -> Tensor:
     """Position ids [n], in raster order, of a grid of height x width patches in a table of table_side x table_side.
 
-    Those of the table's top-left corner; with `interpolate`, the nearest ones of the whole table. Raises ValueError for a grid
-    that the table cannot hold: the original's row * side + column would run into the next row unseen.
+    Those of the table's top-left corner; with `interpolate`, the nearest ones of the whole table. Raises ValueError for
+    a grid that the table cannot hold: the original's row * side + column would run into the next row unseen.
     """
     if not interpolate and max(height, width) > table_side:
         raise ValueError(

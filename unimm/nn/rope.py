@@ -42,7 +42,8 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 def complex_rope(
     position_ids: Tensor, axes_dims: Sequence[int], *, dtype: torch.dtype, theta: float = ROPE_THETA
 ) -> Tensor:
-    """Rotations [J, K/2] complex64 of positions [J, A]: axis a rotates axes_dims[a] / 2 pairs by theta^(-2i/axes_dims[a]).
+    """Rotations [J, K/2] complex64 of positions [J, A]: axis a rotates axes_dims[a] / 2 pairs by
+    theta^(-2i/axes_dims[a]).
 
     dtype: of the angles, as the original has them; float32 differs from float64 where positions are in the thousands.
     Raises ValueError for another number of axes.

@@ -96,7 +96,8 @@ def load_clip_captions(folder: Path) -> CaptionTokenizer:
 
 
 def load_t5_captions(folder: Path) -> CaptionTokenizer:
-    """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or spiece.model.
+    """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or
+    spiece.model.
 
     Raises ValueError where files or special tokens are missing.
     """

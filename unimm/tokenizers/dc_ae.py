@@ -37,7 +37,8 @@ ATTENTION_KEY_MAP += KeyMap(Rename("{*}.conv_out.norm.{}", "{*}.conv_norm.{}"))
 
 @dataclass(frozen=True, kw_only=True)
 class DCAELevel:
-    """One size of the grid: blocks of one width. kernels: of the attention's wider scales; None for blocks of convolutions."""
+    """One size of the grid: blocks of one width. kernels: of the attention's wider scales; None for blocks of
+    convolutions."""
 
     width: int
     n_blocks: int
@@ -91,7 +92,8 @@ class DCAEConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DCAEConfig:
-        """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks, shortcuts."""
+        """Read a released config.json. Raises ValueError for what Sana's does not have: other norms, blocks,
+        shortcuts."""
         check_data(data, LAYOUT)
         levels = {side: cls._levels(data, side) for side in ("encoder", "decoder")}
         return read_config(cls, data, LAYOUT, given=levels)

@@ -320,7 +320,8 @@ class AutoencoderKL(PretrainedComponent):
 
     @classmethod
     def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
-        """vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; FLUX.1's without one."""
+        """vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; FLUX.1's without
+        one."""
         data = read_json(folder / "vae_config.json") or read_json(folder / "config.json")
         data = data.get("vae_config", data)
         diffusers = "block_out_channels" in data or "_class_name" in data

@@ -1,7 +1,8 @@
-"""Janus's semantic tokenizer (arXiv 2410.13848, appendix A): a VQ autoencoder whose codes also predict an encoder's features.
+"""Janus's semantic tokenizer (arXiv 2410.13848, appendix A): a VQ autoencoder whose codes also predict an encoder's
+features.
 
-A causal transformer over the codes, in raster order, predicts at every code the feature that a frozen encoder (SigLIP) has
-there. A language model understands the image by these features.
+A causal transformer over the codes, in raster order, predicts at every code the feature that a frozen encoder (SigLIP)
+has there. A language model understands the image by these features.
 
 Axes: B images, E features of a code, h w grid, n = h * w codes of an image, N = B * n, D model, H heads, K head,
 F features of the encoder.

@@ -133,7 +133,8 @@ class VQEncoder(nn.Module):
 
 
 class VQDecoder(nn.Module):
-    """The encoder's mirror, with one block more a level. Levels run as they are used: `conv_blocks.0` is the coarsest."""
+    """The encoder's mirror, with one block more a level. Levels run as they are used: `conv_blocks.0` is the
+    coarsest."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()

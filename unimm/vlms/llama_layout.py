@@ -61,7 +61,8 @@ def decoder_config_from_json(
     rope_sections: tuple[int, ...] = (),
     tie_word_embeddings: bool = False,
 ) -> DecoderConfig:
-    """Read a Llama- or Qwen2-like config.json; the arguments are fields that it does not say. Raises ValueError for missing keys."""
+    """Read a Llama- or Qwen2-like config.json; the arguments are fields that it does not say. Raises ValueError for
+    missing keys."""
     given = {
         "qkv_bias": qkv_bias,
         "experts": experts,
@@ -72,7 +73,8 @@ def decoder_config_from_json(
 
 
 def llama_config_from_json(data: Mapping[str, Any], *, expert: str) -> DecoderConfig:
-    """Read a Llama's config.json. Raises ValueError for missing keys, and for what no release has and is not supported."""
+    """Read a Llama's config.json. Raises ValueError for missing keys, and for what no release has and is not
+    supported."""
     data = {key: value for key, value in data.items() if value is not None}
     return read_config(DecoderConfig, data, LLAMA_LAYOUT, given={"qkv_bias": False, "experts": (expert,)})
 

@@ -43,7 +43,8 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def padded(model: Janus, prompts: list) -> dict[str, torch.Tensor]:
-    """Prompts as transformers wants them: ids padded on the left, placeholders where an image's rows are, and a mask."""
+    """Prompts as transformers wants them: ids padded on the left, placeholders where an image's rows are, and a
+    mask."""
     rows, place = [], model.tokenizer.token_id(IMAGE_PLACEHOLDER)
     for items in prompts:
         found: list[int] = []

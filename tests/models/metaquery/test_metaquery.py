@@ -251,7 +251,8 @@ def test_a_missing_head_is_loaded_from_the_mllm_s_release(model, tmp_path, input
     mllm = QwenVL(model.config.mllm)
     mllm.tokenizer = model.mllm.tokenizer
     assert set(shapes) == set(mllm.state_dict())
-    # its blocks and vision encoder are the checkpoint's, its embedding table decayed there since, by AdamW's weight decay
+    # its blocks and vision encoder are the checkpoint's, its embedding table decayed there since, by AdamW's weight
+    # decay
     state = {name: x for name, x in model.mllm.state_dict().items() if "decoder.embed" not in name}
     mllm.load_state_dict(state, strict=False)
     mllm.save_pretrained(tmp_path / "mllm")

@@ -52,7 +52,8 @@ def mllm_config(numbers) -> QwenVLConfig | LlavaConfig:
 
 
 def shapes_of(name: str, inside: str) -> dict[str, tuple[int, ...]]:
-    """A whole file's names and shapes: the MLLM's, but for its head; the denoiser's, the autoencoder's, and MetaQuery's own."""
+    """A whole file's names and shapes: the MLLM's, but for its head; the denoiser's, the autoencoder's, and MetaQuery's
+    own."""
     mllm = manifest(inside) if inside not in QWEN else {}
     for key, shape in QWEN.get(inside, {}).items():
         n = re.search(r"\{(\d+)\}", key)

@@ -56,7 +56,8 @@ def test_a_round_trip(model, tmp_path):
 
 
 def test_chance_is_what_differs():
-    """Others' favourites that have the asked one's colour are no chance for its colour: a perfect denoiser shows none."""
+    """Others' favourites that have the asked one's colour are no chance for its colour: a perfect denoiser shows
+    none."""
     place = BUNDLED_FOLDER.parents[1] / "experiments" / "query_transfer" / "run.py"
     spec = importlib.util.spec_from_file_location("query_transfer", place)
     script = importlib.util.module_from_spec(spec)

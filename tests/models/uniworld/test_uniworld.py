@@ -131,7 +131,8 @@ def replaced(one: UniWorld, other: UniWorld) -> UniWorld:
 
 
 def test_parts_of_their_own(tmp_path, model, monkeypatch):
-    """A hub id's parts come from the repositories that the original names, and of FLUX only the folders that are read."""
+    """A hub id's parts come from the repositories that the original names, and of FLUX only the folders that are
+    read."""
     downloads = []
     model.save_pretrained(tmp_path / "flux")
     shutil.copytree(CASE, tmp_path / "core", ignore=shutil.ignore_patterns("siglip"))

@@ -70,7 +70,8 @@ class LatentDenoiser:
         return guidance_branches(self.guidance, timesteps)
 
     def due(self, branches: Sequence[Branch]) -> list[Branch]:
-        """Those of them that need a forward at this step: equal ones once, and none that the step cache extrapolates."""
+        """Those of them that need a forward at this step: equal ones once, and none that the step cache
+        extrapolates."""
         due = self.step_cache.due(branches) if self.step_cache else branches
         return deduplicate_branches(due, self.canonical.__getitem__)
 

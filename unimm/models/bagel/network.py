@@ -127,7 +127,8 @@ class BagelNetwork(CausalLM):
     def append_images(
         self, contexts: Sequence[CFGContexts], images: Sequence[Sequence[ImageParts]]
     ) -> list[CFGContexts]:
-        """The contexts after some images each: the first ones of all in one forward, then the second ones, and so on."""
+        """The contexts after some images each: the first ones of all in one forward, then the second ones, and so
+        on."""
         result = list(contexts)
         for n in range(max(map(len, images))):
             rows = [i for i, some in enumerate(images) if len(some) > n]
@@ -166,7 +167,8 @@ class BagelNetwork(CausalLM):
     # ---- pixels
 
     def encode_latents(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        """Pixels [3, height, width] in [-1, 1] -> latents [z, h, w]: the posterior's mean, or drawn by noise [z, h, w]."""
+        """Pixels [3, height, width] in [-1, 1] -> latents [z, h, w]: the posterior's mean, or drawn by noise [z, h,
+        w]."""
         return self.vae.encode(pixels[None], noise=None if noise is None else noise[None])[0]
 
     def decode_latents(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:

@@ -44,7 +44,8 @@ class MLLMConditionedModel(UnifiedModel):
         text_sampling: TextSampling | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Any:
-        """Answer the last message of a conversation, or of a batch of them, exactly as the frozen MLLM does: see its `chat`."""
+        """Answer the last message of a conversation, or of a batch of them, exactly as the frozen MLLM does: see its
+        `chat`."""
         return self.chat_mllm.chat(messages, system=system, stream=stream, text_sampling=text_sampling, seed=seed)
 
     # ---- the MLLM's steps

@@ -95,7 +95,8 @@ class DPMSolverConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaQueryConfig:
-    """part_ids: key of config.json -> the folder below the checkpoint, or the hub id, of a part with a config of its own."""
+    """part_ids: key of config.json -> the folder below the checkpoint, or the hub id, of a part with a config of its
+    own."""
 
     mllm: Any  # a config of one of `MLLMS`
     connector: ConnectorConfig

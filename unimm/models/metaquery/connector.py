@@ -1,7 +1,7 @@
 """MetaQuery's connector: the MLLM's hidden states at the queries to the denoiser's condition.
 
-A bidirectional transformer of the MLLM's width, then an MLP to the condition's: Pan et al. 2025, arXiv 2504.06256, section 3;
-docs/originals/metaquery.md, "Connector".
+A bidirectional transformer of the MLLM's width, then an MLP to the condition's: Pan et al. 2025, arXiv 2504.06256,
+section 3; docs/originals/metaquery.md, "Connector".
 
 Axes: B batch, N queries, D model (the MLLM's), H heads, K head, C channels of the condition.
 """

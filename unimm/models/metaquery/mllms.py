@@ -1,4 +1,5 @@
-"""The MLLMs that MetaQuery can be built around, one row each: config, network, processor and weights all need these rows.
+"""The MLLMs that MetaQuery can be built around, one row each: config, network, processor and weights all need these
+rows.
 
 docs/originals/metaquery.md, "Composition" and "Queries and prompt".
 """
@@ -25,8 +26,8 @@ QUERIES_NAME = "queries"
 class MLLMSpec:
     """A kind of MLLM.
 
-    inner_key_map: (config, whether the files hold a language head) -> the key map of the MLLM alone. limits_pixels: whether
-    MetaQuery's limits of an input image's pixels replace those in the MLLM's own config.
+    inner_key_map: (config, whether the files hold a language head) -> the key map of the MLLM alone. limits_pixels:
+    whether MetaQuery's limits of an input image's pixels replace those in the MLLM's own config.
     """
 
     model_class: type[VisionLanguageModel]

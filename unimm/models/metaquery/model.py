@@ -112,8 +112,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     ) -> None:
         """components: "mllm", the folder or hub id of the MLLM's own release, which then answers in `understand`.
 
-        The released training shrinks the old rows of the MLLM's table, which decay though they have no gradient, and its
-        files hold no language head. Unless given, the MLLM's release is fetched when a missing head is needed.
+        The released training shrinks the old rows of the MLLM's table, which decay though they have no gradient, and
+        its files hold no language head. Unless given, the MLLM's release is fetched when a missing head is needed.
         """
         if mllm := components.get("mllm"):
             self.mllm_source = mllm
@@ -156,7 +156,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     @torch.inference_mode()
     def query_states(self, samples: Sequence[Sequence[Part]]) -> Tensor:
-        """Hidden states at the queries [R, N, D] of samples of `processor`. The system prompt, which all share, runs once."""
+        """Hidden states at the queries [R, N, D] of samples of `processor`. The system prompt, which all share, runs
+        once."""
         processor = self.processor
         (system_cache,) = self.mllm.prefill([EMPTY_CACHE], [[text_part(processor.system_ids)]])
         prompts = [processor.without_system(sample) for sample in samples]
@@ -180,7 +181,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     def denoise_step(
         self, denoiser: MetaQueryLatentDenoiser, x: Tensor, timesteps: Tensor, next_timesteps: Tensor
     ) -> Tensor:
-        """One step of DPM-Solver++: latents x [P, C, h, w] from timesteps to next_timesteps, [P] float64, one an image -> x.
+        """One step of DPM-Solver++: latents x [P, C, h, w] from timesteps to next_timesteps, [P] float64, one an image
+        -> x.
 
         Images of different progress share the forward; the denoiser's solver remembers the last step of each.
         """
@@ -217,10 +219,10 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         """Generate `n` images for each prompt, in the order of the prompts, or from the input images given with it.
 
         prompt: one text or a batch; with images it may be empty, which reproduces the image. images: for one prompt an
-        image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt; from
-        one number, that number and the ones after it, image by image. steps: of the solver. guidance, image_guidance: 1 is
-        none; one, or one a prompt. negative_prompt: what guidance leads away from. An image does not depend on what else
-        is in the batch. Raises ValueError for bad input.
+        image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt;
+        from one number, that number and the ones after it, image by image. steps: of the solver. guidance,
+        image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from. An image does
+        not depend on what else is in the batch. Raises ValueError for bad input.
         """
         config = self.config
         prompts, image_lists = parse_requests(prompt, images, allow_empty=True)
@@ -261,7 +263,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     @property
     def chat_mllm(self) -> VisionLanguageModel:
-        """The MLLM with its own embedding table and language head. Raises ValueError where a missing head cannot be loaded."""
+        """The MLLM with its own embedding table and language head. Raises ValueError where a missing head cannot be
+        loaded."""
         if not self._chat_mllm and not isinstance(self.decoder.head, NoLanguageHead):
             return self.mllm
         if not self._chat_mllm:

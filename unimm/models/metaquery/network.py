@@ -1,7 +1,7 @@
 """MetaQuery's network: learned queries in a frozen MLLM, a connector, and a diffusion transformer with its autoencoder.
 
-Pan et al. 2025, arXiv 2504.06256. The queries are rows behind the MLLM's embedding table and are read causally after the
-prompt; the MLLM's last hidden states at the queries become the caption of a Sana. Time 0 is data, 1 is noise.
+Pan et al. 2025, arXiv 2504.06256. The queries are rows behind the MLLM's embedding table and are read causally after
+the prompt; the MLLM's last hidden states at the queries become the caption of a Sana. Time 0 is data, 1 is noise.
 
 Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h w latent grid.
 """
@@ -38,7 +38,8 @@ class NoLanguageHead(nn.Module):
 class GuidanceBranches:
     """The conditions of P images under guidance: branch i belongs to image `owners[i]` and weighs `weights[i]`.
 
-    condition: n rows, one a branch; owners [n] int; weights [n, 1, 1, 1] float32, whose sum over an image's branches is 1.
+    condition: n rows, one a branch; owners [n] int; weights [n, 1, 1, 1] float32, whose sum over an image's branches is
+    1.
     """
 
     condition: SanaCondition
@@ -97,8 +98,8 @@ class MetaQueryNetwork(nn.Module):
     def query_states_with_grad(self, batch: QueryBatch) -> Tensor:
         """Hidden states at the queries [R, N, D], with gradients to the queries.
 
-        Nothing before the queries depends on what they learn, so the prompts run without gradients and give only their keys
-        and values.
+        Nothing before the queries depends on what they learn, so the prompts run without gradients and give only their
+        keys and values.
         """
         prompt_keys_values: list[tuple[Tensor, Tensor]] = []
 
@@ -138,7 +139,8 @@ class MetaQueryNetwork(nn.Module):
     # ---- training
 
     def flow_matching_loss(self, condition: SanaCondition, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Squared error of each image's velocity [P]: latents, noise [P, C, h, w], timesteps [P], a condition of P rows."""
+        """Squared error of each image's velocity [P]: latents, noise [P, C, h, w], timesteps [P], a condition of P
+        rows."""
         noised = add_noise(latents.flatten(1), noise.flatten(1), timesteps).view_as(latents)
         v = self.denoiser(noised, timesteps, condition)
         return (v.float() - (noise - latents).float()).square().flatten(1).mean(1)
@@ -148,14 +150,16 @@ class MetaQueryNetwork(nn.Module):
     ) -> Tensor:
         """The flow matching loss of each image [P], with gradients to the queries but not to the MLLM.
 
-        latents, noise [P, C, h, w]; timesteps [P]; sample_indices [P]: the prompt in `batch` that each image belongs to.
+        latents, noise [P, C, h, w]; timesteps [P]; sample_indices [P]: the prompt in `batch` that each image belongs
+        to.
         """
         condition = self.condition(self.query_states_with_grad(batch)).select_rows(sample_indices)
         return self.flow_matching_loss(condition, latents, noise, timesteps)
 
     @torch.no_grad()
     def init_queries(self, generator: torch.Generator | None = None) -> None:
-        """Initialize the query embeddings: the mean of the MLLM's embeddings plus noise of 1e-9 times their covariance."""
+        """Initialize the query embeddings: the mean of the MLLM's embeddings plus noise of 1e-9 times their
+        covariance."""
         embeddings = self.decoder.embed.weight.float()
         mean = embeddings.mean(0)
         deviations = (embeddings - mean) * (INIT_COVARIANCE_SCALE / len(embeddings)) ** 0.5

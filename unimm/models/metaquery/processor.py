@@ -1,6 +1,7 @@
 """MetaQuery's processor: a system prompt, images and a caption to parts, with the queries where an answer would begin.
 
-It needs no weights, so that training prepares batches in other processes. docs/originals/metaquery.md, "Queries and prompt".
+It needs no weights, so that training prepares batches in other processes. docs/originals/metaquery.md, "Queries and
+prompt".
 """
 
 from collections.abc import Callable, Sequence
@@ -65,8 +66,8 @@ class MLLMChatFormat:
 class MetaQueryProcessor:
     """Captions and images to parts that end with the queries.
 
-    begin_image_id: of <begin_of_img>, the first id behind the MLLM's own vocabulary. end_of_turn_id: of the token that ends
-    every sample.
+    begin_image_id: of <begin_of_img>, the first id behind the MLLM's own vocabulary. end_of_turn_id: of the token that
+    ends every sample.
     """
 
     composer: PromptComposer
@@ -98,8 +99,8 @@ class MetaQueryProcessor:
     def prompt_parts(self, caption: str, images: Sequence[ImageInput] = ()) -> list[Part]:
         """The parts of a prompt: the system turn, the images, the caption of at most max_text_tokens, the queries.
 
-        As in the original the caption is truncated on its own ids, which are decoded to text again. Special tokens written
-        in it are plain text.
+        As in the original the caption is truncated on its own ids, which are decoded to text again. Special tokens
+        written in it are plain text.
         """
         ids = self.text_tokenizer.encode(caption)
         cut = caption if len(ids) <= self.max_text_tokens else self.text_tokenizer.decode(ids[: self.max_text_tokens])
@@ -109,7 +110,8 @@ class MetaQueryProcessor:
         return [*before, text_part([*last.ids.tolist(), *self.query_ids])]
 
     def query_batch(self, samples: Sequence[Sequence[Part]], *, row_multiple: int = 1) -> "QueryBatch":
-        """Samples for training. row_multiple: the prompts' rows are padded to a multiple of it, by a text without queries."""
+        """Samples for training. row_multiple: the prompts' rows are padded to a multiple of it, by a text without
+        queries."""
         prompts = [[*before, text_part(last.ids[: -len(self.query_ids)].tolist())] for *before, last in samples]
         rows = sum(part.segment.length for parts in prompts for part in parts)
         padding = [[text_part([self.end_of_turn_id] * (-rows % row_multiple))]] if rows % row_multiple else []
@@ -144,7 +146,8 @@ class QueryBatch:
         return QueryBatch(self.prompts.to(device), self.queries.to(device))
 
     def row_order(self) -> torch.Tensor:
-        """The order that puts each sample's prompt rows before its query rows, in [all prompts' rows; all queries' rows]."""
+        """The order that puts each sample's prompt rows before its query rows, in [all prompts' rows; all queries'
+        rows]."""
         prompt_lengths = self.prompts.layout.lengths[: len(self.queries.layout.lengths)]
         prompt_row = 0
         query_row = sum(self.prompts.layout.lengths)
@@ -165,8 +168,8 @@ def black_image(image: Image.Image) -> Image.Image:
 class ConditionBatch:
     """The distinct samples that the images of one call are conditioned on, each of which runs once.
 
-    A branch of an image's guidance is the index of a sample and the weight of the velocity under its condition; the weights
-    of an image's branches add up to 1.
+    A branch of an image's guidance is the index of a sample and the weight of the velocity under its condition; the
+    weights of an image's branches add up to 1.
     """
 
     processor: MetaQueryProcessor
@@ -174,7 +177,8 @@ class ConditionBatch:
     index: dict[tuple, int] = field(default_factory=dict)
 
     def add_sample(self, caption: str, images: Sequence[Image.Image], *, kind: str) -> int:
-        """The index of a sample, which is added once. kind: "black" for black images in place of the images, or "given"."""
+        """The index of a sample, which is added once. kind: "black" for black images in place of the images, or
+        "given"."""
         shown = [black_image(image) for image in images] if kind == "black" else list(images)
         # black images are equal if their sizes are; others are if they are one object
         key = (caption, *(one.size if kind == "black" else id(one) for one in shown))
@@ -194,9 +198,10 @@ class ConditionBatch:
     ) -> list[tuple[int, float]]:
         """The branches of one image; a branch of weight 0 is left out.
 
-        Without input images v = u + guidance (c - u), with c under the caption and u under the negative prompt. With them
-        v = u + image_guidance (i - u) + guidance (c - i): c has the caption and the images, i the negative prompt and the
-        images, u the negative prompt and black images. At an image_guidance of 1 or less v = i + guidance (c - i).
+        Without input images v = u + guidance (c - u), with c under the caption and u under the negative prompt. With
+        them v = u + image_guidance (i - u) + guidance (c - i): c has the caption and the images, i the negative prompt
+        and the images, u the negative prompt and black images. At an image_guidance of 1 or less v = i + guidance (c -
+        i).
         """
         conditional = (caption, "given", guidance)
         if not images or image_guidance <= 1:
@@ -212,7 +217,8 @@ class ConditionBatch:
 
 @dataclass(frozen=True)
 class LlavaSquareComposer:
-    """LLaVA-OneVision's composer as MetaQuery uses it: images cropped to the vision encoder's square, all of them tiled."""
+    """LLaVA-OneVision's composer as MetaQuery uses it: images cropped to the vision encoder's square, all of them
+    tiled."""
 
     composer: LlavaOneVisionProcessor
 

@@ -34,7 +34,8 @@ FLUX_HUB_ID = "black-forest-labs/FLUX.1-dev"
 
 
 class AuxiliaryEncoders(nn.Module):
-    """The encoders that were found, None for the rest; a method whose encoder is missing raises ValueError with the remedy."""
+    """The encoders that were found, None for the rest; a method whose encoder is missing raises ValueError with the
+    remedy."""
 
     def __init__(self) -> None:
         super().__init__()

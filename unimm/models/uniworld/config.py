@@ -79,7 +79,8 @@ LAYOUT = JsonLayout(
 
 @dataclass(frozen=True, kw_only=True)
 class UniWorldConfig:
-    """`*_hidden`: widths between the two layers of the projectors and of the task head; 0 for a checkpoint without the head."""
+    """`*_hidden`: widths between the two layers of the projectors and of the task head; 0 for a checkpoint without the
+    head."""
 
     mllm: QwenVLConfig
     denoiser: FluxConfig
@@ -102,7 +103,8 @@ class UniWorldConfig:
     reference_latents: Literal["tokens", "condition"] | None = (
         None  # how the input images' VAE latents are used, if at all
     )
-    # folders, hub ids or bundled names of encoders that lie neither below the checkpoint nor where the original has them
+    # folders, hub ids or bundled names of encoders that lie neither below the checkpoint nor where the original has
+    # them
     part_sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,7 +151,8 @@ class UniWorldConfig:
         shapes: Shapes | None = None,
         task_head_shapes: Shapes | None = None,
     ) -> Self:
-        """Read the contents of the released files. shapes: those of the weights, else the file's or the release's widths.
+        """Read the contents of the released files. shapes: those of the weights, else the file's or the release's
+        widths.
 
         A preprocessor_config.json with two limits is the MLLM's own: the released app resizes input images to 448 x 448
         pixels whatever that says. Raises ValueError for another model's config, and for what no release has.

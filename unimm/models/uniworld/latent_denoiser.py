@@ -34,9 +34,9 @@ class UniWorldLatentDenoiser:
     ):
         """conditions [M, C] and pooled [P, C] of the images; latent_size (h, w), even; guidance, embedded: one, or [P].
 
-        true_cfg_scale [P]: classifier-free, 1 or None is none. reference_latents [P, C, k h, w]: stand below the images.
-        schedule [S]: timesteps that all images share; their modulations are computed here, all at once, which is a quarter of
-        FLUX's weights read once in place of S times. Other timesteps are modulated at their step.
+        true_cfg_scale [P]: classifier-free, 1 or None is none. reference_latents [P, C, k h, w]: stand below the
+        images. schedule [S]: timesteps that all images share; their modulations are computed here, all at once, which
+        is a quarter of FLUX's weights read once in place of S times. Other timesteps are modulated at their step.
         """
         h, w = latent_size
         self.flux = flux
@@ -76,7 +76,8 @@ class UniWorldLatentDenoiser:
         return torch.lerp(unconditional, conditional, self.true_cfg_scale)
 
     def modulation(self, timesteps: Tensor) -> Modulation:
-        """The modulation of all rows at the images' timesteps [P], from the schedule where all are at one step of it."""
+        """The modulation of all rows at the images' timesteps [P], from the schedule where all are at one step of
+        it."""
         distinct = timesteps.unique()
         if len(distinct) == 1:
             known = self.modulations.get(distinct.item())

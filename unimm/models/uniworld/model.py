@@ -3,8 +3,8 @@
 Lin et al. 2025, arXiv 2506.03147. Released code and weights: github.com/PKU-YuanGroup/UniWorld-V1.
 docs/originals/uniworld.md.
 
-Axes: B samples, M tokens of a condition, D model (the MLLM's), P images, L tokens of an image, C channels, h w latent grid,
-k reference images, S steps.
+Axes: B samples, M tokens of a condition, D model (the MLLM's), P images, L tokens of an image, C channels, h w latent
+grid, k reference images, S steps.
 """
 
 import json
@@ -79,8 +79,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     def load_components(
         self, components: Components, *, name: str | Path, folder: Path, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """components: "siglip" and "flux", folders or hub ids of SigLIP2, and of FLUX.1-dev for VAE, CLIP and T5; "t5": None
-        leaves T5 out, which is more than half as large as the MLLM.
+        """components: "siglip" and "flux", folders or hub ids of SigLIP2, and of FLUX.1-dev for VAE, CLIP and T5; "t5":
+        None leaves T5 out, which is more than half as large as the MLLM.
 
         Unless given, these parts lie below the checkpoint's folder, or are absent; those of a hub id come from the
         repositories that the original names (FLUX.1-dev's non-commercial licence has to be accepted first).
@@ -195,7 +195,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         return PATCH_SIZE * self.auxiliary.required_vae.config.stride
 
     def output_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
-        """(height, width) of an image edited from others: in the aspect ratio nearest to their mean height and width."""
+        """(height, width) of an image edited from others: in the aspect ratio nearest to their mean height and
+        width."""
         height, width = sum(one.height for one in images), sum(one.width for one in images)
         return nearest_aspect_size(
             height or 1, width or 1, image_pixels=self.config.image_pixels, n_ratios=self.config.n_aspect_ratios
@@ -209,7 +210,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         images: Sequence[Sequence[Image.Image]],
         options: UniWorldImageOptions,
     ) -> list[Image.Image]:
-        """Images from the MLLM's output for each prompt and from its input images, as many a prompt as the options say."""
+        """Images from the MLLM's output for each prompt and from its input images, as many a prompt as the options
+        say."""
         with_t5 = self.auxiliary.t5 is not None if options.t5 is None else options.t5
         texts = [prompt.replace(IMAGE_PAD, "") for prompt in prompts]
         conditions = self._conditions(outputs, images, texts if with_t5 else None)
@@ -236,7 +238,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     def _conditions(
         self, outputs: Sequence[MLLMOutput], images: Sequence[Sequence[Image.Image]], texts: Sequence[str] | None
     ) -> list[Tensor]:
-        """The condition of each prompt [M, C]: the MLLM's states with SigLIP2's features; then T5's of the texts, if given."""
+        """The condition of each prompt [M, C]: the MLLM's states with SigLIP2's features; then T5's of the texts, if
+        given."""
         flat_images = [image for some in images for image in some]
         siglip_features = self.auxiliary.encode_siglip(flat_images) if flat_images else None
         conditions = self.condition(

@@ -1,11 +1,11 @@
 """UniWorld-V1's network: a frozen MLLM and SigLIP2, projected to the condition of a FLUX.
 
-Lin et al. 2025, arXiv 2506.03147. The MLLM's last hidden states of all of a prompt's tokens are projected to FLUX's text
-width; each input image's SigLIP2 features are inserted after its tokens, before the token that ends the image. Time 0 is
-data, 1 is noise.
+Lin et al. 2025, arXiv 2506.03147. The MLLM's last hidden states of all of a prompt's tokens are projected to FLUX's
+text width; each input image's SigLIP2 features are inserted after its tokens, before the token that ends the image.
+Time 0 is data, 1 is noise.
 
-Axes: B samples, N tokens of a prompt, M tokens of a condition, D model (the MLLM's), C channels, P images, h w latent grid,
-k images of a sample.
+Axes: B samples, N tokens of a prompt, M tokens of a condition, D model (the MLLM's), C channels, P images, h w latent
+grid, k images of a sample.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,8 @@ from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 @dataclass(frozen=True)
 class MLLMOutput:
-    """The MLLM's output for a sample: hidden states after the final norm [N, D], and what decoding an answer begins with."""
+    """The MLLM's output for a sample: hidden states after the final norm [N, D], and what decoding an answer begins
+    with."""
 
     parts: Sequence[Part]
     hidden_states: Tensor
@@ -116,7 +117,8 @@ class UniWorldNetwork(nn.Module):
         return self.vae_projector(patchify_latents(F.avg_pool2d(latents, 2)).to(self.dtype)).flatten(0, 1)
 
     def clip_embedding(self, texts: Sequence[str], *, clip: bool | None = None) -> Tensor:
-        """CLIP's pooled embedding of each text [B, C]; zeros where the model was trained without it, or `clip` is False."""
+        """CLIP's pooled embedding of each text [B, C]; zeros where the model was trained without it, or `clip` is
+        False."""
         if self.config.uses_clip if clip is None else clip:
             return self.auxiliary.encode_clip(texts)
         device = self.mllm_projector.fc1.weight.device
@@ -144,7 +146,8 @@ class UniWorldNetwork(nn.Module):
         guidance: float | Tensor,
         reference_latents: Tensor | None = None,
     ) -> Tensor:
-        """Conditions [M, C], noised latents [P, C, h, w], timesteps [P], CLIP's embeddings [P, C] -> velocity [P, C, h, w].
+        """Conditions [M, C], noised latents [P, C, h, w], timesteps [P], CLIP's embeddings [P, C] -> velocity [P, C, h,
+        w].
 
         reference_latents [P, C, k h, w]: concatenated below the noised ones.
         """
@@ -170,7 +173,8 @@ class UniWorldNetwork(nn.Module):
         guidance: float = 1.0,
         reference_latents: Tensor | None = None,
     ) -> Tensor:
-        """The flow matching loss, squared error of each image's velocity [P]; weights [P, 1, h, w]: of each position."""
+        """The flow matching loss, squared error of each image's velocity [P]; weights [P, 1, h, w]: of each
+        position."""
         noised = add_noise(latents.flatten(1), noise.flatten(1), timesteps).view_as(latents)
         v = self.velocity(
             conditions, noised, timesteps, pooled=pooled, guidance=guidance, reference_latents=reference_latents
@@ -180,7 +184,8 @@ class UniWorldNetwork(nn.Module):
 
 
 def pad_conditions(conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Conditions [M, C] padded to one batch [B, M, C], and its key padding mask [B, M] (True: no padding), None without any."""
+    """Conditions [M, C] padded to one batch [B, M, C], and its key padding mask [B, M] (True: no padding), None without
+    any."""
     lengths = torch.tensor([len(one) for one in conditions])
     batch = nn.utils.rnn.pad_sequence(list(conditions), batch_first=True)
     if lengths.unique().numel() == 1:

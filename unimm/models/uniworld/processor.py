@@ -22,7 +22,8 @@ ReferenceLatents = Literal["tokens", "condition"]
 
 @dataclass(frozen=True, kw_only=True)
 class UniWorldProcessor:
-    """Prompts and images to parts. system_prompt: "" for none, as released. images_first: before the text, else behind it."""
+    """Prompts and images to parts. system_prompt: "" for none, as released. images_first: before the text, else behind
+    it."""
 
     mllm_processor: QwenVLProcessor
     system_prompt: str
@@ -41,8 +42,8 @@ class UniWorldProcessor:
     def prompt_parts(self, prompt: str, images: Sequence[Image.Image] = ()) -> list[Part]:
         """The parts of a prompt and its images, which stand at its <|image_pad|> placeholders, or else all before or after it.
 
-        An image is resized twice, as in the original: the first resize rounds its size, so that the second differs. Raises
-        ValueError for an empty prompt.
+        An image is resized twice, as in the original: the first resize rounds its size, so that the second differs.
+        Raises ValueError for an empty prompt.
         """
         placed = IMAGE_PAD in prompt or self.images_first or not prompt.strip()
         content = prompt if placed else prompt + IMAGE_PAD * len(images)
@@ -85,8 +86,8 @@ def nearest_aspect_size(
 ) -> tuple[int, int]:
     """The (height, width) of an image of about image_pixels, in the aspect ratio nearest to that of height and width.
 
-    n_ratios: how many of ASPECT_RATIOS to choose from. A side is a multiple of side_unit times the ratio's number, so the
-    area may be far from image_pixels: 16:9 at 1024 x 1024 is 864 x 1536. Raises ValueError for numbers below 1.
+    n_ratios: how many of ASPECT_RATIOS to choose from. A side is a multiple of side_unit times the ratio's number, so
+    the area may be far from image_pixels: 16:9 at 1024 x 1024 is 864 x 1536. Raises ValueError for numbers below 1.
     """
     if min(height, width, image_pixels, side_unit) < 1 or not 1 <= n_ratios <= len(ASPECT_RATIOS):
         raise ValueError(

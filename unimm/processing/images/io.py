@@ -79,6 +79,7 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 
 
 def tensor_to_pil(image: Tensor) -> Image.Image:
-    """[3, h, w] in [-1, 1] as an image; values are clamped and truncated, not rounded, to 8 bits, as in the originals."""
+    """[3, h, w] in [-1, 1] as an image; values are clamped and truncated, not rounded, to 8 bits, as in the
+    originals."""
     values = ((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())

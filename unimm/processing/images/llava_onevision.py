@@ -1,6 +1,7 @@
 """LLaVA-OneVision's image processor: an image resized to one tile, and again cut into tiles at about its own size.
 
-Li et al. 2024, arXiv 2408.03326, section 3.2. The numbers are those of transformers' processor, which the released files name.
+Li et al. 2024, arXiv 2408.03326, section 3.2. The numbers are those of transformers' processor, which the released
+files name.
 
 Axes: T tiles, S pixels a side of one, C channels; h w sides of an image or of the features of all its tiles.
 """

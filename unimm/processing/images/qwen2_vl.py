@@ -77,7 +77,8 @@ class Qwen2VLImageProcessor:
         return self.patch_size * self.merge_size
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize. Raises ValueError for an image over `MAX_ASPECT_RATIO` times as long as wide."""
+        """(height, width) after the resize. Raises ValueError for an image over `MAX_ASPECT_RATIO` times as long as
+        wide."""
         return smart_resize(height, width, self.merged_patch_size, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -90,9 +91,11 @@ class Qwen2VLImageProcessor:
         return normalize(self(image), mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
     def to_patches(self, frames: Sequence[Image.Image]) -> tuple[Tensor, PatchGrid]:
-        """Frames of one size (a still image is one) -> patches [N, C*T*p*p] and their grid; the last frame fills the time.
+        """Frames of one size (a still image is one) -> patches [N, C*T*p*p] and their grid; the last frame fills the
+        time.
 
-        Cells in raster order, inside a cell its patches in raster order; features ordered (channel, frame, row, column).
+        Cells in raster order, inside a cell its patches in raster order; features ordered (channel, frame, row,
+        column).
         """
         values = torch.stack([self.preprocess(frame) for frame in frames])
         missing = -len(values) % self.temporal_patch_size

@@ -1,9 +1,9 @@
 """Training a small Qwen2.5-VL on the shapes world: answers, captions, facts, and plans, which tell a target in words.
 
 It is the MLLM of metaquery-nano and uniworld-nano, where it is frozen. Its vision encoder is trained first and alone,
-to predict what is centred in each cell of an image, and then frozen, as for BAGEL's nano. Trained together with the text
-it learned the pairs of shape and colour that training has, and took others for them: docs/families/metaquery.md has
-numbers.
+to predict what is centred in each cell of an image, and then frozen, as for BAGEL's nano. Trained together with the
+text it learned the pairs of shape and colour that training has, and took others for them: docs/families/metaquery.md
+has numbers.
 """
 
 from __future__ import annotations
