@@ -69,7 +69,8 @@ class MMDiTConfig:
             raise ValueError(f"got {', '.join(wrong)}: expected positive numbers, and a block of either kind")
         if sum(self.rope_axes_dims) != self.head_dim or any(n % 2 or n < 0 for n in self.rope_axes_dims):
             raise ValueError(
-                f"got rope_axes_dims {list(self.rope_axes_dims)}: expected even numbers whose sum is head_dim, {self.head_dim}"
+                f"got rope_axes_dims {list(self.rope_axes_dims)}: expected even numbers whose sum is head_dim, "
+                f"{self.head_dim}"
             )
 
     @property
@@ -285,13 +286,13 @@ class MMDiT(nn.Module):
         tokens = len(condition.rotations) - text.shape[1]
         if len(shape) != 3 or shape[1:] != [tokens, self.config.in_channels]:
             raise ValueError(
-                f"got latents {shape}: expected [B, {tokens}, {self.config.in_channels}], packed, as many tokens as the "
-                "condition has positions for"
+                f"got latents {shape}: expected [B, {tokens}, {self.config.in_channels}], packed, as many tokens as "
+                "the condition has positions for"
             )
         if not shape[0] == len(text) == len(modulation.final):
             raise ValueError(
-                f"got {shape[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: expected "
-                "as many; condition.select_rows(index) repeats and picks rows"
+                f"got {shape[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: "
+                "expected as many; condition.select_rows(index) repeats and picks rows"
             )
         image = self.image_in(latents)
         for block, of_image, of_text in zip(self.double_blocks, modulation.image, modulation.text, strict=True):

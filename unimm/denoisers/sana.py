@@ -260,8 +260,8 @@ class SanaTransformer(PretrainedComponent):
             )
         if not shape[0] == len(timesteps) == len(condition.tokens):
             raise ValueError(
-                f"got {shape[0]} latents, {len(timesteps)} timesteps, a condition of {len(condition.tokens)} rows: expected as "
-                "many; condition.select_rows(index) repeats and picks rows"
+                f"got {shape[0]} latents, {len(timesteps)} timesteps, a condition of {len(condition.tokens)} rows: "
+                "expected as many; condition.select_rows(index) repeats and picks rows"
             )
         x = rearrange(self.patch_embed(latents), "B D h w -> B (h w) D")
         time, shifts = self.embed_timesteps(timesteps)

@@ -81,7 +81,8 @@ class CLIPTextConfig(JsonConfig):
         )
         if min(sizes) <= 0 or self.dim % self.n_heads:
             raise ValueError(
-                f"got {self}: expected positive numbers, and a width that is a multiple of the heads; correct config.json"
+                f"got {self}: expected positive numbers, and a width that is a multiple of the heads; correct "
+                "config.json"
             )
 
 

@@ -42,7 +42,10 @@ class SiglipConfig(JsonConfig):
 
     JSON: ClassVar = JsonLayout(
         name="the vision encoder's config",
-        source="the fixed-size releases (google/siglip2-so400m-patch16-512 and its siblings; NaFlex ones are not supported)",
+        source=(
+            "the fixed-size releases (google/siglip2-so400m-patch16-512 and its siblings; NaFlex ones are not "
+            "supported)"
+        ),
         keys={
             "dim": "hidden_size",
             "n_layers": "num_hidden_layers",
@@ -77,8 +80,8 @@ class SiglipConfig(JsonConfig):
         sizes = (self.dim, self.n_layers, self.n_heads, self.mlp_dim, self.patch_size, self.channels, self.norm_eps)
         if min(sizes) <= 0 or self.dim % self.n_heads or self.image_size < self.patch_size:
             raise ValueError(
-                f"got {self}: expected positive numbers, a width that is a multiple of the heads, and images of a patch "
-                "or more; correct config.json"
+                f"got {self}: expected positive numbers, a width that is a multiple of the heads, and images of a "
+                "patch or more; correct config.json"
             )
 
     @property

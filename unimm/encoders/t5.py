@@ -45,13 +45,13 @@ class T5Config:
         sizes = (self.dim, self.n_layers, self.n_heads, self.head_dim, self.mlp_dim, self.vocab_size, self.norm_eps)
         if min(sizes) <= 0 or self.n_buckets % 2 or self.n_buckets < 4 or self.max_distance <= self.n_buckets // 4:
             raise ValueError(
-                f"got {self}: expected positive numbers, an even number of buckets from 4 on, and a max_distance above a "
-                "quarter of them; correct config.json"
+                f"got {self}: expected positive numbers, an even number of buckets from 4 on, and a max_distance "
+                "above a quarter of them; correct config.json"
             )
         if self.feed_forward not in GATED_ACTIVATIONS:
             raise ValueError(
-                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED_ACTIVATIONS)}, as in T5 v1.1; the "
-                "first T5 is not supported"
+                f"got feed_forward_proj {self.feed_forward!r}: expected {' or '.join(GATED_ACTIVATIONS)}, as in T5 "
+                "v1.1; the first T5 is not supported"
             )
 
     @classmethod

@@ -140,11 +140,13 @@ def _build_by_name(config: TimmEncoderConfig) -> Any:
     if not timm.is_model(config.model_name):
         near = ", ".join(timm.list_models(f"*{config.model_name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise ValueError(
-            f"unknown vision encoder {config.model_name!r}: expected {', '.join(RELEASED_VITS)}, or a name of timm's ({near})"
+            f"unknown vision encoder {config.model_name!r}: expected {', '.join(RELEASED_VITS)}, or a name of timm's "
+            f"({near})"
         )
     if config.select_layer != -1:
         raise ValueError(
-            f"got select_layer {config.select_layer} for {config.model_name}: only -1, the whole encoder, is known for it"
+            f"got select_layer {config.select_layer} for {config.model_name}: only -1, the whole encoder, is known "
+            "for it"
         )
     known = timm.get_pretrained_cfg(config.model_name)
     fixed = known is not None and known.fixed_input_size  # of a table of positions; others take any size

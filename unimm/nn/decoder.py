@@ -51,7 +51,8 @@ class DecoderConfig:
             )
         if self.rope_sections and sum(self.rope_sections) != self.head_dim // 2:
             raise ValueError(
-                f"got rotary sections {self.rope_sections} in the config: expected a sum of {self.head_dim // 2}, half a head"
+                f"got rotary sections {self.rope_sections} in the config: expected a sum of {self.head_dim // 2}, "
+                "half a head"
             )
 
     @property

@@ -27,7 +27,8 @@ def grid_position_ids(height: int, width: int, table_side: int, *, interpolate: 
     """
     if not interpolate and max(height, width) > table_side:
         raise ValueError(
-            f"got {height}x{width} patches: the position table holds at most {table_side}x{table_side}; use a smaller image"
+            f"got {height}x{width} patches: the position table holds at most {table_side}x{table_side}; use a smaller "
+            "image"
         )
     if interpolate:
         edges = torch.arange(1 / table_side, 1.0, 1 / table_side)

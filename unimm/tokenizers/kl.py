@@ -100,8 +100,8 @@ class AutoencoderKLConfig(JsonConfig):
         quant_convs, post_quant_convs = (data.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv"))
         if any(width % widths[0] for width in widths) or post_quant_convs != quant_convs:
             raise ValueError(
-                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv {post_quant_convs}: "
-                "expected multiples of the first width, and both convolutions or none"
+                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv "
+                f"{post_quant_convs}: expected multiples of the first width, and both convolutions or none"
             )
         levels = {"width": widths[0], "channel_multipliers": tuple(width // widths[0] for width in widths)}
         return read_config(cls, data, DIFFUSERS_LAYOUT, given=levels)

@@ -240,8 +240,8 @@ class VQModel(nn.Module):
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.n_codes:
             raise ValueError(
-                f"got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {self.config.n_codes - 1}, the codes "
-                f"of this codebook: are they ids of text?"
+                f"got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {self.config.n_codes - 1}, the "
+                "codes of this codebook: are they ids of text?"
             )
         return self.decode_codes(self.quantize.lookup(ids, grid))
 

@@ -128,8 +128,8 @@ class MetaQueryConfig:
     def __post_init__(self) -> None:
         if min(self.n_queries, self.max_text_tokens, self.latent_size, self.steps) < 1:
             raise ValueError(
-                f"got {self.n_queries} queries, max_text_tokens {self.max_text_tokens}, latent_size {self.latent_size}, "
-                f"steps {self.steps}: expected positive numbers"
+                f"got {self.n_queries} queries, max_text_tokens {self.max_text_tokens}, latent_size "
+                f"{self.latent_size}, steps {self.steps}: expected positive numbers"
             )
         widths = self.connector.dim, self.connector.condition_dim
         expected = self.mllm.decoder.dim, self.denoiser.caption_dim
@@ -164,8 +164,8 @@ class MetaQueryConfig:
         part_ids = {key: str(data.get(key, data["diffusion_model_id"])) for key in cls.PART_CONFIGS}
         if data.get("loss_type", "flow") != "flow" or "stable-diffusion" in part_ids["diffusion_model_id"]:
             raise ValueError(
-                f"got loss_type {data.get('loss_type')!r} with {part_ids['diffusion_model_id']!r}: the variants on Stable "
-                "Diffusion 1.5 are not built; expected 'flow', with a Sana"
+                f"got loss_type {data.get('loss_type')!r} with {part_ids['diffusion_model_id']!r}: the variants on "
+                "Stable Diffusion 1.5 are not built; expected 'flow', with a Sana"
             )
         folders = {key: part_folder(folder, name) for key, name in part_ids.items()}
         parts = {key: read_required_json(folders[key] / path) for key, path in cls.PART_CONFIGS.items()}

@@ -99,9 +99,9 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         if rows != self.config.embedding_rows:
             vocab, n = self.config.mllm.decoder.vocab_size, self.config.n_queries
             raise CheckpointError(
-                f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids and "
-                f"{N_BOUNDARY_TOKENS} boundary tokens; config.json says num_metaqueries {n}, {self.config.embedding_rows} "
-                "rows: correct it, or fetch the files that go together"
+                f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids "
+                f"and {N_BOUNDARY_TOKENS} boundary tokens; config.json says num_metaqueries {n}, "
+                f"{self.config.embedding_rows} rows: correct it, or fetch the files that go together"
             )
         head_key = self.mllm_spec.head_prefix(self.config.mllm) + "weight"
         if shapes and head_key not in shapes and not self.config.mllm.decoder.tie_word_embeddings:

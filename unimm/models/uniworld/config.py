@@ -159,7 +159,8 @@ class UniWorldConfig:
         """
         if data.get("model_type") != "univa_qwen2p5vl":
             raise ValueError(
-                f"config.json describes no UniWorld: got model_type {data.get('model_type')!r}, expected 'univa_qwen2p5vl'"
+                f"config.json describes no UniWorld: got model_type {data.get('model_type')!r}, expected "
+                "'univa_qwen2p5vl'"
             )
         mllm = QwenVLConfig.from_json(data, preprocessor)
         if mllm.image_processor.min_pixels != mllm.image_processor.max_pixels:

@@ -306,14 +306,15 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts, or edit the input images given with it.
 
-        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these each; they stand
-        after the text, or where it has <|image_pad|>. size: (height, width) in pixels; unless given, in the aspect ratio
-        nearest to the input images'. seed: one, or one a prompt; from one number, that number and the ones after it, image by
-        image. guidance: the scale that FLUX embeds; true_cfg_scale: of classifier-free guidance against an empty condition, 1
-        is none; one, or one a prompt. t5, clip: whether these encode the prompt, too; unless given, where they are loaded.
-        reference_latents: the input images' VAE latents as "tokens" beside the image's, or as part of the "condition".
-        image_embeds_shortcut: weight in [0, 1] of the vision encoder's output, against the MLLM's states of the input images.
-        An image does not depend on what else is in the batch. Raises ValueError for bad input.
+        prompt: one text or a batch. images: for one prompt an image or several, for a batch one of these each; they
+        stand after the text, or where it has <|image_pad|>. size: (height, width) in pixels; unless given, in the
+        aspect ratio nearest to the input images'. seed: one, or one a prompt; from one number, that number and the ones
+        after it, image by image. guidance: the scale that FLUX embeds; true_cfg_scale: of classifier-free guidance
+        against an empty condition, 1 is none; one, or one a prompt. t5, clip: whether these encode the prompt, too;
+        unless given, where they are loaded. reference_latents: the input images' VAE latents as "tokens" beside the
+        image's, or as part of the "condition". image_embeds_shortcut: weight in [0, 1] of the vision encoder's output,
+        against the MLLM's states of the input images. An image does not depend on what else is in the batch. Raises
+        ValueError for bad input.
         """
         prompts, image_lists = parse_requests(prompt, images)
         input_images = [[load_image(image) for image in some] for some in image_lists]

@@ -40,7 +40,8 @@ class UniWorldProcessor:
         return ids[0]
 
     def prompt_parts(self, prompt: str, images: Sequence[Image.Image] = ()) -> list[Part]:
-        """The parts of a prompt and its images, which stand at its <|image_pad|> placeholders, or else all before or after it.
+        """The parts of a prompt and its images, which stand at its <|image_pad|> placeholders, or else all before or
+        after it.
 
         An image is resized twice, as in the original: the first resize rounds its size, so that the second differs.
         Raises ValueError for an empty prompt.
@@ -91,8 +92,8 @@ def nearest_aspect_size(
     """
     if min(height, width, image_pixels, side_unit) < 1 or not 1 <= n_ratios <= len(ASPECT_RATIOS):
         raise ValueError(
-            f"got an image of {width}x{height}, {image_pixels} pixels, {n_ratios} ratios: expected positive sizes, and 1 to "
-            f"{len(ASPECT_RATIOS)} ratios"
+            f"got an image of {width}x{height}, {image_pixels} pixels, {n_ratios} ratios: expected positive sizes, "
+            f"and 1 to {len(ASPECT_RATIOS)} ratios"
         )
     wide, high = min(ASPECT_RATIOS[:n_ratios], key=lambda ratio: abs(ratio[0] / ratio[1] - width / height))
     scale = max(1, round(math.sqrt(image_pixels / (wide * high * side_unit**2))))

@@ -56,8 +56,8 @@ class LlavaOnevisionImageProcessor:
         if not self.grid_pinpoints or bad or self.max_tiles < 1 or not normal:
             raise ValueError(
                 f"got image_grid_pinpoints {bad or list(self.grid_pinpoints)}, anyres_max_{self.max_tiles}, "
-                f"mean {self.mean}, std {self.std}: expected sizes of whole tiles of {self.tile_size} pixels, a positive "
-                "number of tiles, and three means and deviations (above 0)"
+                f"mean {self.mean}, std {self.std}: expected sizes of whole tiles of {self.tile_size} pixels, a "
+                "positive number of tiles, and three means and deviations (above 0)"
             )
 
     @classmethod

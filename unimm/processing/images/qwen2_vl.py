@@ -50,8 +50,8 @@ class Qwen2VLImageProcessor:
             or min(self.std) <= 0
         ):
             raise ValueError(
-                f"got {self}: expected positive sizes, no fewer max_pixels than min_pixels, and a mean and a deviation (above "
-                "0) for each channel; correct preprocessor_config.json"
+                f"got {self}: expected positive sizes, no fewer max_pixels than min_pixels, and a mean and a "
+                "deviation (above 0) for each channel; correct preprocessor_config.json"
             )
 
     @classmethod
