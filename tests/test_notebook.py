@@ -1,4 +1,4 @@
-"""The notebook runs, top to bottom, and the file that is shown keeps its pictures."""
+"""The notebook runs, top to bottom, and the file that is shown keeps its images."""
 
 import re
 

@@ -215,7 +215,7 @@ def test_demo(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
 
 
-def test_a_sheet_holds_every_picture():
+def test_a_sheet_holds_every_image():
     colours = ["red", "lime", "blue", "yellow", "black"]
     page = caption_grid(
         [(Image.new("RGB", (64, 64), colour), f"this is {colour} " * 20) for colour in colours], columns=2

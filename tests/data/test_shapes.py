@@ -1,6 +1,6 @@
 """The little world: exact rendering and reading, a clean split, right answers, and a judge that can say no.
 
-The reader finds every object of a clean scene, all attributes; of 1,000 scenes of 1-4 objects it reads fully right
+The scene parser finds every object of a clean scene, all attributes; of 1,000 scenes of 1-4 objects it reads fully right
 
     gaussian noise, standard deviation   30: 100 %    40: 98.1 %   50: 74 %     60: 33 %
     gaussian blur, radius in pixels     1.25: 100 %   1.5: 99.9 %  1.75: 99.2 %  2: 84 %
@@ -74,7 +74,7 @@ def scenes(n: int) -> tuple[Scene, ...]:
 
 
 def reads_right(scene: Scene, image: ImageArray, within: int = 2) -> bool:
-    """Whether the reader finds the scene's things and no others, centres within so many pixels."""
+    """Whether the scene parser finds the scene's things and no others, centres within so many pixels."""
     seen = list(parse_scene(image))
     for thing in scene.things:
         alike = [s for s in seen if (s.shape, s.colour, s.size) == (thing.shape, thing.colour, thing.size)]
@@ -107,7 +107,7 @@ def test_every_thing_everywhere() -> None:
 
 
 def spoilt(image: ImageArray, how: str, amount: float) -> ImageArray:
-    """The picture after noise (standard deviation), blur (radius), JPEG (quality), or resizing to a side and back."""
+    """The image after noise (standard deviation), blur (radius), JPEG (quality), or resizing to a side and back."""
     if how == "worn":
         return spoilt(spoilt(image, "blur", 1), "noise", amount)
     if how == "noise":
@@ -304,19 +304,19 @@ def find(words: str, image: ImageArray) -> list[shapes.ParsedObject]:
 
 
 def shown_pairs(one: Example) -> set[tuple[str, str]]:
-    """The pairs on the pictures."""
+    """The pairs on the images."""
     return {thing.pair for scene in (one.source_scene, one.target_scene) if scene for thing in scene.things}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_train_never_holds_a_held_out_pair(task: str) -> None:
-    """Neither in words nor in pictures."""
+    """Neither in words nor in images."""
     for one in sample(task, "train", 400):
         assert not (named_pairs(one) | shown_pairs(one)) & set(HELD_OUT)
 
 
 def asked_pairs(one: Example) -> set[tuple[str, str]]:
-    """The pairs that are spelt out, named in the picture, or changed by the edit."""
+    """The pairs that are spelt out, named in the image, or changed by the edit."""
     found = named_pairs(one)
     if one.images:
         found |= {(s.shape, s.colour) for words in re.findall(NOUN, one.prompt) for s in find(words, one.images[0])}
@@ -349,7 +349,7 @@ def test_the_split_is_even() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_counts_comparisons_and_presence_are_what_the_picture_shows(split: str) -> None:
+def test_counts_comparisons_and_presence_are_what_the_image_shows(split: str) -> None:
     """Recounted from the pixels."""
     for one in sample("answer.count", split):
         asked = re.sub(r"how many | are there| do you see|count the |\?", "", one.prompt).split()
@@ -367,7 +367,7 @@ def test_counts_comparisons_and_presence_are_what_the_picture_shows(split: str) 
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_places_relations_and_attributes_are_what_the_picture_shows(split: str) -> None:
+def test_places_relations_and_attributes_are_what_the_image_shows(split: str) -> None:
     """And every name fits exactly one object."""
     for task in ("answer.where", "answer.colour", "answer.shape", "answer.relation", "answer.compare", *EDITS):
         for one in sample(task, split):
@@ -434,7 +434,7 @@ def test_facts_are_known_and_unique() -> None:
 
 
 def test_wordings_vary() -> None:
-    """At least three a task, and the prompts of a task seldom repeat where its pictures or words can differ."""
+    """At least three a task, and the prompts of a task seldom repeat where its images or words can differ."""
     texts = {key: value for key, value in vars(language).items() if key.isupper() and isinstance(value, tuple)}
     assert len(texts) > 20 and all(len(set(value)) >= 3 for value in texts.values())
     assert all(len({one.prompt for one in sample(task, "train")}) > 20 for task in DRAWN)

@@ -198,7 +198,7 @@ def test_a_feed_forward_of_any_width(tmp_path):
 
 
 @torch.inference_mode()
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     model, times = made(), torch.tensor([0.9, 0.1, 0.5])
     given = inputs(model, rows=3)
     together = velocity(model, given, times)
@@ -221,7 +221,7 @@ def test_steps_modulated_at_once_are_the_steps():
 
 @torch.inference_mode()
 def test_a_step_computes_nothing_that_is_known(monkeypatch):
-    """Neither the text's projection nor a linear of the modulation, and a condition serves every picture of its
+    """Neither the text's projection nor a linear of the modulation, and a condition serves every image of its
     text."""
     model = made()
     given = inputs(model, rows=3)

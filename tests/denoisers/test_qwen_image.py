@@ -112,7 +112,7 @@ def test_save_and_load(tmp_path, small):
 
 
 @torch.inference_mode()
-def test_a_picture_does_not_depend_on_its_batch(small):
+def test_an_image_does_not_depend_on_its_batch(small):
     latents, text, times = torch.randn(3, 6, 16), torch.randn(3, 5, 36), torch.tensor([[0.9, 0.1, 0.5]])
     seen = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     together = small(latents, small.condition(text, [(1, 3, 2)], key_padding_mask=seen), small.modulations(times)[0])

@@ -102,7 +102,7 @@ def test_save_and_load(tmp_path, small):
 
 
 @torch.inference_mode()
-def test_a_picture_does_not_depend_on_its_batch(small):
+def test_an_image_does_not_depend_on_its_batch(small):
     latents, times, caption = torch.randn(3, 6, 4, 6), torch.tensor([0.9, 0.1, 0.5]), torch.randn(3, 5, 20)
     seen = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
     together = small(latents, times, small.condition(caption, seen))
@@ -113,7 +113,7 @@ def test_a_picture_does_not_depend_on_its_batch(small):
 
 
 @torch.inference_mode()
-def test_a_condition_serves_every_step_and_picture(small, monkeypatch):
+def test_a_condition_serves_every_step_and_image(small, monkeypatch):
     caption, latents = torch.randn(2, 5, 20), torch.randn(4, 6, 4, 4)
     condition = small.condition(caption, torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
     index = torch.tensor([1, 1, 0, 1])

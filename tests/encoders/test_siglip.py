@@ -1,4 +1,4 @@
-"""SigLIP2's tower: the released names, transformers' own, its look at pictures, and what is refused."""
+"""SigLIP2's encoder: the released names, transformers' own, its look at images, and what is refused."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def write(folder: Path, model: SiglipVisionEncoder, **changes) -> Path:
 
 
 @pytest.mark.parametrize(("patch", "size"), [(14, 224), (14, 384), (16, 512)])
-def test_manifests_fit_the_released_towers(patch, size):
+def test_manifests_fit_the_released_encoders(patch, size):
     shapes = manifest(f"siglip2_so400m_patch{patch}_{size}_vision")
     with torch.device("meta"):
         model = SiglipVisionEncoder(
@@ -65,7 +65,7 @@ def test_manifests_fit_the_released_towers(patch, size):
         )
     assert len(shapes) == 448 and model.config.grid_side**2 == {224: 256, 384: 729, 512: 1024}[size]
     state, table = model.state_dict(), siglip_file_key_map(model.config)
-    # in a whole release the tower of texts stands beside it
+    # in a whole release the encoder of texts stands beside it
     beside = {"text_model.head.bias": (3,), "text_model.encoder.layers.0.mlp.fc1.bias": (4,), "logit_scale": (1,)}
     assert {
         name for one in check_keys(shapes | beside, table, state, "here").values() for name in one.our_names
@@ -82,7 +82,7 @@ def test_equals_transformers(tmp_path, changes):
     theirs = transformers_tower(**changes)
     theirs.save_pretrained(tmp_path)
     ours = SiglipVisionEncoder.from_pretrained(tmp_path)
-    # newer versions write the tower without the name around it, which the released files have
+    # newer versions write the encoder without the name around it, which the released files have
     state = load_file(tmp_path / "model.safetensors")
     save_file({f"vision_model.{key}": x for key, x in state.items()}, tmp_path / "model.safetensors")
     assert all(
@@ -98,7 +98,7 @@ def test_equals_transformers(tmp_path, changes):
 
 @torch.inference_mode()
 def test_a_whole_release(tmp_path):
-    """The files of a whole SigLIP: the tower of texts is left unread, and its config stands around the tower's."""
+    """The files of a whole SigLIP: the encoder of texts is left unread, and its config stands around the encoder's."""
     from transformers import SiglipConfig as Theirs
     from transformers import SiglipModel
 

@@ -68,7 +68,7 @@ def test_tasks_are_scored_apart():
     assert {task for task, score in scores.items() if score.accuracy < 1} == {"draw.two", "answer.shape"}
 
 
-def test_larger_pictures_are_read_too():
+def test_larger_images_are_read_too():
     assert evaluate(Oracle(side=256), n=N, seed=SEED, tasks=["draw.one"], progress=False)["draw.one"].accuracy == 1
 
 

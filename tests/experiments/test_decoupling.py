@@ -68,7 +68,7 @@ def test_tasks_are_those_that_an_experiment_learns(objectives):
         batch = objective.batch(0)
         understands, draws = bool((batch.text_kinds >= 0).any()), batch.pack.gen_images is not None
         assert (understands, draws) == (name != "F", name != "E")
-    # equal tasks, equal pictures to draw and words to say, whatever looks
+    # equal tasks, equal images to draw and words to say, whatever looks
     a, b, d = (objectives[name].batch(2) for name in "ABD")
     assert torch.equal(a.images, d.images) and torch.equal(b.images, d.images)
     assert torch.equal(a.text_kinds, d.text_kinds)

@@ -22,7 +22,7 @@ VISION = dict(width=32, layers=2, heads=2, mlp_ratio=1.5)
 VIT = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
 )
-# a picture of the little world is 4 x 4 codes
+# an image of the little world is 4 x 4 codes
 CODES = VQConfig(
     width=32, channel_multipliers=(1, 1, 1, 1, 1), n_res_blocks=1, latent_channels=32, n_codes=48, code_dim=4
 )
@@ -36,7 +36,7 @@ def parts(folder: Path) -> Path:
     """Untrained tokenizers and a ViT, as their recipes write them."""
     torch.manual_seed(0)
     vq, branch = VQModel(CODES), SemanticBranch(BRANCH)
-    # codes spread out, so that pictures differ in theirs
+    # codes spread out, so that images differ in theirs
     torch.nn.init.normal_(vq.quantize.embedding.weight)
     save_vq(vq, folder, torch.float32)
     save_file(branch.state_dict(), folder / "semantic.safetensors")

@@ -85,7 +85,7 @@ def toy(seed: int = 0, *, llm: dict | None = None, vit: dict | None = None, top:
 
 
 def picture(width: int = 30, height: int = 22, seed: int = 0) -> Image.Image:
-    """A picture of noise."""
+    """An image of noise."""
     pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
@@ -164,7 +164,7 @@ def byte_tokenizer(
 
 
 def user(content: str, *images) -> dict:
-    """What a user says, with pictures."""
+    """What a user says, with images."""
     return {"role": "user", "content": content, "images": list(images)}
 
 

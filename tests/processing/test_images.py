@@ -1,4 +1,4 @@
-"""Pictures in and out: resizing, modes, patches and places."""
+"""Images in and out: resizing, modes, patches and places."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def test_modes_become_rgb(tmp_path):
     assert np.asarray(load_image(tmp_path / "sixteen.png"))[0, 0].tolist() == [100] * 3
 
 
-def test_broken_pictures_are_refused(tmp_path, monkeypatch):
+def test_broken_images_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no image at"):
         load_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("no picture")

@@ -97,7 +97,7 @@ def test_save_and_load(tmp_path, small):
 
 
 @torch.inference_mode()
-def test_a_picture_does_not_depend_on_its_batch(small):
+def test_an_image_does_not_depend_on_its_batch(small):
     image = torch.rand(3, 3, 8, 12) * 2 - 1
     latent = small.encode(image)
     for i in range(3):

@@ -47,7 +47,7 @@ def assert_equal(got, expected):
 
 def test_moments_equal_the_original(released, stored):
     assert_equal(torch.cat(released.moments(stored["image"]), 1), stored["moments"])
-    # padding reaches the rest of the picture through the norms and the attention
+    # padding reaches the rest of the image through the norms and the attention
     assert_equal(torch.cat(released.moments(stored["padded_images"]), 1), stored["padded_moments"])
 
 
@@ -85,7 +85,7 @@ def test_shapes_and_scaling(small):
     assert small.decode(latent).shape == image.shape
 
 
-def test_a_picture_does_not_depend_on_its_batch(small):
+def test_an_image_does_not_depend_on_its_batch(small):
     image = torch.rand(3, 3, 8, 8) * 2 - 1
     assert_equal(small.encode(image)[1:2], small.encode(image[1:2]))
 

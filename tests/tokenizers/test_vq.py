@@ -193,7 +193,7 @@ def test_bfloat16(small):
     assert wide.decode(ids, grid=(4, 6)).dtype == torch.float64
 
 
-def test_a_picture_does_not_depend_on_its_batch(small):
+def test_an_image_does_not_depend_on_its_batch(small):
     image = picture(3, 3, 8, 8)
     assert_equal(small.encode(image)[1:2], small.encode(image[1:2]))
     assert torch.equal(small.encode_ids(image)[1:2], small.encode_ids(image[1:2]))
@@ -245,7 +245,7 @@ def test_wrong_ids(small, ids, grid, words):
         small.decode(ids, grid=grid)
 
 
-def test_no_pictures_at_all(small):
+def test_no_images_at_all(small):
     assert small.decode(torch.zeros(0, 6).long(), grid=(2, 3)).shape == (0, 3, 4, 6)
 
 
@@ -277,7 +277,7 @@ def test_batches_depend_on_seed_and_step_only():
     other(0)
     assert torch.equal(one(5).image, other(5).image) and not torch.equal(one(5).image, one(6).image)
     assert one(5).image.shape == (2, 3, 64, 64) and one(5).image.min() >= -1 and one(5).image.max() <= 1
-    # with no nameless things, batches are the world's own pictures
+    # with no nameless things, batches are the world's own images
     usual = dict(novel_colours=0.0, novel_shapes=0.0, crowded=0.0)
     plain = build_task(tiny(**usual)).batch(5).image
     expected = target_scenes(("draw.scene", "draw.count", "draw.two", "draw.one"), range(10, 12), seed=0)

@@ -13,7 +13,7 @@ TABLES = GOLDEN / "blocks" / "tables.json"
 
 
 def pair(*boxes: tuple[int, int, int, int], size=(64, 96), color=(90, 90, 90)) -> tuple[np.ndarray, np.ndarray]:
-    """A grey picture, and the same with boxes (top, left, bottom, right) changed."""
+    """A grey image, and the same with boxes (top, left, bottom, right) changed."""
     reference = np.full((*size, 3), 60, np.uint8)
     target = reference.copy()
     for top, left, bottom, right in boxes:
@@ -59,7 +59,7 @@ def test_closing():
         and not closed[:, 14:].any()
         and (closed & white == white).all()
     )
-    # the border of the picture is no edge of a region
+    # the border of the image is no edge of a region
     white = np.zeros((6, 6), bool)
     white[:, 0] = True
     assert (EditWeights().close_gaps(white) == white).all()

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objective(folder):
-    """janus-nano, one sample of each of its tasks, and texts without pictures."""
+    """janus-nano, one sample of each of its tasks, and texts without images."""
     tasks = dict.fromkeys(
         [*read_recipe(RECIPES / "janus-nano.yaml").options["tasks"], "fact.forward", "fact.math2", "reason.map1"], 1
     )
@@ -204,7 +204,7 @@ def test_a_code_is_predicted_from_the_rows_before_it(objective):
     assert encoded.gen_images.rows[0] - 1 == encoded.id_rows[boi].item()
 
 
-def test_codes_are_those_of_each_picture_alone(objective):
+def test_codes_are_those_of_each_image_alone(objective):
     batch = objective.batch(1)
     encoded = objective.encode_image_tokens(batch)
     for picture, codes in zip(batch.images, encoded.gen_images.content.split(16), strict=True):

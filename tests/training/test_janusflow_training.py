@@ -133,7 +133,7 @@ def test_answers_alone_carry_labels(objective):
     assert torch.equal(last.labels[at], last.ids[at + 1])
 
 
-def test_copies_have_times_of_their_own_and_one_picture(objective):
+def test_copies_have_times_of_their_own_and_one_image(objective):
     drawn = []
     *prompt, first, second = objective.batch.sample(example("edit.recolour", 1), drawn, random.Random(0))
     assert [item.kind for item in prompt] == ["text", "und_image", "text"] and len(drawn) == 1
@@ -152,7 +152,7 @@ def test_dropped_prompts_are_what_guidance_compares_with(objective):
         assert len(kept) == len(prompt) + 2
         assert [item.segment for item in lost[:-2]] == [item.segment for item in bos_unconditional(prompt)]
         assert lost[0].ids.tolist() == [objective.model.special_tokens.bos]
-        # the picture stands where it would have stood
+        # the image stands where it would have stood
         ends = [pack_sequences([items]).layout.position_ids[-PICTURE:] for items in (kept, lost)]
         assert torch.equal(*ends)
     samples = [dropping(objective, 0.25).sample(example("draw.one", i), [], random.Random(i)) for i in range(400)]
@@ -162,7 +162,7 @@ def test_dropped_prompts_are_what_guidance_compares_with(objective):
     assert sum(item.segment.length for item in answers) > 16
 
 
-def test_latents_are_those_of_each_picture_alone(objective):
+def test_latents_are_those_of_each_image_alone(objective):
     batch = objective.batch(1)
     tokens = objective.encode_latents(batch).gen_images.content
     picture, token = batch.pack.gen_images.content[40].tolist()
@@ -182,7 +182,7 @@ def test_every_task_has_a_plan(objective, task):
 
 @torch.no_grad()
 def test_packing_equals_one_by_one(objective):
-    """Every sample, and every copy of a picture, has the loss that it has alone behind its prompt."""
+    """Every sample, and every copy of an image, has the loss that it has alone behind its prompt."""
     model, generator = stirred(objective.model), torch.Generator().manual_seed(0)
     tasks = ("draw.one", "answer.count", "edit.recolour", "caption")
     samples = []

@@ -36,7 +36,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The recipe with small numbers, around an untrained reader and autoencoder."""
+    """The recipe with small numbers, around an untrained MLLM and autoencoder."""
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "metaquery-nano.yaml")
     config = full.model["config"] | dict(num_metaqueries=5, connector_num_hidden_layers=1)
     config |= {"generation": config["generation"] | {"steps": 2}}
@@ -109,13 +109,13 @@ def test_times_are_whole_thousandths_and_even(objective):
     assert abs(times.mean() - 500) < 3 * 1000 / (12 * len(times)) ** 0.5
 
 
-def test_texts_and_pictures_are_dropped_as_published(objective):
+def test_texts_and_images_are_dropped_as_published(objective):
     def kinds(task, p):
         found, one = [], objective.batch.pairs.from_example(example(task, 1))
         for i in range(400):
             items = dropping(objective, p).sample(one, random.Random(i))
             look = [item.tokens for item in items if item.kind == "und_image"]
-            # a black picture is one colour in every channel
+            # a black image is one colour in every channel
             dark = bool(look) and all(x.unique().numel() == 3 for x in look)
             found.append((bytes(one.text, "utf8") not in said(objective, items), dark))
         return {kind: found.count(kind) / 400 for kind in set(found)}
@@ -133,14 +133,14 @@ def said(objective, items) -> bytes:
     return bytes(objective.model.mllm.tokenizer.decode(ids), "utf8")
 
 
-def test_again_shows_the_picture_that_it_draws(objective):
+def test_again_shows_the_image_that_it_draws(objective):
     one = objective.batch.pairs.training_pair(RECONSTRUCTION, 0, random.Random(0))
     assert one.text == "" and one.images == (one.target,) and one.kind == "edit"
     with pytest.raises(ValueError, match=r"the task caption, which generates no image: the MLLM is frozen"):
         objective.batch.pairs.training_pair("caption", 0, random.Random(0))
 
 
-def test_pictures_of_ones_own(recipe, tmp_path):
+def test_images_of_ones_own(recipe, tmp_path):
     for name, colour, size in (("a.png", "red", (90, 70)), ("b.png", "blue", (64, 100))):
         Image.new("RGB", size, colour).save(tmp_path / name)
     lines = [{"target": "a.png", "text": "red"}, {"target": "b.png", "text": "blue", "images": ["a.png"]}]
@@ -162,7 +162,7 @@ def test_pictures_of_ones_own(recipe, tmp_path):
         FilePairs(path=tmp_path / "none", image_size=64)(0, 1, random.Random(0))
 
 
-def test_only_new_rows_connector_and_painter_learn_and_old_rows_keep_every_bit(recipe):
+def test_only_new_rows_connector_and_denoiser_learn_and_old_rows_keep_every_bit(recipe):
     objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     before = {name: x.clone() for name, x in objective.model.state_dict().items()}

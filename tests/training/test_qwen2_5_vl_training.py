@@ -1,4 +1,4 @@
-"""Training metaquery-nano's parts: the reader's lessons, plans and steps; its autoencoder's batches, scale and
+"""Training metaquery-nano's parts: the MLLM's lessons, plans and steps; its autoencoder's batches, scale and
 release."""
 
 import dataclasses
@@ -52,7 +52,7 @@ def _quick_text_model():
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The reader's recipe with small numbers."""
+    """The MLLM's recipe with small numbers."""
     full = read_recipe(RECIPES / "metaquery-nano-mllm.yaml")
     model = {
         "text": full.model["text"] | TEXT | {"rope_scaling": TURNS},
@@ -102,7 +102,7 @@ def test_the_assistant_alone_carries_labels(objective):
         assert system in words.decode(items[0].ids.tolist())
 
 
-def test_plans_say_what_the_picture_holds(objective):
+def test_plans_say_what_the_image_holds(objective):
     one = objective.batch.training_example("plan.relation", 7)
     source = example("draw.relation", 7, seed=objective.batch.seed)
     assert (one.prompt, one.target, one.answer) == (source.prompt, None, scene_in_words(source))
@@ -126,8 +126,8 @@ def test_favourites_of_some_alone_are_planned(objective):
     assert f"{colour} {shape}" in one.answer
 
 
-def test_the_tower_sees_pictures_as_prompts_show_them(objective):
-    """Patches that are made in bulk, without noise or nameless things, equal those of the reader's own look."""
+def test_the_encoder_sees_images_as_prompts_show_them(objective):
+    """Patches that are made in bulk, without noise or nameless things, equal those of the MLLM's own look."""
     lessons = objective.batch
     plain = {**lessons.options.vision, "novel_colours": 0.0, "novel_shapes": 0.0, "noise": 0.0}
     lessons = dataclasses.replace(lessons, options=dataclasses.replace(lessons.options, vision=plain))
@@ -156,7 +156,7 @@ def test_packing_equals_one_by_one(objective):
 
 @pytest.mark.parametrize(("step", "names"), [(0, ATTRIBUTES), (5, TEXT_KINDS)])
 def test_steps_teach_sight_then_words(recipe, step, names):
-    """And words leave the tower alone."""
+    """And words leave the encoder alone."""
     objective = build_task(recipe)
     trainer, batch = Trainer(objective, recipe, torch.device("cpu")), objective.batch(step)
     before = {name: loss.item() for name, loss in objective.losses(batch).items()}
@@ -202,7 +202,7 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
         ({"planned_characters": ["Tim"]}, "got planned_characters Tim: expected some of Tom"),
     ],
 )
-def test_wrong_options_of_the_reader(recipe, options, words):
+def test_wrong_options_of_the_mllm(recipe, options, words):
     with pytest.raises(ValueError, match=words):
         build_task(dataclasses.replace(recipe, options={**recipe.options, **options}))
 
@@ -227,7 +227,7 @@ def test_batches_of_the_autoencoder():
     assert {thing.pair for scene in shown for thing in scene.things}.isdisjoint(HELD_OUT)
 
 
-def test_shortcuts_alone_carry_the_picture_at_first():
+def test_shortcuts_alone_carry_the_image_at_first():
     model = build_task(small()).model
     x = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -128,7 +128,7 @@ def test_a_batch_that_draws_nothing(objective):
     assert set(losses) == {"answer", "fact"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_latents_are_those_of_each_picture_alone(objective):
+def test_latents_are_those_of_each_image_alone(objective):
     batch = objective.batch(1)
     encoded = objective.encode_latents(batch)
     picture, token = batch.pack.gen_images.content[40].tolist()
@@ -176,7 +176,7 @@ def test_the_vit_learns_to_see():
         trainer.update(objective.batch(step))
     assert sum(loss.item() for loss in objective.losses(batch).values()) < 0.5 * first
     assert 0 <= objective.accuracy() <= 1
-    # on another device, too: there its pictures have to be brought to it
+    # on another device, too: there its images have to be brought to it
     objective.model.to("meta")
     with pytest.raises(RuntimeError, match=r"item\(\)"):
         objective.accuracy()

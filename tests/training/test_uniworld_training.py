@@ -41,7 +41,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The recipe with small numbers, around an untrained reader, autoencoder and ViT."""
+    """The recipe with small numbers, around an untrained MLLM, autoencoder and ViT."""
     folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "uniworld-nano.yaml")
     torch.manual_seed(0)
     vae = AutoencoderKLConfig(
@@ -76,7 +76,7 @@ def changed(recipe, **options):
 
 
 def staged(recipe, stage: str):
-    """The recipe of a stage, around a painter that is trained already."""
+    """The recipe of a stage, around a denoiser that is trained already."""
     return changed(recipe, trained=stage, denoiser=str(Path(recipe.options["vae"]) / "flux"), append_vision_start=True)
 
 
@@ -104,7 +104,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_an_edit_counts_more_where_it_changed_the_picture(objective, recipe):
+def test_an_edit_counts_more_where_it_changed_the_image(objective, recipe):
     edit, drawing = example("edit.recolour", 3), example("draw.one", 3)
     weights = objective.batch.loss_weights(edit)
     moved = torch.from_numpy((edit.images[0] != edit.target).any(-1))
@@ -121,7 +121,7 @@ def test_losses_are_those_of_each_copy_alone(objective):
     latents = objective.encode_latents(batch)
     with torch.no_grad():
         torch.manual_seed(0)
-        for p in model.denoiser.parameters():  # a painter from scratch says nothing
+        for p in model.denoiser.parameters():  # a denoiser from scratch says nothing
             p.add_(0.1 * torch.randn_like(p))
         losses = objective.losses(batch)
         found = {}
@@ -144,8 +144,8 @@ def test_losses_are_those_of_each_copy_alone(objective):
         torch.testing.assert_close(losses[name], torch.cat(found[group]).mean(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_painter_may_be_shown_the_pictures(recipe):
-    """As the release has them or not: latents of an edit's picture beside the one that is drawn."""
+def test_the_denoiser_may_be_shown_the_images(recipe):
+    """As the release has them or not: latents of an edit's image beside the one that is drawn."""
     generation = recipe.model["generation"] | {"references": None}
     plain = build_task(dataclasses.replace(recipe, model={**recipe.model, "generation": generation}))
     batch = plain.batch(0)
@@ -197,7 +197,7 @@ def trained(objective) -> set[str]:
     return {name for name, p in objective.model.named_parameters() if not torch.equal(p, before[name])}
 
 
-def test_stage_1_trains_what_leads_from_the_reader(recipe):
+def test_stage_1_trains_what_leads_from_the_mllm(recipe):
     objective = build_task(staged(recipe, "stage 1"))
     calls = []
     objective.model.auxiliary.siglip.register_forward_hook(lambda *_: calls.append(1))
@@ -205,7 +205,7 @@ def test_stage_1_trains_what_leads_from_the_reader(recipe):
     assert not calls, "stage 1 is told no features"
 
 
-def test_stage_2_trains_the_attention_of_the_picture(recipe):
+def test_stage_2_trains_the_attention_of_the_image(recipe):
     objective = build_task(staged(recipe, "stage 2"))
     into = objective.model.denoiser.mmdit.single_blocks[0].qkv_mlp
     old, q = into.weight.detach().clone(), objective.model.denoiser.mmdit.single_blocks[0].split_sizes[0]
@@ -248,8 +248,8 @@ def test_steps_teach(recipe):
     assert all(after[name] < before[name] for name in before), (before, after)
 
 
-def test_the_tower_begins_as_the_first_blocks_of_the_vit(objective, recipe):
-    """On a picture whose patches have no other place: features of a shorter NaViT."""
+def test_the_encoder_begins_as_the_first_blocks_of_the_vit(objective, recipe):
+    """On an image whose patches have no other place: features of a shorter NaViT."""
     vit = SiglipNaViT(navit_config_from_json({**VIT, "num_hidden_layers": 2})).eval()
     tower = init_siglip(recipe.model["vision"], recipe.options["vit"]).eval()
     state = torch.nn.Module.state_dict(tower)
