@@ -30,9 +30,10 @@ from timing import Machine, Times, show
 from torch import Tensor, nn
 
 from unimm.generation.image_tokens import ImageTokenSampling
-from unimm.models.common.deepseek_processor import JanusSpecialTokens, padded_unconditional
+from unimm.models.common.deepseek_processor import JanusSpecialTokens
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.model import Janus
+from unimm.models.janus.processor import padded_unconditional
 from unimm.sequence.parts import Part, text_part
 
 MARKERS = JanusSpecialTokens(bos=1, eos=2, pad=3, boi=4, eoi=5)

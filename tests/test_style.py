@@ -53,6 +53,8 @@ def module(path: Path) -> str:
     return ".".join(["unimm", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
 
 
+MODULES = {module(path) for path in FILES}
+
 # ---- families
 
 # the folder of each family
@@ -90,6 +92,15 @@ def test_only_the_registry_knows_the_families_and_only_by_strings(path):
     shared = parts[:1] == ["models"] and family(here) is None
     if below or shared:
         assert not [name for name in dotted(TREES[path]) if family(name)]
+
+
+FAMILY_FILES = {"__init__.py", "config.py", "processor.py", "network.py", "model.py", "weights.py"}
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_a_family_has_the_files_of_every_family(folder):
+    """It may have more: those of parts that no other family has."""
+    assert FAMILY_FILES <= {path.name for path in (ROOT / "models" / folder).iterdir()}
 
 
 # ---- rooms
@@ -145,6 +156,38 @@ def test_imports_that_go_up_are_found():
     assert found == ["unimm.data", "unimm.data.batching", "unimm.training.ema"]
 
 
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that cannot be put in an order in which each imports earlier ones only; empty where all can."""
+    left = {name: set(imports) for name, imports in graph.items()}
+    while free := [name for name, imports in left.items() if not imports & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def at_run_time(tree: ast.AST) -> ast.Module:
+    """The imports that ever run, inside functions too: all but those for type checkers."""
+    kept: list[ast.stmt] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            kept.append(node)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            kept += at_run_time(node).body
+    return ast.Module(kept, [])
+
+
+def modules_of(imports: Iterable[str]) -> set[str]:
+    """Those that are modules; of `from unimm.models import registry` the second alone, whose package comes with it."""
+    known = {name for name in imports if name in MODULES}
+    return {name for name in known if not any(other.startswith(f"{name}.") for other in known)}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module(path): modules_of(dotted(at_run_time(tree))) for path, tree in TREES.items()}
+    assert not cycle(graph)
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+
+
 @each_file
 def test_nothing_imports_what_is_built_on_the_package(path):
     outside = {"experiments", "parity", "benchmarks", "examples", "tests"}
@@ -162,6 +205,18 @@ def test_class_names_are_unique():
     names = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     shared = [name for name, n in names.items() if n > 1]
     assert not shared, "a class has a name of its own: say whose it is, BagelTrainingConfig"
+
+
+def test_public_function_names_are_unique():
+    names = Counter(
+        node.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    )
+    # a benchmark is found by its module, which has these two
+    shared = [name for name, n in names.items() if n > 1 and name not in ("evaluate", "supported_tasks")]
+    assert not shared
 
 
 # ---- what no file does

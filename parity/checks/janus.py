@@ -23,8 +23,9 @@ from unimm.checkpoint.save import released_state_dict
 from unimm.generation.image_tokens import ImageTokenSampling
 from unimm.kernels import attention
 from unimm.models.common.deepseek_chat import DeepseekChatModel
-from unimm.models.common.deepseek_processor import JanusSpecialTokens, padded_unconditional
+from unimm.models.common.deepseek_processor import JanusSpecialTokens
 from unimm.models.janus.model import Janus
+from unimm.models.janus.processor import padded_unconditional
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, TextPart, text_part
 

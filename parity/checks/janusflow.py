@@ -21,7 +21,7 @@ from parity.case import Case
 from unimm.kernels import attention
 from unimm.models.janusflow.config import EXPERT
 from unimm.models.janusflow.model import JanusFlow
-from unimm.models.janusflow.network import bos_unconditional
+from unimm.models.janusflow.processor import bos_unconditional
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part, text_part

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import unimm
 from unimm.cli.demo import caption_grid
-from unimm.cli.generate import parse_size
+from unimm.cli.generate import parse_height_width
 from unimm.cli.main import app
 from unimm.cli.releases import format_count
 from unimm.evaluation.benchmarks.shapes import TASKS
@@ -225,5 +225,5 @@ def test_a_sheet_holds_every_image():
 
 
 def test_sizes_and_amounts():
-    assert parse_size("64x96") == (64, 96)
+    assert parse_height_width("64x96") == (64, 96)
     assert [format_count(n) for n in (12, 9_515_379, 14_691_079_811)] == ["12", "9.5 M", "14.7 G"]

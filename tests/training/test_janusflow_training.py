@@ -20,7 +20,7 @@ from unimm.data.shapes import TASKS, example
 from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.kernels import attention
 from unimm.models.janusflow.config import EXPERT, JanusFlowConfig
-from unimm.models.janusflow.network import bos_unconditional, noised_part
+from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, text_part
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig

@@ -46,7 +46,7 @@ CAPTION_LINES = 3
 Panel = tuple[Image.Image, str]
 
 
-def demo(
+def demo_command(
     out: Annotated[Path, typer.Option(help="Where the grid of images goes.")] = Path("demo.png"),
     model: ModelOption = "bagel-nano",
     seed: SeedOption = 0,

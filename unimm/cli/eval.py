@@ -16,7 +16,7 @@ from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption
 BENCHMARKS = {"shapes": "unimm.evaluation.benchmarks.shapes"}
 
 
-def evaluate(
+def eval_command(
     benchmark: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
     *,
     model: ModelOption = "bagel-nano",

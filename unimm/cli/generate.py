@@ -8,7 +8,7 @@ import typer
 from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, load_model
 
 
-def generate(
+def generate_command(
     prompt: Annotated[str, typer.Argument(help="What to generate; with --image, how to edit it.")],
     *,
     image: Annotated[list[Path] | None, typer.Option(help="An image to edit; may be given several times.")] = None,
@@ -27,7 +27,7 @@ def generate(
     """Generate an image, or edit one."""
     if n < 1:
         raise ValueError(f"got -n {n}: expected at least 1")
-    height_width = parse_size(size) if size else None
+    height_width = parse_height_width(size) if size else None
     check_writable(out)
     loaded = load_model(model, device, dtype)
     generated = loaded.generate(
@@ -48,7 +48,7 @@ def generate(
         typer.echo(path)
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_height_width(text: str) -> tuple[int, int]:
     """(height, width) from "64x96"."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):

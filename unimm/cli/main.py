@@ -8,12 +8,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from unimm.cli.demo import demo
-from unimm.cli.eval import evaluate
-from unimm.cli.generate import generate
-from unimm.cli.releases import releases
-from unimm.cli.train import train
-from unimm.cli.understand import understand
+from unimm.cli.demo import demo_command
+from unimm.cli.eval import eval_command
+from unimm.cli.generate import generate_command
+from unimm.cli.releases import releases_command
+from unimm.cli.train import train_command
+from unimm.cli.understand import understand_command
 
 USER_ERRORS = (ValueError, NotImplementedError, MemoryError, OSError, FloatingPointError)
 
@@ -37,12 +37,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo)
-app.command("generate")(generate)
-app.command("understand")(understand)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("releases")(releases)
+app.command("demo")(demo_command)
+app.command("generate")(generate_command)
+app.command("understand")(understand_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("releases")(releases_command)
 
 
 def main() -> None:

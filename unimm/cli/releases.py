@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 
-def releases() -> None:
+def releases_command() -> None:
     """List the released checkpoints that are known by name."""
-    from unimm.models.registry import releases as known
+    from unimm.models.registry import releases
 
     # a name that does not fit goes on in the next line, whole, so that it can be copied
     columns = (
@@ -18,7 +18,7 @@ def releases() -> None:
         "where",
     )
     table = Table(*columns)
-    for row in known():
+    for row in releases():
         limit = "" if row.commercial else ", no commercial use"
         where = "hub" if row.hub else "bundled"
         table.add_row(

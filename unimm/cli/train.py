@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from unimm.cli.options import DeviceOption
 
 
-def train(
+def train_command(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of ours.")],
     out: Annotated[Path, typer.Argument(help="Folder for the log, samples, checkpoints and the release.")],
     *,
@@ -29,12 +29,12 @@ def train(
     from unimm import training
     from unimm.training.config import read_recipe
     from unimm.training.tasks.base import build_task
-    from unimm.training.trainer import train as run
+    from unimm.training.trainer import train
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
     config = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
     with log_to_stderr("unimm"):
-        run(build_task(config), config, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
+        train(build_task(config), config, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, load_model
 
 
-def understand(
+def understand_command(
     image: Annotated[Path, typer.Argument(help="An image.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     *,

@@ -1,7 +1,7 @@
 """MMDiT, the transformer of FLUX and Qwen-Image: text and image project apart and attend together.
 
 Esser et al. 2024, arXiv 2403.03206, section 4; docs/originals/blocks.md, "FLUX.1 transformer" and "Qwen-Image
-transformer". What depends on the time and on the text alone is computed once: `Trunk.modulations` for all steps,
+transformer". What depends on the time and on the text alone is computed once: `MMDiT.modulations` for all steps,
 `MMDiTCondition` for an image.
 
 Axes: B batch, L tokens of the image, M of the text, J = M + L of both, text first; D model, H heads, K head, S steps.

@@ -20,11 +20,10 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, parse_dtype, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.release import FamilyFiles, Release
+from unimm.models.registry import detect_family, optional_files
+from unimm.models.release import Components, FamilyFiles, Release
 from unimm.processing.requests import ImageInput
 from unimm.tokenizers.text import TextTokenizer
-
-Components = Mapping[str, str | Path | None]
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class UnifiedModel(nn.Module, ABC):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """The model of a folder's config files, without weights; for another family's folder the error names that
-        one."""
-        from unimm.models.registry import detect_family
+        """The model of a folder's config files, without weights.
 
+        For the folder of another family the error names that family.
+        """
         try:
             return cls._build(folder)
         except (ValueError, KeyError) as error:
@@ -148,8 +147,6 @@ class UnifiedModel(nn.Module, ABC):
         dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they
         are. layout: one of `LAYOUTS`; unless given, the one that the model came in.
         """
-        from unimm.models.registry import optional_files
-
         if layout is not None and layout not in self.LAYOUTS:
             raise ValueError(f"got layout {layout!r}: expected one of {', '.join(self.LAYOUTS)}")
         own, self.checkpoint_layout = self.checkpoint_layout, layout or self.checkpoint_layout

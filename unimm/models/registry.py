@@ -6,14 +6,16 @@ A family's package holds its releases as data, and is imported for them; its cla
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.config_io import read_json
-from unimm.models.base import Components, UnifiedModel
-from unimm.models.release import FamilyFiles, Release
+from unimm.models.release import Components, FamilyFiles, Release
+
+if TYPE_CHECKING:
+    from unimm.models.base import UnifiedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Family:
     absent_key: str | None = None
     required_key: str | None = None
 
-    def load_class(self) -> type[UnifiedModel]:
+    def load_class(self) -> "type[UnifiedModel]":
         """The family's class."""
         return getattr(import_module(f"unimm.models.{self.package}.model"), self.class_name)
 
@@ -130,7 +132,7 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     components: Components | None = None,
-) -> UnifiedModel:
+) -> "UnifiedModel":
     """Load a bundled name, a folder or a hub id, with the class that its config names; options as in `from_pretrained`.
 
     Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
@@ -147,7 +149,7 @@ def detect_family(folder: Path) -> str | None:
     return next((name for name, family in FAMILIES.items() if family.matches(folder, config)), None)
 
 
-def family_class(folder: Path) -> type[UnifiedModel]:
+def family_class(folder: Path) -> "type[UnifiedModel]":
     """The class for a folder, by its config. Raises ValueError where no family knows it."""
     if name := detect_family(folder):
         return FAMILIES[name].load_class()

@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+# parts of a model that come from elsewhere: a folder or hub id by name, None for a part that is left out
+Components = Mapping[str, str | Path | None]
 
 
 @dataclass(frozen=True, kw_only=True)

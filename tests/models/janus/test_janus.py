@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from unimm import ImageTokenSampling, Janus, TextSampling
 from unimm.generation.image_tokens import sample_image_tokens
 from unimm.kernels import attention
-from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, JanusSpecialTokens, padded_unconditional
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, JanusSpecialTokens
 from unimm.models.janus.config import EXPERT
+from unimm.models.janus.processor import padded_unconditional
 from unimm.processing.chat_templates import DEFAULT_SYSTEM_PROMPT
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part

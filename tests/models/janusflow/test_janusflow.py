@@ -20,7 +20,8 @@ from unimm.kernels import attention
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, JanusSpecialTokens
 from unimm.models.janusflow import model as janusflow
 from unimm.models.janusflow.config import EXPERT, SDXL_VAE
-from unimm.models.janusflow.network import bos_unconditional, rows_before_images
+from unimm.models.janusflow.network import rows_before_images
+from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP
 from unimm.models.registry import family_class
 from unimm.nn.patches import patchify

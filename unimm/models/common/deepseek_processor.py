@@ -21,7 +21,7 @@ from unimm.processing.chat_templates import (
 )
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.requests import ImageInput
-from unimm.sequence.parts import Part, image_part, text_part
+from unimm.sequence.parts import Part, image_part
 from unimm.vlms.processor import ChatProcessor
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
@@ -138,11 +138,3 @@ class DeepseekProcessor(ChatProcessor):
         side = self.image_processor.size // self.patch_size * self.patch_size
         tokens = patchify(pixels[:, :side, :side], self.patch_size)
         return image_part("und_image", tokens, torch.arange(len(tokens)), boundary_ids=boundary_ids, causal=True)
-
-
-def padded_unconditional(prompt: Sequence[Part], pad: int) -> list[Part]:
-    """The unconditional prompt for classifier-free guidance: as long as the prompt, pads between its two ends."""
-    length = sum(part.segment.length for part in prompt)
-    first = int(prompt[0].ids[0])
-    last = int(prompt[-1].ids[-1])
-    return [text_part([first, *[pad] * (length - 2), last])]

@@ -23,15 +23,16 @@ from unimm.generation.image_tokens import ImageTokenSampling, sample_image_token
 from unimm.models.base import Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
-from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TOKENS, padded_unconditional
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TOKENS
 from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig
 from unimm.models.janus.network import JanusNetwork
+from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
 from unimm.models.janus.weights import KEY_MAP
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import ImageInput, check_n_images, expand_seeds, parse_requests, parse_scales
-from unimm.sequence.parts import Part, text_part
+from unimm.sequence.parts import Part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.chat import split_last_ids
 
@@ -152,7 +153,8 @@ class Janus(JanusNetwork, DeepseekChatModel):
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )
         seeds = expand_seeds(seed, len(prompts), n_images=n)
-        parts = [self._generation_prompt(text, some) for text, some in zip(prompts, prompt_images, strict=True)]
+        parts = [self.processor.generation_parts(text, some) for text, some in zip(prompts, prompt_images, strict=True)]
+        parts = [with_image_start(one, self.special_tokens.boi) for one in parts]
         tokens = self.generate_image_tokens(
             [one for one in parts for _ in range(n)],
             seeded_generators(seeds),
@@ -162,11 +164,6 @@ class Janus(JanusNetwork, DeepseekChatModel):
         )
         # one by one, so that an image does not depend on the others
         return Generation([tensor_to_pil(self.decode_image_tokens(one[None])[0]) for one in tokens])
-
-    def _generation_prompt(self, text: str, images: Sequence[ImageInput]) -> list[Part]:
-        """The parts of a prompt, up to and with the id that begins an image."""
-        *before, last = self.processor.generation_parts(text, images)
-        return [*before, text_part([*last.ids.tolist(), self.special_tokens.boi])]
 
 
 def _key(prompt: Sequence[Part]) -> Hashable:

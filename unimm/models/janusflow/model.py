@@ -16,15 +16,17 @@ from torch import Tensor
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
-from unimm.models.base import ComponentModel, Components, Generation
+from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
 from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
-from unimm.models.janusflow.network import JanusFlowNetwork, bos_unconditional
+from unimm.models.janusflow.network import JanusFlowNetwork
+from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
+from unimm.models.release import Components
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import ImageInput, check_n_images, expand_seeds, parse_requests, parse_scales
 from unimm.sequence.parts import Part

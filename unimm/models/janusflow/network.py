@@ -10,8 +10,7 @@ Axes: N packed rows, B images or branches of them, n tokens of an image, D model
 of its grid of tokens, p patch (latents a token, along each side).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -22,12 +21,13 @@ from unimm.generation.flow import add_noise
 from unimm.kernels import attention
 from unimm.models.common.deepseek_chat import DeepseekNetwork
 from unimm.models.janusflow.config import TIME_SCALE, JanusFlowConfig
+from unimm.models.janusflow.processor import noised_part
 from unimm.models.janusflow.uvit import ShallowUViTDecoder, ShallowUViTEncoder
 from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
 from unimm.nn.layers import RMSNorm
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import ImageTokens, PackedBatch
-from unimm.sequence.parts import Part, image_part, position_gap, text_part
+from unimm.sequence.parts import Part
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.vlms.llama_layout import EXPERT
 
@@ -50,24 +50,6 @@ class UViTFeatures:
 
     def __getitem__(self, images: Tensor) -> "UViTFeatures":
         return UViTFeatures(self.time_embed[images], self.token_embeds[images], self.skip[images])
-
-
-def noised_part(tokens: Tensor, boi: int, *, timestep: float) -> Part:
-    """The tokens [n, p*p*C] of a latent to be noised up to a timestep; the time takes the row of the id before them.
-
-    Later parts do not see it and their positions do not count it, so copies of an image at other timesteps may follow
-    the same prompt, with the result of each alone.
-    """
-    part = image_part(
-        "gen_image", tokens, torch.arange(len(tokens)), boundary_ids=(boi,), causal=True, timestep=timestep, noised=True
-    )
-    return replace(part, segment=replace(part.segment, advance=0))
-
-
-def bos_unconditional(prompt: Sequence[Part]) -> list[Part]:
-    """The unconditional prompt for classifier-free guidance: the prompt's first id, and a gap until where it ends."""
-    length = sum(part.segment.length for part in prompt)
-    return [text_part([int(prompt[0].ids[0])]), position_gap(length - 1)]
 
 
 def first_tokens(tokens: ImageTokens) -> Tensor:

@@ -30,13 +30,14 @@ from unimm.denoisers.sana import SanaCondition
 from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.prefill import plan_prefill
-from unimm.models.base import ComponentModel, Components, Generation
+from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.metaquery import FILES, RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
+from unimm.models.release import Components
 from unimm.processing.images.io import load_image, tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,

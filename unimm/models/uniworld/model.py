@@ -24,8 +24,9 @@ from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_laten
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.text_sampling import TextSampling
-from unimm.models.base import ComponentModel, Components, Generation
+from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
+from unimm.models.release import Components
 from unimm.models.uniworld import FILES, RELEASES
 from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
 from unimm.models.uniworld.config import TASK_HEAD_FILES, UniWorldConfig

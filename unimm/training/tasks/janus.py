@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from unimm.data.batching import gen_token_counts, kind_indices, label_counts, mean_by_kind, stack_images
 from unimm.data.shapes import Example
-from unimm.models.common.deepseek_processor import padded_unconditional
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.model import Janus
 from unimm.models.janus.network import Projector
+from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
 from unimm.training.config import TrainConfig, from_mapping
@@ -85,9 +85,7 @@ class JanusDataset(DeepseekChatDataset):
         special = self.processor.special_tokens
         if rng.random() < self.options.dropout:
             # pads between the first id and the image's begin token, which the image's part brings
-            *before, last = prompt
-            with_boi = [*before, text_part([*last.ids.tolist(), special.boi])]
-            (pads,) = padded_unconditional(with_boi, special.pad)
+            (pads,) = padded_unconditional(with_image_start(prompt, special.boi), special.pad)
             prompt = [text_part(pads.ids[:-1].tolist())]
         positions = torch.arange(self.tokens_per_image)
         tokens = torch.stack((torch.full_like(positions, len(targets)), positions), -1)

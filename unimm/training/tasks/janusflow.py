@@ -33,7 +33,7 @@ from unimm.data.batching import (
 from unimm.data.shapes import Example
 from unimm.models.janusflow.config import JanusFlowConfig
 from unimm.models.janusflow.model import JanusFlow
-from unimm.models.janusflow.network import bos_unconditional, noised_part
+from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
 from unimm.training.config import TrainConfig, from_mapping
