@@ -289,3 +289,63 @@ def test_saving_a_uniworld_without_what_was_there_before(tmp_path):
     uniworld().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds text_encoder/config.json, .*tokenizer_2.* of another model"):
         uniworld(clip=False, t5=False).save_pretrained(tmp_path)
+
+
+# ---- what is no text, no image, no number
+
+
+NAMES = ["bagel-nano", "janus-nano", "janusflow-nano", "metaquery-nano", "uniworld-nano"]
+USER = {"role": "user", "content": "what is it?"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_other_types(name):
+    model = unimm.load(name)
+    for n in (1.5, "2", None):
+        with pytest.raises(ValueError, match="got n .*a whole number"):
+            model.generate("a red circle", n=n)
+    assert len(model.generate("a red circle", n=np.int64(2)).images) == 2
+    for guidance in ("x", [[1.0]]):
+        with pytest.raises(ValueError, match="got guidance"):
+            model.generate("a red circle", guidance=guidance)
+    for call in (model.generate, lambda text, images: model.understand(images, text)):
+        with pytest.raises(ValueError, match="got an image of type NoneType"):
+            call("make it red", images=[None])
+    for steps in (1.5, "2", [2]) if model.supports_steps else ():
+        with pytest.raises(ValueError, match="got steps .*a whole number"):
+            model.generate("a red circle", steps=steps)
+
+
+@pytest.mark.parametrize("messages", [5, "hi", iter([USER]), [5], [None], [[USER], None]], ids=range(6))
+def test_conversations_of_other_types(janus, messages):
+    with pytest.raises(ValueError, match=r"for a conversation: expected a list of messages"):
+        janus.chat(messages)
+
+
+def test_chat_of_what_is_no_text(janus):
+    with pytest.raises(ValueError, match="got a prompt that is no text"):
+        janus.chat([{**USER, "content": "half \ud800"}])
+    for system in (5, b"x", ["be brief"]):
+        with pytest.raises(ValueError, match="got system"):
+            janus.chat([USER], system=system)
+
+
+@pytest.mark.parametrize("folder", [".", "", "../there"])
+def test_saving_into_the_folder_one_stands_in(tmp_path, monkeypatch, janus, folder):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    janus.save_pretrained(folder)
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["there"], "nothing is left beside"
+
+
+def test_options_of_other_types():
+    for negative in (5, None, ["a", 5]):
+        with pytest.raises(ValueError, match="for a prompt: expected a text|negative prompts for 1"):
+            unimm.load("metaquery-nano").generate("a red circle", negative_prompt=negative)
+    model = unimm.load("uniworld-nano")
+    with pytest.raises(ValueError, match="got image_embeds_shortcut 'x'"):
+        model.generate("a red circle", images=picture(), image_embeds_shortcut="x")
+    for prompt in (5, None, ["a red circle"]):
+        with pytest.raises(ValueError, match="respond takes one at a time"):
+            model.respond(prompt)

@@ -1,5 +1,6 @@
 """Files and folders that are written beside their final path and then moved into it, whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ def atomic_directory(
     ValueError where `folder` holds such files that are not replaced: they are of another model and would be read with
     this one. replace: whether the new folder takes the place of the whole old one instead.
     """
-    folder = folder.expanduser()
+    folder = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - of "." and "..", the name to write beside
     folder.parent.mkdir(parents=True, exist_ok=True)
     if replace:
         _clean_up(folder)

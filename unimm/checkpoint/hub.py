@@ -50,7 +50,7 @@ def resolve(
             warn_licence(str(name), licence)
         patterns = [*DOWNLOAD_PATTERNS, *more_files]
         return _download(str(name), revision, patterns, weights=weights, subfolders=subfolders)
-    names = (*bundled_names(), *known_names)
+    names = tuple(dict.fromkeys((*bundled_names(), *known_names)))
     nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
         f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; "

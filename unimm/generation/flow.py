@@ -9,6 +9,7 @@ Axes: P images, or rows of packed images; S steps; N rows; C channels.
 
 from collections.abc import Callable, Iterator
 from math import exp, expm1, inf, log
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -68,10 +69,10 @@ def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) ->
 
 
 def _check_schedule(steps: int, shift: float) -> None:
-    if steps < 1:
-        raise ValueError(f"got steps {steps}: expected at least 1")
-    if not 0 < shift < inf:
-        raise ValueError(f"got shift {shift}: expected a positive number (1 is none)")
+    if not isinstance(steps, SupportsIndex) or steps < 1:
+        raise ValueError(f"got steps {steps!r}: expected at least 1, a whole number")
+    if not isinstance(shift, SupportsFloat) or not 0 < shift < inf:
+        raise ValueError(f"got shift {shift!r}: expected a positive number (1 is none)")
 
 
 def integer_timesteps(uniform: Tensor, *, train_steps: int = 1000) -> Tensor:

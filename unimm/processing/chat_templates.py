@@ -38,6 +38,10 @@ def parse_messages(messages: Sequence[Message], *, placeholder: str, separator: 
     Raises ValueError for bad messages, for images that do not match the placeholders, and for images that cannot be
     read.
     """
+    if not isinstance(messages, list | tuple):
+        raise ValueError(
+            f"got {messages!r:.80} for a conversation: expected a list of messages, the last one the user's"
+        )
     parsed = [_parse_message(message, placeholder, separator) for message in messages]
     if not parsed or parsed[-1].role != "user":
         raise ValueError(
@@ -49,11 +53,11 @@ def parse_messages(messages: Sequence[Message], *, placeholder: str, separator: 
 
 def _parse_message(message: Message, placeholder: str, separator: str) -> ChatMessage:
     role, content, images = parse_message(message, placeholder=placeholder, separator=separator)
-    pieces: list[str | Image.Image] = []
-    for text, image in zip(content.split(placeholder), [*images, None], strict=True):
-        pieces += [text] if text else []
-        pieces += [] if image is None else [load_image(image)]
-    return ChatMessage(role, pieces)
+    first, *texts = content.split(placeholder)
+    pieces: list[str | Image.Image] = [first]
+    for text, image in zip(texts, images, strict=True):
+        pieces += [load_image(image), text]
+    return ChatMessage(role, [piece for piece in pieces if piece != ""])
 
 
 # ---- prompts to parts

@@ -5,9 +5,10 @@ was expected.
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
             f"got the message {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and, if "
             "any, images"
         )
-    role, content, images = message["role"], message["content"], _as_list(message.get("images"))
+    role, images = message["role"], _as_list(message.get("images"))
+    (content,) = parse_prompts(message["content"])
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
     return role, place_images(content, images, placeholder=placeholder, separator=separator), images
@@ -106,17 +108,17 @@ def broadcast(value: Any, n_prompts: int, noun: str) -> list:
 
 def parse_scales(value: Any, n_prompts: int, noun: str, *, n_images: int = 1) -> list[float]:
     """A guidance scale of 0 or more for each image, from one for all or one a prompt; images of a prompt share it."""
-    scales = [float(scale) for scale in broadcast(value, n_prompts, noun) for _ in range(n_images)]
-    if not all(scale >= 0 for scale in scales):
+    given = broadcast(value, n_prompts, noun)
+    if not all(isinstance(scale, SupportsFloat) and 0 <= float(scale) < inf for scale in given):
         raise ValueError(f"got {noun} {value}: expected scales of 0 or more")
-    return scales
+    return [float(scale) for scale in given for _ in range(n_images)]
 
 
 def check_n_images(n: int) -> int:
     """The number of images of each prompt, at least 1."""
-    if n < 1:
-        raise ValueError(f"got n {n}: expected at least 1 image of each prompt")
-    return n
+    if not isinstance(n, SupportsIndex) or n < 1:
+        raise ValueError(f"got n {n!r}: expected at least 1 image of each prompt, a whole number")
+    return index(n)
 
 
 def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:

@@ -81,10 +81,12 @@ class MLLMChat(CausalLM):
         the last one is the user's. system: in place of the model's own system prompt, "" for none. Returns a str, a
         list of them for a batch, or (`stream`) an iterator of pieces. Raises ValueError for bad input.
         """
-        if not messages or isinstance(messages, Mapping):
+        if not messages or not isinstance(messages, list | tuple):
             raise ValueError(
-                f"got {messages!r} for a conversation: expected a list of messages, the last one the user's"
+                f"got {messages!r:.80} for a conversation: expected a list of messages, the last one the user's"
             )
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"got system {system!r}: expected a text, or None for the model's own")
         is_single = isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_single else list(messages)
         if stream and len(conversations) != 1:

@@ -2,7 +2,7 @@
 
 Axes as in attention.py: N query rows, M key rows, H query heads, G key/value heads, K head.
 
-Work is cut into tiles of `rows` x `keys`. The schedule (`Runs`) lists, for a block of one axis, the runs of consecutive
+Work is cut into tiles of `rows` x `keys`. The schedule (`TileRuns`) lists, for a block of one axis, the runs of consecutive
 tiles of the other axis that are fully visible, computed with no mask and no bounds check, and those partly visible,
 where the key ranges make the mask. Empty tiles are never visited. Runs, not a list of tiles: an address that depends
 on a load in the same iteration keeps the compiler from fetching more than one tile ahead.

@@ -268,7 +268,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)
-        check_n_images(n)
+        n = check_n_images(n)
         defaults = self.config.defaults
         scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
         options = BagelImageOptions(

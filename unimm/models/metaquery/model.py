@@ -45,6 +45,7 @@ from unimm.processing.requests import (
     check_n_images,
     check_size,
     expand_seeds,
+    parse_prompts,
     parse_requests,
     parse_scales,
 )
@@ -235,7 +236,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         image_scales = parse_scales(
             config.image_guidance if image_guidance is None else image_guidance, n_prompts, "image guidances"
         )
-        negative_prompts = broadcast(negative_prompt, n_prompts, "negative prompts")
+        negative_prompts = parse_prompts(broadcast(negative_prompt, n_prompts, "negative prompts"))
         noise = self._initial_noise(size, expand_seeds(seed, n_prompts, n_images=n))
         batch = ConditionBatch(self.processor)
         branches = [

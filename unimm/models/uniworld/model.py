@@ -10,6 +10,7 @@ grid, k reference images, S steps.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import SupportsFloat
 
 import torch
 from einops import rearrange
@@ -46,7 +47,6 @@ from unimm.processing.requests import (
     check_n_images,
     check_size,
     expand_seeds,
-    parse_images,
     parse_requests,
     parse_scales,
 )
@@ -319,8 +319,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         """
         prompts, image_lists = parse_requests(prompt, images)
         input_images = [[load_image(image) for image in some] for some in image_lists]
-        if not 0 <= image_embeds_shortcut <= 1:
-            raise ValueError(f"got image_embeds_shortcut {image_embeds_shortcut}: expected 0 to 1")
+        if not isinstance(image_embeds_shortcut, SupportsFloat) or not 0 <= image_embeds_shortcut <= 1:
+            raise ValueError(f"got image_embeds_shortcut {image_embeds_shortcut!r}: expected 0 to 1")
         options = self._image_options(
             len(prompts),
             n=n,
@@ -387,7 +387,9 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
 
         Returns a str or a Generation. Raises ValueError for bad input, and for a checkpoint without the head.
         """
-        (image_list,) = parse_images(images, prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text; respond takes one at a time")
+        _, (image_list,) = parse_requests(prompt, images)
         input_images = [load_image(image) for image in image_list]
         options = self._image_options(1, size=size, seed=seed, steps=steps, guidance=guidance, progress=progress)
         (output,) = self.encode_prompts([self.processor.prompt_parts(prompt, input_images)])

@@ -6,7 +6,7 @@ It needs no weights, so that training prepares batches in other processes. docs/
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 from PIL import Image
 
@@ -74,8 +74,8 @@ class UniWorldImageOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"got steps {self.steps}: expected at least 1")
+        if not isinstance(self.steps, SupportsIndex) or self.steps < 1:
+            raise ValueError(f"got steps {self.steps!r}: expected at least 1, a whole number")
         if self.reference_latents not in (None, *get_args(ReferenceLatents)):
             raise ValueError(
                 f"got reference_latents {self.reference_latents!r}: expected None, 'tokens' or 'condition'"
