@@ -244,6 +244,24 @@ def test_nothing_of_this_in_the_package(path):
 
 
 @each_file
+def test_one_statement_a_line(path):
+    """`a, b = x, y` is for a swap; kernels' launchers apart, whose names stand in rows by what they are."""
+    if path.name.endswith("_triton.py"):
+        return
+    pairs = [
+        (node.targets[0], node.value)
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    ]
+    packed = [
+        ast.unparse(target)
+        for target, value in pairs
+        if {ast.unparse(one) for one in target.elts} != {ast.unparse(one) for one in value.elts}
+    ]
+    assert not packed
+
+
+@each_file
 def test_docstrings(path):
     tree = TREES[path]
     assert ast.get_docstring(tree) or not path.read_text().strip(), "a file says in its first line what it is for"

@@ -456,7 +456,7 @@ def test_errors_name_the_remedy() -> None:
         (lambda: parse_scene(np.zeros((64, 64, 3))), "expected uint8 \\[64, 64, 3\\]: resize and round"),
         (lambda: parse_scene(np.zeros((32, 32, 3), np.uint8)), "got an image of uint8 \\[32, 32, 3\\]"),
         (lambda: judge(example("draw.one", 0), "a red circle"), "pass its pixels"),
-        (lambda: judge(example("caption", 0), np.zeros((64, 64, 3), np.uint8)), "pass the text"),
+        (lambda: judge(example("caption", 0), np.zeros((64, 64, 3), np.uint8)), "pass the generated text"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -27,7 +27,8 @@ class DecodeSession:
         self.decoder = decoder
         self.capacity = capacity
         self.n_written = 0
-        dtype, self.device = decoder.embed.weight.dtype, decoder.embed.weight.device
+        dtype = decoder.embed.weight.dtype
+        self.device = decoder.embed.weight.device
         wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
         self.buffer = allocate_kv_buffer(decoder, caches, [capacity] * len(caches), dtype=wide)
         self.prefix_lengths = [cache.length for cache in caches]

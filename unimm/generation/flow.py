@@ -148,7 +148,8 @@ class DPMSolverPP:
 def dpm_solver_pp(velocity: Velocity, noise: Tensor, timesteps: Tensor, *, progress: bool = False) -> Tensor:
     """Steps of DPM-Solver++ of images from noise [P, ...] to data along one schedule [S + 1]; fewer do than of
     Euler's."""
-    solver, x = DPMSolverPP(), noise
+    solver = DPMSolverPP()
+    x = noise
     for t, next_t in timestep_pairs(timesteps, len(x), progress=progress):
         x = solver.step(x, velocity(x, t), t, next_t)
     return x

@@ -18,7 +18,9 @@ class TaylorSeer:
     """
 
     def __init__(self, *, warmup: int = 5, interval: int = 3, order: int = 6):
-        self.warmup, self.interval, self.order = warmup, interval, order
+        self.warmup = warmup
+        self.interval = interval
+        self.order = order
         self.n_steps: dict[Branch, int] = {}
         self.last_computed: dict[Branch, int] = {}  # the step of the last forward
         self.series: dict[Branch, list[Tensor]] = {}
@@ -47,10 +49,12 @@ class TaylorSeer:
         """F_0 = computed, F_i+1 = (F_i - old F_i) / steps since; the orders grow only once the run has settled (step >
         3).
         """
-        old, series = self.series.get(branch, []), [computed]
+        old = self.series.get(branch, [])
+        series = [computed]
         for i in range(min(self.order, len(old)) if step > 3 else 0):
             series.append((series[i] - old[i]) / (step - self.last_computed[branch]))
-        self.series[branch], self.last_computed[branch] = series, step
+        self.series[branch] = series
+        self.last_computed[branch] = step
 
     def _extrapolate(self, branch: Branch, distance: int) -> Tensor:
         terms = [f * (distance**i / factorial(i)) for i, f in enumerate(self.series[branch])]

@@ -47,7 +47,8 @@ def use_kernels(name: str) -> Iterator[None]:
     ValueError, with the reason, when an op is called.
     """
     global _graph_backend  # noqa: PLW0603 - compiled graphs are guarded by a global, not by a ContextVar
-    token, before = _context_backend.set(_check_backend(name)), _graph_backend
+    token = _context_backend.set(_check_backend(name))
+    before = _graph_backend
     _graph_backend = name
     try:
         yield

@@ -119,7 +119,8 @@ class UnifiedModel(nn.Module, ABC):
         if unknown := sorted((components or {}).keys() - set(cls.COMPONENTS)):
             known = ", ".join(cls.COMPONENTS) or "none"
             raise ValueError(f"got components {', '.join(unknown)} for a {cls.__name__}: expected {known}")
-        dtype, device = parse_dtype(dtype), torch.device(device)
+        dtype = parse_dtype(dtype)
+        device = torch.device(device)
         folder = hub.resolve(
             name,
             revision=revision,
@@ -149,7 +150,8 @@ class UnifiedModel(nn.Module, ABC):
         """
         if layout is not None and layout not in self.LAYOUTS:
             raise ValueError(f"got layout {layout!r}: expected one of {', '.join(self.LAYOUTS)}")
-        own, self.checkpoint_layout = self.checkpoint_layout, layout or self.checkpoint_layout
+        own = self.checkpoint_layout
+        self.checkpoint_layout = layout or self.checkpoint_layout
         files, folders = optional_files()
         try:
             with atomic_directory(Path(folder), optional_files=files, optional_folders=folders) as partial:

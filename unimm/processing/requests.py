@@ -62,7 +62,8 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
             f"got the message {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and, if "
             "any, images"
         )
-    role, images = message["role"], _as_list(message.get("images"))
+    role = message["role"]
+    images = _as_list(message.get("images"))
     (content,) = parse_prompts(message["content"])
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")

@@ -81,7 +81,8 @@ def image_part(
     own. Later parts do not see a noised image. Frames of a video are the exception, video_frame = (positions to the
     next frame, whether it shares a block with the frame before): later parts see them, noised as they are.
     """
-    length, n = len(tokens) + len(boundary_ids), len(boundary_ids)
+    length = len(tokens) + len(boundary_ids)
+    n = len(boundary_ids)
     advance, joined = video_frame or (length if causal else 0 if noised else 1, False)
     visible = video_frame is not None or not noised
     attention: Literal["causal", "full"] = "causal" if causal else "full"

@@ -72,7 +72,10 @@ def build_layout(
     """
     prefixes = prefixes or [CachedPrefix()] * len(samples)
     row = 0
-    starts, next_positions, positions, key_ranges = [], [], [], []
+    starts = []
+    next_positions = []
+    positions = []
+    key_ranges = []
     for segments, prefix in zip(samples, prefixes, strict=True):
         position = prefix.next_position
         sample_starts = []

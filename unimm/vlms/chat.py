@@ -130,7 +130,8 @@ class MLLMChat(CausalLM):
 
 def split_last_ids(prompts: Sequence[Sequence[Part]]) -> tuple[list[list[Part]], list[int]]:
     """Prompts that end with a text part without their last ids, and these ids: the first that decoding is fed."""
-    before, last_ids = [], []
+    before = []
+    last_ids = []
     for *parts, last in prompts:
         *ids, last_id = last.ids.tolist()
         before.append([*parts, text_part(ids)] if ids else parts)

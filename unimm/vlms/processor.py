@@ -15,7 +15,8 @@ from unimm.processing.requests import Message
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.tokenizers.text import TextTokenizer, special_token
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
 
 
 @dataclass(frozen=True, kw_only=True)

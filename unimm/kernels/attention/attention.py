@@ -34,7 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         _check_shapes(q, k, v, mask)
     q, k, v = autocast_tensors(q, k, v)
     n_keys = mask.ranges.shape[2] if compiling else mask.n_keys
-    k, v = k[:n_keys], v[:n_keys]
+    k = k[:n_keys]
+    v = v[:n_keys]
     backend = resolve_backend("attention", q, k, v)
     if backend == "reference":
         return attention_reference(q, k, v, mask)
@@ -337,9 +338,12 @@ def _cached_mask(content: bytes, shape: tuple[int, ...], n_queries: int | None, 
 
 def _forward_without_triton(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     calls, result_rows = mask.sdpa_calls
-    outs, sums = [], []
+    outs = []
+    sums = []
     for call in calls:
-        qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
+        qs = _gather_heads(q, call.q_rows, k)
+        ks = _gather_heads(k, call.k_rows)
+        vs = _gather_heads(v, call.k_rows)
         scores = _scores(qs, ks, call)
         lse = scores.logsumexp(-1, keepdim=True)
         p = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp_().to(v.dtype)
@@ -356,7 +360,9 @@ def _backward_without_triton(
     """FlashAttention-2, algorithm 2 (arXiv 2307.08691), call by call: p from lse, ds = p * (dp - sum(o * do))."""
     calls, result_rows = mask.sdpa_calls
     wide = _accumulation_dtype(q)
-    dqs, dk, dv = [], torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dqs = []
+    dk = torch.zeros_like(k, dtype=wide)
+    dv = torch.zeros_like(v, dtype=wide)
     sizes = [call.q_rows.numel() for call in calls]
     rows = sum(sizes)
     # in the order of the calls; lse is inf, and so p = 0, for padding rows and rows that attend to nothing
@@ -366,7 +372,9 @@ def _backward_without_triton(
     do = do.new_zeros(rows, *do.shape[1:]).index_copy_(0, result_rows, do)
     for call, lse_, delta_, do_ in zip(calls, *(x.split(sizes) for x in (lse, delta, do)), strict=True):
         b, n = call.q_rows.shape
-        qs, ks, vs = _gather_heads(q, call.q_rows, k), _gather_heads(k, call.k_rows), _gather_heads(v, call.k_rows)
+        qs = _gather_heads(q, call.q_rows, k)
+        ks = _gather_heads(k, call.k_rows)
+        vs = _gather_heads(v, call.k_rows)
         shape = dict(b=b, g=k.shape[1])
         lse_, delta_ = (rearrange(x, "(b n) (g r) -> b g (r n) 1", **shape) for x in (lse_, delta_))
         do_ = rearrange(do_, "(b n) (g r) k -> b g (r n) k", **shape)

@@ -218,7 +218,8 @@ class AttentionMask:
     def from_table(table: Tensor, device: torch.device | str = "cpu") -> "AttentionMask":
         """The mask that `table` describes."""
         samples: list[list[KeyRange]] = []
-        query_lengths, key_starts = [], []
+        query_lengths = []
+        key_starts = []
         for kind, a, b, c in table.tolist():
             if kind == 1:
                 samples.append([])
@@ -294,7 +295,9 @@ class AttentionMask:
             if self.query_lengths[i]:  # a sample may have no queries
                 buckets.setdefault(_round_up(n_k, BUCKET_ROW_MULTIPLE), []).append(i)
         ranges = self.spans.ranges()[0]
-        calls, result_rows, total = [], np.empty(self.n_queries, np.int64), 0
+        calls = []
+        result_rows = np.empty(self.n_queries, np.int64)
+        total = 0
         for samples in buckets.values():
             # few different shapes: oneDNN compiles a matrix product for each new one, which costs more than padding
             b = _round_up(len(samples), BUCKET_SAMPLE_MULTIPLE)
@@ -306,7 +309,8 @@ class AttentionMask:
             ]
             sizes += [(0, 0, 0, self.key_starts[samples[0]])] * (b - len(samples))
             n_q, n_k, q_start, k_start = np.array(sizes).T[:, :, None]
-            row, key = np.arange(n)[None], np.arange(m)[None]
+            row = np.arange(n)[None]
+            key = np.arange(m)[None]
             q_rows = np.where(row < n_q, row + q_start, 0)
             # padding keys point at a written row: unwritten rows of a buffer may hold nan
             k_rows = k_start + np.where(key < n_k, key, 0)
@@ -321,7 +325,8 @@ class AttentionMask:
 
     def _unpadded_calls(self) -> tuple[list[SDPACall], Tensor]:
         """A call for at most `MAX_CALL_ROWS` rows of a range, over just the keys that some of them attend to."""
-        ranges, calls = self.spans.ranges(), []
+        ranges = self.spans.ranges()
+        calls = []
         for row, row_end, key, key_end in self._query_chunks():
             first, last = ranges[:, :, key:key_end].transpose(1, 0, 2)
             keys = np.flatnonzero(((first < row_end) & (last > row)).any(0))
@@ -341,7 +346,8 @@ class AttentionMask:
         for key_ranges, n, m, q, k in self._numbered_samples():
             end = q + n - m  # where the sample would begin if all its rows were queries
             for one in key_ranges:
-                row, end = max(end, q), end + one.length
+                row = max(end, q)
+                end = end + one.length
                 for at in range(row, end, MAX_CALL_ROWS):
                     yield at, min(at + MAX_CALL_ROWS, end), k, k + m
 
@@ -352,7 +358,8 @@ class AttentionMask:
             cached = m - n
             at = 0
             for one in key_ranges:
-                begin, at = at, at + one.length
+                begin = at
+                at = at + one.length
                 last = q + max((m if one.visible else at) - cached, 0)
                 queries = (
                     at if one.full else min(max(begin, cached), at)

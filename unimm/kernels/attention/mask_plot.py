@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 
-BACKGROUND, MASKED = (255, 255, 255), (233, 233, 233)
-CAUSAL, FULL, INVISIBLE = (47, 93, 145), (217, 119, 42), (63, 142, 92)  # the colour of an attended key, by its range
+BACKGROUND = (255, 255, 255)
+MASKED = (233, 233, 233)
+# the colour of an attended key, by its range
+CAUSAL = (47, 93, 145)
+FULL = (217, 119, 42)
+INVISIBLE = (63, 142, 92)
 PARTIAL = 0.55  # how far a partly visible tile fades to the background, where tiles are marked
 
 
@@ -25,7 +29,8 @@ def plot_mask(mask: "AttentionMask", *, size: int = 480, tiles: tuple[int, int] 
     are grey, and lines part the samples. With `tiles` (rows, keys) each tile has a border, empty tiles, which are never
     visited, are blank, and partly visible ones are pale.
     """
-    n, m = mask.n_queries, mask.n_keys
+    n = mask.n_queries
+    m = mask.n_keys
     if not n or not m:
         raise ValueError(f"got a mask of {n} rows and {m} keys: expected some of each")
     scale = size / max(n, m)

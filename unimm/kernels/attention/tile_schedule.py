@@ -88,7 +88,9 @@ class KeySpans:
         step = np.pad(step, ((0, 0), (0, 0), (0, 1)))  # the last key may be a span of its own
         steps = np.where(length > 1, step[:, :, start], 0)
         kept = (length > 1) | (ranges[:, 1, start] > ranges[:, 0, start]).any(0)
-        start, length, steps = start[kept], length[kept], steps[:, :, kept]
+        start = start[kept]
+        length = length[kept]
+        steps = steps[:, :, kept]
         (first, last), (first_step, last_step) = (x.transpose(1, 2, 0) for x in (ranges[:, :, start], steps))
         return cls(start, length, first, last, first_step, last_step, n_queries, n_keys)
 
@@ -125,7 +127,8 @@ class KeySpans:
         ranges of a key are apart: so counts of keys are sums over pieces, and sums over intervals are two entries and a
         running sum.
         """
-        n_i, n_j = -(-self.n_queries // rows), -(-self.n_keys // keys)
+        n_i = -(-self.n_queries // rows)
+        n_j = -(-self.n_keys // keys)
         span, i = _repeat_index(-(-(self.start + self.length) // keys) - self.start // keys)
         tile = self.start[span] // keys + i
         # the piece's first and last key, counted from the span's start
@@ -137,10 +140,12 @@ class KeySpans:
             bounds = (self.first, self.last, self.first_step, self.last_step)
             first, last, first_step, last_step = (x[span, r] for x in bounds)
             # tiles of rows that attend to some key of the piece
-            i_begin, i_end = (first + begin * first_step) // rows, -(-(last + end * last_step) // rows)
+            i_begin = (first + begin * first_step) // rows
+            i_end = -(-(last + end * last_step) // rows)
             _add_interval(n_any, line, i_begin, np.maximum(i_begin, i_end), np.ones_like(tile))
             # tiles of rows that attend to all of them
-            i_begin, i_end = -(-(first + end * first_step) // rows), (last + begin * last_step) // rows
+            i_begin = -(-(first + end * first_step) // rows)
+            i_end = (last + begin * last_step) // rows
             _add_interval(n_all, line, i_begin, np.maximum(i_begin, i_end), end - begin + 1)
         n_any, n_all = (x.reshape(n_j, n_i + 1).cumsum(1)[:, :n_i].T for x in (n_any, n_all))
         full = n_all == keys

@@ -105,14 +105,16 @@ class LatentDenoiser:
         return self._rows[key]
 
     def _plan_rows(self, branches: tuple[Branch, ...]) -> BranchRows:
-        device, total = self.position_ids.device, sum(self.n_tokens)
+        device = self.position_ids.device
+        total = sum(self.n_tokens)
         lengths = tuple(self.n_tokens[i] for i, _ in branches)
         prefixes = [self._buffer.prefix(self._slots[branch]) for branch in branches]
         # nothing follows these rows: they are overwritten at the next step, and the position does not move past them
         segments = [[Segment(length=n + 2, attention="full", visible=False, advance=0)] for n in lengths]
         layout = build_layout(segments, prefixes, device=device)
         spans = torch.arange(total).split(self.n_tokens)
-        boi, eoi = torch.tensor([total]), torch.tensor([total + 1])
+        boi = torch.tensor([total])
+        eoi = torch.tensor([total + 1])
         source = torch.cat([torch.cat((boi, spans[i], eoi)) for i, _ in branches]).to(device)
         by_expert = {"und": (source >= total).nonzero().squeeze(1), "gen": (source < total).nonzero().squeeze(1)}
         attend = self._buffer.attend(prefixes, layout.mask)

@@ -122,7 +122,8 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     def _input_image_parts(self, image: ImageInput, generator: torch.Generator, *, latents: bool) -> ImageParts:
         """`image_parts` of an input image, its posterior drawn by the generator."""
-        pil, vae = load_image(image), self.config.vae
+        pil = load_image(image)
+        vae = self.config.vae
         width, height = self.config.vae_transform.output_size(pil.width, pil.height)
         shape = vae.latent_channels, height // vae.stride, width // vae.stride
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -222,7 +223,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         self, contexts: Sequence[CFGContexts], generators: Sequence[torch.Generator], options: BagelImageOptions
     ) -> list[Image.Image]:
         """An image after each context: guided as an edit where images came before."""
-        defaults, stride = self.config.defaults, self.config.latent_downsample
+        defaults = self.config.defaults
+        stride = self.config.latent_downsample
         sizes = [options.size or one.image_size or defaults.size for one in contexts]
         sizes = [check_size(size, stride, stride * self.config.latent_grid) for size in sizes]
         usual = [defaults.edit_guidance if one.image_size else defaults.generate_guidance for one in contexts]
@@ -312,7 +314,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         questions, input_images = parse_requests(question, images)
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
-        n, defaults = len(questions), self.config.defaults
+        n = len(questions)
+        defaults = self.config.defaults
         contexts = self.start_contexts(n, defaults.think_understand_prompt if think else None)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
         contexts = self.append_text(contexts, self.text_parts(questions))

@@ -74,7 +74,8 @@ class BagelNetwork(CausalLM):
 
     def embed(self, batch: PackedBatch, noise: Tensor | None = None) -> Tensor:
         """Every row of a batch, in its order [N, D]; latent tokens are mixed with `noise` [n, C] by their timesteps."""
-        parts, rows = {"text": self.decoder.embed(batch.ids)}, {"text": batch.id_rows}
+        parts = {"text": self.decoder.embed(batch.ids)}
+        rows = {"text": batch.id_rows}
         if batch.und_images:
             parts["und_image"] = self.encode_vit(batch.und_images)
             rows["und_image"] = batch.und_images.rows

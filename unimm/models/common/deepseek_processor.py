@@ -26,7 +26,8 @@ from unimm.vlms.processor import ChatProcessor
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
-ROLES, PLAIN_ROLES = ("<|User|>", "<|Assistant|>"), ("User", "Assistant")
+ROLES = ("<|User|>", "<|Assistant|>")
+PLAIN_ROLES = ("User", "Assistant")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,8 @@ def _transformers_vq(top: Mapping[str, Any], encoder: TimmEncoderConfig, dim: in
 
 def transformers_key_map(aligner_depth: int, gen_aligner_depth: int) -> KeyMap:
     """The key map of transformers' layout; the aligners have `aligner_depth` and `gen_aligner_depth` linears."""
-    block, ours = "model.vision_model.encoder.layers.{}.", "vision.trunk.blocks.{}."
+    block = "model.vision_model.encoder.layers.{}."
+    ours = "vision.trunk.blocks.{}."
     vision = renames(
         {
             "model.vision_model.embeddings.patch_embedding.{}": "vision.trunk.patch_embed.proj.{}",

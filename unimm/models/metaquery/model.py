@@ -99,7 +99,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         embedding_key = self.mllm_spec.embedding_key(self.config.mllm)
         rows = shapes.get(embedding_key, (self.config.embedding_rows,))[0]
         if rows != self.config.embedding_rows:
-            vocab, n = self.config.mllm.decoder.vocab_size, self.config.n_queries
+            vocab = self.config.mllm.decoder.vocab_size
+            n = self.config.n_queries
             raise CheckpointError(
                 f"{embedding_key} has {rows} rows, for {rows - vocab - N_BOUNDARY_TOKENS} queries behind {vocab} ids "
                 f"and {N_BOUNDARY_TOKENS} boundary tokens; config.json says num_metaqueries {n}, "
@@ -231,7 +232,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         input_images = [[load_image(image) for image in some] for some in image_lists]
         if any(not (text.strip() or some) for text, some in zip(prompts, input_images, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
-        n_prompts, n = len(prompts), check_n_images(n)
+        n_prompts = len(prompts)
+        n = check_n_images(n)
         scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
         image_scales = parse_scales(
             config.image_guidance if image_guidance is None else image_guidance, n_prompts, "image guidances"
@@ -293,7 +295,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         for name, parameter in self.mllm.named_parameters(recurse=False):
             setattr(model, name, parameter)
         model.tokenizer = self.mllm.tokenizer
-        model.decoder.blocks, model.decoder.norms = self.decoder.blocks, self.decoder.norms
+        model.decoder.blocks = self.decoder.blocks
+        model.decoder.norms = self.decoder.norms
         own_parameters = ("decoder.embed.", "decoder.head.")
         key_map = model.key_map(read_shapes(paths)).filtered(
             lambda entry: isinstance(entry, Rename) and entry.ours.startswith(own_parameters)

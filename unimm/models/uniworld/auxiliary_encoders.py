@@ -174,9 +174,11 @@ def find_auxiliary_folders(
     components: "siglip" and "flux", folders or hub ids; "t5": None leaves T5 out. Unless given, they lie below the
     checkpoint's folder; those of a hub id come from the original's repositories. part_sources: where else, by folder.
     """
-    siglip, flux = components.get("siglip"), components.get("flux")
+    siglip = components.get("siglip")
+    flux = components.get("flux")
     if is_hub_id:
-        siglip, flux = siglip or SIGLIP_HUB_ID, flux or FLUX_HUB_ID
+        siglip = siglip or SIGLIP_HUB_ID
+        flux = flux or FLUX_HUB_ID
     with_t5 = components.get("t5", True) is not None
     wanted = tuple(part for part in FLUX_FOLDERS if with_t5 or not part.endswith("_2"))
     flux_folder = folder if flux is None else hub.resolve(flux, subfolders=wanted, non_commercial=non_commercial)

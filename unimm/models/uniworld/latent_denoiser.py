@@ -41,7 +41,8 @@ class UniWorldLatentDenoiser:
         h, w = latent_size
         self.flux = flux
         self.n_tokens = h * w // PATCH_SIZE**2
-        self.dtype, self.device = conditions[0].dtype, conditions[0].device
+        self.dtype = conditions[0].dtype
+        self.device = conditions[0].device
         self.true_cfg_scale = None
         if true_cfg_scale is not None and bool((true_cfg_scale != 1).any()):
             self.true_cfg_scale = true_cfg_scale[:, None, None]

@@ -198,7 +198,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     def output_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """(height, width) of an image edited from others: in the aspect ratio nearest to their mean height and
         width."""
-        height, width = sum(one.height for one in images), sum(one.width for one in images)
+        height = sum(one.height for one in images)
+        width = sum(one.width for one in images)
         return nearest_aspect_size(
             height or 1, width or 1, image_pixels=self.config.image_pixels, n_ratios=self.config.n_aspect_ratios
         )
@@ -354,7 +355,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         progress: bool,
     ) -> UniWorldImageOptions:
         """The options of `n` images of each prompt, with the config's defaults. Raises ValueError for bad ones."""
-        config, n = self.config, check_n_images(n)
+        config = self.config
+        n = check_n_images(n)
         guidance = config.guidance if guidance is None else guidance
         true_cfg_scale = config.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         stride = self.token_pixels  # raises for a checkpoint without a VAE, before anything is computed

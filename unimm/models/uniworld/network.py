@@ -48,7 +48,8 @@ class UniWorldNetwork(nn.Module):
         self.mllm = QwenVL(config.mllm)
         self.denoiser = FluxTransformer(config.denoiser)
         self.auxiliary = AuxiliaryEncoders()
-        mllm_dim, condition_dim = config.mllm.decoder.dim, config.denoiser.text_dim
+        mllm_dim = config.mllm.decoder.dim
+        condition_dim = config.denoiser.text_dim
         self.mllm_projector = MLP(mllm_dim, config.mllm_projector_hidden, condition_dim, "silu")
         self.siglip_projector = MLP(config.siglip_dim, config.siglip_projector_hidden, condition_dim, "silu")
         self.vae_projector = MLP(config.denoiser.in_channels, config.vae_projector_hidden, condition_dim, "silu")

@@ -100,7 +100,8 @@ class QwenVisionConfig:
     def from_json(cls, data: Mapping[str, Any]) -> "QwenVisionConfig":
         """Read a released vision_config. Raises ValueError for missing keys, and for another rotary embedding."""
         rope = data.get("rope_parameters") or {}
-        theta, rope_type = rope.get("rope_theta", VISION_ROPE_THETA), rope.get("rope_type", VISION_ROPE_TYPE)
+        theta = rope.get("rope_theta", VISION_ROPE_THETA)
+        rope_type = rope.get("rope_type", VISION_ROPE_TYPE)
         if theta != VISION_ROPE_THETA or rope_type not in (VISION_ROPE_TYPE, "default"):
             raise ValueError(
                 f"got rope_parameters {rope} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"

@@ -23,7 +23,8 @@ from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVisionConfig
 from unimm.vlms.qwen2_5_vl.vision import cell_positions
 
 IMAGE_PAD = "<|image_pad|>"  # the placeholder of an image
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."  # of the released chat template
 
 
