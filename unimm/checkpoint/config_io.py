@@ -46,7 +46,7 @@ class SameAs:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLayout:
-    """How a released file holds the fields of a config. A key may be a path, `section.key`. A value of null counts as
+    """The layout of a config's fields in a released file. A key may be a path, `section.key`. A value of null counts as
     left out.
 
     name: of the file in error messages. source: where a right one comes from, for the same messages. keys: field -> its
@@ -221,7 +221,7 @@ def _decode(value: Any, hint: Any) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    """What `_decode` reads."""
+    """A field as the JSON value that `_decode` reads."""
     if isinstance(value, JsonReadable):
         return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):

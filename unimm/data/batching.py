@@ -1,4 +1,4 @@
-"""What batches are made of: tasks, examples, images as tensors, packed parts, and losses by the kind of sample."""
+"""The parts of a training batch: tasks, examples, images as tensors, packed parts, and losses by the kind of sample."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def pad_rows(samples: Sequence[Sequence[Part]], pad_id: int) -> list[Sequence[Pa
 
 
 def label_counts(samples: Sequence[Sequence[Part]]) -> list[int]:
-    """How many rows of each sample carry a label."""
+    """The number of labelled rows of each sample."""
     return [sum(int((part.labels >= 0).sum()) for part in parts) for parts in samples]
 
 
 def gen_token_counts(samples: Sequence[Sequence[Part]]) -> list[int]:
-    """How many image tokens of each sample are generated."""
+    """The number of generated image tokens of each sample."""
     return [sum(part.n_tokens for part in parts if part.kind == "gen_image") for parts in samples]
 
 

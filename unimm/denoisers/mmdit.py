@@ -90,7 +90,8 @@ class Modulation(NamedTuple):
 
 
 class MMDiTCondition(NamedTuple):
-    """What the blocks need of a text and of the positions: computed once an image, the same at every step.
+    """The projected text and the rotary embeddings that the blocks need: computed once an image, the same at every
+    step.
 
     tokens [B, M, D], projected; rotations [J, K/2] complex; attention_mask [B, 1, 1, J] bool, None where nothing is
     masked.

@@ -115,7 +115,7 @@ class SanaConfig(JsonConfig):
 
 
 class SanaCondition(NamedTuple):
-    """What the blocks need of a caption: computed once an image, the same at every step.
+    """The projected caption that the blocks attend to: computed once an image, the same at every step.
 
     tokens [B, M, D], projected; keys and values of every block, [B, H, M, K]; attention_mask [B, 1, 1, M], None where
     nothing is masked.

@@ -61,7 +61,7 @@ class KVBuffer:
                 self.buffer[:, :, start : start + cache.length] = torch.cat(cache.chunks, 2)
 
     def prefix(self, i: int, *, n_written: int = 0) -> CachedPrefix:
-        """What the next rows of cache i follow: its own rows and the `n_written` ones written behind them."""
+        """The prefix of the next rows of cache i: its own rows and the `n_written` ones written behind them."""
         cache = self.caches[i]
         return CachedPrefix(
             length=cache.length + n_written,

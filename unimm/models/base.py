@@ -28,7 +28,7 @@ from unimm.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` made: the images, in the order of the prompts, and with `think` the reasoning that led to
+    """The result of `generate`: the images, in the order of the prompts, and with `think` the reasoning that led to
     each."""
 
     images: list[Image.Image]
@@ -219,7 +219,7 @@ class UnifiedModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a family's class is, and how its folders are told apart."""
+    """A family's class, by its path, and the marks of its folders."""
 
     package: str  # below unimm.models; its module `model` has the class
     class_name: str
@@ -43,7 +43,7 @@ class Family:
 
     @property
     def files(self) -> FamilyFiles:
-        """What is special about the files of the family."""
+        """The special files of the family."""
         return import_module(f"unimm.models.{self.package}").FILES
 
     def matches(self, folder: Path, config: dict[str, Any]) -> bool:

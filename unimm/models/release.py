@@ -22,7 +22,7 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyFiles:
-    """What is special about the files of a family, beside configs, safetensors and the tokenizer's.
+    """The files of a family beside configs, safetensors and the tokenizer's.
 
     downloads: names of further files that a hub repository may hold. optional: names that a folder may hold or not; a
     folder with one is another model. optional_folders: likewise. non_commercial: hub ids, of the family or of parts of

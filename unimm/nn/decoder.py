@@ -62,7 +62,7 @@ class DecoderConfig:
 
 
 class ExpertRouting:
-    """Which rows of a pack belong to which expert; from pack order to rows by expert and back."""
+    """The rows of a batch that belong to each expert; from pack order to rows by expert and back."""
 
     def __init__(self, rows: RowsByExpert):
         """rows: the indices of each expert's rows, [n]."""

@@ -95,7 +95,7 @@ def pack_sequences(
 
 
 def _id_offsets(part: Part) -> Tensor:
-    """Where the ids of a part lie in its segment: a text's fill it, an image's stand at its ends."""
+    """The rows of a part's ids in its segment: a text's fill it, an image's stand at its ends."""
     if isinstance(part, ImagePart):
         return torch.tensor([0, part.n_tokens + 1])[: len(part.ids)]
     return torch.arange(len(part.ids))

@@ -81,7 +81,7 @@ class CaptionTokenizer:
 
 
 def load_clip_captions(folder: Path) -> CaptionTokenizer:
-    """What makes CLIP's captions from a released tokenizer's folder (FLUX's tokenizer).
+    """CLIP's caption tokenizer, from a released tokenizer's folder (FLUX's tokenizer).
 
     Raises ValueError where files or special tokens are missing.
     """
@@ -96,7 +96,7 @@ def load_clip_captions(folder: Path) -> CaptionTokenizer:
 
 
 def load_t5_captions(folder: Path) -> CaptionTokenizer:
-    """What makes T5's captions from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or
+    """T5's caption tokenizer, from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or
     spiece.model.
 
     Raises ValueError where files or special tokens are missing.

@@ -64,7 +64,8 @@ class JsonTokenizer:
 
 
 def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """What some files of a folder hold, those that are there: the folder may be gone when they are written again."""
+    """The contents of some files of a folder, those that are there: the folder may be gone when they are written
+    again."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
@@ -134,7 +135,7 @@ def load_tokenizer(
 
 
 class TextTokenizer(Protocol):
-    """What a model needs of its tokenizer."""
+    """The methods that a model needs of its tokenizer."""
 
     @property
     def special_ids(self) -> dict[str, int]:

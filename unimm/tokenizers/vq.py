@@ -159,7 +159,7 @@ class VQDecoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerOutput:
-    """What quantising gave: codes [B, E, h, w], whose gradient goes straight to z; ids [B, n]; two terms to train by.
+    """The quantiser's output: codes [B, E, h, w], whose gradient goes straight to z; ids [B, n]; two terms to train by.
 
     Both terms are the mean squared distance of z's direction from its code: `codebook` moves the code, `commitment` z.
     """

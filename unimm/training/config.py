@@ -174,7 +174,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], where: str) -> str:
-    """What is wrong with the values: what is missing, or else the first wrong value."""
+    """The message for wrong values: what is missing, or else the first wrong value."""
     missing = [str(one["loc"][0]) for one in errors if one["type"] == "missing" and len(one["loc"]) == 1]
     if missing:
         return f"{where} lacks {', '.join(missing)}: give every field of {cls.__name__} a value"
@@ -197,7 +197,7 @@ def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], w
 
 
 def _expected(kind: Any, error: ErrorDetails) -> str:
-    """What a value of this type, or within these bounds, would be."""
+    """A description of the values of this type, or within these bounds."""
     bounds = error.get("ctx", {})
     words = {
         "ge": "at least",

@@ -1,4 +1,4 @@
-"""What training begins with: a tokenizer, files of earlier recipes, initial weights, compiled layers."""
+"""The start of a training: a tokenizer, files of earlier recipes, initial weights, compiled layers."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ GRID = 4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NovelAttributes:
-    """What an object has in place of its colour, or of its shape.
+    """The colour, or the outline, that replaces an object's own.
 
     colour: RGB; shape: the cells of its box that it fills, [GRID, GRID].
     """
@@ -76,7 +76,8 @@ def sample_novel_shape(rng: Random) -> NDArray[np.bool_]:
 
 
 def sample_novel_kind(rng: Random, *, colours: float, shapes: float) -> str | None:
-    """Which attribute becomes novel: the "colour" with probability `colours`, the "shape" with `shapes`, else none."""
+    """The attribute that becomes novel: the "colour" with probability `colours`, the "shape" with `shapes`, else
+    none."""
     u = rng.random()
     return "colour" if u < colours else "shape" if u < colours + shapes else None
 

@@ -146,7 +146,8 @@ def related(a: tuple[float, float], relation: str, b: tuple[float, float]) -> bo
 
 @cache
 def coverage(shape: str, width: int) -> NDArray[np.int64]:
-    """How many of the FULL_COVERAGE subsamples of each pixel a shape in a box of that width covers, [width, width]."""
+    """The number, of the FULL_COVERAGE subsamples of each pixel a shape in a box of that width covers, [width,
+    width]."""
     half = width * SUBSAMPLES
     # odd coordinates at the subsamples' centres, half the box is `half`, a pixel is 2 * SUBSAMPLES: all whole numbers
     line = np.arange(1 - half, half, 2, dtype=np.int64)
@@ -156,7 +157,7 @@ def coverage(shape: str, width: int) -> NDArray[np.int64]:
 
 
 def _inside_shape(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: int) -> NDArray[np.bool_]:
-    """Which points of the grid lie in the shape; y points down, the box is -half..half."""
+    """Whether each point of the grid lies in the shape; y points down, the box is -half..half."""
     if shape == "circle":
         return x * x + y * y <= half * half
     if shape == "square":
@@ -172,7 +173,7 @@ def _inside_shape(shape: str, x: NDArray[np.int64], y: NDArray[np.int64], half: 
 
 
 def _in_polygon(x: NDArray[np.int64], y: NDArray[np.int64], corners: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which points lie in a polygon, by the even-odd rule in whole numbers."""
+    """Whether each point lies in a polygon, by the even-odd rule in whole numbers."""
     inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
         if y1 > y2:

@@ -64,7 +64,7 @@ def store_rows(ptr, tile, rows, row_stride, end, HEAD: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _visible_pairs(ranges_ptr, rows, keys, n_keys, RANGES: tl.constexpr):
-    """Which row attends to which key; rows and keys broadcast against each other, [r, 1] and [1, k] or the reverse.
+    """Whether each row attends to each key; rows and keys broadcast against each other, [r, 1] and [1, k] or the reverse.
 
     A key from n_keys on has no range, and no range holds a row from N on: tiles past the end need no other mask.
     """

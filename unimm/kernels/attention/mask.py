@@ -64,7 +64,7 @@ class SDPACall(NamedTuple):
 
 
 class AttentionMask:
-    """Which query rows attend to which keys: row q attends to key k when first[k] <= q < last[k].
+    """A mask of query rows by keys: row q attends to key k when first[k] <= q < last[k].
 
     `samples` lists the key ranges of each sample in order. Inside a sample, q attends to k when k's range is visible or
     is q's own, and k stands before q (or is q), or both stand in one full range. For a key that means: from its own row
@@ -174,7 +174,7 @@ class AttentionMask:
 
     @cached_tensor_property
     def decode_ranges(self) -> tuple[Tensor, Tensor] | None:
-        """Where each sample's keys begin and how many there are, [B] int32 each, in decoding; None for other masks."""
+        """The first key of each sample and its number of keys, [B] int32 each, in decoding; None for other masks."""
         if not self.is_decoding:
             return None
         starts, lengths = (

@@ -120,7 +120,8 @@ class KeySpans:
         return self._schedules[rows, keys]
 
     def tile_visibility(self, rows: int, keys: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which tiles are full and which are partly visible, [I, J] each; work and memory grow as I * J + spans.
+        """Whether each tile is full, and whether it is partly visible, [I, J] each; work and memory grow as I * J +
+        spans.
 
         Spans are cut at the borders of tiles into pieces. The rows that attend to some key of a piece, and those that
         attend to all its keys, are one interval each per range (its bounds move by at most one row per key), and the

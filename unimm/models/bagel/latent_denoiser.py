@@ -98,7 +98,7 @@ class LatentDenoiser:
         return values.to(self.position_ids.device, torch.float32)
 
     def rows(self, branches: Sequence[Branch]) -> BranchRows:
-        """Where the rows of a forward over these branches come from and what they see; kept for later steps."""
+        """The sources and the attention of the rows of a forward over these branches; kept for later steps."""
         key = tuple(branches)
         if key not in self._rows:
             self._rows[key] = self._plan_rows(key)

@@ -79,7 +79,7 @@ THINK_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BagelDefaults(JsonConfig):
-    """What the verbs take for what a call leaves out: the released app's numbers; a bundled model has its own."""
+    """Defaults of the verbs' options: the released app's numbers; a bundled model has its own."""
 
     steps: int = 49  # between the app's 50 timesteps
     timestep_shift: float = 3.0
@@ -109,7 +109,7 @@ class BagelDefaults(JsonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BagelImageOptions:
-    """How a call of BAGEL generates images; None is the default of `BagelDefaults`."""
+    """Options of one call that generates images; None is the default of `BagelDefaults`."""
 
     size: tuple[int, int] | None  # (height, width) in pixels
     guidance: Sequence[Guidance | float] | None

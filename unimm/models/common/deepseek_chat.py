@@ -46,7 +46,7 @@ class DeepseekNetwork(CausalLM):
 
 
 class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
-    """What a network of this kind needs to be a model: the processor, and the answers' end."""
+    """The half of a model that Janus and JanusFlow share: the processor, and the answers' end."""
 
     image_processor: DeepseekVLImageProcessor  # of the images that it understands
     chat_config: DeepseekChatConfig

@@ -15,7 +15,8 @@ from unimm.sequence.segments import Segment, build_layout
 
 
 class JanusFlowLatentDenoiser:
-    """What stays the same from step to step: the keys and values of the prompts, which do not depend on the time.
+    """The state that stays the same from step to step: the keys and values of the prompts, which do not depend on the
+    time.
 
     Behind the cache of each branch the buffer has room for 1 + n rows, the time and the latent tokens, which every step
     overwrites. velocity_scale, bf16_time: see `JanusFlow.denoise`. Raises ValueError where the rows would reach a
@@ -51,5 +52,5 @@ class JanusFlowLatentDenoiser:
 
 
 def bf16_velocity_scale(steps: int) -> float:
-    """How much longer `steps` steps are together when each one's length 1 / steps is rounded to bfloat16."""
+    """The ratio by which `steps` steps are longer together when each one's length 1 / steps is rounded to bfloat16."""
     return float(torch.tensor(1 / max(steps, 1)).bfloat16()) * steps

@@ -31,7 +31,7 @@ GRN_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class UViTConfig:
-    """What encoder and decoder have in common; the defaults are the release's."""
+    """The fields that encoder and decoder share; the defaults are the release's."""
 
     dim: int = 768  # of the encoder's blocks, and so of the skip connection
     n_blocks: int = 2  # of the middle; 0 for none

@@ -8,7 +8,7 @@ Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.metaquery import FILES, RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
+from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
@@ -54,14 +55,6 @@ from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.base import VisionLanguageModel
 
 MAX_IMAGE_SIDE = 4096  # pixels a side of a generated image
-
-
-@dataclass(frozen=True)
-class MetaQueryLatentDenoiser:
-    """The state of denoising P images: their conditions under guidance, and the solver's memory of their last steps."""
-
-    branches: GuidanceBranches
-    solver: DPMSolverPP
 
 
 class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):

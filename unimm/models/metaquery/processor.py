@@ -49,7 +49,7 @@ class MLLMChatFormat:
     assistant: str = "assistant\n\n"
 
     def system_prompt(self, special: Callable[[str], str | int], system: str) -> list[str | int]:
-        """What all samples begin with; its last id is special, so that it can be prefilled once."""
+        """The parts that all samples begin with; the last id is special, so that it can be prefilled once."""
         return [
             special(IM_START), self.before_system + system, special(IM_END), self.between_messages, special(IM_START),
         ]  # fmt: skip

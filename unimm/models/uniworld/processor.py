@@ -56,8 +56,8 @@ class UniWorldProcessor:
 
 @dataclass(frozen=True, kw_only=True)
 class UniWorldImageOptions:
-    """How a call generates images. Sizes, seeds and scales are one an image; a size is (height, width), None for the
-    input images' own.
+    """Options of one call that generates images. Sizes, seeds and scales are one an image; a size is (height, width),
+    None for the input images' own.
 
     t5, clip: whether the text encoders encode the prompt; None: where they are loaded. reference_latents: see
     `UniWorld.generate`.

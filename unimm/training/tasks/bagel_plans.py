@@ -29,7 +29,8 @@ class ImageForms:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionDropout(RecipeSection):
-    """How often a droppable text, clean latents and ViT patches are left out; the released script's numbers."""
+    """Probabilities that a droppable text, clean latents and ViT patches are left out; the released script's
+    numbers."""
 
     text: float = 0.1
     vae: float = 0.3

@@ -125,7 +125,7 @@ class DCAETask:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def losses(self, batch: DCAEBatch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What training Janus and training JanusFlow on the shapes world share: their options, and conversations by step.
+"""The shared half of training Janus and JanusFlow on the shapes world: options, and conversations by step.
 
 Samples are packed, all kinds in every batch (arXiv 2410.13848, sections 3.3 and 3.4; docs/originals/janus.md,
 "Training").

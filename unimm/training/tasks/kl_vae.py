@@ -112,7 +112,7 @@ class KLTask:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def losses(self, batch: KLBatch) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class ViTDataset:
         return ViTBatch(patches=patches, targets=rearrange(targets, "B n k -> (B n) k"))
 
     def novel_kind(self, rng: random.Random) -> str | None:
-        """Which attribute of all things in a scene is novel: "colour", "shape" or none."""
+        """The attribute that is novel in all things of a scene: "colour", "shape" or none."""
         return sample_novel_kind(rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
     def _render(self, scene: Scene, kind: str | None, rng: random.Random | None) -> np.ndarray:
