@@ -162,3 +162,16 @@ def test_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is no JSON: .*fetch it again"):
         read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object; fetch it again"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("wrong", ["text", 5, [1]])
+def test_a_section_that_is_no_mapping(wrong):
+    with pytest.raises(ValueError, match="got part .* in the config: expected a mapping"):
+        read_config(ToyPart, {"part": wrong}, JsonLayout(keys={"dim": "part.dim"}))
+    with pytest.raises(ValueError, match="for a ToyPart in the config: expected a mapping"):
+        ToyConfig.from_json({**FILE, "part_config": {"params": wrong}})
+    with pytest.raises(ValueError, match="for the config: expected a mapping"):
+        ToyPart.from_json(wrong)

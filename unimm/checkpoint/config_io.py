@@ -25,16 +25,20 @@ T = TypeVar("T")
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The contents of a config file, or nothing where there is no file. Raises ValueError for a file that is no JSON.
+    """The contents of a config file, or nothing where there is no file. Raises ValueError for a file that is no JSON
+    object.
 
     required: raise ValueError where there is no file.
     """
     if required and not path.exists():
         raise ValueError(f"no {path.name} in {path.parent}: expected the released one")
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        data = json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {data!r:.80}: expected a JSON object; fetch it again")
+    return data
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def read_config(
     others.
     """
     data = data.get(layout.section, data) if layout.section else data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"got {data!r:.80} for {layout.name}: expected a mapping, as in {layout.source}")
     check_data(data, layout)
     keys = _keys(cls, layout)
     if layout.keys is None and (unknown := sorted(data.keys() - {names[0] for names in keys.values()})):
@@ -198,7 +204,9 @@ def _section(data: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     """The mapping that holds the last key of a path; an empty one where the file does not have it."""
     for key in path.split(".")[:-1]:
         inner = data.get(key)
-        data = inner if isinstance(inner, Mapping) else {}
+        if inner is not None and not isinstance(inner, Mapping):
+            raise ValueError(f"got {key} {inner!r:.80} in the config: expected a mapping")
+        data = inner or {}
     return data
 
 
@@ -213,7 +221,11 @@ def _decode(value: Any, hint: Any) -> Any:
         if len(types) != len(value):
             raise ValueError(f"got {value} in the config: expected {len(types)} values")
         return tuple(_decode(*pair) for pair in zip(value, types, strict=True))
-    if not isinstance(hint, type) or not isinstance(value, Mapping):
+    if not isinstance(hint, type):
+        return value
+    if is_dataclass(hint) and not isinstance(value, Mapping | hint):
+        raise ValueError(f"got {value!r:.80} for a {hint.__name__} in the config: expected a mapping")
+    if not isinstance(value, Mapping):
         return value
     if issubclass(hint, JsonReadable):
         return hint.from_json(value)

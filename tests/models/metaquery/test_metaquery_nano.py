@@ -67,3 +67,14 @@ def test_chance_is_what_differs():
     rates = script.favourite_rates([[FAVOURITES[one.name]] for one in requests], requests)
     assert {key: score["accuracy"] for key, score in rates["own"].items()} == {"pair": 1, "shape": 1, "colour": 1}
     assert rates["others"] == {"pair": 0, "shape": 0, "colour": 0}
+
+
+def test_the_noise_scheduler_need_not_be_there(tmp_path):
+    """Its id is written back, and nothing is read or fetched for it: it is the original's for training."""
+    model = MetaQuery.from_pretrained("metaquery-nano")
+    model.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, "noise_scheduler_id": "somebody/another"}))
+    MetaQuery.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = MetaQuery.from_pretrained(tmp_path / "again")
+    assert again.config.part_ids["noise_scheduler_id"] == "somebody/another"

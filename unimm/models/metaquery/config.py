@@ -167,8 +167,10 @@ class MetaQueryConfig:
                 f"got loss_type {data.get('loss_type')!r} with {part_ids['diffusion_model_id']!r}: the variants on "
                 "Stable Diffusion 1.5 are not built; expected 'flow', with a Sana"
             )
-        folders = {key: part_folder(folder, name) for key, name in part_ids.items()}
-        parts = {key: read_required_json(folders[key] / path) for key, path in cls.PART_CONFIGS.items()}
+        # the noise scheduler is the original's for training: nothing here reads it
+        read = {key: path for key, path in cls.PART_CONFIGS.items() if key != "noise_scheduler_id"}
+        folders = {key: part_folder(folder, part_ids[key]) for key in read}
+        parts = {key: read_required_json(folders[key] / path) for key, path in read.items()}
         mllm_class = mllm_spec_for(parts["mllm_id"]).model_class
         return cls.from_json(
             data,
