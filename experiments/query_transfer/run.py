@@ -34,14 +34,14 @@ STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
 GROUPS = {"facts and plans": PLANNED, "facts alone": FACTS_ONLY, "strangers": STRANGERS}
 TEXT = """`python -m experiments.query_transfer --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
 
-Does what a frozen reader knows reach the picture? The painter of this MetaQuery was never trained on anybody's favourite. Its
-reader was told facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
-it was also taught to say what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
-four wordings, and six names that nobody was told about. Counted are pictures that hold the favourite and nothing else; pictures
-of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same pictures
-show the favourites of the other characters, where these differ: that is chance, for this painter. "The reader's own words" are
-what it says under the painter's system prompt, given to the same model as a prompt: what the queries could say. Intervals
-(95 %) take pictures for independent, which those of one name are not.
+Does what a frozen MLLM knows reach the image? The denoiser of this MetaQuery was never trained on anybody's favourite. Its
+MLLM was trained on facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
+it was also trained to answer what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
+four wordings, and six names that no training named. Counted are images that hold the favourite and nothing else; images
+of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same images
+show the favourites of the other characters, where these differ: that is chance, for this denoiser. "The MLLM's own words" are
+what it says under the denoiser's system prompt, given to the same model as a prompt: what the queries could say. Intervals
+(95 %) take images for independent, which those of one name are not.
 """
 BATCH = 48
 ShapeColour = tuple[str, str]  # shape, colour
@@ -165,9 +165,9 @@ def plans_for(plans: dict[str, str], name: str) -> list[str]:
 
 def results_table(results: dict[str, Any]) -> str:
     """The results in markdown."""
-    ways = {"queries": "name, through the queries", "words": "the reader's own words", "named": "`draw a red star`"}
+    ways = {"queries": "name, through the queries", "words": "the MLLM's own words", "named": "`draw a red star`"}
     lines = [
-        "| characters | asked for by | pictures | alone in the picture | its shape | its colour | empty |",
+        "| characters | asked for by | images | alone in the image | its shape | its colour | empty |",
         "|---|---|---|---|---|---|---|",
     ]
     for group, row in results.items():
@@ -178,7 +178,7 @@ def results_table(results: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| characters | facts answered right by the reader | favourites in the reader's plans |",
+        "| characters | facts answered right by the MLLM | favourites in the MLLM's plans |",
         "|---|---|---|",
     ]
     for group, row in results.items():
