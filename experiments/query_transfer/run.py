@@ -34,14 +34,14 @@ STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
 GROUPS = {"facts and plans": PLANNED, "facts alone": FACTS_ONLY, "strangers": STRANGERS}
 TEXT = """`python -m experiments.query_transfer --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
 
-Does what a frozen MLLM knows reach the image? The denoiser of this MetaQuery was never trained on anybody's favourite. Its
-MLLM was trained on facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and for six of them
-it was also trained to answer what to draw (`draw what Tom likes`: `a large red star in the centre`). All twelve are asked for, in
-four wordings, and six names that no training named. Counted are images that hold the favourite and nothing else; images
-of one or more things that all have its shape; and that all have its colour. Beside each stands how often the same images
-show the favourites of the other characters, where these differ: that is chance, for this denoiser. "The MLLM's own words" are
-what it says under the denoiser's system prompt, given to the same model as a prompt: what the queries could say. Intervals
-(95 %) take images for independent, which those of one name are not.
+Does what a frozen MLLM knows reach the image? The denoiser of this MetaQuery was never trained on anybody's favourite.
+Its MLLM was trained on facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and
+for six of them it was also trained to answer what to draw (`draw what Tom likes`: `a large red star in the centre`).
+All twelve are asked for, in four wordings, and six names that no training named. Counted are images that hold the
+favourite and nothing else; images of one or more things that all have its shape; and that all have its colour. Beside
+each stands how often the same images show the favourites of the other characters, where these differ: that is chance,
+for this denoiser. "The MLLM's own words" are what it says under the denoiser's system prompt, given to the same model
+as a prompt: what the queries could say. Intervals (95 %) take images for independent, which those of one name are not.
 """
 BATCH = 48
 ShapeColour = tuple[str, str]  # shape, colour
