@@ -17,6 +17,7 @@ from unimm import MetaQuery, load
 from unimm.checkpoint.load import CheckpointError
 from unimm.generation.flow import dpm_timesteps
 from unimm.generation.text_sampling import TextSampling
+from unimm.models.metaquery.config import MetaQueryConfig
 from unimm.models.metaquery.processor import ConditionBatch, black_image
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
@@ -340,6 +341,22 @@ def test_no_file_is_written_outside_the_folder(model, folder, tmp_path):
     far.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "mllm" / "config.json").exists()
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["mllm_id"] == "mllm"
+
+
+@pytest.mark.parametrize("key", MetaQueryConfig.PART_CONFIGS)
+@pytest.mark.parametrize("name", ["..", ".", "", "/", "../..", "Sana-tiny/..", "/elsewhere/..", "./."])
+def test_a_part_that_is_no_folder_of_its_own(model, folder, tmp_path, key, name):
+    # the configs that a reader of such a path would find
+    for part in ("Qwen2.5-VL-tiny", "Sana-tiny"):
+        for place in (folder, tmp_path):
+            shutil.copytree(toys.GOLDEN / part, place, dirs_exist_ok=True)
+    shutil.copy(toys.GOLDEN / "config.json", folder)
+    with pytest.raises(ValueError, match="got a part named .* in config.json: expected a folder below"):
+        MetaQuery.from_pretrained(changed(folder, **{key: name}))
+    # nor does a model that was built with such a name write above the folder it is told
+    config = replace(model.config, part_ids={**model.config.part_ids, key: name})
+    with pytest.raises(ValueError, match="got a part named .* in config.json: expected a folder below"):
+        config.to_json()
 
 
 # ---- bad input

@@ -232,9 +232,19 @@ def part_folder(folder: Path, name: str, *, weights: bool = False) -> Path:
 
 
 def _relative_path(name: str) -> str:
-    """A part's name as a path below a checkpoint's folder; of a path that leads out of it, the last component."""
+    """A part's name as a path below a checkpoint's folder; of a path that leads out of it, the last component.
+
+    Raises ValueError where that is no folder of its own: what is written there would lie beside or above the
+    checkpoint's files.
+    """
     path = PurePosixPath(name)
-    return path.name if path.is_absolute() or ".." in path.parts else str(path)
+    below = path.name if path.is_absolute() or ".." in path.parts else str(path)
+    if below in ("", ".", ".."):
+        raise ValueError(
+            f"got a part named {name!r} in config.json: expected a folder below the checkpoint's, or a hub id; put the "
+            "part's files into a folder of its own and name that"
+        )
+    return below
 
 
 def read_required_json(path: Path) -> dict:
