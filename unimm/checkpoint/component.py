@@ -10,7 +10,15 @@ from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, Shapes, keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import (
+    HUB_WEIGHT_FILES,
+    Shapes,
+    WeightFile,
+    keep_weights_open,
+    load_weights,
+    read_shapes,
+    weight_files,
+)
 
 # where diffusers keeps a component's weights; the first that a folder holds counts
 DIFFUSERS_WEIGHT_FILES = (
@@ -45,7 +53,7 @@ class PretrainedComponent(nn.Module, ABC):
         Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
         """
         path = Path(path)
-        paths = [path] if path.is_file() else weight_files(path, cls.WEIGHT_FILES)
+        paths: list[WeightFile] = [path] if path.is_file() else weight_files(path, cls.WEIGHT_FILES)
         with keep_weights_open():
             shapes = read_shapes(paths)
             with torch.device("meta"):

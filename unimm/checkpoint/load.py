@@ -1,13 +1,12 @@
 """Strict loading of released weights into a model built on meta: every tensor once, in its shape, and no other."""
 
-import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.contents import CheckpointError, describe_unreadable
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
+from unimm.checkpoint.torch_file import FLOATING_DTYPES, open_torch_file
+
+logger = logging.getLogger(__name__)
 
 # where transformers and the hub keep a model's weights; the first that a folder holds counts
 HUB_WEIGHT_FILES = (
@@ -31,21 +35,71 @@ Shapes = Mapping[str, tuple[int, ...]]
 _kept_open: ContextVar[dict[Path, Any] | None] = ContextVar("unimm_open_weights", default=None)
 
 
-class CheckpointError(ValueError):
-    """Weights that cannot be loaded: a file cut short, keys missing or too many, wrong shapes."""
+@dataclass(frozen=True)
+class Shard:
+    """One of the files of an index, which says for each tensor which of them holds it."""
+
+    index: Path
+    name: str
+    weight_map: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.index.parent / self.name
 
 
-def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The first of `names` that the folder holds, or its shards for an index. Raises CheckpointError for none."""
+WeightFile = Path | Shard
+
+
+def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
+    """The first of `names` that the folder holds, or its shards for an index.
+
+    Raises CheckpointError for none, and for a broken index.
+    """
     for name in names:
         path = folder / name
-        if not path.exists():
-            continue
-        if not name.endswith(".index.json"):
-            return [path]
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return [path.parent / shard for shard in shards]
+        # a link to nothing is there, and cannot be read
+        if path.exists() or path.is_symlink():
+            return _read_index(path) if name.endswith(".index.json") else [path]
     raise CheckpointError(f"no weights in {folder}: expected {' or '.join(names)}")
+
+
+def _read_index(path: Path) -> list[WeightFile]:
+    """The shards of an index. Raises CheckpointError where it has no map to files below its folder."""
+    if what := describe_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {what}")
+    try:
+        index = read_json(path)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map, or an empty one: expected each tensor's file; fetch it again")
+    shards = list(weight_map.values())
+    for shard in shards:
+        place = PurePosixPath(shard) if isinstance(shard, str) else None
+        if place is None or place.is_absolute() or ".." in place.parts or not place.parts:
+            raise CheckpointError(
+                f"{path} names the file {shard!r}: expected files in its own folder; put them there and correct the "
+                "index, or fetch it again"
+            )
+    return [Shard(path, shard, weight_map) for shard in sorted(set(shards))]
+
+
+def _keys(file: Any, source: WeightFile) -> list[str]:
+    """The names of a file's tensors, without those that the index gives to another of its files.
+
+    Raises CheckpointError where the index gives it one that it lacks.
+    """
+    keys = list(file.keys())
+    if isinstance(source, Path):
+        return keys
+    named = {key for key, name in source.weight_map.items() if name == source.name}
+    if lost := sorted(named.difference(keys)):
+        raise CheckpointError(
+            f"{source.path} lacks {_list_some('tensors that ' + source.index.name + ' gives it', lost)}; fetch both again"
+        )
+    return [key for key in keys if source.weight_map.get(key, source.name) == source.name]
 
 
 @contextmanager
@@ -62,59 +116,63 @@ def keep_weights_open() -> Iterator[None]:
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
+def open_weights(source: WeightFile) -> Iterator[Any]:
     """A file of weights, safetensors or torch.save's .bin and .pt, with the methods of an open safetensors file.
 
-    Raises CheckpointError for a broken one.
+    Raises CheckpointError for a broken one, which says what it is instead.
     """
     kept = _kept_open.get()
+    path = source if isinstance(source, Path) else source.path
+    file = _open_file(path) if kept is None or path not in kept else kept[path]
+    if kept is not None:
+        kept[path] = file
     try:
-        file = _open_file(path) if kept is None or path not in kept else kept[path]
-        if kept is not None:
-            kept[path] = file
         yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        message = f"cannot read {path}: {error}; the file is cut short or not safetensors, fetch it again"
-        raise CheckpointError(message) from error
+    except SafetensorError as error:
+        raise CheckpointError(_cannot_read(path, error)) from error
 
 
 def _open_file(path: Path) -> Any:
-    if path.suffix not in (".bin", ".pt") or not path.exists():
-        return safe_open(path, framework="pt")
     try:
-        return TorchStateDict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}; expected tensors alone, as torch.save wrote them"
-        ) from error
+        is_torch_file = path.suffix in (".bin", ".pt") and path.exists()
+        return open_torch_file(path) if is_torch_file else safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_cannot_read(path, error)) from error
+
+
+def _cannot_read(path: Path, error: Exception) -> str:
+    what = describe_unreadable(path) or "the file is cut short or not safetensors, fetch it again"
+    return f"cannot read {path}: {error}; {what}"
 
 
 @dataclass(frozen=True)
-class TorchStateDict:
-    """A state dict of torch.save with the methods of an open safetensors file."""
+class TensorHeader:
+    """What a file says of a tensor before it is read."""
 
-    state: Mapping[str, Tensor]
-
-    def keys(self) -> list[str]:
-        return list(self.state)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.state[key]
-
-    def get_slice(self, key: str) -> "TorchStateDict":
-        return TorchStateDict({"": self.state[key]})
-
-    def get_shape(self) -> list[int]:
-        return list(self.state[""].shape)
+    shape: tuple[int, ...]
+    dtype: str
 
 
-def read_shapes(paths: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+def read_headers(sources: Sequence[WeightFile]) -> dict[str, TensorHeader]:
+    """Names, shapes and dtypes of all tensors in the files, from their headers alone.
+
+    Raises CheckpointError where two files hold a tensor and no index says which counts.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for source in sources:
+        with open_weights(source) as file:
+            keys = _keys(file, source)
+            if twice := sorted(headers.keys() & set(keys)):
+                path = source if isinstance(source, Path) else source.path
+                raise CheckpointError(f"{path} holds tensors that another file holds, too: {_list_some('keys', twice)}")
+            parts = {key: file.get_slice(key) for key in keys}
+            headers |= {key: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for key, one in parts.items()}
+    return headers
+
+
+def read_shapes(sources: Sequence[WeightFile]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the files, from their headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        with open_weights(path) as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    return shapes
+    return {key: header.shape for key, header in read_headers(sources).items()}
 
 
 def check_keys(shapes: Shapes, key_map: KeyMap, parameters: Mapping[str, Tensor], where: str) -> dict[str, Transform]:
@@ -155,7 +213,7 @@ def released_shape(transform: Transform, parameters: Mapping[str, Tensor]) -> tu
 @keep_weights_open()
 def load_weights(
     model: nn.Module,
-    paths: Sequence[Path],
+    paths: Sequence[WeightFile],
     key_map: KeyMap,
     *,
     prefix: str = "",
@@ -166,21 +224,57 @@ def load_weights(
 
     Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix` is left out of the
     keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not fit.
+    Logs a warning that names the tensors with NaN.
     """
-    shapes = read_shapes(paths)
-    skip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
+    headers = read_headers(paths)
+    skip = len(prefix) if prefix and all(key.startswith(prefix) for key in headers) else 0
+    headers = {key[skip:]: header for key, header in headers.items()}
     parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
-    found = check_keys({key[skip:]: shape for key, shape in shapes.items()}, key_map, parameters, str(paths[0]))
+    where = str(paths[0] if isinstance(paths[0], Path) else paths[0].path)
+    found = check_keys({key: header.shape for key, header in headers.items()}, key_map, parameters, where)
+    _check_dtypes(headers, found, parameters, where)
     needed = sum(tensor.numel() for tensor in parameters.values()) * dtype.itemsize
     check_memory(needed, device)
+    nans = []
     with tqdm(total=len(found), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
         for path in paths:
             with open_weights(path) as file:
-                for key in file.keys():
+                for key in _keys(file, path):
                     if transform := found.get(key[skip:]):
                         released = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                        nans += [key] if _has_nan(released) else []
                         _assign_tensor(model, transform, released)
                         bar.update()
+    if nans:
+        logger.warning(
+            "%s: %s; what is computed with them is NaN, fetch the file again", where, _list_some("NaN in", nans)
+        )
+
+
+def _check_dtypes(
+    headers: Mapping[str, TensorHeader], found: Mapping[str, Transform], parameters: Mapping[str, Tensor], where: str
+) -> None:
+    """Raise CheckpointError where a file holds whole numbers, as a quantized one does, for parameters that are
+    floats."""
+    floating = FLOATING_DTYPES.values()
+    wrong = [
+        f"{key}: {headers[key].dtype}"
+        for key, transform in found.items()
+        if headers[key].dtype not in floating
+        and any(parameters[name].is_floating_point() for name in transform.our_names)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where} does not fit the model: {_list_some('dtypes', wrong)}; expected one of {', '.join(floating)}: a "
+            "quantized file cannot be read, fetch the released one"
+        )
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    # the smallest number of a tensor with NaN is NaN: one pass, and no copy
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return False
+    return bool(tensor.amin().isnan())
 
 
 def _assign_tensor(model: nn.Module, transform: Transform, released: Tensor) -> None:

@@ -1,0 +1,103 @@
+"""Weights in files of torch.save, .bin and .pt, with the methods of an open safetensors file."""
+
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimm.checkpoint.contents import CheckpointError, describe_unreadable
+
+# safetensors' names of the dtypes that weights may have
+FLOATING_DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+# what reading a file that is broken, or no torch.save's, raises: bytes that are no pickle may do any of these
+_BROKEN_PICKLE = (
+    *(UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, NotImplementedError),
+    *(ValueError, OverflowError, TypeError, AttributeError, ImportError, LookupError, AssertionError),
+)
+# keys under which trainers keep the weights beside their own state
+_NESTED_KEYS = ("state_dict", "model", "module", "model_state_dict", "params", "ema", "weights")
+
+
+@dataclass(frozen=True)
+class TorchStateDict:
+    """A state dict of torch.save with the methods of an open safetensors file."""
+
+    state: Mapping[str, Tensor]
+
+    def keys(self) -> list[str]:
+        return list(self.state)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self.state[key]
+
+    def get_slice(self, key: str) -> "TorchStateDict":
+        return TorchStateDict({"": self.state[key]})
+
+    def get_shape(self) -> list[int]:
+        return list(self.state[""].shape)
+
+    def get_dtype(self) -> str:
+        dtype = self.state[""].dtype
+        return FLOATING_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def open_torch_file(path: Path) -> TorchStateDict:
+    """A file of torch.save that holds a state dict, and no code. Raises CheckpointError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_stored_zip(path))
+    except _BROKEN_PICKLE as error:
+        # torch's own message advises to run whatever code the file holds: only its reason is repeated
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        what = describe_unreadable(path) or "expected tensors alone, as torch.save writes them; fetch it again"
+        raise CheckpointError(f"cannot read {path}: {reason or type(error).__name__}; {what}") from error
+    _check_state_dict(state, path)
+    return TorchStateDict(state)
+
+
+def _is_stored_zip(path: Path) -> bool:
+    """Whether the parts of a file lie in it as they are, so that it can be mapped into memory.
+
+    torch.save before 1.6 wrote no zip, and unpacking and zipping again compresses the parts: mapped, their compressed
+    bytes would be taken for numbers.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as parts:
+        return all(part.compress_type == zipfile.ZIP_STORED for part in parts.infolist())
+
+
+def _check_state_dict(state: Any, path: Path) -> None:
+    """Raise CheckpointError for contents that are no dict of plain tensors by their names, saying what they are."""
+    expected = "expected a dict of tensors by their names, as torch.save(model.state_dict(), path) writes it"
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}: {expected}")
+    others = {key: value for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)}
+    if others:
+        nested = [key for key in others if key in _NESTED_KEYS and isinstance(others[key], Mapping)]
+        listed = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(others.items())[:5])
+        advice = f"; load the file, take what {nested[0]!r} holds, and save that alone" if nested else ""
+        raise CheckpointError(f"{path} holds {listed}: {expected}{advice}")
+    for key, tensor in state.items():
+        if odd := _odd_layout(tensor):
+            raise CheckpointError(f"{path} holds {key}, which is {odd}: expected a dense tensor with its values")
+
+
+def _odd_layout(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_quantized:
+        return f"quantized ({tensor.dtype})"
+    return None if tensor.layout == torch.strided else f"sparse ({tensor.layout})"
