@@ -10,7 +10,7 @@ from pathlib import Path
 # files of tokenizers and processors that a model may have or not, and that are read wherever they are found
 OPTIONAL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    "preprocessor_config.json",
+    *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json"),
 )
 
 

@@ -4,7 +4,6 @@ FLUX gives T5 no mask, so that its padding is attended to; causal attention hide
 docs/originals/blocks.md, "T5 and CLIP".
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,14 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from unimm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, read_files
+from unimm.tokenizers.text import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    check_vocabulary,
+    is_there,
+    read_bpe_files,
+    read_token_file,
+)
 
 CLIP_BOS = "<|startoftext|>"
 CLIP_EOS = "<|endoftext|>"
@@ -26,18 +32,6 @@ LARGEST_MODEL_MAX_LENGTH = 100_000  # a model_max_length above this means no lim
 CLIP_SPLIT_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-class CLIPTokenizer(JsonTokenizer):
-    """CLIP's byte-pair encoding, from tokenizer.json, or from vocab.json and merges.txt."""
-
-    def __init__(self, folder: Path):
-        self.files = read_files(folder, self.FILES)
-        whole = folder / "tokenizer.json"
-        self.backend = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else clip_bpe_tokenizer(folder)
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # special tokens in a text of a user stay text
-
-
 def clip_bpe_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer out of vocab.json and merges.txt. Raises ValueError where one is missing."""
     files = [folder / "vocab.json", folder / "merges.txt"]
@@ -45,7 +39,7 @@ def clip_bpe_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise ValueError(
             f"no {' and no '.join(lost)} in {folder}: expected those of CLIP's tokenizer, or its tokenizer.json"
         )
-    vocab, merges = models.BPE.read_file(*map(str, files))
+    vocab, merges = read_bpe_files(folder)
     pairs = models.BPE(vocab, merges, unk_token=CLIP_EOS, continuing_subword_prefix="", end_of_word_suffix="</w>")
     inner = tokenizers.Tokenizer(pairs)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
@@ -80,12 +74,15 @@ class CaptionTokenizer:
         return torch.tensor([ids + [self.pad_id] * (n - len(ids)) for ids in rows])
 
 
-def load_clip_captions(folder: Path) -> CaptionTokenizer:
+def load_clip_captions(folder: Path, *, vocab_size: int | None = None) -> CaptionTokenizer:
     """CLIP's caption tokenizer, from a released tokenizer's folder (FLUX's tokenizer).
 
-    Raises ValueError where files or special tokens are missing.
+    vocab_size: rows of the encoder's embedding table. Raises ValueError where files or special tokens are missing, for
+    broken files, and for ids beyond the table.
     """
-    tokenizer = CLIPTokenizer(folder)
+    tokenizer = JsonTokenizer(folder, build=clip_bpe_tokenizer)
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, folder)
     config = _read_tokenizer_config(folder)
     begin, end, pad = (
         _special_id(tokenizer, config, *name) for name in (("bos", CLIP_BOS), ("eos", CLIP_EOS), ("pad", CLIP_EOS))
@@ -95,21 +92,22 @@ def load_clip_captions(folder: Path) -> CaptionTokenizer:
     )
 
 
-def load_t5_captions(folder: Path) -> CaptionTokenizer:
+def load_t5_captions(folder: Path, *, vocab_size: int | None = None) -> CaptionTokenizer:
     """T5's caption tokenizer, from a released tokenizer's folder (FLUX's tokenizer_2): tokenizer.json, or
     spiece.model.
 
-    Raises ValueError where files or special tokens are missing.
+    vocab_size: rows of the encoder's embedding table. Raises ValueError where files or special tokens are missing, for
+    broken files, and for ids beyond the table.
     """
     tokenizer: JsonTokenizer | SentencePieceTokenizer
-    if (folder / "tokenizer.json").exists():
+    if is_there(folder / "tokenizer.json"):
         tokenizer = JsonTokenizer(folder)
-        tokenizer.backend.no_truncation()
-        tokenizer.backend.no_padding()
-    elif (folder / "spiece.model").exists():
-        tokenizer = SentencePieceTokenizer((folder / "spiece.model").read_bytes())
+    elif is_there(folder / "spiece.model"):
+        tokenizer = SentencePieceTokenizer.from_file(folder / "spiece.model")
     else:
         raise ValueError(f"no tokenizer in {folder}: expected T5's tokenizer.json or spiece.model")
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, folder)
     config = _read_tokenizer_config(folder)
     end, pad = (_special_id(tokenizer, config, *name) for name in (("eos", "</s>"), ("pad", "<pad>")))
     return CaptionTokenizer(
@@ -118,8 +116,7 @@ def load_t5_captions(folder: Path) -> CaptionTokenizer:
 
 
 def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    names = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
-    return {key: value for path in names if path.exists() for key, value in json.loads(path.read_text()).items()}
+    return read_token_file(folder / "special_tokens_map.json") | read_token_file(folder / "tokenizer_config.json")
 
 
 def _max_length(config: dict[str, Any], default: int) -> int:

@@ -84,7 +84,9 @@ class VisionLanguageModel(MLLMChat):
     def from_folder(cls, folder: Path) -> Self:
         """The model of a folder's config files, with its tokenizer, without weights."""
         model = cls(cls.config_class.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder, special_tokens=model.SPECIAL_TOKENS)
+        model.tokenizer = load_tokenizer(
+            folder, special_tokens=model.SPECIAL_TOKENS, vocab_size=model.config.decoder.vocab_size
+        )
         return model
 
     @final

@@ -57,7 +57,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     @classmethod
     def _build(cls, folder: Path) -> Self:
         model = cls(BagelConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder)
+        model.tokenizer = load_tokenizer(folder, vocab_size=model.config.decoder.vocab_size)
         return model
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:

@@ -57,7 +57,9 @@ class Janus(JanusNetwork, DeepseekChatModel):
     @classmethod
     def _build(cls, folder: Path) -> "Janus":
         model = cls(JanusConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder, special_tokens=SPECIAL_TOKENS)
+        model.tokenizer = load_tokenizer(
+            folder, special_tokens=SPECIAL_TOKENS, vocab_size=model.config.decoder.vocab_size
+        )
         model.checkpoint_layout = "transformers" if "text_config" in read_json(folder / "config.json") else "original"
         return model
 

@@ -56,7 +56,9 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     @classmethod
     def _build(cls, folder: Path) -> "JanusFlow":
         model = cls(JanusFlowConfig.from_folder(folder))
-        model.tokenizer = load_tokenizer(folder, special_tokens=SPECIAL_TOKENS)
+        model.tokenizer = load_tokenizer(
+            folder, special_tokens=SPECIAL_TOKENS, vocab_size=model.config.decoder.vocab_size
+        )
         return model
 
     def load_components(

@@ -81,7 +81,12 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         model = cls(MetaQueryConfig.from_folder(folder))
         mllm_id = model.config.part_ids["mllm_id"]
         mllm_folder = part_folder(folder, mllm_id)
-        model.mllm.tokenizer = load_tokenizer(mllm_folder, special_tokens=model.mllm.SPECIAL_TOKENS)
+        model.mllm.tokenizer = load_tokenizer(
+            mllm_folder,
+            special_tokens=model.mllm.SPECIAL_TOKENS,
+            # the rows behind these are the boundary tokens' and the queries'
+            vocab_size=model.config.mllm.decoder.vocab_size,
+        )
         if any((mllm_folder / name).exists() for name in HUB_WEIGHT_FILES):
             model.mllm_source = mllm_folder
         model.match_checkpoint(read_folder_shapes(folder))

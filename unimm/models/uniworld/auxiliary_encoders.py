@@ -59,9 +59,13 @@ class AuxiliaryEncoders(nn.Module):
         if (folder := folders.get("text_encoder_2")) is not None:
             self.t5 = T5Encoder.from_pretrained(folder, dtype=dtype, device=device)
         if (folder := folders.get("tokenizer")) is not None:
-            self.clip_tokenizer = load_clip_captions(folder)
+            self.clip_tokenizer = load_clip_captions(
+                folder, vocab_size=None if self.clip is None else self.clip.config.vocab_size
+            )
         if (folder := folders.get("tokenizer_2")) is not None:
-            self.t5_tokenizer = load_t5_captions(folder)
+            self.t5_tokenizer = load_t5_captions(
+                folder, vocab_size=None if self.t5 is None else self.t5.config.vocab_size
+            )
 
     def check_widths(self, config: UniWorldConfig) -> None:
         """Raise ValueError for encoders of other widths than the checkpoint's."""

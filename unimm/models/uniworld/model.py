@@ -74,7 +74,9 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     def _build(cls, folder: Path) -> Self:
         """The model of a folder's config files, with the MLLM's tokenizer, without weights and auxiliary encoders."""
         model = cls(UniWorldConfig.from_folder(folder))
-        model.mllm.tokenizer = load_tokenizer(folder)
+        model.mllm.tokenizer = load_tokenizer(
+            folder, special_tokens=model.mllm.SPECIAL_TOKENS, vocab_size=model.mllm.config.decoder.vocab_size
+        )
         return model
 
     def load_components(

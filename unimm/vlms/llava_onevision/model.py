@@ -22,13 +22,14 @@ from unimm.vlms.llava_onevision.config import LlavaConfig
 from unimm.vlms.llava_onevision.processor import IMAGE_TOKEN, LlavaOneVisionProcessor
 from unimm.vlms.llava_onevision.vision import arrange_tiles
 from unimm.vlms.llava_onevision.weights import llava_key_map
+from unimm.vlms.processor import IM_END, IM_START
 
 
 class LlavaOneVision(VisionLanguageModel):
     """LLaVA-OneVision with its tokenizer: a decoder, a vision encoder and a projector between them."""
 
     config_class = LlavaConfig
-    SPECIAL_TOKENS = (IMAGE_TOKEN, "<video>")
+    SPECIAL_TOKENS = (IM_START, IM_END, IMAGE_TOKEN, "<video>")
 
     def __init__(self, config: LlavaConfig):
         super().__init__()

@@ -17,8 +17,9 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.nn.decoder import Decoder
 from unimm.sequence.packing import ImageTokens, PackedBatch
 from unimm.vlms.base import VisionLanguageModel
+from unimm.vlms.processor import IM_END, IM_START
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
-from unimm.vlms.qwen2_5_vl.processor import QwenVLProcessor
+from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, VISION_END, VISION_START, QwenVLProcessor
 from unimm.vlms.qwen2_5_vl.vision import QwenVisionEncoder
 from unimm.vlms.qwen2_5_vl.weights import has_nested_names, qwen_key_map
 
@@ -27,6 +28,7 @@ class QwenVL(VisionLanguageModel):
     """Qwen2.5-VL with its tokenizer: a decoder, and a vision encoder for images of any size."""
 
     config_class = QwenVLConfig
+    SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
     # as its page stated it in 2025
     NON_COMMERCIAL: ClassVar[Mapping[str, str]] = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License"}
 
