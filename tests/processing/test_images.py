@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -55,6 +56,60 @@ def test_broken_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11x10: expected at most 100 pixels"):
         load_image(Image.new("RGB", (11, 10)))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 moveto showpage\n"
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.eps", "picture.jpg"])
+def test_an_image_that_is_a_program_starts_none(monkeypatch, tmp_path, name):
+    # a Ghostscript that says whether it ran
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once
+    path = tmp_path / name
+    path.write_bytes(EPS)
+    with pytest.raises(ValueError, match=rf"{name} as an image: got contents of another kind, expected PNG, JPEG"):
+        load_image(path)
+    with Image.open(path) as opened, pytest.raises(ValueError, match="of format EPS: expected PNG.*load"):
+        load_image(opened)
+    assert not (tmp_path / "ran").exists()
+
+
+def _written_formats() -> list[str]:
+    """PIL's formats that it both writes, without another program, and reads."""
+    Image.init()
+    return sorted(Image.SAVE.keys() & Image.OPEN.keys())
+
+
+@pytest.mark.filterwarnings("ignore:.*image format is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("form", _written_formats())
+def test_images_are_opened_from_a_closed_list_of_formats(tmp_path, form):
+    path = tmp_path / "picture.png"  # PIL looks at the contents
+    image = Image.new("RGB", (32, 32), (200, 30, 60))
+    for mode in ("RGB", "L", "1", "P"):
+        try:
+            image.convert(mode).save(path, form)
+            break
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+    else:
+        pytest.skip(f"PIL cannot write this as {form}")
+    with Image.open(path) as written:
+        opens_as = written.format
+    if opens_as in pixels.IMAGE_FORMATS:
+        assert load_image(path).size == (32, 32)
+        return
+    with pytest.raises(ValueError, match="got contents of another kind"):
+        load_image(path)
+    with Image.open(path) as opened:
+        if opened.tile:
+            with pytest.raises(ValueError, match=f"of format {opens_as}"):
+                load_image(opened)
+            if opens_as != "EPS" and opened.mode != "F":
+                opened.load()
+                assert load_image(opened).size == opened.size, "what the caller has decoded is an image like any other"
 
 
 def test_pixels_go_there_and_back():

@@ -6,28 +6,43 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
+# PIL's names of the formats that images are opened from, whatever a file is called: PIL decodes these itself. Of its
+# others some start another program (EPS starts Ghostscript on the file), and few are met.
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 def load_image(image: Image.Image | str | Path) -> Image.Image:
     """An RGB image from an image or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
 
-    Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing, broken or unknown
-    file, for more than MAX_PIXELS pixels or none, and for an image of floats, whose range is unknown.
+    Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing or broken file, for
+    a format that is not one of IMAGE_FORMATS, for more than MAX_PIXELS pixels or none, and for an image of floats,
+    whose range is unknown.
     """
     if isinstance(image, str | Path):
         try:
-            with Image.open(image) as opened:
+            with Image.open(image, formats=_available_formats()) as opened:
                 return load_image(opened)
         except FileNotFoundError:
             raise ValueError(f"no image at {image}: expected a path to a file, or a PIL image") from None
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"cannot read {image} as an image: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}; "
+                "convert it to one of these"
+            ) from error
+        except (Image.DecompressionBombError, OSError) as error:
             raise ValueError(f"cannot read {image} as an image: {error}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"got an image of type {type(image).__name__}: expected a PIL image or a path")
+    # an image that PIL opened decodes its file only when it is loaded
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in IMAGE_FORMATS:
+        raise ValueError(
+            f"got an image file of format {image.format}: expected {', '.join(IMAGE_FORMATS)}; convert it to one of "
+            "these, or call its load() first if you trust the file"
+        )
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"got an image of {width}x{height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
@@ -40,6 +55,12 @@ def load_image(image: Image.Image | str | Path) -> Image.Image:
     if image.mode == "F":
         raise ValueError("got an image of floats (mode F): expected 8 or 16 bits; scale it to 0..255 and make it uint8")
     return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _available_formats() -> list[str]:
+    """Those of IMAGE_FORMATS that this PIL knows: AVIF came with 11.3."""
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
