@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unimm.generation.numbers import parse_float, parse_int
 
 DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither the call nor the config sets a limit
 
@@ -25,12 +26,10 @@ class TextSampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < inf:
-            raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"got max_tokens {self.max_tokens}: expected at least 1, or None")
+        object.__setattr__(self, "temperature", parse_temperature(self.temperature))
+        object.__setattr__(self, "top_p", parse_top_p(self.top_p))
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", parse_int(self.max_tokens, "max_tokens", low=1))
         given: Any = self.stop
         stop = (given,) if isinstance(given, str) else given
         if not isinstance(stop, Sequence) or not all(isinstance(one, str) and one for one in stop):
@@ -45,6 +44,29 @@ class TextSampling:
     def with_default_max_tokens(self, max_tokens: int) -> "TextSampling":
         """The same options, with this limit where none is set."""
         return replace(self, max_tokens=max_tokens) if self.max_tokens is None else self
+
+
+def parse_temperature(value: Any) -> float:
+    """A temperature of sampling; 0 is greedy."""
+    return parse_float(value, "temperature", "0 (greedy) or more, and finite", low=0)
+
+
+def parse_top_p(value: Any) -> float:
+    """The mass of probability that top-p sampling keeps."""
+    expected = "more than 0 and at most 1"
+    # the least number above 0 is below any mass that a row can have
+    return parse_float(value, "top_p", expected, low=5e-324, high=1)
+
+
+def resolve_sampling(given: Any) -> TextSampling:
+    """The TextSampling of a call, the default one for None. Raises ValueError for anything else."""
+    if given is None:
+        return TextSampling()
+    if not isinstance(given, TextSampling):
+        raise ValueError(
+            f"got text_sampling {given!r:.80}: expected a TextSampling, as in TextSampling(temperature=0.7)"
+        )
+    return given
 
 
 def sample_token(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> list[int]:

@@ -5,14 +5,13 @@ was expected.
 """
 
 from collections.abc import Mapping, Sequence
-from math import inf
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
+
+from unimm.generation.numbers import parse_float, parse_int, to_python
+from unimm.tokenizers.text import check_text
 
 ImageInput = Image.Image | str | Path
 Message = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
@@ -35,11 +34,15 @@ def parse_prompts(prompt: Any) -> list[str]:
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text, or a list of texts")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"got a prompt that is no text: {error}; decode it with errors='replace'") from error
-    return list(texts)
+    return [check_text(text, "a prompt") for text in texts]
+
+
+def parse_negative_prompts(given: Any, n_prompts: int) -> list[str]:
+    """A negative prompt for each prompt, from one for all or one each; None is an empty one."""
+    return [
+        check_text("" if one is None else one, "negative_prompt")
+        for one in broadcast(given, n_prompts, "negative prompts")
+    ]
 
 
 def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
@@ -62,9 +65,8 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
             f"got the message {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and, if "
             "any, images"
         )
-    role = message["role"]
-    images = _as_list(message.get("images"))
-    (content,) = parse_prompts(message["content"])
+    role, images = message["role"], _as_list(message.get("images"))
+    content = check_text(message["content"], f"a message of the {message['role']}")
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
     return role, place_images(content, images, placeholder=placeholder, separator=separator), images
@@ -93,15 +95,10 @@ def _as_list(images: Any) -> list:
 # ---- numbers
 
 
-def to_python(value: Any) -> Any:
-    """A number, or lists of them, in place of numpy's and torch's; anything else as it is."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
-
-
 def broadcast(value: Any, n_prompts: int, noun: str) -> list:
     """One value for each prompt: from a sequence, or an array, of as many, or from one value for all."""
     value = to_python(value)
-    values = [value] * n_prompts if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    values = [value] * n_prompts if isinstance(value, str | bytes) or not isinstance(value, Sequence) else list(value)
     if len(values) != n_prompts:
         raise ValueError(f"got {len(values)} {noun} for {n_prompts} prompts: give one, or one for each")
     return values
@@ -109,17 +106,13 @@ def broadcast(value: Any, n_prompts: int, noun: str) -> list:
 
 def parse_scales(value: Any, n_prompts: int, noun: str, *, n_images: int = 1) -> list[float]:
     """A guidance scale of 0 or more for each image, from one for all or one a prompt; images of a prompt share it."""
-    given = broadcast(value, n_prompts, noun)
-    if not all(isinstance(scale, SupportsFloat) and 0 <= float(scale) < inf for scale in given):
-        raise ValueError(f"got {noun} {value}: expected scales of 0 or more")
-    return [float(scale) for scale in given for _ in range(n_images)]
+    scales = [parse_float(one, noun, "scales of 0 or more", low=0) for one in broadcast(value, n_prompts, noun)]
+    return [scale for scale in scales for _ in range(n_images)]
 
 
-def check_n_images(n: int) -> int:
+def parse_n_images(n: Any) -> int:
     """The number of images of each prompt, at least 1."""
-    if not isinstance(n, SupportsIndex) or n < 1:
-        raise ValueError(f"got n {n!r}: expected at least 1 image of each prompt, a whole number")
-    return index(n)
+    return parse_int(n, "n", low=1, unit="image of each prompt")
 
 
 def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
@@ -129,13 +122,10 @@ def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1
     Whole numbers from 0 and below 2^63.
     """
     given = to_python(seed)
-    try:
-        if isinstance(given, Sequence):
-            first = [index(one) for one in broadcast(given, n_prompts, "seeds")]
-        else:
-            first = [index(given) + n_images * i for i in range(n_prompts)]
-    except TypeError:
-        raise ValueError(f"got seed {seed!r}: expected a whole number, or one for each prompt") from None
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        first = [parse_int(one, "seed") for one in broadcast(given, n_prompts, "seeds")]
+    else:
+        first = [parse_int(given, "seed") + n_images * i for i in range(n_prompts)]
     expanded = [one + i for one in first for i in range(n_images)]
     if wrong := [one for one in expanded if not 0 <= one < 2**63]:
         raise ValueError(f"got seed {wrong[0]}: expected 0 or more, and below 2^63")
@@ -144,10 +134,10 @@ def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1
 
 def parse_size(size: Any) -> tuple[int, int]:
     """(height, width) in pixels."""
-    try:
-        height, width = map(index, to_python(size))
-    except (TypeError, ValueError):
-        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all images") from None
+    sides = to_python(size)
+    if not isinstance(sides, Sequence) or isinstance(sides, str | bytes) or len(sides) != 2:
+        raise ValueError(f"got size {size!r:.80}: expected (height, width) in pixels, for all images")
+    height, width = (parse_int(side, "size") for side in sides)
     return height, width
 
 
