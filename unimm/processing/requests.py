@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from unimm.generation.numbers import parse_float, parse_int, to_python
+from unimm.processing.images.io import load_images
 from unimm.tokenizers.text import check_text
 
 ImageInput = Image.Image | str | Path
@@ -21,7 +22,7 @@ ROLES = ("user", "assistant")
 # ---- prompts, images, messages
 
 
-def parse_requests(prompt: Any, images: Any, *, allow_empty: bool = False) -> tuple[list[str], list[list]]:
+def parse_requests(prompt: Any, images: Any, *, allow_empty: bool = False) -> tuple[list[str], list[list[Image.Image]]]:
     """The prompts of a call, and the images of each; an empty prompt is refused unless `allow_empty`."""
     prompts = parse_prompts(prompt)
     if not allow_empty and any(not text.strip() for text in prompts):
@@ -45,16 +46,20 @@ def parse_negative_prompts(given: Any, n_prompts: int) -> list[str]:
     ]
 
 
-def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
-    """The images of each prompt: for one prompt an image or several, for a batch one of these (or None) each."""
+def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list[Image.Image]]:
+    """The RGB images of each prompt: for one prompt an image or several, for a batch one of these (or None) each.
+
+    All are loaded here, so that one that cannot be read is named by its place before anything is computed.
+    """
     if isinstance(prompt, str):
-        return [_as_list(images)]
+        return [load_images(_as_list(images))]
     if not prompt:
         raise ValueError("got no prompts: expected at least one")
     if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
         n = len(prompt)
         raise ValueError(f"got images for {n} prompts: expected a list of {n}, each an image, a list or None")
-    return [[] for _ in prompt] if images is None else [_as_list(one) for one in images]
+    given = [None for _ in prompt] if images is None else images
+    return [load_images(_as_list(one), of=f"prompt {i + 1}") for i, one in enumerate(given)]
 
 
 def parse_message(message: Message, *, placeholder: str, separator: str = "") -> tuple[str, str, list]:

@@ -120,14 +120,13 @@ class Bagel(BagelNetwork, UnifiedModel):
         latent = self.encode_latents(pil_to_tensor(image).to(self.device), noise)
         return [self.processor.latent_part(latent.cpu()), vit_part], size
 
-    def _input_image_parts(self, image: ImageInput, generator: torch.Generator, *, latents: bool) -> ImageParts:
+    def _input_image_parts(self, image: Image.Image, generator: torch.Generator, *, latents: bool) -> ImageParts:
         """`image_parts` of an input image, its posterior drawn by the generator."""
-        pil = load_image(image)
         vae = self.config.vae
-        width, height = self.config.vae_transform.output_size(pil.width, pil.height)
+        width, height = self.config.vae_transform.output_size(image.width, image.height)
         shape = vae.latent_channels, height // vae.stride, width // vae.stride
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return self.image_parts(pil, noise=noise, latents=latents)
+        return self.image_parts(image, noise=noise, latents=latents)
 
     # ---- contexts
 
@@ -139,7 +138,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     def _append_input_images(
         self,
         contexts: Sequence[CFGContexts],
-        images: Sequence[Sequence[ImageInput]],
+        images: Sequence[Sequence[Image.Image]],
         generators: Sequence[torch.Generator],
         *,
         latents: bool,
@@ -360,7 +359,10 @@ class Bagel(BagelNetwork, UnifiedModel):
         )
         if options.size is not None:
             check_size(options.size, self.config.latent_downsample, self.max_image_side)
-        loaded = [parse_requests(item, None)[0][0] if isinstance(item, str) else load_image(item) for item in items]
+        loaded = [
+            parse_requests(item, None)[0][0] if isinstance(item, str) else load_image(item, place=f"input {i + 1}")
+            for i, item in enumerate(items)
+        ]
         seeds = expand_seeds(seed, max(1, len(outputs)))
         return self._interleave(loaded, outputs, seeds, options, resolve_sampling(text_sampling))
 

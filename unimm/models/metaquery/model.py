@@ -39,7 +39,7 @@ from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, N
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
 from unimm.models.release import Components
-from unimm.processing.images.io import load_image, tensor_to_pil
+from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
     check_size,
@@ -220,8 +220,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         for none. An image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         config = self.config
-        prompts, image_lists = parse_requests(prompt, images, allow_empty=True)
-        input_images = [[load_image(image) for image in some] for some in image_lists]
+        prompts, input_images = parse_requests(prompt, images, allow_empty=True)
         if any(not (text.strip() or some) for text, some in zip(prompts, input_images, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
         n_prompts, n = len(prompts), parse_n_images(n)

@@ -41,7 +41,7 @@ from unimm.models.uniworld.processor import (
     nearest_aspect_size,
 )
 from unimm.models.uniworld.weights import TASK_HEAD_KEY_MAP, uniworld_key_map
-from unimm.processing.images.io import load_image, tensor_to_pil
+from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
     check_size,
@@ -318,8 +318,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         against the MLLM's states of the input images. An image does not depend on what else is in the batch. Raises
         ValueError for bad input.
         """
-        prompts, image_lists = parse_requests(prompt, images)
-        input_images = [[load_image(image) for image in some] for some in image_lists]
+        prompts, input_images = parse_requests(prompt, images)
         image_embeds_shortcut = parse_float(image_embeds_shortcut, "image_embeds_shortcut", "0 to 1", low=0, high=1)
         options = self._image_options(
             len(prompts),
@@ -389,8 +388,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         """
         if not isinstance(prompt, str):
             raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text; respond takes one at a time")
-        _, (image_list,) = parse_requests(prompt, images)
-        input_images = [load_image(image) for image in image_list]
+        _, (input_images,) = parse_requests(prompt, images)
         options = self._image_options(1, size=size, seed=seed, steps=steps, guidance=guidance, progress=progress)
         text_sampling = resolve_sampling(text_sampling)
         (output,) = self.encode_prompts([self.processor.prompt_parts(prompt, input_images)])
