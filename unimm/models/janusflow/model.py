@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.load import weight_files
 from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
@@ -68,6 +69,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         fetched when it is first needed.
         """
         if vae := components.get("vae"):
+            if isinstance(vae, Path) or Path(vae).expanduser().is_dir():
+                weight_files(hub.resolve(vae), AutoencoderKL.WEIGHT_FILES)  # raises for a folder that holds none
             self.config = replace(self.config, vae=None)
             self.vae = None
             self.vae_source = vae
