@@ -16,7 +16,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import unimm
 from unimm import Guidance, ImageTokenSampling, TextSampling
 from unimm.generation.flow import dpm_timesteps, flow_timesteps
+from unimm.generation.image_tokens import sample_image_tokens
 from unimm.generation.numbers import parse_float, parse_int
+from unimm.generation.text_sampling import sample_token
 
 # options of `generate` that are whole numbers, and those that are real ones, of each family
 WHOLE = {
@@ -177,6 +179,16 @@ def test_fields_that_are_no_numbers(value):
             schedule()
     with pytest.raises(ValueError, match="got shift .*expected"):
         flow_timesteps(2, value)
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e-45, 1e-320, 5e-324])
+def test_next_to_nothing_is_greedy(value):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1e4, 1e4, 0.0]])
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    for sampling in (TextSampling(temperature=value), TextSampling(temperature=1.0, top_p=value)):
+        assert sample_token(logits, sampling, generators) == [1, 1]
+    for tokens in (ImageTokenSampling(temperature=value), ImageTokenSampling(top_p=value)):
+        assert sample_image_tokens(logits, tokens, generators).tolist() == [1, 1]
 
 
 def test_fields_become_pythons_numbers():

@@ -193,6 +193,12 @@ def test_crop_keeps_the_middle(size):
     assert np.asarray(center_crop(mark, 16))[:, 1:-1].min() > 200 and np.asarray(center_crop(mark, 32)).min() == 255
 
 
+@pytest.mark.parametrize("size", [(1, 8000), (8000, 1), (3, 200_000)])
+def test_a_line_is_no_square(size):
+    with pytest.raises(ValueError, match="to crop to 512x512: .*expected at most 64,000,000"):
+        center_crop(Image.new("RGB", size), 512)
+
+
 # ---- rubbish beside the pixels
 
 

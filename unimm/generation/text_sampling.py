@@ -11,6 +11,9 @@ from unimm.generation.numbers import parse_float, parse_int
 
 DEFAULT_MAX_TOKENS = 512  # new ids of a text, where neither the call nor the config sets a limit
 
+# of a temperature or a mass: below, float32 rounds it, or what is divided by it, to nothing or to infinity
+LEAST = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
@@ -47,15 +50,15 @@ class TextSampling:
 
 
 def parse_temperature(value: Any) -> float:
-    """A temperature of sampling; 0 is greedy."""
-    return parse_float(value, "temperature", "0 (greedy) or more, and finite", low=0)
+    """A temperature of sampling; 0 is greedy, and so is one by which float32's logits cannot be divided."""
+    temperature = parse_float(value, "temperature", "0 (greedy) or more, and finite", low=0)
+    return temperature if temperature >= LEAST else 0.0
 
 
 def parse_top_p(value: Any) -> float:
     """The mass of probability that top-p sampling keeps."""
-    expected = "more than 0 and at most 1"
-    # the least number above 0 is below any mass that a row can have
-    return parse_float(value, "top_p", expected, low=5e-324, high=1)
+    top_p = parse_float(value, "top_p", "more than 0 and at most 1", low=5e-324, high=1)
+    return max(top_p, LEAST)  # the likeliest id is always kept
 
 
 def resolve_sampling(given: Any) -> TextSampling:

@@ -157,6 +157,11 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle square of an image whose short side is resized to `size` (PIL's bicubic)."""
     shortest = min(image.size)
     width, height = (round(side / shortest * size) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"got an image of {image.width}x{image.height} to crop to {size}x{size}: its short side resized to {size}, it "
+            f"has {width * height:,} pixels, expected at most {MAX_PIXELS:,}; cut it nearer to a square"
+        )
     left = (width - size) // 2
     top = (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
