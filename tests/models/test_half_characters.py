@@ -37,7 +37,7 @@ def test_half_a_character(name):
 @pytest.mark.parametrize("system", [3, b"be brief", ["be", "brief"]], ids=repr)
 @pytest.mark.parametrize("name", ["janus-nano", "metaquery-nano"])
 def test_a_system_prompt_is_a_text(name, system):
-    with pytest.raises(ValueError, match="for a system prompt: expected a text"):
+    with pytest.raises(ValueError, match="got system .*expected a text"):
         unimm.load(name).chat([{"role": "user", "content": "a"}], system=system)
 
 

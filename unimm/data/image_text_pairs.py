@@ -122,7 +122,9 @@ class FilePairs:
             raise ValueError(
                 f"got {line[:80]} in line {number} of {self.path}: expected target, perhaps text and images"
             )
-        target, text, images = record["target"], record.get("text") or "", record.get("images") or []
+        target = record["target"]
+        text = record.get("text") or ""
+        images = record.get("images") or []
         names = [target, *images] if isinstance(images, list) else [images]
         if not all(isinstance(name, str) and name for name in names) or not isinstance(images, list):
             raise ValueError(

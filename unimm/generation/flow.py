@@ -31,7 +31,8 @@ def shift_timesteps(timesteps: Tensor, shift: float) -> Tensor:
 def flow_timesteps(steps: int, shift: float) -> Tensor:
     """The timesteps of `steps` steps from noise to data, [S + 1] float32 from 1 to 0. Raises ValueError below 1
     step."""
-    steps, shift = parse_steps(steps), parse_shift(shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift)
 
 
@@ -51,7 +52,8 @@ def dpm_timesteps(steps: int, *, shift: float = 3.0, train_steps: int = 1000) ->
     In float64, since `floor_timesteps` rounds them down: with a shift of 1 some lie exactly on a training step. Raises
     ValueError below 1 step.
     """
-    steps, shift = parse_steps(steps), parse_shift(shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     data = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / train_steps - 1) / steps)
     data[-1] = 1 / train_steps  # to the bit: the first timestep may lie on a training step
     timesteps = shift_timesteps(1 - data, shift).flip(0)
@@ -65,7 +67,8 @@ def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) ->
     A mistake of that library (its issue 13243: the end at 1 / train_steps is shifted already), here to reproduce
     images; `flow_timesteps` is what is meant.
     """
-    steps, shift = parse_steps(steps), parse_shift(shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     last = shift_timesteps(torch.tensor(1 / train_steps, dtype=torch.float64), shift).item()
     return torch.cat((shift_timesteps(torch.linspace(1, last, steps, dtype=torch.float64), shift), torch.zeros(1)))
 

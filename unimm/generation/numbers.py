@@ -18,7 +18,8 @@ def to_python(value: Any) -> Any:
 
 def parse_int(value: Any, name: str, *, low: int | None = None, unit: str = "") -> int:
     """A whole number, `low` or more, also of a type of fractions (2.0). unit: of what, for the message."""
-    number, limit = to_python(value), "" if low is None else f"at least {low}{unit and ' '}{unit}"
+    number = to_python(value)
+    limit = "" if low is None else f"at least {low}{unit and ' '}{unit}"
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     try:

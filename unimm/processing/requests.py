@@ -70,8 +70,9 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
             f"got the message {message!r}: expected a dict of role ('user' or 'assistant'), content (a text), and, if "
             "any, images"
         )
-    role, images = message["role"], _as_list(message.get("images"))
-    content = check_text(message["content"], f"a message of the {message['role']}")
+    role = message["role"]
+    images = _as_list(message.get("images"))
+    content = check_text(message["content"], f"a message of the {role}")
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
     return role, place_images(content, images, placeholder=placeholder, separator=separator), images

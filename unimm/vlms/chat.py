@@ -91,7 +91,8 @@ class MLLMChat(CausalLM):
         conversations: list[Any] = [messages] if is_single else list(messages)
         if stream and len(conversations) != 1:
             raise ValueError(f"got {len(conversations)} conversations to stream: expected one")
-        text_sampling, seeds = resolve_sampling(text_sampling), expand_seeds(seed, len(conversations))
+        text_sampling = resolve_sampling(text_sampling)
+        seeds = expand_seeds(seed, len(conversations))
         prompts = [self.processor.conversation_parts(one, system=system) for one in conversations]
         answers = self.decode_answers(prompts, text_sampling, seeds)
         if stream:

@@ -274,7 +274,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)
-        n, text_sampling = parse_n_images(n), resolve_sampling(text_sampling)
+        n = parse_n_images(n)
+        text_sampling = resolve_sampling(text_sampling)
         defaults = self.config.defaults
         scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
         options = BagelImageOptions(
@@ -320,8 +321,10 @@ class Bagel(BagelNetwork, UnifiedModel):
         questions, input_images = parse_requests(question, images)
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
-        text_sampling, seeds = resolve_sampling(text_sampling), expand_seeds(seed, len(questions))
-        n, defaults = len(questions), self.config.defaults
+        text_sampling = resolve_sampling(text_sampling)
+        n = len(questions)
+        seeds = expand_seeds(seed, n)
+        defaults = self.config.defaults
         contexts = self.start_contexts(n, defaults.think_understand_prompt if think else None)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
         contexts = self.append_text(contexts, self.text_parts(questions))

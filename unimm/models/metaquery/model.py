@@ -223,7 +223,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         prompts, input_images = parse_requests(prompt, images, allow_empty=True)
         if any(not (text.strip() or some) for text, some in zip(prompts, input_images, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
-        n_prompts, n = len(prompts), parse_n_images(n)
+        n_prompts = len(prompts)
+        n = parse_n_images(n)
         steps = parse_steps(config.steps if steps is None else steps)
         scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
         image_scales = parse_scales(

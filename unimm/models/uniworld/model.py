@@ -353,7 +353,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         progress: bool,
     ) -> UniWorldImageOptions:
         """The options of `n` images of each prompt, with the config's defaults. Raises ValueError for bad ones."""
-        config, n = self.config, parse_n_images(n)
+        config = self.config
+        n = parse_n_images(n)
         guidance = config.guidance if guidance is None else guidance
         true_cfg_scale = config.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         stride = self.token_pixels  # raises for a checkpoint without a VAE, before anything is computed

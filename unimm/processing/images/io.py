@@ -90,7 +90,8 @@ def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> I
 
 def load_images(images: Sequence, *, of: str = "") -> list[Image.Image]:
     """RGB images as `load_image` gives them; its errors say which of them it was. of: what they belong to."""
-    n, behind = len(images), of and f" of {of}"
+    n = len(images)
+    behind = of and f" of {of}"
     if n == 1:
         return [load_image(images[0], place=f"the image{behind}" if of else "an image")]
     return [load_image(image, place=f"image {i + 1}{behind or f' of {n}'}") for i, image in enumerate(images)]
