@@ -143,7 +143,7 @@ def test_rooms_import_only_what_is_on_earlier_floors(path):
 
 
 def test_every_module_is_in_a_room():
-    assert {path.relative_to(ROOT).parts[0] for path in FILES} <= {*FLOOR, "__init__.py"}
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} <= {*FLOOR, "__init__.py", "__main__.py"}
 
 
 def test_imports_that_go_up_are_found():
@@ -284,7 +284,8 @@ def test_ascii(path):
 def test_one_environment_variable():
     reads = re.compile(r"\bos\.environ\b|\bgetenv\b|\bfrom os import")
     readers = [path.relative_to(ROOT).as_posix() for path in FILES if reads.search(path.read_text())]
-    assert readers == ["kernels/dispatch.py"]
+    # the command line sets one of OpenMP's, before torch is imported
+    assert readers == ["cli/main.py", "kernels/dispatch.py"]
 
 
 def test_every_family_is_exported():

@@ -1,6 +1,7 @@
 """The command `unimm`: what it prints, what it writes, how it ends, and that its options do not grow by accident."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,6 +73,34 @@ def test_options_are_those_pinned_here():
 def test_help_does_not_import_torch():
     code = "import sys, unimm.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning(given, found):
+    """Set before torch is imported, since libgomp reads it once, and only where the user has not set it."""
+    code = (
+        "import os, sys\n"
+        "import unimm.cli.main as main\n"
+        "main.app = lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "main.main()"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert ran.stdout.split() == [found, "False"]
+
+
+def test_python_m_unimm():
+    ran = subprocess.run([sys.executable, "-m", "unimm", "releases"], capture_output=True, text=True, check=True)
+    assert "bagel-nano" in ran.stdout
+
+
+@pytest.mark.parametrize("device", ["gpu", "auto", "cuda:99", "cuda:x", ""])
+def test_a_device_that_is_not_there(tmp_path, device):
+    for command in (("generate", "a red circle", "--steps", 1), ("train", "bagel-nano", tmp_path / "run")):
+        out = ("--out", tmp_path / "a.png") if command[0] == "generate" else ()
+        assert "got device" in fails(*command, *out, "--device", device)
+    assert not list(tmp_path.iterdir())
 
 
 def test_releases():

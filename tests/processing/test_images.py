@@ -4,20 +4,25 @@ import io
 import json
 import os
 import re
+import struct
 
 import numpy as np
 import pytest
 import torch
 from helpers.paths import GOLDEN
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from unimm.models.bagel.processor import BagelImageProcessor
 from unimm.nn.patches import patchify, unpatchify
 from unimm.nn.pos_embed import grid_position_ids
+from unimm.processing.chat_templates import parse_messages
 from unimm.processing.images import io as pixels
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.images.io import center_crop, load_image, pil_to_tensor, tensor_to_pil
+from unimm.processing.requests import parse_images
 
 PREPROC = GOLDEN / "janus" / "preproc"
 NOTES = json.loads((PREPROC / "io.json").read_text())
@@ -186,3 +191,113 @@ def test_crop_keeps_the_middle(size):
     mark = Image.new("RGB", (64, 32))
     mark.paste((255, 255, 255), (16, 0, 48, 32))
     assert np.asarray(center_crop(mark, 16))[:, 1:-1].min() > 200 and np.asarray(center_crop(mark, 32)).min() == 255
+
+
+@pytest.mark.parametrize("size", [(1, 8000), (8000, 1), (3, 200_000)])
+def test_a_line_is_no_square(size):
+    with pytest.raises(ValueError, match="to crop to 512x512: .*expected at most 64,000,000"):
+        center_crop(Image.new("RGB", size), 512)
+
+
+# ---- rubbish beside the pixels
+
+
+def jpeg_with_exif(extra: tuple[int, int, int, bytes], tail: bytes, orientation: int) -> bytes:
+    """A JPEG of 40 x 24 whose EXIF has an orientation and one more tag of any kind: (tag, kind, count, value)."""
+    made = io.BytesIO()
+    Image.new("RGB", (40, 24), (200, 10, 10)).save(made, "JPEG")
+    entries = struct.pack("<HHI4s", 0x0112, 3, 1, bytes([orientation])) + struct.pack("<HHI4s", *extra)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + b"\0\0\0\0" + tail
+    data = made.getvalue()
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+TAGS = st.sampled_from([0x0100, 0x0101, 0x0102, 0x010F, 0x011A, 0x011B, 0x0128, 0x0132, 0x8769, 0x8825, 0x9286])
+
+
+@given(
+    st.tuples(TAGS, st.integers(0, 20), st.integers(0, 9), st.binary(max_size=4)),
+    st.binary(max_size=12),
+    st.integers(1, 8),
+)
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the rubbish
+def test_rubbish_in_exif_hides_no_picture(extra, tail, orientation):
+    opened = Image.open(io.BytesIO(jpeg_with_exif(extra, tail, orientation)))
+    assert load_image(opened).size == ((24, 40) if orientation >= 5 else (40, 24))
+
+
+@given(st.binary(max_size=40) | st.text(max_size=9) | st.none() | st.integers())
+def test_exif_that_is_none(exif):
+    image = Image.new("RGB", (40, 24))
+    image.info |= {"exif": exif, "xmp": exif}
+    assert load_image(image).size == (40, 24)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_upright_once(file_format, orientation):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, file_format, exif=exif)
+    upright = load_image(Image.open(data))
+    assert np.array_equal(upright, ImageOps.exif_transpose(Image.open(data)).convert("RGB"))
+    assert np.array_equal(load_image(upright), upright), "what is upright is not turned again"
+
+
+KEYS = st.none() | st.integers() | st.binary(max_size=300) | st.lists(st.integers(), max_size=4).map(tuple) | st.text()
+MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "I", "I;16")
+
+
+@given(st.sampled_from(MODES), KEYS)
+def test_transparency_of_any_type(mode, key):
+    image = Image.new(mode, (5, 4))
+    image.info["transparency"] = key
+    assert load_image(image).size == (5, 4) and image.info["transparency"] == key
+
+
+@pytest.mark.parametrize("key", [b"\0\xff\xff", b"", "0", 3, (1, 2), (-1, 0, 0)], ids=repr)
+def test_transparency_that_does_not_fit_is_none(key):
+    image = Image.new("RGB", (5, 4), (9, 99, 200))
+    image.info["transparency"] = key
+    assert np.array_equal(load_image(image), image)
+
+
+def test_transparency_is_white():
+    for mode, level, key in (("L", 100, 100), ("I;16", 25700, 25700), ("1", 0, 0)):
+        image = Image.new(mode, (2, 1), level)
+        image.info["transparency"] = key
+        assert np.asarray(load_image(image)).min() == 255, mode
+        image.putpixel((0, 0), 255 if mode == "1" else level + 1)
+        shown = np.asarray(load_image(image))
+        assert shown[0, 1].tolist() == [255] * 3 and (mode == "1" or shown[0, 0].max() < 255)
+    for key in ((9, 99, 200), (9 * 257, 99 * 257, 200 * 257)):  # as a PNG of 16 bits gives it
+        image = Image.new("RGB", (5, 4), (9, 99, 200))
+        image.info["transparency"] = key
+        assert np.asarray(load_image(image)).min() == 255
+
+
+def test_the_broken_one_is_named(tmp_path):
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(data, "JPEG")
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(data.getvalue()[: 2000 if i == 2 else None])
+    Image.new("F", (4, 4)).save(tmp_path / "floats.tiff")
+    paths = [tmp_path / f"{i}.jpg" for i in range(4)]
+    with pytest.raises(ValueError, match=r"image 3 of 4, .*2\.jpg, that is broken"):
+        parse_images(paths, "a prompt")
+    with pytest.raises(ValueError, match=r"the image of prompt 3, .*2\.jpg, that is broken"):
+        parse_images(paths, ["what"] * 4)
+    with (
+        Image.open(paths[2]) as opened,
+        pytest.raises(ValueError, match="image 2 of prompt 1 that is broken"),
+    ):
+        parse_images([[paths[0], opened], None], ["a", "b"])
+    with pytest.raises(ValueError, match=r"floats\.tiff, of floats"):
+        parse_images(tmp_path / "floats.tiff", "a prompt")
+    with pytest.raises(ValueError, match=r"no image at .*9\.jpg, image 2 of prompt 2"):
+        parse_images([None, [paths[0], tmp_path / "9.jpg"]], ["a", "b"])
+    messages = [{"role": "user", "content": "a", "images": [paths[0], paths[2]]}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match=r"image 2 of message 1, .*2\.jpg, that is broken"):
+        parse_messages(messages, placeholder="<i>")

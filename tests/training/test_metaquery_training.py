@@ -158,8 +158,32 @@ def test_images_of_ones_own(recipe, tmp_path):
         path.write_text("\n".join([*map(json.dumps, lines), line]))
         with pytest.raises(ValueError, match=match):
             FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
+    for line in (
+        '{"target": 3, "text": "a"}',
+        '{"target": "a.png", "images": "a.png"}',
+        '{"target": "a.png", "images": [null]}',
+    ):
+        path.write_text(line)
+        with pytest.raises(ValueError, match="in line 1 of .*expected the name of a file, and a list of names"):
+            FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
+    path.write_text('{"target": "a.png", "text": "half \\ud83d"}')
+    with pytest.raises(ValueError, match="the text in line 1 of .* is no text"):
+        FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
     with pytest.raises(ValueError, match="expected a file of JSON lines"):
         FilePairs(path=tmp_path / "none", image_size=64)(0, 1, random.Random(0))
+
+
+@pytest.mark.parametrize("letter", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\xa0", "\U0001f600"], ids=ascii)
+def test_lines_end_at_newlines_alone(tmp_path, letter):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    record = {"target": "a.png", "text": f"a cat{letter}on a mat"}
+    # JSON escapes control characters below 32, and no others
+    lines = [json.dumps(record, ensure_ascii=letter < " "), '{"target": "a.png", "text": null, "images": ["a.png"]}',
+             '{"target": "a.png", "text": "a", "images": null}']  # fmt: skip
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = FilePairs(path=tmp_path / "list.jsonl", image_size=16)
+    pairs = [source.from_record(record) for record in source.records]
+    assert [(pair.kind, pair.text) for pair in pairs] == [("draw", record["text"]), ("edit", ""), ("draw", "a")]
 
 
 def test_only_new_rows_connector_and_denoiser_learn_and_old_rows_keep_every_bit(recipe):

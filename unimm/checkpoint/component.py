@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
@@ -58,5 +59,5 @@ class PretrainedComponent(nn.Module, ABC):
             shapes = read_shapes(paths)
             with torch.device("meta"):
                 module = cls.from_configs(path.parent if path.is_file() else path, shapes)
-            load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=torch.device(device))
+            load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=parse_device(device))
         return module.eval()

@@ -45,6 +45,10 @@ def resolve(
         return BUNDLED_FOLDER / name
     if path.is_dir():
         return path
+    if isinstance(name, Path):
+        raise ValueError(
+            f"no folder {name}: expected a model's; a bundled name or a hub id is given as a text, no Path"
+        )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         if weights and (licence := (non_commercial or {}).get(str(name))):
             warn_licence(str(name), licence)

@@ -27,14 +27,16 @@ def train_command(
 ) -> None:
     """Train a model by a recipe, on one device."""
     from unimm import training
+    from unimm.checkpoint.devices import parse_device
     from unimm.training.config import read_recipe
     from unimm.training.tasks.base import build_task
     from unimm.training.trainer import train
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
     config = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
+    found = parse_device(device)  # before anything is built
     with log_to_stderr("unimm"):
-        train(build_task(config), config, out, device=device, resume=resume, init=init, workers=workers, hours=hours)
+        train(build_task(config), config, out, device=found, resume=resume, init=init, workers=workers, hours=hours)
 
 
 @contextmanager

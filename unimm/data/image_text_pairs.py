@@ -16,6 +16,7 @@ from unimm.data.batching import sample_tasks
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.processing.images.io import center_crop, load_image
+from unimm.tokenizers.text import check_text
 
 # a task: the input image again, without a word of text
 RECONSTRUCTION = "reconstruct"
@@ -81,7 +82,7 @@ class ShapesPairs:
 class FilePairs:
     """Pairs named by the lines of a JSON file, `{"target": FILE, "text": TEXT, "images": [FILES]}`, with replacement.
 
-    Files lie below the folder of the list; text and images may be left out. Targets are cropped to a square.
+    Files lie below the folder of the list; text and images may be left out or null. Targets are cropped to a square.
     """
 
     path: Path
@@ -96,17 +97,19 @@ class FilePairs:
         """The file's lines. Raises ValueError for a file that is missing, empty, or holds something else."""
         if not self.path.is_file():
             raise ValueError(f"got data {self.path}: expected a file of JSON lines, each with a target")
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        if not lines:
+        text = self.path.read_text(encoding="utf-8").removesuffix("\n")
+        if not text:
             raise ValueError(f"{self.path} is empty: expected a line for each image to generate")
+        # at newlines alone: captions may hold U+2028 and other ends of lines of Unicode's, which JSON does not escape
+        lines = text.split("\n")
         return [self._record(line, i + 1) for i, line in enumerate(lines)]
 
     def from_record(self, record: Mapping) -> ImageTextPair:
         """The pair that a line names."""
-        images = tuple(load_image(self.path.parent / name) for name in record.get("images", ()))
+        images = tuple(load_image(self.path.parent / name) for name in record.get("images") or ())
         target = center_crop(load_image(self.path.parent / record["target"]), self.image_size)
         return ImageTextPair(
-            kind="edit" if images else "draw", text=record.get("text", ""), images=images, target=target
+            kind="edit" if images else "draw", text=record.get("text") or "", images=images, target=target
         )
 
     def _record(self, line: str, number: int) -> Mapping:
@@ -119,6 +122,16 @@ class FilePairs:
             raise ValueError(
                 f"got {line[:80]} in line {number} of {self.path}: expected target, perhaps text and images"
             )
-        if not (record.get("text") or record.get("images")):
+        target = record["target"]
+        text = record.get("text") or ""
+        images = record.get("images") or []
+        names = [target, *images] if isinstance(images, list) else [images]
+        if not all(isinstance(name, str) and name for name in names) or not isinstance(images, list):
+            raise ValueError(
+                f"got target {target!r:.80}, images {images!r:.80} in line {number} of {self.path}: expected the name of "
+                "a file, and a list of names"
+            )
+        check_text(text, f"the text in line {number} of {self.path}")
+        if not (text or images):
             raise ValueError(f"line {number} of {self.path} has neither text nor images to generate from")
         return record

@@ -9,11 +9,13 @@ Axes: P images, or rows of packed images; S steps; N rows; C channels.
 
 from collections.abc import Callable, Iterator
 from math import exp, expm1, inf, log
-from typing import SupportsFloat, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from unimm.generation.numbers import parse_float, parse_int
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [P, ...], timesteps [P]) -> [P, ...]
 
@@ -29,7 +31,8 @@ def shift_timesteps(timesteps: Tensor, shift: float) -> Tensor:
 def flow_timesteps(steps: int, shift: float) -> Tensor:
     """The timesteps of `steps` steps from noise to data, [S + 1] float32 from 1 to 0. Raises ValueError below 1
     step."""
-    _check_schedule(steps, shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float32), shift)
 
 
@@ -49,7 +52,8 @@ def dpm_timesteps(steps: int, *, shift: float = 3.0, train_steps: int = 1000) ->
     In float64, since `floor_timesteps` rounds them down: with a shift of 1 some lie exactly on a training step. Raises
     ValueError below 1 step.
     """
-    _check_schedule(steps, shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     data = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / train_steps - 1) / steps)
     data[-1] = 1 / train_steps  # to the bit: the first timestep may lie on a training step
     timesteps = shift_timesteps(1 - data, shift).flip(0)
@@ -63,16 +67,20 @@ def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) ->
     A mistake of that library (its issue 13243: the end at 1 / train_steps is shifted already), here to reproduce
     images; `flow_timesteps` is what is meant.
     """
-    _check_schedule(steps, shift)
+    steps = parse_steps(steps)
+    shift = parse_shift(shift)
     last = shift_timesteps(torch.tensor(1 / train_steps, dtype=torch.float64), shift).item()
     return torch.cat((shift_timesteps(torch.linspace(1, last, steps, dtype=torch.float64), shift), torch.zeros(1)))
 
 
-def _check_schedule(steps: int, shift: float) -> None:
-    if not isinstance(steps, SupportsIndex) or steps < 1:
-        raise ValueError(f"got steps {steps!r}: expected at least 1, a whole number")
-    if not isinstance(shift, SupportsFloat) or not 0 < shift < inf:
-        raise ValueError(f"got shift {shift!r}: expected a positive number (1 is none)")
+def parse_steps(value: Any) -> int:
+    """The number of a sampler's steps, at least 1."""
+    return parse_int(value, "steps", low=1)
+
+
+def parse_shift(value: Any, name: str = "shift") -> float:
+    """The shift of a schedule, which is positive."""
+    return parse_float(value, name, "a positive number (1 is none)", low=5e-324)
 
 
 def integer_timesteps(uniform: Tensor, *, train_steps: int = 1000) -> Tensor:

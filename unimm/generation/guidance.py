@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.generation.numbers import parse_float, to_python
 from unimm.kernels.cfg_combine import RENORM_TYPES, cfg_combine
 
 Branch = tuple[int, str]  # (image of the batch, its context): "full", "no_text" or "no_image"
@@ -47,13 +48,10 @@ class Guidance(JsonConfig):
     def __post_init__(self) -> None:
         if self.renorm not in RENORM_TYPES:
             raise ValueError(f"unknown renorm {self.renorm!r}: expected {', '.join(RENORM_TYPES)}")
-        if not (self.text_scale >= 0 and self.image_scale >= 0 and self.interval[0] <= self.interval[1]):
-            raise ValueError(
-                f"got text_scale {self.text_scale}, image_scale {self.image_scale}, interval {self.interval}: expected "
-                "scales of 0 or more, low <= high"
-            )
-        if not 0 <= self.renorm_min <= 1:
-            raise ValueError(f"got renorm_min {self.renorm_min}: expected 0 to 1")
+        for name in ("text_scale", "image_scale"):
+            object.__setattr__(self, name, parse_float(getattr(self, name), name, "a scale of 0 or more", low=0))
+        object.__setattr__(self, "renorm_min", parse_float(self.renorm_min, "renorm_min", "0 to 1", low=0, high=1))
+        object.__setattr__(self, "interval", _parse_interval(self.interval))
 
     def branches(self, timestep: float) -> tuple[str, ...]:
         """The contexts needed at a timestep."""
@@ -82,11 +80,25 @@ class Guidance(JsonConfig):
 
 def resolve_guidance(given: Any, default: Guidance) -> Guidance:
     """A Guidance as it is, or `default` with another text_scale for a number. Raises ValueError for anything else."""
+    parsed = parse_guidance(given)
+    return parsed if isinstance(parsed, Guidance) else replace(default, text_scale=parsed)
+
+
+def parse_guidance(given: Any) -> Guidance | float:
+    """A Guidance as it is, or the scale of the text. Raises ValueError for anything else."""
     if isinstance(given, Guidance):
         return given
-    if isinstance(given, bool) or not isinstance(given, int | float):
-        raise ValueError(f"got guidance {given!r}: expected a Guidance, or the scale of the text")
-    return replace(default, text_scale=float(given))
+    return parse_float(given, "guidance", "a Guidance, or the scale of the text, 0 or more", low=0)
+
+
+def _parse_interval(given: Any) -> tuple[float, float]:
+    ends = to_python(given)
+    if not isinstance(ends, Sequence) or isinstance(ends, str) or len(ends) != 2:
+        raise ValueError(f"got interval {given!r:.80}: expected two timesteps, low <= high")
+    low, high = (parse_float(end, "interval", "two timesteps, low <= high") for end in ends)
+    if low > high:
+        raise ValueError(f"got interval {given!r:.80}: expected two timesteps, low <= high")
+    return low, high
 
 
 def guidance_branches(guidance: Sequence[Guidance], timesteps: Tensor) -> list[Branch]:

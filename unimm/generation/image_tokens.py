@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from unimm.generation.numbers import parse_int
+from unimm.generation.text_sampling import parse_temperature, parse_top_p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +20,19 @@ class ImageTokenSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < inf:
-            raise ValueError(f"got temperature {self.temperature}: expected 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"got top_k {self.top_k}: expected at least 1, or None")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"got top_p {self.top_p}: expected more than 0 and at most 1")
+        object.__setattr__(self, "temperature", parse_temperature(self.temperature))
+        object.__setattr__(self, "top_p", parse_top_p(self.top_p))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", parse_int(self.top_k, "top_k", low=1))
+
+
+def resolve_image_sampling(given: Any, default: ImageTokenSampling) -> ImageTokenSampling:
+    """The ImageTokenSampling of a call, the default one for None. Raises ValueError for anything else."""
+    if given is None:
+        return default
+    if not isinstance(given, ImageTokenSampling):
+        raise ValueError(f"got image_sampling {given!r:.80}: expected an ImageTokenSampling")
+    return given
 
 
 def sample_image_tokens(logits: Tensor, sampling: ImageTokenSampling, generators: Sequence[torch.Generator]) -> Tensor:

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, parse_dtype, weight_files
 from unimm.checkpoint.save import released_state_dict, save_safetensors
@@ -120,7 +121,7 @@ class UnifiedModel(nn.Module, ABC):
             known = ", ".join(cls.COMPONENTS) or "none"
             raise ValueError(f"got components {', '.join(unknown)} for a {cls.__name__}: expected {known}")
         dtype = parse_dtype(dtype)
-        device = torch.device(device)
+        device = parse_device(device)
         folder = hub.resolve(
             name,
             revision=revision,

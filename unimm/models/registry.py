@@ -12,6 +12,8 @@ import torch
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.devices import parse_device
+from unimm.checkpoint.load import parse_dtype
 from unimm.models.release import Components, FamilyFiles, Release
 
 if TYPE_CHECKING:
@@ -137,6 +139,9 @@ def load(
 
     Raises ValueError for an unknown name or a folder of no known family, and what `from_pretrained` raises.
     """
+    # before anything is fetched
+    dtype = parse_dtype(dtype)
+    device = parse_device(device)
     folder = hub.resolve(name, revision=revision, known_names=tuple(row.name for row in releases()))
     # by its name, which says more than the folder: where the family's other parts are
     model_class = family_class(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from unimm.processing.images.io import load_image
+from unimm.processing.images.io import load_images
 from unimm.processing.requests import Message, parse_message
 from unimm.sequence.parts import Part, text_part
 from unimm.tokenizers.text import TextTokenizer, encode_prompt
@@ -42,7 +42,10 @@ def parse_messages(messages: Sequence[Message], *, placeholder: str, separator: 
         raise ValueError(
             f"got {messages!r:.80} for a conversation: expected a list of messages, the last one the user's"
         )
-    parsed = [_parse_message(message, placeholder, separator) for message in messages]
+    parsed = [
+        _parse_message(message, placeholder, separator, of=f"message {i + 1}" if len(messages) > 1 else "")
+        for i, message in enumerate(messages)
+    ]
     if not parsed or parsed[-1].role != "user":
         raise ValueError(
             f"got a conversation that does not end with the user: expected the user to have the last word, got "
@@ -51,12 +54,12 @@ def parse_messages(messages: Sequence[Message], *, placeholder: str, separator: 
     return parsed
 
 
-def _parse_message(message: Message, placeholder: str, separator: str) -> ChatMessage:
+def _parse_message(message: Message, placeholder: str, separator: str, *, of: str) -> ChatMessage:
     role, content, images = parse_message(message, placeholder=placeholder, separator=separator)
     first, *texts = content.split(placeholder)
     pieces: list[str | Image.Image] = [first]
-    for text, image in zip(texts, images, strict=True):
-        pieces += [load_image(image), text]
+    for text, image in zip(texts, load_images(images, of=of), strict=True):
+        pieces += [image, text]
     return ChatMessage(role, [piece for piece in pieces if piece != ""])
 
 

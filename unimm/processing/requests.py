@@ -5,14 +5,14 @@ was expected.
 """
 
 from collections.abc import Mapping, Sequence
-from math import inf
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
+
+from unimm.generation.numbers import parse_float, parse_int, to_python
+from unimm.processing.images.io import load_images
+from unimm.tokenizers.text import check_text
 
 ImageInput = Image.Image | str | Path
 Message = Mapping[str, Any]  # {"role": "user" or "assistant", "content": str, "images": one, several or absent}
@@ -22,7 +22,7 @@ ROLES = ("user", "assistant")
 # ---- prompts, images, messages
 
 
-def parse_requests(prompt: Any, images: Any, *, allow_empty: bool = False) -> tuple[list[str], list[list]]:
+def parse_requests(prompt: Any, images: Any, *, allow_empty: bool = False) -> tuple[list[str], list[list[Image.Image]]]:
     """The prompts of a call, and the images of each; an empty prompt is refused unless `allow_empty`."""
     prompts = parse_prompts(prompt)
     if not allow_empty and any(not text.strip() for text in prompts):
@@ -35,23 +35,31 @@ def parse_prompts(prompt: Any) -> list[str]:
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text, or a list of texts")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"got a prompt that is no text: {error}; decode it with errors='replace'") from error
-    return list(texts)
+    return [check_text(text, "a prompt") for text in texts]
 
 
-def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list]:
-    """The images of each prompt: for one prompt an image or several, for a batch one of these (or None) each."""
+def parse_negative_prompts(given: Any, n_prompts: int) -> list[str]:
+    """A negative prompt for each prompt, from one for all or one each; None is an empty one."""
+    return [
+        check_text("" if one is None else one, "negative_prompt")
+        for one in broadcast(given, n_prompts, "negative prompts")
+    ]
+
+
+def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list[Image.Image]]:
+    """The RGB images of each prompt: for one prompt an image or several, for a batch one of these (or None) each.
+
+    All are loaded here, so that one that cannot be read is named by its place before anything is computed.
+    """
     if isinstance(prompt, str):
-        return [_as_list(images)]
+        return [load_images(_as_list(images))]
     if not prompt:
         raise ValueError("got no prompts: expected at least one")
     if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
         n = len(prompt)
         raise ValueError(f"got images for {n} prompts: expected a list of {n}, each an image, a list or None")
-    return [[] for _ in prompt] if images is None else [_as_list(one) for one in images]
+    given = [None for _ in prompt] if images is None else images
+    return [load_images(_as_list(one), of=f"prompt {i + 1}") for i, one in enumerate(given)]
 
 
 def parse_message(message: Message, *, placeholder: str, separator: str = "") -> tuple[str, str, list]:
@@ -64,7 +72,7 @@ def parse_message(message: Message, *, placeholder: str, separator: str = "") ->
         )
     role = message["role"]
     images = _as_list(message.get("images"))
-    (content,) = parse_prompts(message["content"])
+    content = check_text(message["content"], f"a message of the {role}")
     if not content.strip():
         raise ValueError(f"got an empty prompt: expected at least a word from the {role}")
     return role, place_images(content, images, placeholder=placeholder, separator=separator), images
@@ -93,15 +101,10 @@ def _as_list(images: Any) -> list:
 # ---- numbers
 
 
-def to_python(value: Any) -> Any:
-    """A number, or lists of them, in place of numpy's and torch's; anything else as it is."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
-
-
 def broadcast(value: Any, n_prompts: int, noun: str) -> list:
     """One value for each prompt: from a sequence, or an array, of as many, or from one value for all."""
     value = to_python(value)
-    values = [value] * n_prompts if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    values = [value] * n_prompts if isinstance(value, str | bytes) or not isinstance(value, Sequence) else list(value)
     if len(values) != n_prompts:
         raise ValueError(f"got {len(values)} {noun} for {n_prompts} prompts: give one, or one for each")
     return values
@@ -109,17 +112,13 @@ def broadcast(value: Any, n_prompts: int, noun: str) -> list:
 
 def parse_scales(value: Any, n_prompts: int, noun: str, *, n_images: int = 1) -> list[float]:
     """A guidance scale of 0 or more for each image, from one for all or one a prompt; images of a prompt share it."""
-    given = broadcast(value, n_prompts, noun)
-    if not all(isinstance(scale, SupportsFloat) and 0 <= float(scale) < inf for scale in given):
-        raise ValueError(f"got {noun} {value}: expected scales of 0 or more")
-    return [float(scale) for scale in given for _ in range(n_images)]
+    scales = [parse_float(one, noun, "scales of 0 or more", low=0) for one in broadcast(value, n_prompts, noun)]
+    return [scale for scale in scales for _ in range(n_images)]
 
 
-def check_n_images(n: int) -> int:
+def parse_n_images(n: Any) -> int:
     """The number of images of each prompt, at least 1."""
-    if not isinstance(n, SupportsIndex) or n < 1:
-        raise ValueError(f"got n {n!r}: expected at least 1 image of each prompt, a whole number")
-    return index(n)
+    return parse_int(n, "n", low=1, unit="image of each prompt")
 
 
 def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
@@ -129,13 +128,10 @@ def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1
     Whole numbers from 0 and below 2^63.
     """
     given = to_python(seed)
-    try:
-        if isinstance(given, Sequence):
-            first = [index(one) for one in broadcast(given, n_prompts, "seeds")]
-        else:
-            first = [index(given) + n_images * i for i in range(n_prompts)]
-    except TypeError:
-        raise ValueError(f"got seed {seed!r}: expected a whole number, or one for each prompt") from None
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        first = [parse_int(one, "seed") for one in broadcast(given, n_prompts, "seeds")]
+    else:
+        first = [parse_int(given, "seed") + n_images * i for i in range(n_prompts)]
     expanded = [one + i for one in first for i in range(n_images)]
     if wrong := [one for one in expanded if not 0 <= one < 2**63]:
         raise ValueError(f"got seed {wrong[0]}: expected 0 or more, and below 2^63")
@@ -144,10 +140,10 @@ def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1
 
 def parse_size(size: Any) -> tuple[int, int]:
     """(height, width) in pixels."""
-    try:
-        height, width = map(index, to_python(size))
-    except (TypeError, ValueError):
-        raise ValueError(f"got size {size!r}: expected (height, width) in pixels, for all images") from None
+    sides = to_python(size)
+    if not isinstance(sides, Sequence) or isinstance(sides, str | bytes) or len(sides) != 2:
+        raise ValueError(f"got size {size!r:.80}: expected (height, width) in pixels, for all images")
+    height, width = (parse_int(side, "size") for side in sides)
     return height, width
 
 

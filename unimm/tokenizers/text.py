@@ -26,6 +26,18 @@ QWEN2_SPLIT_PATTERN = (
 )
 
 
+def check_text(text: Any, name: str) -> str:
+    """The text. Raises ValueError for what is none, and for half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"got {text!r:.80} for {name}: expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"got {name} that is no text: {error}; decode it with errors='replace'"
+        raise ValueError(message) from error
+    return text
+
+
 class JsonTokenizer:
     """A released tokenizer.json, or the older files that Qwen2's is made from, through the tokenizers library.
 
@@ -65,7 +77,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without special tokens around it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(check_text(text, "a text"), add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
@@ -234,7 +246,7 @@ class SentencePieceTokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text)
+        return self.backend.encode(check_text(text, "a text"))
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unimm.checkpoint.atomic import atomic_file
+from unimm.checkpoint.devices import parse_device
 from unimm.training.batches import StopSignal, iterate_batches
 from unimm.training.checkpoints import (
     EMA_FILE,
@@ -55,7 +56,7 @@ def train(
     processes ahead of the loop, or in the loop where that is 0.
     """
     out = Path(out)
-    trainer = Trainer(task, recipe, torch.device(device))
+    trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = JsonlLog(out / "log.jsonl", after=trainer.step)

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
@@ -105,12 +106,14 @@ class VisionLanguageModel(MLLMChat):
         Raises ValueError for another model's config, CheckpointError (a ValueError) for weights that do not fit,
         MemoryError where they cannot.
         """
+        dtype = parse_dtype(dtype)
+        device = parse_device(device)
         folder = hub.resolve(name, revision=revision, non_commercial=cls.NON_COMMERCIAL)
         with torch.device("meta"):
             model = cls.from_folder(folder)
         paths = weight_files(folder, HUB_WEIGHT_FILES)
         key_map = model.key_map(read_shapes(paths))
-        load_weights(model, paths, key_map, dtype=parse_dtype(dtype), device=torch.device(device))
+        load_weights(model, paths, key_map, dtype=dtype, device=device)
         return model.eval()
 
     @final

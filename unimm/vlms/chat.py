@@ -12,7 +12,7 @@ from typing_extensions import Self
 from unimm.generation.causal_lm import CausalLM
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
-from unimm.generation.text_sampling import TextSampling
+from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.processing.requests import ImageInput, Message, expand_seeds, parse_requests
 from unimm.sequence.parts import Part, text_part
@@ -91,8 +91,10 @@ class MLLMChat(CausalLM):
         conversations: list[Any] = [messages] if is_single else list(messages)
         if stream and len(conversations) != 1:
             raise ValueError(f"got {len(conversations)} conversations to stream: expected one")
+        text_sampling = resolve_sampling(text_sampling)
+        seeds = expand_seeds(seed, len(conversations))
         prompts = [self.processor.conversation_parts(one, system=system) for one in conversations]
-        answers = self.decode_answers(prompts, text_sampling, expand_seeds(seed, len(prompts)))
+        answers = self.decode_answers(prompts, text_sampling, seeds)
         if stream:
             return answers.pieces()
         return answers.texts()[0] if is_single else answers.texts()
@@ -101,7 +103,7 @@ class MLLMChat(CausalLM):
         self, prompts: Sequence[Sequence[Part]], text_sampling: TextSampling | None, seeds: Sequence[int]
     ) -> TextStream:
         """The answers after prompts, each of which ends with a text part, as they are decoded."""
-        sampling = (text_sampling or TextSampling()).with_default_max_tokens(self.max_answer_tokens)
+        sampling = resolve_sampling(text_sampling).with_default_max_tokens(self.max_answer_tokens)
         caches, last_ids = self.prefill_prompts(prompts)
         session = self.decode_session(caches, sampling.token_limit)
         steps = decode_text(session, last_ids, end=self.eos_ids, sampling=sampling, seeds=seeds)

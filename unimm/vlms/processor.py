@@ -13,7 +13,7 @@ from PIL import Image
 from unimm.processing.chat_templates import ChatMessage, Prompt, parse_messages, prompt_to_parts
 from unimm.processing.requests import Message
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
-from unimm.tokenizers.text import TextTokenizer, special_token
+from unimm.tokenizers.text import TextTokenizer, check_text, special_token
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -75,6 +75,8 @@ class ChatProcessor(ABC):
         Images stand in front of their message's text, or where it holds `IMAGE_PLACEHOLDER`. Raises ValueError for bad
         messages.
         """
+        if system is not None:
+            check_text(system, "a system prompt")
         parsed = self.parse_messages(messages)
         return self.to_parts(self.render(parsed, self.default_system if system is None else system))
 

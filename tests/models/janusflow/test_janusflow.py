@@ -432,6 +432,10 @@ def test_an_autoencoder_from_elsewhere(tmp_path, model, monkeypatch):
     assert set(given.state_dict()) == before and not any(p.is_inference() for p in given.autoencoder.parameters())
     given.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / "ae.safetensors").exists()
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "empty", "no weights in"), (tmp_path / "nowhere" / "vae", "no folder")):
+        with pytest.raises(ValueError, match=message):
+            JanusFlow.from_pretrained(tmp_path / "a", components={"vae": path})
     wrong = JanusFlow.from_pretrained(tmp_path / "a", components={"vae": write_vae(tmp_path / "wide", z_channels=4)})
     with pytest.raises(ValueError, match="4 channels .*expected 3"):
         wrong.decode_latents(torch.zeros(1, 3, 12, 12))

@@ -158,6 +158,27 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
     assert UniWorld.from_pretrained(tmp_path / "core", components={"flux": tmp_path / "flux"}).auxiliary.t5 is not None
 
 
+def test_a_folder_without_the_part(tmp_path, model, monkeypatch):
+    """One level too high, and single files as other tools keep them."""
+    monkeypatch.setattr(hub, "_download", lambda *args, **options: pytest.fail("asked the hub"))
+    model.save_pretrained(tmp_path / "whole")
+    folder = tmp_path / "diffusion"
+    (folder / "FLUX.1-dev" / "vae").mkdir(parents=True)
+    for name in ("ae.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "model.safetensors"):
+        (folder / name).touch()
+    for name, lacks in (("flux", "lacks vae, text_encoder, text_encoder_2"), ("siglip", "lacks config.json")):
+        with pytest.raises(ValueError, match=f"{name} {folder}, which {lacks}"):
+            UniWorld.from_pretrained(tmp_path / "whole", components={name: folder})
+        with pytest.raises(ValueError, match=f"no folder {folder}x"):
+            UniWorld.from_pretrained(tmp_path / "whole", components={name: folder.with_name("diffusionx")})
+    shutil.rmtree(tmp_path / "whole" / "text_encoder_2")
+    with pytest.raises(ValueError, match="which lacks text_encoder_2: "):
+        UniWorld.from_pretrained(tmp_path / "whole", components={"flux": tmp_path / "whole"})
+    shutil.rmtree(tmp_path / "whole" / "tokenizer_2")
+    given = UniWorld.from_pretrained(tmp_path / "whole", components={"flux": tmp_path / "whole", "t5": None})
+    assert given.auxiliary.vae is not None
+
+
 def test_a_part_may_be_another_model_s(tmp_path, model):
     """As the bundled model's VAE is bagel-nano's, whose config is a section of a BAGEL's."""
     model.save_pretrained(tmp_path / "whole")

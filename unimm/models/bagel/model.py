@@ -18,7 +18,7 @@ from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache
-from unimm.generation.text_sampling import TextSampling
+from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
 from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
@@ -31,9 +31,9 @@ from unimm.processing.images.io import load_image, pil_to_tensor, tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
     broadcast,
-    check_n_images,
     check_size,
     expand_seeds,
+    parse_n_images,
     parse_requests,
 )
 from unimm.sequence.parts import Part
@@ -120,14 +120,13 @@ class Bagel(BagelNetwork, UnifiedModel):
         latent = self.encode_latents(pil_to_tensor(image).to(self.device), noise)
         return [self.processor.latent_part(latent.cpu()), vit_part], size
 
-    def _input_image_parts(self, image: ImageInput, generator: torch.Generator, *, latents: bool) -> ImageParts:
+    def _input_image_parts(self, image: Image.Image, generator: torch.Generator, *, latents: bool) -> ImageParts:
         """`image_parts` of an input image, its posterior drawn by the generator."""
-        pil = load_image(image)
         vae = self.config.vae
-        width, height = self.config.vae_transform.output_size(pil.width, pil.height)
+        width, height = self.config.vae_transform.output_size(image.width, image.height)
         shape = vae.latent_channels, height // vae.stride, width // vae.stride
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return self.image_parts(pil, noise=noise, latents=latents)
+        return self.image_parts(image, noise=noise, latents=latents)
 
     # ---- contexts
 
@@ -139,7 +138,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     def _append_input_images(
         self,
         contexts: Sequence[CFGContexts],
-        images: Sequence[Sequence[ImageInput]],
+        images: Sequence[Sequence[Image.Image]],
         generators: Sequence[torch.Generator],
         *,
         latents: bool,
@@ -165,7 +164,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         self, contexts: Sequence[CFGContexts], sampling: TextSampling | None, seeds: Sequence[int]
     ) -> TextStream:
         """The model's own text after each context."""
-        sampling = (sampling or TextSampling()).with_default_max_tokens(self.config.defaults.max_think_tokens)
+        sampling = resolve_sampling(sampling).with_default_max_tokens(self.config.defaults.max_think_tokens)
         steps = self.decode_after([one.full for one in contexts], sampling, seeds)
         return TextStream(steps, self.text_tokenizer.decode, len(contexts), sampling.stop)
 
@@ -212,6 +211,11 @@ class Bagel(BagelNetwork, UnifiedModel):
             x = self.denoise_step(denoiser, x, t, next_t)
         return list(x.split(denoiser.n_tokens))
 
+    @property
+    def max_image_side(self) -> int:
+        """The longest side of a generated image, in pixels."""
+        return self.config.latent_downsample * self.config.latent_grid
+
     def initial_noise(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """The noise [L, C] that an image of (height, width) begins from, float32 from the CPU."""
         stride = self.config.latent_downsample
@@ -226,7 +230,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         defaults = self.config.defaults
         stride = self.config.latent_downsample
         sizes = [options.size or one.image_size or defaults.size for one in contexts]
-        sizes = [check_size(size, stride, stride * self.config.latent_grid) for size in sizes]
+        sizes = [check_size(size, stride, self.max_image_side) for size in sizes]
         usual = [defaults.edit_guidance if one.image_size else defaults.generate_guidance for one in contexts]
         latents = self.denoise(
             contexts,
@@ -270,7 +274,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)
-        n = check_n_images(n)
+        n = parse_n_images(n)
+        text_sampling = resolve_sampling(text_sampling)
         defaults = self.config.defaults
         scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
         options = BagelImageOptions(
@@ -281,6 +286,8 @@ class Bagel(BagelNetwork, UnifiedModel):
             step_cache=step_cache,
             progress=progress,
         )
+        if options.size is not None:
+            check_size(options.size, self.config.latent_downsample, self.max_image_side)
         seeds = expand_seeds(seed, len(prompts), n_images=n)
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
@@ -314,12 +321,14 @@ class Bagel(BagelNetwork, UnifiedModel):
         questions, input_images = parse_requests(question, images)
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
+        text_sampling = resolve_sampling(text_sampling)
         n = len(questions)
+        seeds = expand_seeds(seed, n)
         defaults = self.config.defaults
         contexts = self.start_contexts(n, defaults.think_understand_prompt if think else None)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
         contexts = self.append_text(contexts, self.text_parts(questions))
-        answers = self._text_stream(contexts, text_sampling, expand_seeds(seed, n))
+        answers = self._text_stream(contexts, text_sampling, seeds)
         if stream:
             return answers.pieces()
         return answers.texts()[0] if isinstance(question, str) else answers.texts()
@@ -342,8 +351,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         next piece depends on it. A file is given as a Path; a str is always text. Output i has the seed seed + i.
         Raises ValueError for bad input, at once.
         """
-        inputs = [inputs] if isinstance(inputs, str | Path | Image.Image) else inputs
-        outputs = [outputs] if isinstance(outputs, str) else outputs
+        items = [inputs] if isinstance(inputs, str | Path | Image.Image) else list(inputs)
+        outputs = [outputs] if isinstance(outputs, str) else list(outputs)
         if wrong := [kind for kind in outputs if kind not in ("text", "image")]:
             raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
         if "image" in outputs:
@@ -351,23 +360,29 @@ class Bagel(BagelNetwork, UnifiedModel):
         options = BagelImageOptions(
             size=size, guidance=None if guidance is None else [guidance], steps=steps, progress=progress
         )
-        return self._interleave(inputs, outputs, expand_seeds(seed, max(1, len(outputs))), options, text_sampling)
+        if options.size is not None:
+            check_size(options.size, self.config.latent_downsample, self.max_image_side)
+        loaded = [
+            parse_requests(item, None)[0][0] if isinstance(item, str) else load_image(item, place=f"input {i + 1}")
+            for i, item in enumerate(items)
+        ]
+        seeds = expand_seeds(seed, max(1, len(outputs)))
+        return self._interleave(loaded, outputs, seeds, options, resolve_sampling(text_sampling))
 
     def _interleave(
         self,
-        inputs: Sequence[str | ImageInput],
+        inputs: Sequence[str | Image.Image],
         outputs: Sequence[str],
         seeds: Sequence[int],
         options: BagelImageOptions,
-        sampling: TextSampling | None,
+        sampling: TextSampling,
     ) -> Iterator[str | Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = "image" in outputs
         contexts = self.start_contexts(1, None)
         for item in inputs:
             if isinstance(item, str):
-                prompts, _ = parse_requests(item, None)
-                contexts = self.append_text(contexts, self.text_parts(prompts))
+                contexts = self.append_text(contexts, self.text_parts([item]))
             else:
                 contexts = self._append_input_images(contexts, [[item]], generators[:1], latents=latents)
         for i, kind in enumerate(outputs):

@@ -4,15 +4,17 @@ defaults.
 Axes: h w sides of an image or of its latent, z channels of a latent, C channels of a latent token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
-from unimm.generation.guidance import Guidance
+from unimm.generation.flow import parse_shift, parse_steps
+from unimm.generation.guidance import Guidance, parse_guidance
 from unimm.nn.patches import patchify
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.requests import parse_size
@@ -119,8 +121,15 @@ class BagelImageOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None:
-            object.__setattr__(self, "size", parse_size(self.size))
+        parsers: dict[str, Callable] = {
+            "size": parse_size,
+            "steps": parse_steps,
+            "timestep_shift": partial(parse_shift, name="timestep_shift"),
+            "guidance": lambda given: [parse_guidance(one) for one in given],
+        }
+        for name, parse in parsers.items():
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse(given))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import DecodeSession
-from unimm.generation.image_tokens import ImageTokenSampling, sample_image_tokens
+from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens
 from unimm.models.base import Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
@@ -31,7 +31,7 @@ from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
 from unimm.models.janus.weights import KEY_MAP
 from unimm.processing.images.io import tensor_to_pil
-from unimm.processing.requests import ImageInput, check_n_images, expand_seeds, parse_requests, parse_scales
+from unimm.processing.requests import ImageInput, expand_seeds, parse_n_images, parse_requests, parse_scales
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import load_tokenizer
 from unimm.vlms.chat import split_last_ids
@@ -150,18 +150,19 @@ class Janus(JanusNetwork, DeepseekChatModel):
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)
-        n = check_n_images(n)
+        n = parse_n_images(n)
         scales = parse_scales(
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )
         seeds = expand_seeds(seed, len(prompts), n_images=n)
+        sampling = resolve_image_sampling(image_sampling, self.config.image_sampling)
         parts = [self.processor.generation_parts(text, some) for text, some in zip(prompts, prompt_images, strict=True)]
         parts = [with_image_start(one, self.special_tokens.boi) for one in parts]
         tokens = self.generate_image_tokens(
             [one for one in parts for _ in range(n)],
             seeded_generators(seeds),
             guidance=scales,
-            image_sampling=image_sampling or self.config.image_sampling,
+            image_sampling=sampling,
             progress=progress,
         )
         # one by one, so that an image does not depend on the others

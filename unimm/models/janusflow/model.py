@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.keymap import KeyMap
-from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
+from unimm.checkpoint.load import weight_files
+from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
@@ -28,7 +29,7 @@ from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.models.release import Components
 from unimm.processing.images.io import tensor_to_pil
-from unimm.processing.requests import ImageInput, check_n_images, expand_seeds, parse_requests, parse_scales
+from unimm.processing.requests import ImageInput, expand_seeds, parse_n_images, parse_requests, parse_scales
 from unimm.sequence.parts import Part
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.tokenizers.text import load_tokenizer
@@ -70,6 +71,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         fetched when it is first needed.
         """
         if vae := components.get("vae"):
+            if isinstance(vae, Path) or Path(vae).expanduser().is_dir():
+                weight_files(hub.resolve(vae), AutoencoderKL.WEIGHT_FILES)  # raises for a folder that holds none
             self.config = replace(self.config, vae=None)
             self.vae = None
             self.vae_source = vae
@@ -198,18 +201,19 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)
-        n = check_n_images(n)
+        n = parse_n_images(n)
         scales = parse_scales(
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )
         seeds = expand_seeds(seed, len(prompts), n_images=n)
+        steps = parse_steps(self.config.steps if steps is None else steps)
         # up to the id that begins an image, which the original appends and drops again
         parts = [self.processor.generation_parts(text, some) for text, some in zip(prompts, prompt_images, strict=True)]
         latents = self.denoise(
             [one for one in parts for _ in range(n)],
             torch.stack([self.initial_noise(generator) for generator in seeded_generators(seeds)]),
             guidance=scales,
-            steps=self.config.steps if steps is None else steps,
+            steps=steps,
             bf16_time=bf16_time,
             progress=progress,
         )

@@ -27,7 +27,7 @@ from unimm.checkpoint.load import (
     weight_files,
 )
 from unimm.denoisers.sana import SanaCondition
-from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, timestep_pairs
+from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, parse_steps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.prefill import plan_prefill
 from unimm.models.base import ComponentModel, Generation
@@ -39,14 +39,13 @@ from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, N
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
 from unimm.models.release import Components
-from unimm.processing.images.io import load_image, tensor_to_pil
+from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
-    broadcast,
-    check_n_images,
     check_size,
     expand_seeds,
-    parse_prompts,
+    parse_n_images,
+    parse_negative_prompts,
     parse_requests,
     parse_scales,
 )
@@ -214,7 +213,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         steps: int | None = None,
         guidance: float | Sequence[float] | None = None,
         image_guidance: float | Sequence[float] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str | None] | None = "",
         progress: bool = False,
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts, or from the input images given with it.
@@ -222,21 +221,21 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         prompt: one text or a batch; with images it may be empty, which reproduces the image. images: for one prompt an
         image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt;
         from one number, that number and the ones after it, image by image. steps: of the solver. guidance,
-        image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from. An image does
-        not depend on what else is in the batch. Raises ValueError for bad input.
+        image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from, "" or None
+        for none. An image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         config = self.config
-        prompts, image_lists = parse_requests(prompt, images, allow_empty=True)
-        input_images = [[load_image(image) for image in some] for some in image_lists]
+        prompts, input_images = parse_requests(prompt, images, allow_empty=True)
         if any(not (text.strip() or some) for text, some in zip(prompts, input_images, strict=True)):
             raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
         n_prompts = len(prompts)
-        n = check_n_images(n)
+        n = parse_n_images(n)
+        steps = parse_steps(config.steps if steps is None else steps)
         scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
         image_scales = parse_scales(
             config.image_guidance if image_guidance is None else image_guidance, n_prompts, "image guidances"
         )
-        negative_prompts = parse_prompts(broadcast(negative_prompt, n_prompts, "negative prompts"))
+        negative_prompts = parse_negative_prompts(negative_prompt, n_prompts)
         noise = self._initial_noise(size, expand_seeds(seed, n_prompts, n_images=n))
         batch = ConditionBatch(self.processor)
         branches = [
@@ -248,7 +247,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         with torch.inference_mode():
             condition = self.condition(self.query_states(batch.samples))
         denoiser = self.latent_denoiser(condition, [some for some in branches for _ in range(n)])
-        latents = self.denoise(denoiser, noise, steps=config.steps if steps is None else steps, progress=progress)
+        latents = self.denoise(denoiser, noise, steps=steps, progress=progress)
         return Generation([tensor_to_pil(self.decode_latents(one[None])[0]) for one in latents])
 
     def _initial_noise(self, size: tuple[int, int] | None, seeds: Sequence[int]) -> Tensor:

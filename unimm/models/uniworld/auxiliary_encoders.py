@@ -180,6 +180,7 @@ def find_auxiliary_folders(
     """
     siglip = components.get("siglip")
     flux = components.get("flux")
+    given = {name for name in ("siglip", "flux") if components.get(name) is not None}
     if is_hub_id:
         siglip = siglip or SIGLIP_HUB_ID
         flux = flux or FLUX_HUB_ID
@@ -191,4 +192,13 @@ def find_auxiliary_folders(
     for part, source in part_sources.items():
         if part in folders and not folders[part].is_dir():
             folders[part] = hub.resolve(source)
+    if "flux" in given and (lost := [part for part in wanted if not folders[part].is_dir()]):
+        raise ValueError(
+            f"got the component flux {flux}, which lacks {', '.join(lost)}: expected the folders of FLUX.1-dev as "
+            'diffusers keeps them; components={"t5": None} leaves text_encoder_2 and tokenizer_2 out'
+        )
+    if "siglip" in given and not (folders[SIGLIP_FOLDER] / "config.json").is_file():
+        raise ValueError(
+            f"got the component siglip {siglip}, which lacks config.json: expected a folder of SigLIP2's, as {SIGLIP_HUB_ID}"
+        )
     return {part: path for part, path in folders.items() if path.is_dir()}

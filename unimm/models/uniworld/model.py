@@ -10,7 +10,6 @@ grid, k reference images, S steps.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsFloat
 
 import torch
 from einops import rearrange
@@ -24,7 +23,8 @@ from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
-from unimm.generation.text_sampling import TextSampling
+from unimm.generation.numbers import parse_float
+from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.release import Components
@@ -41,12 +41,12 @@ from unimm.models.uniworld.processor import (
     nearest_aspect_size,
 )
 from unimm.models.uniworld.weights import TASK_HEAD_KEY_MAP, uniworld_key_map
-from unimm.processing.images.io import load_image, tensor_to_pil
+from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
     ImageInput,
-    check_n_images,
     check_size,
     expand_seeds,
+    parse_n_images,
     parse_requests,
     parse_scales,
 )
@@ -320,10 +320,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         against the MLLM's states of the input images. An image does not depend on what else is in the batch. Raises
         ValueError for bad input.
         """
-        prompts, image_lists = parse_requests(prompt, images)
-        input_images = [[load_image(image) for image in some] for some in image_lists]
-        if not isinstance(image_embeds_shortcut, SupportsFloat) or not 0 <= image_embeds_shortcut <= 1:
-            raise ValueError(f"got image_embeds_shortcut {image_embeds_shortcut!r}: expected 0 to 1")
+        prompts, input_images = parse_requests(prompt, images)
+        image_embeds_shortcut = parse_float(image_embeds_shortcut, "image_embeds_shortcut", "0 to 1", low=0, high=1)
         options = self._image_options(
             len(prompts),
             n=n,
@@ -358,7 +356,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     ) -> UniWorldImageOptions:
         """The options of `n` images of each prompt, with the config's defaults. Raises ValueError for bad ones."""
         config = self.config
-        n = check_n_images(n)
+        n = parse_n_images(n)
         guidance = config.guidance if guidance is None else guidance
         true_cfg_scale = config.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         stride = self.token_pixels  # raises for a checkpoint without a VAE, before anything is computed
@@ -393,14 +391,14 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         """
         if not isinstance(prompt, str):
             raise ValueError(f"got {prompt!r:.80} for a prompt: expected a text; respond takes one at a time")
-        _, (image_list,) = parse_requests(prompt, images)
-        input_images = [load_image(image) for image in image_list]
+        _, (input_images,) = parse_requests(prompt, images)
         options = self._image_options(1, size=size, seed=seed, steps=steps, guidance=guidance, progress=progress)
+        text_sampling = resolve_sampling(text_sampling)
         (output,) = self.encode_prompts([self.processor.prompt_parts(prompt, input_images)])
         answer_logit, image_logit = self.route_logits(output).tolist()
         if answer_logit < image_logit:
             return Generation(self.generate_images([output], [prompt], [input_images], options))
-        return self._answer(output, text_sampling or TextSampling(), options.seeds)
+        return self._answer(output, text_sampling, options.seeds)
 
     def _answer(self, output: MLLMOutput, text_sampling: TextSampling, seeds: Sequence[int]) -> str:
         """The MLLM's answer after a prompt that it has encoded."""

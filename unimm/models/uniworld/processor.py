@@ -6,10 +6,11 @@ It needs no weights, so that training prepares batches in other processes. docs/
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex, get_args
+from typing import Literal, get_args
 
 from PIL import Image
 
+from unimm.generation.flow import parse_steps
 from unimm.models.uniworld.config import ASPECT_RATIOS
 from unimm.sequence.parts import Part
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, QwenVLProcessor
@@ -74,8 +75,7 @@ class UniWorldImageOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, SupportsIndex) or self.steps < 1:
-            raise ValueError(f"got steps {self.steps!r}: expected at least 1, a whole number")
+        object.__setattr__(self, "steps", parse_steps(self.steps))
         if self.reference_latents not in (None, *get_args(ReferenceLatents)):
             raise ValueError(
                 f"got reference_latents {self.reference_latents!r}: expected None, 'tokens' or 'condition'"

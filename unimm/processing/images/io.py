@@ -1,60 +1,109 @@
 """Images to tensors and back: loading, cropping, normalising."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
 # PIL's names of the formats that images are opened from, whatever a file is called: PIL decodes these itself. Of its
 # others some start another program (EPS starts Ghostscript on the file), and few are met.
 IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# what PIL raises over rubbish in a file, beside its own errors; most of this list is its own, for EXIF in a JPEG
+RUBBISH = (
+    struct.error,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    AssertionError,
+)
+# modes whose colours are multiplied by the transparency, and those of the same colours plain
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+# how an image is turned that EXIF gives this orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def load_image(image: Image.Image | str | Path) -> Image.Image:
+def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> Image.Image:
     """An RGB image from an image or a path: upright as its EXIF says, transparency on white, 16 bits to 8.
 
-    Whole numbers of 32 bits are taken for 16 where one is above 255. Raises ValueError for a missing or broken file, for
-    a format that is not one of IMAGE_FORMATS, for more than MAX_PIXELS pixels or none, and for an image of floats,
-    whose range is unknown.
+    place: which of several it is, for messages. Whole numbers of 32 bits are taken for 16 where one is above 255. Raises
+    ValueError for a missing or broken file, for a format that is not one of IMAGE_FORMATS, for more than MAX_PIXELS
+    pixels or none, and for an image of floats, whose range is unknown.
     """
     if isinstance(image, str | Path):
         try:
             with Image.open(image, formats=_available_formats()) as opened:
-                return load_image(opened)
+                return load_image(opened, place=f"{place}, {image},")
         except FileNotFoundError:
-            raise ValueError(f"no image at {image}: expected a path to a file, or a PIL image") from None
+            where = "" if place == "an image" else f", {place}"
+            raise ValueError(f"no image at {image}{where}: expected a path to a file, or a PIL image") from None
         except UnidentifiedImageError as error:
             raise ValueError(
-                f"cannot read {image} as an image: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}; "
+                f"cannot read {image} as {place}: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}; "
                 "convert it to one of these"
             ) from error
         except (Image.DecompressionBombError, OSError) as error:
-            raise ValueError(f"cannot read {image} as an image: {error}") from error
+            raise ValueError(f"cannot read {image} as {place}: {error}") from error
     if not isinstance(image, Image.Image):
-        raise ValueError(f"got an image of type {type(image).__name__}: expected a PIL image or a path")
+        raise ValueError(f"got {place} of type {type(image).__name__}: expected a PIL image or a path")
     # an image that PIL opened decodes its file only when it is loaded
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in IMAGE_FORMATS:
         raise ValueError(
-            f"got an image file of format {image.format}: expected {', '.join(IMAGE_FORMATS)}; convert it to one of "
+            f"got {place}, a file of format {image.format}: expected {', '.join(IMAGE_FORMATS)}; convert it to one of "
             "these, or call its load() first if you trust the file"
         )
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"got an image of {width}x{height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
+        raise ValueError(f"got {place} of {width}x{height}: expected at most {MAX_PIXELS:,} pixels; resize it first")
     if not width * height:
-        raise ValueError(f"got an image of {width}x{height}: expected a pixel or more")
+        raise ValueError(f"got {place} of {width}x{height}: expected a pixel or more")
     try:
         image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"the image is broken or cut short: {error}") from error
+    except RUBBISH as error:
+        raise ValueError(f"got {place} that is broken or cut short: {error}") from error
     if image.mode == "F":
-        raise ValueError("got an image of floats (mode F): expected 8 or 16 bits; scale it to 0..255 and make it uint8")
-    return _to_rgb(ImageOps.exif_transpose(image))
+        raise ValueError(f"got {place} of floats (mode F): expected 8 or 16 bits; scale it to 0..255 and make it uint8")
+    turn = UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image if turn is None else image.transpose(turn))
+    rgb.info = {}  # the orientation and the transparency are used up: the next who loads it leaves it as it is
+    return rgb
+
+
+def load_images(images: Sequence, *, of: str = "") -> list[Image.Image]:
+    """RGB images as `load_image` gives them; its errors say which of them it was. of: what they belong to."""
+    n = len(images)
+    behind = of and f" of {of}"
+    if n == 1:
+        return [load_image(images[0], place=f"the image{behind}" if of else "an image")]
+    return [load_image(image, place=f"image {i + 1}{behind or f' of {n}'}") for i, image in enumerate(images)]
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The number of EXIF's orientation, or of XMP's; 1, upright, where it cannot be read: viewers show such pictures."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except RUBBISH:
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _available_formats() -> list[str]:
@@ -64,22 +113,56 @@ def _available_formats() -> list[str]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in PREMULTIPLIED:
+        image = image.convert(PREMULTIPLIED[image.mode])
+    key = _transparent_value(image)
     if image.mode.startswith("I"):  # PIL's own conversion clips at 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).astype(np.int64)
+        levels = values.clip(0, 65535)
         levels = levels // 257 if image.mode != "I" or levels.max() > 255 else levels
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        return Image.fromarray(np.where(values == key, 255, levels).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or key is not None:
+        image = _with_transparency(image, key).convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         white.alpha_composite(image)
         image = white
+    elif "transparency" in image.info:
+        image = _with_transparency(image, None)
     return image.convert("RGB")
+
+
+def _transparent_value(image: Image.Image) -> Any:
+    """The transparent value among an image's, or bytes of a palette's transparency; None for none.
+
+    None, too, for what does not fit the mode: tools hand a palette's on with `info`. Of a colour of 16 bits the pixels
+    have kept the upper 8, and so does the value.
+    """
+    value = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(value, tuple | list) and len(value) == 3:
+        if not all(isinstance(one, int) and 0 <= one <= 65535 for one in value):
+            return None
+        return tuple(one >> 8 for one in value) if max(value) > 255 else tuple(value)
+    if image.mode == "P" and isinstance(value, bytes) and len(value) <= 256:
+        return value
+    limit = {"1": 255, "L": 255, "P": 255}.get(image.mode, 65535 if image.mode.startswith("I") else -1)
+    return value if isinstance(value, int) and 0 <= value <= limit else None
+
+
+def _with_transparency(image: Image.Image, value: Any) -> Image.Image:
+    image = image.copy()
+    image.info = {} if value is None else {"transparency": value}
+    return image
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle square of an image whose short side is resized to `size` (PIL's bicubic)."""
     shortest = min(image.size)
     width, height = (round(side / shortest * size) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"got an image of {image.width}x{image.height} to crop to {size}x{size}: its short side resized to {size}, it "
+            f"has {width * height:,} pixels, expected at most {MAX_PIXELS:,}; cut it nearer to a square"
+        )
     left = (width - size) // 2
     top = (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

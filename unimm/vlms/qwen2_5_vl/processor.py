@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.processing.chat_templates import ChatMessage, Prompt
-from unimm.processing.images.io import load_image
+from unimm.processing.images.io import load_images
 from unimm.processing.images.qwen2_vl import PatchGrid, Qwen2VLImageProcessor
 from unimm.processing.requests import ImageInput
 from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, text_part
@@ -119,7 +119,7 @@ def _runs(ids: Sequence[int], pad_ids: Sequence[int]) -> Iterator[tuple[int, int
 
 def video_frames(images: Sequence[ImageInput]) -> list[Image.Image]:
     """Images of one size as the frames of a video. Raises ValueError where the sizes differ."""
-    frames = [load_image(image) for image in images]
+    frames = load_images(images, of="the video")
     sizes = [frame.size for frame in frames]
     if len(set(sizes)) != 1:
         raise ValueError(f"got frames of sizes {sizes}: expected some, of one size; resize them")
