@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
 
 # where transformers and the hub keep a model's weights; the first that a folder holds counts
@@ -37,6 +38,11 @@ class CheckpointError(ValueError):
 
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """The first of `names` that the folder holds, or its shards for an index. Raises CheckpointError for none."""
+    if is_interrupted(folder):
+        raise CheckpointError(
+            f"{folder} holds files of two models, since saving into it was interrupted: expected those of one; save "
+            "into it again, or take another folder"
+        )
     for name in names:
         path = folder / name
         if not path.exists():
@@ -169,8 +175,8 @@ def load_weights(
     """
     shapes = read_shapes(paths)
     skip = len(prefix) if prefix and all(key.startswith(prefix) for key in shapes) else 0
-    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
-    found = check_keys({key[skip:]: shape for key, shape in shapes.items()}, key_map, parameters, str(paths[0]))
+    shapes = {key[skip:]: shape for key, shape in shapes.items()}
+    found, parameters = match_weights(model, shapes, key_map, str(paths[0]))
     needed = sum(tensor.numel() for tensor in parameters.values()) * dtype.itemsize
     check_memory(needed, device)
     with tqdm(total=len(found), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
@@ -181,6 +187,28 @@ def load_weights(
                         released = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
                         _assign_tensor(model, transform, released)
                         bar.update()
+
+
+def match_weights(
+    model: nn.Module, shapes: Shapes, key_map: KeyMap, where: str
+) -> tuple[dict[str, Transform], dict[str, Tensor]]:
+    """The transforms of released tensors by their names, and those parameters of `model` that `key_map` knows.
+
+    Raises CheckpointError where they do not fit, as `check_keys` does.
+    """
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
+    return check_keys(shapes, key_map, parameters, where), parameters
+
+
+def check_weights(model: nn.Module, paths: Sequence[Path], key_map: KeyMap) -> None:
+    """Raise CheckpointError where files that were just written would not load into `model`; computes nothing."""
+    try:
+        match_weights(model, read_shapes(paths), key_map, f"{paths[0].name} as it would be written")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot save: {error}; nothing was replaced; merge adapters into the weights and undo what replaced the "
+            "parts first"
+        ) from error
 
 
 def _assign_tensor(model: nn.Module, transform: Transform, released: Tensor) -> None:

@@ -14,6 +14,8 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
+from unimm.checkpoint.atomic import name_file
+
 QWEN2_FILES = ("vocab.json", "merges.txt")
 # contractions; a word with what stands before it; one digit; signs; ends of lines; blanks
 QWEN2_SPLIT_PATTERN = (
@@ -60,7 +62,8 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         for name, contents in self.files.items():
-            (folder / name).write_bytes(contents)
+            with name_file(folder / name):
+                (folder / name).write_bytes(contents)
 
 
 def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -117,7 +120,8 @@ class SentencePieceTokenizer:
         }
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(self.model_proto)
+        with name_file(folder / "tokenizer.model"):
+            (folder / "tokenizer.model").write_bytes(self.model_proto)
 
 
 def load_tokenizer(
