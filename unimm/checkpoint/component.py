@@ -10,7 +10,15 @@ from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, Shapes, keep_weights_open, load_weights, read_shapes, weight_files
+from unimm.checkpoint.load import (
+    HUB_WEIGHT_FILES,
+    Shapes,
+    check_weights,
+    keep_weights_open,
+    load_weights,
+    read_shapes,
+    weight_files,
+)
 
 # where diffusers keeps a component's weights; the first that a folder holds counts
 DIFFUSERS_WEIGHT_FILES = (
@@ -52,3 +60,13 @@ class PretrainedComponent(nn.Module, ABC):
                 module = cls.from_configs(path.parent if path.is_file() else path, shapes)
             load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=torch.device(device))
         return module.eval()
+
+    @classmethod
+    @keep_weights_open()
+    def check_loads(cls, folder: Path) -> None:
+        """Raise CheckpointError where a folder that was just written would not load; reads no weights."""
+        paths = weight_files(folder, cls.WEIGHT_FILES)
+        shapes = read_shapes(paths)
+        with torch.device("meta"):
+            module = cls.from_configs(folder, shapes)
+        check_weights(module, paths, module.key_map(shapes))
