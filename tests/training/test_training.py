@@ -21,6 +21,7 @@ from unimm.training import checkpoints as saving
 from unimm.training import trainer as loop
 from unimm.training.config import TrainConfig, from_mapping, read_recipe
 from unimm.training.ema import EMA
+from unimm.training.logging import JsonlLog
 from unimm.training.tasks.base import TRAINING_TASKS, build_task
 from unimm.training.trainer import Trainer, iterate_batches, train
 
@@ -310,11 +311,65 @@ def test_a_folder_is_replaced_whole(tmp_path):
     for word in ("one", "two"):
         saving.save_release(folder, lambda fresh, word=word: (fresh / word).touch())
         assert [path.name for path in folder.iterdir()] == [word]
-    # a crash between the two renames: the old folder comes back
-    folder.rename(tmp_path / "release.old")
     with pytest.raises(ZeroDivisionError):
         saving.save_release(folder, lambda fresh: 1 / 0)
     assert [path.name for path in folder.iterdir()] == ["two"]
+
+
+def test_a_run_killed_before_its_last_release_writes_it_when_resumed(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    saves = []
+
+    def dies(folder, save):
+        saves.append(folder)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        saving.save_release(folder, save)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unimm.training.trainer.save_release", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed")
+    run(tmp_path / "killed", resume=True)
+    assert_same_files(*(tmp_path / name / "release/model.safetensors" for name in ("whole", "killed")))
+
+
+def test_a_checkpoint_whose_files_were_not_all_moved_is_none(tmp_path):
+    run(tmp_path)
+    for name in (".unimm-writing-killed", ".unimm-moving-killed"):
+        killed = tmp_path / "checkpoints/00000012" / name
+        killed.mkdir(parents=True)
+        (killed / "state.pt").touch()
+        assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000008"]
+
+
+def test_a_line_of_the_log_that_was_cut_short_is_left_out(tmp_path):
+    lines = [json.dumps({"step": n, "losses": {"near": 0.1}, "lr": 0.1}) for n in (4, 8)]
+    for length in range(1, len(lines[1])):
+        path = tmp_path / "log.jsonl"
+        path.write_text(lines[0] + "\n" + lines[1][:length])
+        JsonlLog(path, after=8)
+        assert path.read_text() == lines[0] + "\n"
+
+
+@pytest.mark.parametrize("limit", [1000, 60_000])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, limit):
+    """Full at the weights, and at the optimisers' state."""
+    weights = {"weight": torch.zeros(5000)}
+    code = "\n".join((
+        "import resource, sys, torch; from pathlib import Path; from unimm.training.checkpoints import save_checkpoint",
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
+        "model = torch.nn.Linear(100, 50)",
+        "try: save_checkpoint(Path(sys.argv[1]), 8, model, ema={}, state={'held': torch.zeros(100_000)})",
+        "except OSError as error: print(error.filename, error.strerror)",
+    ))  # fmt: skip
+    folder = saving.save_checkpoint(tmp_path, 4, torch.nn.Linear(1, 1), ema=weights, state={})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    name = "model.safetensors" if limit == 1000 else "state.pt"
+    assert done.stdout.split(maxsplit=1) == [str(tmp_path / "checkpoints/00000008" / name), "File too large\n"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000004"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_state_needs_no_pickle(tmp_path):

@@ -1,10 +1,17 @@
-"""Files and folders that are written beside their final path and then moved into it, whole or not at all."""
+"""Files and folders that are written beside their final path and then moved into it, whole or not at all.
 
+A folder is written into a hidden folder inside it, so that nothing but the folder itself need be writable, and nothing
+crosses to another disk. Its files are on the disk before the first one moves. While they move the hidden folder has
+another name, by which `is_interrupted` knows a folder whose save was killed just then.
+"""
+
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # files of tokenizers and processors that a model may have or not, and that are read wherever they are found
@@ -12,6 +19,24 @@ OPTIONAL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
     *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json"),
 )
+WRITING = ".unimm-writing-"  # begins the name of a folder that is being written
+MOVING = ".unimm-moving-"  # and of one that is whole, whose files are being moved into place
+
+
+@contextmanager
+def name_file(path: Path, *, within: Path | None = None) -> Iterator[None]:
+    """Give an OSError of the body that names no file this one's name: a full disk is met when writing, which names none.
+
+    within: the folder that the body writes into; errors then name the files' final paths below `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and within is None):
+            raise
+        found = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else path
+        final = path / found.relative_to(within) if within is not None and found.is_relative_to(within) else found
+        raise OSError(error.errno, error.strerror, str(final)) from error
 
 
 @contextmanager
@@ -19,8 +44,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path of the same suffix to write to, which replaces `path` once the body has ended without an error."""
     partial = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
-        yield partial
-        partial.replace(path)
+        with name_file(path):
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -29,57 +55,176 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(
     folder: Path, *, optional_files: Sequence[str] = (), optional_folders: Sequence[str] = (), replace: bool = False
 ) -> Iterator[Path]:
-    """A temporary folder to write into, whose files move into `folder` once the body has ended without an error.
+    """A hidden folder to write into, whose files move into `folder` once the body has ended without an error.
 
     optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises
     ValueError where `folder` holds such files that are not replaced: they are of another model and would be read with
-    this one. replace: whether the new folder takes the place of the whole old one instead.
+    this one. replace: whether whatever else `folder` holds is deleted instead. An OSError names the file, and leaves
+    the old ones whole.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - of "." and "..", the name to write beside
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if replace:
-        _clean_up(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    # a folder below, since the temporary one can be read by its owner only
-    partial = temporary / folder.name
-    partial.mkdir()
+    folder = folder.expanduser().resolve()  # a link may lead to a folder that is still to be made
+    made = _make_directories(folder)
     try:
-        yield partial
-        if replace:
-            _replace_directory(folder, partial)
-            return
-        if stale := stale_files(folder, partial, (*OPTIONAL_FILES, *optional_files), optional_folders):
-            raise ValueError(
-                f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
-                "save into another folder, or remove them first"
-            )
-        folder.mkdir(exist_ok=True)
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = folder / path.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+        with _locked(folder):
+            _delete_dead(folder)
+            partial = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
+            alive = _lock(partial)
+        moving = partial.with_name(partial.name.replace(WRITING, MOVING))
+        try:
+            with name_file(folder, within=partial):
+                yield partial
+                if not replace and (
+                    stale := stale_files(folder, partial, (*OPTIONAL_FILES, *optional_files), optional_folders)
+                ):
+                    raise ValueError(
+                        f"{folder} holds {', '.join(stale)} of another model, which would be read with this one: "
+                        "save into another folder, or remove them first"
+                    )
+                for path in partial.rglob("*"):
+                    _sync(path)
+                with _locked(folder):
+                    _move_files(partial, moving, folder, replace=replace)
+            for path in (folder, *made):
+                _sync(path)
+                _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not _holds_files(moving):
+                shutil.rmtree(moving, ignore_errors=True)
+            os.close(alive)
     finally:
-        shutil.rmtree(temporary)
+        for path in reversed(made):
+            with suppress(OSError):  # it holds what was written, or what another process writes
+                path.rmdir()
 
 
-def _clean_up(folder: Path) -> None:
-    """Undo what a crash within an earlier replacement left: a folder half written, or the old one stepped aside."""
-    for temporary in folder.parent.glob(f".{folder.name}-*"):
-        shutil.rmtree(temporary)
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def is_interrupted(folder: Path) -> bool:
+    """Whether a save into a folder was killed, or is at work, between its first file and its last."""
+    return any(_holds_files(path) for path in folder.glob(f"{MOVING}*"))
 
 
-def _replace_directory(folder: Path, partial: Path) -> None:
-    """Rename a folder into the place of another."""
-    old = folder.with_name(folder.name + ".old")
-    # a folder cannot be renamed over a full one: step it aside first
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _holds_files(folder: Path) -> bool:
+    return any(not path.is_dir() for path in folder.rglob("*"))
+
+
+def _make_directories(folder: Path) -> list[Path]:
+    """Make a folder and those above it that are not there; returns what was made, the uppermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return missing[::-1]
+
+
+def _lock(folder: Path) -> int:
+    """An open folder that is locked until it is closed, or its process dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _delete_dead(folder: Path) -> None:
+    """Delete what killed saves left: what they were writing. What they were moving is marked until the next is done."""
+    for path in folder.glob(f"{WRITING}*"):
+        if _is_dead(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether the process that wrote a hidden folder has ended."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _move_files(partial: Path, moving: Path, folder: Path, *, replace: bool) -> None:
+    """Move the files of `partial` into `folder`, after everything that can fail has been tried."""
+    names = sorted(path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir())
+    places: dict[Path, Path] = {}
+    try:
+        for name in names:
+            target = folder / name
+            if target.is_dir() and not target.is_symlink():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(target.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
+            if target.parent.stat().st_dev != partial.stat().st_dev:
+                places[name] = target.with_name(f"{partial.name}-{target.name}")
+                _copy_to_disk(partial / name, places[name])
+        partial.rename(moving)
+        dead = [path for path in folder.glob(f"{MOVING}*") if path != moving]
+        if replace:
+            _delete_others(folder, names)
+        for name in names:
+            places.get(name, moving / name).replace(folder / name)
+            if name in places:
+                (moving / name).unlink()
+    finally:
+        for place in places.values():
+            place.unlink(missing_ok=True)
+    for path in dead:
+        shutil.rmtree(path, ignore_errors=True)
+    for parent in {(folder / name).parent for name in names}:
+        _sync(parent)
+
+
+def _copy_to_disk(source: Path, place: Path) -> None:
+    """Copy a file beside its target, which lies on another disk than its folder; deletes the copies of dead saves."""
+    for path in place.parent.glob(f"{WRITING}*-{source.name}"):
+        path.unlink()
+    with name_file(place):
+        shutil.copyfile(source, place)
+        _sync(place)
+
+
+def _delete_others(folder: Path, names: Sequence[Path]) -> None:
+    """Delete what a folder holds beside the files of these names, but for what other saves are writing."""
+    kept = {folder / name for name in names}
+    kept |= {parent for path in kept for parent in path.parents}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path in kept or path.relative_to(folder).parts[0].startswith((WRITING, MOVING)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # a folder above that may not be read
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
 
 
 def stale_files(

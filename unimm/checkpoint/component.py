@@ -15,6 +15,7 @@ from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
     Shapes,
     WeightFile,
+    check_weights,
     keep_weights_open,
     load_weights,
     read_shapes,
@@ -61,3 +62,13 @@ class PretrainedComponent(nn.Module, ABC):
                 module = cls.from_configs(path.parent if path.is_file() else path, shapes)
             load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=parse_device(device))
         return module.eval()
+
+    @classmethod
+    @keep_weights_open()
+    def check_loads(cls, folder: Path) -> None:
+        """Raise CheckpointError where a folder that was just written would not load; reads no weights."""
+        paths = weight_files(folder, cls.WEIGHT_FILES)
+        shapes = read_shapes(paths)
+        with torch.device("meta"):
+            module = cls.from_configs(folder, shapes)
+        check_weights(module, paths, module.key_map(shapes))

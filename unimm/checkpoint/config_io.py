@@ -21,6 +21,8 @@ from typing import (
 
 from typing_extensions import Self
 
+from unimm.checkpoint.atomic import name_file
+
 T = TypeVar("T")
 
 
@@ -39,6 +41,12 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {data!r:.80}: expected a JSON object; fetch it again")
     return data
+
+
+def write_json(path: Path, contents: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Write a config file. An OSError names it."""
+    with name_file(path):
+        path.write_text(json.dumps(contents, indent=indent) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
@@ -56,6 +57,11 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
 
     Raises CheckpointError for none, and for a broken index.
     """
+    if is_interrupted(folder):
+        raise CheckpointError(
+            f"{folder} holds files of two models, since saving into it was interrupted: expected those of one; save "
+            "into it again, or take another folder"
+        )
     for name in names:
         path = folder / name
         # a link to nothing is there, and cannot be read
@@ -229,9 +235,9 @@ def load_weights(
     headers = read_headers(paths)
     skip = len(prefix) if prefix and all(key.startswith(prefix) for key in headers) else 0
     headers = {key[skip:]: header for key, header in headers.items()}
-    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
     where = str(paths[0] if isinstance(paths[0], Path) else paths[0].path)
-    found = check_keys({key: header.shape for key, header in headers.items()}, key_map, parameters, where)
+    shapes = {key: header.shape for key, header in headers.items()}
+    found, parameters = match_weights(model, shapes, key_map, where)
     _check_dtypes(headers, found, parameters, where)
     needed = sum(tensor.numel() for tensor in parameters.values()) * dtype.itemsize
     check_memory(needed, device)
@@ -275,6 +281,28 @@ def _has_nan(tensor: Tensor) -> bool:
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return False
     return bool(tensor.amin().isnan())
+
+
+def match_weights(
+    model: nn.Module, shapes: Shapes, key_map: KeyMap, where: str
+) -> tuple[dict[str, Transform], dict[str, Tensor]]:
+    """The transforms of released tensors by their names, and those parameters of `model` that `key_map` knows.
+
+    Raises CheckpointError where they do not fit, as `check_keys` does.
+    """
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
+    return check_keys(shapes, key_map, parameters, where), parameters
+
+
+def check_weights(model: nn.Module, paths: Sequence[WeightFile], key_map: KeyMap) -> None:
+    """Raise CheckpointError where files that were just written would not load into `model`; computes nothing."""
+    try:
+        match_weights(model, read_shapes(paths), key_map, f"{paths[0].name} as it would be written")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot save: {error}; nothing was replaced; merge adapters into the weights and undo what replaced the "
+            "parts first"
+        ) from error
 
 
 def _assign_tensor(model: nn.Module, transform: Transform, released: Tensor) -> None:

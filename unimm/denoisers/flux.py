@@ -11,7 +11,6 @@ docs/originals/blocks.md, "FLUX.1 transformer": the two layouts differ in the or
 Axes: B batch, L tokens of the image, M of the text, D model, C channels, S steps, h w grid.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -24,10 +23,10 @@ from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import released_state_dict, save_safetensors
+from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     TIMESTEP_EMBED_DIM,
@@ -359,5 +358,8 @@ class FluxTransformer(PretrainedComponent):
         )
         with atomic_directory(folder) as partial:
             # the axes are in no weights, so that the other layout has a config beside it, too
-            (partial / "config.json").write_text(json.dumps(self.config.to_json(), indent=2))
-            save_safetensors(released_state_dict(self, table(self.config)), partial / name)
+            write_json(partial / "config.json", self.config.to_json())
+            key_map = table(self.config)
+            check_all_saved(self, [key_map])
+            save_safetensors(released_state_dict(self, key_map), partial / name)
+            self.check_loads(partial)

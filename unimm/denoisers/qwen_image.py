@@ -7,7 +7,6 @@ diagonal (MSRoPE). Time 0 is data, 1 is noise; velocity = noise - data.
 Axes: B batch, L tokens of the images, M of the text, D model, C channels, S steps, f h w frames and grid.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import released_state_dict, save_safetensors
+from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     NORM_EPS,
@@ -193,5 +192,7 @@ class QwenImageTransformer(PretrainedComponent):
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and the weights in the released layout."""
         with atomic_directory(folder) as partial:
-            (partial / "config.json").write_text(json.dumps(self.config.to_json(), indent=2))
+            write_json(partial / "config.json", self.config.to_json())
+            check_all_saved(self, [KEY_MAP])
             save_safetensors(released_state_dict(self, KEY_MAP), partial / DIFFUSERS_WEIGHT_FILES[0])
+            self.check_loads(partial)

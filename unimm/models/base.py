@@ -3,6 +3,7 @@
 What is written here is final: a family says what it is by class attributes and by the methods that are abstract here.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,15 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
-from unimm.checkpoint.load import keep_weights_open, load_weights, materialize, parse_dtype, weight_files
-from unimm.checkpoint.save import released_state_dict, save_safetensors
+from unimm.checkpoint.load import (
+    check_weights,
+    keep_weights_open,
+    load_weights,
+    materialize,
+    parse_dtype,
+    weight_files,
+)
+from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
@@ -144,28 +152,40 @@ class UnifiedModel(nn.Module, ABC):
     def save_pretrained(
         self, folder: str | Path, *, dtype: str | torch.dtype | None = None, layout: str | None = None
     ) -> None:
-        """Write a released layout: config, weights, tokenizer; into a folder beside, which is then renamed into place.
+        """Write a released layout: config, weights, tokenizer; all are written before the first replaces an older one.
 
         dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they
-        are. layout: one of `LAYOUTS`; unless given, the one that the model came in.
+        are. layout: one of `LAYOUTS`; unless given, the one that the model came in. Raises ValueError, and
+        replaces nothing, for parameters that the layout has no place for (adapters, parametrized or quantized parts)
+        and for files that would not load; compiled parts are saved as if they were not.
         """
         if layout is not None and layout not in self.LAYOUTS:
             raise ValueError(f"got layout {layout!r}: expected one of {', '.join(self.LAYOUTS)}")
-        own = self.checkpoint_layout
-        self.checkpoint_layout = layout or self.checkpoint_layout
         files, folders = optional_files()
-        try:
-            with atomic_directory(Path(folder), optional_files=files, optional_folders=folders) as partial:
-                self.save_config(partial)
-                for names, key_map in self.key_maps().items():
-                    state = released_state_dict(self, key_map)
-                    if dtype is not None and not _all_targets_below(key_map, self.KEEP_FLOAT32):
-                        state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-                    save_safetensors(state, partial / names[0])
-                if self.tokenizer is not None:
-                    self.tokenizer.save(partial)
-        finally:
-            self.checkpoint_layout = own
+        # the same parameters in a layout of their own: another thread may save this model, too
+        written = copy.copy(self)
+        written.checkpoint_layout = layout or self.checkpoint_layout
+        with atomic_directory(Path(folder), optional_files=files, optional_folders=folders) as partial:
+            written.save_config(partial)
+            key_maps = written.key_maps()
+            check_all_saved(self, key_maps.values(), unused=self.UNUSED_PARAMETERS)
+            for names, key_map in key_maps.items():
+                state = released_state_dict(self, key_map)
+                if dtype is not None and not _all_targets_below(key_map, self.KEEP_FLOAT32):
+                    state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
+                save_safetensors(state, partial / names[0])
+            if self.tokenizer is not None:
+                self.tokenizer.save(partial)
+            self._check_loads(partial)
+
+    @classmethod
+    @keep_weights_open()
+    def _check_loads(cls, folder: Path) -> None:
+        """Raise CheckpointError where a folder that was written would not load: parts were removed, or changed size."""
+        with torch.device("meta"):
+            model = cls.from_folder(folder)
+        for names, key_map in model.key_maps().items():
+            check_weights(model, weight_files(folder, names), key_map)
 
     # ---- verbs
 

@@ -15,6 +15,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
+from unimm.checkpoint.atomic import name_file
 from unimm.checkpoint.contents import describe_unreadable
 
 # names of tokens beside the vocabulary's, and what they are for
@@ -97,7 +98,8 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         for name, contents in self.files.items():
-            (folder / name).write_bytes(contents)
+            with name_file(folder / name):
+                (folder / name).write_bytes(contents)
 
 
 def is_there(path: Path) -> bool:
@@ -269,7 +271,8 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         for name, contents in self.files.items():
-            (folder / name).write_bytes(contents)
+            with name_file(folder / name):
+                (folder / name).write_bytes(contents)
 
 
 def load_tokenizer(

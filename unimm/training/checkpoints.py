@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.atomic import atomic_directory, is_interrupted
+from unimm.checkpoint.save import own_name, save_safetensors, save_torch
 
 logger = logging.getLogger(__name__)
 
@@ -23,27 +24,38 @@ STATE_FILE = "state.pt"
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Parameters and buffers by name, those of compiled parts as if they were not; tied ones once."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {own_name(name): tensor for name, tensor in tensors.items()}
 
 
 def save_checkpoint(
     out: Path, step: int, model: nn.Module, *, ema: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write out/checkpoints/<step>, then delete the older ones."""
+    """Write out/checkpoints/<step>, then delete the others. Raises OSError, which names the file, and deletes none."""
     folder = out / "checkpoints" / f"{step:08d}"
     with atomic_directory(folder, replace=True) as partial:
         for name, weights in ((WEIGHTS_FILE, named_tensors(model)), (EMA_FILE, ema)):
-            save_file({key: x.detach().contiguous().cpu() for key, x in weights.items()}, partial / name)
-        torch.save(dict(state), partial / STATE_FILE)
-    for older in list_checkpoints(out)[:-1]:
-        shutil.rmtree(older)
+            save_safetensors(weights, partial / name)
+        save_torch(state, partial / STATE_FILE)
+    for other in _checkpoint_folders(out):
+        if other != folder:
+            shutil.rmtree(other)
     return folder
 
 
 def list_checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
+    return [path for path in _checkpoint_folders(out) if _is_complete(path)]
+
+
+def _checkpoint_folders(out: Path) -> list[Path]:
     return sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the files of a checkpoint have all been moved into it: before that it is empty, or marked."""
+    return not is_interrupted(folder) and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def load_train_state(folder: Path) -> dict[str, Any]:

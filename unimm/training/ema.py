@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from unimm.checkpoint.save import own_name
+
 
 def ramped_decay(n_updates: int, max_decay: float) -> float:
     """Decay of update n, from 0 on, as UniWorld trains: 0 at first, then (1 + n) / (10 + n), at most `max_decay`."""
@@ -21,7 +23,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.n_updates = 0
-        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().float().clone() for name, p in self.params.items()}
 
     @torch.no_grad()

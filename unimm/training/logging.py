@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unimm.checkpoint.atomic import name_file
+
 
 class JsonlLog:
     """A file of JSON lines, one for each stretch of steps."""
@@ -16,17 +18,24 @@ class JsonlLog:
         self.path = path
         kept = []
         if path.exists() and after:
-            # a line that a crash cut off does not end in a brace
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= after]
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= after]
         partial = path.with_name(path.name + ".new")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
 
     def write(self, report: Mapping[str, Any]) -> None:
         """Append a line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with name_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line is one that was written, and not one that a crash cut off."""
+    try:
+        return "step" in json.loads(line)
+    except json.JSONDecodeError:
+        return False
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -58,6 +58,8 @@ def train(
     out = Path(out)
     trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
+    if resume and trainer.step >= recipe.steps:  # the run may have been killed between its checkpoint and its release
+        trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = JsonlLog(out / "log.jsonl", after=trainer.step)
     deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
@@ -200,6 +202,11 @@ class Trainer:
             "recipe": dataclasses.asdict(self.recipe),
         }
         save_checkpoint(out, self.step, self.model, ema=self.ema.weights, state=state)
+        self.save_release(out)
+
+    @torch.no_grad()
+    def save_release(self, out: Path) -> None:
+        """Write the release, of the averaged weights."""
         self.model.eval()
         with self.ema.swap_in():
             save_release(out / "release", self.task.save)

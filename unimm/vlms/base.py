@@ -5,7 +5,6 @@ All rows are causal. MetaQuery and UniWorld have one of them inside.
 Axes: N packed rows, n rows, D model.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,17 +16,19 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
+    check_weights,
     keep_weights_open,
     load_weights,
     parse_dtype,
     read_shapes,
     weight_files,
 )
-from unimm.checkpoint.save import released_state_dict, save_safetensors
+from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
 from unimm.generation.kv_cache import KVCache, check_max_positions
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
@@ -121,13 +122,18 @@ class VisionLanguageModel(MLLMChat):
         """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given."""
         with atomic_directory(Path(folder)) as partial:
             for name, contents in self.config.to_json().items():
-                (partial / name).write_text(json.dumps(contents, indent=2) + "\n")
-            state = released_state_dict(self, self.key_map({}))
+                write_json(partial / name, contents)
+            key_map = self.key_map({})
+            check_all_saved(self, [key_map])
+            state = released_state_dict(self, key_map)
             if dtype is not None:
                 state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
             save_safetensors(state, partial / HUB_WEIGHT_FILES[0])
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
+            with torch.device("meta"):
+                again = self.from_folder(partial)
+            check_weights(again, weight_files(partial, HUB_WEIGHT_FILES), again.key_map({}))
 
     # ---- forward
 

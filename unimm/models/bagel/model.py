@@ -3,7 +3,6 @@
 Axes: P images, N latent tokens of all images, L latent tokens of one, C channels of a latent token.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
@@ -72,7 +72,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     def save_config(self, folder: Path) -> None:
         """Write llm_config.json, vit_config.json and config.json."""
         for name, contents in self.config.to_json().items():
-            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(folder / name, contents)
 
     # ---- what texts and images are in a sequence
 

@@ -7,7 +7,6 @@ Axes: P images, B branches (with guidance two for an image), n tokens of an imag
 tokens.
 """
 
-import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.config_io import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens
@@ -79,7 +78,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
             image_token_id = self.tokenizer.token_id(IMAGE_PLACEHOLDER) if self.tokenizer else None
             files = transformers_from_original(files, special_tokens=special_tokens, image_token_id=image_token_id)
         for name, contents in files.items():
-            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(folder / name, contents)
 
     # ---- generating images
 

@@ -5,7 +5,6 @@ Ma et al. 2024, arXiv 2411.07975. Released code: github.com/deepseek-ai/Janus at
 Axes: P images, B branches (with guidance two for an image), C channels, H W sides of a latent.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import weight_files
 from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs
@@ -84,7 +84,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     def save_config(self, folder: Path) -> None:
         """Write config.json, preprocessor_config.json and, with an autoencoder of its own, vae_config.json."""
         for name, contents in self.config.to_json().items():
-            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(folder / name, contents)
 
     @property
     def autoencoder(self) -> AutoencoderKL:

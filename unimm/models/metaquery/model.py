@@ -6,7 +6,6 @@ docs/originals/metaquery.md.
 Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h w latent grid.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, Rename
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
@@ -130,7 +130,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         """Write config.json, and into folders below it the parts' configs and the MLLM's tokenizer."""
         for name, contents in self.config.to_json().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(folder / name, contents)
         if self.mllm.tokenizer is not None:
             self.mllm.tokenizer.save(part_folder(folder, self.config.part_ids["mllm_id"]))
 

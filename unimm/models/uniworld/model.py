@@ -7,7 +7,6 @@ Axes: B samples, M tokens of a condition, D model (the MLLM's), P images, L toke
 grid, k reference images, S steps.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
@@ -109,7 +109,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         """Write config.json and preprocessor_config.json, the auxiliary encoders' configs below, and all tokenizers."""
         for name, contents in (self.config.to_json() | self.auxiliary.to_json()).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+            write_json(folder / name, contents)
         for name, tokenizer in ({".": self.mllm.tokenizer} | self.auxiliary.tokenizers()).items():
             if tokenizer is not None:
                 (folder / name).mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
@@ -152,10 +152,10 @@ class DCAETask:
         dtype = parse_dtype(self.options.dtype)
         weights = released_state_dict(self.model, dc_ae_key_map(config))
         save_safetensors({name: x.to(dtype) for name, x in weights.items()}, folder / DIFFUSERS_WEIGHT_FILES[0])
-        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config.to_json())
         scenes, image = held_out_scenes(self.options.tasks, self.options.scored_scenes, self.seed)
         report = reconstruction_scores(self.reconstruct, scenes, image)
-        (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+        write_json(folder / "report.json", report, indent=None)
 
     def measure_scale(self) -> DCAEConfig:
         """The config, with scale = 1 / the root mean square of latents of train scenes: there is no shift."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.load import parse_dtype
+from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.batching import uint8_to_image
 from unimm.data.shapes import example
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
@@ -133,9 +133,9 @@ class KLTask:
         """Write ae.safetensors and vae_config.json, with the scale and shift that standardise latents."""
         config = self.measure_scale()
         dtype = parse_dtype(self.options.dtype)
-        weights = {name: x.to(dtype).contiguous().cpu() for name, x in self.model.state_dict().items()}
-        save_file(weights, folder / "ae.safetensors")
-        (folder / "vae_config.json").write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
+        weights = {name: x.to(dtype) for name, x in own_state_dict(self.model).items()}
+        save_safetensors(weights, folder / "ae.safetensors")
+        write_json(folder / "vae_config.json", config.to_json(), indent=1)
 
     def measure_scale(self) -> AutoencoderKLConfig:
         """The config, with scale = 1 / std and shift = mean of sampled latents of train scenes."""

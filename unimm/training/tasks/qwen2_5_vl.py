@@ -8,7 +8,6 @@ has numbers.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import write_json
 from unimm.data.batching import kind_indices, label_counts, mean_by_kind, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
@@ -249,7 +249,7 @@ class QwenVLTask:
     def save(self, folder: Path) -> None:
         """Write the released layout of a Qwen2.5-VL, in bfloat16, and a report."""
         self.model.mllm.save_pretrained(folder, dtype="bfloat16")
-        (folder / "report.json").write_text(json.dumps(self.report()) + "\n", encoding="utf-8")
+        write_json(folder / "report.json", self.report(), indent=None)
 
 
 def init_qwen2_5_vl(recipe: TrainConfig, options: QwenVLTrainingConfig) -> QwenVL:

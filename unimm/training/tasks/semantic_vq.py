@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.load import parse_dtype
+from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import SCORING_BATCH, held_out_scenes
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
@@ -173,12 +175,12 @@ class SemanticVQTask:
         """Write the autoencoder as its own task does, and semantic.safetensors and semantic_config.json."""
         dtype = parse_dtype(self.options.dtype)
         save_vq(self.model.vq, folder, dtype)
-        branch = {name: x.detach().to(dtype).contiguous().cpu() for name, x in self.model.branch.state_dict().items()}
-        save_file(branch, folder / "semantic.safetensors")
+        branch = {name: x.to(dtype) for name, x in own_state_dict(self.model.branch).items()}
+        save_safetensors(branch, folder / "semantic.safetensors")
         config = json.dumps(self.model.branch.config.to_json(), indent=1)
         (folder / "semantic_config.json").write_text(config + "\n", encoding="utf-8")
         report = vq_report(self.model.vq, self.options, self.batch.seed) | self.report()
-        (folder / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+        write_json(folder / "report.json", report, indent=None)
 
     def report(self) -> dict[str, float]:
         """Mean cosine of predicted and true features of test scenes; and of the mean feature, the best blind guess."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
@@ -174,6 +174,5 @@ class ViTTask:
 
     def save(self, folder: Path) -> None:
         """Write vision.safetensors under our names, and the accuracy."""
-        state = {name: weight.detach().clone() for name, weight in self.model.vision.state_dict().items()}
-        save_file(state, folder / "vision.safetensors")
-        (folder / "report.json").write_text(json.dumps({"scenes_right": self.accuracy()}) + "\n")
+        save_safetensors(own_state_dict(self.model.vision), folder / "vision.safetensors")
+        write_json(folder / "report.json", {"scenes_right": self.accuracy()}, indent=None)

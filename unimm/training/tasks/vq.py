@@ -5,7 +5,6 @@ LlamaGen (arXiv 2406.06525, section 2.1) also has a perceptual and an adversaria
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -15,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.load import parse_dtype
+from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
 from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
 from unimm.training.config import AtLeastOne, Dtype, Fraction, Positive, RecipeSection, TrainConfig, from_mapping
@@ -260,16 +261,16 @@ class VQTask:
         """Write vq.safetensors and vq_config.json, and scores of test scenes."""
         save_vq(self.model, folder, parse_dtype(self.options.dtype))
         report = vq_report(self.model, self.options, self.batch.seed)
-        (folder / "report.json").write_text(json.dumps(report) + "\n")
+        write_json(folder / "report.json", report, indent=None)
 
 
 def save_vq(vq: VQModel, folder: Path, dtype: torch.dtype) -> None:
     """Write weights and config of the autoencoder, under the names that they have inside a released Janus."""
-    buffers = {name for name, _ in vq.named_buffers()}
-    weights = {name: x if name in buffers else x.to(dtype) for name, x in vq.state_dict().items()}
-    save_file({name: x.detach().contiguous().cpu() for name, x in weights.items()}, folder / "vq.safetensors")
+    buffers = {own_name(name) for name, _ in vq.named_buffers()}
+    weights = {name: x if name in buffers else x.to(dtype) for name, x in own_state_dict(vq).items()}
+    save_safetensors(weights, folder / "vq.safetensors")
     files = {"cls": "VQ-16", "model_type": "gen_vision", "params": vq.config.to_json()}
-    (folder / "vq_config.json").write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "vq_config.json", files, indent=1)
 
 
 def reconstruct(vq: VQModel, image: Tensor) -> tuple[Tensor, Tensor]:
