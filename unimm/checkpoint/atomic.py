@@ -21,6 +21,7 @@ OPTIONAL_FILES = (
 )
 WRITING = ".unimm-writing-"  # begins the name of a folder that is being written
 MOVING = ".unimm-moving-"  # and of one that is whole, whose files are being moved into place
+ALIVE = ".unimm-alive"  # a file that the saving process keeps locked
 
 
 @contextmanager
@@ -68,7 +69,8 @@ def atomic_directory(
         with _locked(folder):
             _delete_dead(folder)
             partial = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
-            alive = _lock(partial)
+            # a file of its own: `folder` itself is locked by whoever saves into it, and that may be the body
+            alive = _lock(partial / ALIVE, flags=os.O_RDONLY | os.O_CREAT)
         moving = partial.with_name(partial.name.replace(WRITING, MOVING))
         try:
             with name_file(folder, within=partial):
@@ -83,6 +85,7 @@ def atomic_directory(
                 for path in partial.rglob("*"):
                     _sync(path)
                 with _locked(folder):
+                    (partial / ALIVE).unlink(missing_ok=True)
                     _move_files(partial, moving, folder, replace=replace)
             for path in (folder, *made):
                 _sync(path)
@@ -117,9 +120,9 @@ def _make_directories(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
-def _lock(folder: Path) -> int:
-    """An open folder that is locked until it is closed, or its process dies."""
-    handle = os.open(folder, os.O_RDONLY)
+def _lock(path: Path, *, flags: int = os.O_RDONLY) -> int:
+    """An open folder or file that is locked until it is closed, or its process dies."""
+    handle = os.open(path, flags)
     with suppress(OSError):  # some network file systems have no locks
         fcntl.flock(handle, fcntl.LOCK_EX)
     return handle
@@ -145,7 +148,10 @@ def _delete_dead(folder: Path) -> None:
 
 def _is_dead(folder: Path) -> bool:
     """Whether the process that wrote a hidden folder has ended."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder / ALIVE, os.O_RDONLY)
+    except FileNotFoundError:
+        return not _holds_files(folder)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
