@@ -162,6 +162,8 @@ class MetaQueryConfig:
         if missing := [key for key in ("mllm_id", "diffusion_model_id") if key not in data]:
             raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}: expected {LAYOUT.source}")
         part_ids = {key: str(data.get(key, data["diffusion_model_id"])) for key in cls.PART_CONFIGS}
+        for name in part_ids.values():
+            _relative_path(name)  # refuses one that is no folder of its own, whether it is read or not
         if data.get("loss_type", "flow") != "flow" or "stable-diffusion" in part_ids["diffusion_model_id"]:
             raise ValueError(
                 f"got loss_type {data.get('loss_type')!r} with {part_ids['diffusion_model_id']!r}: the variants on "
