@@ -263,6 +263,18 @@ def test_a_killed_save_is_the_old_the_new_or_none(tmp_path, replace):
         assert not list(folder.rglob(".unimm*"))
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_save_inside_of_a_save(tmp_path, replace):
+    """As a task saves its model into the release that the trainer is writing: neither waits for the other, and the outer
+    one is not taken for dead."""
+    with atomic_directory(tmp_path) as outer:
+        (outer / "log").write_text("outer")
+        write(outer, {"w": "inner"}, replace=replace)
+        write(tmp_path, {"other": "beside"})
+        assert (outer / "w").read_bytes() == b"inner" and (outer / "log").exists() != replace
+    assert files(tmp_path) == {"w": b"inner", "other": b"beside"} | ({} if replace else {"log": b"outer"})
+
+
 def test_what_killed_saves_wrote_is_deleted_and_what_others_write_is_not(tmp_path):
     for _ in range(3):
         if not (child := os.fork()):

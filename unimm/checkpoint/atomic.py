@@ -208,7 +208,7 @@ def _delete_others(folder: Path, names: Sequence[Path]) -> None:
     kept = {folder / name for name in names}
     kept |= {parent for path in kept for parent in path.parents}
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path in kept or path.relative_to(folder).parts[0].startswith((WRITING, MOVING)):
+        if path in kept or path.relative_to(folder).parts[0].startswith((WRITING, MOVING, ALIVE)):
             continue
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
