@@ -52,6 +52,11 @@ class Shard:
 WeightFile = Path | Shard
 
 
+def file_path(source: WeightFile) -> Path:
+    """Where a file of weights lies."""
+    return source if isinstance(source, Path) else source.path
+
+
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
     """The first of `names` that the folder holds, or its shards for an index.
 
@@ -128,7 +133,7 @@ def open_weights(source: WeightFile) -> Iterator[Any]:
     Raises CheckpointError for a broken one, which says what it is instead.
     """
     kept = _kept_open.get()
-    path = source if isinstance(source, Path) else source.path
+    path = file_path(source)
     file = _open_file(path) if kept is None or path not in kept else kept[path]
     if kept is not None:
         kept[path] = file
@@ -169,8 +174,9 @@ def read_headers(sources: Sequence[WeightFile]) -> dict[str, TensorHeader]:
         with open_weights(source) as file:
             keys = _keys(file, source)
             if twice := sorted(headers.keys() & set(keys)):
-                path = source if isinstance(source, Path) else source.path
-                raise CheckpointError(f"{path} holds tensors that another file holds, too: {_list_some('keys', twice)}")
+                raise CheckpointError(
+                    f"{file_path(source)} holds tensors that another file holds, too: {_list_some('keys', twice)}"
+                )
             parts = {key: file.get_slice(key) for key in keys}
             headers |= {key: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for key, one in parts.items()}
     return headers
@@ -235,7 +241,7 @@ def load_weights(
     headers = read_headers(paths)
     skip = len(prefix) if prefix and all(key.startswith(prefix) for key in headers) else 0
     headers = {key[skip:]: header for key, header in headers.items()}
-    where = str(paths[0] if isinstance(paths[0], Path) else paths[0].path)
+    where = str(file_path(paths[0]))
     shapes = {key: header.shape for key, header in headers.items()}
     found, parameters = match_weights(model, shapes, key_map, where)
     _check_dtypes(headers, found, parameters, where)

@@ -26,6 +26,19 @@ from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import MLP, EncoderBlock
 from unimm.processing.images.siglip import SiglipImageProcessor
 
+# keys of the fixed-size releases' config and of BAGEL's vit_config.json
+SIGLIP_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+    "channels": "num_channels",
+    "norm_eps": "layer_norm_eps",
+    "act": "hidden_act",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipConfig(JsonConfig):
@@ -46,18 +59,7 @@ class SiglipConfig(JsonConfig):
             "the fixed-size releases (google/siglip2-so400m-patch16-512 and its siblings; NaFlex ones are not "
             "supported)"
         ),
-        keys={
-            "dim": "hidden_size",
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "mlp_dim": "intermediate_size",
-            "patch_size": "patch_size",
-            "image_size": "image_size",
-            "channels": "num_channels",
-            "norm_eps": "layer_norm_eps",
-            "act": "hidden_act",
-            "has_pooling_head": "vision_use_head",
-        },
+        keys={**SIGLIP_KEYS, "has_pooling_head": "vision_use_head"},
         # those of SiglipVisionConfig in transformers: the base model at 224 pixels
         defaults={
             "hidden_size": 768,
@@ -94,17 +96,7 @@ class SiglipConfig(JsonConfig):
 NAVIT_LAYOUT = JsonLayout(
     name="the vision config",
     source="the released vit_config.json",
-    keys={
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-        "channels": "num_channels",
-        "norm_eps": "layer_norm_eps",
-        "act": "hidden_act",
-    },
+    keys=SIGLIP_KEYS,
     defaults={"num_channels": 3, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
     constants={"model_type": "siglip_vision_model"},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,19 @@ from unimm.tokenizers.kl_layouts import FLUX_WEIGHT_FILES, kl_key_map
 
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
 NORM_EPS = 1e-6
+
+
+def check_levels(config: object, multipliers: Sequence[int], *, counts: Sequence[int], widths: Iterable[int]) -> None:
+    """Raise ValueError for a convolutional autoencoder without levels, with counts below 1, or with a level whose width
+    the groups of the norm do not divide."""
+    if not multipliers or min((*counts, *multipliers)) < 1:
+        raise ValueError(f"got {config}, expected positive counts and one multiplier per level: correct the config")
+    for width in widths:
+        if width < N_GROUPS or width % N_GROUPS:
+            raise ValueError(
+                f"got a level of width {width}, expected a multiple of {N_GROUPS} (the groups of the norm): "
+                "change ch or ch_mult"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +73,9 @@ class AutoencoderKLConfig(JsonConfig):
     )
 
     def __post_init__(self) -> None:
-        counts = (
-            self.in_channels,
-            self.out_channels,
-            self.n_res_blocks,
-            self.latent_channels,
-            *self.channel_multipliers,
-        )
-        if not self.channel_multipliers or min(counts) < 1:
-            raise ValueError(f"got {self}, expected positive counts and one multiplier per level: correct the config")
-        for width in (self.width * multiplier for multiplier in self.channel_multipliers):
-            if width < N_GROUPS or width % N_GROUPS:
-                raise ValueError(
-                    f"got a level of width {width}, expected a multiple of {N_GROUPS} (the groups of the norm): "
-                    f"change ch or ch_mult"
-                )
+        counts = (self.in_channels, self.out_channels, self.n_res_blocks, self.latent_channels)
+        widths = [self.width * multiplier for multiplier in self.channel_multipliers]
+        check_levels(self, self.channel_multipliers, counts=counts, widths=widths)
         if not self.scaling_factor > 0:
             raise ValueError(
                 f"got scale_factor {self.scaling_factor}, expected a positive number: 1 leaves latents as they are"

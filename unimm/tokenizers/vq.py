@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout
 from unimm.kernels import nearest_code
-from unimm.tokenizers.kl import N_GROUPS, Downsample, ResnetBlock, SpatialAttention, Upsample, group_norm
+from unimm.tokenizers.kl import Downsample, ResnetBlock, SpatialAttention, Upsample, check_levels, group_norm
 
 # ids that `codebook_used` holds, whatever the size of the codebook
 CODEBOOK_USED_SIZE = 65536
@@ -51,22 +51,8 @@ class VQConfig(JsonConfig):
     )
 
     def __post_init__(self) -> None:
-        counts = (
-            self.channels,
-            self.n_res_blocks,
-            self.latent_channels,
-            self.n_codes,
-            self.code_dim,
-            *self.channel_multipliers,
-        )
-        if not self.channel_multipliers or min(counts) < 1:
-            raise ValueError(f"got {self}, expected positive counts and one multiplier per level: correct the config")
-        for width in (self.width, *self.widths):
-            if width < N_GROUPS or width % N_GROUPS:
-                raise ValueError(
-                    f"got a level of width {width}, expected a multiple of {N_GROUPS} (the groups of the norm): "
-                    f"change ch or ch_mult"
-                )
+        counts = (self.channels, self.n_res_blocks, self.latent_channels, self.n_codes, self.code_dim)
+        check_levels(self, self.channel_multipliers, counts=counts, widths=(self.width, *self.widths))
 
     @property
     def stride(self) -> int:
