@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.files import change, rewrite
 from helpers.paths import GOLDEN as STORE
 from helpers.toys import picture, toy
 from safetensors.torch import load_file, save_file
@@ -67,19 +68,6 @@ def folder(tmp_path) -> Path:
     target = tmp_path / "model"
     shutil.copytree(DEV, target, ignore=shutil.ignore_patterns("io.*"))
     return target
-
-
-def change(path: Path, **changes: object) -> None:
-    """Change fields of a json file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def rewrite(path: Path, edit) -> None:
-    """Pass a safetensors file's contents through a function."""
-    tensors = load_file(path)
-    edit(tensors)
-    path.unlink()
-    save_file(tensors, path)
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.cases import found, manifest
+from helpers.tolerance import assert_close
 from safetensors.torch import load_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
@@ -52,12 +53,6 @@ SIZES = [
     {"num_single_layers": 2, "num_layers": 0},
 ]
 NAMES = ["golden", "schnell", "widths", "doubles", "singles"]
-
-
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def made(**changes) -> FluxTransformer:
@@ -141,7 +136,7 @@ def test_equal_to_diffusers(tmp_path, changes):
     )[0]
     condition = ours.condition(given["text"], given["places"], text_position_ids=text_places)
     (modulation,) = ours.modulations(times[None], given["pooled"], guidance=guidance)
-    assert_equal(ours(given["latents"], condition, modulation), wanted)
+    assert_close(ours(given["latents"], condition, modulation), wanted)
     # and what we write, diffusers reads
     ours.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path)
@@ -208,7 +203,7 @@ def test_an_image_does_not_depend_on_its_batch():
     together = velocity(model, given, times)
     for i in range(3):
         alone = given | {name: given[name][i : i + 1] for name in ("latents", "text", "pooled")}
-        assert_equal(together[i : i + 1], velocity(model, alone, times[i : i + 1]))
+        assert_close(together[i : i + 1], velocity(model, alone, times[i : i + 1]))
 
 
 @torch.inference_mode()
@@ -220,7 +215,7 @@ def test_steps_modulated_at_once_are_the_steps():
     assert len(steps) == 4
     at_once = euler(modulation_per_step(model, condition, steps), given["latents"], times)
     one_by_one = euler(lambda x, t: velocity(model, given | {"latents": x}, t.float()), given["latents"], times)
-    assert_equal(at_once, one_by_one)
+    assert_close(at_once, one_by_one)
 
 
 @torch.inference_mode()
@@ -237,7 +232,7 @@ def test_a_step_computes_nothing_that_is_known(monkeypatch):
     assert len(known) == 4 + 2 * 2 + 2 + 1
     for module in known:
         monkeypatch.setattr(module, "forward", None)
-    assert_equal(model(given["latents"], condition, modulation), want)
+    assert_close(model(given["latents"], condition, modulation), want)
 
 
 def test_gradients_reach_every_parameter():
@@ -268,11 +263,11 @@ def test_turns_are_exact_far_away():
 @torch.inference_mode()
 def test_compiled_turns_are_the_turns():
     table, x = complex_rope(torch.randint(0, 9, (5, 2)), (4, 8), dtype=torch.float64), torch.randn(2, 5, 3, 12)
-    assert_equal(
+    assert_close(
         torch.compile(apply_complex_rope, backend="eager", fullgraph=True)(x, table), apply_complex_rope(x, table)
     )
     assert apply_complex_rope(x.bfloat16(), table).dtype == torch.bfloat16
-    assert_equal(apply_complex_rope(x, table).square().sum(-1), x.square().sum(-1))
+    assert_close(apply_complex_rope(x, table).square().sum(-1), x.square().sum(-1))
 
 
 def test_config_round_trips():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.cases import found, manifest
+from helpers.tolerance import assert_close
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.denoisers.mmdit import modulation_per_step
@@ -31,12 +32,6 @@ PICTURES = [
     [(1, 2, 5), (1, 7, 3)],  # one to be drawn, one to be seen
     [(2, 3, 3)],
 ]
-
-
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.fixture
@@ -82,7 +77,7 @@ def test_equal_to_diffusers(tmp_path, changes, pictures):
     for mask in (None, seen):
         wanted = theirs(latents, text, mask, times, img_shapes=[pictures] * 3, return_dict=False)[0]
         (modulation,) = ours.modulations(times[None])
-        assert_equal(ours(latents, ours.condition(text, pictures, key_padding_mask=mask), modulation), wanted)
+        assert_close(ours(latents, ours.condition(text, pictures, key_padding_mask=mask), modulation), wanted)
     # and what we write, diffusers reads
     ours.save_pretrained(tmp_path)
     again = QwenImageTransformer2DModel.from_pretrained(tmp_path)
@@ -119,7 +114,7 @@ def test_an_image_does_not_depend_on_its_batch(small):
     for i in range(3):
         # alone, without the padding behind its text
         condition = small.condition(text[i : i + 1, : seen[i].sum()], [(1, 3, 2)])
-        assert_equal(together[i : i + 1], small(latents[i : i + 1], condition, small.modulations(times[:, i])[0]))
+        assert_close(together[i : i + 1], small(latents[i : i + 1], condition, small.modulations(times[:, i])[0]))
 
 
 @torch.inference_mode()
@@ -135,7 +130,7 @@ def test_a_step_computes_nothing_that_is_known(small, monkeypatch):
         monkeypatch.setattr(module, "forward", None)
     velocity = modulation_per_step(small, condition, steps)
     for expected in want:
-        assert_equal(velocity(latents, 0.0), expected)
+        assert_close(velocity(latents, 0.0), expected)
 
 
 def test_gradients_reach_every_parameter_but_the_last_texts(small):

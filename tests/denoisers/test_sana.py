@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.paths import GOLDEN as STORE
 from helpers.sana_toys import FILES, RELEASED
+from helpers.tolerance import assert_close
 from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
@@ -20,12 +21,6 @@ SIZES = [
     {"num_attention_heads": 3, "attention_head_dim": 12, "cross_attention_dim": 36, "num_cross_attention_heads": 5,
      "cross_attention_head_dim": 4, "attention_bias": True, "in_channels": 3, "out_channels": 5},
 ]  # fmt: skip
-
-
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.fixture
@@ -84,7 +79,7 @@ def test_equal_to_diffusers(tmp_path, changes):
     seen, times = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]), torch.tensor([1.0, 523.0, 999.0])
     for mask in (None, seen):
         wanted = theirs(latents, caption, times, encoder_attention_mask=mask).sample
-        assert_equal(ours(latents, times / 1000, ours.condition(caption, mask)), wanted)
+        assert_close(ours(latents, times / 1000, ours.condition(caption, mask)), wanted)
     # and what we write, diffusers reads
     again = SanaTransformer2DModel.from_pretrained(write(tmp_path, ours))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
@@ -109,7 +104,7 @@ def test_an_image_does_not_depend_on_its_batch(small):
     for i in range(3):
         # alone, without its padding
         alone = small(latents[i : i + 1], times[i : i + 1], small.condition(caption[i : i + 1, seen[i].bool()]))
-        assert_equal(together[i : i + 1], alone)
+        assert_close(together[i : i + 1], alone)
 
 
 @torch.inference_mode()
@@ -121,7 +116,7 @@ def test_a_condition_serves_every_step_and_image(small, monkeypatch):
     # a step touches neither the caption's layers nor the projections of keys and values
     for module in (small.caption_proj, small.caption_norm, *(block.cross_attention.kv for block in small.blocks)):
         monkeypatch.setattr(module, "forward", None)
-    assert_equal(small(latents, torch.full((4,), 0.5), condition.select_rows(index)), want)
+    assert_close(small(latents, torch.full((4,), 0.5), condition.select_rows(index)), want)
 
 
 def test_gradients_reach_every_parameter(small):

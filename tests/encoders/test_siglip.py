@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import manifest
+from helpers.tolerance import assert_close
 from helpers.toys import picture
 from safetensors.torch import load_file, save_file
 
@@ -20,12 +21,6 @@ TOY = dict(
     hidden_size=24, intermediate_size=20, num_attention_heads=3, num_hidden_layers=2, patch_size=5, image_size=23,
     layer_norm_eps=1e-5, hidden_act="gelu",
 )  # fmt: skip
-
-
-def assert_close(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def shaken(model):

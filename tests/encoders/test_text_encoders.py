@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import manifest
+from helpers.tolerance import assert_close
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
@@ -30,12 +31,6 @@ KINDS = {
     "t5": (T5Encoder, T5Config, T5, t5.KEY_MAP, T5Encoder.from_pretrained),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def assert_close(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def shaken(model):

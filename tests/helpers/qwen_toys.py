@@ -68,9 +68,3 @@ def files(**changes) -> dict:
     """A released config.json in the older spelling, some numbers of it changed."""
     turning = {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 3, 2]}}
     return TEXT | IDS | turning | {"vision_config": VISION} | changes
-
-
-def assert_close(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.dc_ae_toys import FILES, RELEASED
 from helpers.paths import GOLDEN as STORE
+from helpers.tolerance import assert_close
 from safetensors.torch import save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
@@ -33,12 +34,6 @@ def three(**changes):
 PLAIN = {f"{side}_block_types": [CONVOLUTIONS] * 3 for side in ("encoder", "decoder")} | {
     f"{side}_qkv_multiscales": [[], [], []] for side in ("encoder", "decoder")
 }
-
-
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.fixture
@@ -81,8 +76,8 @@ def test_equal_to_diffusers(tmp_path, files):
     ours = DCAE.from_pretrained(tmp_path)
     image = torch.rand(2, 3, 3 * ours.config.stride, 2 * ours.config.stride) * 2 - 1
     latent = theirs.encode(image).latent
-    assert_equal(ours.encode(image), ours.config.scaling_factor * latent)
-    assert_equal(ours.decode(ours.config.scaling_factor * latent), theirs.decode(latent).sample)
+    assert_close(ours.encode(image), ours.config.scaling_factor * latent)
+    assert_close(ours.decode(ours.config.scaling_factor * latent), theirs.decode(latent).sample)
     # and what we write, diffusers reads
     again = AutoencoderDC.from_pretrained(write(tmp_path, ours))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
@@ -101,20 +96,20 @@ def test_an_image_does_not_depend_on_its_batch(small):
     image = torch.rand(3, 3, 8, 12) * 2 - 1
     latent = small.encode(image)
     for i in range(3):
-        assert_equal(latent[i : i + 1], small.encode(image[i : i + 1]))
-        assert_equal(small.decode(latent)[i : i + 1], small.decode(latent[i : i + 1]))
+        assert_close(latent[i : i + 1], small.encode(image[i : i + 1]))
+        assert_close(small.decode(latent)[i : i + 1], small.decode(latent[i : i + 1]))
 
 
 @torch.inference_mode()
 def test_channels_last_changes_nothing(small):
     image = torch.rand(1, 3, 8, 8)
-    assert_equal(small.encode(image.to(memory_format=torch.channels_last)), small.encode(image))
+    assert_close(small.encode(image.to(memory_format=torch.channels_last)), small.encode(image))
 
 
 def test_linear_attention_is_a_mean():
     q, k, v = torch.randn(3, 2, 7, 4).unbind(0)
     scores = q.relu() @ k.relu().mT
-    assert_equal(linear_attention(q, k, v), scores / (scores.sum(-1, keepdim=True) + 1e-15) @ v)
+    assert_close(linear_attention(q, k, v), scores / (scores.sum(-1, keepdim=True) + 1e-15) @ v)
     assert not linear_attention(-q.abs(), k, v).any(), "a row that sees nothing gets 0"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import found
+from helpers.tolerance import assert_close
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
@@ -41,12 +42,6 @@ SDXL = {
 }
 
 
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value stored."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 def small(**numbers) -> AutoencoderKL:
     return AutoencoderKL(AutoencoderKLConfig(**SMALL | numbers)).eval().requires_grad_(False)
 
@@ -65,10 +60,10 @@ def write(folder: Path, vae: AutoencoderKL, *, attention=ATTENTION_NAMES) -> Pat
 def test_stored_outputs():
     case = found("blocks/fluxvae/dev")
     vae, stored = AutoencoderKL.from_pretrained(case), load_file(case / "io.safetensors")
-    assert_equal(torch.cat(vae.moments(stored["image"]), 1), stored["moments"])
-    assert_equal(vae.encode(stored["image"]), stored["latent"])
-    assert_equal(vae.encode(stored["image"], noise=stored["posterior_noise"]), stored["latent_sampled"])
-    assert_equal(vae.decode(stored["z"]), stored["decoded"])
+    assert_close(torch.cat(vae.moments(stored["image"]), 1), stored["moments"])
+    assert_close(vae.encode(stored["image"]), stored["latent"])
+    assert_close(vae.encode(stored["image"], noise=stored["posterior_noise"]), stored["latent_sampled"])
+    assert_close(vae.decode(stored["z"]), stored["decoded"])
 
 
 def test_sdxl_has_its_released_size():
@@ -102,8 +97,8 @@ def test_equal_to_diffusers(tmp_path, quant_convs, widths):
     ours, image = AutoencoderKL.from_pretrained(tmp_path), torch.rand(2, 3, 16, 24) * 2 - 1
     assert ours.config.quant_convs == quant_convs and ours.config.shift_factor == 0
     latent = theirs.encode(image).latent_dist.mean * 0.3
-    assert_equal(ours.encode(image), latent)
-    assert_equal(ours.decode(latent), theirs.decode(latent / 0.3).sample)
+    assert_close(ours.encode(image), latent)
+    assert_close(ours.decode(latent), theirs.decode(latent / 0.3).sample)
     # and what we write, diffusers reads
     again = DiffusersAutoencoderKL.from_pretrained(write(tmp_path, ours))
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in again.state_dict().items())
@@ -131,8 +126,8 @@ def test_round_trips(tmp_path, quant_convs):
 def test_quant_convs_act_on_both_sides():
     vae, image = small(quant_convs=True), torch.rand(1, 3, 8, 8)
     mean, logvar = vae.moments(image)
-    assert_equal(torch.cat((mean, logvar), 1), vae.quant_conv(vae.encoder(image)))
-    assert_equal(vae.decode(mean * vae.config.scaling_factor), vae.decoder(vae.post_quant_conv(mean)))
+    assert_close(torch.cat((mean, logvar), 1), vae.quant_conv(vae.encoder(image)))
+    assert_close(vae.decode(mean * vae.config.scaling_factor), vae.decoder(vae.post_quant_conv(mean)))
 
 
 def test_load_casts(tmp_path):

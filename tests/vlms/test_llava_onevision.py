@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import manifest
+from helpers.greedy import greedy
 from helpers.llava_toys import MOST, PINS, RELEASED, SIDE, SIZE, TEXT, TOP, VISION, Letters
 from helpers.prompts import rendered
+from helpers.tolerance import assert_close
 from helpers.toys import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
 from unimm.checkpoint.save import released_state_dict
-from unimm.generation.decode import decode_text
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
@@ -29,12 +30,6 @@ from unimm.vlms.llava_onevision.processor import IMAGE_TOKEN
 from unimm.vlms.llava_onevision.weights import llava_key_map
 
 SIZES = [(14, 14), (20, 37), (60, 9), (9, 80), (41, 40), (100, 7), (31, 30)]  # (height, width)
-
-
-def assert_close(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def transformers_model(tied: bool = False):
@@ -109,22 +104,6 @@ def for_transformers(samples: list[list], prompts=PROMPTS) -> dict[str, torch.Te
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows])
     given = transformers_processor()([shown(sizes) for _, sizes in prompts], return_tensors="pt")
     return dict(input_ids=padded, attention_mask=mask, **given)
-
-
-def greedy(model: LlavaOneVision, samples: list[list], n: int = 8) -> torch.Tensor:
-    """The likeliest ids after each sample [B, n]; nothing ends them."""
-    contexts, last = model.prefill_prompts(samples)
-    return torch.tensor(
-        [
-            *decode_text(
-                model.decode_session(contexts, n),
-                last,
-                end=-1,
-                sampling=TextSampling(max_tokens=n),
-                seeds=[0] * len(last),
-            )
-        ]
-    ).T
 
 
 # ---- beside transformers

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.greedy import greedy
 from helpers.prompts import rendered
 from helpers.qwen_manifests import expanded
 from helpers.qwen_toys import (
@@ -17,18 +18,18 @@ from helpers.qwen_toys import (
     TURNING,
     VISION,
     Letters,
-    assert_close,
     files,
     saved,
     transformers_model,
 )
+from helpers.tolerance import assert_close
 from helpers.toys import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.generation.decode import decode_text, sampling_loop
+from unimm.generation.decode import sampling_loop
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels import attention
@@ -88,22 +89,6 @@ def for_transformers(model: QwenVL, samples: list[list]) -> dict[str, torch.Tens
         input_ids=padded, attention_mask=mask, mm_token_type_ids=(padded == 154).int(), pixel_values=torch.cat(patches),
         image_grid_thw=torch.tensor(grids),
     )  # fmt: skip
-
-
-def greedy(model: QwenVL, samples: list[list], n: int = 8) -> torch.Tensor:
-    """The likeliest ids after each sample [B, n]; nothing ends them."""
-    contexts, last = model.prefill_prompts(samples)
-    return torch.tensor(
-        [
-            *decode_text(
-                model.decode_session(contexts, n),
-                last,
-                end=-1,
-                sampling=TextSampling(max_tokens=n),
-                seeds=[0] * len(last),
-            )
-        ]
-    ).T
 
 
 # ---- beside transformers

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.files import change, rewrite
 from helpers.paths import GOLDEN as STORE
 from helpers.toys import JANUS, UNREAD, differences, janus, janus_files, made, picture
 from safetensors.torch import load_file, save_file
@@ -29,19 +30,6 @@ def toy(tmp_path_factory) -> Path:
 def folder(toy, tmp_path) -> Path:
     """A small Janus, to be changed."""
     return Path(shutil.copytree(toy, tmp_path / "model"))
-
-
-def change(path: Path, **changes: object) -> None:
-    """Change fields of a json file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def rewrite(path: Path, edit) -> None:
-    """Pass a safetensors file's contents through a function."""
-    tensors = load_file(path)
-    edit(tensors)
-    path.unlink()
-    save_file(tensors, path)
 
 
 # ---- the releases: their manifests, with a range of layers written as the number of them

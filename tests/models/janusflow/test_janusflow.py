@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import GOLDEN as STORE
+from helpers.tolerance import assert_close
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import mse_loss
@@ -96,12 +97,6 @@ def plain(batch):
     return lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)
 
 
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 def apart(a: Image.Image, b: Image.Image) -> int:
     """The largest difference of two images, of 255; 1 is rounding, which follows the size of a batch."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
@@ -174,7 +169,7 @@ def test_generation_is_the_original_loop(model):
     prompt = [text_part(ids[:-1])]
     for guidance in (1.0, 2.0, 0.0):
         ours = model.denoise([prompt], noise[None], guidance=[guidance], steps=3)[0]
-        assert_equal(ours, original(model, ids, noise, steps=3, guidance=guidance))
+        assert_close(ours, original(model, ids, noise, steps=3, guidance=guidance))
 
 
 @torch.inference_mode()
@@ -188,20 +183,20 @@ def test_a_cached_prompt_is_a_recomputed_one(model):
             hidden = model.backbone(batch, plain(batch), entered)[EXPERT]
             found.append(model.decode_velocity(hidden[batch.gen_images.rows][None], entered))
         x = x - 0.5 * (found[1] + 2.0 * (found[0] - found[1]))
-    assert_equal(ours, x)
+    assert_close(ours, x)
 
 
 def test_time_is_converted_in_the_network(model):
     x = torch.randn(2, 3, 12, 12)
     entered = model.encode_latents(x, torch.tensor([1.0, 0.25]))
-    assert_equal(entered.time_embed, model.gen_encoder.time_embed(timestep_embedding(torch.tensor([0.0, 750.0]), 16)))
+    assert_close(entered.time_embed, model.gen_encoder.time_embed(timestep_embedding(torch.tensor([0.0, 750.0]), 16)))
     hidden = torch.randn(2, 9, 48)
     made = (
         model.gen_decoder_aligner(model.gen_decoder_norm(model.decoder.norms[EXPERT](hidden)))
         .transpose(1, 2)
         .unflatten(2, (3, 3))
     )
-    assert_equal(model.decode_velocity(hidden, entered), -model.gen_decoder(made, entered.skip, entered.time_embed))
+    assert_close(model.decode_velocity(hidden, entered), -model.gen_decoder(made, entered.skip, entered.time_embed))
 
 
 def test_times_rounded_as_in_bfloat16(model):
@@ -227,7 +222,7 @@ def test_looking_starts_with_its_own_row(model):
     seen = model.aligner(model.vision(pixels))
     words = model.decoder.embed(torch.arange(6))
     start = model.und_start_embed[0]
-    assert_equal(x, torch.stack((*words[1:3], start, *seen[0], words[4], start, *seen[1], words[4], words[5])))
+    assert_close(x, torch.stack((*words[1:3], start, *seen[0], words[4], start, *seen[1], words[4], words[5])))
 
 
 # ---- training

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.paths import GOLDEN
+from helpers.tolerance import assert_close
 from safetensors.torch import load_file
 
 from unimm.models.janusflow.uvit import (
@@ -42,21 +43,15 @@ def released():
     return tuple(module.requires_grad_(False) for module in both)
 
 
-def assert_equal(got, expected):
-    """The project's tolerance in float32: 1e-4 of the largest value stored."""
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 def test_equal_to_the_original(released, stored):
     encoder, decoder = released
     noise = torch.cat((stored["gen/noise"], stored["gen/noise"]))
     x, time = encoder(noise, torch.zeros(4))
-    assert_equal(x, stored["gen/enc_out0"])
+    assert_close(x, stored["gen/enc_out0"])
     tokens = stored["gen/dec_in0"].transpose(1, 2).unflatten(2, x.shape[2:])
-    assert_equal(decoder(tokens, x, time), stored["gen/velocities"][0])
+    assert_close(decoder(tokens, x, time), stored["gen/velocities"][0])
     steps = len(stored["gen/velocities"])
-    assert_equal(encoder(noise, torch.full((4,), 1000 / steps))[1], stored["gen/t_emb1"])
+    assert_close(encoder(noise, torch.full((4,), 1000 / steps))[1], stored["gen/t_emb1"])
 
 
 def test_released_names_and_shapes():
@@ -86,7 +81,7 @@ def test_norm_of_responses():
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     length = x.square().sum((1, 2), keepdim=True).sqrt()
-    assert_equal(layer(x), layer.weight * x * length / length.mean(-1, keepdim=True) + layer.bias + x)
+    assert_close(layer(x), layer.weight * x * length / length.mean(-1, keepdim=True) + layer.bias + x)
 
 
 def test_time_scales_the_sum():
@@ -95,7 +90,7 @@ def test_time_scales_the_sum():
     torch.nn.init.zeros_(block.cond_embeds_mapper.bias)
     plain = block(x, torch.zeros(2, 6))
     scale, shift = block.cond_embeds_mapper(torch.nn.functional.silu(time)).chunk(2, 1)
-    assert_equal(block(x, time), plain * (1 + scale[..., None, None]) + shift[..., None, None])
+    assert_close(block(x, time), plain * (1 + scale[..., None, None]) + shift[..., None, None])
 
 
 def test_time_features_begin_with_cosines():
