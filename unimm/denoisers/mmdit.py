@@ -306,6 +306,6 @@ class MMDiT(nn.Module):
 
 
 def modulation_per_step(model: nn.Module, condition: MMDiTCondition, modulations: Sequence[Modulation]) -> Velocity:
-    """A velocity for `flow.sample`: call i takes the modulation of step i, and the time is in it already."""
+    """A velocity for `flow.euler`: call i takes the modulation of step i, and the time is in it already."""
     steps = iter(modulations)
     return lambda x, timestep: model(x, condition, next(steps))
