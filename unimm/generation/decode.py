@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unimm.generation.kv_cache import KVCache, allocate_kv_buffer, check_max_positions
+from unimm.generation.noise import seeded_generators
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.decoder import Decoder
@@ -96,7 +97,7 @@ def sampling_loop(
     step(ids [B]) -> logits [B, V] after these ids. Yields one id per row, None for a row that has ended; the caller may
     stop early by closing the iterator.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = seeded_generators(seeds)
     ends = {end} if isinstance(end, int) else set(end)
     ids = first
     done = [False] * len(first)

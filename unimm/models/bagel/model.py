@@ -18,6 +18,7 @@ from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache
+from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
 from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
@@ -125,7 +126,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         vae = self.config.vae
         width, height = self.config.vae_transform.output_size(image.width, image.height)
         shape = vae.latent_channels, height // vae.stride, width // vae.stride
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        noise = gaussian_noise(shape, generator)
         return self.image_parts(image, noise=noise, latents=latents)
 
     # ---- contexts
@@ -220,7 +221,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         """The noise [L, C] that an image of (height, width) begins from, float32 from the CPU."""
         stride = self.config.latent_downsample
         shape = (size[0] // stride) * (size[1] // stride), self.config.latent_dim
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return gaussian_noise(shape, generator)
 
     @torch.inference_mode()
     def _generate_images(
@@ -289,7 +290,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         if options.size is not None:
             check_size(options.size, self.config.latent_downsample, self.max_image_side)
         seeds = expand_seeds(seed, len(prompts), n_images=n)
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        generators = seeded_generators(seeds)
         copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
 
         contexts = self.start_contexts(len(prompts), defaults.think_generate_prompt if think else None)
@@ -377,7 +378,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         options: BagelImageOptions,
         sampling: TextSampling,
     ) -> Iterator[str | Image.Image]:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = seeded_generators(seeds)
         latents = "image" in outputs
         contexts = self.start_contexts(1, None)
         for item in inputs:

@@ -8,7 +8,6 @@ Axes: N packed rows, n image tokens, D model, F features of the vision encoder, 
 
 from collections.abc import Hashable, Sequence
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -92,8 +91,3 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
                 f"cannot generate (height, width) {tuple(size)}: this model was trained for {trained} alone; leave "
                 "size out"
             )
-
-
-def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """A random generator of each seed, on the CPU, so that an image does not depend on the device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -19,9 +19,10 @@ from unimm.checkpoint.config_io import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens
+from unimm.generation.noise import seeded_generators
 from unimm.models.base import Generation
 from unimm.models.common.cfg_branches import CFGBranches
-from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
+from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TOKENS
 from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig

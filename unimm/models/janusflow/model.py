@@ -17,9 +17,10 @@ from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import weight_files
 from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs
+from unimm.generation.noise import seeded_generators
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
-from unimm.models.common.deepseek_chat import DeepseekChatModel, seeded_generators
+from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
 from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig

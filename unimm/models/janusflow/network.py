@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unimm.encoders.timm_vit import TimmVisionEncoder
 from unimm.generation.flow import add_noise
+from unimm.generation.noise import gaussian_noise
 from unimm.kernels import attention
 from unimm.models.common.deepseek_chat import DeepseekNetwork
 from unimm.models.janusflow.config import TIME_SCALE, JanusFlowConfig
@@ -151,4 +152,4 @@ class JanusFlowNetwork(DeepseekNetwork):
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """The noise [C, H, W] that an image is generated from."""
         shape = self.config.gen_encoder.in_channels, *self.config.latent_size
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return gaussian_noise(shape, generator)

@@ -29,6 +29,7 @@ from unimm.checkpoint.load import (
 from unimm.denoisers.sana import SanaCondition
 from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, parse_steps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.prefill import plan_prefill
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
@@ -257,8 +258,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
             self.config.image_size if size is None else size, stride * self.config.denoiser.patch_size, MAX_IMAGE_SIDE
         )
         shape = self.config.denoiser.in_channels, height // stride, width // stride
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.randn(shape, generator=one, dtype=torch.float32, device="cpu") for one in generators])
+        return torch.stack([gaussian_noise(shape, generator) for generator in seeded_generators(seeds)])
 
     # ---- understanding
 

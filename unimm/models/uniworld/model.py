@@ -23,6 +23,7 @@ from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
+from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_float
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.base import ComponentModel, Generation
@@ -190,7 +191,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         """Noise of an image of (height, width) in pixels, on the CPU [C, h, w]."""
         height, width = (side * PATCH_SIZE // self.token_pixels for side in size)
         shape = self.config.latent_channels, height, width
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+        (generator,) = seeded_generators([seed])
+        return gaussian_noise(shape, generator)
 
     @property
     def token_pixels(self) -> int:
