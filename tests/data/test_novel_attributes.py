@@ -3,13 +3,15 @@ out."""
 
 import math
 import random
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from unimm.data.shapes import HELD_OUT, PALETTE, TASKS, Scene, example, parse_scene, render
-from unimm.data.shapes.language import plural
+from unimm.data.shapes import HELD_OUT, PALETTE, SHAPES, TASKS, Scene, example, parse_scene, render
+from unimm.data.shapes.language import NUMBERS, plural
 from unimm.data.shapes.novel_attributes import (
     MIN_COLOUR_DISTANCE,
     augment_novel_attributes,
@@ -18,7 +20,7 @@ from unimm.data.shapes.novel_attributes import (
     sample_novel_attributes,
     sample_novel_colour,
 )
-from unimm.data.shapes.world import BACKGROUND
+from unimm.data.shapes.world import BACKGROUND, WIDTHS
 
 CHANGED = tuple(task for task in TASKS if task.startswith(("draw.", "edit.")) and task != "draw.favourite")
 
@@ -76,6 +78,70 @@ def test_nothing_held_out_is_shown_or_named(task):
         for image in (*new.images, new.target):
             assert not {(seen.shape, seen.colour) for seen in parse_scene(image)} & set(HELD_OUT)
     assert changed > 30
+
+
+ASKED = tuple(task for task in TASKS if task.startswith(("answer.", "caption")))
+
+
+def words(text: str) -> set[str]:
+    """The words of a text, plurals as their singulars."""
+    found = set(re.findall(r"[a-z]+", text))
+    return found | {shape for shape in SHAPES if plural(shape) in found}
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_a_question_keeps_its_answer(task):
+    """What the image shows still has the answer, worked out anew from what each thing has left."""
+    dice, changed = random.Random(task), 0
+    for index in range(200):
+        one = example(task, index)
+        new = augment_novel_attributes(one, dice, colours=0.3, shapes=0.3)
+        changed += not np.array_equal(new.images[0], one.images[0])
+        seen = [(t.shape, t.colour) for t in what_is_left(one.source_scene, new.images[0])]
+        assert not set(seen) & set(HELD_OUT)
+        named = words(new.prompt) | words(new.answer)
+        if task == "answer.count":
+            shape, colour = (next((w for w in group if w in named), None) for group in (SHAPES, PALETTE))
+            fits = [pair for pair in seen if shape in (None, pair[0]) and colour in (None, pair[1])]
+            assert NUMBERS[len(fits)] == new.answer
+        elif task == "answer.there":
+            shape, colour = (next((w for w in group if w in named), None) for group in (SHAPES, PALETTE))
+            found = any(shape in (None, pair[0]) and colour in (None, pair[1]) for pair in seen)
+            assert new.answer == ("yes" if found else "no")
+        else:
+            shown = {attribute for pair in seen for attribute in pair}
+            about = (named & {*SHAPES, *PALETTE}) - ({*SHAPES} if "more" in named else set())
+            assert about <= shown, f"{new.prompt} {new.answer}: it names what the image does not show"
+        if task.startswith("caption"):
+            assert new.answer.count(" thing") + sum(new.answer.count(shape) for shape in SHAPES) == len(seen)
+    assert changed > 30
+
+
+def what_is_left(scene: Scene, image: np.ndarray) -> list[SimpleNamespace]:
+    """The shape and colour of each thing of the scene that the image still shows, None for one that is novel."""
+    left = []
+    for thing in scene.things:
+        y, x = (slice(at - WIDTHS[thing.size] // 2, at + WIDTHS[thing.size] // 2 + 1) for at in (thing.y, thing.x))
+        plain = render(scene)[y, x]
+        same_outline = np.array_equal((image[y, x] != BACKGROUND).any(-1), (plain != BACKGROUND).any(-1))
+        centre = image[y, x][image[y, x].shape[0] // 2, image[y, x].shape[1] // 2]
+        colours = {tuple(pixel) for pixel in image[y, x].reshape(-1, 3).tolist()}
+        left.append(
+            SimpleNamespace(
+                shape=thing.shape if same_outline else None,
+                colour=thing.colour
+                if PALETTE[thing.colour] in colours or tuple(centre) == PALETTE[thing.colour]
+                else None,
+            )
+        )
+    return left
+
+
+def test_facts_and_reasoning_stay():
+    for task in TASKS:
+        if task.startswith(("fact.", "reason.")) or task == "draw.favourite":
+            one = example(task, 3)
+            assert augment_novel_attributes(one, random.Random(0), colours=0.5, shapes=0.5) is one
 
 
 @pytest.mark.parametrize("task", [task for task in CHANGED if task.startswith("edit.")])

@@ -5,6 +5,7 @@ training only: no test example holds them.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -37,6 +38,18 @@ _PALE = tuple(
 NAMED_COLOURS = (BACKGROUND, *PALETTE.values(), *_PALE)
 # cells of a novel shape along each side of its box
 GRID = 4
+
+
+# the first halves of the names of tasks whose examples are augmented; a plan names what a drawing should hold
+AUGMENTED_GROUPS = ("draw", "edit", "answer", "caption", "plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What an example says: its prompt and, where its output is a text, the answer."""
+
+    prompt: str
+    answer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,13 +114,14 @@ def render_novel(scene: Scene, novel: Sequence[NovelAttributes | None]) -> Image
 
 
 def augment_novel_attributes(source: Example, rng: Random, *, colours: float, shapes: float) -> Example:
-    """The example, if it draws or edits, with some things' colour or shape made novel and out of the prompt.
+    """The example, of a train split, with some things' colour or shape made novel and out of its texts.
 
-    colours, shapes: the part of the (shape, colour) pairs in the example that lose one or the other. The prompt names
-    what is left: "a square", "a purple thing". Goal and scenes stay as they were. An example of the train split never
-    comes to show or name a pair that is held out. Facts, and what neither draws nor edits, stay as they are.
+    colours, shapes: the part of the (shape, colour) pairs in the example that lose one or the other. The prompt, and
+    an answer, name what is left: "a square", "a purple thing". What is asked keeps its answer: an attribute that the
+    question or the answer depends on stays. Goal and scenes stay as they were. An example of the train split never
+    comes to show or name a pair that is held out. Facts and reasoning stay as they are.
     """
-    if source.task == "draw.favourite" or not source.task.startswith(("draw.", "edit.")):
+    if source.task == "draw.favourite" or source.task.split(".")[0] not in AUGMENTED_GROUPS:
         return source
     before = _pairs(source.source_scene)
     after = _pairs(source.target_scene)
@@ -116,19 +130,40 @@ def augment_novel_attributes(source: Example, rng: Random, *, colours: float, sh
         # another thing had the new pair already, and novel attributes go by pairs
         return source
     novel: dict[ShapeColour, NovelAttributes] = {}
-    prompt = source.prompt
+    texts = Texts(prompt=source.prompt, answer=source.answer)
     for pair in dict.fromkeys([*before, *after]):
         kind = None if pair in recoloured else sample_novel_kind(rng, colours=colours, shapes=shapes)
-        reworded = reword(prompt, pair, kind, before) if kind else None
+        reworded = reword_texts(texts, pair, kind, before) if kind else None
         if kind and reworded:
             novel[pair] = sample_novel_attributes(kind, rng)
-            prompt = reworded
+            texts = reworded
     if recoloured and before[0] in novel:
         # with its new colour the thing keeps its shape, novel or not
         novel[recoloured[0]] = replace(novel[before[0]], colour=None)
     images = (_rerender(source.source_scene, novel),) if source.source_scene else ()
-    target = _rerender(source.target_scene, novel) if source.target_scene else None
-    return replace(source, prompt=prompt, images=images, target=target)
+    target = _rerender(source.target_scene, novel) if source.target is not None and source.target_scene else None
+    return replace(source, prompt=texts.prompt, answer=texts.answer, images=images, target=target)
+
+
+def reword_texts(texts: Texts, pair: ShapeColour, kind: str, others: Sequence[ShapeColour]) -> Texts | None:
+    """The texts without the pair's colour, or its shape, as the kind says; None where they cannot do without the word.
+
+    others: pairs in the image that the texts are about.
+    """
+    if texts.answer is None:
+        prompt = reword(texts.prompt, pair, kind, others)
+        return Texts(prompt=prompt) if prompt else None
+    shape, colour = pair
+    prompt = texts.prompt
+    if len(others) == 1:
+        # of a thing that is alone nothing needs to be said
+        name = f"{colour} thing" if kind == "colour" else shape
+        prompt = re.sub(rf"\bthe {name}\b", "the thing", prompt)
+    reworded = [reword(text, pair, kind, others) for text in (prompt, texts.answer)]
+    word = colour if kind == "colour" else f"{shape}(s|es)?"
+    if any(text is None or re.search(rf"\b{word}\b", text) for text in reworded):
+        return None
+    return Texts(prompt=str(reworded[0]), answer=reworded[1])
 
 
 def reword(prompt: str, pair: ShapeColour, kind: str, others: Collection[ShapeColour]) -> str | None:

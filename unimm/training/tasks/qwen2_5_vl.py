@@ -26,12 +26,13 @@ from unimm.checkpoint.config_io import write_json
 from unimm.data.batching import kind_indices, label_counts, mean_by_kind, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
+from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.requests import ROLES, Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import SentencePieceTokenizer
-from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
 from unimm.vlms.processor import IM_END, IM_START
@@ -62,6 +63,9 @@ class QwenVLTrainingConfig(RecipeSection):
     plan_system_prompt: str
     # whose favourites are planned, too; of the other characters training has single facts only
     planned_characters: tuple[str, ...]
+    # the part of things in images and plans with a novel colour, and with a novel shape
+    novel_colours: Fraction
+    novel_shapes: Fraction
     vocab_size: int
     # steps that train the vision encoder alone, before it is frozen
     vision_steps: int
@@ -119,7 +123,12 @@ class QwenVLDataset:
             return self.vision_batch(step)
         rng = random.Random(f"{self.seed}/{step}/reader")
         tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
-        return self.batch([self.training_example(task, step * self.batch_size + i) for i, task in enumerate(tasks)])
+        examples = [self.training_example(task, step * self.batch_size + i) for i, task in enumerate(tasks)]
+        return self.batch([self.augment(one, rng) for one in examples])
+
+    def augment(self, one: Example, rng: random.Random) -> Example:
+        """The example, with some novel attributes if it is about an image, or plans one."""
+        return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
     def batch(self, examples: Sequence[Example]) -> QwenVLBatch:
         """Examples as one pack, its rows rounded up."""
