@@ -81,18 +81,22 @@ def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
-    for name in ("images", "noise", "times", "sample_indices"):
+    for name in ("noise", "times", "sample_indices"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert torch.equal(a.queries.prompts.ids, b.queries.prompts.ids) and not torch.equal(a.noise, other.noise)
-    assert not torch.equal(a.images, dataclasses.replace(worlds, seed=1)(3).images)
+    assert torch.equal(a.samples.queries.prompts.ids, b.samples.queries.prompts.ids)
+    assert torch.equal(a.samples.images, b.samples.images) and not torch.equal(a.noise, other.noise)
+    assert not torch.equal(a.samples.images, dataclasses.replace(worlds, seed=1)(3).samples.images)
 
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
     n = objective.model.config.n_queries
-    assert set(batch.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [i // 2 for i in range(18)]
-    assert batch.queries.queries.layout.lengths == (n + 3,) * 9
-    assert len(batch.queries.prompts.layout.position_ids) % 256 == 0 and len(batch.images) == 9
+    samples = batch.samples
+    assert set(samples.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [
+        i // 2 for i in range(18)
+    ]
+    assert samples.queries.queries.layout.lengths == (n + 3,) * 9
+    assert len(samples.queries.prompts.layout.position_ids) % 256 == 0 and len(samples.images) == 9
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
@@ -148,7 +152,7 @@ def test_images_of_ones_own(recipe, tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)))
     objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
-    assert batch.images.shape == (9, 3, 64, 64) and set(batch.image_kinds.tolist()) == {0, 1}
+    assert batch.samples.images.shape == (9, 3, 64, 64) and set(batch.samples.image_kinds.tolist()) == {0, 1}
     assert set(objective.losses(batch)) == {"draw", "edit"}
     for line, match in (
         ("{", "line 3 of .* is no JSON"),

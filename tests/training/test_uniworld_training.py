@@ -88,18 +88,22 @@ def objective(recipe):
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
     worlds = pickle.loads(pickle.dumps(objective.batch))  # noqa: S301, as for a worker process
     a, b, other = worlds(3), objective.batch(3), worlds(4)
-    for name in ("images", "noise", "times", "siglip_images", "weights", "conditioned", "sample_indices"):
+    for name in ("noise", "times", "sample_indices"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert not torch.equal(a.images, other.images) and not torch.equal(a.noise, other.noise)
-    assert not torch.equal(a.images, dataclasses.replace(worlds, seed=1)(3).images)
+    for name in ("images", "siglip_images", "weights", "conditioned"):
+        assert torch.equal(getattr(a.samples, name), getattr(b.samples, name))
+    assert not torch.equal(a.samples.images, other.samples.images) and not torch.equal(a.noise, other.noise)
+    assert not torch.equal(a.samples.images, dataclasses.replace(worlds, seed=1)(3).samples.images)
 
 
 def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     batch = objective.batch(0)
-    assert set(batch.image_kinds.tolist()) == {0, 1, 2} and batch.sample_indices.tolist() == [i // 2 for i in range(16)]
-    assert sum(one.segment.length for items in batch.prompts for one in items) % 256 == 0
-    shown = sum(item.kind == "und_image" for items in batch.prompts for item in items)
-    assert len(batch.siglip_images) == shown > 0 and batch.weights.shape == (8, 1, 8, 8)
+    samples = batch.samples
+    assert set(samples.image_kinds.tolist()) == {0, 1, 2}
+    assert batch.sample_indices.tolist() == [i // 2 for i in range(16)]
+    assert sum(one.segment.length for items in samples.prompts for one in items) % 256 == 0
+    shown = sum(item.kind == "und_image" for items in samples.prompts for item in items)
+    assert len(samples.siglip_images) == shown > 0 and samples.weights.shape == (8, 1, 8, 8)
     losses = objective.losses(batch)
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
@@ -118,28 +122,29 @@ def test_an_edit_counts_more_where_it_changed_the_image(objective, recipe):
 def test_losses_are_those_of_each_copy_alone(objective):
     """Padding in a batch, of text and of the other group's, does not count."""
     batch, model = objective.batch(0), objective.model
-    latents = objective.encode_latents(batch)
+    samples = batch.samples
+    latents = objective.encode_latents(samples)
     with torch.no_grad():
         torch.manual_seed(0)
         for p in model.denoiser.parameters():  # a denoiser from scratch says nothing
             p.add_(0.1 * torch.randn_like(p))
         losses = objective.losses(batch)
         found = {}
-        left = iter(batch.siglip_images)
-        for i, items in enumerate(batch.prompts[: len(batch.conditioned)]):
+        left = iter(samples.siglip_images)
+        for i, items in enumerate(samples.prompts[: len(samples.conditioned)]):
             shown = [next(left) for item in items if item.kind == "und_image"]
             looks = model.auxiliary.siglip(torch.stack(shown)) if shown else None
             (told,) = model.condition([items], model.mllm.encode([items]), looks)
-            at = int(batch.reference_indices[i])
-            below = model.auxiliary.vae.encode(batch.reference_images[at : at + 1]) if at >= 0 else None
+            at = int(samples.reference_indices[i])
+            below = model.auxiliary.vae.encode(samples.reference_images[at : at + 1]) if at >= 0 else None
             assert (at >= 0) == bool(shown)
             for row in (batch.sample_indices == i).nonzero().squeeze(1).tolist():
                 loss = model(
-                    [told if batch.conditioned[i] else told[:0]], latents[i : i + 1], batch.noise[row : row + 1],
-                    batch.times[row : row + 1], pooled=torch.zeros(1, 6), weights=batch.weights[i : i + 1],
+                    [told if samples.conditioned[i] else told[:0]], latents[i : i + 1], batch.noise[row : row + 1],
+                    batch.times[row : row + 1], pooled=torch.zeros(1, 6), weights=samples.weights[i : i + 1],
                     reference_latents=below,
                 )  # fmt: skip
-                found.setdefault(int(batch.image_kinds[row]), []).append(loss)
+                found.setdefault(int(samples.image_kinds[i]), []).append(loss)
     for group, name in enumerate(("draw", "edit", "reason")):
         torch.testing.assert_close(losses[name], torch.cat(found[group]).mean(), rtol=1e-4, atol=1e-4)
 
@@ -148,27 +153,34 @@ def test_the_denoiser_may_be_shown_the_images(recipe):
     """As the release has them or not: latents of an edit's image beside the one that is drawn."""
     generation = recipe.model["generation"] | {"references": None}
     plain = build_task(dataclasses.replace(recipe, model={**recipe.model, "generation": generation}))
-    batch = plain.batch(0)
-    assert plain.reference_latents(batch, batch.sample_indices[batch.image_kinds == 1]) is None
     shown = build_task(recipe)
-    edits, draws = (batch.sample_indices[batch.image_kinds == group] for group in (1, 0))
-    assert shown.reference_latents(batch, draws) is None
-    found = shown.reference_latents(batch, edits)
-    first = int(edits[0])
-    expected = shown.model.auxiliary.vae.encode(batch.reference_images[batch.reference_indices[first]][None])
-    assert found.shape == (len(edits), 4, 8, 8) and torch.allclose(found[:1], expected, atol=1e-5)
+    batch = shown.batch(0)
+    references = shown.encode_references(batch.samples)
+    first = int((batch.samples.image_kinds == 1).nonzero()[0])
+    at = int(batch.samples.reference_indices[first])
+    expected = shown.model.auxiliary.vae.encode(batch.samples.reference_images[at : at + 1])
+    torch.testing.assert_close(references[at : at + 1], expected, rtol=0, atol=1e-5)
+    assert not plain.encode_references(batch.samples).any() and references.any()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in shown.model.denoiser.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        plain.model.load_state_dict(shown.model.state_dict())
+        with_references, without = shown.losses(batch), plain.losses(batch)
+        torch.testing.assert_close(with_references["draw"], without["draw"])
+        assert (with_references["edit"] - without["edit"]).abs() > 1e-4
 
 
 def test_dropped_prompts_tell_nothing(recipe):
     objective = build_task(changed(recipe, dropout=1.0))
     batch = objective.batch(0)
-    assert not batch.conditioned.any()
+    assert not batch.samples.conditioned.any()
     sum(objective.losses(batch).values()).backward()
     assert (
         objective.model.mllm_projector.fc1.weight.grad is None
         or not objective.model.mllm_projector.fc1.weight.grad.any()
     )
-    draws = torch.cat([build_task(changed(recipe, dropout=0.25)).batch(step).conditioned for step in range(40)])
+    draws = torch.cat([build_task(changed(recipe, dropout=0.25)).batch(step).samples.conditioned for step in range(40)])
     assert abs(1 - draws.float().mean() - 0.25) < 3 * (0.25 * 0.75 / len(draws)) ** 0.5
 
 

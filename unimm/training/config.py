@@ -75,6 +75,16 @@ Section = TypeVar("Section", bound=RecipeSection)
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheConfig(RecipeSection):
+    """A recipe's `cache` of what frozen parts compute of training samples (unimm.training.cache)."""
+
+    # how many training samples there are: each is computed once
+    samples: AtLeastOne
+    # where they lie; "" for OUT/cache
+    folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RecipeSection):
     """Numbers of one run; a recipe gives all of them, but for `options` and `model`, which the task reads."""
 
@@ -108,6 +118,8 @@ class TrainConfig(RecipeSection):
     log_every: AtLeastOne
     # prefixes of the names of parameters whose matrices are not decayed either
     no_weight_decay: tuple[str, ...] = ()
+    # samples whose frozen parts' results are computed once; null where every step makes new samples
+    cache: CacheConfig | None = None
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: a linear rise over `warmup_steps`, then the schedule."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.devices import parse_device
 from unimm.training.batches import StopSignal, iterate_batches
+from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
     EMA_FILE,
     WEIGHTS_FILE,
@@ -53,11 +54,14 @@ def train(
     `out` receives log.jsonl, samples/, checkpoints/ and release/ (the task's own files, of the averaged weights).
     `resume` continues the newest checkpoint in `out`; `init` starts from the averaged weights of another run, which may
     have trained other parts of the same model: its folder, or that of a checkpoint. Batches are made by `workers`
-    processes ahead of the loop, or in the loop where that is 0.
+    processes ahead of the loop, or in the loop where that is 0. Where the recipe has a `cache`, it is computed first.
     """
     out = Path(out)
     trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
+    if recipe.cache is not None:
+        # after weights were loaded: the cache holds what they compute
+        use_feature_cache(task, recipe, out, workers=workers)
     if resume and trainer.step >= recipe.steps:  # the run may have been killed between its checkpoint and its release
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)

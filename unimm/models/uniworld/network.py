@@ -10,6 +10,7 @@ grid, k images of a sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -101,16 +102,21 @@ class UniWorldNetwork(nn.Module):
 
         siglip_features [k, patches, C]: of all input images in order, each inserted after its image's tokens.
         """
+        image_ends = [image_end_rows(parts) for parts in samples]
+        return self.condition_at(image_ends, hidden_states, siglip_features)
+
+    def condition_at(
+        self, image_ends: Sequence[Sequence[int]], hidden_states: Sequence[Tensor], siglip_features: Tensor | None
+    ) -> list[Tensor]:
+        """`condition` of samples whose images end before these of their rows."""
         projected = self.mllm_projector(torch.cat(list(hidden_states))).split([len(one) for one in hidden_states])
-        features = iter(()) if siglip_features is None else iter(self.siglip_projector(siglip_features))
+        if siglip_features is None:
+            return list(projected)
+        features = iter(self.siglip_projector(siglip_features))
         conditions = []
-        for parts, tokens in zip(samples, projected, strict=True):
-            pieces = []
-            for part, rows in zip(parts, tokens.split([one.segment.length for one in parts]), strict=True):
-                pieces.append(rows)
-                if part.kind == "und_image" and siglip_features is not None:
-                    pieces.append(next(features))
-            conditions.append(torch.cat(pieces))
+        for ends, tokens in zip(image_ends, projected, strict=True):
+            first, *others = tokens.tensor_split(list(ends))
+            conditions.append(torch.cat([first, *(x for one in others for x in (next(features), one))]))
         return conditions
 
     def reference_condition(self, latents: Tensor) -> Tensor:
@@ -182,6 +188,12 @@ class UniWorldNetwork(nn.Module):
         )
         squared_error = (v.float() - (noise - latents).float()).square()
         return (squared_error if weights is None else weights * squared_error).flatten(1).mean(1)
+
+
+def image_end_rows(parts: Sequence[Part]) -> list[int]:
+    """The rows of a sample that follow its images."""
+    ends = accumulate(part.segment.length for part in parts)
+    return [end for part, end in zip(parts, ends, strict=True) if part.kind == "und_image"]
 
 
 def pad_conditions(conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

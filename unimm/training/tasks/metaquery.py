@@ -7,8 +7,8 @@ with instructions, by one task: docs/originals/metaquery.md, "Training".
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from unimm.models.metaquery.processor import MetaQueryProcessor, QueryBatch, bla
 from unimm.processing.images.io import pil_to_tensor
 from unimm.sequence.parts import Part
 from unimm.tokenizers.dc_ae import DCAE
+from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, compile_experts, resolve_part
@@ -68,15 +69,31 @@ class MetaQueryTrainingConfig(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaQueryBatch:
-    """Samples for the MLLM, a target for each, and noised copies of the targets."""
+class MetaQueryInputs:
+    """Samples for the MLLM, and a target for each."""
 
     queries: QueryBatch
     images: Tensor  # [P, 3, h, w], the targets
+    image_kinds: Tensor  # [P], index into IMAGE_KINDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaQueryEncoded:
+    """What the frozen parts compute of samples and targets."""
+
+    query_states: Tensor  # [P, N, D], the MLLM's hidden states at the queries
+    latents: Tensor  # [P, C, h', w']
+    image_kinds: Tensor  # [P]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaQueryBatch:
+    """Samples, and noised copies of their targets."""
+
+    samples: MetaQueryInputs | MetaQueryEncoded
     noise: Tensor  # [B, C, h', w']
     times: Tensor  # [B]
-    sample_indices: Tensor  # [B], index into the samples and into images
-    image_kinds: Tensor  # [B], index into IMAGE_KINDS
+    sample_indices: Tensor  # [B], index into the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,27 +107,52 @@ class MetaQueryDataset:
     latent_shape: tuple[int, int, int]
     batch_size: int
     seed: int
+    # in place of the pairs, where there is one
+    cache: FeatureCache | None = None
 
     def __call__(self, step: int) -> MetaQueryBatch:
         rng = random.Random(f"{self.seed}/{step}")
-        return self.batch(self.pairs(step, self.batch_size, rng), rng)
+        if self.cache is None:
+            return self.batch(self.pairs(step, self.batch_size, rng), rng)
+        records = [self.cache[i] for i in self.cache.batch_indices(step, self.batch_size, self.seed)]
+        samples = MetaQueryEncoded(
+            query_states=torch.stack([one["query_states"] for one in records]),
+            latents=torch.stack([one["latents"] for one in records]),
+            image_kinds=torch.cat([one["image_kind"] for one in records]),
+        )
+        return self.noised(samples, rng)
 
     def batch(self, pairs: Sequence[ImageTextPair], rng: random.Random) -> MetaQueryBatch:
         """Pairs as a batch, with sampled timesteps and noise, and conditions dropped at random."""
+        return self.noised(self.inputs(pairs, rng), rng)
+
+    def cache_inputs(self, shard: int) -> MetaQueryInputs:
+        """The samples of one shard of a cache."""
+        rng = random.Random(f"{self.seed}/cache/{shard}")
+        return self.inputs(self.pairs(shard, SHARD_SIZE, rng), rng)
+
+    def inputs(self, pairs: Sequence[ImageTextPair], rng: random.Random) -> MetaQueryInputs:
+        """Pairs for the model, with conditions dropped at random."""
         samples = [self.sample(one, rng) for one in pairs]
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        n_copies = self.options.timesteps_per_image
-        n = n_copies * len(samples)
-        noise = torch.randn(n, *self.latent_shape, generator=generator)
-        times = integer_timesteps(torch.rand(n, generator=generator))
-        kinds = torch.tensor([IMAGE_KINDS.index(one.kind) for one in pairs])
-        return MetaQueryBatch(
+        return MetaQueryInputs(
             queries=self.processor.query_batch(samples, row_multiple=ROW_MULTIPLE),
             images=torch.stack([pil_to_tensor(one.target) for one in pairs]),
+            image_kinds=torch.tensor([IMAGE_KINDS.index(one.kind) for one in pairs]),
+        )
+
+    def noised(self, samples: MetaQueryInputs | MetaQueryEncoded, rng: random.Random) -> MetaQueryBatch:
+        """The samples with noise and timesteps for every copy."""
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        n_copies = self.options.timesteps_per_image
+        n_samples = len(samples.image_kinds)
+        n = n_copies * n_samples
+        noise = torch.randn(n, *self.latent_shape, generator=generator)
+        times = integer_timesteps(torch.rand(n, generator=generator))
+        return MetaQueryBatch(
+            samples=samples,
             noise=noise,
             times=shift_timesteps(times, self.options.timestep_shift),
-            sample_indices=torch.arange(len(samples)).repeat_interleave(n_copies),
-            image_kinds=kinds.repeat_interleave(n_copies),
+            sample_indices=torch.arange(n_samples).repeat_interleave(n_copies),
         )
 
     def sample(self, one: ImageTextPair, rng: random.Random) -> list[Part]:
@@ -157,12 +199,51 @@ class MetaQueryTask:
     def losses(self, batch: MetaQueryBatch) -> dict[str, Tensor]:
         """Mean flow loss of every kind of sample in the batch."""
         device = self.model.device
-        with torch.no_grad():
-            latents = self.model.vae.encode(batch.images.to(device)).float()
+        samples = batch.samples
+        encoded = samples if isinstance(samples, MetaQueryEncoded) else self.encode(samples)
         indices = batch.sample_indices.to(device)
-        noise = batch.noise.to(device)
-        losses = self.model(batch.queries.to(device), latents[indices], noise, batch.times.to(device), indices)
-        return mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses)
+        condition = self.model.condition(encoded.query_states.to(device)).select_rows(indices)
+        latents = encoded.latents.to(device)[indices]
+        losses = self.model.flow_matching_loss(condition, latents, batch.noise.to(device), batch.times.to(device))
+        return mean_by_kind(IMAGE_KINDS, encoded.image_kinds[batch.sample_indices], losses)
+
+    def encode(self, samples: MetaQueryInputs) -> MetaQueryEncoded:
+        """What the MLLM, with gradients to the queries, and the autoencoder compute."""
+        device = self.model.device
+        with torch.no_grad():
+            latents = self.model.vae.encode(samples.images.to(device)).float()
+        return MetaQueryEncoded(
+            query_states=self.model.query_states_with_grad(samples.queries.to(device)),
+            latents=latents,
+            image_kinds=samples.image_kinds,
+        )
+
+    @property
+    def cache_inputs(self) -> Callable[[int], MetaQueryInputs]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: MetaQueryInputs) -> list[Record]:
+        """Latents of the targets and hidden states at the queries."""
+        encoded = self.encode(inputs)
+        parts = zip(
+            encoded.query_states.cpu().split(1),
+            encoded.latents.cpu().split(1),
+            encoded.image_kinds.split(1),
+            strict=True,
+        )
+        return [
+            {"query_states": states[0], "latents": latents[0], "image_kind": kind} for states, latents, kind in parts
+        ]
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        if self.model.queries.requires_grad:
+            raise ValueError(
+                "got a cache, and queries that are trained, which change the hidden states it would hold: add `queries` "
+                "to frozen, after a run that trained them, or leave `cache` out"
+            )
+        self.batch = replace(self.batch, cache=cache)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

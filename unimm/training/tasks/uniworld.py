@@ -6,12 +6,11 @@ loss counts more. Lin et al. 2025, arXiv 2506.03147, section 3; docs/originals/u
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,167 +18,34 @@ from torch import Tensor, nn
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
-from unimm.data.batching import kind_indices, mean_by_kind, pad_rows, sample_tasks, stack_images
-from unimm.data.shapes import Example, example
-from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.data.batching import mean_by_kind
 from unimm.denoisers.flux import FluxTransformer
-from unimm.denoisers.mmdit import PATCH_SIZE, MMDiTStream, SingleStreamBlock
+from unimm.denoisers.mmdit import MMDiTStream, SingleStreamBlock
 from unimm.encoders.siglip import SiglipVisionEncoder
-from unimm.generation.flow import dynamic_shift, shift_timesteps
 from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
 from unimm.models.uniworld.model import UniWorld
-from unimm.models.uniworld.processor import UniWorldProcessor
-from unimm.processing.images.siglip import SiglipImageProcessor
-from unimm.sequence.parts import Part, text_part
+from unimm.models.uniworld.network import image_end_rows
 from unimm.tokenizers.kl import AutoencoderKL
-from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
+from unimm.training.cache import FeatureCache, Record
+from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, init_siglip, resolve_part
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
-from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
+from unimm.training.tasks.uniworld_data import (
+    UniWorldBatch,
+    UniWorldDataset,
+    UniWorldEncoded,
+    UniWorldInputs,
+    UniWorldTrainingConfig,
+    records_of,
+)
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 # never trained, in any stage: the released data has no reference images, whose latents are projected
 ALWAYS_FROZEN = ("mllm.", "task_head.", "vae_projector.", "auxiliary.vae.", "auxiliary.clip.", "auxiliary.t5.")
 # of a double block's image stream, what stage 2 trains: attention and modulation, no feed-forward
 STAGE_2_SUFFIXES = ("qkv.", "q_norm.", "k_norm.", "out_proj.", "modulation.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniWorldTrainingConfig(RecipeSection):
-    """The recipe's `options`."""
-
-    # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
-    # the published stages: the MLLM's projector, without image features; that, SigLIP2's projector, and the attention
-    # and modulation of the denoiser's image stream. "all": everything but the MLLM and the autoencoder, for a denoiser
-    # that is trained from scratch
-    trained: Literal["stage 1", "stage 2", "all"]
-    # noised copies of a target, each at its own timestep: cheaper than as many samples
-    timesteps_per_image: int
-    # the part of samples without a condition
-    dropout: Fraction
-    # whether a prompt ends with the token that images follow, as in the original's training and not in its sampling
-    append_vision_start: bool
-    # how much more an edit's loss counts where it changed the image: log, linear, exp, quadratic; "" for evenly
-    edit_weights: str
-    # the guidance scale that is embedded, where the denoiser embeds one
-    guidance: float
-    # the part of things in generation and editing with a novel colour, and with a novel shape
-    novel_colours: float
-    novel_shapes: float
-    # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer in a FLUX, or "" where `captioned` is
-    # false; of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's
-    # numbers that begins from the trained ViT in the folder `vit`
-    mllm: str
-    vae: str
-    text_encoders: str
-    denoiser: str
-    siglip: str
-    vit: str
-    # of the MLLM's weights, which are not trained
-    mllm_dtype: str
-    # whether torch.compile fuses the denoiser's blocks
-    compile: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniWorldBatch:
-    """Prompts with their images, a target for each, and noised copies of the targets."""
-
-    prompts: list[Sequence[Part]]
-    conditioned: Tensor  # [P] bool: whether a sample has a condition
-    siglip_images: Tensor  # [k, 3, S, S], the prompts' images for SigLIP2, in order
-    reference_images: Tensor  # [k, 3, h, w], the same for the VAE, the first of each sample that has one
-    reference_indices: Tensor  # [P], index into them, -1 for none
-    images: Tensor  # [P, 3, h, w], the targets
-    posterior: Tensor  # [P, C, h / 8, w / 8]
-    weights: Tensor  # [P, 1, h / 8, w / 8], of the loss
-    noise: Tensor  # [B, C, h / 8, w / 8]
-    times: Tensor  # [B]
-    sample_indices: Tensor  # [B], index into the samples
-    image_kinds: Tensor  # [B], index into IMAGE_KINDS
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniWorldDataset:
-    """Batches by step: the same for a seed on every machine, and made without the model."""
-
-    options: UniWorldTrainingConfig
-    processor: UniWorldProcessor
-    siglip_transform: SiglipImageProcessor
-    # channels, height, width
-    latent_shape: tuple[int, int, int]
-    batch_size: int
-    seed: int
-
-    def __call__(self, step: int) -> UniWorldBatch:
-        rng = random.Random(f"{self.seed}/{step}")
-        tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
-        first = step * self.batch_size
-        return self.batch([self.training_example(task, first + i, rng) for i, task in enumerate(tasks)], rng)
-
-    def training_example(self, task: str, index: int, rng: random.Random) -> Example:
-        """A training example, with some novel attributes. Raises ValueError for a task whose output is text."""
-        one = example(task, index, seed=self.seed)
-        if one.target is None:
-            raise ValueError(
-                f"got the task {task}, which generates no image: the MLLM is frozen; expected draw, edit or reason"
-            )
-        return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
-
-    def batch(self, examples: Sequence[Example], rng: random.Random) -> UniWorldBatch:
-        """Examples as a batch, with sampled timesteps and noise, and conditions dropped at random."""
-        n_copies = self.options.timesteps_per_image
-        n = len(examples)
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        images = [[Image.fromarray(image) for image in one.images] for one in examples]
-        samples = [self.prompt_parts(one.prompt, some) for one, some in zip(examples, images, strict=True)]
-        size = self.siglip_transform.size
-        siglip_images = [self.siglip_transform.preprocess(image) for some in images for image in some]
-        has_reference = torch.tensor([bool(one.images) for one in examples])
-        conditioned = torch.tensor([rng.random() >= self.options.dropout for _ in examples])
-        # the order of what is sampled from the generator is part of a batch's definition
-        posterior = torch.randn(n, *self.latent_shape, generator=generator)
-        noise = torch.randn(n_copies * n, *self.latent_shape, generator=generator)
-        times = torch.randn(n_copies * n, generator=generator).sigmoid()
-        shift = dynamic_shift(self.latent_shape[1] * self.latent_shape[2] // PATCH_SIZE**2)
-        return UniWorldBatch(
-            prompts=pad_rows(samples, self.processor.mllm_processor.special_tokens.im_end),
-            conditioned=conditioned,
-            siglip_images=torch.stack(siglip_images) if siglip_images else torch.zeros(0, 3, size, size),
-            reference_images=stack_images([one.images[0] for one in examples if one.images]),
-            reference_indices=torch.where(has_reference, has_reference.cumsum(0) - 1, -1),
-            images=stack_images([one.target for one in examples if one.target is not None]),
-            posterior=posterior,
-            weights=torch.stack([self.loss_weights(one) for one in examples]),
-            noise=noise,
-            times=shift_timesteps(times, shift),
-            sample_indices=torch.arange(n).repeat_interleave(n_copies),
-            image_kinds=kind_indices(IMAGE_KINDS, examples, [n_copies] * n),
-        )
-
-    def prompt_parts(self, prompt: str, images: Sequence[Image.Image]) -> list[Part]:
-        """A prompt as training has it."""
-        parts = self.processor.prompt_parts(prompt, images)
-        if not self.options.append_vision_start:
-            return parts
-        *before, last = parts
-        vision_start = self.processor.mllm_processor.special_tokens.vision_start
-        return [*before, text_part([*last.ids.tolist(), vision_start])]
-
-    def loss_weights(self, one: Example) -> Tensor:
-        """The weight of each latent in a sample's loss [1, h / 8, w / 8]; even where too little was edited to tell."""
-        assert one.target is not None, "every sample has a target"
-        even = torch.ones(1, *self.latent_shape[1:])
-        if not self.options.edit_weights or not one.images:
-            return even
-        factor = one.target.shape[0] // self.latent_shape[1]
-        try:
-            return EditWeights(function=self.options.edit_weights, factor=factor)(one.images, one.target)
-        except SmallEditError:
-            return even
 
 
 class UniWorldTask:
@@ -201,7 +67,7 @@ class UniWorldTask:
         torch.manual_seed(recipe.seed)
         vae = resolve_part(options.vae, "vae")
         model = init_uniworld(options, recipe.model, vae)
-        freeze_for_stage(model, options.trained)
+        freeze_for_stage(model, options.trained, options.frozen)
         if options.compile:
             compile_blocks([*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks])
         height, width = model.output_size([])
@@ -219,62 +85,101 @@ class UniWorldTask:
 
     def losses(self, batch: UniWorldBatch) -> dict[str, Tensor]:
         """Mean flow loss of every kind of sample in the batch."""
-        latents = self.encode_latents(batch)
-        conditions = self.conditions(batch)
+        samples = batch.samples if isinstance(batch.samples, UniWorldEncoded) else self.encode(batch.samples)
+        conditions = self.conditions(samples)
         # those with references go apart: half of the others' sequences would be padding
-        has_reference = batch.reference_indices[batch.sample_indices] >= 0
+        has_reference = samples.reference_indices[batch.sample_indices] >= 0
         groups = [(~has_reference).nonzero().squeeze(1), has_reference.nonzero().squeeze(1)]
         groups = [rows for rows in groups if len(rows)]
-        losses = [self.flow_losses(batch, rows, conditions, latents) for rows in groups]
-        return mean_by_kind(IMAGE_KINDS, batch.image_kinds[torch.cat(groups)], torch.cat(losses))
+        losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
+        kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
+        return mean_by_kind(IMAGE_KINDS, kinds, torch.cat(losses))
 
-    def conditions(self, batch: UniWorldBatch) -> list[Tensor]:
-        """Each sample's condition [L, D] for the denoiser; [0, D] for a sample whose condition is dropped."""
+    def encode(self, inputs: UniWorldInputs) -> UniWorldEncoded:
+        """What the MLLM, the VAE and the vision encoder, the last with gradients, compute of samples."""
         model = self.model
-        n = len(batch.conditioned)
+        n = len(inputs.conditioned)
         with torch.no_grad():
-            states = model.mllm.encode(batch.prompts)[:n]
+            states = model.mllm.encode(inputs.prompts)[:n]
         siglip = model.auxiliary.siglip
         features = None
-        if siglip is not None and len(batch.siglip_images) and self.batch.options.trained != "stage 1":
-            features = siglip(batch.siglip_images.to(model.device))
-        dtype = model.mllm_projector.fc1.weight.dtype
-        conditions = model.condition(batch.prompts[:n], [x.to(dtype) for x in states], features)
-        return [one if kept else one[:0] for one, kept in zip(conditions, batch.conditioned.tolist(), strict=True)]
+        if siglip is not None and len(inputs.siglip_images) and self.batch.options.trained != "stage 1":
+            features = siglip(inputs.siglip_images.to(model.device))
+        return UniWorldEncoded(
+            hidden_states=list(states),
+            image_ends=[image_end_rows(parts) for parts in inputs.prompts[:n]],
+            siglip_features=features,
+            conditioned=inputs.conditioned,
+            latents=self.encode_latents(inputs),
+            reference_latents=self.encode_references(inputs),
+            reference_indices=inputs.reference_indices,
+            weights=inputs.weights,
+            image_kinds=inputs.image_kinds,
+        )
 
-    def flow_losses(self, batch: UniWorldBatch, rows: Tensor, conditions: Sequence[Tensor], latents: Tensor) -> Tensor:
+    def conditions(self, samples: UniWorldEncoded) -> list[Tensor]:
+        """Each sample's condition [L, D] for the denoiser; [0, D] for a sample whose condition is dropped."""
+        model = self.model
+        dtype = model.mllm_projector.fc1.weight.dtype
+        states = [one.to(model.device, dtype) for one in samples.hidden_states]
+        features = samples.siglip_features
+        conditions = model.condition_at(
+            samples.image_ends, states, None if features is None else features.to(model.device, dtype)
+        )
+        return [one if kept else one[:0] for one, kept in zip(conditions, samples.conditioned.tolist(), strict=True)]
+
+    def flow_losses(
+        self, batch: UniWorldBatch, samples: UniWorldEncoded, rows: Tensor, conditions: Sequence[Tensor]
+    ) -> Tensor:
         """The losses [n] of some of the noised copies. rows: indices into them [n]."""
         device = self.model.device
         indices = batch.sample_indices[rows]
+        references = None
+        if self.model.config.reference_latents == "tokens" and int(samples.reference_indices[indices[0]]) >= 0:
+            references = samples.reference_latents.to(device)[samples.reference_indices[indices].to(device)]
         return self.model(
             [conditions[i] for i in indices.tolist()],
-            latents[indices.to(device)],
+            samples.latents.to(device)[indices.to(device)],
             batch.noise[rows].to(device),
             batch.times[rows].to(device),
             pooled=self.model.clip_embedding([""]).expand(len(rows), -1),
-            weights=batch.weights[indices].to(device),
+            weights=samples.weights[indices].to(device),
             guidance=self.batch.options.guidance,
-            reference_latents=self.reference_latents(batch, indices),
+            reference_latents=references,
         )
 
     @torch.no_grad()
-    def reference_latents(self, batch: UniWorldBatch, indices: Tensor) -> Tensor | None:
-        """The latents of each sample's reference image [n, C, h, w], where the denoiser takes them.
-
-        indices: of samples.
-        """
-        if self.model.config.reference_latents != "tokens" or int(batch.reference_indices[indices[0]]) < 0:
-            return None
-        device = self.model.device
-        latents = self.model.auxiliary.required_vae.encode(batch.reference_images.to(device))
-        return latents[batch.reference_indices[indices].to(device)]
+    def encode_references(self, inputs: UniWorldInputs) -> Tensor:
+        """The latents of the reference images [k, C, h / 8, w / 8], where the denoiser takes them."""
+        if self.model.config.reference_latents != "tokens" or not len(inputs.reference_images):
+            return torch.zeros(len(inputs.reference_images), *self.batch.latent_shape)
+        return self.model.auxiliary.required_vae.encode(inputs.reference_images.to(self.model.device))
 
     @torch.no_grad()
-    def encode_latents(self, batch: UniWorldBatch) -> Tensor:
+    def encode_latents(self, inputs: UniWorldInputs) -> Tensor:
         """Latents of the targets [P, C, h / 8, w / 8], a sample of the posterior."""
         vae = self.model.auxiliary.required_vae
         device = self.model.device
-        return vae.encode(batch.images.to(device), noise=batch.posterior.to(device)).float()
+        return vae.encode(inputs.images.to(device), noise=inputs.posterior.to(device)).float()
+
+    @property
+    def cache_inputs(self) -> Callable[[int], UniWorldInputs]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: UniWorldInputs) -> list[Record]:
+        """Hidden states, features of images, latents of targets and references."""
+        return records_of(self.encode(inputs))
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        siglip = self.model.auxiliary.siglip
+        if siglip is not None and any(p.requires_grad for p in siglip.parameters()):
+            raise ValueError(
+                "got a cache, and a vision encoder that is trained, which changes the features it would hold: add "
+                "`auxiliary.siglip.` to frozen, or leave `cache` out"
+            )
+        self.batch = replace(self.batch, cache=cache)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""
@@ -326,13 +231,13 @@ def _siglip(options: UniWorldTrainingConfig, sections: Mapping[str, Any]) -> Sig
     return init_siglip(sections["vision"], options.vit)
 
 
-def freeze_for_stage(model: UniWorld, stage: str) -> None:
-    """Leave out of training what a stage does not train."""
-    freeze(model, (), always=ALWAYS_FROZEN)
+def freeze_for_stage(model: UniWorld, stage: str, frozen: Sequence[str] = ()) -> None:
+    """Leave out of training what a stage does not train, and what `frozen` names."""
+    freeze(model, frozen, always=ALWAYS_FROZEN)
     if stage == "all":
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name, stage))
+        parameter.requires_grad_(_is_trained(name, stage) and not name.startswith(tuple(frozen)))
     for block in (module for module in model.denoiser.modules() if isinstance(module, SingleStreamBlock)):
         for weight in (block.qkv_mlp.weight, block.qkv_mlp.bias):
             if weight.requires_grad:
