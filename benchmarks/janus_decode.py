@@ -1,9 +1,7 @@
-"""Image tokens of Janus: ms each, against transformers' port and, where its checkout is given, the original, in one
-run.
+"""Image tokens of Janus: ms each, against transformers' port, in one run.
 
     python benchmarks/janus_decode.py                                # Janus-Pro-1B's widths, 4 layers, bfloat16, one image
     python benchmarks/janus_decode.py --dtype float32 --tokens 24
-    python benchmarks/janus_decode.py --original ~/Janus --rivals plain packed original
     python benchmarks/janus_decode.py --size 7b --layers 30 --images 16 --rivals captured      # on a GPU
 
 Weights are random: only shapes matter. The vocabulary of texts is small, since drawing reads no row of its head. All
@@ -11,13 +9,15 @@ rivals have the same weights, through files that we write, and in float32 must c
 they are timed (int8 is let off). Guidance is on: two rows an image. Rounds go from rival to rival; a token is timed
 from one call of the head to the next, which leaves out what the prompt costs. Its 300 ids put the tokens in the middle
 of an image of 576.
+
+The original is no rival: it needs an older transformers than the port. The parity cases (`python -m parity`) compare
+its codes with ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +41,7 @@ VOCAB = 1024
 GUIDANCE = 5.0
 # of the released config files: width, feed-forward, heads, layers; and one for the tests
 SIZES = {"1b": (2048, 5632, 16, 24), "7b": (4096, 11008, 32, 30), "toy": (512, 576, 4, 2)}
-RIVALS = ("plain", "packed", "int8", "transformers", "original", "captured")
+RIVALS = ("plain", "packed", "int8", "transformers", "captured")
 Generate = Callable[
     [list[int], int, int], Tensor
 ]  # (ids of a prompt, images, tokens) -> image token ids [P, n], greedily
@@ -107,30 +107,6 @@ def transformers(folder: Path, dtype: torch.dtype, device: str) -> tuple[Generat
         return model.generate(input_ids=prompt_ids, attention_mask=seen, generation_mode="image", **more)
 
     return generate, model.model.generation_head
-
-
-def original(checkout: Path, folder: Path, dtype: torch.dtype, device: str) -> tuple[Generate, nn.Module]:
-    """The loop of generation_inference.py over its model, which takes the likeliest code here; and its head."""
-    sys.path.insert(0, str(checkout))
-    from janus.models import MultiModalityCausalLM
-
-    model = MultiModalityCausalLM.from_pretrained(folder).to(dtype).to(device).eval()
-
-    @torch.inference_mode()
-    def generate(ids: list[int], images: int, tokens: int) -> Tensor:
-        free = [ids[0], *[MARKERS.pad] * (len(ids) - 2), ids[-1]]
-        embeds = model.language_model.get_input_embeddings()(torch.tensor([ids, free] * images, device=device))
-        generated, past = [], None
-        for _ in range(tokens):
-            out = model.language_model.model(inputs_embeds=embeds, use_cache=True, past_key_values=past)
-            past = out.past_key_values
-            logits = model.gen_head(out.last_hidden_state[:, -1])
-            guided = logits[1::2] + GUIDANCE * (logits[0::2] - logits[1::2])
-            generated.append(guided.argmax(-1))
-            embeds = model.prepare_gen_img_embeds(generated[-1].repeat_interleave(2))[:, None]
-        return torch.stack(generated, 1)
-
-    return generate, model.gen_head
 
 
 class Captured:
@@ -238,10 +214,6 @@ def rivals(args: argparse.Namespace, dtype: torch.dtype, folder: Path) -> dict[s
         model.save_pretrained(folder / "transformers", layout="transformers")
         generate, head = transformers(folder / "transformers", dtype, args.device)
         found["transformers"] = generate, stamped(head)
-    if args.original:
-        model.save_pretrained(folder / "original", layout="original")
-        generate, head = original(args.original, folder / "original", dtype, args.device)
-        found["original"] = generate, stamped(head)
     return found
 
 
@@ -263,7 +235,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--original", type=Path, help="a checkout of github.com/deepseek-ai/Janus")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=["plain", "packed", "int8", "transformers"])
     return parser.parse_args()
 
@@ -290,14 +261,13 @@ def main() -> None:
             rounds[name].append(statistics.median(found))
     floor = megabytes(args.size, args.layers, dtype)
     machine, rows = Machine.here(dtype), []
-    against = next((name for name in ("transformers", "original") if name in field), None)
     for name, ms in steps.items():
         times = Times.of(ms)
         row = {"rival": name, "ms a token": times.median, "a fifth under": times.p20, "a fifth over": times.p80}
         row |= {"GB/s of weights": floor / times.median, "same codes": same[name]}
-        if against:
-            ratios = [theirs / our for theirs, our in zip(rounds[against], rounds[name], strict=True)]
-            row |= {f"times {against}": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        if "transformers" in field:
+            ratios = [theirs / our for theirs, our in zip(rounds["transformers"], rounds[name], strict=True)]
+            row |= {"times transformers": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         rows.append(row)
     what = f"{args.size}, {args.layers} layers, {args.dtype}, {args.images} images with guidance, prompt {args.prompt}"
     show(rows, title=f"{what}, {args.tokens} tokens, {args.rounds} rounds, {floor:.0f} MB a step; {machine}")
