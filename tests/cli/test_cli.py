@@ -232,6 +232,12 @@ def test_train_bad_input(tmp_path):
     assert "bagel-nano.yaml" in fails("train", "bagel-nanno", tmp_path)
     (tmp_path / "bad.yaml").write_text("stepps: 3")
     assert "did you mean 'steps'" in fails("train", tmp_path / "bad.yaml", tmp_path / "run")
+    text = (RECIPES / "bagel-nano-vae.yaml").read_text()
+    (tmp_path / "odd.yaml").write_text(text.replace("image_size: 64", "image_size: 48"))
+    assert "odd.yaml: image_size in options" in fails("train", tmp_path / "odd.yaml", tmp_path / "run")
+    assert "got hours nan" in fails("train", "bagel-nano-vae", tmp_path / "run", "--hours", "nan")
+    assert "got workers -1" in fails("train", "bagel-nano-vae", tmp_path / "run", "--workers", -1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_demo(tmp_path):

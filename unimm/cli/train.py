@@ -22,21 +22,25 @@ def train_command(
     init: Annotated[
         Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make batches ahead.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that make batches ahead.")] = 1,
     hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
 ) -> None:
     """Train a model by a recipe, on one device."""
     from unimm import training
     from unimm.checkpoint.devices import parse_device
-    from unimm.training.config import read_recipe
+    from unimm.training.config import name_source, read_recipe
     from unimm.training.tasks.base import build_task
-    from unimm.training.trainer import train
+    from unimm.training.trainer import check_run, train
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
-    config = read_recipe(recipe if recipe.endswith((".yaml", ".yml")) else ours)
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else ours
+    config = read_recipe(path)
     found = parse_device(device)  # before anything is built
+    check_run(out, resume=resume, init=init, workers=workers, hours=hours)
     with log_to_stderr("unimm"):
-        train(build_task(config), config, out, device=found, resume=resume, init=init, workers=workers, hours=hours)
+        with name_source(str(path)):
+            task = build_task(config)
+        train(task, config, out, device=found, resume=resume, init=init, workers=workers, hours=hours)
 
 
 @contextmanager

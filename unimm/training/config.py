@@ -6,21 +6,26 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-AtLeastOne = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# floating types that weights are released in
-Dtype = Literal["float32", "float16", "bfloat16"]
+from unimm.training.fields import (
+    AtLeastOne,
+    Decay,
+    Fraction,
+    LossWeights,
+    NoneOrMore,
+    NotNegative,
+    Positive,
+    Seed,
+)
 
 # keys of recipes of earlier versions -> what they are called now, where a class has a field of that name
 RENAMED_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -92,17 +97,17 @@ class TrainConfig(RecipeSection):
     task: str
     options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
-    seed: int
+    seed: Seed
     steps: AtLeastOne
     batch_size: AtLeastOne
     lr: Positive
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    betas: tuple[Decay, Decay]
     eps: Positive
     # for matrices only: biases and gains of norms are not decayed
     weight_decay: NotNegative
     # prefixes of the names of parameters whose matrices Muon trains; AdamW trains the rest
     muon: tuple[str, ...]
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: NoneOrMore
     schedule: Literal["constant", "cosine"]
     # the cosine ends at this fraction of lr
     min_lr_ratio: Fraction
@@ -112,7 +117,7 @@ class TrainConfig(RecipeSection):
     ema_decay: Fraction
     precision: Literal["float32", "bfloat16"]
     # one for every loss of the task
-    loss_weights: Annotated[Mapping[str, float], Field(min_length=1)]
+    loss_weights: LossWeights
     save_every: AtLeastOne
     sample_every: AtLeastOne
     log_every: AtLeastOne
@@ -133,7 +138,25 @@ class TrainConfig(RecipeSection):
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader that also takes 1e-3 for a number, which YAML 1.1 takes for a string without a point."""
+    """YAML's safe loader that refuses keys written twice, which YAML forbids, and of which it would take the last.
+
+    It also takes 1e-3 for a number, which YAML 1.1 takes for a string without a point.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping. Raises ValueError for a key that is written twice; one that `<<` merges may be written again."""
+        lines: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):  # which the loader says below
+                continue
+            if key in lines:
+                raise ValueError(f"got the key {key!r} twice, in lines {lines[key]} and {line}: leave one of them out")
+            lines[key] = line
+        return super().construct_mapping(node, deep=deep)
 
 
 RecipeLoader.add_implicit_resolver(
@@ -150,8 +173,10 @@ def read_recipe(path: str | Path) -> TrainConfig:
     try:
         # a subclass of the safe loader
         contents = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return from_mapping(TrainConfig, contents, where=str(path))
 
 
@@ -170,9 +195,38 @@ def from_mapping(cls: type[Section], values: object, *, where: str) -> Section:
             )
     try:
         # as JSON, since strictness there still takes a list for a tuple
-        return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
+        written = json.dumps(dict(values), default=lambda value: _refuse(value, where))
+        return TypeAdapter(cls).validate_json(written, strict=True)
     except ValidationError as error:
         raise ValueError(_message(cls, values, error.errors(), where)) from error
+
+
+def _refuse(value: object, where: str) -> object:
+    raise ValueError(f"got {value!r:.80} in {where}, expected numbers, texts, lists and mappings: correct the recipe")
+
+
+@contextmanager
+def name_source(where: str) -> Iterator[None]:
+    """Begin the message of a ValueError of the body with what it is about, as the recipe's file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def require(values: Mapping[str, Any], *paths: str, where: str = "model of the recipe") -> None:
+    """Raise ValueError, with their names, for keys that a section lacks: `section.key`, or `section.` for any of it."""
+    missing = []
+    for path in paths:
+        *sections, key = path.split(".")
+        inner: Any = values
+        for section in sections:
+            inner = inner.get(section)
+            if not isinstance(inner, Mapping):
+                raise ValueError(f"got {inner!r:.80} for {section} in {where}, expected a mapping: correct the recipe")
+        missing += [path] if key and inner.get(key) is None else []
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: correct the recipe")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -193,7 +247,7 @@ def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], w
     error = errors[0]
     if not error["loc"]:
         # what __post_init__ of the class says
-        return str(error.get("ctx", {}).get("error", error["msg"]))
+        return _own_words(error)
     name = str(error["loc"][0])
     kind = get_type_hints(cls)[name]
     value: Any = values[name]
@@ -205,7 +259,14 @@ def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], w
         value = value[key]
         place = f"{key} of {place}" if isinstance(key, str) else f"{place}[{key}]"
         kind = get_args(kind)[1 if isinstance(key, str) else 0]
+    if error["type"] == "value_error":
+        return f"{place} in {where}: {_own_words(error)}: correct the recipe"
     return f"got {value!r} for {place} in {where}, expected {_expected(kind, error)}: correct the recipe"
+
+
+def _own_words(error: ErrorDetails) -> str:
+    """What a check of ours says."""
+    return str(error.get("ctx", {}).get("error", error["msg"]))
 
 
 def _expected(kind: Any, error: ErrorDetails) -> str:

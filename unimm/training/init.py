@@ -45,24 +45,29 @@ def train_tokenizer(
     """A sentencepiece model of the shapes world's text, with bytes for what is not in it.
 
     extra: texts that are added to the corpus, often. kind: "bpe" fills the whole vocabulary; "unigram" stops at 437
-    pieces, and a text is a third longer.
+    pieces, and a text is a third longer. Raises ValueError for a vocabulary that is too small.
     """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*tokenizer_corpus(lines), *(list(extra) * 100)]),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type=kind,
-        byte_fallback=True,
-        split_digits=True,
-        hard_vocab_limit=False,
-        control_symbols=list(special_tokens),
-        user_defined_symbols=["<think>", "</think>"],
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*tokenizer_corpus(lines), *(list(extra) * 100)]),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=kind,
+            byte_fallback=True,
+            split_digits=True,
+            hard_vocab_limit=False,
+            control_symbols=list(special_tokens),
+            user_defined_symbols=["<think>", "</think>"],
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"got vocab_size {vocab_size}, expected one that the texts' characters fit into: {error}"
+        ) from error
     return SentencePieceTokenizer(model.getvalue())
 
 

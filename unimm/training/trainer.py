@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.devices import parse_device
+from unimm.generation.numbers import parse_float, parse_int
 from unimm.training.batches import StopSignal, iterate_batches
 from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
@@ -57,6 +58,7 @@ def train(
     processes ahead of the loop, or in the loop where that is 0. Where the recipe has a `cache`, it is computed first.
     """
     out = Path(out)
+    workers, deadline = check_run(out, resume=resume, init=init, workers=workers, hours=hours)
     trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
     if recipe.cache is not None:
@@ -66,7 +68,6 @@ def train(
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = JsonlLog(out / "log.jsonl", after=trainer.step)
-    deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
     batches = closing(iterate_batches(task.batch, trainer.step, recipe.steps, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
     with StopSignal() as stop, batches as made, bars as bar:
@@ -88,8 +89,14 @@ def train(
     return trainer.step
 
 
-def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | None) -> None:
-    """Load a checkpoint to resume, or weights to start from. Raises ValueError where a run would be overwritten."""
+def check_run(out: Path, *, resume: bool, init: str | Path | None, workers: Any, hours: Any) -> tuple[int, float]:
+    """The number of workers, and the time of `time.monotonic` at which to stop, of the arguments of a run.
+
+    Raises ValueError for wrong ones, before anything is built: where a run would be overwritten, too.
+    """
+    workers = parse_int(workers, "workers", low=0)
+    if hours is not None:
+        hours = parse_float(hours, "hours", "a number of 0 or more", low=0)
     found = list_checkpoints(out)
     if resume and init is not None:
         raise ValueError("got both resume and init, expected one: resume continues a run, init starts another from it")
@@ -97,10 +104,28 @@ def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | 
         raise ValueError(f"got resume, but {out} holds no checkpoint: leave resume out to start the run")
     if found and not resume:
         raise ValueError(f"{out} holds a run of {int(found[-1].name)} steps: resume it, or choose another folder")
+    if init is not None:
+        initial_weights(Path(init))
+    return workers, math.inf if hours is None else time.monotonic() + 3600 * hours
+
+
+def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | None) -> None:
+    """Load the newest checkpoint to resume, or weights to start from."""
     if resume:
-        trainer.resume(found[-1])
+        trainer.resume(list_checkpoints(out)[-1])
     if init is not None:
         trainer.init_from(Path(init))
+
+
+def initial_weights(init: Path) -> Path:
+    """The checkpoint to start from: the newest of a run, or the one that is given. Raises ValueError for neither."""
+    folder = next(reversed(list_checkpoints(init)), init)
+    if not all((folder / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
+        raise ValueError(
+            f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} "
+            f"and {EMA_FILE}"
+        )
+    return folder
 
 
 class Trainer:
@@ -234,12 +259,7 @@ class Trainer:
 
     def init_from(self, folder: Path) -> None:
         """Load the averaged weights of another run: of its newest checkpoint, or of the checkpoint that is given."""
-        folder = next(reversed(list_checkpoints(folder)), folder)
-        if not all((folder / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
-            raise ValueError(
-                f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} "
-                f"and {EMA_FILE}"
-            )
+        folder = initial_weights(folder)
         ours = named_tensors(self.model)
         load_into(folder / WEIGHTS_FILE, ours)
         # the average holds what that run trained, which need not be what this one trains

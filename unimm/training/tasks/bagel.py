@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from unimm.data.batching import (
     sample_tasks,
     stack_images,
 )
-from unimm.data.shapes import Example, example
+from unimm.data.shapes import TASKS, Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.flow import shift_timesteps
 from unimm.models.bagel.config import BagelConfig
@@ -35,7 +36,8 @@ from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
 from unimm.tokenizers.text import SentencePieceTokenizer
-from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
+from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer, trained_file
 from unimm.training.samples import sample_grid
@@ -60,17 +62,17 @@ class BagelTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: Annotated[TaskWeights, known_tasks(TASKS)]
     # noised copies of a target, each at its own timestep: cheaper than as many samples
-    timesteps_per_image: int
+    timesteps_per_image: AtLeastOne
     # the part of reasoning samples whose reasoning is written out
     think_prob: Fraction
     # rates of `bagel_plans.ConditionDropout`
-    dropout: Mapping[str, float]
+    dropout: Mapping[str, Fraction]
     # the part of (shape, colour) pairs in generation and editing with a novel colour, and with a novel shape
-    novel_colours: float
-    novel_shapes: float
-    vocab_size: int
+    novel_colours: Fraction
+    novel_shapes: Fraction
+    vocab_size: AtLeastOne
     # the folders of a trained VAE and a trained ViT
     vae: str
     vit: str
@@ -78,6 +80,13 @@ class BagelTrainingConfig(RecipeSection):
     frozen: tuple[str, ...]
     # whether torch.compile fuses the experts' layers around attention
     compile: bool
+
+    def __post_init__(self) -> None:
+        self.condition_dropout()
+
+    def condition_dropout(self) -> ConditionDropout:
+        """The rates of `dropout`."""
+        return from_mapping(ConditionDropout, self.dropout, where="dropout of the options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,7 @@ class BagelDataset:
         """Examples as one pack, with sampled timesteps and noise, and conditions dropped at random."""
         config = self.config
         images = BagelBatchImages(config, self.processor, self.options.timesteps_per_image, rng)
-        dropout = from_mapping(ConditionDropout, self.options.dropout, where="dropout of the options")
+        dropout = self.options.condition_dropout()
         samples = [drop_conditions(self.plan(one, images, rng), dropout, rng.random) for one in examples]
         pack = pack_sequences([*samples, self.filler(samples, images)])
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -234,12 +243,14 @@ class BagelTask:
     def from_recipe(cls, recipe: TrainConfig) -> BagelTask:
         """Build a model of the recipe's numbers around a trained VAE and ViT, with a tokenizer of the shapes world."""
         options = from_mapping(BagelTrainingConfig, recipe.options, where="options")
-        files = {name: dict(section) for name, section in recipe.model.items()}
+        prompts = ("think_draw", "think_answer")
+        require(recipe.model, "llm.", "vit.", *(f"config.generation.{key}" for key in prompts))
+        files = {name: dict(recipe.model[name]) for name in ("llm", "vit", "config")}
         vae = trained_file(options.vae, "ae.safetensors", "bagel-nano-vae")
         vit = trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")
         files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
-        prompts = [files["config"]["generation"][key] for key in ("think_draw", "think_answer")]
-        tokenizer = train_tokenizer(options.vocab_size, extra=prompts, special_tokens=BAGEL_TOKENS)
+        extra = [files["config"]["generation"][key] for key in prompts]
+        tokenizer = train_tokenizer(options.vocab_size, extra=extra, special_tokens=BAGEL_TOKENS)
         files["llm"]["vocab_size"] = tokenizer.backend.vocab_size()
         torch.manual_seed(recipe.seed)
         model = Bagel(BagelConfig.from_json(files["llm"], files["vit"], files["config"]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from unimm.sequence.parts import Part, position_gap
 from unimm.training.config import RecipeSection
+from unimm.training.fields import Fraction
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class ConditionDropout(RecipeSection):
     """Probabilities that a droppable text, clean latents and ViT patches are left out; the released script's
     numbers."""
 
-    text: float = 0.1
-    vae: float = 0.3
-    vit: float = 0.3
+    text: Fraction = 0.1
+    vae: Fraction = 0.3
+    vit: Fraction = 0.3
 
 
 def plan_text_to_image(text: Part, target: Part) -> list[PlannedPart]:

@@ -25,7 +25,8 @@ from unimm.tokenizers.dc_ae import (
     MultiscaleLinearAttention,
     dc_ae_key_map,
 )
-from unimm.training.config import Dtype, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, NotNegative, WorldImageSize, grid_side
 from unimm.training.samples import tensor_grid
 
 
@@ -34,20 +35,20 @@ class DCAETrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # tasks of unimm.data.shapes whose target is an image, in turn
-    tasks: tuple[str, ...]
+    tasks: ImageTasks
     # of the images' sides, in pixels
-    image_size: int
+    image_size: WorldImageSize
     # the part of things with novel colours, and with novel shapes
-    novel_colours: float
-    novel_shapes: float
+    novel_colours: Fraction
+    novel_shapes: Fraction
     # the part of scenes that are fuller than any task's
-    crowded: float
+    crowded: Fraction
     # deviation of the noise on latents, so that those that a denoiser nearly gets right are decoded right
-    latent_noise: float
+    latent_noise: NotNegative
     # test scenes that are scored
-    scored_scenes: int
+    scored_scenes: AtLeastOne
     # train scenes that the scale is measured on
-    measured_scenes: int
+    measured_scenes: AtLeastOne
     # of the released weights
     dtype: Dtype
 
@@ -112,7 +113,7 @@ class DCAETask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = init_dc_ae(DCAE(config))
-        grid = options.image_size // config.stride
+        grid = grid_side(config.stride, "a stride of")
         shape = (config.latent_channels, grid, grid)
         self.batch = DCAEDataset(options=options, batch_size=batch_size, latent_shape=shape, seed=seed)
 

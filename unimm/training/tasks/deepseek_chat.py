@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
-from unimm.data.batching import pad_rows, sample_tasks, training_example
-from unimm.data.shapes import Example
+from unimm.data.batching import THOUGHT_TASKS, pad_rows, sample_tasks, training_example
+from unimm.data.shapes import TASKS, Example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 from unimm.training.config import RecipeSection
+from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -33,13 +34,13 @@ class DeepseekChatTrainingConfig(RecipeSection):
     """The `options` of both recipes."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: Annotated[TaskWeights, known_tasks((*TASKS, *THOUGHT_TASKS))]
     # the part of generation samples whose prompt is dropped, which guidance compares with
-    dropout: float
+    dropout: Fraction
     # the part of things in generation and editing with a novel colour, and with a novel shape
-    novel_colours: float
-    novel_shapes: float
-    vocab_size: int
+    novel_colours: Fraction
+    novel_shapes: Fraction
+    vocab_size: AtLeastOne
     # the folder of a trained ViT, which the vision encoder begins from
     vit: str
     # prefixes of the names of parameters that are not trained; the image tokenizer never is

@@ -29,7 +29,7 @@ from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
-from unimm.training.config import TrainConfig, from_mapping
+from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, init_timm_vit, train_tokenizer, trained_file
 from unimm.training.samples import sample_grid
@@ -151,6 +151,7 @@ class JanusTask:
 
 def init_janus(recipe: TrainConfig, options: JanusTrainingConfig) -> Janus:
     """An untrained model of the recipe's numbers, around a trained VQ tokenizer and a trained ViT."""
+    require(recipe.model, "language.hidden_size", "vision.width", "gen_head_dim", "generation.")
     vq = trained_file(options.vq, "vq.safetensors", "janus-nano-vq")
     tokenizer = train_tokenizer(options.vocab_size, special_tokens=DEEPSEEK_TOKENS)
     vq_config = json.loads((vq.parent / "vq_config.json").read_text())

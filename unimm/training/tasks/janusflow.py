@@ -36,7 +36,8 @@ from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
-from unimm.training.config import TrainConfig, from_mapping
+from unimm.training.config import TrainConfig, from_mapping, require
+from unimm.training.fields import AtLeastOne
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, init_timm_vit, train_tokenizer, trained_file
 from unimm.training.samples import sample_grid
@@ -54,7 +55,7 @@ class JanusFlowTrainingConfig(DeepseekChatTrainingConfig):
     """The recipe's `options`."""
 
     # noised copies of a target, each at its own timestep: cheaper than as many samples
-    timesteps_per_image: int
+    timesteps_per_image: AtLeastOne
     # the folder of a trained VAE
     vae: str
 
@@ -127,6 +128,7 @@ class JanusFlowTask:
     def from_recipe(cls, recipe: TrainConfig) -> JanusFlowTask:
         """Build a model of the recipe's numbers around a trained VAE and a trained ViT."""
         options = from_mapping(JanusFlowTrainingConfig, recipe.options, where="options")
+        require(recipe.model, "language.hidden_size", "vision.width", "flow.width", "flow.blocks", "generation.")
         vae = trained_file(options.vae, "ae.safetensors", "bagel-nano-vae")
         tokenizer = train_tokenizer(options.vocab_size, special_tokens=DEEPSEEK_TOKENS)
         vae_files = json.loads((vae.parent / "vae_config.json").read_text())

@@ -17,7 +17,8 @@ from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.batching import uint8_to_image
 from unimm.data.shapes import example
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
-from unimm.training.config import Dtype, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, WorldImageSize, grid_side
 from unimm.training.samples import tensor_grid
 
 
@@ -26,11 +27,11 @@ class KLTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # tasks of unimm.data.shapes whose target is an image, in turn
-    tasks: tuple[str, ...]
+    tasks: ImageTasks
     # of the images' sides, in pixels
-    image_size: int
+    image_size: WorldImageSize
     # train scenes that scale and shift are measured on
-    measured_scenes: int
+    measured_scenes: AtLeastOne
     # of the released weights
     dtype: Dtype
 
@@ -39,10 +40,10 @@ class KLTrainingConfig(RecipeSection):
 class KLArchitecture(RecipeSection):
     """The recipe's `model`: the numbers of AutoencoderKLConfig, but for those that are measured."""
 
-    width: int
-    multipliers: tuple[int, ...]
-    n_blocks: int
-    latent_channels: int
+    width: AtLeastOne
+    multipliers: Multipliers
+    n_blocks: AtLeastOne
+    latent_channels: AtLeastOne
 
     def config(self) -> AutoencoderKLConfig:
         """The config of a model of these numbers: latents are trained as they are, and measured in the end."""
@@ -99,7 +100,7 @@ class KLTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = AutoencoderKL(config)
-        grid = options.image_size // config.stride
+        grid = grid_side(config.stride, "a stride of")
         shape = (config.latent_channels, grid, grid)
         self.batch = KLDataset(tasks=options.tasks, batch_size=batch_size, latent_shape=shape, seed=seed)
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
 from unimm.data.batching import ROW_MULTIPLE, mean_by_kind
-from unimm.data.image_text_pairs import FilePairs, ImageTextPair, PairSource, ShapesPairs
+from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs, ImageTextPair, PairSource, ShapesPairs
 from unimm.denoisers.sana import SanaBlock, SanaTransformer
 from unimm.generation.flow import integer_timesteps, shift_timesteps
 from unimm.models.metaquery.config import MetaQueryConfig, read_required_json
@@ -30,7 +30,8 @@ from unimm.processing.images.io import pil_to_tensor
 from unimm.sequence.parts import Part
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
-from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
+from unimm.training.fields import IMAGE_TASKS, AtLeastOne, Dtype, Fraction, OptionalTaskWeights, Positive, known_tasks
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, compile_experts, resolve_part
 from unimm.training.samples import sample_grid
@@ -42,30 +43,36 @@ class MetaQueryTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: Annotated[OptionalTaskWeights, known_tasks((*IMAGE_TASKS, RECONSTRUCTION))]
     # noised copies of a target, each at its own timestep: cheaper than as many samples
-    timesteps_per_image: int
+    timesteps_per_image: AtLeastOne
     # the part of samples without images whose text is dropped; of those with images, the part of which the text is
     # dropped, the part of which both are, and the part of which the images are
     dropout: Fraction
     # the part of things in generation and editing with a novel colour, and with a novel shape
-    novel_colours: float
-    novel_shapes: float
+    novel_colours: Fraction
+    novel_shapes: Fraction
     # folders or hub ids: of an MLLM, of an AutoencoderDC, and of a Sana, or "" for an untrained one of the recipe's
     # numbers
     mllm: str
     dcae: str
     denoiser: str
     # of the MLLM's weights, which are not trained
-    mllm_dtype: str
+    mllm_dtype: Dtype
     # prefixes of the names of parameters that are not trained; the MLLM and the autoencoder never are
     frozen: tuple[str, ...]
     # whether torch.compile fuses layers
     compile: bool
     # of the timesteps towards noise; the released code trains unshifted, though it samples at 3
-    timestep_shift: float = 1.0
+    timestep_shift: Positive = 1.0
     # a list of image files (see FilePairs), in place of the tasks
     data: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.tasks or self.data):
+            raise ValueError(
+                "got no tasks and no data in options, expected tasks of the shapes world, or a list of files"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +272,14 @@ def _pairs(options: MetaQueryTrainingConfig, config: MetaQueryConfig, seed: int)
 
 def init_metaquery(options: MetaQueryTrainingConfig, sections: Mapping[str, Any]) -> MetaQuery:
     """The model of a recipe's `model`: `config` is a config.json, `denoiser` and `scheduler` are a Sana's."""
+    require(sections, "config.diffusion_model_id", *([] if options.denoiser else ["denoiser.", "scheduler."]))
     spec = mllm_spec_for(read_required_json(hub.resolve(options.mllm, weights=False) / "config.json"))
     mllm = spec.model_class.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
     vae = DCAE.from_pretrained(resolve_part(options.dcae, "vae"))
-    denoiser = sections.get("denoiser", {})
-    scheduler = sections.get("scheduler", {})
-    if options.denoiser:
+    if not options.denoiser:
+        denoiser = sections["denoiser"]
+        scheduler = sections["scheduler"]
+    else:
         denoiser = read_required_json(resolve_part(options.denoiser, "transformer") / "config.json")
         scheduler = read_required_json(resolve_part(options.denoiser, "scheduler") / "scheduler_config.json")
     files = sections["config"]

@@ -32,7 +32,8 @@ from unimm.processing.requests import ROLES, Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import SentencePieceTokenizer
-from unimm.training.config import Fraction, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
+from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
 from unimm.vlms.processor import IM_END, IM_START
@@ -58,7 +59,7 @@ class QwenVLTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: TaskWeights
     # the system prompt of plans: a denoiser that is built on this MLLM should have the same
     plan_system_prompt: str
     # whose favourites are planned, too; of the other characters training has single facts only
@@ -66,14 +67,14 @@ class QwenVLTrainingConfig(RecipeSection):
     # the part of things in images and plans with a novel colour, and with a novel shape
     novel_colours: Fraction
     novel_shapes: Fraction
-    vocab_size: int
+    vocab_size: AtLeastOne
     # steps that train the vision encoder alone, before it is frozen
-    vision_steps: int
+    vision_steps: NoneOrMore
     # images in a batch of those, and their options (unimm.training.tasks.vit)
-    vision_batch_size: int
+    vision_batch_size: AtLeastOne
     vision: Mapping[str, Any]
     # test examples of each task that are scored
-    scored_examples: int
+    scored_examples: AtLeastOne
     # whether torch.compile fuses the decoder's layers around attention
     compile: bool
 
@@ -84,6 +85,13 @@ class QwenVLTrainingConfig(RecipeSection):
             )
         if unknown := sorted({*self.planned_characters} - FAVOURITES.keys()):
             raise ValueError(f"got planned_characters {', '.join(unknown)}: expected some of {', '.join(FAVOURITES)}")
+        if "plan.favourite" in self.tasks and not self.planned_characters:
+            raise ValueError("got no planned_characters for the task plan.favourite: expected at least one")
+        self.vision_options()
+
+    def vision_options(self) -> ViTTrainingConfig:
+        """The options of the vision encoder's images."""
+        return from_mapping(ViTTrainingConfig, self.vision, where="vision of the options")
 
 
 def _known_tasks() -> set[str]:
@@ -164,7 +172,7 @@ class QwenVLDataset:
         images = self.processor.image_processor
         cell = images.merged_patch_size
         size = self.options.vision_batch_size
-        options = from_mapping(ViTTrainingConfig, self.options.vision, where="vision of the options")
+        options = self.options.vision_options()
         batch = ViTDataset(options=options, batch_size=size, seed=self.seed, patch=cell)(step)
         side = round((len(batch.targets) // size) ** 0.5)
         pixels = rearrange(batch.patches, "(B h w) (p q C) -> B C (h p) (w q)", h=side, w=side, p=cell, q=cell)
@@ -263,6 +271,7 @@ class QwenVLTask:
 
 def init_qwen2_5_vl(recipe: TrainConfig, options: QwenVLTrainingConfig) -> QwenVL:
     """An untrained MLLM of the recipe's `model`: its sections text, vision, pixels."""
+    require(recipe.model, "text.hidden_size", "vision.", "pixels.")
     tokenizer = qwen_tokenizer(options)
     keys = zip(QwenSpecialTokens().to_json(), QWEN_TOKENS, strict=True)
     ids = {key: tokenizer.token_id(token) for key, token in keys}

@@ -27,7 +27,7 @@ from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.network import image_end_rows
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.cache import FeatureCache, Record
-from unimm.training.config import TrainConfig, from_mapping
+from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, init_siglip, resolve_part
 from unimm.training.samples import sample_grid
@@ -64,6 +64,10 @@ class UniWorldTask:
     def from_recipe(cls, recipe: TrainConfig) -> UniWorldTask:
         """Build projectors and a denoiser, untrained or trained, around a trained MLLM, SigLIP2 and autoencoder."""
         options = from_mapping(UniWorldTrainingConfig, recipe.options, where="options")
+        require(recipe.model, "generation.", *([] if options.denoiser else ["denoiser.joint_attention_dim"]))
+        require(
+            recipe.model, *([] if options.siglip else ["vision."]), *(["hidden."] if "hidden" in recipe.model else [])
+        )
         torch.manual_seed(recipe.seed)
         vae = resolve_part(options.vae, "vae")
         model = init_uniworld(options, recipe.model, vae)

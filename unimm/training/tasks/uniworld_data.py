@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -24,7 +24,8 @@ from unimm.models.uniworld.processor import UniWorldProcessor
 from unimm.processing.images.siglip import SiglipImageProcessor
 from unimm.sequence.parts import Part, text_part
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
-from unimm.training.config import Fraction, RecipeSection
+from unimm.training.config import RecipeSection
+from unimm.training.fields import IMAGE_TASKS, AtLeastOne, Dtype, Fraction, NotNegative, TaskWeights, known_tasks
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
 
@@ -34,7 +35,7 @@ class UniWorldTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: Annotated[TaskWeights, known_tasks(IMAGE_TASKS)]
     # the published stages: the MLLM's projector, without image features; that, SigLIP2's projector, and the attention
     # and modulation of the denoiser's image stream. "all": everything but the MLLM and the autoencoder, for a denoiser
     # that is trained from scratch
@@ -42,18 +43,18 @@ class UniWorldTrainingConfig(RecipeSection):
     # prefixes of the names of parameters that are not trained besides
     frozen: tuple[str, ...]
     # noised copies of a target, each at its own timestep: cheaper than as many samples
-    timesteps_per_image: int
+    timesteps_per_image: AtLeastOne
     # the part of samples without a condition
     dropout: Fraction
     # whether a prompt ends with the token that images follow, as in the original's training and not in its sampling
     append_vision_start: bool
-    # how much more an edit's loss counts where it changed the image: log, linear, exp, quadratic; "" for evenly
-    edit_weights: str
+    # how much more an edit's loss counts where it changed the image; "" for evenly
+    edit_weights: Literal["", "log", "linear", "exp", "quadratic"]
     # the guidance scale that is embedded, where the denoiser embeds one
-    guidance: float
+    guidance: NotNegative
     # the part of things in generation and editing with a novel colour, and with a novel shape
-    novel_colours: float
-    novel_shapes: float
+    novel_colours: Fraction
+    novel_shapes: Fraction
     # folders or hub ids: of a Qwen2.5-VL; of a VAE; of CLIP and its tokenizer in a FLUX, or "" where `captioned` is
     # false; of a FLUX transformer, or "" for one of the recipe's numbers; of a SigLIP2, or "" for one of the recipe's
     # numbers that begins from the trained ViT in the folder `vit`
@@ -64,7 +65,7 @@ class UniWorldTrainingConfig(RecipeSection):
     siglip: str
     vit: str
     # of the MLLM's weights, which are not trained
-    mllm_dtype: str
+    mllm_dtype: Dtype
     # whether torch.compile fuses the denoiser's blocks
     compile: bool
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from unimm.checkpoint import hub
 from unimm.data.batching import sample_tasks
-from unimm.data.shapes import Example, example
+from unimm.data.shapes import TASKS, Example, example
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.processor import UniWorldProcessor
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.fields import AtLeastOne, TaskWeights, known_tasks
 from unimm.training.samples import sample_grid
 
 # between the head's layers, as released
@@ -39,11 +41,11 @@ class TaskHeadTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
-    tasks: Mapping[str, int]
+    tasks: Annotated[TaskWeights, known_tasks(TASKS)]
     # the folder of a UniWorld, of which the head alone is trained
     model: str
     # of the head
-    hidden_dim: int
+    hidden_dim: AtLeastOne
 
 
 @dataclass(frozen=True, kw_only=True)

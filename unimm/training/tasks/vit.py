@@ -18,9 +18,11 @@ from unimm.checkpoint.config_io import write_json
 from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
+from unimm.data.shapes.world import IMAGE_SIZE
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.nn.pos_embed import grid_position_ids
-from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping, name_source
+from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_image_size, grid_side
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
 # logits of the probe for each attribute: its names, and before them "nothing is centred here"
@@ -34,13 +36,13 @@ class ViTTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # tasks of unimm.data.shapes whose target is an image, of which one is sampled for each image
-    tasks: tuple[str, ...]
+    tasks: ImageTasks
     # the part of scenes whose things have novel colours, and the part whose things have novel shapes: so that a shape
     # is known whatever its colour, and a colour whatever its shape, though training holds some pairs out
-    novel_colours: float
-    novel_shapes: float
+    novel_colours: Fraction
+    novel_shapes: Fraction
     # largest standard deviation of the noise on the pixels, which run from -1 to 1
-    noise: float
+    noise: NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +145,21 @@ class ViTTask:
         """Build a ViT of the recipe's `model`: a released vit_config.json's keys, and `train_image_size` in pixels."""
         options = from_mapping(ViTTrainingConfig, recipe.options, where="options")
         files = dict(recipe.model)
+        config = navit_config_from_json(files)
+        with name_source("train_image_size of the recipe's model"):
+            check_image_size(files.get("train_image_size"))
+        side = grid_side(config.patch_size, "patch_size")
+        if side > config.grid_side:
+            raise ValueError(
+                f"got image_size {config.image_size} in the recipe's model, expected the side of the images to train on "
+                f"or more, {IMAGE_SIZE}: there is a position for each of their patches"
+            )
         torch.manual_seed(recipe.seed)
-        model = GridProbe(navit_config_from_json(files))
+        model = GridProbe(config)
         nn.init.normal_(model.vision.pos_embed.weight, std=0.1)
-        patch = files["patch_size"]
-        dataset = ViTDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed, patch=patch)
-        return cls(model, dataset, files["train_image_size"] // patch)
+        batch_size = recipe.batch_size
+        dataset = ViTDataset(options=options, batch_size=batch_size, seed=recipe.seed, patch=config.patch_size)
+        return cls(model, dataset, side)
 
     def losses(self, batch: ViTBatch) -> dict[str, Tensor]:
         """Mean cross entropy of each attribute."""

@@ -22,7 +22,8 @@ from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
 from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
-from unimm.training.config import AtLeastOne, Dtype, Fraction, Positive, RecipeSection, TrainConfig, from_mapping
+from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, Multipliers, NoneOrMore, Positive
 from unimm.training.freezing import freeze
 from unimm.training.init import trained_file
 from unimm.training.samples import tensor_grid
@@ -33,22 +34,22 @@ class VQTrainingConfig(RecipeSection):
     """The recipe's `options`."""
 
     # tasks of unimm.data.shapes whose target is an image, in turn
-    tasks: tuple[str, ...]
+    tasks: ImageTasks
     # the part of things with novel colours, and with novel shapes, so that held-out pairs are reconstructed, too
-    novel_colours: float
-    novel_shapes: float
+    novel_colours: Fraction
+    novel_shapes: Fraction
     # the part of scenes with five to nine things, more than any task has: most of a plain one is background
-    crowded: float
+    crowded: Fraction
     # of the softmax over codes that the entropy is taken of
     temperature: Positive
     # so many steps are trained without the codebook, which then starts from the vectors of a batch: at the start
     # vectors tell brightness alone, and codes chosen then leave out colours for long
-    unquantized_steps: int
+    unquantized_steps: NoneOrMore
     # every so many steps, in the first `revive_fraction` of them, codes that were not used lately move to vectors
     revive_every: AtLeastOne
     revive_fraction: Fraction
     # test scenes that are scored
-    scored_scenes: int
+    scored_scenes: AtLeastOne
     # of the released weights
     dtype: Dtype
     # a folder whose vq.safetensors to start from; null: an untrained one
@@ -74,12 +75,12 @@ class VQTrainingConfig(RecipeSection):
 class VQArchitecture(RecipeSection):
     """The recipe's `model`: the numbers of VQConfig."""
 
-    width: int
-    multipliers: tuple[int, ...]
-    n_blocks: int
-    latent_channels: int
-    n_codes: int
-    code_dim: int
+    width: AtLeastOne
+    multipliers: Multipliers
+    n_blocks: AtLeastOne
+    latent_channels: AtLeastOne
+    n_codes: AtLeastOne
+    code_dim: AtLeastOne
 
     def config(self) -> VQConfig:
         """The config of a model of these numbers."""
