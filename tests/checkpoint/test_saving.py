@@ -1,21 +1,26 @@
 """Saving loses nothing and leaves nothing: parts that were changed, folders in odd places, saves that were killed."""
 
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import unimm
-from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.atomic import atomic_directory, copy_file
 from unimm.checkpoint.keymap import Concat, KeyMap
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.models.registry import FAMILIES
@@ -221,6 +226,60 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
         assert re.fullmatch(rf"{folder}/[\w.]+ File too large\n", done.stdout)
         assert not list(tmp_path.iterdir())
+
+
+NEW = ("a", "model.safetensors", "vae/w")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    old=st.sets(st.sampled_from([*NEW, "other", "more/x"])),
+    at=st.integers(0, 12),
+    method=st.sampled_from(["replace", "rename", "unlink"]),
+    replace=st.booleans(),
+)
+def test_a_move_that_fails_is_all_of_the_old_or_all_of_the_new(old, at, method, replace):
+    """As on a disk that fails between two moves."""
+    plain = getattr(Path, method)
+    calls = []
+
+    def fails(path, *rest, **options):
+        calls.append(path)
+        if len(calls) == at + 1:
+            raise OSError(5, "Input/output error", str(path))
+        return plain(path, *rest, **options)
+
+    with tempfile.TemporaryDirectory() as top, pytest.MonkeyPatch.context() as patch:
+        folder = Path(top) / "model"
+        write(folder, dict.fromkeys(old, "old"))
+        before = files(folder) if folder.exists() else {}
+        patch.setattr(Path, method, fails)
+        with suppress(OSError):
+            write(folder, dict.fromkeys(NEW, "new"), replace=replace)
+        patch.undo()
+        after = {name: text for name, text in files(folder).items() if ".unimm" not in name} if folder.exists() else {}
+        kept = {} if replace else before
+        assert after in (before, kept | dict.fromkeys(NEW, b"new"))
+        write(folder, dict.fromkeys(NEW, "again"), replace=True)
+        assert files(folder) == dict.fromkeys(NEW, b"again"), "nothing is left of what failed"
+
+
+def test_a_full_disk_behind_a_link_names_the_file_that_is_written(tmp_path, other_disk, monkeypatch):
+    """And not the one that it is copied from, which python names."""
+    (tmp_path / "vae").symlink_to(other_disk)
+
+    def full(source, target):
+        error = OSError(errno.ENOSPC, "No space left on device", str(source))
+        error.filename2 = str(target)
+        raise error
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        write(tmp_path, {"vae/w": "new"})
+    assert found.value.filename == str(tmp_path / "vae" / "w")
+    with pytest.raises(OSError, match="No space left") as found:
+        copy_file(tmp_path / "here", tmp_path / "there")
+    assert found.value.filename == str(tmp_path / "there")
 
 
 # ---- killed, or two at once

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import types
 import pytest
 import torch
 from helpers.paths import RECIPES, TESTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unimm.checkpoint.contents import CheckpointError
 from unimm.data.batching import image_to_uint8, uint8_to_image
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training import checkpoints as saving
@@ -303,7 +307,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints/00000004/state.pt").read_bytes() == old
     assert (tmp_path / "release/model.safetensors").read_bytes() == release
     assert run(tmp_path, resume=True)[1] == 8
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000008"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000008"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -340,7 +344,77 @@ def test_a_checkpoint_whose_files_were_not_all_moved_is_none(tmp_path):
         killed = tmp_path / "checkpoints/00000012" / name
         killed.mkdir(parents=True)
         (killed / "state.pt").touch()
-        assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000008"]
+        assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000004", "00000008"]
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    run(tmp_path, recipe=dataclasses.replace(RECIPE, save_every=3))
+    assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000006", "00000008"]
+
+
+FILES = ("state.pt", "model.safetensors", "average.safetensors", "checksums.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    run(out)
+    return out
+
+
+def cut(whole, at):
+    return whole[:at]
+
+
+def zeros(whole, at):
+    return whole[:at] + bytes(len(whole) - at)
+
+
+def flipped(whole, at):
+    return whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :] if at < len(whole) else b""
+
+
+DAMAGES = [cut, zeros, flipped, lambda whole, at: None, lambda whole, at: b"{}", lambda whole, at: b"\x80\x02N."]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(FILES), st.sampled_from(DAMAGES), st.floats(0, 1))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(finished, name, damage, at):
+    newest, before = (finished / "checkpoints" / step for step in ("00000008", "00000004"))
+    whole = (newest / name).read_bytes()
+    left = damage(whole, int(at * len(whole)))
+    if left == whole or (name == "checksums.json" and left in (None, b"{}")):
+        return
+    try:
+        if left is None:
+            (newest / name).unlink()
+        else:
+            (newest / name).write_bytes(left)
+        message = rf"{newest}/[\w.]+.*damaged: remove {newest} to go on from {before}$"
+        with pytest.raises(CheckpointError, match=message) as found:
+            run(finished, resume=True, recipe=dataclasses.replace(RECIPE, steps=9))
+        assert "\n" not in str(found.value) and (name in str(found.value) or name == "checksums.json")
+        if name not in ("state.pt", "checksums.json"):
+            with pytest.raises(CheckpointError, match=rf"{name}.*start from the one before, init {before}|got init"):
+                run(finished / "other", init=finished)
+    finally:
+        (newest / name).write_bytes(whole)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/00000008")
+    assert run(tmp_path / "run", resume=True)[1] == 8
+    path = "checkpoints/00000008/model.safetensors"
+    assert_same_files(tmp_path / "run" / path, finished / path)
+    assert log_of(tmp_path / "run") == log_of(finished)
+
+
+def test_a_damaged_checkpoint_without_one_before(tmp_path):
+    run(tmp_path, recipe=dataclasses.replace(RECIPE, steps=4))
+    (tmp_path / "checkpoints/00000004/state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"state\.pt.*there is none before it: start another run"):
+        run(tmp_path, resume=True)
 
 
 def test_a_line_of_the_log_that_was_cut_short_is_left_out(tmp_path):

@@ -2,7 +2,8 @@
 
 A folder is written into a hidden folder inside it, so that nothing but the folder itself need be writable, and nothing
 crosses to another disk. Its files are on the disk before the first one moves. While they move the hidden folder has
-another name, by which `is_interrupted` knows a folder whose save was killed just then.
+another name, by which `is_interrupted` knows a folder whose save was killed just then; the files that they replace are
+set aside until all have moved, and come back where one cannot.
 """
 
 import errno
@@ -21,22 +22,23 @@ OPTIONAL_FILES = (
 )
 WRITING = ".unimm-writing-"  # begins the name of a folder that is being written
 MOVING = ".unimm-moving-"  # and of one that is whole, whose files are being moved into place
+OLD = ".unimm-old-"  # and of what holds the files that are being replaced
 ALIVE = ".unimm-alive"  # a file that the saving process keeps locked
 
 
 @contextmanager
-def name_file(path: Path, *, within: Path | None = None) -> Iterator[None]:
+def name_file(path: Path, *, within: Sequence[Path] = ()) -> Iterator[None]:
     """Give an OSError of the body that names no file this one's name: a full disk is met when writing, which names none.
 
-    within: the folder that the body writes into; errors then name the files' final paths below `path`.
+    within: folders that the body writes into and moves from; errors then name the files' final paths below `path`.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and within is None):
+        if error.errno is None or (error.filename is not None and not within):
             raise
         found = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else path
-        final = path / found.relative_to(within) if within is not None and found.is_relative_to(within) else found
+        final = next((path / found.relative_to(one) for one in within if found.is_relative_to(one)), found)
         raise OSError(error.errno, error.strerror, str(final)) from error
 
 
@@ -71,9 +73,9 @@ def atomic_directory(
             partial = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
             # a file of its own: `folder` itself is locked by whoever saves into it, and that may be the body
             alive = _lock(partial / ALIVE, flags=os.O_RDONLY | os.O_CREAT)
-        moving = partial.with_name(partial.name.replace(WRITING, MOVING))
+        moving, aside = (partial.with_name(partial.name.replace(WRITING, begin)) for begin in (MOVING, OLD))
         try:
-            with name_file(folder, within=partial):
+            with name_file(folder, within=(partial, moving, aside)):
                 yield partial
                 if not replace and (
                     stale := stale_files(folder, partial, (*OPTIONAL_FILES, *optional_files), optional_folders)
@@ -86,14 +88,15 @@ def atomic_directory(
                     _sync(path)
                 with _locked(folder):
                     (partial / ALIVE).unlink(missing_ok=True)
-                    _move_files(partial, moving, folder, replace=replace)
+                    _move_files(partial, folder, moving=moving, aside=aside, replace=replace)
             for path in (folder, *made):
                 _sync(path)
                 _sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if not _holds_files(moving):
-                shutil.rmtree(moving, ignore_errors=True)
+            for path in (moving, aside):
+                if not _holds_files(path):
+                    shutil.rmtree(path, ignore_errors=True)
             os.close(alive)
     finally:
         for path in reversed(made):
@@ -162,58 +165,117 @@ def _is_dead(folder: Path) -> bool:
         os.close(handle)
 
 
-def _move_files(partial: Path, moving: Path, folder: Path, *, replace: bool) -> None:
-    """Move the files of `partial` into `folder`, after everything that can fail has been tried."""
+def _move_files(partial: Path, folder: Path, *, moving: Path, aside: Path, replace: bool) -> None:
+    """Move the files of `partial`, which is called `moving` meanwhile, into `folder`: all, or none where one cannot be
+    moved. What they replace waits in `aside`.
+
+    `folder` is locked, so that whatever else is marked as moved or set aside is of saves that were killed.
+    """
     names = sorted(path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir())
-    places: dict[Path, Path] = {}
-    try:
-        for name in names:
-            target = folder / name
-            if target.is_dir() and not target.is_symlink():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(target.parent, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
-            if target.parent.stat().st_dev != partial.stat().st_dev:
-                places[name] = target.with_name(f"{partial.name}-{target.name}")
-                _copy_to_disk(partial / name, places[name])
+    others = _others(folder, names) if replace else []
+    old = [*(folder / name for name in names if os.path.lexists(folder / name)), *others]
+    dead = [*folder.glob(f"{MOVING}*"), *folder.glob(f"{OLD}*")]
+    for name in names:
+        _check_target(folder / name)
+    with _copies_on_other_disks(partial, folder, names) as copies, _undone_on_error() as moves:
         partial.rename(moving)
-        dead = [path for path in folder.glob(f"{MOVING}*") if path != moving]
-        if replace:
-            _delete_others(folder, names)
+        moves.append((partial, moving))
+        for path in old:
+            place = _place_aside(path, folder, aside)
+            path.rename(place)
+            moves.append((path, place))
         for name in names:
-            places.get(name, moving / name).replace(folder / name)
-            if name in places:
-                (moving / name).unlink()
-    finally:
-        for place in places.values():
-            place.unlink(missing_ok=True)
-    for path in dead:
+            source = copies.get(name, moving / name)
+            source.replace(folder / name)
+            moves.append((source, folder / name))
+    for _, place in moves[1 : len(old) + 1]:
+        place.unlink()
+    for path in (*dead, moving, aside):
         shutil.rmtree(path, ignore_errors=True)
+    for parent in sorted({parent for path in others for parent in path.parents}, reverse=True):
+        if folder in parent.parents and not any(parent.iterdir()):
+            parent.rmdir()
     for parent in {(folder / name).parent for name in names}:
         _sync(parent)
 
 
-def _copy_to_disk(source: Path, place: Path) -> None:
-    """Copy a file beside its target, which lies on another disk than its folder; deletes the copies of dead saves."""
-    for path in place.parent.glob(f"{WRITING}*-{source.name}"):
-        path.unlink()
-    with name_file(place):
-        shutil.copyfile(source, place)
-        _sync(place)
+@contextmanager
+def _undone_on_error() -> Iterator[list[tuple[Path, Path]]]:
+    """A list for what the body has moved, from where and to where; it is moved back, the last first, where that raises."""
+    moves: list[tuple[Path, Path]] = []
+    is_done = False
+    try:
+        yield moves
+        is_done = True
+    finally:
+        for source, place in reversed([] if is_done else moves):
+            place.rename(source)
 
 
-def _delete_others(folder: Path, names: Sequence[Path]) -> None:
-    """Delete what a folder holds beside the files of these names, but for what other saves are writing."""
+@contextmanager
+def _copies_on_other_disks(partial: Path, folder: Path, names: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Copies of the files whose targets lie on another disk than `partial`, beside these, by their names."""
+    copies: dict[Path, Path] = {}
+    try:
+        for name in names:
+            if (folder / name).parent.stat().st_dev != partial.stat().st_dev:
+                copies[name] = (folder / name).with_name(f"{partial.name}-{name.name}")
+                _copy_to_disk(partial / name, copies[name], folder / name)
+        yield copies
+    finally:
+        for place in copies.values():
+            place.unlink(missing_ok=True)
+
+
+def _check_target(target: Path) -> None:
+    """Make the folder of a file that is to be moved there. Raises OSError where it could not be moved."""
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
+
+
+def _copy_to_disk(source: Path, place: Path, target: Path) -> None:
+    """Copy a file to a place beside its target, which lies on another disk; deletes what dead saves left there."""
+    for begin in (WRITING, OLD):
+        for path in target.parent.glob(f"{begin}*-{target.name}"):
+            path.unlink()
+    copy_file(source, place, name=target)
+    _sync(place)
+
+
+def copy_file(source: Path, target: Path, *, name: Path | None = None) -> None:
+    """Copy a file's contents. Raises OSError, which names the file that cannot be written, or else `name`."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        # a full disk is met between the two, and python then names the one that is read
+        if error.errno is None or (error.filename2 is None and Path(error.filename or target) != target):
+            raise
+        raise OSError(error.errno, error.strerror, str(name or target)) from error
+
+
+def _place_aside(path: Path, folder: Path, aside: Path) -> Path:
+    """Where an old file of `folder` waits on its own disk: in the hidden folder `aside`, or beside itself."""
+    if path.parent.stat().st_dev != folder.stat().st_dev:
+        return path.with_name(f"{aside.name}-{path.name}")
+    place = aside / path.relative_to(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _others(folder: Path, names: Sequence[Path]) -> list[Path]:
+    """The files that a folder holds beside those of these names, but for what other saves are writing."""
     kept = {folder / name for name in names}
     kept |= {parent for path in kept for parent in path.parents}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path in kept or path.relative_to(folder).parts[0].startswith((WRITING, MOVING, ALIVE)):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()
-        else:
-            path.unlink()
+    return [
+        path
+        for path in folder.rglob("*")
+        if path not in kept
+        and not any(part.startswith((WRITING, MOVING, OLD, ALIVE)) for part in path.relative_to(folder).parts)
+        and (path.is_symlink() or not path.is_dir())
+    ]
 
 
 def _sync(path: Path) -> None:

@@ -62,17 +62,22 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
 
     Raises CheckpointError for none, and for a broken index.
     """
-    if is_interrupted(folder):
-        raise CheckpointError(
-            f"{folder} holds files of two models, since saving into it was interrupted: expected those of one; save "
-            "into it again, or take another folder"
-        )
+    check_not_interrupted(folder)
     for name in names:
         path = folder / name
         # a link to nothing is there, and cannot be read
         if path.exists() or path.is_symlink():
             return _read_index(path) if name.endswith(".index.json") else [path]
     raise CheckpointError(f"no weights in {folder}: expected {' or '.join(names)}")
+
+
+def check_not_interrupted(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds the files of two models, since saving into it was interrupted."""
+    if is_interrupted(folder):
+        raise CheckpointError(
+            f"{folder} holds files of two models, since saving into it was interrupted: expected those of one; save "
+            "into it again, or take another folder"
+        )
 
 
 def _read_index(path: Path) -> list[WeightFile]:

@@ -56,15 +56,23 @@ class TorchStateDict:
 
 def open_torch_file(path: Path) -> TorchStateDict:
     """A file of torch.save that holds a state dict, and no code. Raises CheckpointError for anything else."""
+    state = load_torch(path, mmap=True)
+    _check_state_dict(state, path)
+    return TorchStateDict(state)
+
+
+def load_torch(path: Path, *, mmap: bool = False) -> Any:
+    """What torch.save wrote into a file, on the CPU. Raises CheckpointError for a broken file, and for one with code.
+
+    mmap: whether tensors may be read when they are needed, from the file.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_stored_zip(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_stored_zip(path))
     except _BROKEN_PICKLE as error:
         # torch's own message advises to run whatever code the file holds: only its reason is repeated
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         what = describe_unreadable(path) or "expected tensors alone, as torch.save writes them; fetch it again"
         raise CheckpointError(f"cannot read {path}: {reason or type(error).__name__}; {what}") from error
-    _check_state_dict(state, path)
-    return TorchStateDict(state)
 
 
 def _is_stored_zip(path: Path) -> bool:

@@ -10,22 +10,36 @@ from typing import Any
 import sentencepiece
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.load import check_not_interrupted
 from unimm.data.shapes import tokenizer_corpus
 from unimm.encoders.siglip import SiglipConfig, SiglipVisionEncoder
 from unimm.encoders.timm_vit import TimmVisionEncoder
 from unimm.nn.decoder import Decoder, ExpertWeights
 from unimm.tokenizers.text import SentencePieceTokenizer
+from unimm.training.checkpoints import read_tensors
 
 
 def trained_file(folder: str | Path, name: str, recipe: str) -> Path:
-    """A file that another recipe wrote. Raises ValueError, with the command that makes it, where it is not there."""
+    """A file that another recipe wrote. Raises ValueError, with the command that makes it, where it is not there, or
+    where its folder holds the files of two models."""
     if not (Path(folder) / name).is_file():
         raise ValueError(f"no {name} in {folder}: run `unimm train {recipe} runs/{recipe}` first")
+    check_not_interrupted(Path(folder))
     return Path(folder) / name
+
+
+def load_trained(module: nn.Module, path: Path, *, prefix: str = "") -> None:
+    """Load the weights in a file that another recipe wrote. Raises ValueError where they are of other numbers.
+
+    prefix: of the names that they have in the module.
+    """
+    try:
+        module.load_state_dict({f"{prefix}{name}": x.float() for name, x in read_tensors(path).items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of other numbers than the recipe's model: {error}") from error
 
 
 def resolve_part(name: str, part: str) -> Path:
@@ -131,7 +145,7 @@ def init_siglip(numbers: Mapping[str, Any], folder: str) -> SiglipVisionEncoder:
     """
     encoder = SiglipVisionEncoder(SiglipConfig.from_json(dict(numbers)))
     path = trained_file(hub.resolve(folder), "vision.safetensors", "bagel-nano-vit")
-    weights = {name: x.float() for name, x in load_file(path).items()}
+    weights = {name: x.float() for name, x in read_tensors(path).items()}
     weights["pos_embed"] = _corner(weights["pos_embed.weight"], encoder.config.grid_side)
     weights["patch_embed.weight"] = _patch_kernel(weights["patch_embed.weight"], encoder.config.patch_size)
     _load_vit(encoder, {name: weights[name] for name in encoder.state_dict() if name in weights})

@@ -22,10 +22,12 @@ from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
     EMA_FILE,
     WEIGHTS_FILE,
+    check_undamaged,
     list_checkpoints,
     load_into,
     load_train_state,
     named_tensors,
+    offer_earlier,
     save_checkpoint,
     save_release,
     tensor_names,
@@ -112,9 +114,13 @@ def check_run(out: Path, *, resume: bool, init: str | Path | None, workers: Any,
 def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | None) -> None:
     """Load the newest checkpoint to resume, or weights to start from."""
     if resume:
-        trainer.resume(list_checkpoints(out)[-1])
+        found = list_checkpoints(out)
+        with offer_earlier(found, "remove {damaged} to go on from {before}"):
+            trainer.resume(found[-1])
     if init is not None:
-        trainer.init_from(Path(init))
+        found = list_checkpoints(Path(init)) or [Path(init)]
+        with offer_earlier(found, "start from the one before, init {before}"):
+            trainer.init_from(found[-1])
 
 
 def initial_weights(init: Path) -> Path:
@@ -249,6 +255,12 @@ class Trainer:
             logger.warning("the recipe differs from that of %s in %s: the run goes on by the new one", folder, changed)
         load_into(folder / WEIGHTS_FILE, named_tensors(self.model))
         load_into(folder / EMA_FILE, self.ema.weights)
+        check_undamaged(folder)
+        if len(self.optimizers) != len(state["optimizers"]):
+            raise ValueError(
+                f"got a checkpoint of {len(state['optimizers'])} optimisers in {folder}, the recipe's muon asks for "
+                f"{len(self.optimizers)}: use the recipe that it was trained by"
+            )
         for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step = state["step"]
@@ -264,6 +276,7 @@ class Trainer:
         load_into(folder / WEIGHTS_FILE, ours)
         # the average holds what that run trained, which need not be what this one trains
         load_into(folder / EMA_FILE, {name: ours[name] for name in tensor_names(folder / EMA_FILE)})
+        check_undamaged(folder)
         self.ema = EMA(self.model, self.recipe.ema_decay)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.atomic import copy_file
+from unimm.checkpoint.config_io import read_json
 from unimm.data.batching import (
     ROW_MULTIPLE,
     encode_latent_tokens,
@@ -39,7 +38,7 @@ from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts, init_decoder, train_tokenizer, trained_file
+from unimm.training.init import compile_experts, init_decoder, load_trained, train_tokenizer, trained_file
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.bagel_plans import (
     ConditionDropout,
@@ -248,15 +247,15 @@ class BagelTask:
         files = {name: dict(recipe.model[name]) for name in ("llm", "vit", "config")}
         vae = trained_file(options.vae, "ae.safetensors", "bagel-nano-vae")
         vit = trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")
-        files["config"]["vae_config"] = json.loads((vae.parent / "vae_config.json").read_text())
+        files["config"]["vae_config"] = read_json(vae.parent / "vae_config.json", required=True)
         extra = [files["config"]["generation"][key] for key in prompts]
         tokenizer = train_tokenizer(options.vocab_size, extra=extra, special_tokens=BAGEL_TOKENS)
         files["llm"]["vocab_size"] = tokenizer.backend.vocab_size()
         torch.manual_seed(recipe.seed)
         model = Bagel(BagelConfig.from_json(files["llm"], files["vit"], files["config"]))
         init_bagel(model)
-        model.vae.load_state_dict({name: x.float() for name, x in load_file(vae).items()})
-        model.vision.load_state_dict(load_file(vit))
+        load_trained(model.vae, vae)
+        load_trained(model.vision, vit)
         model.tokenizer = tokenizer
         if options.compile:
             compile_experts(model.decoder)
@@ -290,7 +289,7 @@ class BagelTask:
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
-        shutil.copyfile(self.vae, folder / "ae.safetensors")
+        copy_file(self.vae, folder / "ae.safetensors")
 
 
 def init_bagel(model: Bagel) -> None:

@@ -6,7 +6,6 @@ Plain next-token cross entropy, on image tokens and on the assistant's words; sa
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.config_io import read_json
 from unimm.data.batching import gen_token_counts, kind_indices, label_counts, mean_by_kind, stack_images
 from unimm.data.shapes import Example
 from unimm.models.janus.config import JanusConfig
@@ -29,9 +28,17 @@ from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
+from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts, init_decoder, init_timm_vit, train_tokenizer, trained_file
+from unimm.training.init import (
+    compile_experts,
+    init_decoder,
+    init_timm_vit,
+    load_trained,
+    train_tokenizer,
+    trained_file,
+)
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
@@ -154,14 +161,14 @@ def init_janus(recipe: TrainConfig, options: JanusTrainingConfig) -> Janus:
     require(recipe.model, "language.hidden_size", "vision.width", "gen_head_dim", "generation.")
     vq = trained_file(options.vq, "vq.safetensors", "janus-nano-vq")
     tokenizer = train_tokenizer(options.vocab_size, special_tokens=DEEPSEEK_TOKENS)
-    vq_config = json.loads((vq.parent / "vq_config.json").read_text())
+    vq_config = read_json(vq.parent / "vq_config.json", required=True)
     files = janus_config_json(recipe.model, vq_config, tokenizer.backend.vocab_size())
     torch.manual_seed(recipe.seed)
     model = Janus(JanusConfig.from_json(files, {}))
     init_decoder(model.decoder)
     init_projectors(model)
-    model.vq.load_state_dict({name: x.float() for name, x in load_file(vq).items()})
-    init_timm_vit(model.vision, load_file(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
+    load_trained(model.vq, vq)
+    init_timm_vit(model.vision, read_tensors(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
     # image tokens begin as their vectors in the VQ tokenizer's codebook
     model.gen_embed.weight.data.copy_(F.normalize(model.vq.quantize.embedding.weight, dim=-1))
     model.tokenizer = tokenizer

@@ -7,9 +7,7 @@ of the vision encoder, is left out.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unimm.checkpoint.atomic import copy_file
+from unimm.checkpoint.config_io import read_json
 from unimm.data.batching import (
     encode_latent_tokens,
     gen_token_counts,
@@ -36,10 +35,18 @@ from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
+from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts, init_decoder, init_timm_vit, train_tokenizer, trained_file
+from unimm.training.init import (
+    compile_experts,
+    init_decoder,
+    init_timm_vit,
+    load_trained,
+    train_tokenizer,
+    trained_file,
+)
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
@@ -131,14 +138,14 @@ class JanusFlowTask:
         require(recipe.model, "language.hidden_size", "vision.width", "flow.width", "flow.blocks", "generation.")
         vae = trained_file(options.vae, "ae.safetensors", "bagel-nano-vae")
         tokenizer = train_tokenizer(options.vocab_size, special_tokens=DEEPSEEK_TOKENS)
-        vae_files = json.loads((vae.parent / "vae_config.json").read_text())
+        vae_files = read_json(vae.parent / "vae_config.json", required=True)
         files = janusflow_config_json(recipe.model, vae_files, tokenizer.backend.vocab_size())
         torch.manual_seed(recipe.seed)
         model = JanusFlow(JanusFlowConfig.from_json(files, {}, vae_files))
         init_decoder(model.decoder)
         init_flow_layers(model)
-        model.autoencoder.load_state_dict({name: x.float() for name, x in load_file(vae).items()})
-        init_timm_vit(model.vision, load_file(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
+        load_trained(model.autoencoder, vae)
+        init_timm_vit(model.vision, read_tensors(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
         model.tokenizer = tokenizer
         if options.compile:
             compile_experts(model.decoder)
@@ -172,7 +179,7 @@ class JanusFlowTask:
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
-        shutil.copyfile(self.vae, folder / "ae.safetensors")
+        copy_file(self.vae, folder / "ae.safetensors")
 
 
 def janusflow_config_json(model: Mapping[str, Any], vae: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import write_json
-from unimm.checkpoint.load import parse_dtype
+from unimm.checkpoint.load import check_not_interrupted, parse_dtype
 from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import SCORING_BATCH, held_out_scenes
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
@@ -24,6 +23,7 @@ from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.init import load_trained
 from unimm.training.tasks.vq import (
     VQArchitecture,
     VQBatch,
@@ -93,14 +93,13 @@ def load_teacher(files: Mapping[str, Any], folder: Path) -> NaViTTeacher | TimmV
             f"no {TEACHER_FILE} in {folder}: run `unimm train bagel-nano-vit {folder.parent}`, or name the folder of "
             "another encoder as the recipe's teacher"
         )
-    weights = load_file(folder / TEACHER_FILE)
+    check_not_interrupted(folder)
     if "model_name" in files:
         teacher: NaViTTeacher | TimmViTTeacher = TimmViTTeacher(TimmEncoderConfig.from_json(files))
-        # the file has timm's names, which ours have inside of `trunk`
-        weights = {f"trunk.{name}": x for name, x in weights.items()}
     else:
         teacher = NaViTTeacher(navit_config_from_json(files))
-    teacher.vision.load_state_dict(weights)
+    # a file of timm's has timm's names, which ours have inside of `trunk`
+    load_trained(teacher.vision, folder / TEACHER_FILE, prefix="trunk." if "model_name" in files else "")
     return teacher.eval().requires_grad_(False)
 
 

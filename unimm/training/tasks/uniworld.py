@@ -6,7 +6,6 @@ loss counts more. Lin et al. 2025, arXiv 2506.03147, section 3; docs/originals/u
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.load import parse_dtype
 from unimm.data.batching import mean_by_kind
 from unimm.denoisers.flux import FluxTransformer
@@ -193,7 +193,7 @@ class UniWorldTask:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         if (self.vae / "ae.safetensors").exists():
-            shutil.copyfile(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
+            copy_file(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
 
 
 def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], vae: Path) -> UniWorld:

@@ -7,7 +7,6 @@ generate".
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.atomic import copy_file
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import TASKS, Example, example
 from unimm.models.uniworld.model import UniWorld
@@ -122,4 +122,4 @@ class TaskHeadTask:
         """Write the whole model in bfloat16; the VAE's file as it was."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         if (self.source / "vae" / "ae.safetensors").exists():
-            shutil.copyfile(self.source / "vae" / "ae.safetensors", folder / "vae" / "ae.safetensors")
+            copy_file(self.source / "vae" / "ae.safetensors", folder / "vae" / "ae.safetensors")

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.checkpoint.config_io import write_json
@@ -25,7 +24,7 @@ from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, Multipliers, NoneOrMore, Positive
 from unimm.training.freezing import freeze
-from unimm.training.init import trained_file
+from unimm.training.init import load_trained, trained_file
 from unimm.training.samples import tensor_grid
 
 
@@ -226,7 +225,7 @@ def starting_vq(config: VQConfig, options: VQTrainingConfig, seed: int) -> VQMod
         torch.manual_seed(seed)
         vq = init_vq(config)
     if options.init_from is not None:
-        vq.load_state_dict(load_file(trained_file(options.init_from, "vq.safetensors", "janus-nano-vq")))
+        load_trained(vq, trained_file(options.init_from, "vq.safetensors", "janus-nano-vq"))
     freeze(vq, options.frozen)
     return vq
 
