@@ -392,10 +392,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(finished, n
             (newest / name).write_bytes(left)
         message = rf"{newest}/[\w.]+.*damaged: remove {newest} to go on from {before}$"
         with pytest.raises(CheckpointError, match=message) as found:
-            run(finished, resume=True, recipe=dataclasses.replace(RECIPE, steps=9))
+            run(finished, resume=True)
         assert "\n" not in str(found.value) and (name in str(found.value) or name == "checksums.json")
         if name not in ("state.pt", "checksums.json"):
-            with pytest.raises(CheckpointError, match=rf"{name}.*start from the one before, init {before}|got init"):
+            with pytest.raises(CheckpointError, match=rf"{name}.*start from the one before, init {before}$"):
                 run(finished / "other", init=finished)
     finally:
         (newest / name).write_bytes(whole)

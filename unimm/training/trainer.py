@@ -120,18 +120,19 @@ def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | 
     if init is not None:
         found = list_checkpoints(Path(init)) or [Path(init)]
         with offer_earlier(found, "start from the one before, init {before}"):
-            trainer.init_from(found[-1])
+            trainer.init_from(Path(init))
 
 
 def initial_weights(init: Path) -> Path:
     """The checkpoint to start from: the newest of a run, or the one that is given. Raises ValueError for neither."""
-    folder = next(reversed(list_checkpoints(init)), init)
-    if not all((folder / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
+    if found := list_checkpoints(init):
+        return found[-1]
+    if not all((init / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
         raise ValueError(
-            f"got init {folder}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} "
-            f"and {EMA_FILE}"
+            f"got init {init}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} and "
+            f"{EMA_FILE}"
         )
-    return folder
+    return init
 
 
 class Trainer:
