@@ -288,8 +288,8 @@ def test_the_average_follows_the_published_ramp():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"tasks": {"answer.count": 1}}, "generates no image"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
-     ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"edit_weights": "cubic"}, "unknown function 'cubic'")],
+    [({"tasks": {"answer.count": 1}}, "got task 'answer.count', expected one of draw"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
+     ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"edit_weights": "cubic"}, "got 'cubic' for edit_weights")],
 )  # fmt: skip
 def test_wrong_recipes(recipe, options, words):
     with pytest.raises(ValueError, match=words):
