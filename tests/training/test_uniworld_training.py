@@ -288,7 +288,7 @@ def test_the_average_follows_the_published_ramp():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"tasks": {"answer.count": 1}}, "got task 'answer.count', expected one of draw"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
+    [({"tasks": {"answer.count": 1}}, "got task 'answer.count', expected"), ({"vit": "/nowhere"}, "no model '/nowhere'"),
      ({"trained": "stage 3"}, "got 'stage 3' for trained"), ({"edit_weights": "cubic"}, "got 'cubic' for edit_weights")],
 )  # fmt: skip
 def test_wrong_recipes(recipe, options, words):

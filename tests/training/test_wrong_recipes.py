@@ -163,6 +163,14 @@ def test_tasks_that_are_none(name):
             from_mapping(options_class(contents["task"]), {**contents["options"], "tasks": none}, where="options")
 
 
+@pytest.mark.parametrize(
+    "cache", [{"samples": 4, "foldr": "x"}, {"samples": 0}, {"samples": "4"}, {"folder": ""}, 5, []]
+)
+def test_caches(cache):
+    with pytest.raises(ValueError, match=r"cache in here"):
+        from_mapping(TrainConfig, {**CONTENTS["uniworld-nano"], "cache": cache}, where="here")
+
+
 @pytest.mark.parametrize("weights", [{"l1": 0.0, "mse": 0.0, "kl": 0.0}, {"l1": -1.0, "mse": 1.0, "kl": 0.0}, {}])
 def test_weights_of_losses(weights):
     contents = {**CONTENTS["bagel-nano-vae"], "loss_weights": weights}

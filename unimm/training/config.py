@@ -73,7 +73,7 @@ class RecipeSection:
     """A part of a recipe: subclasses are dataclasses that `from_mapping` reads."""
 
     # no string for a number, no 1.0 or true for 1, no infinities
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 Section = TypeVar("Section", bound=RecipeSection)
@@ -259,6 +259,8 @@ def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], w
         value = value[key]
         place = f"{key} of {place}" if isinstance(key, str) else f"{place}[{key}]"
         kind = get_args(kind)[1 if isinstance(key, str) else 0]
+    if error["type"] == "unexpected_keyword_argument":
+        return f"got {place} in {where}, which has no such key: correct the recipe"
     if error["type"] == "value_error":
         return f"{place} in {where}: {_own_words(error)}: correct the recipe"
     return f"got {value!r} for {place} in {where}, expected {_expected(kind, error)}: correct the recipe"
