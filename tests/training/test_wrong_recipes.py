@@ -28,11 +28,8 @@ CONTENTS = {path.stem: yaml.load(text, Loader=RecipeLoader) for path, text in TE
 def options_class(task: str) -> type[RecipeSection]:
     """The class that reads the `options` of a task."""
     module = import_module(TRAINING_TASKS[task].partition(":")[0])
-    (found,) = (
-        one
-        for name, one in vars(module).items()
-        if name.endswith("TrainingConfig") and one.__module__ == module.__name__
-    )
+    known = [one for name, one in vars(module).items() if name.endswith("TrainingConfig")]
+    (found,) = [one for one in known if one.__module__ == module.__name__] or known
     return found
 
 
