@@ -31,7 +31,7 @@ def trained_weights(recipe, out, **options):
     """The run's averaged weights."""
     task = build_task(recipe)
     train(task, recipe, out, workers=0, **options)
-    (folder,) = (out / "checkpoints").glob("*")
+    *_, folder = sorted((out / "checkpoints").glob("*"))
     return (folder / "average.safetensors").read_bytes(), task
 
 
