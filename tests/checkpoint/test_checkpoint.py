@@ -84,7 +84,7 @@ def full_size(monkeypatch, folder: Path, top: dict | None) -> Bagel:
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     (folder / "ema.safetensors").touch()
-    monkeypatch.setattr("unimm.models.bagel.config.read_shapes", lambda paths: MANIFEST[paths[0].name])
+    monkeypatch.setattr("unimm.checkpoint.load.read_shapes", lambda paths: MANIFEST[paths[0].name])
     with torch.device("meta"):
         return Bagel.from_folder(folder)
 

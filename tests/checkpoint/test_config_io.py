@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import pytest
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_config, write_config
+from unimm.checkpoint.json_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,10 @@ def test_a_section_of_a_larger_file():
         ({"part_config": {"cls": "Other", "params": {}}}, "got part_config.cls 'Other'.*expected 'Part'"),
         ({"n_levels": 3}, "got n_levels 3, expected 2 by the rest of the toy.s config"),
         ({"generation": {"guidance": {"scales": 2}}}, "got scales in ToyPlain: expected some of interval, scale"),
-        ({"generation": {"guidance": {"interval": [0.0]}}}, r"got \[0.0\] in the config: expected 2 values"),
+        (
+            {"generation": {"guidance": {"interval": [0.0]}}},
+            r"got generation.guidance.interval \[0.0\] in ToyPlain: expected 2 values",
+        ),
     ],
 )
 def test_wrong_files(changes, words):
@@ -171,7 +175,7 @@ def test_files(tmp_path):
 def test_a_section_that_is_no_mapping(wrong):
     with pytest.raises(ValueError, match="got part .* in the config: expected a mapping"):
         read_config(ToyPart, {"part": wrong}, JsonLayout(keys={"dim": "part.dim"}))
-    with pytest.raises(ValueError, match="for a ToyPart in the config: expected a mapping"):
+    with pytest.raises(ValueError, match="got part_config.params .* in the toy's config: expected a mapping"):
         ToyConfig.from_json({**FILE, "part_config": {"params": wrong}})
     with pytest.raises(ValueError, match="for the config: expected a mapping"):
         ToyPart.from_json(wrong)

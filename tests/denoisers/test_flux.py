@@ -285,7 +285,7 @@ def test_config_round_trips():
         ({"joint_attention_dim": None}, "lacks joint_attention_dim"),
         ({"axes_dims_rope": [4, 6, 8]}, r"got rope_axes_dims \[4, 6, 8\]: .*head_dim, 16"),
         ({"axes_dims_rope": [4, 7, 5]}, "even numbers"),
-        ({"num_attention_heads": 0}, "got n_heads 0.*positive"),
+        ({"num_attention_heads": 0}, "got num_attention_heads 0 .*a positive whole number"),
         ({"num_layers": 0, "num_single_layers": 0}, "a block of either kind"),
     ],
 )

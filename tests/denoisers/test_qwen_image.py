@@ -152,7 +152,7 @@ def test_gradients_reach_every_parameter_but_the_last_texts(small):
         ({"num_layers": None}, "lacks num_layers"),
         ({"axes_dims_rope": [8, 8]}, "expected three"),
         ({"axes_dims_rope": [4, 6, 8]}, "head_dim, 16"),
-        ({"num_layers": 0}, "a block of either kind"),
+        ({"num_layers": 0}, "got num_layers 0 .*a positive whole number"),
     ],
 )
 def test_wrong_configs(changes, words):

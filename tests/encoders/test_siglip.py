@@ -155,7 +155,7 @@ def test_gradients_reach_every_parameter(small):
         ({"model_type": "siglip2_vision_model"}, "got model_type 'siglip2_vision_model'.*NaFlex"),
         ({"hidden_size": 25}, "a multiple of the heads"),
         ({"image_size": 3}, "images of a patch or more"),
-        ({"num_hidden_layers": 0}, "expected positive numbers"),
+        ({"num_hidden_layers": 0}, "got num_hidden_layers 0 .*a positive whole number"),
     ],
 )
 def test_wrong_configs(changes, words):
@@ -166,7 +166,7 @@ def test_wrong_configs(changes, words):
 def test_wrong_inputs(tmp_path, small):
     with pytest.raises(ValueError, match=r"got images \[1, 3, 24, 24\]: expected \[B, 3, 23, 23\]"):
         small(torch.zeros(1, 3, 24, 24))
-    with pytest.raises(ValueError, match="unknown activation 'gelo'"):
+    with pytest.raises(ValueError, match="got hidden_act 'gelo'.*expected one of 'silu'"):
         SiglipVisionEncoder(SiglipConfig.from_json(TOY | {"hidden_act": "gelo"}))
     for changes, words in [
         ({"size": {"height": 24, "width": 23}}, "got size.height 24, expected 23"),

@@ -200,12 +200,12 @@ def test_who_sees_whom():
     [
         ("clip", {"model_type": "siglip_text_model"}, "got model_type 'siglip_text_model', expected 'clip_text_model'"),
         ("clip", {"hidden_size": 25}, "a multiple of the heads"),
-        ("clip", {"vocab_size": 0}, "expected positive numbers"),
+        ("clip", {"vocab_size": 0}, "got vocab_size 0 .*a positive whole number"),
         ("t5", {"model_type": "umt5"}, "got model_type 'umt5', expected 't5'"),
         ("t5", {"feed_forward_proj": "relu"}, r"got feed_forward_proj 'relu': expected gated-gelu.*v1\.1"),
         ("t5", {"relative_attention_num_buckets": 7}, "an even number of buckets"),
         ("t5", {"relative_attention_max_distance": 3}, "max_distance above a quarter"),
-        ("t5", {"num_heads": 0}, "expected positive numbers"),
+        ("t5", {"num_heads": 0}, "got num_heads 0 .*a positive whole number"),
     ],
 )
 def test_wrong_configs(kind, changes, words):

@@ -215,7 +215,7 @@ def test_config_files_round_trip():
         ({"n_embed": 8}, "lacks image_token_size"),
         ({"image_token_size": 4, "n_embed": 8, "ch": 48}, "width 48, expected a multiple of 32"),
         ({"image_token_size": 4, "n_embed": 8, "ch_mult": []}, "one multiplier per level"),
-        ({"image_token_size": 0, "n_embed": 8}, "positive counts"),
+        ({"image_token_size": 0, "n_embed": 8}, "got image_token_size 0 .*a positive whole number"),
     ],
 )
 def test_wrong_configs(files, words):

@@ -365,7 +365,7 @@ def test_config_round_trips(ours):
         ({"text_config": TEXT | {"use_sliding_window": True}}, "use_sliding_window"),
         ({"text_config": TEXT | {"rope_scaling": {"type": "yarn"}}}, "yarn"),
         ({"text_config": TEXT | {"model_type": "qwen3"}}, "expected a plain Qwen2"),
-        ({"projector_hidden_act": "gelo"}, "unknown activation 'gelo'"),
+        ({"projector_hidden_act": "gelo"}, "got projector_hidden_act 'gelo'.*expected one of 'silu'"),
     ],
 )
 def test_wrong_configs(changes, words):

@@ -18,7 +18,7 @@ from pathlib import Path
 # files of tokenizers and processors that a model may have or not, and that are read wherever they are found
 OPTIONAL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json"),
+    *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json"),
 )
 WRITING = ".unimm-writing-"  # begins the name of a folder that is being written
 MOVING = ".unimm-moving-"  # and of one that is whole, whose files are being moved into place

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
@@ -58,8 +59,9 @@ class PretrainedComponent(nn.Module, ABC):
         paths: list[WeightFile] = [path] if path.is_file() else weight_files(path, cls.WEIGHT_FILES)
         with keep_weights_open():
             shapes = read_shapes(paths)
-            with torch.device("meta"):
-                module = cls.from_configs(path.parent if path.is_file() else path, shapes)
+            folder = path.parent if path.is_file() else path
+            with torch.device("meta"), building(folder):
+                module = cls.from_configs(folder, shapes)
             load_weights(module, paths, module.key_map(shapes), dtype=dtype, device=parse_device(device))
         return module.eval()
 
@@ -69,6 +71,6 @@ class PretrainedComponent(nn.Module, ABC):
         """Raise CheckpointError where a folder that was just written would not load; reads no weights."""
         paths = weight_files(folder, cls.WEIGHT_FILES)
         shapes = read_shapes(paths)
-        with torch.device("meta"):
+        with torch.device("meta"), building(folder):
             module = cls.from_configs(folder, shapes)
         check_weights(module, paths, module.key_map(shapes))

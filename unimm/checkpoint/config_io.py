@@ -1,15 +1,16 @@
 """Config files: JSON to frozen dataclasses and back, by a table of each config's released keys."""
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from operator import attrgetter
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
+    Annotated,
     Any,
     ClassVar,
+    Literal,
     Protocol,
     TypeVar,
     Union,
@@ -21,32 +22,16 @@ from typing import (
 
 from typing_extensions import Self
 
-from unimm.checkpoint.atomic import name_file
+from unimm.checkpoint.json_files import JsonSection, naming_place
 
 T = TypeVar("T")
 
-
-def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The contents of a config file, or nothing where there is no file. Raises ValueError for a file that is no JSON
-    object.
-
-    required: raise ValueError where there is no file.
-    """
-    if required and not path.exists():
-        raise ValueError(f"no {path.name} in {path.parent}: expected the released one")
-    try:
-        data = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}; fetch it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {data!r:.80}: expected a JSON object; fetch it again")
-    return data
-
-
-def write_json(path: Path, contents: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write a config file. An OSError names it."""
-    with name_file(path):
-        path.write_text(json.dumps(contents, indent=indent) + "\n", encoding="utf-8")
+# limits of a value stand beside its type: `Annotated[int, range(...)]`, `Annotated[str, names]`; those of a plain int
+WHOLE_NUMBERS = range(2**31)
+PositiveInt = Annotated[int, range(1, 2**31)]
+LayerCount = Annotated[int, range(1, 10_001)]  # more would be built for hours, and no release has as many
+PositiveFloat = Annotated[float, "positive"]
+MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class SameAs:
 @dataclass(frozen=True, kw_only=True)
 class JsonLayout:
     """The layout of a config's fields in a released file. A key may be a path, `section.key`. A value of null counts as
-    left out.
+    left out; it is refused where a truth value would be true without it, since null is false to the released code.
 
     name: of the file in error messages. source: where a right one comes from, for the same messages. keys: field -> its
     key, or several, of which the first that the file has is read and the first is written; a field that is not listed
@@ -117,35 +102,66 @@ def read_config(
 ) -> T:
     """A config out of a file's contents. given: fields that the caller knows better than the file.
 
-    Raises ValueError for keys that are missing, for values that are not supported, and for those that contradict the
-    others.
+    Raises ValueError for keys that are missing, for values of other types than their fields, for those that are not
+    supported, and for those that contradict the others; the message names the key and, where it is known, the file.
     """
-    data = data.get(layout.section, data) if layout.section else data
+    data = data.get(layout.section, data) if layout.section and isinstance(data, Mapping) else data
     if not isinstance(data, Mapping):
         raise ValueError(f"got {data!r:.80} for {layout.name}: expected a mapping, as in {layout.source}")
     check_data(data, layout)
     keys = _keys(cls, layout)
     if layout.keys is None and (unknown := sorted(data.keys() - {names[0] for names in keys.values()})):
-        raise ValueError(f"got {', '.join(unknown)} in {layout.name}: expected some of {', '.join(sorted(keys))}")
-    found = {}
-    hints = get_type_hints(cls)
+        raise ValueError(
+            f"got {', '.join(unknown)} in {_place(data, layout)}: expected some of {', '.join(sorted(keys))}"
+        )
+    found = dict(given or {})
     missing = []
+    hints = get_type_hints(cls, include_extras=True)
     for name, definition in _fields(cls).items():
-        if given is not None and name in given:
-            found[name] = given[name]
+        if name in found:
             continue
-        value = _value(data, keys.get(name, ()), layout)
+        value, key = _value(data, keys.get(name, ()), layout)
+        default = definition.default
+        if hints[name] is bool and (default if value is None else value) is True:
+            _refuse_nulls(data, keys.get(name, ()), layout)
         if value is not None:
-            found[name] = _decode(value, hints[name])
-        elif definition.default is MISSING and definition.default_factory is MISSING:
+            found[name] = _decode(value, hints[name], _Spot.of(data, key, layout))
+        elif default is MISSING and definition.default_factory is MISSING:
             if NoneType in get_args(hints[name]):
                 found[name] = None
             elif name in keys:
                 missing.append(keys[name][0])
-    _check_missing(missing, layout)
-    config = cls(**found)
-    _check_derived(config, data, layout)
+    _check_missing(missing, data, layout)
+    with naming_place(data):
+        config = cls(**found)
+        _check_derived(config, data, layout)
     return config
+
+
+def read_value(data: Mapping[str, Any], key: str, hint: Any, default: Any = MISSING, *, layout: JsonLayout) -> Any:
+    """One value of a file, of the type that a field with this hint has; the default where the file leaves it out.
+
+    Raises ValueError for another type, and for a missing key without a default. layout: for the messages.
+    """
+    value = _get(data, key)
+    if value is None and default is MISSING:
+        _check_missing([key], data, layout)
+    if value is None and default is True:
+        _refuse_nulls(data, (key,), layout)
+    return default if value is None else _decode(value, hint, _Spot.of(data, key, layout))
+
+
+def read_section(data: Mapping[str, Any], path: str, layout: JsonLayout, *, required: bool = True) -> Mapping[str, Any]:
+    """A part of a file, by its path, `section.section`; an empty one where it is not required and not there.
+
+    Raises ValueError where it is missing, or no mapping.
+    """
+    found = _get(data, path)
+    if found is None and required:
+        _check_missing([path], data, layout)
+    if found is not None and not isinstance(found, Mapping):
+        raise _Spot.of(data, path, layout).error(found, "a mapping")
+    return JsonSection({}, _file(data), tuple(_full_key(data, path).split("."))) if found is None else found
 
 
 def write_config(config: Any, layout: JsonLayout) -> dict[str, Any]:
@@ -167,14 +183,24 @@ def check_data(data: Mapping[str, Any], layout: JsonLayout) -> None:
     """Raise ValueError where a file lacks a required key, or has another value than the only supported one."""
     for key, expected in layout.fixed.items():
         got = _section(data, key).get(key.rpartition(".")[2], expected)
-        if any(one != expected for one in (got if isinstance(got, list) else [got])):
-            raise ValueError(f"got {key} {got!r}, expected {expected!r}, as in {layout.source}")
-    _check_missing([key for key in layout.required if _get(data, key) is None], layout)
+        if got == [] or any(one != expected for one in (got if isinstance(got, list) else [got])):
+            file = f" in {data.file}" if isinstance(data, JsonSection) and data.file else ""
+            raise ValueError(
+                f"got {_full_key(data, key)} {got!r:.80}{file}, expected {expected!r}, as in {layout.source}"
+            )
+    _check_missing([key for key in layout.required if _get(data, key) is None], data, layout)
 
 
-def _check_missing(keys: Sequence[str], layout: JsonLayout) -> None:
+def _check_missing(keys: Sequence[str], data: Mapping[str, Any], layout: JsonLayout) -> None:
     if keys:
-        raise ValueError(f"{layout.name} lacks {', '.join(keys)}: expected {layout.source}")
+        lacking = ", ".join(_full_key(data, key) for key in keys)
+        raise ValueError(f"{_place(data, layout)} lacks {lacking}: expected {layout.source}")
+
+
+def _refuse_nulls(data: Mapping[str, Any], keys: tuple[str, ...], layout: JsonLayout) -> None:
+    for key in keys:
+        if _section(data, key).get(key.rpartition(".")[2], MISSING) is None:
+            raise _Spot.of(data, key, layout).error(None, "true or false")
 
 
 def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> None:
@@ -183,7 +209,8 @@ def _check_derived(config: Any, data: Mapping[str, Any], layout: JsonLayout) -> 
         expected = _encode(attrgetter(path)(config))
         if got is not None and got != expected:
             raise ValueError(
-                f"got {key} {got!r}, expected {expected!r} by the rest of {layout.name}: correct one of them"
+                f"got {_full_key(data, key)} {got!r:.80}, expected {expected!r} by the rest of {layout.name}: correct "
+                "one of them"
             )
 
 
@@ -197,11 +224,12 @@ def _keys(cls: type, layout: JsonLayout) -> dict[str, tuple[str, ...]]:
     return {name: (key,) if isinstance(key, str) else key for name, key in keys.items()}
 
 
-def _value(data: Mapping[str, Any], keys: tuple[str, ...], layout: JsonLayout) -> Any:
-    """The value of the first of the keys that the file has, or the default of one of them; None without either."""
-    values = (*(_get(data, key) for key in keys), *(layout.defaults.get(key) for key in keys))
-    value = next((value for value in values if value is not None), None)
-    return _value(data, (value.key,), layout) if isinstance(value, SameAs) else value
+def _value(data: Mapping[str, Any], keys: tuple[str, ...], layout: JsonLayout) -> tuple[Any, str]:
+    """The value of the first of the keys that the file has, or the default of one of them, and its key; None without
+    either."""
+    values = (*((_get(data, key), key) for key in keys), *((layout.defaults.get(key), key) for key in keys))
+    value, key = next((pair for pair in values if pair[0] is not None), (None, ""))
+    return _value(data, (value.key,), layout) if isinstance(value, SameAs) else (value, key)
 
 
 def _get(data: Mapping[str, Any], path: str) -> Any:
@@ -213,31 +241,121 @@ def _section(data: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     for key in path.split(".")[:-1]:
         inner = data.get(key)
         if inner is not None and not isinstance(inner, Mapping):
-            raise ValueError(f"got {key} {inner!r:.80} in the config: expected a mapping")
+            raise ValueError(
+                f"got {_full_key(data, key)} {inner!r:.80} in {_file(data) or 'the config'}: expected a mapping"
+            )
         data = inner or {}
     return data
 
 
-def _decode(value: Any, hint: Any) -> Any:
-    """A JSON value as a field of that type: lists as tuples, mappings as the nested configs that they describe."""
-    if get_origin(hint) in (Union, UnionType):
+# ---- where a value stands
+
+
+def _file(data: Mapping[str, Any]) -> str:
+    return data.file if isinstance(data, JsonSection) else ""
+
+
+def _place(data: Mapping[str, Any], layout: JsonLayout) -> str:
+    """The name of a file for messages, with its path where that is known."""
+    file = _file(data)
+    if not file or file.endswith(f"/{layout.name}"):
+        return file or layout.name
+    return f"{layout.name}, {file},"
+
+
+def _full_key(data: Mapping[str, Any], key: str) -> str:
+    return data.full_key(key) if isinstance(data, JsonSection) else key
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where a value stands, for messages."""
+
+    key: str
+    file: str
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], key: str, layout: JsonLayout) -> "_Spot":
+        return cls(_full_key(data, key), _file(data) or layout.name)
+
+    def error(self, value: Any, expected: str) -> ValueError:
+        return ValueError(
+            f"got {self.key} {value!r:.80} in {self.file}: expected {expected}; correct it or fetch the file"
+        )
+
+
+# ---- types
+
+
+def _decode(value: Any, hint: Any, spot: _Spot) -> Any:
+    """A JSON value as a field of that type: lists as tuples, mappings as the nested configs that they describe.
+
+    Raises ValueError, which says where it stands and what was expected, for a value of another type.
+    """
+    origin = get_origin(hint)
+    if hint is Any or hint is NoneType:
+        return value
+    if origin in (Union, UnionType):
         inner = [one for one in get_args(hint) if one is not NoneType]
-        return _decode(value, inner[0]) if len(inner) == 1 else value
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        assert len(inner) == 1, "a field of one type, or None"
+        return _decode(value, inner[0], spot)
+    if origin is Literal:
+        if not isinstance(value, str) or value not in get_args(hint):
+            raise spot.error(value, " or ".join(map(repr, get_args(hint))))
+        return value
+    kind, limits = get_args(hint)[:2] if origin is Annotated else (hint, None)
+    if kind in (int, float):
+        return _number(value, kind, limits, spot)
+    if kind in (bool, str):
+        if not isinstance(value, kind):
+            raise spot.error(value, "true or false" if kind is bool else "a text")
+        if limits is not None and value not in limits:
+            raise spot.error(value, f"one of {', '.join(map(repr, limits))}")
+        return value
+    return _composite(value, kind, spot)
+
+
+def _number(value: Any, kind: type, limits: Any, spot: _Spot) -> int | float:
+    """A number of that kind: as it is, but for a whole one that was written as a fraction, 2.0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        limits = WHOLE_NUMBERS if limits is None else limits
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if not is_number or not isinstance(whole, int) or whole not in limits:
+            least = "a positive whole number" if limits.start == 1 else f"a whole number from {limits.start} on"
+            raise spot.error(value, f"{least}, at most {limits.stop - 1}")
+        return whole
+    # an int may be too large for a float, and nan is within no limits
+    if not is_number or not -MAX_FLOAT <= value <= MAX_FLOAT or (limits == "positive" and value <= 0):
+        raise spot.error(value, "a positive number" if limits == "positive" else "a finite number")
+    return value
+
+
+def _composite(value: Any, hint: Any, spot: _Spot) -> Any:
+    """A list or a mapping."""
+    if get_origin(hint) is tuple:
         types = get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise spot.error(value, "a list")
         types = types[:1] * len(value) if types[-1] is Ellipsis else types
         if len(types) != len(value):
-            raise ValueError(f"got {value} in the config: expected {len(types)} values")
-        return tuple(_decode(*pair) for pair in zip(value, types, strict=True))
-    if not isinstance(hint, type):
+            raise spot.error(value, f"{len(types)} values")
+        return tuple(_decode(*pair, spot) for pair in zip(value, types, strict=True))
+    is_config = isinstance(hint, type) and is_dataclass(hint)
+    if is_config and isinstance(value, hint):
         return value
-    if is_dataclass(hint) and not isinstance(value, Mapping | hint):
-        raise ValueError(f"got {value!r:.80} for a {hint.__name__} in the config: expected a mapping")
     if not isinstance(value, Mapping):
-        return value
+        raise spot.error(value, "a mapping")
+    if not is_config:
+        key_and_value = get_args(hint)
+        return {
+            key: _decode(one, key_and_value[1], replace(spot, key=f"{spot.key}.{key}")) for key, one in value.items()
+        }
+    if not isinstance(value, JsonSection):
+        value = JsonSection(value, above=tuple(spot.key.split(".")))
     if issubclass(hint, JsonReadable):
         return hint.from_json(value)
-    return read_config(hint, value, JsonLayout(name=hint.__name__)) if is_dataclass(hint) else value
+    return read_config(hint, value, JsonLayout(name=hint.__name__))
 
 
 def _encode(value: Any) -> Any:

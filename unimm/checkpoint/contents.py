@@ -20,6 +20,11 @@ class CheckpointError(ValueError):
     """Weights that cannot be loaded: a file cut short, keys missing or too many, wrong shapes."""
 
 
+def is_there(path: Path) -> bool:
+    """Whether a folder has a file of this name; a link to nothing is one, and cannot be read."""
+    return path.exists() or path.is_symlink()
+
+
 def describe_unreadable(path: Path) -> str | None:
     """What a file that a reader refused is instead, and what to do; None where nothing more than that can be said."""
     if not path.exists():

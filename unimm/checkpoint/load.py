@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unimm.checkpoint.atomic import is_interrupted
-from unimm.checkpoint.config_io import read_json
-from unimm.checkpoint.contents import CheckpointError, describe_unreadable
+from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_there
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
 from unimm.checkpoint.torch_file import FLOATING_DTYPES, open_torch_file
 
@@ -65,8 +65,7 @@ def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
     check_not_interrupted(folder)
     for name in names:
         path = folder / name
-        # a link to nothing is there, and cannot be read
-        if path.exists() or path.is_symlink():
+        if is_there(path):
             return _read_index(path) if name.endswith(".index.json") else [path]
     raise CheckpointError(f"no weights in {folder}: expected {' or '.join(names)}")
 
@@ -82,13 +81,7 @@ def check_not_interrupted(folder: Path) -> None:
 
 def _read_index(path: Path) -> list[WeightFile]:
     """The shards of an index. Raises CheckpointError where it has no map to files below its folder."""
-    if what := describe_unreadable(path):
-        raise CheckpointError(f"cannot read {path}: {what}")
-    try:
-        index = read_json(path)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map, or an empty one: expected each tensor's file; fetch it again")
     shards = list(weight_map.values())
@@ -190,6 +183,22 @@ def read_headers(sources: Sequence[WeightFile]) -> dict[str, TensorHeader]:
 def read_shapes(sources: Sequence[WeightFile]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the files, from their headers alone."""
     return {key: header.shape for key, header in read_headers(sources).items()}
+
+
+def read_folder_shapes(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a folder's weights of these names; none where it has no such file."""
+    return read_shapes(weight_files(folder, names)) if any(is_there(folder / name) for name in names) else {}
+
+
+def read_size(shapes: Shapes, key: str, *, axis: int, n_axes: int) -> int:
+    """The size of an axis of a tensor that tells a number of the config. Raises CheckpointError for a tensor of other
+    axes, or an empty one."""
+    shape = shapes[key]
+    if len(shape) != n_axes or min(shape) < 1:
+        raise CheckpointError(
+            f"{key} has shape {list(shape)} in the weights: expected {n_axes} axes, none of them empty; fetch them again"
+        )
+    return shape[axis]
 
 
 def check_keys(shapes: Shapes, key_map: KeyMap, parameters: Mapping[str, Tensor], where: str) -> dict[str, Transform]:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json, write_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveInt, SameAs
+from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
 from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
@@ -112,14 +113,14 @@ BFL_SINGLE_KEY_MAP = renames(
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig(JsonConfig):
-    in_channels: int  # of a packed token
-    out_channels: int
-    n_double_blocks: int
-    n_single_blocks: int
-    n_heads: int
-    head_dim: int
-    text_dim: int
-    pooled_dim: int
+    in_channels: PositiveInt  # of a packed token
+    out_channels: PositiveInt
+    n_double_blocks: Annotated[int, range(10_001)]
+    n_single_blocks: Annotated[int, range(10_001)]
+    n_heads: PositiveInt
+    head_dim: PositiveInt
+    text_dim: PositiveInt
+    pooled_dim: PositiveInt
     guidance_embeds: bool  # whether a guidance is embedded beside the time; FLUX.1-schnell has none
     rope_axes_dims: tuple[int, ...]
     mlp_ratio: float = 4.0
@@ -179,9 +180,12 @@ class FluxConfig(JsonConfig):
             return len({key.split(".")[1] for key in shapes if key.startswith(f"{name}.")})
 
         norms = [shape for key, shape in shapes.items() if key.endswith("query_norm.scale")]
-        required = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
-        if (missing := [key for key in required if key not in shapes]) or not norms:
+        matrices = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+        if (missing := [key for key in matrices if key not in shapes]) or not norms:
             raise ValueError(f"the weights lack {', '.join(missing) or 'norms of queries'}: expected those of FLUX.1")
+        wrong = [f"{key} {list(shapes[key])}" for key in matrices if len(shapes[key]) != 2 or min(shapes[key]) < 1]
+        if wrong or any(len(shape) != 1 or shape[0] < 1 for shape in norms):
+            raise ValueError(f"got shapes {', '.join(wrong) or norms[0]}: expected those of FLUX.1's weights")
         (dim, in_channels) = shapes["img_in.weight"]
         head_dim = norms[0][0]
         wide = [
@@ -205,7 +209,8 @@ class FluxConfig(JsonConfig):
 
 def _first_length(shapes: Mapping[str, tuple[int, ...]], head: str, tail: str) -> int:
     """The rows of a tensor of the first block that has it; 0 for none."""
-    return next((shape[0] for key, shape in shapes.items() if key.startswith(head) and key.endswith(tail)), 0)
+    found = (shape for key, shape in shapes.items() if key.startswith(head) and key.endswith(tail) and shape)
+    return next(found, (0,))[0]
 
 
 def in_bfl_layout(names: Collection[str]) -> bool:

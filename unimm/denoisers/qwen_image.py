@@ -18,7 +18,8 @@ from typing_extensions import Self
 
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json, write_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveInt, SameAs
+from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
 from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
@@ -61,12 +62,12 @@ KEY_MAP += KeyMap(SwapHalves("norm_out.linear.{}", "mmdit.final_layer.modulation
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageConfig(JsonConfig):
-    in_channels: int  # of a packed token
-    out_channels: int  # of a latent, a fourth of a packed token's
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    text_dim: int
+    in_channels: PositiveInt  # of a packed token
+    out_channels: PositiveInt  # of a latent, a fourth of a packed token's
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    head_dim: PositiveInt
+    text_dim: PositiveInt
     rope_axes_dims: tuple[int, ...]
 
     JSON: ClassVar = JsonLayout(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, SameAs, read_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveFloat, PositiveInt, SameAs
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.checkpoint.load import Shapes
 from unimm.kernels import adaln_modulate
@@ -59,19 +60,19 @@ KEY_MAP += equal_slices(
 
 @dataclass(frozen=True, kw_only=True)
 class SanaConfig(JsonConfig):
-    in_channels: int
-    out_channels: int
-    sample_size: int  # side of the grid of latents that it was trained on; others are possible
-    patch_size: int
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    n_cross_heads: int
-    cross_head_dim: int
-    caption_dim: int
-    mlp_ratio: float
+    in_channels: PositiveInt
+    out_channels: PositiveInt
+    sample_size: PositiveInt  # side of the grid of latents that it was trained on; others are possible
+    patch_size: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    head_dim: PositiveInt
+    n_cross_heads: PositiveInt
+    cross_head_dim: PositiveInt
+    caption_dim: PositiveInt
+    mlp_ratio: PositiveFloat
     qkv_bias: bool
-    norm_eps: float
+    norm_eps: PositiveFloat
 
     JSON: ClassVar = JsonLayout(
         source="the released config.json of a Sana 1.6B transformer",

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_json
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveFloat, PositiveInt
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, renames
 from unimm.checkpoint.load import Shapes
 from unimm.kernels import AttentionMask, KeyRange
-from unimm.nn.layers import EncoderBlock
+from unimm.nn.layers import Activation, EncoderBlock
 
 # the end that configs named before transformers corrected them; no id of the released vocabulary's end
 LEGACY_EOS_ID = 2
@@ -28,14 +29,14 @@ LEGACY_EOS_ID = 2
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(JsonConfig):
-    dim: int
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    vocab_size: int
-    max_positions: int
-    norm_eps: float
-    act: str
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    mlp_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_positions: PositiveInt
+    norm_eps: PositiveFloat
+    act: Activation
     eos_id: int  # its first position is pooled; LEGACY_EOS_ID: the position of the largest id
 
     JSON: ClassVar = JsonLayout(

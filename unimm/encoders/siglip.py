@@ -19,11 +19,21 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import (
+    JsonConfig,
+    JsonLayout,
+    LayerCount,
+    PositiveFloat,
+    PositiveInt,
+    read_config,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import read_json, read_preprocessor_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, renames
 from unimm.checkpoint.load import Shapes
 from unimm.kernels import AttentionMask, KeyRange
-from unimm.nn.layers import MLP, EncoderBlock
+from unimm.nn.layers import MLP, Activation, EncoderBlock
 from unimm.processing.images.siglip import SiglipImageProcessor
 
 # keys of the fixed-size releases' config and of BAGEL's vit_config.json
@@ -42,15 +52,15 @@ SIGLIP_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipConfig(JsonConfig):
-    dim: int
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    patch_size: int
-    image_size: int  # pixels a side; what is left of them beside whole patches is not encoded
-    channels: int
-    norm_eps: float
-    act: str
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    mlp_dim: PositiveInt
+    patch_size: PositiveInt
+    image_size: PositiveInt  # pixels a side; what is left of them beside whole patches is not encoded
+    channels: PositiveInt
+    norm_eps: PositiveFloat
+    act: Activation
     has_pooling_head: bool  # whether an image's features can be pooled to one
 
     JSON: ClassVar = JsonLayout(
@@ -107,7 +117,7 @@ def navit_config_from_json(data: Mapping[str, Any]) -> SiglipConfig:
 
     The file counts one layer more than the weights hold: the original drops the last one.
     """
-    if data.get("rope"):
+    if read_value(data, "rope", bool, False, layout=NAVIT_LAYOUT):
         raise ValueError(
             "got rope true in the vision config: expected false, a table of positions as the released one has"
         )
@@ -185,7 +195,7 @@ class SiglipVisionEncoder(PretrainedComponent):
     @classmethod
     def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
         config = SiglipConfig.from_json(read_json(folder / "config.json", required=True))
-        processor = read_json(folder / "preprocessor_config.json")
+        processor = read_preprocessor_json(folder)
         return cls(config, SiglipImageProcessor.from_json(processor, size=config.image_size))
 
     def key_map(self, shapes: Shapes) -> KeyMap:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import PretrainedComponent
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonLayout, LayerCount, PositiveFloat, PositiveInt, read_config, write_config
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, equal_slices, renames
 from unimm.checkpoint.load import Shapes
 from unimm.nn.layers import RMSNorm, SwiGLU
@@ -30,15 +31,15 @@ GATED_ACTIVATIONS = {"gated-gelu": "gelu_new", "gated-silu": "silu"}
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    dim: int
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    mlp_dim: int
-    vocab_size: int
-    n_buckets: int  # of distances, half of them for each direction
-    max_distance: int  # from which on all are one bucket
-    norm_eps: float
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    head_dim: PositiveInt
+    mlp_dim: PositiveInt
+    vocab_size: PositiveInt
+    n_buckets: PositiveInt  # of distances, half of them for each direction
+    max_distance: PositiveInt  # from which on all are one bucket
+    norm_eps: PositiveFloat
     feed_forward: str
 
     def __post_init__(self) -> None:

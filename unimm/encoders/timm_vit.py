@@ -6,24 +6,33 @@ Axes: B images, S pixels a side, n features of an image in raster order, D model
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import (
+    JsonConfig,
+    JsonLayout,
+    LayerCount,
+    PositiveFloat,
+    PositiveInt,
+    read_config,
+    read_value,
+    write_config,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmViTConfig(JsonConfig):
     """A SigLIP ViT: erf GELU, biases, LayerNorms with an epsilon of 1e-6, a pooling head that is not used."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    patch_size: int
-    mlp_ratio: float = 4.0
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    patch_size: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0
 
     JSON: ClassVar = JsonLayout(
         name="the vision_config",
@@ -35,6 +44,12 @@ class TimmViTConfig(JsonConfig):
             "mlp_ratio": "mlp_ratio",
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(
+                f"got a width of {self.dim} for {self.n_heads} heads in a vision_config: expected a multiple"
+            )
 
 
 # the encoders that released values of model_name stand for
@@ -52,14 +67,14 @@ class TimmEncoderConfig:
     name."""
 
     model_name: str
-    image_size: int
+    image_size: PositiveInt
     vit: TimmViTConfig | None
-    select_layer: int = -1
+    select_layer: Annotated[int, range(-10_000, 10_001)] = -1  # of negative ones the last is -1
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TimmEncoderConfig":
         """Read the params of a released vision_config; its numbers override those of a released name."""
-        released = RELEASED_VITS.get(data.get("model_name", ""))
+        released = RELEASED_VITS.get(read_value(data, "model_name", str, "", layout=LAYOUT))
         layout = TimmViTConfig.JSON if released is None else replace(TimmViTConfig.JSON, defaults=released.to_json())
         numbers = {"width", "layers", "heads", "patch_size"} <= data.keys()
         vit = read_config(TimmViTConfig, data, layout) if released or numbers else None

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
+from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
@@ -100,8 +101,9 @@ class UnifiedModel(nn.Module, ABC):
         For the folder of another family the error names that family.
         """
         try:
-            return cls._build(folder)
-        except (ValueError, KeyError) as error:
+            with building(folder):
+                return cls._build(folder)
+        except ValueError as error:
             if (family := detect_family(folder)) not in (None, cls.__name__):
                 message = f"{folder} holds a {family}: load it with unimm.{family}, or with unimm.load"
                 raise ValueError(message) from error

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.config_io import read_json
 from unimm.checkpoint.devices import parse_device
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.models.release import Components, FamilyFiles, Release
 
@@ -56,7 +56,8 @@ class Family:
             return False
         if model_type := config.get("model_type"):
             return model_type in self.model_types
-        if names := config.get("architectures"):
+        names = config.get("architectures")
+        if isinstance(names, list) and names:
             return any(name in self.architectures for name in names)
         return self.unique_file is not None and (folder / self.unique_file).exists()
 

@@ -9,6 +9,7 @@ V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unimm.kernels import qk_norm_rope
-from unimm.nn.layers import RMSNorm, SwiGLU
+from unimm.nn.layers import Activation, RMSNorm, SwiGLU
 from unimm.nn.rope import apply_rope, mrope_cos_sin
 
+Size = Annotated[int, range(1, 2**31)]
 RowsByExpert = dict[str, Tensor]  # expert -> its rows of a pack, or something for each of them
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y
 
@@ -28,16 +30,16 @@ class DecoderConfig:
     """Numbers of a decoder. rope_sections: rotary frequencies of each axis of a position, for positions of several
     axes."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    mlp_dim: int
-    vocab_size: int
-    max_positions: int
-    rope_theta: float
-    norm_eps: float
-    act: str
+    dim: Size
+    n_layers: Annotated[int, range(1, 10_001)]
+    n_heads: Size
+    n_kv_heads: Size
+    mlp_dim: Size
+    vocab_size: Size
+    max_positions: Size
+    rope_theta: Annotated[float, "positive"]
+    norm_eps: Annotated[float, "positive"]
+    act: Activation
     qkv_bias: bool
     qk_norm: bool
     experts: tuple[str, ...]

@@ -5,6 +5,7 @@ Axes: N packed tokens, D model, H heads, K head.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+
+
+Activation = Annotated[str, tuple(ACTIVATIONS)]
 
 
 def get_activation(name: str) -> Callable[[Tensor], Tensor]:

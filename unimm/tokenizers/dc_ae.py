@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonLayout, check_data, read_config, read_json, write_config
+from unimm.checkpoint.config_io import (
+    JsonLayout,
+    LayerCount,
+    PositiveFloat,
+    PositiveInt,
+    check_data,
+    read_config,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Rename, equal_slices
 from unimm.checkpoint.load import Shapes
 from unimm.kernels import rms_norm
@@ -52,10 +62,10 @@ class DCAEConfig:
     Pixels lie in [-1, 1]; a latent is `scaling_factor` times the encoder's output.
     """
 
-    in_channels: int
-    latent_channels: int
-    head_dim: int
-    scaling_factor: float
+    in_channels: PositiveInt
+    latent_channels: PositiveInt
+    head_dim: PositiveInt
+    scaling_factor: PositiveFloat
     encoder: tuple[DCAELevel, ...]
     decoder: tuple[DCAELevel, ...]
 
@@ -101,14 +111,18 @@ class DCAEConfig:
     @staticmethod
     def _levels(data: Mapping[str, Any], side: str) -> tuple[DCAELevel, ...]:
         names = [f"{side}_{name}" for name in LEVEL_LISTS]
-        widths, counts, kinds, kernels = (data[name] for name in names)
-        kinds = [kinds] * len(widths) if isinstance(kinds, str) else kinds
-        if unknown := sorted(set(kinds) - BLOCK_ATTENDS.keys()):
-            raise ValueError(f"got {side} blocks {', '.join(unknown)}: expected {' or '.join(BLOCK_ATTENDS)}")
+        kind = Annotated[str, tuple(BLOCK_ATTENDS)]
+        one_kind = isinstance(data[names[2]], str)
+        types = (PositiveInt, LayerCount, kind, tuple[PositiveInt, ...])
+        hints = [kind if one is kind and one_kind else tuple[one, ...] for one in types]  # type: ignore[valid-type]
+        widths, counts, kinds, kernels = (
+            read_value(data, *pair, layout=LAYOUT) for pair in zip(names, hints, strict=True)
+        )
+        kinds = (kinds,) * len(widths) if one_kind else kinds
         if not len(widths) == len(counts) == len(kinds) == len(kernels):
             raise ValueError(f"got {', '.join(names)} of different lengths: expected one entry a level")
         return tuple(
-            DCAELevel(width=width, n_blocks=n, kernels=tuple(scales) if BLOCK_ATTENDS[kind] else None)
+            DCAELevel(width=width, n_blocks=n, kernels=scales if BLOCK_ATTENDS[kind] else None)
             for width, n, kind, scales in zip(widths, counts, kinds, kernels, strict=True)
         )
 

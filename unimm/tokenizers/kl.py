@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import (
+    JsonConfig,
+    JsonLayout,
+    LayerCount,
+    PositiveFloat,
+    PositiveInt,
+    read_config,
+    read_section,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import Shapes
 from unimm.tokenizers.kl_layouts import FLUX_WEIGHT_FILES, kl_key_map
@@ -43,13 +54,13 @@ class AutoencoderKLConfig(JsonConfig):
     Pixels lie in [-1, 1]; a latent is `scale * (z - shift)`, which makes its mean 0 and its deviation about 1.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    width: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    n_res_blocks: int = 2
-    latent_channels: int = 16
-    scaling_factor: float = 0.3611
+    in_channels: PositiveInt = 3
+    out_channels: PositiveInt = 3
+    width: PositiveInt = 128
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 2, 4, 4)
+    n_res_blocks: LayerCount = 2
+    latent_channels: PositiveInt = 16
+    scaling_factor: PositiveFloat = 0.3611
     shift_factor: float = 0.1159
     quant_convs: bool = False  # 1x1 convolutions on both sides of the latent, as in Stable Diffusion up to XL
 
@@ -97,11 +108,14 @@ class AutoencoderKLConfig(JsonConfig):
 
         Raises ValueError for what the released ones do not have: other norms, activations, blocks, latent statistics.
         """
-        widths = data.get("block_out_channels", [64])
-        quant_convs, post_quant_convs = (data.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv"))
-        if any(width % widths[0] for width in widths) or post_quant_convs != quant_convs:
+        layout = DIFFUSERS_LAYOUT
+        widths = read_value(data, "block_out_channels", tuple[PositiveInt, ...], (64,), layout=layout)
+        quant_convs, post_quant_convs = (
+            read_value(data, f"use_{name}", bool, True, layout=layout) for name in ("quant_conv", "post_quant_conv")
+        )
+        if not widths or any(width % widths[0] for width in widths) or post_quant_convs != quant_convs:
             raise ValueError(
-                f"got block_out_channels {widths}, use_quant_conv {quant_convs}, use_post_quant_conv "
+                f"got block_out_channels {list(widths)}, use_quant_conv {quant_convs}, use_post_quant_conv "
                 f"{post_quant_convs}: expected multiples of the first width, and both convolutions or none"
             )
         levels = {"width": widths[0], "channel_multipliers": tuple(width // widths[0] for width in widths)}
@@ -323,8 +337,9 @@ class AutoencoderKL(PretrainedComponent):
     def from_configs(cls, folder: Path, shapes: Shapes) -> Self:
         """vae_config.json or config.json, in FLUX's words or in diffusers', or a section of a BAGEL's; FLUX.1's without
         one."""
-        data = read_json(folder / "vae_config.json") or read_json(folder / "config.json")
-        data = data.get("vae_config", data)
+        data: Mapping[str, Any] = read_json(folder / "vae_config.json") or read_json(folder / "config.json")
+        if data.get("vae_config") is not None:
+            data = read_section(data, "vae_config", AutoencoderKLConfig.JSON)
         diffusers = "block_out_channels" in data or "_class_name" in data
         return cls(AutoencoderKLConfig.from_diffusers(data) if diffusers else AutoencoderKLConfig.from_json(data))
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveInt
 from unimm.kernels import AttentionMask, KeyRange, attention
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.vq import VQConfig, VQModel
@@ -27,13 +27,13 @@ from unimm.tokenizers.vq import VQConfig, VQModel
 class SemanticBranchConfig(JsonConfig):
     """Numbers of the transformer over codes."""
 
-    code_dim: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    side: int  # of the grid of positions
-    out_dim: int  # width of the predicted features
+    code_dim: PositiveInt
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    mlp_dim: PositiveInt
+    side: PositiveInt  # of the grid of positions
+    out_dim: PositiveInt  # width of the predicted features
 
     JSON: ClassVar = JsonLayout(name="the config of the semantic branch", source="semantic_config.json")
 

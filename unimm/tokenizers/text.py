@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from unimm.checkpoint.atomic import name_file
-from unimm.checkpoint.contents import describe_unreadable
+from unimm.checkpoint.contents import describe_unreadable, is_there
 
 # names of tokens beside the vocabulary's, and what they are for
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -100,11 +100,6 @@ class JsonTokenizer:
         for name, contents in self.files.items():
             with name_file(folder / name):
                 (folder / name).write_bytes(contents)
-
-
-def is_there(path: Path) -> bool:
-    """Whether a folder has a file of this name; a link to nothing is one, and cannot be read."""
-    return path.exists() or path.is_symlink()
 
 
 def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:

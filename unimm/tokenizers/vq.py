@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveInt
 from unimm.kernels import nearest_code
 from unimm.tokenizers.kl import Downsample, ResnetBlock, SpatialAttention, Upsample, check_levels, group_norm
 
@@ -25,13 +25,13 @@ CODEBOOK_USED_SIZE = 65536
 class VQConfig(JsonConfig):
     """Numbers of the autoencoder; the defaults are VQ-16's. Pixels lie in [-1, 1]."""
 
-    channels: int = 3
-    width: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    n_res_blocks: int = 2
-    latent_channels: int = 256
-    n_codes: int = 16384
-    code_dim: int = 8
+    channels: PositiveInt = 3
+    width: PositiveInt = 128
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    n_res_blocks: LayerCount = 2
+    latent_channels: PositiveInt = 256
+    n_codes: PositiveInt = 16384
+    code_dim: PositiveInt = 8
 
     # of the params of a gen_vision_config; what its cls, VQ-16, implies is left out, as in the released config
     JSON: ClassVar = JsonLayout(

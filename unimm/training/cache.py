@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unimm.checkpoint.atomic import atomic_file
-from unimm.checkpoint.config_io import read_json, write_json
+from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.save import own_name, save_safetensors
 from unimm.training.batches import iterate_batches
 from unimm.training.config import TrainConfig

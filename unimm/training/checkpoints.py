@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import atomic_directory, is_interrupted
-from unimm.checkpoint.config_io import read_json, write_json
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable
+from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.load import open_weights
 from unimm.checkpoint.save import own_name, save_safetensors, save_torch
 from unimm.checkpoint.torch_file import load_torch

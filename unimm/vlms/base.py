@@ -16,8 +16,9 @@ from typing_extensions import Self
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
@@ -85,11 +86,12 @@ class VisionLanguageModel(MLLMChat):
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """The model of a folder's config files, with its tokenizer, without weights."""
-        model = cls(cls.config_class.from_folder(folder))
-        model.tokenizer = load_tokenizer(
-            folder, special_tokens=model.SPECIAL_TOKENS, vocab_size=model.config.decoder.vocab_size
-        )
-        return model
+        with building(folder):
+            model = cls(cls.config_class.from_folder(folder))
+            model.tokenizer = load_tokenizer(
+                folder, special_tokens=model.SPECIAL_TOKENS, vocab_size=model.config.decoder.vocab_size
+            )
+            return model
 
     @final
     @classmethod
@@ -177,8 +179,3 @@ class VisionLanguageModel(MLLMChat):
         labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         states = self.last_hidden_state(batch, rows=batch.id_rows[labelled])
         return linear_cross_entropy(states, self.decoder.head.weight, batch.labels[labelled])
-
-
-def drop_nulls(files: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys whose value is null."""
-    return {key: value for key, value in files.items() if value is not None}

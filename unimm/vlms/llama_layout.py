@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from unimm.checkpoint.config_io import JsonLayout, SameAs, read_config, write_config
+from unimm.checkpoint.config_io import (
+    JsonLayout,
+    PositiveFloat,
+    SameAs,
+    read_config,
+    read_section,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import JsonSection, at_place_of, drop_nulls
 from unimm.checkpoint.keymap import Ignore, KeyMap, Rename, renames
 from unimm.nn.decoder import DecoderConfig
 
@@ -33,7 +42,6 @@ DECODER_LAYOUT = JsonLayout(
 LLAMA_LAYOUT = replace(
     DECODER_LAYOUT,
     source="every release",
-    keys={**(DECODER_LAYOUT.keys or {}), "rope_theta": ("rope_parameters.rope_theta", "rope_theta")},
     defaults={
         "num_key_value_heads": SameAs("num_attention_heads"),
         "max_position_embeddings": 2048,
@@ -42,15 +50,45 @@ LLAMA_LAYOUT = replace(
         "hidden_act": "silu",
         "qk_norm": False,
     },
-    fixed={
-        "rope_scaling": None,
-        "rope_parameters.rope_type": "default",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-    },
-    derived={"head_dim": "head_dim"},
+    fixed={"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False},
 )
+ROPE_KEYS = ("rope_scaling", "rope_parameters")  # transformers 5 writes the second, with rope_theta in it
+# what these may hold and scale nothing, beside their type
+PLAIN_ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+def rope_section(data: Mapping[str, Any], layout: JsonLayout, *, types: tuple[str, ...] = ("default",)) -> JsonSection:
+    """What a language model's config says of its rotary positions, in any of the released spellings.
+
+    Raises ValueError for scaled, partial or layer-wise ones, and for sliding windows: none of them is built. types:
+    names of what is.
+    """
+    sections = [drop_nulls(read_section(data, key, layout, required=False)) for key in ROPE_KEYS]
+    rope = at_place_of(sections[1] or sections[0], {**sections[0], **sections[1]})
+    named = {key: rope[key] for key in ("type", "rope_type") if key in rope}
+    nested = any(isinstance(value, Mapping) for value in rope.values())
+    plain = PLAIN_ROPE_KEYS | ({"mrope_section"} if "mrope" in types else set())
+    unnamed = not named and bool(rope.keys() - plain)
+    if unnamed or nested or any(one not in types for one in named.values()):
+        types_named = ", ".join(dict.fromkeys(map(str, named.values())))
+        asked = (
+            f"rope_scaling of type {types_named}" if named and not nested else f"rope_parameters {dict(rope)!r:.200}"
+        )
+        raise _not_built(data, asked, layout)
+    partial = rope.get("partial_rotary_factor", data.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise _not_built(data, f"partial_rotary_factor {partial!r:.80}", layout)
+    if read_value(data, "use_sliding_window", bool, False, layout=layout):
+        raise _not_built(data, "use_sliding_window", layout)
+    layer_types = read_value(data, "layer_types", tuple[str, ...], (), layout=layout)
+    if other := sorted(set(layer_types) - {"full_attention"}):
+        raise _not_built(data, f"layer_types {', '.join(other)}", layout)
+    return rope
+
+
+def _not_built(data: Mapping[str, Any], asked: str, layout: JsonLayout) -> ValueError:
+    file = data.file if isinstance(data, JsonSection) and data.file else layout.name
+    return ValueError(f"{file} asks for {asked}, which no release does and is not built: expected {layout.source}")
 
 
 def decoder_config_from_json(
@@ -58,25 +96,53 @@ def decoder_config_from_json(
     *,
     qkv_bias: bool,
     experts: tuple[str, ...],
-    rope_sections: tuple[int, ...] = (),
+    rope_sections: tuple[int, ...] | None = None,
     tie_word_embeddings: bool = False,
+    defaults: Mapping[str, Any] | None = None,
 ) -> DecoderConfig:
     """Read a Llama- or Qwen2-like config.json; the arguments are fields that it does not say. Raises ValueError for
-    missing keys."""
-    given = {
+    missing keys, and for rotary positions that are not built.
+
+    rope_sections: of positions of several axes, where the file names none; None for positions of one axis. defaults:
+    key -> the value that a file without it means.
+    """
+    layout = replace(DECODER_LAYOUT, defaults=defaults or {}, derived={"head_dim": "head_dim"})
+    types = ("default",) if rope_sections is None else ("default", "mrope")
+    rope = rope_section(data, layout, types=types)
+    given: dict[str, Any] = {
         "qkv_bias": qkv_bias,
         "experts": experts,
-        "rope_sections": rope_sections,
         "tie_word_embeddings": tie_word_embeddings,
     }
-    return read_config(DecoderConfig, data, DECODER_LAYOUT, given=given)
+    if rope_sections is not None:
+        given["rope_sections"] = read_value(rope, "mrope_section", tuple[int, ...], rope_sections, layout=layout)
+    return _read_decoder(data, rope, layout, given)
 
 
 def llama_config_from_json(data: Mapping[str, Any], *, expert: str) -> DecoderConfig:
     """Read a Llama's config.json. Raises ValueError for missing keys, and for what no release has and is not
     supported."""
-    data = {key: value for key, value in data.items() if value is not None}
-    return read_config(DecoderConfig, data, LLAMA_LAYOUT, given={"qkv_bias": False, "experts": (expert,)})
+    data = drop_nulls(data)
+    layout = replace(LLAMA_LAYOUT, derived={"head_dim": "head_dim"})
+    return _read_decoder(data, rope_section(data, layout), layout, {"qkv_bias": False, "experts": (expert,)})
+
+
+def _read_decoder(
+    data: Mapping[str, Any], rope: Mapping[str, Any], layout: JsonLayout, given: dict[str, Any]
+) -> DecoderConfig:
+    """A language model's config, with the base of its rotary positions from where newer files have it."""
+    if "rope_theta" in rope:
+        given["rope_theta"] = read_value(rope, "rope_theta", PositiveFloat, layout=layout)
+    if data.get("num_key_value_heads", 0) is None:  # as in transformers: as many as there are heads
+        layout = replace(layout, defaults={**layout.defaults, "num_key_value_heads": SameAs("num_attention_heads")})
+    return read_config(DecoderConfig, data, layout, given=given)
+
+
+def read_token_ids(data: Mapping[str, Any], key: str, *, layout: JsonLayout) -> tuple[int, ...]:
+    """An id, or a list of them, as released files have it; none where it is left out."""
+    hint = tuple[int, ...] if isinstance(data.get(key), list) else int
+    found = read_value(data, key, hint, (), layout=layout)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def decoder_config_to_json(config: DecoderConfig) -> dict[str, Any]:

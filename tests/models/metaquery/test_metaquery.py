@@ -311,7 +311,7 @@ def test_another_number_of_queries_fails_with_the_numbers(folder):
         ({"mllm_id": "nowhere"}, "no model 'nowhere'"),
         ({"in_channels": 16}, "got in_channels 16, expected 4"),
         ({"connector_num_hidden_layers": 2}, "unexpected keys: model.connector.0.layers.2"),
-        ({"num_metaqueries": 0}, "got 0 queries"),
+        ({"num_metaqueries": 0}, "got num_metaqueries 0 .*a positive whole number"),
     ],
 )
 def test_configs_that_do_not_fit(folder, changes, match):

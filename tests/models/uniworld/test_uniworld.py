@@ -206,7 +206,7 @@ def test_a_part_may_be_another_model_s(tmp_path, model):
             "got denoise_tower.input_hidden_size 63",
         ),
         ({"generation": {"ratios": 12}}, "at most 11 ratios"),
-        ({"generation": {"steps": 0}}, "got steps 0"),
+        ({"generation": {"steps": 0}}, "got generation.steps 0 "),
     ],
 )
 def test_wrong_configs(changes, message):

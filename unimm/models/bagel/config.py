@@ -5,11 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
-from unimm.checkpoint.load import read_shapes, weight_files
-from unimm.encoders.siglip import SiglipConfig, navit_config_from_json, navit_config_to_json
+from unimm.checkpoint.config_io import (
+    JsonLayout,
+    PositiveFloat,
+    PositiveInt,
+    read_config,
+    read_section,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.contents import CheckpointError
+from unimm.checkpoint.json_files import naming_place, read_json
+from unimm.checkpoint.load import Shapes, read_folder_shapes, read_size
+from unimm.encoders.siglip import NAVIT_LAYOUT, SiglipConfig, navit_config_from_json, navit_config_to_json
 from unimm.models.bagel.processor import BagelDefaults, BagelImageProcessor, BagelSpecialTokens
 from unimm.nn.decoder import DecoderConfig
+from unimm.nn.layers import Activation
 from unimm.tokenizers.kl import AutoencoderKLConfig
 from unimm.vlms.llama_layout import decoder_config_from_json, decoder_config_to_json
 
@@ -22,12 +33,12 @@ class BagelConfig:
     vision: SiglipConfig | None  # None for a checkpoint that only generates
     visual_gen: bool
     vae: AutoencoderKLConfig
-    connector_act: str
-    latent_patch_size: int
-    latent_grid: int  # the table of latent positions has latent_grid^2 rows
-    vit_grid: int  # likewise, of the ViT's features
+    connector_act: Activation
+    latent_patch_size: PositiveInt
+    latent_grid: PositiveInt  # the table of latent positions has latent_grid^2 rows
+    vit_grid: PositiveInt  # likewise, of the ViT's features
     interpolate_pos_embed: bool
-    train_timestep_shift: float
+    train_timestep_shift: PositiveFloat
     vae_transform: BagelImageProcessor  # of images for the VAE, and of all images before vit_transform
     vit_transform: BagelImageProcessor  # of images for the ViT
     special_tokens: BagelSpecialTokens | None  # None where the tokenizer has them
@@ -49,14 +60,16 @@ class BagelConfig:
 
         config.json came later than the weights, may be missing, and says 32 where the latent table has side 64.
         """
+        llm: Mapping[str, Any]
+        vit: Mapping[str, Any]
         llm, vit, top = (read_json(folder / name) for name in ("llm_config.json", "vit_config.json", "config.json"))
-        has_weights = any((folder / name).exists() for name in WEIGHT_FILES)
-        shapes = read_shapes(weight_files(folder, WEIGHT_FILES)) if has_weights else {}
-        table_rows = {
-            key.removeprefix("bagel."): shape[0] for key, shape in shapes.items() if key.endswith("pos_embed")
-        }
-        grids = {key: round(rows**0.5) for key, rows in table_rows.items()}
-        return cls.from_json(llm or top.get("llm_config", {}), vit or top.get("vit_config", {}), top, grids)
+        shapes = read_folder_shapes(folder, WEIGHT_FILES)
+        tables = {key.removeprefix("bagel."): key for key in shapes if key.endswith("pos_embed")}
+        with naming_place(folder):
+            grids = {name: _grid_side(shapes, key) for name, key in tables.items()}
+        llm = llm or read_section(top, "llm_config", LAYOUT, required=False)
+        vit = vit or read_section(top, "vit_config", LAYOUT, required=False)
+        return cls.from_json(llm, vit, top, grids)
 
     @classmethod
     def from_json(
@@ -67,18 +80,19 @@ class BagelConfig:
         Missing values are those that the released code writes into itself. grids: sides of the tables of positions, by
         their names in the weights, which know them better.
         """
-        vae = AutoencoderKLConfig.from_json(top.get("vae_config", {}))
-        latent_stride = top.get("latent_patch_size", 2) * vae.stride
+        vae, for_vae, for_vit = (
+            read_section(top, key, LAYOUT, required=False) for key in ("vae_config", "vae_transform", "vit_transform")
+        )
+        vae_config = AutoencoderKLConfig.from_json(vae)
+        latent_stride = read_value(top, "latent_patch_size", PositiveInt, 2, layout=LAYOUT) * vae_config.stride
+        vit_stride = read_value(vit, "patch_size", PositiveInt, 14, layout=NAVIT_LAYOUT)
+        understands = read_value(top, "visual_und", bool, True, layout=LAYOUT)
         given: dict[str, Any] = {
-            "decoder": decoder_config_from_json({"qk_norm": True, **llm}, qkv_bias=True, experts=EXPERTS),
-            "vision": navit_config_from_json(vit) if top.get("visual_und", True) else None,
-            "vae": vae,
-            "vae_transform": BagelImageProcessor.from_json(
-                top.get("vae_transform", {}), max_size=1024, min_size=512, stride=latent_stride
-            ),
-            "vit_transform": BagelImageProcessor.from_json(
-                top.get("vit_transform", {}), max_size=980, min_size=224, stride=vit.get("patch_size", 14)
-            ),
+            "decoder": decoder_config_from_json(llm, qkv_bias=True, experts=EXPERTS, defaults={"qk_norm": True}),
+            "vision": navit_config_from_json(vit) if understands else None,
+            "vae": vae_config,
+            "vae_transform": BagelImageProcessor.from_json(for_vae, max_size=1024, min_size=512, stride=latent_stride),
+            "vit_transform": BagelImageProcessor.from_json(for_vit, max_size=980, min_size=224, stride=vit_stride),
         }
         tables = {"latent_grid": "latent_pos_embed.pos_embed", "vit_grid": "vit_pos_embed.pos_embed"}
         given |= {name: (grids or {})[table] for name, table in tables.items() if table in (grids or {})}
@@ -92,6 +106,15 @@ class BagelConfig:
         if self.special_tokens is None:
             del top["new_token_ids"]
         return {"llm_config.json": llm, "vit_config.json": vit, "config.json": top}
+
+
+def _grid_side(shapes: Shapes, key: str) -> int:
+    """The side of a square table of positions."""
+    rows = read_size(shapes, key, axis=0, n_axes=2)
+    side = round(rows**0.5)
+    if side**2 != rows:
+        raise CheckpointError(f"{key} has {rows} rows in the weights: expected a square of them; fetch them again")
+    return side
 
 
 LAYOUT = JsonLayout(

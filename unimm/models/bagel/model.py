@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs

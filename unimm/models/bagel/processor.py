@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import JsonConfig, JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.generation.flow import parse_shift, parse_steps
 from unimm.generation.guidance import Guidance, parse_guidance
 from unimm.nn.patches import patchify
@@ -26,10 +26,10 @@ from unimm.tokenizers.text import TextTokenizer
 class BagelImageProcessor:
     """The released resize: sides from min_size to max_size where both fit, multiples of stride, at most max_pixels."""
 
-    max_size: int
-    min_size: int
-    stride: int
-    max_pixels: int = 14 * 14 * 9 * 1024  # of all images of a sample together
+    max_size: PositiveInt
+    min_size: PositiveInt
+    stride: PositiveInt
+    max_pixels: PositiveInt = 14 * 14 * 9 * 1024  # of all images of a sample together
 
     JSON: ClassVar = JsonLayout(
         keys={
@@ -83,12 +83,12 @@ THINK_TEMPLATE = (
 class BagelDefaults(JsonConfig):
     """Defaults of the verbs' options: the released app's numbers; a bundled model has its own."""
 
-    steps: int = 49  # between the app's 50 timesteps
-    timestep_shift: float = 3.0
+    steps: PositiveInt = 49  # between the app's 50 timesteps
+    timestep_shift: PositiveFloat = 3.0
     generate_guidance: Guidance = Guidance()
     edit_guidance: Guidance = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
-    size: tuple[int, int] = (1024, 1024)  # (height, width) in pixels
-    max_think_tokens: int = 1000
+    size: tuple[PositiveInt, PositiveInt] = (1024, 1024)  # (height, width) in pixels
+    max_think_tokens: PositiveInt = 1000
     think_generate_prompt: str = THINK_TEMPLATE.format("planning", "then generate the image.", "image")
     think_understand_prompt: str = THINK_TEMPLATE.format(
         "reasoning", "then provide the user with the answer.", "answer"

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimm.checkpoint.config_io import PositiveInt
+from unimm.encoders.timm_vit import TimmEncoderConfig
 from unimm.nn.patches import patchify
 from unimm.processing.chat_templates import (
     DEFAULT_SYSTEM_PROMPT,
@@ -59,7 +61,16 @@ class DeepseekChatConfig:
 
     system: str = DEFAULT_SYSTEM_PROMPT
     template: str = "deepseek"
-    max_tokens: int = 512
+    max_tokens: PositiveInt = 512
+
+
+def check_image_size(image_processor: DeepseekVLImageProcessor, encoder: TimmEncoderConfig) -> None:
+    """Raise ValueError where images are prepared in another size than their encoder takes."""
+    if image_processor.size != encoder.image_size:
+        raise ValueError(
+            f"got images of {image_processor.size} pixels a side for a vision encoder of {encoder.image_size}: "
+            "expected the same; correct image_size in preprocessor_config.json or in the vision_config"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

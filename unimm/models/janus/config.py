@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, read_section, read_value, write_config
+from unimm.checkpoint.json_files import read_json, read_preprocessor_json
 from unimm.encoders.timm_vit import TimmEncoderConfig
 from unimm.generation.image_tokens import ImageTokenSampling
-from unimm.models.common.deepseek_processor import DeepseekChatConfig
+from unimm.models.common.deepseek_processor import DeepseekChatConfig, check_image_size
 from unimm.models.janus.transformers_layout import original_from_transformers
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
@@ -20,34 +21,34 @@ from unimm.vlms.llama_layout import EXPERT, decoder_config_to_json, llama_config
 class ProjectorConfig:
     """The numbers of a projector: `depth` linears with exact GELU between them; 0 for the identity."""
 
-    depth: int
-    dim_in: int
-    dim_out: int
+    depth: Annotated[int, range(101)]
+    dim_in: PositiveInt
+    dim_out: PositiveInt
 
     DEPTH_BY_TYPE: ClassVar = {"identity": 0, "linear": 1, "mlp_gelu": 2}
 
     JSON: ClassVar = JsonLayout(
         name="the config of a projector",
         source="the released params",
-        keys={"dim_in": "input_dim", "dim_out": "n_embed"},
+        keys={"depth": "depth", "dim_in": "input_dim", "dim_out": "n_embed"},
+        defaults={"depth": 2},
     )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ProjectorConfig":
         """Read the params of a released aligner_config."""
-        projector_type = data.get("projector_type", "mlp_gelu")
-        if projector_type not in cls.DEPTH_BY_TYPE:
-            raise ValueError(
-                f"got projector_type {projector_type!r} in the config: expected one of {', '.join(cls.DEPTH_BY_TYPE)}"
-            )
-        depth = data.get("depth", 2) if projector_type == "mlp_gelu" else cls.DEPTH_BY_TYPE[projector_type]
-        return read_config(cls, data, cls.JSON, given={"depth": depth})
+        kinds = Annotated[str, tuple(cls.DEPTH_BY_TYPE)]
+        projector_type = read_value(data, "projector_type", kinds, "mlp_gelu", layout=cls.JSON)
+        given = {}
+        if projector_type != "mlp_gelu":
+            given["depth"] = cls.DEPTH_BY_TYPE[projector_type]
+        return read_config(cls, data, cls.JSON, given=given)
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `from_json` reads."""
         types = {depth: name for name, depth in self.DEPTH_BY_TYPE.items()}
         projector_type = types.get(self.depth, "mlp_gelu")
-        return {"projector_type": projector_type, "depth": self.depth or 1} | write_config(self, self.JSON)
+        return {"projector_type": projector_type} | write_config(self, self.JSON) | {"depth": self.depth or 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,12 @@ class JanusConfig:
     vision: TimmEncoderConfig
     aligner: ProjectorConfig
     gen_aligner: ProjectorConfig
-    gen_head_dim: int  # width inside the head that predicts image tokens
+    gen_head_dim: PositiveInt  # width inside the head that predicts image tokens
     vq: VQConfig
     image_processor: DeepseekVLImageProcessor  # of the images to understand
-    image_size: tuple[int, int]  # (height, width) of generated images, the one that the model was trained for
+    image_size: tuple[
+        PositiveInt, PositiveInt
+    ]  # (height, width) of generated images, the one that the model was trained for
     guidance: float
     image_sampling: ImageTokenSampling
     chat: DeepseekChatConfig
@@ -73,12 +76,7 @@ class JanusConfig:
             raise ValueError(
                 f"got the size {self.image_size} to generate: expected (height, width) in multiples of {stride}"
             )
-        if self.image_processor.size != self.vision.image_size:
-            raise ValueError(
-                f"got images of {self.image_processor.size} pixels a side for a vision encoder of "
-                f"{self.vision.image_size}: "
-                "expected the same; correct image_size in preprocessor_config.json or in the vision_config"
-            )
+        check_image_size(self.image_processor, self.vision)
         for name, got, expected in (
             ("aligner", self.aligner.dim_out, dim),
             ("gen_aligner", self.gen_aligner.dim_out, dim),
@@ -103,18 +101,18 @@ class JanusConfig:
             raise ValueError(
                 f"{folder}/config.json describes no Janus: expected a vision_config; found {', '.join(files)}"
             )
-        files = original_from_transformers(files) if "text_config" in files else files
-        return cls.from_json(files, read_json(folder / "preprocessor_config.json"))
+        if "text_config" in files:
+            return cls.from_json(original_from_transformers(files), read_preprocessor_json(folder))
+        return cls.from_json(files, read_preprocessor_json(folder))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "JanusConfig":
         """Read the contents of the original layout's files. Raises ValueError for missing keys."""
-        if missing := [key for key in ("vision_config", "language_config") if key not in data]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}: fetch it again")
-        vision = TimmEncoderConfig.from_json(data["vision_config"]["params"])
+        language = read_section(data, "language_config", LAYOUT)
+        vision = TimmEncoderConfig.from_json(read_section(data, "vision_config.params", LAYOUT))
         size = vision.image_size
         given = {
-            "decoder": llama_config_from_json(data["language_config"], expert=EXPERT),
+            "decoder": llama_config_from_json(language, expert=EXPERT),
             "vision": vision,
             "image_processor": DeepseekVLImageProcessor.from_json(preprocessor, size=size),
         }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unimm.checkpoint.config_io import read_json, write_json
+from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens

@@ -4,14 +4,18 @@ docs/originals/janus.md, "transformers layout" and "Key mapping". The defaults a
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, read_section, read_value
+from unimm.checkpoint.json_files import JsonSection, at_place_of, drop_nulls
 from unimm.checkpoint.keymap import KeyMap, Squeeze, equal_slices, renames
 from unimm.encoders.timm_vit import RELEASED_VITS, TimmEncoderConfig, TimmViTConfig
 from unimm.models.common.deepseek_processor import JanusSpecialTokens
+from unimm.tokenizers.vq import VQConfig
 from unimm.vlms.llama_layout import EXPERT, llama_key_map
 
 CheckpointLayout = Literal["original", "transformers"]
+ProjectorDepth = Annotated[int, range(1, 101)]
 ConfigFiles = dict[str, dict[str, Any]]
 
 TEXT_DEFAULTS: dict[str, Any] = {
@@ -59,38 +63,72 @@ VQ_KEYS = {
 FIXED_FIELDS = ("hidden_act", "layer_norm_eps", "use_qk_norm", "attention_bias", "double_latent")
 
 
+TOP_LAYOUT = JsonLayout(name="config.json", source="a released Janus in transformers' layout")
+VIT_LAYOUT = JsonLayout(
+    name="the vision_config",
+    source=TOP_LAYOUT.source,
+    keys={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "patch_size": "patch_size",
+        "mlp_ratio": "mlp_ratio",
+    },
+    defaults=VISION_DEFAULTS,
+)
+CODES_LAYOUT = JsonLayout(
+    name="the vq_config",
+    source=TOP_LAYOUT.source,
+    keys={
+        "n_codes": "num_embeddings",
+        "code_dim": "embed_dim",
+        "width": "base_channels",
+        "channel_multipliers": "channel_multiplier",
+        "n_res_blocks": "num_res_blocks",
+        "latent_channels": "latent_channels",
+    },
+    defaults=VQ_DEFAULTS,
+)
+
+
 def original_from_transformers(files: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' config.json as the original's. Raises ValueError for what no release has and is not built."""
-    llm = TEXT_DEFAULTS | files["text_config"]
-    vision = VISION_DEFAULTS | files["vision_config"]
-    vq = VQ_DEFAULTS | files.get("vq_config", {})
+    llm = drop_nulls(read_section(files, "text_config", TOP_LAYOUT))
+    llm = at_place_of(llm, {**TEXT_DEFAULTS, **llm, "tie_word_embeddings": False})
+    vision = _with_defaults(files, "vision_config", VISION_DEFAULTS)
+    vq = _with_defaults(files, "vq_config", VQ_DEFAULTS)
     _check_fixed("vision_config", vision, VISION_DEFAULTS)
     _check_fixed("vq_config", vq, VQ_DEFAULTS)
-    dim = llm["hidden_size"]
-    vit = TimmViTConfig(
-        dim=vision["hidden_size"],
-        n_layers=vision["num_hidden_layers"],
-        n_heads=vision["num_attention_heads"],
-        patch_size=vision["patch_size"],
-        mlp_ratio=vision["mlp_ratio"],
-    )
-    model_name = f"siglip_large_patch16_{vision['image_size']}"
-    encoder: dict[str, Any] = {"image_size": vision["image_size"], "model_name": model_name}
+    dim = read_value(llm, "hidden_size", PositiveInt, layout=TOP_LAYOUT)
+    size = read_value(vision, "image_size", PositiveInt, layout=VIT_LAYOUT)
+    depth = read_value(vision, "depth", ProjectorDepth, layout=VIT_LAYOUT)
+    gen_depth = read_value(vq, "num_hidden_layers", ProjectorDepth, layout=CODES_LAYOUT)
+    head_dim = read_value(vq, "projection_dim", PositiveInt, layout=CODES_LAYOUT)
+    vit = read_config(TimmViTConfig, vision, VIT_LAYOUT)
+    codes = read_config(VQConfig, vq, CODES_LAYOUT)
+    model_name = f"siglip_large_patch16_{size}"
+    encoder: dict[str, Any] = {"image_size": size, "model_name": model_name}
     if vit != RELEASED_VITS.get(model_name):
         encoder |= {"model_name": "siglip"} | vit.to_json()
-    codes = {"image_token_size": vq["num_embeddings"], **{ours: vq[theirs] for ours, theirs in VQ_KEYS.items()}}
-    gen_depth = vq["num_hidden_layers"]
-    head = {"image_token_embed": vq["projection_dim"], "image_token_size": vq["num_embeddings"], "n_embed": dim}
-    return {
-        "vision_config": {"params": encoder},
-        "aligner_config": {"params": _projector(vision["depth"], vit.dim, dim)},
-        "gen_vision_config": {"cls": "VQ-16", "params": codes},
-        "gen_aligner_config": {"params": _projector(gen_depth, vq["embed_dim"], dim)},
-        "gen_head_config": {"params": head},
-        # transformers' default is tied embeddings, but none of its files has them tied
-        "language_config": llm | {"tie_word_embeddings": False},
-        **({"generation": files["generation"]} if "generation" in files else {}),
-    }
+    head = {"image_token_embed": head_dim, "image_token_size": codes.n_codes, "n_embed": dim}
+    return at_place_of(
+        files,
+        {
+            "vision_config": {"params": encoder},
+            "aligner_config": {"params": _projector(depth, vit.dim, dim)},
+            "gen_vision_config": {"cls": "VQ-16", "params": codes.to_json()},
+            "gen_aligner_config": {"params": _projector(gen_depth, codes.code_dim, dim)},
+            "gen_head_config": {"params": head},
+            # transformers' default is tied embeddings, but none of its files has them tied
+            "language_config": llm,
+            **({"generation": files["generation"]} if "generation" in files else {}),
+        },
+    )
+
+
+def _with_defaults(files: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> JsonSection:
+    section = read_section(files, name, TOP_LAYOUT, required=False)
+    return at_place_of(section, {**defaults, **drop_nulls(section)})
 
 
 def _check_fixed(name: str, section: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, read_section, write_config
+from unimm.checkpoint.json_files import read_json, read_preprocessor_json
 from unimm.encoders.timm_vit import TimmEncoderConfig
-from unimm.models.common.deepseek_processor import DeepseekChatConfig
+from unimm.models.common.deepseek_processor import DeepseekChatConfig, check_image_size
 from unimm.models.janusflow.uvit import UViTDecoderConfig, UViTEncoderConfig
 from unimm.nn.decoder import DecoderConfig
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
@@ -29,13 +30,16 @@ class JanusFlowConfig:
     gen_decoder: UViTDecoderConfig
     vae: AutoencoderKLConfig | None  # None where the autoencoder lies elsewhere
     image_processor: DeepseekVLImageProcessor  # of the images to understand
-    latent_size: tuple[int, int]  # (height, width) of generated latents, the one that the model was trained for
-    steps: int
+    latent_size: tuple[
+        PositiveInt, PositiveInt
+    ]  # (height, width) of generated latents, the one that the model was trained for
+    steps: PositiveInt
     guidance: float
     chat: DeepseekChatConfig
 
     def __post_init__(self) -> None:
         dim = self.decoder.dim
+        check_image_size(self.image_processor, self.vision)
         if (self.gen_encoder.time_dim, self.gen_decoder.time_dim) != (dim, dim):
             raise ValueError(
                 f"got hidden_size {self.gen_encoder.time_dim}, {self.gen_decoder.time_dim} in the U-ViTs: expected "
@@ -69,21 +73,20 @@ class JanusFlowConfig:
             raise ValueError(
                 f"{folder}/config.json describes no JanusFlow: expected a vision_gen_enc_config; found {found}"
             )
-        return cls.from_json(
-            files, read_json(folder / "preprocessor_config.json"), read_json(folder / "vae_config.json")
-        )
+        return cls.from_json(files, read_preprocessor_json(folder), read_json(folder / "vae_config.json"))
 
     @classmethod
     def from_json(
         cls, data: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> "JanusFlowConfig":
         """Read the contents of the released files; of vae_config.json, in FLUX's layout, they may be empty."""
-        vision = TimmEncoderConfig.from_json(data["vision_und_enc_config"]["params"])
-        gen_decoder = UViTDecoderConfig.from_json(data["vision_gen_dec_config"]["params"])
+        language = read_section(data, "language_config", LAYOUT)
+        vision = TimmEncoderConfig.from_json(read_section(data, "vision_und_enc_config.params", LAYOUT))
+        gen_decoder = UViTDecoderConfig.from_json(read_section(data, "vision_gen_dec_config.params", LAYOUT))
         # the release generates as many tokens as it encodes: 576
         side = vision.image_size // (vision.vit.patch_size if vision.vit else 16) * 2**gen_decoder.n_upsamples
         given = {
-            "decoder": llama_config_from_json(data["language_config"], expert=EXPERT),
+            "decoder": llama_config_from_json(language, expert=EXPERT),
             "vision": vision,
             "gen_decoder": gen_decoder,
             "vae": AutoencoderKLConfig.from_json(vae) if vae else None,

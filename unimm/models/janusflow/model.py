@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import weight_files
 from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs

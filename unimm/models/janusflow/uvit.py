@@ -6,11 +6,10 @@ from 2301.00808), modulated by the time. Parameters have the released names.
 Axes: B batch, C channels, H W sides of a latent, h w grid of tokens, D model (width of the time embedding).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, read_value, write_config
 from unimm.nn.layers import RMSNorm
 from unimm.nn.timestep import TimestepMLP, timestep_embedding
 
@@ -33,10 +32,10 @@ GRN_EPS = 1e-6
 class UViTConfig:
     """The fields that encoder and decoder share; the defaults are the release's."""
 
-    dim: int = 768  # of the encoder's blocks, and so of the skip connection
-    n_blocks: int = 2  # of the middle; 0 for none
-    time_dim: int = 2048
-    norm_eps: float = 1e-6
+    dim: PositiveInt = 768  # of the encoder's blocks, and so of the skip connection
+    n_blocks: Annotated[int, range(10_001)] = 2  # of the middle; 0 for none
+    time_dim: PositiveInt = 2048
+    norm_eps: PositiveFloat = 1e-6
     bias: bool = True
 
     # field -> its key in `params` of a released config
@@ -60,14 +59,16 @@ class UViTConfig:
 
         Raises ValueError for what the release does not have.
         """
+        layout = cls._layout()
         given: dict[str, Any] = {}
-        if "block_out_channels" in params:
-            given["dim"] = params["block_out_channels"][-1]
-        if "padding" in params and params["padding"] is None:
-            given["padding"] = math.ceil(params["kernel_size"] - params["stride"])
-        if not params.get("use_mid_block", True):
+        if widths := read_value(params, "block_out_channels", tuple[PositiveInt, ...], (), layout=layout):
+            given["dim"] = widths[-1]
+        if "padding" in params and params["padding"] is None and "padding" in cls.KEYS:
+            sizes = [read_value(params, key, PositiveInt, layout=layout) for key in ("kernel_size", "stride")]
+            given["padding"] = sizes[0] - sizes[1]
+        if not read_value(params, "use_mid_block", bool, True, layout=layout):
             given["n_blocks"] = 0
-        return read_config(cls, params, cls._layout(), given=given)
+        return read_config(cls, params, layout, given=given)
 
     def to_json(self) -> dict[str, Any]:
         """The params that `from_json` reads."""
@@ -86,9 +87,9 @@ class UViTConfig:
 class UViTEncoderConfig(UViTConfig):
     """The encoder: a convolution over patches, then blocks."""
 
-    in_channels: int = 4
-    kernel_size: int = 2
-    stride: int = 2
+    in_channels: PositiveInt = 4
+    kernel_size: PositiveInt = 2
+    stride: PositiveInt = 2
     padding: int = 0
 
     KEYS: ClassVar = {
@@ -99,6 +100,11 @@ class UViTEncoderConfig(UViTConfig):
         "padding": "padding",
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.padding < 0:
+            raise ValueError(f"got {self}: expected a padding of 0 or more; give the kernel the stride's size, or more")
+
     def grid_size(self, size: int) -> int:
         """The number of tokens along a side of a latent."""
         return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
@@ -108,9 +114,9 @@ class UViTEncoderConfig(UViTConfig):
 class UViTDecoderConfig(UViTConfig):
     """The decoder: blocks over tokens and skip connection, then upsampling by 2 `n_upsamples` times."""
 
-    in_channels: int = 768
-    out_channels: int = 4
-    n_upsamples: int = 1
+    in_channels: PositiveInt = 768
+    out_channels: PositiveInt = 4
+    n_upsamples: Annotated[int, range(1, 11)] = 1
 
     KEYS: ClassVar = {
         **UViTConfig.KEYS,

@@ -6,12 +6,14 @@ docs/originals/metaquery.md, "Files".
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, read_value, write_config
+from unimm.checkpoint.contents import is_there
+from unimm.checkpoint.json_files import read_json
 from unimm.denoisers.sana import SanaConfig
 from unimm.models.metaquery.connector import ConnectorConfig
 from unimm.models.metaquery.mllms import RELEASED_PREFIX, mllm_spec_for, mllm_spec_of
@@ -72,8 +74,8 @@ LAYOUT = JsonLayout(
 class DPMSolverConfig:
     """Numbers of Sana's DPM-Solver++: scheduler_config.json."""
 
-    timestep_shift: float
-    n_train_timesteps: int
+    timestep_shift: PositiveFloat
+    n_train_timesteps: PositiveInt
 
     def __post_init__(self) -> None:
         if not self.timestep_shift > 0 or self.n_train_timesteps < 1:
@@ -104,15 +106,15 @@ class MetaQueryConfig:
     vae: DCAEConfig
     scheduler: DPMSolverConfig
     part_ids: Mapping[str, str]
-    n_queries: int
-    max_text_tokens: int
+    n_queries: PositiveInt
+    max_text_tokens: PositiveInt
     system_prompt: str
-    latent_size: int  # latents a side of an image of the default size
+    latent_size: PositiveInt  # latents a side of an image of the default size
     # of input images, in place of the limits in the MLLM's own config
-    min_pixels: int = 256 * 28 * 28
-    max_pixels: int = 1280 * 28 * 28
+    min_pixels: PositiveInt = 256 * 28 * 28
+    max_pixels: PositiveInt = 1280 * 28 * 28
     # those of the released demo; the original's evaluation takes a guidance of 7.5
-    steps: int = 30
+    steps: PositiveInt = 30
     guidance: float = 4.5
     image_guidance: float = 1.5
 
@@ -159,9 +161,10 @@ class MetaQueryConfig:
         data = read_required_json(folder / "config.json")
         if data.get("model_type") != "metaquery":
             raise ValueError(f"{folder}/config.json describes no MetaQuery: got model_type {data.get('model_type')!r}")
-        if missing := [key for key in ("mllm_id", "diffusion_model_id") if key not in data]:
+        if missing := [key for key in ("mllm_id", "diffusion_model_id") if data.get(key) is None]:
             raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}: expected {LAYOUT.source}")
-        part_ids = {key: str(data.get(key, data["diffusion_model_id"])) for key in cls.PART_CONFIGS}
+        denoiser_id = read_value(data, "diffusion_model_id", str, layout=LAYOUT)
+        part_ids = {key: read_value(data, key, str, denoiser_id, layout=LAYOUT) for key in cls.PART_CONFIGS}
         for name in part_ids.values():
             _relative_path(name)  # refuses one that is no folder of its own, whether it is read or not
         if data.get("loss_type", "flow") != "flow" or "stable-diffusion" in part_ids["diffusion_model_id"]:
@@ -199,7 +202,7 @@ class MetaQueryConfig:
         connector = ConnectorConfig(
             dim=mllm.decoder.dim,
             condition_dim=denoiser_config.caption_dim,
-            n_blocks=data.get("connector_num_hidden_layers", 24),
+            n_blocks=read_value(data, "connector_num_hidden_layers", Annotated[int, range(10_001)], 24, layout=LAYOUT),
         )
         given = {
             "mllm": mllm,
@@ -249,8 +252,8 @@ def _relative_path(name: str) -> str:
     return below
 
 
-def read_required_json(path: Path) -> dict:
+def read_required_json(path: Path) -> dict[str, Any]:
     """The contents of a config file. Raises ValueError where it does not exist, or is no JSON."""
-    if not path.exists():
+    if not is_there(path):
         raise ValueError(f"no {path}: expected a MetaQuery's config.json, and the configs of the parts that it names")
     return read_json(path)

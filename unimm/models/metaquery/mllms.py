@@ -98,6 +98,6 @@ def mllm_spec_of(mllm: Any) -> MLLMSpec:
 def mllm_spec_for(data: Mapping[str, Any]) -> MLLMSpec:
     """The row of the MLLM that a config.json describes. Raises ValueError for another model's."""
     name = data.get("model_type")
-    if name not in MLLMS:
+    if not isinstance(name, str) or name not in MLLMS:
         raise ValueError(f"got an MLLM of model_type {name!r}: expected {' or '.join(MLLMS)}; correct mllm_id")
     return MLLMS[name]

@@ -16,13 +16,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import Ignore, KeyMap, Rename
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
     CheckpointError,
     keep_weights_open,
     load_weights,
+    read_folder_shapes,
     read_shapes,
     weight_files,
 )
@@ -38,7 +39,7 @@ from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
-from unimm.models.metaquery.weights import metaquery_key_map, read_folder_shapes
+from unimm.models.metaquery.weights import metaquery_key_map
 from unimm.models.release import Components
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
@@ -89,13 +90,17 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         )
         if any((mllm_folder / name).exists() for name in HUB_WEIGHT_FILES):
             model.mllm_source = mllm_folder
-        model.match_checkpoint(read_folder_shapes(folder))
+        model.match_checkpoint(read_folder_shapes(folder, HUB_WEIGHT_FILES))
         return model
 
     def match_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Leave out the language head if files of these shapes hold none. Raises CheckpointError for other queries."""
         embedding_key = self.mllm_spec.embedding_key(self.config.mllm)
-        rows = shapes.get(embedding_key, (self.config.embedding_rows,))[0]
+        expected = (self.config.embedding_rows, self.config.mllm.decoder.dim)
+        shape = shapes.get(embedding_key, expected)
+        if len(shape) != 2:
+            raise CheckpointError(f"{embedding_key} has shape {list(shape)}: expected {list(expected)}; fetch it again")
+        rows = shape[0]
         if rows != self.config.embedding_rows:
             vocab = self.config.mllm.decoder.vocab_size
             n = self.config.n_queries

@@ -1,9 +1,6 @@
 """MetaQuery's key maps."""
 
-from pathlib import Path
-
 from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, read_shapes, weight_files
 from unimm.denoisers import sana
 from unimm.models.metaquery.config import MetaQueryConfig
 from unimm.models.metaquery.mllms import MLLMSpec
@@ -35,10 +32,3 @@ def metaquery_key_map(config: MetaQueryConfig, spec: MLLMSpec, *, with_head: boo
     denoiser = sana.KEY_MAP.prefixed(released=DENOISER_PREFIX, ours="denoiser.")
     vae = dc_ae_key_map(config.vae).prefixed(released="vae.", ours="vae.")
     return spec.key_map(config.mllm, with_head=with_head) + connector + denoiser + vae
-
-
-def read_folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a folder's weights; empty where it has none."""
-    if not any((folder / name).exists() for name in HUB_WEIGHT_FILES):
-        return {}
-    return read_shapes(weight_files(folder, HUB_WEIGHT_FILES))

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
-from unimm.checkpoint.load import HUB_WEIGHT_FILES, read_shapes, weight_files
+from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, write_config
+from unimm.checkpoint.json_files import naming_place, read_preprocessor_json
+from unimm.checkpoint.load import HUB_WEIGHT_FILES, Shapes, read_folder_shapes, read_size
 from unimm.denoisers.flux import FluxConfig
 from unimm.denoisers.mmdit import PATCH_SIZE
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig, read_qwen_config
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 # (width, height). The original's lists of 1, 5, 7, 9 and 11 ratios are the beginnings of this one
 ASPECT_RATIOS = ((1, 1), (16, 9), (9, 16), (4, 3), (3, 4), (3, 2), (2, 3), (5, 4), (4, 5), (7, 5), (5, 7))
+N_ASPECT_RATIOS = len(ASPECT_RATIOS)
 DENOISE_TOWER = "denoise_tower."  # prefix of all released names but the MLLM's
 # auxiliary encoders, by the folders below a checkpoint that may hold them
 SIGLIP_FOLDER = "siglip"
@@ -84,21 +84,21 @@ class UniWorldConfig:
 
     mllm: QwenVLConfig
     denoiser: FluxConfig
-    mllm_projector_hidden: int
-    siglip_dim: int
-    siglip_projector_hidden: int
-    vae_projector_hidden: int
+    mllm_projector_hidden: PositiveInt
+    siglip_dim: PositiveInt
+    siglip_projector_hidden: PositiveInt
+    vae_projector_hidden: PositiveInt
     task_head_hidden: int
     # the released app's
-    image_pixels: int = 1024 * 1024  # of a generated image, about
-    n_aspect_ratios: int = len(ASPECT_RATIOS)
-    steps: int = 28
+    image_pixels: PositiveInt = 1024 * 1024  # of a generated image, about
+    n_aspect_ratios: PositiveInt = N_ASPECT_RATIOS
+    steps: PositiveInt = 28
     guidance: float = 3.5
     true_cfg_scale: float = 1.0  # the release was not trained for classifier-free guidance
     system_prompt: str = ""  # in generation
     images_first: bool = False  # whether input images stand before the text
-    t5_tokens: int = 256
-    max_answer_tokens: int = 128  # of an answer in place of an image
+    t5_tokens: PositiveInt = 256
+    max_answer_tokens: PositiveInt = 128  # of an answer in place of an image
     uses_clip: bool = True  # whether it was trained with CLIP's embedding of the prompt
     reference_latents: Literal["tokens", "condition"] | None = (
         None  # how the input images' VAE latents are used, if at all
@@ -137,10 +137,13 @@ class UniWorldConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Read config.json, preprocessor_config.json, generation_config.json and the headers of the weights."""
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        shapes = _folder_shapes(folder, HUB_WEIGHT_FILES)
-        task_head_shapes = _folder_shapes(folder, TASK_HEAD_FILES)
-        return cls.from_json(read_qwen_config(folder), preprocessor, shapes=shapes, task_head_shapes=task_head_shapes)
+        preprocessor = read_preprocessor_json(folder)
+        shapes = read_folder_shapes(folder, HUB_WEIGHT_FILES)
+        task_head_shapes = read_folder_shapes(folder, TASK_HEAD_FILES)
+        with naming_place(folder):
+            return cls.from_json(
+                read_qwen_config(folder), preprocessor, shapes=shapes, task_head_shapes=task_head_shapes
+            )
 
     @classmethod
     def from_json(
@@ -166,7 +169,9 @@ class UniWorldConfig:
         if mllm.image_processor.min_pixels != mllm.image_processor.max_pixels:
             processor = replace(mllm.image_processor, min_pixels=MLLM_IMAGE_PIXELS, max_pixels=MLLM_IMAGE_PIXELS)
             mllm = replace(mllm, image_processor=processor)
-        given = {"mllm": mllm, "task_head_hidden": (task_head_shapes or {}).get("0.bias", (0,))[0]}
+        given: dict[str, Any] = {"mllm": mllm, "task_head_hidden": 0}
+        if task_head_shapes and "0.bias" in task_head_shapes:
+            given["task_head_hidden"] = read_size(task_head_shapes, "0.bias", axis=0, n_axes=1)
         return read_config(cls, data, LAYOUT, given=given | _widths(shapes or {}))
 
     def to_json(self) -> dict[str, dict[str, Any]]:
@@ -185,15 +190,13 @@ class UniWorldConfig:
 def _widths(shapes: Shapes) -> dict[str, int]:
     """The projectors' widths that the shapes of a checkpoint's weights tell, by their fields."""
     fields = {
-        "mllm_projector_hidden": ("denoise_projector.0.bias", 0),
-        "siglip_projector_hidden": ("siglip_projector.0.bias", 0),
-        "vae_projector_hidden": ("vae_projector.0.bias", 0),
-        "siglip_dim": ("siglip_projector.0.weight", 1),
+        "mllm_projector_hidden": ("denoise_projector.0.bias", 0, 1),
+        "siglip_projector_hidden": ("siglip_projector.0.bias", 0, 1),
+        "vae_projector_hidden": ("vae_projector.0.bias", 0, 1),
+        "siglip_dim": ("siglip_projector.0.weight", 1, 2),
     }
     return {
-        name: shapes[DENOISE_TOWER + key][axis] for name, (key, axis) in fields.items() if DENOISE_TOWER + key in shapes
+        name: read_size(shapes, DENOISE_TOWER + key, axis=axis, n_axes=n_axes)
+        for name, (key, axis, n_axes) in fields.items()
+        if DENOISE_TOWER + key in shapes
     }
-
-
-def _folder_shapes(folder: Path, names: tuple[str, ...]) -> Shapes:
-    return read_shapes(weight_files(folder, names)) if any((folder / name).exists() for name in names) else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import HUB_WEIGHT_FILES
 from unimm.denoisers.mmdit import PATCH_SIZE, patchify_latents, unpatchify_latents

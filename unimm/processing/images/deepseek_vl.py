@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.processing.images.io import normalize
 
 
@@ -15,11 +15,11 @@ from unimm.processing.images.io import normalize
 class DeepseekVLImageProcessor:
     """Resize the long side to `size`, pad the short one, normalise the values."""
 
-    size: int
-    min_size: int = 14
+    size: PositiveInt
+    min_size: PositiveInt = 14
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    rescale_factor: PositiveFloat = 1 / 255
 
     def __post_init__(self) -> None:
         if min(self.size, self.min_size) < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -64,7 +64,7 @@ LAYOUT = JsonLayout(
     name="preprocessor_config.json",
     source="every release",
     keys={
-        "size": "image_size",
+        "size": ("image_size", "size.height"),  # transformers has the second
         "min_size": "min_size",
         "mean": "image_mean",
         "std": "image_std",

@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import (
+    JsonLayout,
+    PositiveFloat,
+    PositiveInt,
+    read_config,
+    read_section,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import drop_nulls
 from unimm.processing.images.io import normalize
 
 Size = tuple[int, int]  # (height, width)
@@ -44,7 +53,7 @@ class LlavaOnevisionImageProcessor:
     resample: int = 3  # PIL's number of a filter: bicubic
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    rescale_factor: PositiveFloat = 1 / 255
 
     def __post_init__(self) -> None:
         bad = [
@@ -52,6 +61,10 @@ class LlavaOnevisionImageProcessor:
             for grid in self.grid_pinpoints
             if min(grid) < 1 or grid[0] % self.tile_size or grid[1] % self.tile_size
         ]
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(
+                f"got resample {self.resample}: expected one of PIL's, 0 to 5; correct preprocessor_config.json"
+            )
         normal = len(self.mean) == len(self.std) == 3 and min(self.std) > 0
         if not self.grid_pinpoints or bad or self.max_tiles < 1 or not normal:
             raise ValueError(
@@ -74,13 +87,14 @@ class LlavaOnevisionImageProcessor:
 
         Raises ValueError where the file asks for other sizes than the model.
         """
-        size = data.get("size") or {}
-        sides = {size.get(name, tile_size) for name in ("height", "width", "shortest_edge")}
-        pinpoints = data.get("image_grid_pinpoints")
-        if sides != {tile_size} or (pinpoints and {tuple(grid) for grid in pinpoints} != set(grid_pinpoints)):
+        names = ("height", "width", "shortest_edge")
+        size = drop_nulls(read_section(data, "size", LAYOUT, required=False))
+        sides = {read_value(size, name, PositiveInt, tile_size, layout=LAYOUT) for name in names}
+        pinpoints = read_value(data, "image_grid_pinpoints", tuple[Size, ...], (), layout=LAYOUT)
+        if sides != {tile_size} or (pinpoints and set(pinpoints) != set(grid_pinpoints)):
             raise ValueError(
-                f"got size {size}, image_grid_pinpoints {pinpoints} in preprocessor_config.json: expected tiles of "
-                f"{tile_size} pixels and the image_grid_pinpoints of config.json"
+                f"got size {dict(size)}, image_grid_pinpoints {list(pinpoints)} in preprocessor_config.json: expected "
+                f"tiles of {tile_size} pixels and the image_grid_pinpoints of config.json"
             )
         given = {
             "tile_size": tile_size,

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.processing.images.io import normalize
 
 PatchGrid = tuple[int, int, int]  # patches of an image in time, down and across
@@ -30,12 +30,12 @@ class Qwen2VLImageProcessor:
     patch_size: int
     merge_size: int
     temporal_patch_size: int  # frames of a patch; a still image is repeated
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 16384
+    min_pixels: PositiveInt = 56 * 56
+    max_pixels: PositiveInt = 28 * 28 * 16384
     resample: int = 3  # PIL's number of a filter
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    rescale_factor: float = 1 / 255
+    rescale_factor: PositiveFloat = 1 / 255
 
     def __post_init__(self) -> None:
         sizes = (self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels)

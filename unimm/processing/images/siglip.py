@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, write_config
+from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
+from unimm.checkpoint.json_files import at_place_of
 from unimm.processing.images.io import normalize
 
 
@@ -18,11 +19,11 @@ class SiglipImageProcessor:
     resample: PIL's number of a filter; 2, bilinear, is that of SigLIP2's releases.
     """
 
-    size: int
+    size: PositiveInt
     resample: int = 2
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    rescale_factor: PositiveFloat = 1 / 255
 
     def __post_init__(self) -> None:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -42,7 +43,7 @@ class SiglipImageProcessor:
         Raises ValueError for another size, and for a step that is switched off.
         """
         if isinstance(data.get("size"), int):
-            data = {**data, "size": {"height": data["size"], "width": data["size"]}}
+            data = at_place_of(data, {**data, "size": {"height": data["size"], "width": data["size"]}})
         return read_config(cls, data, LAYOUT, given={"size": size})
 
     def to_json(self) -> dict[str, Any]:

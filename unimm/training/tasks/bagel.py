@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import copy_file
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import (
     ROW_MULTIPLE,
     encode_latent_tokens,

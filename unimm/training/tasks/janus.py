@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import read_json
+from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import gen_token_counts, kind_indices, label_counts, mean_by_kind, stack_images
 from unimm.data.shapes import Example
 from unimm.models.janus.config import JanusConfig

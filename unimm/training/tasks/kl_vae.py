@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.batching import uint8_to_image

@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.data.batching import kind_indices, label_counts, mean_by_kind, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases

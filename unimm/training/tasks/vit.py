@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind

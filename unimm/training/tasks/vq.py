@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from unimm.checkpoint.config_io import write_json
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import JsonLayout, read_config, read_section, read_value, write_config
+from unimm.checkpoint.json_files import read_json, read_preprocessor_json
 from unimm.encoders.siglip import SiglipConfig
 from unimm.nn.decoder import DecoderConfig
+from unimm.nn.layers import Activation
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor, Size
-from unimm.vlms.base import drop_nulls
-from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
+from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json, read_token_ids
 
 # the defaults of Qwen2Config in transformers
 TEXT_DEFAULTS = {
@@ -19,6 +20,7 @@ TEXT_DEFAULTS = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
+    "qk_norm": False,
 }
 GRID_PINPOINTS = tuple((384 * h, 384 * w) for h in range(1, 7) for w in range(1, 7))  # of every release
 ASPECT_RATIO_PREFIX = "anyres_max_"
@@ -32,12 +34,18 @@ class LlavaSpecialTokens:
     image: int = 151646
     video: int = 151647
 
+    JSON: ClassVar = JsonLayout(
+        name="config.json",
+        source="every release",
+        keys={name: (f"{name}_token_index", f"{name}_token_id") for name in ("image", "video")},
+    )
+
     @classmethod
     def from_json(cls, files: Mapping[str, Any], text: Mapping[str, Any]) -> "LlavaSpecialTokens":
         """Read a released config.json and its text_config."""
-        eos = text.get("eos_token_id") or files.get("eos_token_id") or cls.im_end
-        ids = {name: files.get(f"{name}_token_index", files.get(f"{name}_token_id")) for name in ("image", "video")}
-        return cls(im_end=eos[0] if isinstance(eos, list) else eos, **drop_nulls(ids))
+        keys = ("eos_token_id",)
+        eos = [one for part in (text, files) for key in keys for one in read_token_ids(part, key, layout=cls.JSON)]
+        return read_config(cls, files, cls.JSON, given={"im_end": eos[0] if eos else cls.im_end})
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -53,7 +61,7 @@ class LlavaConfig:
     vision: SiglipConfig
     special_tokens: LlavaSpecialTokens
     image_processor: LlavaOnevisionImageProcessor
-    projector_act: str
+    projector_act: Activation
 
     # of config.json, but for the parts
     JSON: ClassVar = JsonLayout(
@@ -73,12 +81,12 @@ class LlavaConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "LlavaConfig":
         """Read config.json, and preprocessor_config.json, if it is there."""
-        return cls.from_json(*(read_json(folder / name) for name in ("config.json", "preprocessor_config.json")))
+        return cls.from_json(read_json(folder / "config.json"), read_preprocessor_json(folder))
 
     @classmethod
     def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "LlavaConfig":
         """Read the contents of the released files. Raises ValueError for what no release has."""
-        model_type = files.get("model_type", "llava_onevision")
+        model_type = files.get("model_type") or "llava_onevision"
         if model_type != "llava_onevision" or not {"vision_config", "text_config"} <= files.keys():
             raise ValueError(
                 f"config.json describes no LLaVA-OneVision: expected model_type 'llava_onevision', a text_config and a "
@@ -89,13 +97,22 @@ class LlavaConfig:
             raise ValueError(
                 f"got vision_aspect_ratio {aspect!r}: expected '{ASPECT_RATIO_PREFIX}9', as in every release"
             )
-        vision = SiglipConfig.from_json(files["vision_config"])
-        grids: tuple[Size, ...] = tuple((h, w) for h, w in files.get("image_grid_pinpoints") or GRID_PINPOINTS)
-        tied = files.get("tie_word_embeddings") or False
+        text, vision_section = (read_section(files, f"{name}_config", cls.JSON) for name in ("text", "vision"))
+        vision = SiglipConfig.from_json(vision_section)
+        grids = read_value(files, "image_grid_pinpoints", tuple[Size, ...], (), layout=cls.JSON) or GRID_PINPOINTS
+        # older files have the key in the text_config, newer ones at the top
+        tied = any(read_value(one, "tie_word_embeddings", bool, False, layout=cls.JSON) for one in (files, text))
+        if text.get("model_type", "qwen2") != "qwen2":
+            raise ValueError(
+                f"the text_config asks for model_type {text['model_type']!r:.80}: expected a plain Qwen2, as every "
+                "release up to 72B has"
+            )
         given = {
-            "decoder": _decoder_config(drop_nulls(files["text_config"]), tied=tied),
+            "decoder": decoder_config_from_json(
+                text, qkv_bias=True, experts=(EXPERT,), tie_word_embeddings=tied, defaults=TEXT_DEFAULTS
+            ),
             "vision": vision,
-            "special_tokens": LlavaSpecialTokens.from_json(drop_nulls(files), drop_nulls(files["text_config"])),
+            "special_tokens": LlavaSpecialTokens.from_json(files, text),
             "image_processor": LlavaOnevisionImageProcessor.from_json(
                 preprocessor,
                 tile_size=vision.image_size,
@@ -124,20 +141,3 @@ class LlavaConfig:
         }
         top = write_config(self, self.JSON) | parts
         return {"config.json": top, "preprocessor_config.json": self.image_processor.to_json()}
-
-
-def _decoder_config(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
-    rope = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
-    types = {rope.get(name, "default") for name in ("type", "rope_type")} - {"default"}
-    if types or text.get("use_sliding_window") or text.get("model_type", "qwen2") != "qwen2":
-        asked = {name: text.get(name) for name in ("model_type", "rope_scaling", "use_sliding_window") if name in text}
-        raise ValueError(f"the text_config asks for {asked}: expected a plain Qwen2, as every release up to 72B has")
-    files = {"qk_norm": False, **TEXT_DEFAULTS, **text}
-    files |= {"rope_theta": rope.get("rope_theta", files["rope_theta"])}
-    # older files have the key in the text_config, newer ones at the top
-    return decoder_config_from_json(
-        files,
-        qkv_bias=True,
-        experts=(EXPERT,),
-        tie_word_embeddings=tied or bool(text.get("tie_word_embeddings", False)),
-    )

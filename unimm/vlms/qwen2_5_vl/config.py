@@ -1,15 +1,30 @@
 """Qwen2.5-VL's config: the released config files to and from numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unimm.checkpoint.config_io import JsonLayout, read_config, read_json, write_config
+from unimm.checkpoint.config_io import (
+    JsonLayout,
+    LayerCount,
+    PositiveInt,
+    read_config,
+    read_section,
+    read_value,
+    write_config,
+)
+from unimm.checkpoint.json_files import at_place_of, read_json, read_preprocessor_json
 from unimm.nn.decoder import DecoderConfig
+from unimm.nn.layers import Activation
 from unimm.processing.images.qwen2_vl import Qwen2VLImageProcessor
-from unimm.vlms.base import drop_nulls
-from unimm.vlms.llama_layout import EXPERT, decoder_config_from_json, decoder_config_to_json
+from unimm.vlms.llama_layout import (
+    EXPERT,
+    decoder_config_from_json,
+    decoder_config_to_json,
+    read_token_ids,
+    rope_section,
+)
 
 # of the vision encoder's rotary embedding, which no config holds
 VISION_ROPE_THETA = 10000.0
@@ -22,33 +37,35 @@ TEXT_DEFAULTS = {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
+    "qk_norm": False,
 }
+TOP_LAYOUT = JsonLayout(name="config.json", source="a released Qwen2.5-VL")
 
 
 def read_qwen_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, with the ids that end an answer of its generation_config.json as "generation_ends"."""
     files = read_json(folder / "config.json")
     eos_ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    return files if eos_ids is None else {**files, "generation_ends": eos_ids}
+    return files if eos_ids is None else at_place_of(files, {**files, "generation_ends": eos_ids})
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
     """The numbers of the vision encoder."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    out_dim: int
-    patch_size: int
-    temporal_patch_size: int  # frames of a patch
-    spatial_merge_size: int  # patches a side of a cell
-    channels: int
-    window_size: int  # pixels a side
+    dim: PositiveInt
+    n_layers: LayerCount
+    n_heads: PositiveInt
+    mlp_dim: PositiveInt
+    out_dim: PositiveInt
+    patch_size: PositiveInt
+    temporal_patch_size: PositiveInt  # frames of a patch
+    spatial_merge_size: PositiveInt  # patches a side of a cell
+    channels: PositiveInt
+    window_size: PositiveInt  # pixels a side
     full_attention_layers: tuple[int, ...]  # whose attention is over whole frames, not windows
-    tokens_per_second: int  # rotary positions of a second of video
-    act: str
+    tokens_per_second: PositiveInt  # rotary positions of a second of video
+    act: Activation
 
     JSON: ClassVar = JsonLayout(
         name="the vision_config",
@@ -89,7 +106,9 @@ class QwenVisionConfig:
         if self.dim % self.n_heads or self.dim // self.n_heads % 4:
             raise ValueError(f"got vision width {self.dim}, {self.n_heads} heads: expected heads of a multiple of 4")
         cell_size = self.patch_size * self.spatial_merge_size
-        if self.window_size < cell_size or not set(self.full_attention_layers) <= set(range(self.n_layers)):
+        if self.window_size < cell_size or not all(
+            layer in range(self.n_layers) for layer in self.full_attention_layers
+        ):
             raise ValueError(
                 f"got windows of {self.window_size} pixels, full attention in layers {self.full_attention_layers}: "
                 "expected "
@@ -99,12 +118,10 @@ class QwenVisionConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "QwenVisionConfig":
         """Read a released vision_config. Raises ValueError for missing keys, and for another rotary embedding."""
-        rope = data.get("rope_parameters") or {}
-        theta = rope.get("rope_theta", VISION_ROPE_THETA)
-        rope_type = rope.get("rope_type", VISION_ROPE_TYPE)
-        if theta != VISION_ROPE_THETA or rope_type not in (VISION_ROPE_TYPE, "default"):
+        rope = rope_section(data, cls.JSON, types=("default", VISION_ROPE_TYPE))
+        if rope.get("rope_theta", VISION_ROPE_THETA) != VISION_ROPE_THETA:
             raise ValueError(
-                f"got rope_parameters {rope} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"
+                f"got rope_parameters {dict(rope)} in the vision_config: expected a rope_theta of {VISION_ROPE_THETA:g}"
             )
         return read_config(cls, data, cls.JSON)
 
@@ -142,7 +159,8 @@ class QwenSpecialTokens:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "QwenSpecialTokens":
         """Read a released config.json; "generation_ends" are those that generation_config.json names."""
-        eos = [one for key in ("eos_token_id", "generation_ends") for one in _as_list(data.get(key))]
+        keys = ("eos_token_id", "generation_ends")
+        eos = [one for key in keys for one in read_token_ids(data, key, layout=cls.JSON)]
         given: dict[str, Any] = {"other_eos": tuple(dict.fromkeys(one for one in eos if one != eos[0]))}
         return read_config(cls, data, cls.JSON, given=given | ({"im_end": eos[0]} if eos else {}))
 
@@ -155,10 +173,6 @@ class QwenSpecialTokens:
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end an answer."""
         return self.im_end, *self.other_eos
-
-
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +197,7 @@ class QwenVLConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "QwenVLConfig":
         """Read config.json, and preprocessor_config.json and generation_config.json, if they are there."""
-        return cls.from_json(read_qwen_config(folder), read_json(folder / "preprocessor_config.json"))
+        return cls.from_json(read_qwen_config(folder), read_preprocessor_json(folder))
 
     @classmethod
     def from_json(cls, files: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "QwenVLConfig":
@@ -192,23 +206,19 @@ class QwenVLConfig:
         """
         if "vision_config" not in files:
             raise ValueError(f"config.json describes no Qwen2.5-VL: expected a vision_config; found {', '.join(files)}")
-        text = {**TEXT_DEFAULTS, **drop_nulls(files), **drop_nulls(files.get("text_config", {}))}
-        rope = {**text.get("rope_scaling", {}), **text.get("rope_parameters", {})}
-        types = {rope.get(name, "default") for name in ("type", "rope_type")} - {"default", "mrope"}
-        if types or text.get("use_sliding_window"):
-            asked = f"rope_scaling of type {', '.join(types)}" if types else "use_sliding_window"
-            raise ValueError(f"the config asks for {asked}, which no release does and is not built")
-        text = {"qk_norm": False, **text}
-        text |= {"rope_theta": rope.get("rope_theta", text["rope_theta"])}
-        vision = QwenVisionConfig.from_json(files["vision_config"])
+        inner = read_section(files, "text_config", TOP_LAYOUT, required=False)
+        text = at_place_of(inner or files, {**files, **inner})
+        vision = QwenVisionConfig.from_json(read_section(files, "vision_config", TOP_LAYOUT))
+        tied = read_value(text, "tie_word_embeddings", bool, False, layout=TOP_LAYOUT)
         return cls(
             decoder=decoder_config_from_json(
                 text,
                 qkv_bias=True,
                 experts=(EXPERT,),
-                rope_sections=tuple(rope.get("mrope_section", MROPE_SECTION)),
+                rope_sections=MROPE_SECTION,
                 # the top of config.json counts: the text_config's key describes the language model on its own
-                tie_word_embeddings=files.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+                tie_word_embeddings=read_value(files, "tie_word_embeddings", bool, tied, layout=TOP_LAYOUT),
+                defaults=TEXT_DEFAULTS,
             ),
             vision=vision,
             special_tokens=QwenSpecialTokens.from_json(text),
