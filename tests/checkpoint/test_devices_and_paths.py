@@ -45,3 +45,25 @@ def test_a_path_is_a_folder(name, tmp_path, monkeypatch):
     for load in (unimm.load, unimm.Janus.from_pretrained, hub.resolve):
         with pytest.raises(ValueError, match="no folder .*expected a model's"):
             load(Path(name))
+
+
+@pytest.mark.parametrize("name", [None, 5, b"janus-nano", True, ["janus-nano"]], ids=str)
+def test_what_names_no_model(name):
+    with pytest.raises(ValueError, match=r"got .* for a model: expected a folder"):
+        unimm.load(name)
+    with pytest.raises(ValueError, match=r"got .* for a model: expected a folder"):
+        unimm.Janus.from_pretrained(name)
+
+
+@pytest.mark.parametrize("components", [5, [], "vae", {"vae": 5}, {"vae": ""}, {"vae": True}, {1: "x"}], ids=str)
+def test_components_that_are_none(components):
+    with pytest.raises(ValueError, match="got .*component"):
+        unimm.JanusFlow.from_pretrained("janusflow-nano", components=components)
+
+
+def test_a_name_of_two_parts_that_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "file").touch()
+    with pytest.raises(ValueError, match="got the file runs/file: expected the folder"):
+        unimm.load("runs/file")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from unimm.checkpoint import hub
 from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.keymap import KeyMap
@@ -19,6 +20,7 @@ from unimm.checkpoint.load import (
     check_weights,
     keep_weights_open,
     load_weights,
+    parse_dtype,
     read_shapes,
     weight_files,
 )
@@ -49,13 +51,14 @@ class PretrainedComponent(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls, path: str | Path, *, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Self:
         """Load a released folder, or a file of weights in one, strictly; in evaluation mode.
 
         Raises ValueError for another class's config, CheckpointError for weights that do not fit it.
         """
-        path = Path(path)
+        dtype = parse_dtype(dtype)
+        path = hub.expand_path(hub.parse_name(path, cls.__name__))
         paths: list[WeightFile] = [path] if path.is_file() else weight_files(path, cls.WEIGHT_FILES)
         with keep_weights_open():
             shapes = read_shapes(paths)

@@ -2,9 +2,11 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,31 @@ def bundled_names() -> list[str]:
     if not BUNDLED_FOLDER.exists():
         return []
     return sorted(path.name for path in BUNDLED_FOLDER.iterdir() if (path / "config.json").exists())
+
+
+def parse_name(name: Any, what: str) -> str | Path:
+    """What a model or a part of one is loaded by, as a text or a Path. Raises ValueError for anything else. what: the
+    part, for the message."""
+    if isinstance(name, os.PathLike) and isinstance(os.fspath(name), str):
+        return Path(name)
+    if not isinstance(name, str):
+        raise ValueError(f"got {name!r:.80} for {what}: expected a folder, a hub id owner/name, or a bundled name")
+    return name
+
+
+def parse_folder(folder: Any) -> Path:
+    """The folder to save into. Raises ValueError for what is no path."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"got {folder!r:.80} to save into: expected the path of a folder")
+    return expand_path(folder)
+
+
+def expand_path(name: str | os.PathLike[str]) -> Path:
+    """A path, with ~ for the home folder. Raises ValueError for the home of a user that is not known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"got the path {os.fspath(name)}: {error}; write it out") from error
 
 
 def resolve(
@@ -38,13 +65,16 @@ def resolve(
     forbids commercial use, and that licence, for a warning. Raises ValueError for a name that is none of these, with
     the nearest of `known_names` and the bundled ones.
     """
-    path = Path(name).expanduser()
+    name = parse_name(name, "a model")
+    path = expand_path(name)
     if isinstance(name, str) and name in bundled_names():
         if path.is_dir():
             warn_shadowed_folder(name)
         return BUNDLED_FOLDER / name
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ValueError(f"got the file {name}: expected the folder that holds a model's files")
     if isinstance(name, Path):
         raise ValueError(
             f"no folder {name}: expected a model's; a bundled name or a hub id is given as a text, no Path"
@@ -93,5 +123,8 @@ def _download(
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickled]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        message = f"cannot get {name!r} from the hub: {error}; check the name and the connection, or give a folder"
-        raise ValueError(message) from error
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"no folder {name!r} here, and cannot get {name!r} from the hub: {said}; check the name and the connection, "
+            "or give a folder"
+        ) from error

@@ -127,9 +127,8 @@ class UnifiedModel(nn.Module, ABC):
         ValueError for an unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where
         they cannot.
         """
-        if unknown := sorted((components or {}).keys() - set(cls.COMPONENTS)):
-            known = ", ".join(cls.COMPONENTS) or "none"
-            raise ValueError(f"got components {', '.join(unknown)} for a {cls.__name__}: expected {known}")
+        hub.parse_name(name, "a model")
+        components = cls._parse_components(components)
         dtype = parse_dtype(dtype)
         device = parse_device(device)
         folder = hub.resolve(
@@ -148,8 +147,28 @@ class UnifiedModel(nn.Module, ABC):
         materialize(model, cls.UNUSED_PARAMETERS, dtype=dtype, device=device)
         if cls.COMPONENTS:
             loader = cast("ComponentModel", model)
-            loader.load_components(components or {}, name=name, folder=folder, dtype=dtype, device=device)
+            loader.load_components(components, name=name, folder=folder, dtype=dtype, device=device)
         return model.eval()
+
+    @classmethod
+    def _parse_components(cls, components: Any) -> Components:
+        """The parts to take from elsewhere. Raises ValueError for others than the family has, and for what is no
+        place."""
+        known = ", ".join(cls.COMPONENTS) or "none"
+        if components is not None and not isinstance(components, Mapping):
+            raise ValueError(
+                f"got components {components!r:.80}: expected a mapping of names to folders or hub ids; a "
+                f"{cls.__name__} has {known}"
+            )
+        given = dict(components or {})
+        if unknown := sorted(str(name) for name in given if name not in cls.COMPONENTS):
+            raise ValueError(f"got components {', '.join(unknown)} for a {cls.__name__}: expected {known}")
+        if empty := [name for name, place in given.items() if isinstance(place, str) and not place]:
+            raise ValueError(f"got an empty text for the component {empty[0]}: expected a folder or a hub id, or None")
+        return {
+            name: None if place is None else hub.parse_name(place, f"the component {name}")
+            for name, place in given.items()
+        }
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: str | torch.dtype | None = None, layout: str | None = None
@@ -167,7 +186,7 @@ class UnifiedModel(nn.Module, ABC):
         # the same parameters in a layout of their own: another thread may save this model, too
         written = copy.copy(self)
         written.checkpoint_layout = layout or self.checkpoint_layout
-        with atomic_directory(Path(folder), optional_files=files, optional_folders=folders) as partial:
+        with atomic_directory(hub.parse_folder(folder), optional_files=files, optional_folders=folders) as partial:
             written.save_config(partial)
             key_maps = written.key_maps()
             check_all_saved(self, key_maps.values(), unused=self.UNUSED_PARAMETERS)

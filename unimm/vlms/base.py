@@ -122,7 +122,7 @@ class VisionLanguageModel(MLLMChat):
     @final
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given."""
-        with atomic_directory(Path(folder)) as partial:
+        with atomic_directory(hub.parse_folder(folder)) as partial:
             for name, contents in self.config.to_json().items():
                 write_json(partial / name, contents)
             key_map = self.key_map({})
