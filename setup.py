@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "unimm" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
+# formats of datasets: parquet, Hugging Face's, frames of videos
+DATA = ["pyarrow", "datasets", "av"]
+
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -21,6 +24,8 @@ TEST = [
     "matplotlib",
     "diffusers",
     "transformers",
+    "webdataset",
+    *DATA,
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -64,6 +69,6 @@ setup(
         "typer",
         "typing_extensions",
     ],
-    extras_require={"test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
+    extras_require={"data": DATA, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
     entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )

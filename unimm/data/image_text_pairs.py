@@ -102,7 +102,7 @@ class FilePairs:
             raise ValueError(f"{self.path} is empty: expected a line for each image to generate")
         # at newlines alone: captions may hold U+2028 and other ends of lines of Unicode's, which JSON does not escape
         lines = text.split("\n")
-        return [self._record(line, i + 1) for i, line in enumerate(lines)]
+        return [parse_pair(line, i + 1, self.path) for i, line in enumerate(lines)]
 
     def from_record(self, record: Mapping) -> ImageTextPair:
         """The pair that a line names."""
@@ -112,26 +112,25 @@ class FilePairs:
             kind="edit" if images else "draw", text=record.get("text") or "", images=images, target=target
         )
 
-    def _record(self, line: str, number: int) -> Mapping:
-        """A line's contents. Raises ValueError, with its number, for a wrong one."""
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {self.path} is no JSON: {error}") from error
-        if not isinstance(record, dict) or "target" not in record or not record.keys() <= {"target", "text", "images"}:
-            raise ValueError(
-                f"got {line[:80]} in line {number} of {self.path}: expected target, perhaps text and images"
-            )
-        target = record["target"]
-        text = record.get("text") or ""
-        images = record.get("images") or []
-        names = [target, *images] if isinstance(images, list) else [images]
-        if not all(isinstance(name, str) and name for name in names) or not isinstance(images, list):
-            raise ValueError(
-                f"got target {target!r:.80}, images {images!r:.80} in line {number} of {self.path}: expected the name of "
-                "a file, and a list of names"
-            )
-        check_text(text, f"the text in line {number} of {self.path}")
-        if not (text or images):
-            raise ValueError(f"line {number} of {self.path} has neither text nor images to generate from")
-        return record
+
+def parse_pair(line: str, number: int, path: Path) -> Mapping:
+    """The contents of a line of `FilePairs`'s file. Raises ValueError, with its number, for a wrong one."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+    if not isinstance(record, dict) or "target" not in record or not record.keys() <= {"target", "text", "images"}:
+        raise ValueError(f"got {line[:80]} in line {number} of {path}: expected target, perhaps text and images")
+    target = record["target"]
+    text = record.get("text") or ""
+    images = record.get("images") or []
+    names = [target, *images] if isinstance(images, list) else [images]
+    if not all(isinstance(name, str) and name for name in names) or not isinstance(images, list):
+        raise ValueError(
+            f"got target {target!r:.80}, images {images!r:.80} in line {number} of {path}: expected the name of "
+            "a file, and a list of names"
+        )
+    check_text(text, f"the text in line {number} of {path}")
+    if not (text or images):
+        raise ValueError(f"line {number} of {path} has neither text nor images to generate from")
+    return record

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# those of them that exchange width and height
+TRANSPOSED = (5, 6, 7, 8)
 
 
 def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> Image.Image:
@@ -86,6 +89,40 @@ def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> I
     rgb = _to_rgb(image if turn is None else image.transpose(turn))
     rgb.info = {}  # the orientation and the transparency are used up: the next who loads it leaves it as it is
     return rgb
+
+
+def load_image_bytes(data: bytes, *, place: str = "an image") -> Image.Image:
+    """An RGB image, as `load_image` gives it, from the bytes of a file. Raises ValueError for the same reasons."""
+    try:
+        with Image.open(BytesIO(data), formats=_available_formats()) as opened:
+            return load_image(opened, place=place)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"cannot read {place}: got {len(data):,} bytes of another kind, expected {', '.join(IMAGE_FORMATS)}"
+        ) from error
+    except (Image.DecompressionBombError, OSError) as error:
+        raise ValueError(f"cannot read {place}: {error}") from error
+
+
+def read_image_size(image: Path | bytes, *, place: str = "an image") -> tuple[int, int]:
+    """(width, height) of an image's file, upright, out of its first bytes where the format has them there.
+
+    Raises ValueError for a missing file, for one whose format is not one of IMAGE_FORMATS, and for a broken header.
+    """
+    what = f"{place}, {image}" if isinstance(image, Path) else place
+    file = image if isinstance(image, Path) else BytesIO(image)
+    try:
+        with Image.open(file, formats=_available_formats()) as opened:
+            width, height = opened.size
+            return (height, width) if _orientation(opened) in TRANSPOSED else (width, height)
+    except FileNotFoundError:
+        raise ValueError(f"cannot read {what}: no such file") from None
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"cannot read {what}: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}"
+        ) from error
+    except (Image.DecompressionBombError, OSError) as error:
+        raise ValueError(f"cannot read {what}: {error}") from error
 
 
 def load_images(images: Sequence, *, of: str = "") -> list[Image.Image]:
