@@ -20,7 +20,7 @@ def train_command(
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest checkpoint in OUT.")] = False,
     init: Annotated[
-        Path | None, typer.Option(help="A run, or its checkpoint, whose averaged weights to start from.")
+        str | None, typer.Option(help="A run, one of its checkpoints, or a release, whose weights to start from.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that make batches ahead.")] = 1,
     hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,

@@ -133,19 +133,26 @@ def load_into(path: Path, targets: Mapping[str, Tensor]) -> None:
 
     Raises ValueError, and changes nothing, where a name or a shape differs.
     """
-    source = read_tensors(path)
+    copy_into(targets, read_tensors(path), str(path))
+
+
+def copy_into(targets: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same names and shapes. where: what holds the source, for the error.
+
+    Raises ValueError, and changes nothing, where a name or a shape differs.
+    """
     missing = sorted(targets.keys() - source.keys())
     extra = sorted(source.keys() - targets.keys())
     if missing or extra:
         raise ValueError(
-            f"{path} does not fit this model: it lacks {missing[:3]} ({len(missing)} in all) and has {extra[:3]} "
+            f"{where} does not fit this model: it lacks {missing[:3]} ({len(missing)} in all) and has {extra[:3]} "
             f"({len(extra)} in all) too many: use the recipe that it was trained by, and the version of unimm, since "
             "checkpoints of a run hold our names of parameters (releases keep theirs)"
         )
     for name, target in targets.items():
         if source[name].shape != target.shape:
             raise ValueError(
-                f"{name} in {path} is {list(source[name].shape)}, expected {list(target.shape)}: use the recipe that "
+                f"{name} in {where} is {list(source[name].shape)}, expected {list(target.shape)}: use the recipe that "
                 "it was trained by"
             )
     with torch.no_grad():

@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.devices import parse_device
 from unimm.generation.numbers import parse_float, parse_int
+from unimm.models.base import UnifiedModel
 from unimm.training.batches import StopSignal, iterate_batches
 from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
     EMA_FILE,
     WEIGHTS_FILE,
     check_undamaged,
+    copy_into,
     list_checkpoints,
     load_into,
     load_train_state,
@@ -56,8 +60,9 @@ def train(
 
     `out` receives log.jsonl, samples/, checkpoints/ and release/ (the task's own files, of the averaged weights).
     `resume` continues the newest checkpoint in `out`; `init` starts from the averaged weights of another run, which may
-    have trained other parts of the same model: its folder, or that of a checkpoint. Batches are made by `workers`
-    processes ahead of the loop, or in the loop where that is 0. Where the recipe has a `cache`, it is computed first.
+    have trained other parts of the same model (its folder, or that of a checkpoint), or from a release. Batches are
+    made by `workers` processes ahead of the loop, or in the loop where that is 0. Where the recipe has a `cache`, it is
+    computed first.
     """
     out = Path(out)
     workers, deadline = check_run(out, resume=resume, init=init, workers=workers, hours=hours)
@@ -107,7 +112,7 @@ def check_run(out: Path, *, resume: bool, init: str | Path | None, workers: Any,
     if found and not resume:
         raise ValueError(f"{out} holds a run of {int(found[-1].name)} steps: resume it, or choose another folder")
     if init is not None:
-        initial_weights(Path(init))
+        initial_checkpoint(init)
     return workers, math.inf if hours is None else time.monotonic() + 3600 * hours
 
 
@@ -120,19 +125,29 @@ def load_start(trainer: Trainer, out: Path, *, resume: bool, init: str | Path | 
     if init is not None:
         found = list_checkpoints(Path(init)) or [Path(init)]
         with offer_earlier(found, "start from the one before, init {before}"):
-            trainer.init_from(Path(init))
+            trainer.init_from(init)
 
 
-def initial_weights(init: Path) -> Path:
-    """The checkpoint to start from: the newest of a run, or the one that is given. Raises ValueError for neither."""
-    if found := list_checkpoints(init):
+def initial_checkpoint(init: str | Path) -> Path | None:
+    """The checkpoint to start from: the newest of a run, or the one that is given; None for a release.
+
+    Raises ValueError for what is none of these.
+    """
+    folder = Path(init)
+    if found := list_checkpoints(folder):
         return found[-1]
-    if not all((init / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
+    if all((folder / name).is_file() for name in (WEIGHTS_FILE, EMA_FILE)):
+        return folder
+    try:
+        release = hub.resolve(init, weights=False)
+    except ValueError as error:
+        raise ValueError(f"got init {init}, expected a run, one of its checkpoints, or a release: {error}") from error
+    if not (release / "config.json").is_file():
         raise ValueError(
-            f"got init {init}, expected the folder of a run, or that of a checkpoint, with files {WEIGHTS_FILE} and "
-            f"{EMA_FILE}"
+            f"got init {init}, expected the folder of a run, that of a checkpoint, with files {WEIGHTS_FILE} and "
+            f"{EMA_FILE}, or a release, with a config.json"
         )
-    return init
+    return None
 
 
 class Trainer:
@@ -270,15 +285,44 @@ class Trainer:
         self.since = (time.monotonic(), self.step)
         restore_rng_states(state["rng"], self.device)
 
-    def init_from(self, folder: Path) -> None:
-        """Load the averaged weights of another run: of its newest checkpoint, or of the checkpoint that is given."""
-        folder = initial_weights(folder)
+    def init_from(self, init: str | Path) -> None:
+        """Load the averaged weights of another run, of its newest checkpoint or of the one that is given, or a
+        release."""
         ours = named_tensors(self.model)
-        load_into(folder / WEIGHTS_FILE, ours)
-        # the average holds what that run trained, which need not be what this one trains
-        load_into(folder / EMA_FILE, {name: ours[name] for name in tensor_names(folder / EMA_FILE)})
-        check_undamaged(folder)
+        folder = initial_checkpoint(init)
+        if folder is None:
+            copy_into(ours, self.release_tensors(init), str(init))
+        else:
+            load_into(folder / WEIGHTS_FILE, ours)
+            # the average holds what that run trained, which need not be what this one trains
+            load_into(folder / EMA_FILE, {name: ours[name] for name in tensor_names(folder / EMA_FILE)})
+            check_undamaged(folder)
         self.ema = EMA(self.model, self.recipe.ema_decay)
+
+    def release_tensors(self, name: str | Path) -> dict[str, Tensor]:
+        """The weights of a release of the model that the task trains. Raises ValueError for a task that trains a part,
+        and for a release whose tokenizer is not the recipe's."""
+        if not isinstance(self.model, UnifiedModel):
+            raise ValueError(
+                f"got init {name}, a release, and the task {self.task.name!r}, which trains no whole model"
+            )
+        released = type(self.model).from_pretrained(name)
+        if tokenizer_files(self.model) != tokenizer_files(released):
+            raise ValueError(f"got init {name}, whose tokenizer is not the recipe's: the rows of its embeddings differ")
+        return named_tensors(released)
+
+
+def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
+    """The files of the tokenizers of a model and of its parts, by their names and the parts'."""
+    files: dict[str, bytes] = {}
+    for part, module in model.named_modules():
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            files |= {f"{part}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
+    return files
 
 
 def rng_states(device: torch.device) -> dict[str, Tensor]:
