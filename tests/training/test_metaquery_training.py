@@ -37,12 +37,12 @@ def words():
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """The recipe with small numbers, around an untrained MLLM and autoencoder."""
-    folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "metaquery-nano.yaml")
+    folder, full = tmp_path_factory.mktemp("trained"), read_recipe(RECIPES / "metaquery-nano-queries.yaml")
     config = full.model["config"] | dict(num_metaqueries=5, connector_num_hidden_layers=1)
     config |= {"generation": config["generation"] | {"steps": 2}}
     model = {"config": config, "denoiser": DENOISER, "scheduler": full.model["scheduler"]}
     paths = dict(mllm=str(toys.save_mllm(folder / "reader", words())), dcae=str(toys.save_dcae(folder / "dcae")))
-    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
+    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS, timesteps_per_image=2)
     return dataclasses.replace(
         full, model=model, options=options, batch_size=9, precision="float32", warmup_steps=0, lr=3e-3
     )
@@ -240,3 +240,25 @@ def test_a_few_steps_learn_and_the_release_draws_and_answers(recipe, tmp_path):
         model.understand(Image.new("RGB", (64, 64)), "what is it?", text_sampling=TextSampling(max_tokens=4)), str
     )
     assert torch.equal(model.mllm.decoder.embed.weight, objective.model.mllm.decoder.embed.weight.bfloat16().float())
+
+
+def test_a_run_starts_from_a_release(recipe, tmp_path):
+    source = build_task(recipe)
+    with torch.no_grad():
+        for p in source.model.parameters():
+            p.add_(0.01 * torch.randn_like(p)).copy_(p.bfloat16())  # as it is released
+    source.save(tmp_path)
+    trainer = Trainer(build_task(dataclasses.replace(recipe, seed=1)), recipe, torch.device("cpu"))
+    trainer.init_from(str(tmp_path))
+    found = trainer.model.state_dict()
+    assert all(torch.equal(found[name], x) for name, x in source.model.state_dict().items())
+    assert all(torch.equal(found[name], x) for name, x in trainer.ema.weights.items()) and trainer.step == 0
+    with pytest.raises(ValueError, match="whose tokenizer is not the recipe's"):
+        trainer.init_from("metaquery-nano")
+    with pytest.raises(
+        ValueError, match="expected a run, one of its checkpoints, or a release: no model 'metaquery-nan'"
+    ):
+        trainer.init_from("metaquery-nan")
+    trainer.model.mllm.tokenizer = train_tokenizer(400, special_tokens=("<|im_start|>",))
+    with pytest.raises(ValueError, match="whose tokenizer is not the recipe's"):
+        trainer.release_tensors(tmp_path)

@@ -64,9 +64,17 @@ def recipe(tmp_path_factory):
     model = {"generation": generation, "hidden": {"vae_projector": 5}, "denoiser": PAINTER, "vision": vision}
     reader = toys.save_mllm(folder / "reader", words())
     paths = dict(mllm=str(reader), vae=str(folder), vit=str(folder))
-    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS)
+    options = dict(full.options) | paths | dict(compile=False, tasks=TASKS, frozen=[])
     return dataclasses.replace(
-        full, model=model, options=options, batch_size=8, precision="float32", warmup_steps=0, lr=3e-3, muon=()
+        full,
+        cache=None,
+        model=model,
+        options=options,
+        batch_size=8,
+        precision="float32",
+        warmup_steps=0,
+        lr=3e-3,
+        muon=(),
     )
 
 

@@ -148,7 +148,12 @@ def use_feature_cache(task: TrainingTask, recipe: TrainConfig, out: Path, *, wor
     cache = FeatureCache(folder, recipe.cache.samples)
     task.use_cache(cache)
     check_manifest(folder, cache_key(task.model, recipe))
-    fill_cache(task, cache, workers=workers)
+    with torch.autocast(_device_type(task.model), torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        fill_cache(task, cache, workers=workers)
+
+
+def _device_type(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def cache_key(model: nn.Module, recipe: TrainConfig) -> dict[str, str]:
