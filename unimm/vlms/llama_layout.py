@@ -63,27 +63,24 @@ def rope_section(data: Mapping[str, Any], layout: JsonLayout, *, types: tuple[st
     Raises ValueError for scaled, partial or layer-wise ones, and for sliding windows: none of them is built. types:
     names of what is.
     """
-    sections = [drop_nulls(read_section(data, key, layout, required=False)) for key in ROPE_KEYS]
-    rope = at_place_of(sections[1] or sections[0], {**sections[0], **sections[1]})
-    named = {key: rope[key] for key in ("type", "rope_type") if key in rope}
-    nested = any(isinstance(value, Mapping) for value in rope.values())
     plain = PLAIN_ROPE_KEYS | ({"mrope_section"} if "mrope" in types else set())
-    unnamed = not named and bool(rope.keys() - plain)
-    if unnamed or nested or any(one not in types for one in named.values()):
-        types_named = ", ".join(dict.fromkeys(map(str, named.values())))
-        asked = (
-            f"rope_scaling of type {types_named}" if named and not nested else f"rope_parameters {dict(rope)!r:.200}"
-        )
-        raise _not_built(data, asked, layout)
-    partial = rope.get("partial_rotary_factor", data.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise _not_built(data, f"partial_rotary_factor {partial!r:.80}", layout)
+    sections = [drop_nulls(read_section(data, key, layout, required=False)) for key in ROPE_KEYS]
+    for name, section in zip(ROPE_KEYS, sections, strict=True):
+        named = [section[key] for key in ("type", "rope_type") if key in section]
+        if any(one not in types for one in named):
+            raise _not_built(data, f"{name} of type {', '.join(dict.fromkeys(map(str, named)))}", layout)
+        # without a type, whatever else is there asks for something
+        if any(isinstance(one, Mapping) for one in section.values()) or (not named and section.keys() - plain):
+            raise _not_built(data, f"{name} {dict(section)!r:.200}", layout)
+    for part in (*sections, data):
+        if part.get("partial_rotary_factor") not in (None, 1):
+            raise _not_built(data, f"partial_rotary_factor {part['partial_rotary_factor']!r:.80}", layout)
     if read_value(data, "use_sliding_window", bool, False, layout=layout):
         raise _not_built(data, "use_sliding_window", layout)
     layer_types = read_value(data, "layer_types", tuple[str, ...], (), layout=layout)
     if other := sorted(set(layer_types) - {"full_attention"}):
         raise _not_built(data, f"layer_types {', '.join(other)}", layout)
-    return rope
+    return at_place_of(sections[1] or sections[0], {**sections[0], **sections[1]})
 
 
 def _not_built(data: Mapping[str, Any], asked: str, layout: JsonLayout) -> ValueError:
