@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, train, eval, releases.
+"""The command `unimm`: demo, generate, understand, train, eval, data, releases.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from unimm.cli.data import data_app
 from unimm.cli.demo import demo_command
 from unimm.cli.eval import eval_command
 from unimm.cli.generate import generate_command
@@ -43,6 +44,7 @@ app.command("generate")(generate_command)
 app.command("understand")(understand_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.add_typer(data_app, name="data")
 app.command("releases")(releases_command)
 
 
