@@ -161,7 +161,9 @@ def read_section(data: Mapping[str, Any], path: str, layout: JsonLayout, *, requ
         _check_missing([path], data, layout)
     if found is not None and not isinstance(found, Mapping):
         raise _Spot.of(data, path, layout).error(found, "a mapping")
-    return JsonSection({}, _file(data), tuple(_full_key(data, path).split("."))) if found is None else found
+    if isinstance(found, JsonSection):
+        return found
+    return JsonSection(found or {}, _file(data), tuple(_full_key(data, path).split(".")))
 
 
 def write_config(config: Any, layout: JsonLayout) -> dict[str, Any]:

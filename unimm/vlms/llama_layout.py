@@ -66,9 +66,9 @@ def rope_section(data: Mapping[str, Any], layout: JsonLayout, *, types: tuple[st
     plain = PLAIN_ROPE_KEYS | ({"mrope_section"} if "mrope" in types else set())
     sections = [drop_nulls(read_section(data, key, layout, required=False)) for key in ROPE_KEYS]
     for name, section in zip(ROPE_KEYS, sections, strict=True):
-        named = [section[key] for key in ("type", "rope_type") if key in section]
+        named = [read_value(section, key, str, layout=layout) for key in ("type", "rope_type") if key in section]
         if any(one not in types for one in named):
-            raise _not_built(data, f"{name} of type {', '.join(dict.fromkeys(map(str, named)))}", layout)
+            raise _not_built(data, f"{name} of type {', '.join(dict.fromkeys(named))}", layout)
         # without a type, whatever else is there asks for something
         if any(isinstance(one, Mapping) for one in section.values()) or (not named and section.keys() - plain):
             raise _not_built(data, f"{name} {dict(section)!r:.200}", layout)
