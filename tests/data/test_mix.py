@@ -6,6 +6,7 @@ import pickle
 from collections import Counter
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from examples.data import make
 from unimm.data.broken_rows import LOGGED_ROWS, BrokenRowCounter
@@ -167,6 +168,30 @@ def test_pieces_are_read_on(tmp_path, monkeypatch):
     stream = DataMix([MixGroup(name="a", sources=[source])], choose_wordings, seed=0).stream()
     assert len({stream.draw("a").item.where for _ in range(6)}) == 6
     assert sorted(rows.start for rows in reads) == [0, 2, 3, 5]
+
+
+class TextBatches(Dataset):
+    """Batches by step, as the trainer's workers make them."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getitem__(self, step):
+        return [(name, record.where, record.texts[0].text) for name, record in self.stream.batch(step, 4).samples]
+
+
+def test_batches_are_the_same_for_any_number_of_workers(tmp_path):
+    # spawned workers get what `test_a_state_goes_on_where_it_was` pickles
+    for library in ("pyarrow", "datasets"):
+        pytest.importorskip(library)
+    makers = (make.make_bagel_t2i, make.make_huggingface, make.make_webdataset, make.make_llava)
+    groups = [MixGroup(name=maker.__name__, sources=[open_source(maker(tmp_path))]) for maker in makers]
+    stream = DataMix(groups, choose_wordings, seed=0).stream()
+    alone = [TextBatches(stream)[step] for step in range(12)]
+    made = DataLoader(
+        *(TextBatches(stream), None), sampler=range(12), num_workers=2, collate_fn=list, multiprocessing_context="fork"
+    )
+    assert list(made) == alone
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ class RowOrder:
         self._reached = (0, 0)
         self._before = lru_cache(maxsize=4)(self._pieces_before)
         self._rows: dict[tuple[int, int], list[int]] = {}
+        # of the shard itself: rows by epoch, and the epoch that was read from last
+        self._totals: dict[int, int] = {}
+        self._pieces: tuple[int, Pieces, NDArray[np.int64]] | None = None
 
     def place(self, count: int) -> RowPlace:
         """The shard's row of this number, from 0; counts that grow cost least."""
@@ -59,16 +62,23 @@ class RowOrder:
             self._reached = (0, 0)
         while True:
             epoch, before = self._reached
-            pieces = self.dealt(epoch)
-            n_rows = total(pieces)
-            if count < before + n_rows:
+            if epoch not in self._totals:
+                self._totals[epoch] = total(self.dealt(epoch))
+            if count < before + self._totals[epoch]:
                 break
-            self._reached = (epoch + 1, before + n_rows)
-        ends = (pieces[:, 1] - pieces[:, 0]).cumsum()
+            self._reached = (epoch + 1, before + self._totals[epoch])
+        pieces, ends = self._current(epoch)
         at = int(np.searchsorted(ends, count - before, side="right"))
         start, stop = (int(edge) for edge in pieces[at])
         behind = count - before - (int(ends[at - 1]) if at else 0)
         return RowPlace(epoch, start + behind, stop)
+
+    def _current(self, epoch: int) -> tuple[Pieces, NDArray[np.int64]]:
+        """The pieces of an epoch, and the rows up to the end of each; kept for the next call."""
+        if self._pieces is None or self._pieces[0] != epoch:
+            pieces = self.dealt(epoch)
+            self._pieces = (epoch, pieces, (pieces[:, 1] - pieces[:, 0]).cumsum())
+        return self._pieces[1:]
 
     def dealt(self, epoch: int) -> Pieces:
         """The pieces of an epoch that the shard has, in its order."""
@@ -103,7 +113,8 @@ class RowOrder:
         return self._rows[world, epoch]
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_before"}
+        """Without what is quickly made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_before"} | {"_pieces": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

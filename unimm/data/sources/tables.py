@@ -66,7 +66,7 @@ class ParquetSource(ConcatenatedFiles):
 
     def _read_group(self, file: Any, path: Path, group: int, start: int, rows: range) -> Iterator[Record | BrokenRow]:
         """Yield these rows of one row group, which begins at row `start`; those that cannot be read are broken ones."""
-        pyarrow = import_library("pyarrow", "parquet files")
+        arrow_error = import_library("pyarrow", "parquet files").ArrowException
         at = start
         try:
             # without threads of its own, which a forked worker would lack
@@ -77,7 +77,7 @@ class ParquetSource(ConcatenatedFiles):
                 at += len(batch)
                 if at >= rows.stop:
                     return
-        except (pyarrow.ArrowException, OSError) as error:
+        except (arrow_error, OSError) as error:
             for row in range(max(at, rows.start), rows.stop):
                 yield BrokenRow(source=str(path), row=row, reason=f"cannot read row group {group}: {error}")
 
