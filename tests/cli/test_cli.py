@@ -265,3 +265,9 @@ def test_a_sheet_holds_every_image():
 def test_sizes_and_amounts():
     assert parse_height_width("64x96") == (64, 96)
     assert [format_count(n) for n in (12, 9_515_379, 14_691_079_811)] == ["12", "9.5 M", "14.7 G"]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_releases_are_written_out(columns):
+    shown = CliRunner().invoke(app, ["releases"], env={"COLUMNS": str(columns)}).stdout
+    assert "\u2026" not in shown and "Apache-2.0" in shown

@@ -3,13 +3,14 @@ with the option's name, before anything is computed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from math import inf, nan
 
 import numpy as np
 import pytest
 import torch
 from helpers.toys import picture
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -17,7 +18,7 @@ import unimm
 from unimm import Guidance, ImageTokenSampling, TextSampling
 from unimm.generation.flow import dpm_timesteps, flow_timesteps
 from unimm.generation.image_tokens import sample_image_tokens
-from unimm.generation.numbers import parse_float, parse_int
+from unimm.generation.numbers import parse_flag, parse_float, parse_int
 from unimm.generation.text_sampling import sample_token
 
 # options of `generate` that are whole numbers, and those that are real ones, of each family
@@ -115,9 +116,126 @@ def test_what_is_no_sampling(name, model, value):
             model.generate("a red circle", image_sampling=value)
 
 
+# what no option of any verb is
+NOTHINGS = [object(), 2j, lambda: 0, float, {1: 2}, b"x", np.zeros((2, 2)), torch.zeros(2, 2), [object()], [[["a"]]]]
+CALLS = {
+    "generate": {"prompt": "a red circle"},
+    "understand": {"images": None, "question": "what is it?"},
+    "chat": {"messages": [{"role": "user", "content": "what is it?"}]},
+    "interleave": {"inputs": ["a red circle"]},
+    "respond": {"prompt": "draw a red circle"},
+}
+VERBS = {verb for row in unimm.releases() for verb in row.verbs}
+
+
+def options_of(model) -> list[tuple[str, str]]:
+    """Every verb of a model with each of its options."""
+    verbs = [verb for verb in CALLS if hasattr(model, verb)]
+    return [(verb, option) for verb in verbs for option in signature(getattr(model, verb)).parameters]
+
+
+def test_every_verb_has_a_call():
+    assert set(CALLS) == VERBS
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_what_no_option_is_is_refused_for_every_option(model, data):
+    verb, option = data.draw(st.sampled_from(options_of(model)))
+    value = data.draw(st.sampled_from(NOTHINGS))
+    with refused("got|expected|cannot"):
+        getattr(model, verb)(**{**CALLS[verb], option: value})
+
+
+FLAGS = ("think", "stream", "progress", "step_cache", "bf16_time", "t5", "clip")
+
+
+@pytest.mark.parametrize("value", ["false", "", 2, -1, 0.5, nan, [], np.array([True, True])], ids=repr)
+def test_truth_values(model, value):
+    """A text is none: "false", as a form sends it, would be true."""
+    for verb, option in options_of(model):
+        if option in FLAGS:
+            with refused(f"got {option} .*expected True or False"):
+                getattr(model, verb)(**{**CALLS[verb], option: value})
+
+
+@given(st.booleans(), st.sampled_from([bool, int, np.bool_, np.int64, torch.tensor]))
+def test_a_truth_value_is_itself(value, kind):
+    assert parse_flag(kind(value), "think") is value
+
+
+# ---- what will be refused is refused before it costs anything
+
+
+BOOK = "a" * 200_000
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """The body allocates no keys and values."""
+
+    def allocate(self, *args, **options):
+        raise AssertionError("keys and values were allocated before the call was refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unimm.generation.kv_cache.KVBuffer.__init__", allocate)
+        yield
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_book_is_refused_before_anything_is_allocated(name, model, with_image):
+    image = picture() if with_image else None
+    calls = {
+        "generate": lambda: model.generate(BOOK, images=image),
+        "understand": lambda: model.understand(image, BOOK),
+        "chat": lambda: model.chat([{"role": "user", "content": BOOK, "images": image}]),
+        "interleave": lambda: model.interleave([image, BOOK] if with_image else [BOOK]),
+        "respond": lambda: model.respond(BOOK, images=image),
+    }
+    for verb, call in calls.items():
+        # MetaQuery cuts its captions, as the original does
+        if hasattr(model, verb) and (name, verb) != ("metaquery-nano", "generate"):
+            with without_memory(), refused(r"would reach position \d+, the model knows"):
+                call()
+
+
+def test_long_answers_systems_and_many_images_are_refused_before_anything_is_allocated(model):
+    long = TextSampling(max_tokens=10**6)
+    many = [picture()] * 1100
+    calls = [
+        lambda: model.understand(picture(), "what is it?", text_sampling=long),
+        lambda: model.understand(many, "a"),
+    ]
+    if hasattr(model, "chat"):
+        calls.append(lambda: model.chat(CALLS["chat"]["messages"], system=BOOK))
+    if hasattr(model, "interleave"):
+        calls.append(lambda: model.interleave(["a"], outputs=["text"], text_sampling=long))
+    if model.supports_thinking:
+        calls.append(lambda: model.generate("a", think=True, text_sampling=long))
+    for call in calls:
+        with without_memory(), refused(r"would reach position \d+, the model knows"):
+            call()
+
+
+@pytest.mark.parametrize("value", [2**40, 10**400])
+def test_more_than_any_memory_holds(model, value):
+    for option in ("n", "steps") if model.supports_steps else ("n",):
+        with refused(f"got {option} 1.*: expected at most"):
+            model.generate("a red circle", **{option: value})
+    with refused("cannot generate"):
+        model.generate("a red circle", size=(value, 64))
+    assert ImageTokenSampling(top_k=value).top_k == value
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    kept = sample_image_tokens(logits, ImageTokenSampling(top_k=value), [torch.Generator().manual_seed(0)])
+    assert (
+        kept.tolist() == sample_image_tokens(logits, ImageTokenSampling(), [torch.Generator().manual_seed(0)]).tolist()
+    )
+
+
 @pytest.mark.parametrize("options", [
     dict(inputs=[" "]), dict(inputs=["a \ud83d"]), dict(inputs=[3]), dict(inputs=["a", "nowhere.png"], outputs="sound"),
     dict(size=(20, 30)), dict(size=(-8, 8)), dict(size="64"), dict(steps=0), dict(steps="2"), dict(steps=nan),
+    dict(inputs=None), dict(inputs=5), dict(outputs=5), dict(outputs=None), dict(outputs=["image", None]),
     dict(guidance=inf), dict(guidance="3"), dict(seed=1.5), dict(seed=None), dict(text_sampling=0.5),
 ], ids=repr)  # fmt: skip
 def test_interleave_raises_at_the_call(options):

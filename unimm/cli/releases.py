@@ -13,7 +13,7 @@ def releases_command() -> None:
         Column("name", overflow="fold", ratio=2),
         "family",
         "parameters",
-        "licence",
+        Column("licence", overflow="fold"),
         Column("can", ratio=1),
         "where",
     )

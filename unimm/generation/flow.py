@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unimm.generation.numbers import parse_float, parse_int
+from unimm.generation.numbers import MOST, parse_float, parse_int
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [P, ...], timesteps [P]) -> [P, ...]
 
@@ -75,7 +75,7 @@ def reshifted_timesteps(steps: int, shift: float, *, train_steps: int = 1000) ->
 
 def parse_steps(value: Any) -> int:
     """The number of a sampler's steps, at least 1."""
-    return parse_int(value, "steps", low=1)
+    return parse_int(value, "steps", low=1, high=MOST)
 
 
 def parse_shift(value: Any, name: str = "shift") -> float:

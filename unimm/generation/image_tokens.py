@@ -45,7 +45,7 @@ def sample_image_tokens(logits: Tensor, sampling: ImageTokenSampling, generators
     p = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_k is not None or sampling.top_p < 1:
         ordered, order = p.sort(-1, descending=True)
-        ordered[:, sampling.top_k or p.shape[1] :] = 0
+        ordered[:, min(sampling.top_k or p.shape[1], p.shape[1]) :] = 0
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p * ordered.sum(-1, keepdim=True)] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
     e = torch.stack(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unimm.kernels import AttentionMask, attention
 from unimm.nn.decoder import AttentionFn, Decoder, DecoderConfig
+from unimm.sequence.parts import Part
 from unimm.sequence.segments import CachedPrefix
 
 
@@ -106,6 +107,18 @@ def allocate_kv_buffer(
         config.n_layers, 2, 0, config.n_kv_heads, config.head_dim, dtype=dtype or weight.dtype, device=weight.device
     )
     return KVBuffer(caches, capacity, empty=empty)
+
+
+def check_fits(
+    config: DecoderConfig, parts: Sequence[Sequence[Part]], *, caches: Sequence[KVCache] = (), n_more: int = 0
+) -> None:
+    """Raise ValueError where parts behind each cache, and `n_more` rows, would reach a position beyond the last.
+
+    It looks at the parts' lengths alone: what will be refused is refused before anything is allocated or computed.
+    """
+    starts = [cache.next_position for cache in caches] or [0] * len(parts)
+    ends = [start + sum(part.segment.advance for part in new) for start, new in zip(starts, parts, strict=True)]
+    check_max_positions(config, max(ends) + n_more)
 
 
 def check_max_positions(config: DecoderConfig, position: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unimm.generation.kv_cache import KVBuffer, KVCache, allocate_kv_buffer, check_max_positions
+from unimm.generation.kv_cache import KVBuffer, KVCache, allocate_kv_buffer, check_fits
 from unimm.nn.decoder import AttentionFn, Decoder
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
@@ -31,9 +31,9 @@ def plan_prefill(decoder: Decoder, caches: Sequence[KVCache], parts: Sequence[Se
 
     Raises ValueError where a sequence would reach a position beyond the decoder's last.
     """
+    check_fits(decoder.config, parts, caches=caches)
     lengths = [sum(part.segment.length for part in new) for new in parts]
     buffer = allocate_kv_buffer(decoder, caches, lengths)
     prefixes = [buffer.prefix(i) for i in range(len(caches))]
     batch = pack_sequences(parts, prefixes, device=decoder.embed.weight.device)
-    check_max_positions(decoder.config, max(batch.layout.next_positions))
     return PrefillPlan(buffer, batch, buffer.attend(prefixes, batch.layout.mask))

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.generation.numbers import parse_float, parse_int, to_python
+from unimm.generation.numbers import MOST, parse_float, parse_int, to_python
 from unimm.processing.images.io import load_images
 from unimm.tokenizers.text import check_text
 
@@ -118,7 +118,7 @@ def parse_scales(value: Any, n_prompts: int, noun: str, *, n_images: int = 1) ->
 
 def parse_n_images(n: Any) -> int:
     """The number of images of each prompt, at least 1."""
-    return parse_int(n, "n", low=1, unit="image of each prompt")
+    return parse_int(n, "n", low=1, high=MOST, unit="image of each prompt")
 
 
 def expand_seeds(seed: int | Sequence[int], n_prompts: int, *, n_images: int = 1) -> list[int]:
@@ -152,7 +152,7 @@ def check_size(size: tuple[int, int], stride: int, max_side: int) -> tuple[int, 
     size.
     """
     wanted = parse_size(size)
-    height, width = (min(max_side, max(stride, round(side / stride) * stride)) for side in wanted)
+    height, width = (max(stride, round(min(max(side, 0), max_side) / stride) * stride) for side in wanted)
     if (height, width) != wanted:
         raise ValueError(
             f"cannot generate (height, width) {wanted}: expected multiples of {stride} up to {max_side}; "

@@ -30,7 +30,7 @@ from unimm.checkpoint.load import (
     weight_files,
 )
 from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
-from unimm.generation.kv_cache import KVCache, check_max_positions
+from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
 from unimm.kernels import attention, linear_cross_entropy
@@ -168,8 +168,8 @@ class VisionLanguageModel(MLLMChat):
         """
         lengths = [sum(part.segment.length for part in parts) for parts in sequences]
         if caches is None:
+            check_fits(self.config.decoder, sequences)
             batch = pack_sequences(sequences, device=self.device)
-            check_max_positions(self.config.decoder, max(batch.layout.next_positions))
             return list(self.last_hidden_state(batch).split(lengths))
         plan = plan_prefill(self.decoder, caches, sequences)
         return list(self.last_hidden_state(plan.batch, plan.attend).split(lengths))

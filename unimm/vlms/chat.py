@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from unimm.generation.causal_lm import CausalLM
 from unimm.generation.decode import TextStream, decode_text
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, check_fits
+from unimm.generation.numbers import parse_flag
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.processing.requests import ImageInput, Message, expand_seeds, parse_requests
@@ -56,6 +57,7 @@ class MLLMChat(CausalLM):
         question, or where it holds the image placeholder of the model's processor. Raises ValueError for bad input.
         """
         questions, question_images = parse_requests(question, images)
+        stream = parse_flag(stream, "stream")
         if stream and len(questions) != 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
         conversations = [
@@ -81,12 +83,13 @@ class MLLMChat(CausalLM):
         the last one is the user's. system: in place of the model's own system prompt, "" for none. Returns a str, a
         list of them for a batch, or (`stream`) an iterator of pieces. Raises ValueError for bad input.
         """
-        if not messages or not isinstance(messages, list | tuple):
+        if not isinstance(messages, list | tuple) or not messages:
             raise ValueError(
                 f"got {messages!r:.80} for a conversation: expected a list of messages, the last one the user's"
             )
         if system is not None and not isinstance(system, str):
             raise ValueError(f"got system {system!r}: expected a text, or None for the model's own")
+        stream = parse_flag(stream, "stream")
         is_single = isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_single else list(messages)
         if stream and len(conversations) != 1:
@@ -104,6 +107,8 @@ class MLLMChat(CausalLM):
     ) -> TextStream:
         """The answers after prompts, each of which ends with a text part, as they are decoded."""
         sampling = resolve_sampling(text_sampling).with_default_max_tokens(self.max_answer_tokens)
+        # the last id of a prompt is the first that decoding is fed
+        check_fits(self.decoder.config, prompts, n_more=sampling.token_limit - 1)
         caches, last_ids = self.prefill_prompts(prompts)
         session = self.decode_session(caches, sampling.token_limit)
         steps = decode_text(session, last_ids, end=self.eos_ids, sampling=sampling, seeds=seeds)

@@ -17,8 +17,9 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.guidance import Guidance, resolve_guidance
-from unimm.generation.kv_cache import KVCache
+from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.noise import gaussian_noise, seeded_generators
+from unimm.generation.numbers import parse_flag
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
 from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
@@ -37,7 +38,7 @@ from unimm.processing.requests import (
     parse_n_images,
     parse_requests,
 )
-from unimm.sequence.parts import Part
+from unimm.sequence.parts import Part, position_gap
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
 
 
@@ -151,6 +152,14 @@ class Bagel(BagelNetwork, UnifiedModel):
         ]
         return self.append_images(contexts, parts)
 
+    def _check_fits(self, texts: Sequence[Sequence[Part]], n_image_parts: Sequence[int], *, n_more: int = 0) -> None:
+        """Raise ValueError, before anything is encoded, for conversations that are longer than the model's positions.
+
+        An image takes one position for each of its parts, which are latents and the ViT's patches.
+        """
+        gaps = [[position_gap(n)] for n in n_image_parts]
+        check_fits(self.config.decoder, [[*some, *gap] for some, gap in zip(texts, gaps, strict=True)], n_more=n_more)
+
     # ---- text
 
     def decode_after(
@@ -161,11 +170,14 @@ class Bagel(BagelNetwork, UnifiedModel):
         session = self.decode_session(caches, sampling.token_limit)
         return decode_text(session, [special.bos] * len(caches), end=special.eos, sampling=sampling, seeds=seeds)
 
+    def _resolve_sampling(self, sampling: TextSampling | None) -> TextSampling:
+        return resolve_sampling(sampling).with_default_max_tokens(self.config.defaults.max_think_tokens)
+
     def _text_stream(
         self, contexts: Sequence[CFGContexts], sampling: TextSampling | None, seeds: Sequence[int]
     ) -> TextStream:
         """The model's own text after each context."""
-        sampling = resolve_sampling(sampling).with_default_max_tokens(self.config.defaults.max_think_tokens)
+        sampling = self._resolve_sampling(sampling)
         steps = self.decode_after([one.full for one in contexts], sampling, seeds)
         return TextStream(steps, self.text_tokenizer.decode, len(contexts), sampling.stop)
 
@@ -276,7 +288,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)
         n = parse_n_images(n)
-        text_sampling = resolve_sampling(text_sampling)
+        think = parse_flag(think, "think")
+        text_sampling = self._resolve_sampling(text_sampling)
         defaults = self.config.defaults
         scales = None if guidance is None else broadcast(guidance, len(prompts), "guidances")
         options = BagelImageOptions(
@@ -292,11 +305,17 @@ class Bagel(BagelNetwork, UnifiedModel):
         seeds = expand_seeds(seed, len(prompts), n_images=n)
         generators = seeded_generators(seeds)
         copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
+        texts = self.text_parts(prompts)
+        system = defaults.think_generate_prompt if think else None
+        self._check_fits(
+            [[text, *self.text_parts([system] if system else [])] for text in texts],
+            [2 * len(some) for some in input_images],
+            n_more=text_sampling.token_limit if think else 0,
+        )
 
-        contexts = self.start_contexts(len(prompts), defaults.think_generate_prompt if think else None)
+        contexts = self.start_contexts(len(prompts), system)
         contexts = [contexts[i] for i in copies]
         contexts = self._append_input_images(contexts, [input_images[i] for i in copies], generators, latents=True)
-        texts = self.text_parts(prompts)
         contexts = self.append_text(contexts, [texts[i] for i in copies])
         reasoning: list[str] = []
         if think:
@@ -320,15 +339,23 @@ class Bagel(BagelNetwork, UnifiedModel):
         answer. Raises ValueError for bad input.
         """
         questions, input_images = parse_requests(question, images)
+        think = parse_flag(think, "think")
+        stream = parse_flag(stream, "stream")
         if stream and len(questions) > 1:
             raise ValueError(f"got {len(questions)} questions to stream: expected one")
-        text_sampling = resolve_sampling(text_sampling)
+        text_sampling = self._resolve_sampling(text_sampling)
         n = len(questions)
         seeds = expand_seeds(seed, n)
-        defaults = self.config.defaults
-        contexts = self.start_contexts(n, defaults.think_understand_prompt if think else None)
+        texts = self.text_parts(questions)
+        system = self.config.defaults.think_understand_prompt if think else None
+        self._check_fits(
+            [[text, *self.text_parts([system] if system else [])] for text in texts],
+            [len(some) for some in input_images],
+            n_more=text_sampling.token_limit,
+        )
+        contexts = self.start_contexts(n, system)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
-        contexts = self.append_text(contexts, self.text_parts(questions))
+        contexts = self.append_text(contexts, texts)
         answers = self._text_stream(contexts, text_sampling, seeds)
         if stream:
             return answers.pieces()
@@ -352,10 +379,15 @@ class Bagel(BagelNetwork, UnifiedModel):
         next piece depends on it. A file is given as a Path; a str is always text. Output i has the seed seed + i.
         Raises ValueError for bad input, at once.
         """
-        items = [inputs] if isinstance(inputs, str | Path | Image.Image) else list(inputs)
-        outputs = [outputs] if isinstance(outputs, str) else list(outputs)
-        if wrong := [kind for kind in outputs if kind not in ("text", "image")]:
-            raise ValueError(f"got outputs {wrong}: expected a sequence of 'text' and 'image'")
+        items = [inputs] if isinstance(inputs, str | Path | Image.Image) else inputs
+        if not isinstance(items, Sequence | Iterator):
+            raise ValueError(f"got inputs {inputs!r:.80}: expected a list of texts and images")
+        kinds: Any = [outputs] if isinstance(outputs, str) else outputs
+        if not isinstance(kinds, Sequence) or not all(
+            isinstance(one, str) and one in ("text", "image") for one in kinds
+        ):
+            raise ValueError(f"got outputs {outputs!r:.80}: expected a list of 'text' and 'image'")
+        outputs = list(kinds)
         if "image" in outputs:
             self.processor.check_visual_gen()
         options = BagelImageOptions(
@@ -368,7 +400,11 @@ class Bagel(BagelNetwork, UnifiedModel):
             for i, item in enumerate(items)
         ]
         seeds = expand_seeds(seed, max(1, len(outputs)))
-        return self._interleave(loaded, outputs, seeds, options, resolve_sampling(text_sampling))
+        text_sampling = self._resolve_sampling(text_sampling)
+        texts = self.text_parts([one for one in loaded if isinstance(one, str)])
+        n_image_parts = (1 + ("image" in outputs)) * (len(loaded) - len(texts))
+        self._check_fits([texts], [n_image_parts], n_more=text_sampling.token_limit if "text" in outputs else 0)
+        return self._interleave(loaded, outputs, seeds, options, text_sampling)
 
     def _interleave(
         self,

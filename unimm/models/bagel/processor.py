@@ -15,6 +15,7 @@ from torch import Tensor
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.generation.flow import parse_shift, parse_steps
 from unimm.generation.guidance import Guidance, parse_guidance
+from unimm.generation.numbers import parse_flag
 from unimm.nn.patches import patchify
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.requests import parse_size
@@ -126,6 +127,8 @@ class BagelImageOptions:
             "steps": parse_steps,
             "timestep_shift": partial(parse_shift, name="timestep_shift"),
             "guidance": lambda given: [parse_guidance(one) for one in given],
+            "step_cache": partial(parse_flag, name="step_cache"),
+            "progress": partial(parse_flag, name="progress"),
         }
         for name, parse in parsers.items():
             if (given := getattr(self, name)) is not None:

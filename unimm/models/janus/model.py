@@ -19,7 +19,9 @@ from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens
+from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
+from unimm.generation.numbers import parse_flag
 from unimm.models.base import Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel
@@ -108,11 +110,12 @@ class Janus(JanusNetwork, DeepseekChatModel):
         id; at 1 there is no u. grid: (rows, columns) of an image, the trained one unless given. Prompts that are equal
         texts, or one object, are prefilled once.
         """
+        height, width = grid or self.config.token_grid
+        check_fits(self.decoder.config, prompts, n_more=height * width - 1)
         branches = CFGBranches.plan(guidance, self.device)
         pad = self.special_tokens.pad if branches.guided else 0
         inputs = [*prompts, *(padded_unconditional(prompts[i], pad) for i in branches.guided)]
         before, first_ids = split_last_ids(inputs)
-        height, width = grid or self.config.token_grid
         session = self.decode_session(self.prefill_unique(before, [_key(prompt) for prompt in inputs]), height * width)
         x = self.decoder.embed(torch.tensor(first_ids, device=self.device))
         tokens: list[Tensor] = []
@@ -151,6 +154,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)
         n = parse_n_images(n)
+        progress = parse_flag(progress, "progress")
         scales = parse_scales(
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )

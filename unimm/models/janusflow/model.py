@@ -17,7 +17,9 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import weight_files
 from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, timestep_pairs
+from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
+from unimm.generation.numbers import parse_flag
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel
@@ -124,10 +126,11 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         guidance: v = u + w (c - u), c the velocity after the prompt and u that after its first id alone; at 1 there is
         no u. latent_size: (H, W), the trained one unless given.
         """
+        rows, columns = (self.config.gen_encoder.grid_size(side) for side in latent_size or self.config.latent_size)
+        check_fits(self.decoder.config, prompts, n_more=1 + rows * columns)
         branches = CFGBranches.plan(guidance, self.device)
         inputs = [*prompts, *(bos_unconditional(prompts[i]) for i in branches.guided)]
         caches = self.prefill_unique(inputs, [id(prompt) for prompt in inputs])
-        rows, columns = (self.config.gen_encoder.grid_size(side) for side in latent_size or self.config.latent_size)
         return JanusFlowLatentDenoiser(
             self.decoder, caches, branches, rows * columns, velocity_scale=velocity_scale, bf16_time=bf16_time
         )
@@ -203,6 +206,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)
         n = parse_n_images(n)
+        progress = parse_flag(progress, "progress")
+        bf16_time = parse_flag(bf16_time, "bf16_time")
         scales = parse_scales(
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )

@@ -31,6 +31,7 @@ from unimm.denoisers.sana import SanaCondition
 from unimm.generation.flow import DPMSolverPP, dpm_timesteps, floor_timesteps, parse_steps, timestep_pairs
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.noise import gaussian_noise, seeded_generators
+from unimm.generation.numbers import parse_flag
 from unimm.generation.prefill import plan_prefill
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
@@ -236,6 +237,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
             raise ValueError("got an empty prompt: expected at least a word, or an image to generate from")
         n_prompts = len(prompts)
         n = parse_n_images(n)
+        progress = parse_flag(progress, "progress")
         steps = parse_steps(config.steps if steps is None else steps)
         scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
         image_scales = parse_scales(

@@ -371,7 +371,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
             true_cfg_scales=parse_scales(true_cfg_scale, n_prompts, "true CFG scales", n_images=n),
             t5=t5,
             clip=clip,
-            reference_latents=reference_latents or config.reference_latents,
+            reference_latents=config.reference_latents if reference_latents is None else reference_latents,
             progress=progress,
         )
 

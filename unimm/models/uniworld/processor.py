@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from unimm.generation.flow import parse_steps
+from unimm.generation.numbers import parse_flag
 from unimm.models.uniworld.config import ASPECT_RATIOS
 from unimm.sequence.parts import Part
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, QwenVLProcessor
@@ -76,7 +77,12 @@ class UniWorldImageOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", parse_steps(self.steps))
-        if self.reference_latents not in (None, *get_args(ReferenceLatents)):
+        object.__setattr__(self, "progress", parse_flag(self.progress, "progress"))
+        for name in ("t5", "clip"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse_flag(given, name))
+        given = self.reference_latents
+        if given is not None and (not isinstance(given, str) or given not in get_args(ReferenceLatents)):
             raise ValueError(
                 f"got reference_latents {self.reference_latents!r}: expected None, 'tokens' or 'condition'"
             )
