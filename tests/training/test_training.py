@@ -615,7 +615,8 @@ def fields():
 
 def test_numbers_as_yaml_writes_them(tmp_path):
     # 1e-3 without a point is a string in YAML 1.1
-    text = "\n".join(f"{k}: {list(v) if isinstance(v, tuple) else v}" for k, v in {**fields(), "lr": "1e-3"}.items())
+    given = {name: value for name, value in {**fields(), "lr": "1e-3"}.items() if value is not None}
+    text = "\n".join(f"{k}: {list(v) if isinstance(v, tuple) else v}" for k, v in given.items())
     (tmp_path / "r.yaml").write_text(text)
     assert read_recipe(tmp_path / "r.yaml") == dataclasses.replace(RECIPE, lr=1e-3)
 
