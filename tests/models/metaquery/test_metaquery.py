@@ -204,7 +204,7 @@ def tied(tmp_path):
                   connector_num_hidden_layers=1, system_prompt="draw.", input_size=4)  # fmt: skip
     config["generation"] = dict(min_pixels=256, max_pixels=4096, steps=2)
     options = MetaQueryTrainingConfig(
-        tasks={},
+        tasks={"draw.one": 1},
         timesteps_per_image=1,
         dropout=0.1,
         novel_colours=0,

@@ -383,10 +383,10 @@ class Bagel(BagelNetwork, UnifiedModel):
         if not isinstance(items, Sequence | Iterator):
             raise ValueError(f"got inputs {inputs!r:.80}: expected a list of texts and images")
         kinds: Any = [outputs] if isinstance(outputs, str) else outputs
-        if not isinstance(kinds, Sequence) or not all(
-            isinstance(one, str) and one in ("text", "image") for one in kinds
-        ):
-            raise ValueError(f"got outputs {outputs!r:.80}: expected a list of 'text' and 'image'")
+        known = isinstance(kinds, list | tuple) and all(isinstance(one, str) for one in kinds)
+        wrong = [one for one in kinds if one not in ("text", "image")] if known else kinds
+        if not known or wrong:
+            raise ValueError(f"got outputs {wrong!r:.80}: expected a sequence of 'text' and 'image'")
         outputs = list(kinds)
         if "image" in outputs:
             self.processor.check_visual_gen()
