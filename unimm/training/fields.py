@@ -53,7 +53,7 @@ def known_tasks(known: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def check_image_size(size: Any) -> int:
+def check_world_image_size(size: Any) -> int:
     """The side of an image of the shapes world, in pixels, which there is one of."""
     if size != IMAGE_SIZE:
         raise ValueError(f"got {size!r}, expected {IMAGE_SIZE}, the side of every image of the shapes world")
@@ -64,7 +64,7 @@ ImageTasks = Annotated[tuple[str, ...], Field(min_length=1), known_tasks(IMAGE_T
 # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
 OptionalTaskWeights = Annotated[Mapping[str, NoneOrMore], AfterValidator(_check_weights)]
 TaskWeights = Annotated[OptionalTaskWeights, Field(min_length=1)]
-WorldImageSize = Annotated[int, AfterValidator(check_image_size)]
+WorldImageSize = Annotated[int, AfterValidator(check_world_image_size)]
 
 
 def grid_side(cell: int, name: str) -> int:

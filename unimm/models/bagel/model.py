@@ -160,6 +160,15 @@ class Bagel(BagelNetwork, UnifiedModel):
         gaps = [[position_gap(n)] for n in n_image_parts]
         check_fits(self.config.decoder, [[*some, *gap] for some, gap in zip(texts, gaps, strict=True)], n_more=n_more)
 
+    def _fitting_text_parts(
+        self, texts: Sequence[str], n_image_parts: Sequence[int], *, system: str | None, n_more: int
+    ) -> list[Part]:
+        """`text_parts` of the last text of each conversation, behind a system prompt and images. See `_check_fits`."""
+        parts = self.text_parts(texts)
+        before = self.text_parts([system] if system else [])
+        self._check_fits([[*before, part] for part in parts], n_image_parts, n_more=n_more)
+        return parts
+
     # ---- text
 
     def decode_after(
@@ -305,13 +314,10 @@ class Bagel(BagelNetwork, UnifiedModel):
         seeds = expand_seeds(seed, len(prompts), n_images=n)
         generators = seeded_generators(seeds)
         copies = [i for i in range(len(prompts)) for _ in range(n)]  # the prompt of each image
-        texts = self.text_parts(prompts)
         system = defaults.think_generate_prompt if think else None
-        self._check_fits(
-            [[text, *self.text_parts([system] if system else [])] for text in texts],
-            [2 * len(some) for some in input_images],
-            n_more=text_sampling.token_limit if think else 0,
-        )
+        n_parts = [2 * len(some) for some in input_images]
+        n_more = text_sampling.token_limit if think else 0
+        texts = self._fitting_text_parts(prompts, n_parts, system=system, n_more=n_more)
 
         contexts = self.start_contexts(len(prompts), system)
         contexts = [contexts[i] for i in copies]
@@ -346,13 +352,9 @@ class Bagel(BagelNetwork, UnifiedModel):
         text_sampling = self._resolve_sampling(text_sampling)
         n = len(questions)
         seeds = expand_seeds(seed, n)
-        texts = self.text_parts(questions)
         system = self.config.defaults.think_understand_prompt if think else None
-        self._check_fits(
-            [[text, *self.text_parts([system] if system else [])] for text in texts],
-            [len(some) for some in input_images],
-            n_more=text_sampling.token_limit,
-        )
+        n_parts = [len(some) for some in input_images]
+        texts = self._fitting_text_parts(questions, n_parts, system=system, n_more=text_sampling.token_limit)
         contexts = self.start_contexts(n, system)
         contexts = self._append_input_images(contexts, input_images, [torch.Generator()] * n, latents=False)
         contexts = self.append_text(contexts, texts)

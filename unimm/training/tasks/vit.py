@@ -22,7 +22,7 @@ from unimm.data.shapes.world import IMAGE_SIZE
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, name_source
-from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_image_size, grid_side
+from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_world_image_size, grid_side
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
 # logits of the probe for each attribute: its names, and before them "nothing is centred here"
@@ -147,7 +147,7 @@ class ViTTask:
         files = dict(recipe.model)
         config = navit_config_from_json(files)
         with name_source("train_image_size of the recipe's model"):
-            check_image_size(files.get("train_image_size"))
+            check_world_image_size(files.get("train_image_size"))
         side = grid_side(config.patch_size, "patch_size")
         if side > config.grid_side:
             raise ValueError(
