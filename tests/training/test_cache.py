@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import pickle
+import random
 
 import pytest
 import torch
+from helpers import janus_recipes
 
+from tests.training.test_janusflow_training import recipe as janusflow_recipe  # noqa: F401
 from tests.training.test_metaquery_training import recipe as metaquery_recipe  # noqa: F401
 from tests.training.test_uniworld_training import recipe as uniworld_recipe  # noqa: F401
 from unimm.training.cache import SHARD_SIZE, CacheShard, FeatureCache, epoch_order, use_feature_cache
 from unimm.training.config import CacheConfig
+from unimm.training.tasks import janus, janusflow
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
 
@@ -73,6 +77,53 @@ def test_a_run_goes_on_exactly(cached, tmp_path):
     assert whole == resumed
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4] and log[0]["losses"].keys() <= set(task.loss_names)
+
+
+@pytest.fixture(params=["janus", "janusflow"])
+def cached_chat(request, tmp_path, monkeypatch):
+    """A recipe of Janus or JanusFlow with a cache of one shard, of drawings, edits, questions and facts."""
+    module = {"janus": janus, "janusflow": janusflow}[request.param]
+    monkeypatch.setattr(module, "train_tokenizer", janus_recipes.text_model)
+    if request.param == "janus":
+        folder = tmp_path / "parts"
+        folder.mkdir()
+        recipe = janus_recipes.small("janus-nano", janus_recipes.parts(folder))
+    else:
+        recipe = request.getfixturevalue("janusflow_recipe")
+    tasks = {"draw.one": 2, "edit.recolour": 2, "answer.count": 2, "caption": 1, "fact.forward": 1}
+    options = {**recipe.options, "tasks": tasks, "dropout": 0.2}
+    cache = CacheConfig(samples=100, folder=str(tmp_path / "cache"))
+    return dataclasses.replace(recipe, **STEPS, options=options, batch_size=8, cache=cache)
+
+
+def test_conversations_have_the_losses_of_their_examples(cached_chat, tmp_path):
+    task = build_task(cached_chat)
+    fresh = task.batch
+    examples, _ = task.cache_inputs(0)
+    use_feature_cache(task, cached_chat, tmp_path, workers=0)
+    step = 3
+    batch = pickle.loads(pickle.dumps(task.batch))(step)  # noqa: S301, as for a worker process
+    indices = task.batch.cache.batch_indices(step, 8, cached_chat.seed)
+    direct = fresh.batch([examples[i] for i in indices], random.Random(f"{cached_chat.seed}/{step}"))
+    if isinstance(task, janusflow.JanusFlowTask):
+        direct = dataclasses.replace(direct, latents=batch.latents)  # whose noise is the shard's
+    assert batch.pack.und_images.encoded and not direct.pack.und_images.encoded
+    with torch.no_grad():
+        found = task.losses(batch)
+        expected = task.losses(direct)
+    assert found.keys() == expected.keys() and {"draw", "edit", "answer"} <= found.keys()
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_of_conversations_goes_on_exactly(cached_chat, tmp_path):
+    whole, _ = trained_weights(cached_chat, tmp_path / "whole")
+    trained_weights(dataclasses.replace(cached_chat, steps=2), tmp_path / "halves")
+    resumed, _ = trained_weights(cached_chat, tmp_path / "halves", resume=True)
+    assert whole == resumed
+    recipe = dataclasses.replace(cached_chat, options={**cached_chat.options, "frozen": []})
+    with pytest.raises(ValueError, match=r"a vision encoder that is trained, .* add `vision\.` to frozen"):
+        use_feature_cache(build_task(recipe), recipe, tmp_path, workers=0)
 
 
 def test_only_what_is_missing_is_computed(cached, tmp_path, monkeypatch):

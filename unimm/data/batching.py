@@ -93,18 +93,19 @@ def mean_by_kind(names: Sequence[str], kinds: Tensor, losses: Tensor) -> dict[st
 
 
 @torch.no_grad()
-def encode_latent_tokens(
-    pack: PackedBatch, vae: AutoencoderKL, images: Tensor, posterior: Tensor, *, patch: int
-) -> PackedBatch:
+def encode_latents(vae: AutoencoderKL, images: Tensor, posterior: Tensor) -> Tensor:
+    """Latents [P, C, h', w'] of images [P, 3, h, w]: samples of the posterior, by its noise [P, C, h', w']."""
+    device = next(vae.parameters()).device
+    return vae.encode(images.to(device), noise=posterior.to(device)).float().cpu()
+
+
+def place_latent_tokens(pack: PackedBatch, latents: Tensor, *, patch: int) -> PackedBatch:
     """The pack, in whose image tokens (image, index of the token) is replaced by the latents of `patch` x `patch`.
 
-    images [P, 3, h, w] are encoded apart from their neighbours in the pack; posterior [P, C, h', w'] is the noise of
-    their latents. A pack that generates no image stays as it is.
+    latents [P, C, h', w']. A pack that generates no image stays as it is.
     """
     if pack.gen_images is None:
         return pack
-    device = next(vae.parameters()).device
-    latents = vae.encode(images.to(device), noise=posterior.to(device)).float().cpu()
     tokens = rearrange(latents, "P C (h p) (w q) -> P (h w) (p q C)", p=patch, q=patch)
     image, token = pack.gen_images.content.unbind(-1)
     return replace(pack, gen_images=replace(pack.gen_images, content=tokens[image, token]))

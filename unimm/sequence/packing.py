@@ -24,12 +24,14 @@ class ImageTokens:
     image_position_ids: Tensor  # [n] or [n, 3], as in ImagePart
     lengths: tuple[int, ...]  # tokens per image
     pixel_values: Tensor | None = None  # the tiles of all images, where tokens are no patches
+    encoded: bool = False  # whether the content is the encoder's features already, [n, F]
 
     def to(self, device: torch.device | str) -> "ImageTokens":
         """The same tokens on a device."""
         pixel_values = None if self.pixel_values is None else self.pixel_values.to(device)
         position_ids = self.image_position_ids.to(device)
-        return ImageTokens(self.content.to(device), self.rows.to(device), position_ids, self.lengths, pixel_values)
+        content = self.content.to(device)
+        return ImageTokens(content, self.rows.to(device), position_ids, self.lengths, pixel_values, self.encoded)
 
 
 @dataclass(frozen=True)
@@ -124,5 +126,6 @@ def _image_tokens(kind: str, placed: list[tuple[Part, int]], device: torch.devic
         image_position_ids=torch.cat([part.image_position_ids for part in parts]),
         lengths=tuple(part.n_tokens for part in parts),
         pixel_values=torch.cat(pixel_values) if pixel_values else None,
+        encoded=all(part.encoded for part in parts),
     )
     return tokens.to(device)

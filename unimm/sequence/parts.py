@@ -33,7 +33,8 @@ class ImagePart:
     segment: Segment
     ids: Tensor  # the boundary ids: [2] around the tokens, [1] before them, [0] none
     labels: Tensor  # of the boundary ids: the id that each row must predict, or IGNORE_INDEX
-    # to understand: patches [n, p*p*3]; generated: clean latent tokens [n, p*p*C], or codes [n]
+    # to understand: patches [n, p*p*3], or features [n, F] where it is encoded already; generated: clean latent tokens
+    # [n, p*p*C], or codes [n]
     tokens: Tensor
     # [n] where each token lies in its table of positions; or [n, 3] its time, row and column from the image's first
     image_position_ids: Tensor
@@ -42,6 +43,7 @@ class ImagePart:
     )
     timestep: float = 0.0  # generated: 0 is data, 1 is noise
     noised: bool = False  # generated: a target, its tokens carry the flow loss
+    encoded: bool = False  # to understand: whether the tokens are the encoder's features
 
     @property
     def n_tokens(self) -> int:

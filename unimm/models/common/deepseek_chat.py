@@ -32,6 +32,8 @@ class DeepseekNetwork(CausalLM):
 
     def image_features(self, tokens: ImageTokens) -> Tensor:
         """The vision encoder's features of a batch's images, [n, F]."""
+        if tokens.encoded:
+            return tokens.content
         p = self.vision.patch_size
         side = self.vision.grid_side
         images = rearrange(tokens.content, "(b h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)

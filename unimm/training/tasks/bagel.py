@@ -18,11 +18,12 @@ from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import (
     ROW_MULTIPLE,
-    encode_latent_tokens,
+    encode_latents,
     gen_token_counts,
     kind_indices,
     label_counts,
     mean_by_kind,
+    place_latent_tokens,
     sample_tasks,
     stack_images,
 )
@@ -280,7 +281,10 @@ class BagelTask:
     def encode_latents(self, batch: BagelBatch) -> PackedBatch:
         """The pack with its latents in place; every image is encoded once."""
         patch = self.model.config.latent_patch_size
-        return encode_latent_tokens(batch.pack, self.model.vae, batch.images, batch.posterior, patch=patch)
+        if batch.pack.gen_images is None:
+            return batch.pack
+        latents = encode_latents(self.model.vae, batch.images, batch.posterior)
+        return place_latent_tokens(batch.pack, latents, patch=patch)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -9,17 +9,25 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from unimm.data.batching import THOUGHT_TASKS, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
+from unimm.data.shapes.goal import AnswerGoal
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.data.shapes.world import IMAGE_SIZE
+from unimm.models.common.deepseek_chat import DeepseekNetwork
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
+from unimm.processing.requests import Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
-from unimm.sequence.parts import Part
+from unimm.sequence.parts import ImagePart, Part
+from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 
@@ -49,6 +57,28 @@ class DeepseekChatTrainingConfig(RecipeSection):
     compile: bool
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedExample(Example):
+    """The example of a cache's record: its texts, blank images, and the features of the images [n, F]."""
+
+    features: Tensor
+
+    @classmethod
+    def from_record(cls, record: Record) -> EncodedExample:
+        """The example of a record."""
+        blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        answer = bytes(record["answer"].tolist()).decode()
+        return cls(
+            task=bytes(record["task"].tolist()).decode(),
+            prompt=bytes(record["prompt"].tolist()).decode(),
+            goal=AnswerGoal(text=answer),
+            images=(blank,) * int(record["n_images"]),
+            answer=answer or None,
+            target=blank if len(record["target"]) else None,
+            features=record["features"],
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeepseekChatDataset(ABC):
     """Batches by step: the same for a seed on every machine, and made without the model."""
@@ -57,29 +87,106 @@ class DeepseekChatDataset(ABC):
     processor: DeepseekProcessor
     batch_size: int
     seed: int
+    # in place of new samples, where there is one
+    cache: FeatureCache | None = None
 
     @abstractmethod
     def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
         """Examples as one pack, with conditions dropped at random."""
 
+    @abstractmethod
+    def encoded(self, batch: Any, targets: list[Tensor]) -> Any:
+        """The batch with its targets as they were encoded, in order."""
+
     def __call__(self, step: int) -> Any:
         rng = random.Random(f"{self.seed}/{step}")
-        tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
-        examples = [training_example(task, step * self.batch_size + i, seed=self.seed) for i, task in enumerate(tasks)]
-        return self.batch([self.augment(one, rng) for one in examples], rng)
+        if self.cache is None:
+            return self.batch(self.examples(step, self.batch_size, rng), rng)
+        records = [self.cache[i] for i in self.cache.batch_indices(step, self.batch_size, self.seed)]
+        targets = [record["target"] for record in records if len(record["target"])]
+        return self.encoded(self.batch([EncodedExample.from_record(record) for record in records], rng), targets)
+
+    def examples(self, step: int, size: int, rng: random.Random) -> list[Example]:
+        """The examples of a step, or of a shard of a cache."""
+        tasks = sample_tasks(self.options.tasks, size, rng)
+        examples = [training_example(task, step * size + i, seed=self.seed) for i, task in enumerate(tasks)]
+        return [self.augment(one, rng) for one in examples]
+
+    def cache_inputs(self, shard: int) -> tuple[list[Example], Any]:
+        """The examples of one shard of a cache, and their batch."""
+        rng = random.Random(f"{self.seed}/cache/{shard}")
+        examples = self.examples(shard, SHARD_SIZE, rng)
+        # which conditions are dropped is another matter at every step
+        whole = replace(self, options=replace(self.options, dropout=0.0))
+        return examples, whole.batch(examples, rng)
 
     def augment(self, one: Example, rng: random.Random) -> Example:
-        """The example, with some novel attributes if it generates or edits; facts stay as they are."""
+        """The example, with some novel attributes if it is about things; facts stay as they are."""
         return augment_novel_attributes(one, rng, colours=self.options.novel_colours, shapes=self.options.novel_shapes)
 
     def prompt_parts(self, one: Example) -> list[Part]:
         """A question with its labelled answer, or a prompt to generate from, after the image that it edits, if any."""
         images = [Image.fromarray(image) for image in one.images]
         if one.answer is not None:
-            return self.processor.with_answer([{"role": "user", "content": one.prompt, "images": images}], one.answer)
-        assert one.target is not None, f"{one.task} has neither an answer nor an image"
-        return self.processor.generation_parts(one.prompt, images)
+            message: Message = {"role": "user", "content": one.prompt, "images": images}
+            parts = self.processor.with_answer([message], one.answer)
+        else:
+            assert one.target is not None, f"{one.task} has neither an answer nor an image"
+            parts = self.processor.generation_parts(one.prompt, images)
+        return with_features(parts, one.features) if isinstance(one, EncodedExample) else parts
 
     def pack(self, samples: Sequence[Sequence[Part]]) -> PackedBatch:
         """One pack of the samples, its rows rounded up."""
         return pack_sequences(pad_rows(samples, self.processor.special_tokens.pad))
+
+
+def chat_records(examples: Sequence[Example], features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Record]:
+    """A cache's records of examples.
+
+    features: of the examples' images in order, [n, F] each; targets: the encoded target of each example that has one.
+    """
+    left = iter(features)
+    drawn = iter(targets)
+    none = torch.zeros(0)
+    no_features = features[0][:0] if features else none
+    no_target = targets[0][:0] if targets else none
+    records = []
+    for one in examples:
+        seen = [next(left) for _ in one.images]
+        records.append({
+            "task": text_bytes(one.task),
+            "prompt": text_bytes(one.prompt),
+            "answer": text_bytes(one.answer or ""),
+            "n_images": torch.tensor([len(seen)]),
+            "features": torch.cat(seen) if seen else no_features,
+            "target": next(drawn) if one.target is not None else no_target,
+        })  # fmt: skip
+    return records
+
+
+def text_bytes(text: str) -> Tensor:
+    """A text as its bytes in UTF-8 [n]."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def with_features(parts: Sequence[Part], features: Tensor) -> list[Part]:
+    """The parts, with features [n, F] in place of the patches of their images."""
+    images = iter(features.split([part.n_tokens for part in parts if isinstance(part, ImagePart)]))
+    return [replace(part, tokens=next(images), encoded=True) if isinstance(part, ImagePart) else part for part in parts]
+
+
+def image_features(model: DeepseekNetwork, pack: PackedBatch) -> list[Tensor]:
+    """The features of each image of a pack to understand, [n, F] each."""
+    if pack.und_images is None:
+        return []
+    features = model.image_features(pack.und_images.to(model.decoder.embed.weight.device)).cpu()
+    return list(features.split(pack.und_images.lengths))
+
+
+def check_encoder_is_frozen(vision: nn.Module) -> None:
+    """Raise ValueError where the vision encoder, whose features a cache holds, is trained."""
+    if any(parameter.requires_grad for parameter in vision.parameters()):
+        raise ValueError(
+            "got a cache, and a vision encoder that is trained, which changes the features it would hold: add `vision.` "
+            "to frozen, or leave `cache` out"
+        )

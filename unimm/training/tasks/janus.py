@@ -7,7 +7,7 @@ Plain next-token cross entropy, on image tokens and on the assistant's words; sa
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
+from unimm.training.cache import FeatureCache, Record
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
@@ -46,6 +47,9 @@ from unimm.training.tasks.deepseek_chat import (
     TEXT_KINDS,
     DeepseekChatDataset,
     DeepseekChatTrainingConfig,
+    chat_records,
+    check_encoder_is_frozen,
+    image_features,
 )
 
 
@@ -65,6 +69,7 @@ class JanusBatch:
     images: Tensor  # [P, 3, h, w], the targets
     text_kinds: Tensor  # [labels with loss], index into TEXT_KINDS
     image_kinds: Tensor  # [image tokens], index into IMAGE_KINDS
+    ids: Tensor | None = None  # [P, n], the targets' image tokens, where they are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,10 @@ class JanusDataset(DeepseekChatDataset):
             text_kinds=kind_indices(TEXT_KINDS, examples, label_counts(samples)),
             image_kinds=kind_indices(IMAGE_KINDS, examples, gen_token_counts(samples)),
         )
+
+    def encoded(self, batch: JanusBatch, targets: list[Tensor]) -> JanusBatch:
+        """The batch with its targets' image tokens, in order."""
+        return replace(batch, ids=torch.stack(targets) if targets else None)
 
     def sample(self, one: Example, targets: list[NDArray[np.uint8]], rng: random.Random) -> list[Part]:
         """A question with its labelled answer, or a prompt and the target, which is appended to `targets`."""
@@ -143,9 +152,29 @@ class JanusTask:
         """The pack with its image tokens in place; every image is encoded once."""
         if batch.pack.gen_images is None:
             return batch.pack
-        ids = self.model.vq.encode_ids(batch.images.to(self.model.device)).cpu()
+        ids = self.encode_targets(batch) if batch.ids is None else batch.ids
         image, token = batch.pack.gen_images.content.unbind(-1)
         return replace(batch.pack, gen_images=replace(batch.pack.gen_images, content=ids[image, token]))
+
+    @torch.no_grad()
+    def encode_targets(self, batch: JanusBatch) -> Tensor:
+        """The image tokens of the targets [P, n]."""
+        return self.model.vq.encode_ids(batch.images.to(self.model.device)).cpu()
+
+    @property
+    def cache_inputs(self) -> Callable[[int], tuple[list[Example], JanusBatch]]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: tuple[list[Example], JanusBatch]) -> list[Record]:
+        """Texts, features of the images to understand, image tokens of the targets."""
+        examples, batch = inputs
+        return chat_records(examples, image_features(self.model, batch.pack), list(self.encode_targets(batch)))
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        check_encoder_is_frozen(self.model.vision)
+        self.batch = replace(self.batch, cache=cache)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

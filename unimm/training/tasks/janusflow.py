@@ -8,8 +8,8 @@ of the vision encoder, is left out.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import (
-    encode_latent_tokens,
+    encode_latents,
     gen_token_counts,
     kind_indices,
     label_counts,
     mean_by_kind,
+    place_latent_tokens,
     stack_images,
 )
 from unimm.data.shapes import Example
@@ -35,6 +36,7 @@ from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
+from unimm.training.cache import FeatureCache, Record
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne
@@ -54,6 +56,9 @@ from unimm.training.tasks.deepseek_chat import (
     TEXT_KINDS,
     DeepseekChatDataset,
     DeepseekChatTrainingConfig,
+    chat_records,
+    check_encoder_is_frozen,
+    image_features,
 )
 
 
@@ -77,6 +82,7 @@ class JanusFlowBatch:
     noise: Tensor  # [image tokens, p * p * C]
     text_kinds: Tensor  # [labels with loss], index into TEXT_KINDS
     image_kinds: Tensor  # [image tokens], index into IMAGE_KINDS
+    latents: Tensor | None = None  # [P, C, h / 8, w / 8], of the targets, where they are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,10 @@ class JanusFlowDataset(DeepseekChatDataset):
             text_kinds=kind_indices(TEXT_KINDS, examples, label_counts(samples)),
             image_kinds=kind_indices(IMAGE_KINDS, examples, n_tokens),
         )
+
+    def encoded(self, batch: JanusFlowBatch, targets: list[Tensor]) -> JanusFlowBatch:
+        """The batch with its targets' latents, in order."""
+        return replace(batch, latents=torch.stack(targets) if targets else None)
 
     def sample(self, one: Example, targets: list[NDArray[np.uint8]], rng: random.Random) -> list[Part]:
         """A question with its labelled answer, or a prompt and noised copies of the target, appended to `targets`."""
@@ -169,8 +179,29 @@ class JanusFlowTask:
 
     def encode_latents(self, batch: JanusFlowBatch) -> PackedBatch:
         """The pack with its latents in place; every image is encoded once."""
-        vae = self.model.autoencoder
-        return encode_latent_tokens(batch.pack, vae, batch.images, batch.posterior, patch=self.batch.patch)
+        if batch.pack.gen_images is None:
+            return batch.pack
+        latents = self.encode_targets(batch) if batch.latents is None else batch.latents
+        return place_latent_tokens(batch.pack, latents, patch=self.batch.patch)
+
+    def encode_targets(self, batch: JanusFlowBatch) -> Tensor:
+        """Latents of the targets [P, C, h / 8, w / 8], samples of the posterior."""
+        return encode_latents(self.model.autoencoder, batch.images, batch.posterior)
+
+    @property
+    def cache_inputs(self) -> Callable[[int], tuple[list[Example], JanusFlowBatch]]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: tuple[list[Example], JanusFlowBatch]) -> list[Record]:
+        """Texts, features of the images to understand, latents of the targets."""
+        examples, batch = inputs
+        return chat_records(examples, image_features(self.model, batch.pack), list(self.encode_targets(batch)))
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        check_encoder_is_frozen(self.model.vision)
+        self.batch = replace(self.batch, cache=cache)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""
