@@ -38,7 +38,7 @@ FROZEN = {
     "bagel-nano": {"vae.": BEFORE, "vision.": BEFORE},
     "janus-nano": {"vq.": BEFORE, "vision.": BEFORE},
     "janusflow-nano": {"vae.": BEFORE, "vision.": BEFORE},
-    "metaquery-nano": {"mllm.": BEFORE, "vae.": BEFORE},
+    "metaquery-nano": {"mllm.": BEFORE, "vae.": BEFORE, "queries": BEFORE},
     "uniworld-nano": {
         "mllm.": BEFORE,
         "auxiliary.vae.": BEFORE,
@@ -46,10 +46,10 @@ FROZEN = {
     },
 }
 # what is trained, and has no gradient in some step or in any
+PROBE = {"probe.": "what the vision encoder alone is trained by, in the first steps, which are left out here"}
 UNUSED = {
-    "metaquery-nano-mllm": {
-        "probe.": "what the vision encoder alone is trained by, in the first steps, which are left out here"
-    },
+    "metaquery-nano-mllm": PROBE,
+    "uniworld-nano-mllm": PROBE,
     "uniworld-nano": {
         "denoiser.pooled_embed.fc1.weight": "of CLIP's embedding, which is zeros: the recipe's `captioned` is false"
     },
