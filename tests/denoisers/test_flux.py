@@ -20,6 +20,8 @@ from unimm.denoisers.flux import (
     flux_position_ids,
 )
 from unimm.denoisers.mmdit import (
+    MMDiTCondition,
+    joint_attention,
     modulation_per_step,
     patchify_latents,
     unpatchify_latents,
@@ -207,6 +209,22 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_does_not_round_as_the_neighbours_do(dtype):
+    """Equal to the bit to the sample alone, without its padding, where the result is 0."""
+    torch.manual_seed(0)
+    text, image, lengths = 37, 48, [37, 5, 20]
+    q, k, v = torch.randn(3, len(lengths), text + image, 2, 24).to(dtype)
+    rotations = complex_rope(torch.zeros(text + image, 3), [8, 8, 8], dtype=torch.float64)
+    seen = torch.arange(text + image) < torch.tensor(lengths)[:, None]
+    seen[:, text:] = True
+    y = joint_attention(q, k, v, MMDiTCondition(q, rotations, seen[:, None, None]))
+    for i, rows in enumerate(seen):
+        alone = joint_attention(*(x[i : i + 1, rows] for x in (q, k, v)), MMDiTCondition(q, rotations[rows]))
+        assert torch.equal(y[i : i + 1, rows], alone)
+        assert not y[i, ~rows].any()
+
+
 def test_steps_modulated_at_once_are_the_steps():
     model = made()
     given, times = inputs(model), flow_timesteps(4, 3.0)

@@ -114,6 +114,27 @@ def test_rounding_is_that_of_the_dtype(dtype, bound):
             assert (a.double() - b).norm() <= bound * b.norm()
 
 
+@given(st.data(), st.sampled_from([(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]))
+@settings(max_examples=40, deadline=None)
+def test_a_sample_does_not_round_as_its_neighbours_do(data, how):
+    """Equal to the bit alone and in a batch: in half precision, and where it is asked for."""
+    dtype, by_sample = how
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=2, max_size=5))
+    decodes = data.draw(st.booleans())
+    samples = [[KeyRange(n), KeyRange(data.draw(st.integers(0, 4)), full=True)] for n in lengths]
+    totals = [sum(b.length for b in sample) for sample in samples]
+    queries = [1] * len(totals) if decodes else totals
+    mask = AttentionMask(samples, query_lengths=queries)
+    q, k, v = (
+        torch.randn(n, heads, 64).to(dtype)
+        for n, heads in zip((mask.n_queries, mask.n_keys, mask.n_keys), (4, 2, 2), strict=True)
+    )
+    together = attention(q, k, v, mask, by_sample=by_sample).split(queries)
+    rows = zip(q.split(queries), k.split(totals), v.split(totals), strict=True)
+    for sample, n, row, y in zip(samples, queries, rows, together, strict=True):
+        assert torch.equal(attention(*row, AttentionMask([sample], query_lengths=[n]), by_sample=by_sample), y)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference", "flex"])
 def test_rows_that_see_nothing_give_zero(kernels):
     mask = packs()["blind"]

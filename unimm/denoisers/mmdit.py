@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.generation.flow import Velocity
 from unimm.kernels import adaln_modulate
+from unimm.kernels.attention.attention import can_call_by_sample, is_half
 from unimm.nn.layers import MLP, RMSNorm
 from unimm.nn.rope import apply_complex_rope
 
@@ -140,8 +141,20 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition: MMDiTCondition) 
         for x in (apply_complex_rope(q, condition.rotations), apply_complex_rope(k, condition.rotations), v)
     )
     # not `kernels.attention`: all rows of an image attend to the same keys, which needs no mask of ranges
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.attention_mask)
+    if is_half(q) and can_call_by_sample(q, k, v):
+        y = _attention_by_sample(q, k, v, condition.attention_mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.attention_mask)
     return rearrange(y, "B H J K -> B J (H K)")
+
+
+def _attention_by_sample(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """A call for each sample without its padding, where the result is 0: q, k, v [B, H, J, K] -> the same."""
+    y = torch.zeros_like(q)
+    for i, sample in enumerate(zip(q, k, v, strict=True)):
+        rows = slice(None) if attention_mask is None else attention_mask[i, 0, 0].nonzero().squeeze(1)
+        y[i, :, rows] = F.scaled_dot_product_attention(*(x[None, :, rows] for x in sample))[0]
+    return y
 
 
 class MMDiTStream(nn.Module):

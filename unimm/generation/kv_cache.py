@@ -86,7 +86,7 @@ class KVBuffer:
             keys.index_copy_(0, slots, k.to(keys.dtype))
             values.index_copy_(0, slots, v.to(values.dtype))
             if keys.dtype.itemsize > q.dtype.itemsize:  # a wider buffer: casting it down would copy it at every step
-                return attention(q.to(keys.dtype), keys, values, mask).to(q.dtype)
+                return attention(q.to(keys.dtype), keys, values, mask, by_sample=True).to(q.dtype)
             return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
 
         return attend

@@ -291,8 +291,8 @@ class Bagel(BagelNetwork, UnifiedModel):
         its resize, or the default. seed: one, or one a prompt; from one number, that number and the ones after it,
         image by image. steps: of the sampler (the released code's num_timesteps - 1). guidance: one, or one a prompt; a
         number is the text_scale, the rest as by default. step_cache: extrapolate features at most steps (TaylorSeer).
-        think: write the reasoning first, as text_sampling says. An image does not depend on what else is in the batch.
-        Raises ValueError for bad input.
+        think: write the reasoning first, as text_sampling says. But for rounding, an image does not depend on what else
+        is in the batch. Raises ValueError for bad input.
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)

@@ -148,8 +148,8 @@ class Janus(JanusNetwork, DeepseekChatModel):
         prompt: one text or a batch of them. images: images to condition on, as in `understand`; no release was trained
         for that, so a released model follows them loosely at best. size: (height, width), the trained one or None.
         seed: one, or one a prompt; from one number, that number and the ones after it, image by image. guidance: 1 is
-        none; one, or one a prompt. An image does not depend on what else is in the batch. Raises ValueError for bad
-        input.
+        none; one, or one a prompt. But for rounding, an image does not depend on what else is in the batch. Raises
+        ValueError for bad input.
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)

@@ -200,8 +200,8 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         prompt: one text or a batch of them. images: images to condition on, as in `understand`; the release was not
         trained for that. size: (height, width), the trained one or None. seed: one, or one a prompt; from one number,
         that number and the ones after it, image by image. steps: of the sampler. guidance: 1 is none; one, or one a
-        prompt. bf16_time: see `denoise`. An image does not depend on what else is in the batch. Raises ValueError for
-        bad input.
+        prompt. bf16_time: see `denoise`. But for rounding, an image does not depend on what else is in the batch.
+        Raises ValueError for bad input.
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)

@@ -228,8 +228,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         prompt: one text or a batch; with images it may be empty, which reproduces the image. images: for one prompt an
         image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt;
         from one number, that number and the ones after it, image by image. steps: of the solver. guidance,
-        image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from, "" or None
-        for none. An image does not depend on what else is in the batch. Raises ValueError for bad input.
+        image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from, "" or None for
+        none. But for rounding, an image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         config = self.config
         prompts, input_images = parse_requests(prompt, images, allow_empty=True)

@@ -319,8 +319,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         against an empty condition, 1 is none; one, or one a prompt. t5, clip: whether these encode the prompt, too;
         unless given, where they are loaded. reference_latents: the input images' VAE latents as "tokens" beside the
         image's, or as part of the "condition". image_embeds_shortcut: weight in [0, 1] of the vision encoder's output,
-        against the MLLM's states of the input images. An image does not depend on what else is in the batch. Raises
-        ValueError for bad input.
+        against the MLLM's states of the input images. But for rounding, an image does not depend on what else is in the
+        batch. Raises ValueError for bad input.
         """
         prompts, input_images = parse_requests(prompt, images)
         image_embeds_shortcut = parse_float(image_embeds_shortcut, "image_embeds_shortcut", "0 to 1", low=0, high=1)
