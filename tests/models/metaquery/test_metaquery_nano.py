@@ -22,7 +22,7 @@ def model():
 
 def test_it_is_small_and_whole():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 7e6, "all nano models together have 60 MB"
+    assert sum(path.stat().st_size for path in files) < 16e6, "all nano models together have 75 MB"
     named = json.loads((FOLDER / "config.json").read_text())
     assert (FOLDER / named["mllm_id"] / "tokenizer.model").is_file()
 
@@ -41,8 +41,8 @@ def test_the_mllm_knows_who_likes_what(model):
 
 
 def test_what_it_draws_and_answers(model):
-    """Floors well below what examples/metaquery-nano.md measured: they fail where something is broken."""
-    floors = {"edit.remove": 0.08, "answer.shape": 0.47, "answer.colour": 0.37}
+    """Floors well below what docs/families/metaquery.md measured: they fail where something is broken."""
+    floors = {"edit.remove": 0.08, "answer.shape": 0.8, "answer.colour": 0.75, "answer.relation": 0.8}
     scores = evaluate(model, n=24, seed=7, tasks=tuple(floors), progress=False)
     assert all(scores[task].accuracy >= floor for task, floor in floors.items()), scores
 

@@ -5,7 +5,7 @@ from unimm.models.release import FamilyFiles, Release
 VERBS = ("generate", "understand", "chat")
 # no official weights exist: https://github.com/facebookresearch/metaquery/issues/1
 RELEASES = {
-    "metaquery-nano": Release(family="MetaQuery", hub=None, licence="Apache-2.0", parameters=3_133_475, verbs=VERBS),
+    "metaquery-nano": Release(family="MetaQuery", hub=None, licence="Apache-2.0", parameters=6_794_435, verbs=VERBS),
 }
 SANA_LICENCE = "NVIDIA License (NSCL v2-custom)"
 FILES = FamilyFiles(
