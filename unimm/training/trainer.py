@@ -269,9 +269,9 @@ class Trainer:
         changed = [name for name in ours if ours[name] != state["recipe"].get(name)]
         if changed:
             logger.warning("the recipe differs from that of %s in %s: the run goes on by the new one", folder, changed)
+        check_undamaged(folder)  # first: a damaged name would be taken for another model's
         load_into(folder / WEIGHTS_FILE, named_tensors(self.model))
         load_into(folder / EMA_FILE, self.ema.weights)
-        check_undamaged(folder)
         if len(self.optimizers) != len(state["optimizers"]):
             raise ValueError(
                 f"got a checkpoint of {len(state['optimizers'])} optimisers in {folder}, the recipe's muon asks for "
@@ -293,10 +293,10 @@ class Trainer:
         if folder is None:
             copy_into(ours, self.release_tensors(init), str(init))
         else:
+            check_undamaged(folder)
             load_into(folder / WEIGHTS_FILE, ours)
             # the average holds what that run trained, which need not be what this one trains
             load_into(folder / EMA_FILE, {name: ours[name] for name in tensor_names(folder / EMA_FILE)})
-            check_undamaged(folder)
         self.ema = EMA(self.model, self.recipe.ema_decay)
 
     def release_tensors(self, name: str | Path) -> dict[str, Tensor]:
