@@ -116,6 +116,17 @@ def test_conversations_have_the_losses_of_their_examples(cached_chat, tmp_path):
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tasks", [{"caption": 1, "fact.forward": 1}, {"fact.forward": 1}, {"draw.one": 1}])
+def test_conversations_need_neither_images_nor_targets(cached_chat, tmp_path, tasks):
+    recipe = dataclasses.replace(cached_chat, options={**cached_chat.options, "tasks": tasks})
+    task = build_task(recipe)
+    use_feature_cache(task, recipe, tmp_path, workers=0)
+    batch = task.batch(0)
+    assert (batch.pack.und_images is None) == ("caption" not in tasks)
+    assert (batch.pack.gen_images is None) == ("draw.one" not in tasks)
+    assert task.losses(batch).keys() == {name.split(".")[0] for name in tasks}
+
+
 def test_a_run_of_conversations_goes_on_exactly(cached_chat, tmp_path):
     whole, _ = trained_weights(cached_chat, tmp_path / "whole")
     trained_weights(dataclasses.replace(cached_chat, steps=2), tmp_path / "halves")

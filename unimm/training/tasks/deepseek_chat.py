@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimm.data.batching import THOUGHT_TASKS, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
 from unimm.data.shapes.goal import AnswerGoal
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.data.shapes.world import IMAGE_SIZE
-from unimm.models.common.deepseek_chat import DeepseekNetwork
+from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
 from unimm.processing.requests import Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
@@ -30,6 +30,7 @@ from unimm.sequence.parts import ImagePart, Part
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
+from unimm.training.samples import sample_grid
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -140,6 +141,48 @@ class DeepseekChatDataset(ABC):
         return pack_sequences(pad_rows(samples, self.processor.special_tokens.pad))
 
 
+class DeepseekChatTask(ABC):
+    """The half of both tasks that trains on a cache: features of images, and targets as they are encoded."""
+
+    model: DeepseekChatModel
+    batch: DeepseekChatDataset
+
+    @abstractmethod
+    def encode_targets(self, batch: Any) -> Tensor:
+        """What the image tokenizer makes of a batch's targets, one an image."""
+
+    @property
+    def cache_inputs(self) -> Callable[[int], tuple[list[Example], Any]]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: tuple[list[Example], Any]) -> list[Record]:
+        """Texts, features of the images to understand, encoded targets."""
+        examples, batch = inputs
+        targets = list(self.encode_targets(batch)) if len(batch.images) else []
+        return chat_records(examples, self.image_features(batch.pack), targets)
+
+    def image_features(self, pack: PackedBatch) -> list[Tensor]:
+        """The features of each image of a pack to understand, [n, F] each."""
+        if pack.und_images is None:
+            return []
+        features = self.model.image_features(pack.und_images.to(self.model.device)).cpu()
+        return list(features.split(pack.und_images.lengths))
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        if any(parameter.requires_grad for parameter in self.model.vision.parameters()):
+            raise ValueError(
+                "got a cache, and a vision encoder that is trained, which changes the features it would hold: add "
+                "`vision.` to frozen, or leave `cache` out"
+            )
+        self.batch = replace(self.batch, cache=cache)
+
+    def sample_image(self) -> Image.Image:
+        """Images of test prompts."""
+        return sample_grid(self.model)
+
+
 def chat_records(examples: Sequence[Example], features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Record]:
     """A cache's records of examples.
 
@@ -173,20 +216,3 @@ def with_features(parts: Sequence[Part], features: Tensor) -> list[Part]:
     """The parts, with features [n, F] in place of the patches of their images."""
     images = iter(features.split([part.n_tokens for part in parts if isinstance(part, ImagePart)]))
     return [replace(part, tokens=next(images), encoded=True) if isinstance(part, ImagePart) else part for part in parts]
-
-
-def image_features(model: DeepseekNetwork, pack: PackedBatch) -> list[Tensor]:
-    """The features of each image of a pack to understand, [n, F] each."""
-    if pack.und_images is None:
-        return []
-    features = model.image_features(pack.und_images.to(model.decoder.embed.weight.device)).cpu()
-    return list(features.split(pack.und_images.lengths))
-
-
-def check_encoder_is_frozen(vision: nn.Module) -> None:
-    """Raise ValueError where the vision encoder, whose features a cache holds, is trained."""
-    if any(parameter.requires_grad for parameter in vision.parameters()):
-        raise ValueError(
-            "got a cache, and a vision encoder that is trained, which changes the features it would hold: add `vision.` "
-            "to frozen, or leave `cache` out"
-        )

@@ -7,7 +7,7 @@ Plain next-token cross entropy, on image tokens and on the assistant's words; sa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint.json_files import read_json
@@ -28,7 +27,6 @@ from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
-from unimm.training.cache import FeatureCache, Record
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
@@ -40,16 +38,13 @@ from unimm.training.init import (
     train_tokenizer,
     trained_file,
 )
-from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
     IMAGE_KINDS,
     TEXT_KINDS,
     DeepseekChatDataset,
+    DeepseekChatTask,
     DeepseekChatTrainingConfig,
-    chat_records,
-    check_encoder_is_frozen,
-    image_features,
 )
 
 
@@ -109,11 +104,13 @@ class JanusDataset(DeepseekChatDataset):
         return [*prompt, image_part("gen_image", tokens, positions, boundary_ids=(special.boi,), causal=True)]
 
 
-class JanusTask:
+class JanusTask(DeepseekChatTask):
     """Janus on the shapes world."""
 
     name = "janus-nano"
     loss_names = IMAGE_KINDS + TEXT_KINDS
+    model: Janus
+    batch: JanusDataset
 
     def __init__(self, model: Janus, batch: JanusDataset):
         self.model = model
@@ -160,25 +157,6 @@ class JanusTask:
     def encode_targets(self, batch: JanusBatch) -> Tensor:
         """The image tokens of the targets [P, n]."""
         return self.model.vq.encode_ids(batch.images.to(self.model.device)).cpu()
-
-    @property
-    def cache_inputs(self) -> Callable[[int], tuple[list[Example], JanusBatch]]:
-        """The samples of one shard of a cache."""
-        return self.batch.cache_inputs
-
-    def cache_records(self, inputs: tuple[list[Example], JanusBatch]) -> list[Record]:
-        """Texts, features of the images to understand, image tokens of the targets."""
-        examples, batch = inputs
-        return chat_records(examples, image_features(self.model, batch.pack), list(self.encode_targets(batch)))
-
-    def use_cache(self, cache: FeatureCache) -> None:
-        """Make batches of the cache's records from now on."""
-        check_encoder_is_frozen(self.model.vision)
-        self.batch = replace(self.batch, cache=cache)
-
-    def sample_image(self) -> Image.Image:
-        """Images of test prompts."""
-        return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16."""

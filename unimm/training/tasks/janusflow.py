@@ -8,7 +8,7 @@ of the vision encoder, is left out.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import copy_file
@@ -36,7 +35,6 @@ from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
-from unimm.training.cache import FeatureCache, Record
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne
@@ -49,16 +47,13 @@ from unimm.training.init import (
     train_tokenizer,
     trained_file,
 )
-from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
     IMAGE_KINDS,
     TEXT_KINDS,
     DeepseekChatDataset,
+    DeepseekChatTask,
     DeepseekChatTrainingConfig,
-    chat_records,
-    check_encoder_is_frozen,
-    image_features,
 )
 
 
@@ -129,11 +124,13 @@ class JanusFlowDataset(DeepseekChatDataset):
         return [*prompt, *(noised_part(tokens, boi, timestep=t) for t in normals.sigmoid().tolist())]
 
 
-class JanusFlowTask:
+class JanusFlowTask(DeepseekChatTask):
     """JanusFlow on the shapes world."""
 
     name = "janusflow-nano"
     loss_names = IMAGE_KINDS + TEXT_KINDS
+    model: JanusFlow
+    batch: JanusFlowDataset
 
     def __init__(self, model: JanusFlow, batch: JanusFlowDataset, vae: Path):
         self.model = model
@@ -187,25 +184,6 @@ class JanusFlowTask:
     def encode_targets(self, batch: JanusFlowBatch) -> Tensor:
         """Latents of the targets [P, C, h / 8, w / 8], samples of the posterior."""
         return encode_latents(self.model.autoencoder, batch.images, batch.posterior)
-
-    @property
-    def cache_inputs(self) -> Callable[[int], tuple[list[Example], JanusFlowBatch]]:
-        """The samples of one shard of a cache."""
-        return self.batch.cache_inputs
-
-    def cache_records(self, inputs: tuple[list[Example], JanusFlowBatch]) -> list[Record]:
-        """Texts, features of the images to understand, latents of the targets."""
-        examples, batch = inputs
-        return chat_records(examples, image_features(self.model, batch.pack), list(self.encode_targets(batch)))
-
-    def use_cache(self, cache: FeatureCache) -> None:
-        """Make batches of the cache's records from now on."""
-        check_encoder_is_frozen(self.model.vision)
-        self.batch = replace(self.batch, cache=cache)
-
-    def sample_image(self) -> Image.Image:
-        """Images of test prompts."""
-        return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
