@@ -95,8 +95,8 @@ def check_dataset(
 ) -> DatasetReport:
     """Read a dataset, decoding its images, and say what it holds.
 
-    max_tokens: a row whose texts have more is a broken one. limit: rows to read, from the first. progress: is told how
-    many rows were read. Raises ValueError for max_tokens without a tokenizer.
+    max_tokens: a row whose texts have more is a broken one. limit: rows to read, from the first. progress: is
+    called with how many rows were read. Raises ValueError for max_tokens without a tokenizer.
     """
     if max_tokens is not None and tokenizer is None:
         raise ValueError(f"got max_tokens {max_tokens} and no tokenizer: expected one to count tokens by")

@@ -116,7 +116,7 @@ def go_on(
 ) -> tuple[list[list[MixState]], list[MixState]]:
     """`past` of a mix and the state of each of n shards, for a run that stopped with these states of its shards.
 
-    With as many shards as before each goes on where it was; otherwise every group's rows that were left are dealt again.
+    With as many shards as before each goes on where it was; otherwise every group's rows that were left are divided again.
     """
     if len(states) == n_shards:
         return [list(one) for one in past], list(states)
@@ -250,7 +250,8 @@ class JoinedSources:
     @property
     def chunk_ends(self) -> NDArray[np.int64]:
         """As a DataSource's."""
-        return np.concatenate([start + one.chunk_ends for start, one in zip(self.starts, self.sources, strict=False)])
+        ends = [start + one.chunk_ends for start, one in zip(self.starts[:-1], self.sources, strict=True)]
+        return np.concatenate(ends)
 
     def read(self, rows: range) -> Iterator[Record | BrokenRow]:
         """Yield rows of one piece, which lies in one dataset."""

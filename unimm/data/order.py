@@ -1,7 +1,7 @@
-"""The order in which training meets the rows of a source, and how they are dealt to ranks and workers.
+"""The order in which training meets the rows of a source, and how they are divided among ranks and workers.
 
-Every epoch takes the source's chunks in a new order, and deals them by turns to the shards. A shard's place in it is one
-number, of the rows that it has had. A run that goes on with another number of shards deals again what the old shards
+Every epoch takes the source's chunks in a new order, and gives them to the shards by turns. A shard's place in it is one
+number, of the rows that it has had. A run that goes on with another number of shards divides again what the old shards
 have left, so that every row still comes once an epoch.
 """
 
@@ -63,7 +63,7 @@ class RowOrder:
         while True:
             epoch, before = self._reached
             if epoch not in self._totals:
-                self._totals[epoch] = total(self.dealt(epoch))
+                self._totals[epoch] = total(self.pieces(epoch))
             if count < before + self._totals[epoch]:
                 break
             self._reached = (epoch + 1, before + self._totals[epoch])
@@ -76,16 +76,16 @@ class RowOrder:
     def _current(self, epoch: int) -> tuple[Pieces, NDArray[np.int64]]:
         """The pieces of an epoch, and the rows up to the end of each; kept for the next call."""
         if self._pieces is None or self._pieces[0] != epoch:
-            pieces = self.dealt(epoch)
+            pieces = self.pieces(epoch)
             self._pieces = (epoch, pieces, (pieces[:, 1] - pieces[:, 0]).cumsum())
         return self._pieces[1:]
 
-    def dealt(self, epoch: int) -> Pieces:
+    def pieces(self, epoch: int) -> Pieces:
         """The pieces of an epoch that the shard has, in its order."""
-        return deal(self._before(len(self.past), epoch), epoch, len(self.chunk_ends), self.shard)
+        return shard_pieces(self._before(len(self.past), epoch), epoch, len(self.chunk_ends), self.shard)
 
     def _pieces_before(self, world: int, epoch: int) -> Pieces:
-        """The pieces of an epoch that are dealt to the shards of one number of shards: all, or those left by earlier
+        """The pieces of an epoch that are divided among one number of shards: all, or those left by earlier
         ones."""
         if world == 0:
             return shuffled_chunks(self.chunk_ends, f"{self.seed}/{epoch}")
@@ -96,19 +96,19 @@ class RowOrder:
         places = []
         for i, count in enumerate(counts):
             shard = (i, n)
-            had = max(count - sum(self._dealt_rows(world - 1, earlier)[i] for earlier in range(epoch)), 0)
-            mine = np.arange(first_dealt(epoch, len(self.chunk_ends), shard), len(pieces), n)
+            had = max(count - sum(self._shard_rows(world - 1, earlier)[i] for earlier in range(epoch)), 0)
+            mine = np.arange(first_shard_piece(epoch, len(self.chunk_ends), shard), len(pieces), n)
             after = drop_rows(pieces[mine], had)
             left.append(after)
             places.append(mine[len(mine) - len(after) :])
         return np.concatenate(left)[np.argsort(np.concatenate(places), kind="stable")]
 
-    def _dealt_rows(self, world: int, epoch: int) -> list[int]:
-        """How many rows of an epoch each shard was dealt, of one number of shards."""
+    def _shard_rows(self, world: int, epoch: int) -> list[int]:
+        """How many rows of an epoch each shard has, of one number of shards."""
         if (world, epoch) not in self._rows:
             pieces = self._before(world, epoch)
             n = len(self.past[world])
-            rows = [total(deal(pieces, epoch, len(self.chunk_ends), (i, n))) for i in range(n)]
+            rows = [total(shard_pieces(pieces, epoch, len(self.chunk_ends), (i, n))) for i in range(n)]
             self._rows[world, epoch] = rows
         return self._rows[world, epoch]
 
@@ -138,16 +138,16 @@ def shuffled_chunks(chunk_ends: NDArray[np.int64], seed: str) -> Pieces:
     return np.stack([starts, chunk_ends], axis=1)[rng.permutation(len(chunk_ends))]
 
 
-def first_dealt(epoch: int, n_chunks: int, shard: tuple[int, int]) -> int:
-    """The first piece of an epoch that a shard is dealt: the turns go on from epoch to epoch, so that fewer chunks than
+def first_shard_piece(epoch: int, n_chunks: int, shard: tuple[int, int]) -> int:
+    """The first piece of an epoch that a shard has: the turns go on from epoch to epoch, so that fewer chunks than
     shards reach every shard."""
     i, n = shard
     return (i - epoch * n_chunks) % n
 
 
-def deal(pieces: Pieces, epoch: int, n_chunks: int, shard: tuple[int, int]) -> Pieces:
-    """The pieces of an epoch that a shard is dealt."""
-    return pieces[first_dealt(epoch, n_chunks, shard) :: shard[1]]
+def shard_pieces(pieces: Pieces, epoch: int, n_chunks: int, shard: tuple[int, int]) -> Pieces:
+    """The pieces of an epoch that a shard has."""
+    return pieces[first_shard_piece(epoch, n_chunks, shard) :: shard[1]]
 
 
 def total(pieces: Pieces) -> int:

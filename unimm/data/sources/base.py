@@ -94,7 +94,7 @@ class ConcatenatedFiles(DataSource):
 
     @cached_property
     def chunk_ends(self) -> NDArray[np.int64]:
-        ends = [start + ends for start, ends in zip(self.starts, self.file_chunk_ends, strict=False)]
+        ends = [start + ends for start, ends in zip(self.starts[:-1], self.file_chunk_ends, strict=True)]
         return np.concatenate(ends) if ends else single_rows(0)
 
     def read(self, rows: range) -> Iterator[Record | BrokenRow]:
