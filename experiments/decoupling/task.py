@@ -25,6 +25,7 @@ from unimm.tokenizers.semantic_vq import SemanticBranch, SemanticBranchConfig
 from unimm.tokenizers.vq import VQModel
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.init import trained_file
+from unimm.training.losses import LossSum
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
 from unimm.training.tasks.janus import JanusBatch, JanusTask, JanusTrainingConfig, init_janus, init_projector
 
@@ -149,9 +150,13 @@ class DecouplingTask:
         model.vision.requires_grad_(False)
         return cls(janus, experiment)
 
-    def losses(self, batch: JanusBatch) -> dict[str, Tensor]:
-        """Mean cross entropy of every kind of sample in the batch."""
+    def losses(self, batch: JanusBatch) -> dict[str, LossSum]:
+        """Cross entropy of every kind of sample in the batch."""
         return self.janus_task.losses(batch)
+
+    def loss_counts(self, batch: JanusBatch) -> dict[str, int]:
+        """How many rows of the batch have each loss."""
+        return self.janus_task.loss_counts(batch)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -17,6 +17,7 @@ from walk import BUNDLED
 
 import unimm
 from unimm.training.config import read_recipe
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
 
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
@@ -112,7 +113,7 @@ def gradients(objective) -> dict[str, bool]:
         for p in objective.model.parameters():  # what begins at zero would hide what lies before it
             if p.requires_grad:
                 p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    losses = objective.losses(objective.batch(0))
+    losses = mean_losses(objective.losses(objective.batch(0)))
     assert losses.keys() <= set(objective.loss_names) and all(torch.isfinite(x) for x in losses.values())
     torch.stack([x.float() for x in losses.values()]).sum().backward()
     trained = {name: p.grad for name, p in objective.model.named_parameters() if p.requires_grad}

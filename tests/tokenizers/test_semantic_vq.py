@@ -14,6 +14,7 @@ from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.tokenizers.vq import VQConfig
 from unimm.training.config import read_recipe
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.semantic_vq import load_teacher
 from unimm.training.tasks.vq import init_vq, save_vq
@@ -115,7 +116,7 @@ def test_a_code_is_taught_the_patch_it_lies_in(recipe):
 
 def test_what_is_said_teaches_the_encoder(recipe):
     objective = build_task(recipe)
-    objective.losses(objective.batch(0))["cosine"].backward()
+    mean_losses(objective.losses(objective.batch(0)))["cosine"].backward()
     grads = {name: p.grad is not None and bool(p.grad.any()) for name, p in objective.model.named_parameters()}
     assert all(given for name, given in grads.items() if name.startswith("branch."))
     assert grads["vq.quant_conv.weight"] and not grads["vq.decoder.conv_out.weight"]
@@ -124,10 +125,10 @@ def test_what_is_said_teaches_the_encoder(recipe):
 
 def test_steps_teach_and_are_written(recipe, tmp_path):
     objective = build_task(recipe)
-    before = {name: loss.item() for name, loss in objective.losses(objective.batch(0)).items()}
+    before = {name: loss.item() for name, loss in mean_losses(objective.losses(objective.batch(0))).items()}
     assert set(before) == set(objective.loss_names) - {"entropy"}
     train(objective, recipe, tmp_path, workers=0)
-    after = {name: loss.item() for name, loss in objective.losses(objective.batch(0)).items()}
+    after = {name: loss.item() for name, loss in mean_losses(objective.losses(objective.batch(0))).items()}
     assert all(after[name] < before[name] for name in ("l1", "mse", "cosine", "features")), (before, after)
     release = tmp_path / "release"
     files = json.loads((release / "vq_config.json").read_text())

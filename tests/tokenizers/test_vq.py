@@ -20,6 +20,7 @@ from unimm.data.shapes import HELD_OUT, Scene, render
 from unimm.data.shapes.scenes import crowded_scene, parses_as, target_scenes
 from unimm.tokenizers.vq import VQConfig, VQModel
 from unimm.training.config import read_recipe
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.vq import codebook_entropy, init_vq, record_codes, revive_codes, save_vq
 from unimm.training.trainer import Trainer, train
@@ -292,7 +293,7 @@ def test_losses_are_means():
     objective = build_task(dataclasses.replace(tiny(), loss_weights={**tiny().loss_weights, "entropy": 0.1}))
     objective.model.eval()
     batch = objective.batch(0)
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == set(objective.loss_names) and "entropy" not in build_task(tiny()).losses(batch)
     drawn = objective.model.decode(objective.model.encode_ids(batch.image), grid=(16, 16))
     torch.testing.assert_close(losses["l1"], (drawn - batch.image).abs().mean())
@@ -303,16 +304,16 @@ def test_the_first_steps_are_free_of_the_codebook():
     objective = build_task(tiny(unquantized_steps=2))
     vq, batch = objective.model, objective.batch(1)
     book = vq.quantize.embedding.weight.detach().clone()
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == {"l1", "mse"}
     drawn = vq.decode_codes(torch.nn.functional.normalize(vq.encode(batch.image), dim=1))
     torch.testing.assert_close(losses["mse"], (drawn - batch.image).square().mean())
     assert torch.equal(vq.quantize.embedding.weight, book) and (vq.quantize.codebook_used == -1).all()
     # then every code moves to where a vector is
-    assert set(objective.losses(objective.batch(2))) == set(objective.loss_names) - {"entropy"}
+    assert set(mean_losses(objective.losses(objective.batch(2)))) == set(objective.loss_names) - {"entropy"}
     assert not (vq.quantize.embedding.weight == book).all(1).any() and (vq.quantize.codebook_used >= 0).any()
     vq.eval()
-    assert "codebook" in objective.losses(batch), "what is judged goes through the codebook"
+    assert "codebook" in mean_losses(objective.losses(batch)), "what is judged goes through the codebook"
 
 
 def test_entropy_is_small_where_choices_are_sure_and_even():
@@ -346,9 +347,9 @@ def test_codes_out_of_use_come_back():
 
 def test_a_trained_vq_is_written_as_released(tmp_path):
     objective = build_task(tiny())
-    first = {name: x.item() for name, x in objective.losses(objective.batch(0)).items()}
+    first = {name: x.item() for name, x in mean_losses(objective.losses(objective.batch(0))).items()}
     train(objective, tiny(), tmp_path, workers=0)
-    losses = objective.losses(objective.batch(0))
+    losses = mean_losses(objective.losses(objective.batch(0)))
     assert losses["l1"] < first["l1"] and losses["mse"] < first["mse"]
     with Image.open(tmp_path / "samples/00000004.png") as picture:
         assert picture.size == (512, 256)
@@ -393,10 +394,10 @@ def test_a_decoder_learns_to_draw_the_same_ids_better(tmp_path):
         before["encoder.conv_in.weight"], load_file(tmp_path / "vq.safetensors")["encoder.conv_in.weight"]
     )
     trainer = Trainer(objective, recipe, torch.device("cpu"))
-    first = objective.losses(batch)["mse"].item()
+    first = mean_losses(objective.losses(batch))["mse"].item()
     for _ in range(3):
         trainer.update(batch)
-    assert objective.losses(batch)["mse"].item() < first
+    assert mean_losses(objective.losses(batch))["mse"].item() < first
     assert torch.equal(vq.encode_ids(batch.image), ids)
     moved = {name.split(".")[0] for name, p in vq.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"decoder", "post_quant_conv"}

@@ -14,6 +14,7 @@ from tests.training.test_metaquery_training import recipe as metaquery_recipe  #
 from tests.training.test_uniworld_training import recipe as uniworld_recipe  # noqa: F401
 from unimm.training.cache import SHARD_SIZE, CacheShard, FeatureCache, epoch_order, use_feature_cache
 from unimm.training.config import CacheConfig
+from unimm.training.losses import mean_losses
 from unimm.training.tasks import janus, janusflow
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
@@ -58,11 +59,11 @@ def test_losses_are_those_of_the_samples_themselves(cached, tmp_path):
             latents = encoded.latents[index]
             assert torch.equal(batch.samples.latents[place], latents)
             assert torch.equal(records[index]["latents"], latents)
-        found = task.losses(batch)
+        found = mean_losses(task.losses(batch))
         # the same samples and noise, encoded in the step
         task.batch = fresh
         whole = dataclasses.replace(batch, samples=inputs, sample_indices=torch.tensor(indices).repeat_interleave(2))
-        expected = task.losses(whole)
+        expected = mean_losses(task.losses(whole))
     assert found.keys() == expected.keys()
     for name, loss in found.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
@@ -109,8 +110,8 @@ def test_conversations_have_the_losses_of_their_examples(cached_chat, tmp_path):
         direct = dataclasses.replace(direct, latents=batch.latents)  # whose noise is the shard's
     assert batch.pack.und_images.encoded and not direct.pack.und_images.encoded
     with torch.no_grad():
-        found = task.losses(batch)
-        expected = task.losses(direct)
+        found = mean_losses(task.losses(batch))
+        expected = mean_losses(task.losses(direct))
     assert found.keys() == expected.keys() and {"draw", "edit", "answer"} <= found.keys()
     for name, loss in found.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
@@ -124,7 +125,7 @@ def test_conversations_need_neither_images_nor_targets(cached_chat, tmp_path, ta
     batch = task.batch(0)
     assert (batch.pack.und_images is None) == ("caption" not in tasks)
     assert (batch.pack.gen_images is None) == ("draw.one" not in tasks)
-    assert task.losses(batch).keys() == {name.split(".")[0] for name in tasks}
+    assert mean_losses(task.losses(batch)).keys() == {name.split(".")[0] for name in tasks}
 
 
 def test_a_run_of_conversations_goes_on_exactly(cached_chat, tmp_path):

@@ -18,6 +18,7 @@ from unimm.data.batching import THOUGHT_TASKS, training_example
 from unimm.data.shapes import HELD_OUT, example, parse_scene
 from unimm.sequence.parts import IGNORE_INDEX
 from unimm.training.config import read_recipe
+from unimm.training.losses import mean_losses
 from unimm.training.tasks import janus
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
@@ -89,7 +90,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert len(batch.image_kinds) == len(batch.pack.gen_images.content) == 16 * len(batch.images)
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert len(batch.pack.layout.position_ids) % 256 == 0
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -217,7 +218,7 @@ def test_codes_are_those_of_each_image_alone(objective):
 )
 def test_a_batch_may_only_say_or_only_draw(objective, tasks, names):
     batch = of(objective, *tasks)
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == names
     objective.model.zero_grad(set_to_none=True)
     sum(losses.values()).backward()

@@ -26,6 +26,7 @@ from unimm.sequence.parts import IGNORE_INDEX, text_part
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
 from unimm.training.init import train_tokenizer
+from unimm.training.losses import mean_losses
 from unimm.training.tasks import janusflow
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
@@ -117,7 +118,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert len(batch.image_kinds) == int(batch.pack.noised.sum()) == len(batch.noise) == 2 * 16 * len(batch.images)
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert len(batch.pack.layout.position_ids) % 256 == 0
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -240,12 +241,12 @@ def test_steps_teach(recipe):
     objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch = objective.batch(0)
-    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    before = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     frozen = objective.model.vae.decoder.conv_in.weight.clone()
     start = objective.model.und_start_embed.detach().clone()
     for _ in range(12):
         trainer.update(batch)
-    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    after = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
     assert torch.equal(frozen, objective.model.vae.decoder.conv_in.weight)
     assert not torch.equal(start, objective.model.und_start_embed)
@@ -257,7 +258,7 @@ def test_every_trained_parameter_is_reached(recipe):
     for name, parameter in objective.model.named_parameters():
         if "unpatch_conv" in name:  # zeros pass nothing on
             torch.nn.init.normal_(parameter, std=0.1)
-    sum(objective.losses(objective.batch(0)).values()).backward()
+    sum(mean_losses(objective.losses(objective.batch(0))).values()).backward()
     missed = [
         n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
@@ -321,4 +322,4 @@ def test_a_target_is_behind_its_prompt_alone():
 
 def test_texts_alone_make_a_batch(objective):
     batch = objective.batch.batch([example("answer.count", 1), example("caption", 1)], random.Random(0))
-    assert batch.pack.gen_images is None and set(objective.losses(batch)) == {"answer", "caption"}
+    assert batch.pack.gen_images is None and set(mean_losses(objective.losses(batch))) == {"answer", "caption"}

@@ -22,6 +22,7 @@ from unimm.models.metaquery.config import DEFAULT_SYSTEM_PROMPT
 from unimm.models.metaquery.model import MetaQuery
 from unimm.training.config import from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.metaquery import MetaQueryTrainingConfig
 from unimm.training.trainer import Trainer, build_optimizers, train
@@ -97,7 +98,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     ]
     assert samples.queries.queries.layout.lengths == (n + 3,) * 9
     assert len(samples.queries.prompts.layout.position_ids) % 256 == 0 and len(samples.images) == 9
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -153,7 +154,7 @@ def test_images_of_ones_own(recipe, tmp_path):
     objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
     batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
     assert batch.samples.images.shape == (9, 3, 64, 64) and set(batch.samples.image_kinds.tolist()) == {0, 1}
-    assert set(objective.losses(batch)) == {"draw", "edit"}
+    assert set(mean_losses(objective.losses(batch))) == {"draw", "edit"}
     for line, match in (
         ("{", "line 3 of .* is no JSON"),
         ('{"text": "a"}', "expected target"),
@@ -229,9 +230,9 @@ def test_a_few_steps_learn_and_the_release_draws_and_answers(recipe, tmp_path):
         recipe, steps=15, save_every=15, sample_every=15, log_every=5, no_weight_decay=("queries",)
     )
     objective = build_task(few)
-    first = sum(objective.losses(objective.batch(100)).values())
+    first = sum(mean_losses(objective.losses(objective.batch(100))).values())
     assert train(objective, few, tmp_path / "run", workers=0) == 15
-    assert sum(objective.losses(objective.batch(100)).values()) < 0.9 * first
+    assert sum(mean_losses(objective.losses(objective.batch(100))).values()) < 0.9 * first
     model = MetaQuery.from_pretrained(tmp_path / "run" / "release")
     drawn = model.generate(["a red circle", "a blue square"], seed=1)
     assert [image.size for image in drawn.images] == [(64, 64)] * 2

@@ -20,6 +20,7 @@ from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.config import read_recipe
 from unimm.training.init import train_tokenizer
+from unimm.training.losses import mean_losses
 from unimm.training.tasks import qwen2_5_vl as reader
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.qwen2_5_vl import ATTRIBUTES, TEXT_KINDS, scene_in_words, user_message
@@ -159,13 +160,13 @@ def test_steps_teach_sight_then_words(recipe, step, names):
     """And words leave the encoder alone."""
     objective = build_task(recipe)
     trainer, batch = Trainer(objective, recipe, torch.device("cpu")), objective.batch(step)
-    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    before = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     assert set(before) == set(names)
     tower = {name: x.clone() for name, x in objective.model.mllm.vision.state_dict().items()}
     decoder = objective.model.mllm.decoder.embed.weight.clone()
     for _ in range(12):
         trainer.update(batch)
-    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    after = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
     same = [torch.equal(x, tower[name]) for name, x in objective.model.mllm.vision.state_dict().items()]
     assert all(same) if names == TEXT_KINDS else not any(same)
@@ -175,7 +176,7 @@ def test_steps_teach_sight_then_words(recipe, step, names):
 def test_every_part_is_reached(recipe):
     objective = build_task(recipe)
     for step in (0, 5):
-        sum(objective.losses(objective.batch(step)).values()).backward()
+        sum(mean_losses(objective.losses(objective.batch(step))).values()).backward()
     assert not [name for name, p in objective.model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
@@ -239,7 +240,7 @@ def test_shortcuts_alone_carry_the_image_at_first():
 def test_losses_of_the_autoencoder_are_means_through_noised_latents():
     objective = build_task(small(latent_noise=0.5))
     batch = objective.batch(0)
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     z = objective.model.encode(batch.image)
     error = objective.model.decode(z + 0.5 * batch.noise) - batch.image
     torch.testing.assert_close(losses["l1"], error.abs().mean())
@@ -249,9 +250,9 @@ def test_losses_of_the_autoencoder_are_means_through_noised_latents():
 
 def test_a_trained_autoencoder_is_written_as_released(tmp_path):
     objective = build_task(small(dtype="float32"))
-    first = {name: x.item() for name, x in objective.losses(objective.batch(0)).items()}
+    first = {name: x.item() for name, x in mean_losses(objective.losses(objective.batch(0))).items()}
     train(objective, small(dtype="float32"), tmp_path, workers=0)
-    losses = objective.losses(objective.batch(0))
+    losses = mean_losses(objective.losses(objective.batch(0)))
     assert losses["l1"] < first["l1"] and losses["mse"] < first["mse"]
     with Image.open(tmp_path / "samples/00000004.png") as picture:
         assert picture.size == (512, 256)

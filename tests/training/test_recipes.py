@@ -16,6 +16,7 @@ from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
 from unimm.training.init import compile_experts, train_tokenizer
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.bagel import BAGEL_TOKENS, IMAGE_KINDS, TEXT_KINDS
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.vit import IGNORED
@@ -119,14 +120,14 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert len(batch.image_kinds) == int(batch.pack.noised.sum())
     assert len(batch.text_kinds) == int((batch.pack.labels != IGNORE_INDEX).sum())
     assert all(len(rows) % 256 == 0 for rows in batch.pack.rows_by_expert.values())
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == set(IMAGE_KINDS + TEXT_KINDS) and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_a_batch_that_draws_nothing(objective):
     batch = objective.batch.batch([example("answer.count", 5), example("fact.forward", 0)], random.Random(0))
     assert batch.pack.gen_images is None
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == {"answer", "fact"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -155,11 +156,11 @@ def test_steps_teach(recipe, objective):
         objective, dataclasses.replace(recipe, warmup_steps=0, lr=3e-3, loss_weights=even), torch.device("cpu")
     )
     batch = objective.batch(0)
-    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    before = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     frozen = objective.model.vision.patch_embed.weight.clone()
     for _ in range(12):
         trainer.update(batch)
-    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    after = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
     assert torch.equal(frozen, objective.model.vision.patch_embed.weight)
 
@@ -173,10 +174,10 @@ def test_the_vit_learns_to_see():
     empty = (batch.targets == 0).all(-1)
     assert (batch.targets[~empty] != 0).all() and 0 < (~empty).float().mean() < 0.4
     trainer = Trainer(objective, recipe, torch.device("cpu"))
-    first = sum(loss.item() for loss in objective.losses(batch).values())
+    first = sum(loss.item() for loss in mean_losses(objective.losses(batch)).values())
     for step in range(25):
         trainer.update(objective.batch(step))
-    assert sum(loss.item() for loss in objective.losses(batch).values()) < 0.5 * first
+    assert sum(loss.item() for loss in mean_losses(objective.losses(batch)).values()) < 0.5 * first
     assert 0 <= objective.accuracy() <= 1
     # on another device, too: there its images have to be brought to it
     objective.model.to("meta")
@@ -221,7 +222,7 @@ def test_compiled_streams_equal_plain_ones(recipe):
     compile_experts(fast.model)
     for step in range(2):
         batch = plain.batch(step)
-        expected, got = plain.losses(batch), fast.losses(batch)
+        expected, got = mean_losses(plain.losses(batch)), mean_losses(fast.losses(batch))
         for name, loss in expected.items():
             torch.testing.assert_close(got[name], loss, rtol=1e-4, atol=1e-5)
 

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from helpers.paths import RECIPES, TESTS
+from helpers.trainer_toy import RECIPE, Draw, Toy, assert_same_files, log_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,86 +24,13 @@ from unimm.data.batching import image_to_uint8, uint8_to_image
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training import checkpoints as saving
 from unimm.training import trainer as loop
+from unimm.training.batches import iterate_batches
 from unimm.training.config import TrainConfig, from_mapping, read_recipe
 from unimm.training.ema import EMA
 from unimm.training.logging import JsonlLog
+from unimm.training.losses import LossSum, mean_losses
 from unimm.training.tasks.base import TRAINING_TASKS, build_task
-from unimm.training.trainer import Trainer, iterate_batches, train
-
-RECIPE = TrainConfig(
-    task="toy",
-    seed=3,
-    steps=8,
-    batch_size=4,
-    lr=0.01,
-    betas=(0.9, 0.99),
-    eps=1e-8,
-    weight_decay=0.1,
-    muon=(),
-    warmup_steps=2,
-    schedule="cosine",
-    min_lr_ratio=0.1,
-    max_grad_norm=1.0,
-    ema_decay=0.9,
-    precision="float32",
-    loss_weights={"near": 1.0, "small": 0.5},
-    save_every=4,
-    sample_every=4,
-    log_every=1,
-)
-
-
-class Draw:
-    """Batches by (seed, step); does something else as well at one step, if asked."""
-
-    def __init__(self, seed, at=None, action=None):
-        self.seed, self.at, self.action = seed, at, action
-
-    def __call__(self, step):
-        if step == self.at:
-            self.action()
-        return torch.randn(4, 3, generator=torch.Generator().manual_seed(self.seed * 1000 + step))
-
-
-class Toy:
-    """A net with dropout, so that a resumed run needs the random state, and a frozen first layer."""
-
-    name = "toy"
-    loss_names = ("near", "small")
-
-    def __init__(self, at=None, action=None):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.LayerNorm(5), nn.Linear(5, 3))
-        self.model[0].requires_grad_(False)
-        self.batch = Draw(RECIPE.seed, at, action)
-
-    def losses(self, batch):
-        y = self.model(batch)
-        return {"near": (y - batch).square().mean(), "small": y.abs().mean()}
-
-    def sample_image(self):
-        assert not self.model.training
-        return Image.new("RGB", (2, 2))
-
-    def save(self, folder):
-        save_file(self.model.state_dict(), folder / "model.safetensors")
-
-
-def log_of(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
-
-
-def run(out, *, recipe=RECIPE, toy=None, **options):
-    toy = toy or Toy()
-    return toy, train(toy, recipe, out, **{"workers": 0, **options})
-
-
-def assert_same_files(one, other):
-    one, other = load_file(one), load_file(other)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
+from unimm.training.trainer import Trainer, train
 
 # resumption
 
@@ -141,7 +69,7 @@ def test_a_resumed_run_takes_back_the_steps_after_its_checkpoint(tmp_path):
 
 def test_batches_of_a_worker_equal_those_of_the_loop(tmp_path):
     state = torch.get_rng_state()
-    made = list(iterate_batches(Draw(1), 2, 7, workers=1))
+    made = list(iterate_batches(Draw(1), range(2, 7), workers=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(made) == 5
     assert all(torch.equal(x, Draw(1)(step)) for step, x in enumerate(made, start=2))
@@ -149,8 +77,8 @@ def test_batches_of_a_worker_equal_those_of_the_loop(tmp_path):
 
 SPOILT = """
 import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_training import Toy, run
+sys.path[:0] = [{tests!r}]
+from helpers.trainer_toy import Toy, run
 
 def spoil():
     raise ValueError("got no such task")
@@ -162,7 +90,7 @@ run({out!r}, toy=Toy(5, spoil), workers=1)
 def test_what_a_worker_raises_ends_the_run(tmp_path):
     """In its own words, and without a worker left behind that nobody can stop: in a process of its own, to its very
     end."""
-    code = SPOILT.format(tests=str(TESTS), here=str(TESTS / "training"), out=str(tmp_path))
+    code = SPOILT.format(tests=str(TESTS), out=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: got no such task"), done.stderr
 
@@ -172,8 +100,9 @@ def test_a_gradient_that_is_no_number_spoils_nothing(tmp_path):
         def losses(self, batch):
             losses = super().losses(batch)
             # sqrt has no slope at 0
-            near = (losses["near"] * 0).sqrt() if self.spoilt else losses["near"]
-            return losses | {"near": near}
+            near = losses["near"]
+            total = (near.total * 0).sqrt() if self.spoilt else near.total
+            return losses | {"near": LossSum(total, near.count)}
 
         spoilt = False
 
@@ -503,7 +432,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient():
     batch = twin.batch(0)
     params = [p for p in twin.model.parameters() if p.requires_grad]
     torch.manual_seed(5)
-    losses = twin.losses(batch)
+    losses = mean_losses(twin.losses(batch))
     grads = torch.autograd.grad(losses["near"] + 0.5 * losses["small"], params)
     norm = torch.stack([g.norm() for g in grads]).norm()
     assert norm > recipe.max_grad_norm
@@ -542,14 +471,15 @@ def test_loss_names_and_weights_must_agree():
     with pytest.raises(ValueError, match=r"near.*small.*correct the recipe"):
         Trainer(Toy(), dataclasses.replace(RECIPE, loss_weights={"near": 1.0}), torch.device("cpu"))
     toy = Toy()
-    toy.losses = lambda batch: {"far": batch.sum()}
+    toy.losses = lambda batch: {"far": LossSum.over(batch)}
     with pytest.raises(ValueError, match=r"far.*loss_names"):
         Trainer(toy, RECIPE, torch.device("cpu")).update(toy.batch(0))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     toy = Toy()
-    toy.losses = lambda batch: {"near": toy.model(batch).sum() * float("nan")}
+    toy.losses = lambda batch: {"near": LossSum.over(toy.model(batch) * float("nan"))}
+    toy.loss_counts = lambda batch: {"near": batch.numel()}
     weights = {name: p.clone() for name, p in toy.model.named_parameters()}
     with pytest.raises(FloatingPointError, match=r"step 0.*near.*lower lr"):
         run(tmp_path, toy=toy)
@@ -742,7 +672,7 @@ def test_vae_batches_depend_on_seed_and_step_only():
 def test_vae_losses_are_means():
     objective = build_task(tiny_vae())
     batch = objective.batch(0)
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     mean, logvar = objective.model.moments(batch.image)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()

@@ -21,6 +21,7 @@ from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
 from unimm.training.ema import EMA, ramped_decay
 from unimm.training.init import init_siglip, train_tokenizer
+from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
 
@@ -112,7 +113,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
     assert sum(one.segment.length for items in samples.prompts for one in items) % 256 == 0
     shown = sum(item.kind == "und_image" for items in samples.prompts for item in items)
     assert len(samples.siglip_images) == shown > 0 and samples.weights.shape == (8, 1, 8, 8)
-    losses = objective.losses(batch)
+    losses = mean_losses(objective.losses(batch))
     assert set(losses) == {"draw", "edit", "reason"} and all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -136,7 +137,7 @@ def test_losses_are_those_of_each_copy_alone(objective):
         torch.manual_seed(0)
         for p in model.denoiser.parameters():  # a denoiser from scratch says nothing
             p.add_(0.1 * torch.randn_like(p))
-        losses = objective.losses(batch)
+        losses = mean_losses(objective.losses(batch))
         found = {}
         left = iter(samples.siglip_images)
         for i, items in enumerate(samples.prompts[: len(samples.conditioned)]):
@@ -174,7 +175,7 @@ def test_the_denoiser_may_be_shown_the_images(recipe):
         for p in shown.model.denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
         plain.model.load_state_dict(shown.model.state_dict())
-        with_references, without = shown.losses(batch), plain.losses(batch)
+        with_references, without = mean_losses(shown.losses(batch)), mean_losses(plain.losses(batch))
         torch.testing.assert_close(with_references["draw"], without["draw"])
         assert (with_references["edit"] - without["edit"]).abs() > 1e-4
 
@@ -183,7 +184,7 @@ def test_dropped_prompts_tell_nothing(recipe):
     objective = build_task(changed(recipe, dropout=1.0))
     batch = objective.batch(0)
     assert not batch.samples.conditioned.any()
-    sum(objective.losses(batch).values()).backward()
+    sum(mean_losses(objective.losses(batch)).values()).backward()
     assert (
         objective.model.mllm_projector.fc1.weight.grad is None
         or not objective.model.mllm_projector.fc1.weight.grad.any()
@@ -247,7 +248,7 @@ def test_everything_else_is_trained_from_scratch(recipe):
     with torch.no_grad():
         for p in objective.model.denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    sum(objective.losses(objective.batch(0)).values()).backward()
+    sum(mean_losses(objective.losses(objective.batch(0))).values()).backward()
     missed = [
         n for n, p in objective.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
@@ -261,10 +262,10 @@ def test_steps_teach(recipe):
     objective = build_task(recipe)
     trainer = Trainer(objective, recipe, torch.device("cpu"))
     batch = objective.batch(0)
-    before = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    before = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     for _ in range(12):
         trainer.update(batch)
-    after = {name: loss.item() for name, loss in objective.losses(batch).items()}
+    after = {name: loss.item() for name, loss in mean_losses(objective.losses(batch)).items()}
     assert all(after[name] < before[name] for name in before), (before, after)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a training batch: tasks, examples, images as tensors, packed parts, and losses by the kind of sample."""
+"""The parts of a training batch: tasks, examples, images as tensors, packed parts, and kinds of samples."""
 
 from __future__ import annotations
 
@@ -82,14 +82,6 @@ def kind_indices(names: Sequence[str], examples: Sequence[Example], counts: Sequ
     kinds = [one.task.split(".")[0] for one in examples]
     indices = [names.index(kind) if kind in names else -1 for kind in kinds]
     return torch.tensor(indices).repeat_interleave(torch.tensor(counts))
-
-
-def mean_by_kind(names: Sequence[str], kinds: Tensor, losses: Tensor) -> dict[str, Tensor]:
-    """The mean loss of every kind that occurs.
-
-    kinds, losses: [n], indices into the names and the losses of the same rows.
-    """
-    return {name: losses[kinds == i].mean() for i, name in enumerate(names) if (kinds == i).any()}
 
 
 @torch.no_grad()

@@ -1,19 +1,78 @@
-"""Batches by step, made ahead of the loop by worker processes, and signals that end the loop after its step."""
+"""The batches of one rank, made ahead of the loop by worker processes, and signals that end the loop after its step."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+class BatchSource(Protocol):
+    """The batches of one rank, in order. A step takes `gradient_accumulation` of them on every rank."""
+
+    def iterate(self, start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
+        """Yield this rank's batches number start ... stop - 1, made ahead by worker processes, which closing it ends.
+
+        Raises what making a batch raises.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches go on after the last one that was yielded; plain values and tensors."""
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where the ranks of another run stood: their states, in order, as many as it had ranks."""
+
+
+class StepBatches:
+    """Batches that are a pure function of their number: batch m of rank r has the number m * world_size + r."""
+
+    def __init__(self, batch: Callable[[int], Any], *, rank: int = 0, world_size: int = 1) -> None:
+        self.batch = batch
+        self.rank = rank
+        self.world_size = world_size
+        # batches that all ranks have had; None where no run was loaded: as many as come before the first one asked for
+        self.n_consumed: int | None = None
+
+    def iterate(self, start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
+        """Yield this rank's batches number start ... stop - 1."""
+        if self.n_consumed is None:
+            self.n_consumed = start * self.world_size
+        first = self.n_consumed + self.rank
+        numbers = range(first, first + (stop - start) * self.world_size, self.world_size)
+        with closing(iterate_batches(self.batch, numbers, workers=workers)) as made:
+            for batch in made:
+                self.n_consumed += self.world_size
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches all ranks have had."""
+        return {"n_consumed": self.n_consumed}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after these, on any number of ranks."""
+        self.n_consumed = states[0]["n_consumed"]
+
+
+def group_batches(batches: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The batches in groups of `size`, as a step takes them; what is left over at the end is dropped."""
+    group: list[Item] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
 
 
 @dataclass(frozen=True)
@@ -24,28 +83,28 @@ class BatchError:
 
 
 class BatchDataset(Dataset[Any]):
-    """Batches by step, for a DataLoader."""
+    """Batches by number, for a DataLoader."""
 
     def __init__(self, batch: Callable[[int], Any]) -> None:
         self.batch = batch
 
-    def __getitem__(self, step: int) -> Any:
+    def __getitem__(self, number: int) -> Any:
         try:
-            return self.batch(step)
+            return self.batch(number)
         except (ValueError, TypeError, LookupError, OSError, RuntimeError, ArithmeticError) as error:
             # raised again in `iterate_batches`: the loader would wrap its message in a worker's trace
             return BatchError(error)
 
 
-def iterate_batches(batch: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
-    """Yield batch(start) ... batch(stop - 1), in order, made ahead by worker processes, which closing it ends.
+def iterate_batches(batch: Callable[[int], Any], numbers: range, *, workers: int) -> Generator[Any, None, None]:
+    """Yield the batches of these numbers, in order, made ahead by worker processes, which closing it ends.
 
     Raises what `batch` raises.
     """
     loader = DataLoader(
         BatchDataset(batch),
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_signals,

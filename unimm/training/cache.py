@@ -39,7 +39,7 @@ MANIFEST = "cache.json"
 TRAINING_FIELDS = (
     *("cache", "steps", "batch_size", "lr", "betas", "eps", "weight_decay", "no_weight_decay", "muon", "warmup_steps"),
     *("schedule", "min_lr_ratio", "max_grad_norm", "ema_decay", "loss_weights", "save_every", "sample_every"),
-    "log_every",
+    *("log_every", "gradient_accumulation"),
 )
 # what is computed of one sample, by name; the first axis may differ between samples
 Record = dict[str, Tensor]
@@ -194,7 +194,7 @@ def fill_cache(task: CachingTask, cache: FeatureCache, *, workers: int) -> None:
     logger.info("computing %d of the cache's %d samples in %s", len(missing) * SHARD_SIZE, len(cache), cache.folder)
     task.model.eval()
     inputs = MissingInputs(task.cache_inputs, missing)
-    with closing(iterate_batches(inputs, 0, len(missing), workers=workers)) as made:
+    with closing(iterate_batches(inputs, range(len(missing)), workers=workers)) as made:
         for i, batch in zip(missing, tqdm(made, total=len(missing), desc="cache", disable=None), strict=True):
             shard = CacheShard.from_records(task.cache_records(batch))
             with atomic_file(paths[i]) as partial:

@@ -7,6 +7,8 @@ import logging
 import math
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.devices import parse_device
 from unimm.generation.numbers import parse_float, parse_int
 from unimm.models.base import UnifiedModel
-from unimm.training.batches import StopSignal, iterate_batches
+from unimm.training.batches import BatchSource, StepBatches, StopSignal, group_batches
 from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
     EMA_FILE,
@@ -39,6 +41,7 @@ from unimm.training.checkpoints import (
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
 from unimm.training.logging import JsonlLog, format_report
+from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
 from unimm.training.tasks.base import TrainingTask
 
@@ -75,11 +78,13 @@ def train(
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = JsonlLog(out / "log.jsonl", after=trainer.step)
-    batches = closing(iterate_batches(task.batch, trainer.step, recipe.steps, workers=workers))
+    n = recipe.gradient_accumulation
+    source = trainer.use_source(StepBatches(task.batch))
+    batches = closing(source.iterate(trainer.step * n, recipe.steps * n, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
     with StopSignal() as stop, batches as made, bars as bar:
-        for batch in made:
-            trainer.update(batch)
+        for group in group_batches(made, n):
+            trainer.update(*group)
             bar.update()
             stopping = stop.requested or time.monotonic() > deadline or trainer.step == recipe.steps
             if trainer.step % recipe.log_every == 0:
@@ -173,9 +178,19 @@ class Trainer:
         self.sums: dict[str, list[float]] = {}
         # since when, and from which step, samples a second are counted: a resumed run counts its own
         self.since = (time.monotonic(), 0)
+        # what makes the batches, and where those of each rank of the run that is resumed stood
+        self.source: BatchSource | None = None
+        self.source_states: Sequence[Mapping[str, Any]] = ()
 
-    def update(self, batch: Any) -> None:
-        """Take one step.
+    def use_source(self, source: BatchSource) -> BatchSource:
+        """Save where a source's batches go on from now on; it goes on where those of a resumed run stood."""
+        self.source = source
+        if self.source_states:
+            source.load_state_dict(self.source_states)
+        return source
+
+    def update(self, *batches: Any) -> None:
+        """Take one step by the gradients of some batches, over all of which each loss is normalised.
 
         Raises FloatingPointError, before any weight changes, for a loss or gradient that is not finite.
         """
@@ -184,15 +199,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            losses = self.task.losses(batch)
-        loss = self.weighted_sum(losses)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step} ({ {k: x.item() for k, x in losses.items()} }): "
-                f"lower lr or max_grad_norm and resume the last checkpoint"
-            )
-        loss.backward()
+        counts = self.loss_counts(batches)
+        losses: dict[str, float] = {}
+        for batch in batches:
+            for name, value in self.backward(batch, counts).items():
+                losses[name] = losses.get(name, 0.0) + value
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.recipe.max_grad_norm)
         # a step would spoil every weight, and the next checkpoint
         if not math.isfinite(norm.item()):
@@ -205,27 +216,61 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         self.step += 1
-        for name, value in {**losses, "loss": loss, "grad_norm": norm}.items():
+        for name, value in {**losses, "grad_norm": norm.item()}.items():
             total = self.sums.setdefault(name, [0.0, 0])
-            total[0] += value.item()
+            total[0] += value
             total[1] += 1
 
-    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """The loss that is minimised, in float32."""
+    def loss_counts(self, batches: Sequence[Any]) -> Counter[str]:
+        """The count of every loss over the batches of a step."""
+        counts: Counter[str] = Counter()
+        for batch in batches:
+            counts.update(self.task.loss_counts(batch))
+        return counts
+
+    def backward(self, batch: Any, counts: Mapping[str, int]) -> dict[str, float]:
+        """Add up the gradient of a batch; returns its share of every loss's mean over `counts`, and of their sum,
+        "loss".
+
+        Raises FloatingPointError for a loss that is not finite.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            losses = self.task.losses(batch)
+        self.check_losses(losses, self.task.loss_counts(batch))
+        means = {name: loss.total / counts[name] for name, loss in losses.items()}
+        loss = torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in means.items()]).sum()
+        shares = {name: x.item() for name, x in means.items()}
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.step} ({shares}): lower lr or max_grad_norm and resume the "
+                "last checkpoint"
+            )
+        loss.backward()
+        return shares | {"loss": loss.item()}
+
+    def check_losses(self, losses: Mapping[str, LossSum], counts: Mapping[str, int]) -> None:
+        """Raise ValueError for losses that the recipe gives no weight, or whose counts are not those that the task
+        said."""
         unknown = sorted(losses.keys() - self.recipe.loss_weights.keys())
         if unknown or not losses:
             raise ValueError(
                 f"{self.task.name!r} returned the losses {sorted(losses)}, expected some of "
                 f"{sorted(self.recipe.loss_weights)}: correct its loss_names"
             )
-        return torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in losses.items()]).sum()
+        found = {name: loss.count for name, loss in losses.items()}
+        if found != dict(counts):
+            raise ValueError(
+                f"{self.task.name!r} returned losses over {found}, expected {dict(counts)}, the counts of the batch: "
+                "correct its loss_counts"
+            )
 
     def report(self) -> dict[str, Any]:
         """Means since the last report, as a line of the log."""
         means = {name: total / count for name, (total, count) in self.sums.items()}
         now = time.monotonic()
         then, first_step = self.since
-        rate = (self.step - first_step) * self.recipe.batch_size / max(now - then, 1e-9)
+        n_samples = self.recipe.batch_size * self.recipe.gradient_accumulation
+        rate = (self.step - first_step) * n_samples / max(now - then, 1e-9)
         self.sums = {}
         self.since = (now, self.step)
         totals = {name: means.pop(name) for name in ("loss", "grad_norm")}
@@ -249,6 +294,7 @@ class Trainer:
             "updates": self.ema.n_updates,
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "sums": self.sums,
+            "batches": [] if self.source is None else [self.source.state_dict()],
             "rng": rng_states(self.device),
             "recipe": dataclasses.asdict(self.recipe),
         }
@@ -282,6 +328,8 @@ class Trainer:
         self.step = state["step"]
         self.ema.n_updates = state["updates"]
         self.sums = state["sums"]
+        # earlier checkpoints have none: their runs' batches are numbered by the steps
+        self.source_states = state.get("batches", ())
         self.since = (time.monotonic(), self.step)
         restore_rng_states(state["rng"], self.device)
 

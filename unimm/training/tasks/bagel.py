@@ -22,7 +22,6 @@ from unimm.data.batching import (
     gen_token_counts,
     kind_indices,
     label_counts,
-    mean_by_kind,
     place_latent_tokens,
     sample_tasks,
     stack_images,
@@ -40,6 +39,7 @@ from unimm.training.config import RecipeSection, TrainConfig, from_mapping, requ
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, load_trained, train_tokenizer, trained_file
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.bagel_plans import (
     ConditionDropout,
@@ -271,12 +271,17 @@ class BagelTask:
         )
         return cls(model, dataset, vae)
 
-    def losses(self, batch: BagelBatch) -> dict[str, Tensor]:
-        """Mean loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
+    def losses(self, batch: BagelBatch) -> dict[str, LossSum]:
+        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
         device = self.model.device
         losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
-        image_losses = mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
-        return image_losses | mean_by_kind(TEXT_KINDS, batch.text_kinds, losses.ce)
+        image_losses = sum_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
+        return image_losses | sum_by_kind(TEXT_KINDS, batch.text_kinds, losses.ce)
+
+    def loss_counts(self, batch: BagelBatch) -> dict[str, int]:
+        """How many rows of the batch have each loss."""
+        images = count_by_kind(IMAGE_KINDS, batch.image_kinds)
+        return images | count_by_kind(TEXT_KINDS, batch.text_kinds)
 
     def encode_latents(self, batch: BagelBatch) -> PackedBatch:
         """The pack with its latents in place; every image is encoded once."""

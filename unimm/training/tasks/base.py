@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from unimm.training.config import TrainConfig, suggestion
+from unimm.training.losses import LossSum
 
 # name in a recipe -> module and class; imported only when it is needed
 TRAINING_TASKS = {
@@ -46,15 +47,19 @@ class TrainingTask(Protocol):
     name: str
     model: nn.Module
     loss_names: tuple[str, ...]
-    # a pure function of the step (and of the recipe's seed), on the CPU. It is sent to a worker process, so it should
-    # hold no model; whatever noise a step needs is sampled here
+    # a pure function of the batch's number (and of the recipe's seed), on the CPU. It is sent to a worker process, so it
+    # should hold no model; whatever noise a batch needs is sampled here
     batch: Callable[[int], Any]
 
-    def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Mean losses by name, unweighted; a step may leave out those of kinds that its batch lacks.
+    def losses(self, batch: Any) -> dict[str, LossSum]:
+        """Losses by name, unweighted; those of kinds that the batch lacks may be left out.
 
         Moves the batch.
         """
+
+    def loss_counts(self, batch: Any) -> dict[str, int]:
+        """The counts of the losses that `losses` will return, which need no model: those of a step's batches are added
+        up before the first of them is run."""
 
     def sample_image(self) -> Image.Image:
         """An image to judge the run by; called without gradients, in eval mode, with the averaged weights in place."""

@@ -27,6 +27,7 @@ from unimm.tokenizers.dc_ae import (
 )
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, NotNegative, WorldImageSize, grid_side
+from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 
 
@@ -129,12 +130,20 @@ class DCAETask:
         """The device of the model."""
         return next(self.model.parameters()).device
 
-    def losses(self, batch: DCAEBatch) -> dict[str, Tensor]:
-        """Means: of l1 and mse over pixels, of size over latents."""
+    def losses(self, batch: DCAEBatch) -> dict[str, LossSum]:
+        """Losses: l1 and mse over pixels, size over latents."""
         image = batch.image.to(self.device)
         z = self.model.encode(image).float()
         error = self.model.decode(z + self.options.latent_noise * batch.noise.to(self.device)).float() - image
-        return {"l1": error.abs().mean(), "mse": error.square().mean(), "size": z.square().mean()}
+        return {
+            "l1": LossSum.over(error.abs()),
+            "mse": LossSum.over(error.square()),
+            "size": LossSum.over(z.square()),
+        }
+
+    def loss_counts(self, batch: DCAEBatch) -> dict[str, int]:
+        """The numbers of pixels and of latents."""
+        return {"l1": batch.image.numel(), "mse": batch.image.numel(), "size": batch.noise.numel()}
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """image [B, 3, h, w] -> its reconstruction, through latents without noise."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unimm.checkpoint.json_files import read_json
-from unimm.data.batching import gen_token_counts, kind_indices, label_counts, mean_by_kind, stack_images
+from unimm.data.batching import gen_token_counts, kind_indices, label_counts, stack_images
 from unimm.data.shapes import Example
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.model import Janus
@@ -38,6 +38,7 @@ from unimm.training.init import (
     train_tokenizer,
     trained_file,
 )
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
     IMAGE_KINDS,
@@ -138,11 +139,16 @@ class JanusTask(DeepseekChatTask):
         )
         return cls(model, dataset)
 
-    def losses(self, batch: JanusBatch) -> dict[str, Tensor]:
-        """Mean cross entropy of every kind of sample in the batch."""
+    def losses(self, batch: JanusBatch) -> dict[str, LossSum]:
+        """Cross entropy of every kind of sample in the batch."""
         losses = self.model(self.encode_image_tokens(batch).to(self.model.device))
-        image_losses = mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses.image)
-        return image_losses | mean_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
+        image_losses = sum_by_kind(IMAGE_KINDS, batch.image_kinds, losses.image)
+        return image_losses | sum_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
+
+    def loss_counts(self, batch: JanusBatch) -> dict[str, int]:
+        """How many rows of the batch have each loss."""
+        images = count_by_kind(IMAGE_KINDS, batch.image_kinds)
+        return images | count_by_kind(TEXT_KINDS, batch.text_kinds)
 
     @torch.no_grad()
     def encode_image_tokens(self, batch: JanusBatch) -> PackedBatch:

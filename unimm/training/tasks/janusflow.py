@@ -25,7 +25,6 @@ from unimm.data.batching import (
     gen_token_counts,
     kind_indices,
     label_counts,
-    mean_by_kind,
     place_latent_tokens,
     stack_images,
 )
@@ -47,6 +46,7 @@ from unimm.training.init import (
     train_tokenizer,
     trained_file,
 )
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
     IMAGE_KINDS,
@@ -167,12 +167,17 @@ class JanusFlowTask(DeepseekChatTask):
         )
         return cls(model, dataset, vae)
 
-    def losses(self, batch: JanusFlowBatch) -> dict[str, Tensor]:
-        """Mean loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
+    def losses(self, batch: JanusFlowBatch) -> dict[str, LossSum]:
+        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
         device = self.model.device
         losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
-        image_losses = mean_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
-        return image_losses | mean_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
+        image_losses = sum_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
+        return image_losses | sum_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
+
+    def loss_counts(self, batch: JanusFlowBatch) -> dict[str, int]:
+        """How many rows of the batch have each loss."""
+        images = count_by_kind(IMAGE_KINDS, batch.image_kinds)
+        return images | count_by_kind(TEXT_KINDS, batch.text_kinds)
 
     def encode_latents(self, batch: JanusFlowBatch) -> PackedBatch:
         """The pack with its latents in place; every image is encoded once."""

@@ -19,6 +19,7 @@ from unimm.data.shapes import example
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, WorldImageSize, grid_side
+from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 
 
@@ -116,14 +117,18 @@ class KLTask:
         """The device of the model."""
         return next(self.model.parameters()).device
 
-    def losses(self, batch: KLBatch) -> dict[str, Tensor]:
-        """Means: of l1 and mse over pixels, of kl (to the standard normal, in nats) over latents."""
+    def losses(self, batch: KLBatch) -> dict[str, LossSum]:
+        """Losses: l1 and mse over pixels, kl (to the standard normal, in nats) over latents."""
         image = batch.image.to(self.device)
         noise = batch.noise.to(self.device)
         mean, logvar = (part.float() for part in self.model.moments(image))
         error = self.model.decode(mean + torch.exp(0.5 * logvar) * noise).float() - image
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        return {"l1": error.abs().mean(), "mse": error.square().mean(), "kl": kl.mean()}
+        return {"l1": LossSum.over(error.abs()), "mse": LossSum.over(error.square()), "kl": LossSum.over(kl)}
+
+    def loss_counts(self, batch: KLBatch) -> dict[str, int]:
+        """The numbers of pixels and of latents."""
+        return {"l1": batch.image.numel(), "mse": batch.image.numel(), "kl": batch.noise.numel()}
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.load import parse_dtype
-from unimm.data.batching import ROW_MULTIPLE, mean_by_kind
+from unimm.data.batching import ROW_MULTIPLE
 from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs, ImageTextPair, PairSource, ShapesPairs
 from unimm.denoisers.sana import SanaBlock, SanaTransformer
 from unimm.generation.flow import integer_timesteps, shift_timesteps
@@ -34,6 +34,7 @@ from unimm.training.config import RecipeSection, TrainConfig, from_mapping, requ
 from unimm.training.fields import IMAGE_TASKS, AtLeastOne, Dtype, Fraction, OptionalTaskWeights, Positive, known_tasks
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, compile_experts, resolve_part
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 
@@ -203,8 +204,8 @@ class MetaQueryTask:
         )
         return cls(model, dataset)
 
-    def losses(self, batch: MetaQueryBatch) -> dict[str, Tensor]:
-        """Mean flow loss of every kind of sample in the batch."""
+    def losses(self, batch: MetaQueryBatch) -> dict[str, LossSum]:
+        """The flow loss of every kind of sample in the batch."""
         device = self.model.device
         samples = batch.samples
         encoded = samples if isinstance(samples, MetaQueryEncoded) else self.encode(samples)
@@ -212,7 +213,11 @@ class MetaQueryTask:
         condition = self.model.condition(encoded.query_states.to(device)).select_rows(indices)
         latents = encoded.latents.to(device)[indices]
         losses = self.model.flow_matching_loss(condition, latents, batch.noise.to(device), batch.times.to(device))
-        return mean_by_kind(IMAGE_KINDS, encoded.image_kinds[batch.sample_indices], losses)
+        return sum_by_kind(IMAGE_KINDS, encoded.image_kinds[batch.sample_indices], losses)
+
+    def loss_counts(self, batch: MetaQueryBatch) -> dict[str, int]:
+        """How many noised copies of the batch have each loss."""
+        return count_by_kind(IMAGE_KINDS, batch.samples.image_kinds[batch.sample_indices])
 
     def encode(self, samples: MetaQueryInputs) -> MetaQueryEncoded:
         """What the MLLM, with gradients to the queries, and the autoencoder compute."""

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimm.checkpoint.json_files import write_json
-from unimm.data.batching import kind_indices, label_counts, mean_by_kind, pad_rows, sample_tasks, training_example
+from unimm.data.batching import kind_indices, label_counts, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
@@ -35,6 +35,7 @@ from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
 from unimm.vlms.processor import IM_END, IM_START
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVLConfig
@@ -234,17 +235,25 @@ class QwenVLTask:
         )
         return cls(QwenVLWithProbe(mllm), dataset)
 
-    def losses(self, batch: QwenVLBatch | QwenVLVisionBatch) -> dict[str, Tensor]:
-        """Mean cross entropy of every attribute in a cell, or of every kind of text in the batch."""
+    def losses(self, batch: QwenVLBatch | QwenVLVisionBatch) -> dict[str, LossSum]:
+        """Cross entropy of every attribute in a cell, or of every kind of text in the batch."""
         mllm = self.model.mllm
         mllm.vision.requires_grad_(isinstance(batch, QwenVLVisionBatch))
         if isinstance(batch, QwenVLBatch):
-            return mean_by_kind(TEXT_KINDS, batch.text_kinds, mllm(batch.pack.to(mllm.device)))
+            return sum_by_kind(TEXT_KINDS, batch.text_kinds, mllm(batch.pack.to(mllm.device)))
         targets = batch.targets.to(mllm.device)
         n_cells = len(targets) // self.batch.options.vision_batch_size
         logits = self.model.attribute_logits(batch.patches.to(mllm.device), n_cells)
         pairs = zip(ATTRIBUTES, logits, targets.unbind(-1), strict=True)
-        return {name: F.cross_entropy(one.float(), target) for name, one, target in pairs}
+        return {
+            name: LossSum.over(F.cross_entropy(one.float(), target, reduction="none")) for name, one, target in pairs
+        }
+
+    def loss_counts(self, batch: QwenVLBatch | QwenVLVisionBatch) -> dict[str, int]:
+        """The number of cells, or of labels of every kind of text."""
+        if isinstance(batch, QwenVLBatch):
+            return count_by_kind(TEXT_KINDS, batch.text_kinds)
+        return dict.fromkeys(ATTRIBUTES, len(batch.targets))
 
     def report(self) -> dict[str, float]:
         """The part of test questions that are answered right, by task."""

@@ -24,6 +24,7 @@ from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.init import load_trained
+from unimm.training.losses import LossSum
 from unimm.training.tasks.vq import (
     VQArchitecture,
     VQBatch,
@@ -150,14 +151,22 @@ class SemanticVQTask:
         model.vq = starting_vq(config, options, recipe.seed)
         return cls(model, teacher, options, recipe)
 
-    def losses(self, batch: VQBatch) -> dict[str, Tensor]:
-        """Mean losses by name."""
+    def losses(self, batch: VQBatch) -> dict[str, LossSum]:
+        """Losses by name."""
         image = batch.image.to(next(self.model.parameters()).device)
-        losses, codes = self.compute_losses(image, batch.step)
+        losses, codes = self.compute_losses(image, batch.number)
         predicted = self.model.branch(codes).float()
         features = self.teacher_features(image, (codes.shape[2], codes.shape[3]))
-        cosine = 1 - F.cosine_similarity(predicted, features, dim=-1).mean()
-        return losses | {"cosine": cosine, "features": F.mse_loss(predicted, features)}
+        losses["cosine"] = LossSum.over(1 - F.cosine_similarity(predicted, features, dim=-1))
+        losses["features"] = LossSum.over((predicted - features).square())
+        return losses
+
+    def loss_counts(self, batch: VQBatch) -> dict[str, int]:
+        """Those of a VQ autoencoder, the number of features and that of their elements."""
+        counts = self.compute_losses.counts(batch.image, batch.number)
+        stride = self.model.vq.config.stride
+        n = len(batch.image) * (batch.image.shape[2] // stride) * (batch.image.shape[3] // stride)
+        return counts | {"cosine": n, "features": n * self.teacher.out_dim}
 
     @torch.no_grad()
     def teacher_features(self, image: Tensor, grid: tuple[int, int]) -> Tensor:

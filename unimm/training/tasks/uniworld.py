@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.load import parse_dtype
-from unimm.data.batching import mean_by_kind
 from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.mmdit import MMDiTStream, SingleStreamBlock
 from unimm.encoders.siglip import SiglipVisionEncoder
@@ -30,6 +29,7 @@ from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, init_siglip, resolve_part
+from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 from unimm.training.tasks.uniworld_data import (
@@ -87,8 +87,8 @@ class UniWorldTask:
         )
         return cls(model, dataset, vae)
 
-    def losses(self, batch: UniWorldBatch) -> dict[str, Tensor]:
-        """Mean flow loss of every kind of sample in the batch."""
+    def losses(self, batch: UniWorldBatch) -> dict[str, LossSum]:
+        """The flow loss of every kind of sample in the batch."""
         samples = batch.samples if isinstance(batch.samples, UniWorldEncoded) else self.encode(batch.samples)
         conditions = self.conditions(samples)
         # those with references go apart: half of the others' sequences would be padding
@@ -97,7 +97,11 @@ class UniWorldTask:
         groups = [rows for rows in groups if len(rows)]
         losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
         kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
-        return mean_by_kind(IMAGE_KINDS, kinds, torch.cat(losses))
+        return sum_by_kind(IMAGE_KINDS, kinds, torch.cat(losses))
+
+    def loss_counts(self, batch: UniWorldBatch) -> dict[str, int]:
+        """How many noised copies of the batch have each loss."""
+        return count_by_kind(IMAGE_KINDS, batch.samples.image_kinds[batch.sample_indices])
 
     def encode(self, inputs: UniWorldInputs) -> UniWorldEncoded:
         """What the MLLM, the VAE and the vision encoder, the last with gradients, compute of samples."""

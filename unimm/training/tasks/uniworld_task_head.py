@@ -27,6 +27,7 @@ from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, TaskWeights, known_tasks
+from unimm.training.losses import LossSum
 from unimm.training.samples import sample_grid
 
 # between the head's layers, as released
@@ -105,14 +106,19 @@ class TaskHeadTask:
         )
         return cls(model, dataset, source)
 
-    def losses(self, batch: TaskHeadBatch) -> dict[str, Tensor]:
-        """The mean cross entropy of the head's two classes."""
+    def losses(self, batch: TaskHeadBatch) -> dict[str, LossSum]:
+        """The cross entropy of the head's two classes."""
         head = self.model.task_head
         assert head is not None, "made with the model"
         with torch.no_grad():
             states = self.model.task_head_state(batch.prompts, self.model.mllm.encode(batch.prompts))
         hidden = F.dropout(head.act(head.fc1(states.float())), DROPOUT, head.training)
-        return {"cross_entropy": F.cross_entropy(head.fc2(hidden), batch.targets.to(self.model.device))}
+        targets = batch.targets.to(self.model.device)
+        return {"cross_entropy": LossSum.over(F.cross_entropy(head.fc2(hidden), targets, reduction="none"))}
+
+    def loss_counts(self, batch: TaskHeadBatch) -> dict[str, int]:
+        """The number of requests."""
+        return {"cross_entropy": len(batch.targets)}
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts, which training does not change."""

@@ -23,6 +23,7 @@ from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_j
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, name_source
 from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_world_image_size, grid_side
+from unimm.training.losses import LossSum
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
 # logits of the probe for each attribute: its names, and before them "nothing is centred here"
@@ -161,13 +162,22 @@ class ViTTask:
         dataset = ViTDataset(options=options, batch_size=batch_size, seed=recipe.seed, patch=config.patch_size)
         return cls(model, dataset, side)
 
-    def losses(self, batch: ViTBatch) -> dict[str, Tensor]:
-        """Mean cross entropy of each attribute."""
+    def losses(self, batch: ViTBatch) -> dict[str, LossSum]:
+        """Cross entropy of each attribute."""
         device = next(self.model.parameters()).device
         logits = self.model(batch.patches.to(device), self.side)
         targets = batch.targets.to(device).unbind(-1)
-        losses = [F.cross_entropy(one.float(), target) for one, target in zip(logits, targets, strict=True)]
-        return dict(zip(self.loss_names, losses, strict=True))
+        counts = self.loss_counts(batch)
+        return {
+            name: LossSum(F.cross_entropy(one.float(), target, reduction="sum"), counts[name])
+            for name, one, target in zip(self.loss_names, logits, targets, strict=True)
+            if name in counts
+        }
+
+    def loss_counts(self, batch: ViTBatch) -> dict[str, int]:
+        """The number of patches whose attribute is known."""
+        counts = (batch.targets != IGNORED).sum(0).tolist()
+        return {name: n for name, n in zip(self.loss_names, counts, strict=True) if n}
 
     def accuracy(self) -> float:
         """The part of images, in a batch of train scenes that no step has, of which every patch is predicted right."""

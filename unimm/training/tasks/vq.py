@@ -25,6 +25,7 @@ from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, Multipliers, NoneOrMore, Positive
 from unimm.training.freezing import freeze
 from unimm.training.init import load_trained, trained_file
+from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 
 
@@ -95,31 +96,31 @@ class VQArchitecture(RecipeSection):
 
 @dataclass(frozen=True, kw_only=True)
 class VQBatch:
-    """image [B, 3, h, w] in [-1, 1], and the step it is for."""
+    """image [B, 3, h, w] in [-1, 1], and the number of the batch."""
 
     image: Tensor
-    step: int
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQDataset:
-    """Batches of augmented train scenes, by step."""
+    """Batches of augmented train scenes, by number."""
 
     options: VQTrainingConfig
     batch_size: int
     seed: int
 
-    def __call__(self, step: int) -> VQBatch:
+    def __call__(self, number: int) -> VQBatch:
         options = self.options
-        indices = range(step * self.batch_size, (step + 1) * self.batch_size)
+        indices = range(number * self.batch_size, (number + 1) * self.batch_size)
         image = render_augmented(
             target_scenes(options.tasks, indices, seed=self.seed),
-            Random(f"{self.seed}/{step}/vq"),
+            Random(f"{self.seed}/{number}/vq"),
             colours=options.novel_colours,
             shapes=options.novel_shapes,
             crowded=options.crowded,
         )
-        return VQBatch(image=image, step=step)
+        return VQBatch(image=image, number=number)
 
 
 def codebook_entropy(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
@@ -171,35 +172,54 @@ class VQLosses:
         self.options = options
         self.seed = recipe.seed
         self.revive_until = round(options.revive_fraction * recipe.steps)
+        self.batches_per_step = recipe.gradient_accumulation
         # the softmax over all codes is expensive where there are 16384 of them
         self.has_entropy = recipe.loss_weights.get("entropy", 0.0) > 0
 
-    def __call__(self, image: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        """image [B, 3, h, w] -> losses, and the codes [B, C, h', w'] that it was decoded from.
+    def __call__(self, image: Tensor, number: int) -> tuple[dict[str, LossSum], Tensor]:
+        """image [B, 3, h, w] of batch `number` -> losses, and the codes [B, C, h', w'] that it was decoded from.
 
-        Every loss is a mean: over pixels for l1 and mse, over the vectors' elements for codebook and commitment. The
-        first `unquantized_steps` steps have the first two only.
+        They are over pixels for l1 and mse, over the vectors' elements for codebook and commitment, over vectors for
+        entropy. The first `unquantized_steps` steps have the first two only.
         """
         vq = self.vq
         z = vq.encode(image)
-        is_unquantized = vq.training and step < self.options.unquantized_steps
-        if vq.training and self._revives(step) and vq.quantize.embedding.weight.requires_grad:
-            revive_codes(vq.quantize, z, torch.Generator().manual_seed(self.seed * 2**32 + step))
+        if vq.training and self._revives(number) and vq.quantize.embedding.weight.requires_grad:
+            revive_codes(vq.quantize, z, torch.Generator().manual_seed(self.seed * 2**32 + number))
         found = vq.quantize(z)
-        codes = F.normalize(z, dim=1) if is_unquantized else found.codes
+        codes = F.normalize(z, dim=1) if self.is_unquantized(number) else found.codes
         error = vq.decode_codes(codes).float() - image
-        losses = {"l1": error.abs().mean(), "mse": error.square().mean()}
-        if is_unquantized:
+        losses = {"l1": LossSum.over(error.abs()), "mse": LossSum.over(error.square())}
+        if self.is_unquantized(number):
             return losses, codes
-        losses |= {"codebook": found.codebook_loss, "commitment": found.commitment_loss}
+        losses["codebook"] = LossSum.from_mean(found.codebook_loss, z.numel())
+        losses["commitment"] = LossSum.from_mean(found.commitment_loss, z.numel())
         if vq.training:
             record_codes(vq.quantize, found.ids)
         if self.has_entropy:
-            losses["entropy"] = codebook_entropy(z, vq.quantize.embedding.weight, self.options.temperature)
+            entropy = codebook_entropy(z, vq.quantize.embedding.weight, self.options.temperature)
+            losses["entropy"] = LossSum.from_mean(entropy, z.numel() // z.shape[1])
         return losses, codes
 
-    def _revives(self, step: int) -> bool:
-        """Whether unused codes are moved at this step: at the first quantized one, and at times after it."""
+    def is_unquantized(self, number: int) -> bool:
+        """Whether the vectors of a batch are decoded as they are."""
+        return self.vq.training and number // self.batches_per_step < self.options.unquantized_steps
+
+    def counts(self, image: Tensor, number: int) -> dict[str, int]:
+        """The count of each of the losses."""
+        pixels = {"l1": image.numel(), "mse": image.numel()}
+        if self.is_unquantized(number):
+            return pixels
+        config = self.vq.config
+        n_vectors = len(image) * (image.shape[2] // config.stride) * (image.shape[3] // config.stride)
+        vectors = dict.fromkeys(("codebook", "commitment"), n_vectors * config.code_dim)
+        return pixels | vectors | ({"entropy": n_vectors} if self.has_entropy else {})
+
+    def _revives(self, number: int) -> bool:
+        """Whether unused codes are moved before this batch: at the first quantized step, and at times after it."""
+        step, place = divmod(number, self.batches_per_step)
+        if place:
+            return False
         first = self.options.unquantized_steps
         return step == first or (first < step < self.revive_until and step % self.options.revive_every == 0)
 
@@ -249,9 +269,13 @@ class VQTask:
         options = from_mapping(VQTrainingConfig, recipe.options, where="options of the recipe")
         return cls(starting_vq(config, options, recipe.seed), options, recipe)
 
-    def losses(self, batch: VQBatch) -> dict[str, Tensor]:
-        """Mean losses by name; entropy only where it has a weight."""
-        return self.compute_losses(batch.image.to(next(self.model.parameters()).device), batch.step)[0]
+    def losses(self, batch: VQBatch) -> dict[str, LossSum]:
+        """Losses by name; entropy only where it has a weight."""
+        return self.compute_losses(batch.image.to(next(self.model.parameters()).device), batch.number)[0]
+
+    def loss_counts(self, batch: VQBatch) -> dict[str, int]:
+        """The numbers of pixels, of vectors' elements and of vectors."""
+        return self.compute_losses.counts(batch.image, batch.number)
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions, and eight augmented train scenes above theirs."""
