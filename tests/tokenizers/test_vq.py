@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.paths import GOLDEN as STORE
 from helpers.paths import RECIPES
 from PIL import Image
@@ -409,3 +410,9 @@ def test_a_decoder_learns_to_draw_the_same_ids_better(tmp_path):
 
 def test_a_bare_off_is_off():
     build_task(tiny(perceptual=False, adversarial="off"))
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_flops_are_those_that_torch_counts(entropy):
+    objective = build_task(dataclasses.replace(tiny(), loss_weights={**tiny().loss_weights, "entropy": entropy}))
+    check_counts(objective, objective.batch(3), masked=False)

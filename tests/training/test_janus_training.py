@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.janus_recipes import RECIPES, parts, small, text_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -322,3 +323,7 @@ def test_a_stopped_run_goes_on_exactly(folder, tmp_path):
             load_file(tmp_path / run / f"checkpoints/00000003/{name}.safetensors") for run in ("whole", "parts")
         )
         assert one.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in one.items())
+
+
+def test_flops_are_those_that_torch_counts(objective):
+    check_counts(objective, objective.batch(0))

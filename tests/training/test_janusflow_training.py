@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
@@ -323,3 +324,7 @@ def test_a_target_is_behind_its_prompt_alone():
 def test_texts_alone_make_a_batch(objective):
     batch = objective.batch.batch([example("answer.count", 1), example("caption", 1)], random.Random(0))
     assert batch.pack.gen_images is None and set(mean_losses(objective.losses(batch))) == {"answer", "caption"}
+
+
+def test_flops_are_those_that_torch_counts(objective):
+    check_counts(objective, objective.batch(0))

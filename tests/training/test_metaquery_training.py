@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from helpers import metaquery_toys as toys
+from helpers.flops import check_counts
 from helpers.metaquery_training_toys import DENOISER
 from helpers.paths import RECIPES
 from PIL import Image
@@ -263,3 +264,9 @@ def test_a_run_starts_from_a_release(recipe, tmp_path):
     trainer.model.mllm.tokenizer = train_tokenizer(400, special_tokens=("<|im_start|>",))
     with pytest.raises(ValueError, match="whose tokenizer is not the recipe's"):
         trainer.release_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("frozen", [(), ("queries",), ("connector.", "denoiser.blocks.0.")])
+def test_flops_are_those_that_torch_counts(recipe, frozen):
+    objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"frozen": list(frozen)}))
+    check_counts(objective, objective.batch(0))

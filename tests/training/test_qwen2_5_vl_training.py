@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.paths import RECIPES
 from PIL import Image
 
@@ -271,3 +272,14 @@ def test_a_trained_autoencoder_is_written_as_released(tmp_path):
 def test_another_dtype_is_refused():
     with pytest.raises(ValueError, match="got 'int8' for dtype in options"):
         build_task(small(dtype="int8"))
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_flops_are_those_that_torch_counts(recipe, step):
+    objective = build_task(recipe)
+    check_counts(objective, objective.batch(step))
+
+
+def test_flops_of_the_autoencoder_are_those_that_torch_counts():
+    objective = build_task(small())
+    check_counts(objective, objective.batch(0), masked=False)

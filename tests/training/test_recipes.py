@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.paths import RECIPES
 from safetensors.torch import save_file
 
@@ -236,3 +237,11 @@ def test_the_text_model_keeps_markers_out_of_reach():
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("three green stars")) <= 5
     assert len(HELD_OUT) == 6
+
+
+@pytest.mark.parametrize("tasks", [None, {"draw.one": 2}, {"caption": 2}])
+def test_flops_are_those_that_torch_counts(objective, tasks):
+    """Also where one expert's last rows reach no loss."""
+    options = objective.batch.options
+    options = options if tasks is None else dataclasses.replace(options, tasks=tasks)
+    check_counts(objective, dataclasses.replace(objective.batch, options=options, batch_size=6)(0))

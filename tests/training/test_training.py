@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from helpers.flops import check_counts
 from helpers.paths import RECIPES, TESTS
 from helpers.trainer_toy import RECIPE, Draw, Toy, assert_same_files, log_of, run
 from hypothesis import given, settings
@@ -703,3 +704,13 @@ def test_pixels_survive_the_way_there_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3).numpy()
     assert (image_to_uint8(uint8_to_image(pixels)) == pixels).all()
     assert image_to_uint8(torch.tensor([-3.0, 3.0, 0.0]).reshape(1, 3, 1, 1)).tolist() == [[[[0, 255, 128]]]]
+
+
+def test_flops_of_the_autoencoder_are_those_that_torch_counts():
+    objective = build_task(tiny_vae())
+    check_counts(objective, objective.batch(0), masked=False)
+
+
+def test_flops_of_the_vit_are_those_that_torch_counts():
+    objective = build_task(dataclasses.replace(read_recipe(RECIPES / "bagel-nano-vit.yaml"), batch_size=3))
+    check_counts(objective, objective.batch(0))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import metaquery_toys as toys
+from helpers.flops import check_counts
 from helpers.paths import RECIPES
 from safetensors.torch import save_file
 
@@ -369,3 +370,9 @@ def test_numbers_of_the_recipes_and_their_stages():
         )
     assert (one.lr, two.lr, two.warmup_steps) == (1e-3, 1e-6, 5000)
     assert random.Random(0).random() >= nano.options["dropout"] > 0
+
+
+@pytest.mark.parametrize("stage", ["all", "stage 1", "stage 2"])
+def test_flops_are_those_that_torch_counts(recipe, stage):
+    objective = build_task(staged(recipe, stage))
+    check_counts(objective, objective.batch(0))

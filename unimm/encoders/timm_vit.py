@@ -107,6 +107,7 @@ class TimmVisionEncoder(nn.Module):
 
     def __init__(self, config: TimmEncoderConfig):
         super().__init__()
+        self.vit = config.vit
         self.trunk = _build_siglip(config, config.vit) if config.vit else _build_by_name(config)
         # pixels a feature, along each side
         self.patch_size: int = config.vit.patch_size if config.vit else self.trunk.feature_info[-1]["reduction"]

@@ -35,6 +35,7 @@ from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
 from unimm.kernels import attention, linear_cross_entropy
 from unimm.nn.decoder import AttentionFn, ExpertRouting, RowsByExpert
+from unimm.nn.flops import StepFlops
 from unimm.sequence.packing import ImageTokens, PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part
 from unimm.tokenizers.text import TextTokenizer, load_tokenizer
@@ -66,6 +67,10 @@ class VisionLanguageModel(MLLMChat):
     @abstractmethod
     def image_features(self, tokens: ImageTokens) -> Tensor:
         """The embeddings of a batch's images, one row for each of their tokens [n, D]."""
+
+    @abstractmethod
+    def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
+        """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
 
     @abstractmethod
     def position_ids(self, batch: PackedBatch) -> Tensor:

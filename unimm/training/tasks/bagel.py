@@ -30,6 +30,7 @@ from unimm.data.shapes import TASKS, Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.flow import shift_timesteps
 from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.flops import bagel_flops
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
 from unimm.sequence.packing import PackedBatch, pack_sequences
@@ -50,6 +51,7 @@ from unimm.training.tasks.bagel_plans import (
     plan_edit,
     plan_text_to_image,
 )
+from unimm.training.throughput import StepCounts
 
 # a loss for each kind of sample; reasoning has two, its text ("think") and its image ("reason")
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -290,6 +292,14 @@ class BagelTask:
             return batch.pack
         latents = encode_latents(self.model.vae, batch.images, batch.posterior)
         return place_latent_tokens(batch.pack, latents, patch=patch)
+
+    def step_counts(self, batch: BagelBatch) -> StepCounts:
+        """Rows of the pack; images, twice where one is there as latents and as patches; FLOPs."""
+        pack = batch.pack
+        sizes = [(image.shape[1], image.shape[2]) for image in batch.images]
+        n_seen = 0 if pack.und_images is None else len(pack.und_images.lengths)
+        flops = bagel_flops(self.model, pack, sizes).total
+        return StepCounts(tokens=len(pack.layout.position_ids), images=len(sizes) + n_seen, flops=flops)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -15,6 +15,7 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
+from unimm.nn.flops import StepFlops
 from unimm.tokenizers.dc_ae import (
     DCAE,
     DCAEConfig,
@@ -25,10 +26,12 @@ from unimm.tokenizers.dc_ae import (
     MultiscaleLinearAttention,
     dc_ae_key_map,
 )
+from unimm.tokenizers.flops import dc_ae_decode_flops, dc_ae_encode_flops
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, NotNegative, WorldImageSize, grid_side
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,14 @@ class DCAETask:
     def loss_counts(self, batch: DCAEBatch) -> dict[str, int]:
         """The numbers of pixels and of latents."""
         return {"l1": batch.image.numel(), "mse": batch.image.numel(), "size": batch.noise.numel()}
+
+    def step_counts(self, batch: DCAEBatch) -> StepCounts:
+        """Positions of the latents, images, FLOPs."""
+        n_images, _, height, width = batch.image.shape
+        count = StepFlops()
+        latents = dc_ae_encode_flops(count, self.model, n_images, (height, width))
+        dc_ae_decode_flops(count, self.model, n_images, (height, width), carries=latents)
+        return StepCounts(tokens=batch.noise[:, 0].numel(), images=n_images, flops=count.total)
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """image [B, 3, h, w] -> its reconstruction, through latents without noise."""

@@ -24,6 +24,7 @@ from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.data.shapes.world import IMAGE_SIZE
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
+from unimm.nn.flops import StepFlops
 from unimm.processing.requests import Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
@@ -31,6 +32,7 @@ from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 from unimm.training.samples import sample_grid
+from unimm.training.throughput import StepCounts
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -177,6 +179,11 @@ class DeepseekChatTask(ABC):
                 "`vision.` to frozen, or leave `cache` out"
             )
         self.batch = replace(self.batch, cache=cache)
+
+    def pack_counts(self, pack: PackedBatch, flops: StepFlops) -> StepCounts:
+        """Rows of a pack, images to understand and to generate, FLOPs."""
+        n_images = sum(len(images.lengths) for images in (pack.und_images, pack.gen_images) if images is not None)
+        return StepCounts(tokens=len(pack.layout.position_ids), images=n_images, flops=flops.total)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

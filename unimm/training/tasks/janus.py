@@ -22,6 +22,7 @@ from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import gen_token_counts, kind_indices, label_counts, stack_images
 from unimm.data.shapes import Example
 from unimm.models.janus.config import JanusConfig
+from unimm.models.janus.flops import janus_flops
 from unimm.models.janus.model import Janus
 from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
@@ -47,6 +48,7 @@ from unimm.training.tasks.deepseek_chat import (
     DeepseekChatTask,
     DeepseekChatTrainingConfig,
 )
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,11 @@ class JanusTask(DeepseekChatTask):
     def encode_targets(self, batch: JanusBatch) -> Tensor:
         """The image tokens of the targets [P, n]."""
         return self.model.vq.encode_ids(batch.images.to(self.model.device)).cpu()
+
+    def step_counts(self, batch: JanusBatch) -> StepCounts:
+        """Rows of the pack, images to understand and to generate, FLOPs."""
+        sizes = [] if batch.ids is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
+        return self.pack_counts(batch.pack, janus_flops(self.model, batch.pack, sizes))
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16."""

@@ -30,6 +30,7 @@ from unimm.data.batching import (
 )
 from unimm.data.shapes import Example
 from unimm.models.janusflow.config import JanusFlowConfig
+from unimm.models.janusflow.flops import janusflow_flops
 from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.sequence.packing import PackedBatch
@@ -55,6 +56,7 @@ from unimm.training.tasks.deepseek_chat import (
     DeepseekChatTask,
     DeepseekChatTrainingConfig,
 )
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,11 @@ class JanusFlowTask(DeepseekChatTask):
     def encode_targets(self, batch: JanusFlowBatch) -> Tensor:
         """Latents of the targets [P, C, h / 8, w / 8], samples of the posterior."""
         return encode_latents(self.model.autoencoder, batch.images, batch.posterior)
+
+    def step_counts(self, batch: JanusFlowBatch) -> StepCounts:
+        """Rows of the pack, images to understand and noised copies of those to generate, FLOPs."""
+        sizes = [] if batch.latents is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
+        return self.pack_counts(batch.pack, janusflow_flops(self.model, batch.pack, sizes))
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""

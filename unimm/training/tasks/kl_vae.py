@@ -16,11 +16,14 @@ from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.batching import uint8_to_image
 from unimm.data.shapes import example
+from unimm.nn.flops import StepFlops
+from unimm.tokenizers.flops import kl_decode_flops, kl_encode_flops
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, WorldImageSize, grid_side
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,14 @@ class KLTask:
     def loss_counts(self, batch: KLBatch) -> dict[str, int]:
         """The numbers of pixels and of latents."""
         return {"l1": batch.image.numel(), "mse": batch.image.numel(), "kl": batch.noise.numel()}
+
+    def step_counts(self, batch: KLBatch) -> StepCounts:
+        """Positions of the latents, images, FLOPs."""
+        n_images, _, height, width = batch.image.shape
+        count = StepFlops()
+        latents = kl_encode_flops(count, self.model, n_images, (height, width))
+        kl_decode_flops(count, self.model, n_images, (height, width), carries=latents)
+        return StepCounts(tokens=batch.noise[:, 0].numel(), images=n_images, flops=count.total)
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions."""

@@ -23,6 +23,7 @@ from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs, ImageTextPair
 from unimm.denoisers.sana import SanaBlock, SanaTransformer
 from unimm.generation.flow import integer_timesteps, shift_timesteps
 from unimm.models.metaquery.config import MetaQueryConfig, read_required_json
+from unimm.models.metaquery.flops import metaquery_flops
 from unimm.models.metaquery.mllms import mllm_spec_for
 from unimm.models.metaquery.model import MetaQuery
 from unimm.models.metaquery.processor import MetaQueryProcessor, QueryBatch, black_image
@@ -37,6 +38,7 @@ from unimm.training.init import compile_blocks, compile_experts, resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,22 @@ class MetaQueryTask:
             latents=latents,
             image_kinds=samples.image_kinds,
         )
+
+    def step_counts(self, batch: MetaQueryBatch) -> StepCounts:
+        """Tokens of noised latents and the queries of each, noised images, FLOPs."""
+        encoded = isinstance(batch.samples, MetaQueryEncoded)
+        n_images, _, height, width = batch.noise.shape
+        flops = metaquery_flops(
+            self.model,
+            None if isinstance(batch.samples, MetaQueryEncoded) else batch.samples.queries,
+            n_samples=len(batch.samples.image_kinds),
+            n_images=n_images,
+            latent_size=(height, width),
+            encodes=not encoded,
+        )
+        config = self.model.config
+        n_tokens = height * width // config.denoiser.patch_size**2 + config.n_queries
+        return StepCounts(tokens=n_images * n_tokens, images=n_images, flops=flops.total)
 
     @property
     def cache_inputs(self) -> Callable[[int], MetaQueryInputs]:

@@ -28,6 +28,7 @@ from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.text_sampling import TextSampling
+from unimm.nn.flops import StepFlops
 from unimm.processing.requests import ROLES, Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
@@ -37,8 +38,11 @@ from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
+from unimm.training.throughput import StepCounts
+from unimm.vlms.flops import vlm_flops
 from unimm.vlms.processor import IM_END, IM_START
 from unimm.vlms.qwen2_5_vl.config import QwenSpecialTokens, QwenVLConfig
+from unimm.vlms.qwen2_5_vl.flops import qwen_vision_flops
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 from unimm.vlms.qwen2_5_vl.processor import DEFAULT_SYSTEM_PROMPT, IMAGE_PAD, QwenVLProcessor
 
@@ -254,6 +258,22 @@ class QwenVLTask:
         if isinstance(batch, QwenVLBatch):
             return count_by_kind(TEXT_KINDS, batch.text_kinds)
         return dict.fromkeys(ATTRIBUTES, len(batch.targets))
+
+    def step_counts(self, batch: QwenVLBatch | QwenVLVisionBatch) -> StepCounts:
+        """Rows of the pack, or of the images of a step that trains the vision encoder; images; FLOPs."""
+        mllm = self.model.mllm
+        mllm.vision.requires_grad_(isinstance(batch, QwenVLVisionBatch))
+        count = StepFlops()
+        if isinstance(batch, QwenVLBatch):
+            vlm_flops(count, mllm, batch.pack)
+            images = batch.pack.und_images
+            n_images = 0 if images is None else len(images.lengths)
+            return StepCounts(tokens=len(batch.pack.layout.position_ids), images=n_images, flops=count.total)
+        n_images = self.batch.options.vision_batch_size
+        side = round((len(batch.patches) // n_images) ** 0.5)
+        features = qwen_vision_flops(count, mllm.vision, [(1, side, side)] * n_images)
+        count.chain(len(batch.targets), features, self.model.probe)
+        return StepCounts(tokens=len(batch.targets), images=n_images, flops=count.total)
 
     def report(self) -> dict[str, float]:
         """The part of test questions that are answered right, by task."""

@@ -22,6 +22,7 @@ from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.mmdit import MMDiTStream, SingleStreamBlock
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
+from unimm.models.uniworld.flops import DenoisedGroup, UniWorldEncoding, uniworld_flops
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.network import image_end_rows
 from unimm.tokenizers.kl import AutoencoderKL
@@ -33,13 +34,17 @@ from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 from unimm.training.tasks.uniworld_data import (
+    ConditionRows,
     UniWorldBatch,
     UniWorldDataset,
     UniWorldEncoded,
     UniWorldInputs,
     UniWorldTrainingConfig,
+    condition_rows,
+    groups_by_reference,
     records_of,
 )
+from unimm.training.throughput import StepCounts
 from unimm.vlms.qwen2_5_vl.model import QwenVL
 
 # never trained, in any stage: the released data has no reference images, whose latents are projected
@@ -91,10 +96,7 @@ class UniWorldTask:
         """The flow loss of every kind of sample in the batch."""
         samples = batch.samples if isinstance(batch.samples, UniWorldEncoded) else self.encode(batch.samples)
         conditions = self.conditions(samples)
-        # those with references go apart: half of the others' sequences would be padding
-        has_reference = samples.reference_indices[batch.sample_indices] >= 0
-        groups = [(~has_reference).nonzero().squeeze(1), has_reference.nonzero().squeeze(1)]
-        groups = [rows for rows in groups if len(rows)]
+        groups = groups_by_reference(batch)
         losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
         kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
         return sum_by_kind(IMAGE_KINDS, kinds, torch.cat(losses))
@@ -188,6 +190,42 @@ class UniWorldTask:
                 "`auxiliary.siglip.` to frozen, or leave `cache` out"
             )
         self.batch = replace(self.batch, cache=cache)
+
+    def step_counts(self, batch: UniWorldBatch) -> StepCounts:
+        """Tokens of noised latents, of their references and conditions; noised images; FLOPs."""
+        samples = batch.samples
+        has_features = self.batch.options.trained != "stage 1" and self.model.auxiliary.siglip is not None
+        rows = condition_rows(samples, has_features=has_features)
+        encoding = None
+        if isinstance(samples, UniWorldInputs):
+            n_features = len(samples.siglip_images) if has_features else 0
+            used = self.model.config.reference_latents == "tokens"
+            references = samples.reference_images[: len(samples.reference_images) * used]
+            images = [*samples.images, *references]
+            sizes = [(image.shape[1], image.shape[2]) for image in images]
+            encoding = UniWorldEncoding(prompts=samples.prompts, n_siglip_images=n_features, vae_image_sizes=sizes)
+        groups = [self.denoised_group(batch, group, rows) for group in groups_by_reference(batch)]
+        flops = uniworld_flops(
+            self.model,
+            encoding,
+            groups,
+            n_mllm_rows=sum(one.n_states for one in rows),
+            n_siglip_images=sum(one.n_images for one in rows),
+        )
+        tokens = sum(group.rows.image + group.rows.text for group in groups)
+        return StepCounts(tokens=tokens, images=len(batch.noise), flops=flops.total)
+
+    def denoised_group(self, batch: UniWorldBatch, group: Tensor, rows: Sequence[ConditionRows]) -> DenoisedGroup:
+        """The sizes of noised copies that the denoiser takes at once. group: indices into them."""
+        indices = batch.sample_indices[group].tolist()
+        height, width = batch.noise.shape[2:]
+        if self.model.config.reference_latents == "tokens" and int(batch.samples.reference_indices[indices[0]]) >= 0:
+            height *= 2
+        siglip = self.model.auxiliary.siglip
+        n_patches = 0 if siglip is None else siglip.config.grid_side**2
+        return DenoisedGroup(
+            latent_size=(height, width), condition_lengths=[rows[i].condition_length(n_patches) for i in indices]
+        )
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

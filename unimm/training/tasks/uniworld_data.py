@@ -213,6 +213,45 @@ class UniWorldDataset:
             return even
 
 
+def groups_by_reference(batch: UniWorldBatch) -> list[Tensor]:
+    """The noised copies without a reference image and those with one, as indices [n] each: half of the others'
+    sequences would be padding."""
+    has_reference = batch.samples.reference_indices[batch.sample_indices] >= 0
+    groups = [(~has_reference).nonzero().squeeze(1), has_reference.nonzero().squeeze(1)]
+    return [rows for rows in groups if len(rows)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionRows:
+    """Rows of the MLLM's hidden states of a sample, its images whose features are used, whether it is conditioned."""
+
+    n_states: int
+    n_images: int
+    conditioned: bool
+
+    def condition_length(self, n_patches: int) -> int:
+        """The rows of its condition, with so many features an image."""
+        return self.n_states + self.n_images * n_patches if self.conditioned else 0
+
+
+def condition_rows(samples: UniWorldInputs | UniWorldEncoded, *, has_features: bool) -> list[ConditionRows]:
+    """The sizes of each sample's condition. has_features: whether features of images are computed, where no cache holds
+    them."""
+    conditioned = samples.conditioned.tolist()
+    if isinstance(samples, UniWorldEncoded):
+        states = [len(one) for one in samples.hidden_states]
+        images = [len(ends) for ends in samples.image_ends]
+        has_features = samples.siglip_features is not None
+    else:
+        prompts = samples.prompts[: len(conditioned)]
+        states = [sum(part.segment.length for part in parts) for parts in prompts]
+        images = [sum(part.kind == "und_image" for part in parts) for parts in prompts]
+    return [
+        ConditionRows(n_states=n, n_images=k * has_features, conditioned=kept)
+        for n, k, kept in zip(states, images, conditioned, strict=True)
+    ]
+
+
 def records_of(samples: UniWorldEncoded) -> list[Record]:
     """A cache's records of the samples; one without images has no rows of features and references."""
     records = []

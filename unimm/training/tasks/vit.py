@@ -19,11 +19,14 @@ from unimm.checkpoint.save import own_state_dict, save_safetensors
 from unimm.data.shapes import COLOURS, SHAPES, SIZES, Scene, example
 from unimm.data.shapes.novel_attributes import render_novel, sample_novel_attributes, sample_novel_kind
 from unimm.data.shapes.world import IMAGE_SIZE
+from unimm.encoders.flops import navit_flops
 from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_json
+from unimm.nn.flops import StepFlops
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, name_source
 from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_world_image_size, grid_side
 from unimm.training.losses import LossSum
+from unimm.training.throughput import StepCounts
 
 ATTRIBUTE_NAMES = (SHAPES, COLOURS, SIZES)
 # logits of the probe for each attribute: its names, and before them "nothing is centred here"
@@ -178,6 +181,15 @@ class ViTTask:
         """The number of patches whose attribute is known."""
         counts = (batch.targets != IGNORED).sum(0).tolist()
         return {name: n for name, n in zip(self.loss_names, counts, strict=True) if n}
+
+    def step_counts(self, batch: ViTBatch) -> StepCounts:
+        """Patches, images, FLOPs."""
+        n_patches = len(batch.patches)
+        n_images = n_patches // self.side**2
+        count = StepFlops()
+        features = navit_flops(count, self.model.vision, [self.side**2] * n_images)
+        count.chain(n_patches, features, self.model.probe)
+        return StepCounts(tokens=n_patches, images=n_images, flops=count.total)
 
     def accuracy(self) -> float:
         """The part of images, in a batch of train scenes that no step has, of which every patch is predicted right."""

@@ -20,6 +20,8 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
+from unimm.nn.flops import StepFlops
+from unimm.tokenizers.flops import vq_decode_flops, vq_encode_flops
 from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, Multipliers, NoneOrMore, Positive
@@ -27,6 +29,7 @@ from unimm.training.freezing import freeze
 from unimm.training.init import load_trained, trained_file
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
+from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +279,17 @@ class VQTask:
     def loss_counts(self, batch: VQBatch) -> dict[str, int]:
         """The numbers of pixels, of vectors' elements and of vectors."""
         return self.compute_losses.counts(batch.image, batch.number)
+
+    def step_counts(self, batch: VQBatch) -> StepCounts:
+        """Codes, images, FLOPs."""
+        n_images, _, height, width = batch.image.shape
+        n_codes = n_images * height * width // self.model.config.stride**2
+        count = StepFlops()
+        z = vq_encode_flops(count, self.model, n_images, (height, width))
+        if self.compute_losses.has_entropy and not self.compute_losses.is_unquantized(batch.number):
+            count.matrix(self.model.quantize.embedding.weight, n_codes, z)
+        vq_decode_flops(count, self.model, n_images, (height, width), carries=z)
+        return StepCounts(tokens=n_codes, images=n_images, flops=count.total)
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions, and eight augmented train scenes above theirs."""

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from unimm.checkpoint.keymap import KeyMap
+from unimm.encoders.flops import siglip_flops
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.nn.decoder import Decoder
+from unimm.nn.flops import StepFlops
 from unimm.nn.layers import MLP
 from unimm.sequence.packing import ImageTokens, PackedBatch
 from unimm.vlms.base import VisionLanguageModel
@@ -68,3 +70,11 @@ class LlavaOneVision(VisionLanguageModel):
             for image, (height, width, _) in zip(features.split([n for *_, n in sizes]), sizes, strict=True)
         ]
         return torch.cat(rows)
+
+    def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
+        """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
+        assert tokens.pixel_values is not None, "the processor of this model makes parts with tiles"
+        n_tiles = len(tokens.pixel_values)
+        features = siglip_flops(count, self.vision, n_tiles)
+        projected = count.chain(n_tiles * self.vision.config.grid_side**2, features, self.projector)
+        return projected or self.image_newline.requires_grad

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from unimm.checkpoint.keymap import KeyMap
 from unimm.nn.decoder import Decoder
+from unimm.nn.flops import StepFlops
+from unimm.processing.images.qwen2_vl import PatchGrid
 from unimm.sequence.packing import ImageTokens, PackedBatch
 from unimm.vlms.base import VisionLanguageModel
 from unimm.vlms.processor import IM_END, IM_START
 from unimm.vlms.qwen2_5_vl.config import QwenVLConfig
+from unimm.vlms.qwen2_5_vl.flops import qwen_vision_flops
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, VISION_END, VISION_START, QwenVLProcessor
 from unimm.vlms.qwen2_5_vl.vision import QwenVisionEncoder
 from unimm.vlms.qwen2_5_vl.weights import has_nested_names, qwen_key_map
@@ -55,11 +58,21 @@ class QwenVL(VisionLanguageModel):
     def image_features(self, tokens: ImageTokens) -> Tensor:
         """The embeddings of a batch's images, one row for each of their cells [n, D]."""
         m = self.config.vision.spatial_merge_size
+        patches = rearrange(tokens.content, "n (s f) -> (n s) f", s=m * m)
+        return self.vision(patches.to(self.dtype), self._patch_grids(tokens))
+
+    def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
+        """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
+        return qwen_vision_flops(count, self.vision, self._patch_grids(tokens))
+
+    def _patch_grids(self, tokens: ImageTokens) -> list[PatchGrid]:
+        """The grid of patches of each image of a batch."""
+        m = self.config.vision.spatial_merge_size
         grids = []
         for positions in tokens.image_position_ids.split(tokens.lengths):
             h, w = (positions[:, 1:].amax(0) + 1).tolist()
             grids.append((len(positions) // (h * w), h * m, w * m))
-        return self.vision(rearrange(tokens.content, "n (s f) -> (n s) f", s=m * m).to(self.dtype), grids)
+        return grids
 
     def position_ids(self, batch: PackedBatch) -> Tensor:
         """The rotary positions of a batch: [N] without images, else (time, row, column) [N, 3], equal for text."""
