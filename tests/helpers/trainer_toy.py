@@ -33,6 +33,9 @@ RECIPE = TrainConfig(
     log_every=1,
 )
 
+# of a line of the log, what is not the same in every run
+MEASURED = ("samples_per_s", "tokens_per_s", "images_per_s", "tflops", "mfu", "memory_mb")
+
 
 class Draw:
     """Batches by (seed, step); does something else as well at one step, if asked."""
@@ -75,7 +78,7 @@ class Toy:
 
 def log_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def run(out, *, recipe=RECIPE, toy=None, **options):

@@ -314,7 +314,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(finished, n
     newest, before = (finished / "checkpoints" / step for step in ("00000008", "00000004"))
     whole = (newest / name).read_bytes()
     left = damage(whole, int(at * len(whole)))
-    if left == whole or (name == "checksums.json" and left in (None, b"{}")):
+    # a file of checksums without its last line break says the same
+    if left == whole or (name == "checksums.json" and left in (None, b"{}", whole.rstrip())):
         return
     try:
         if left is None:

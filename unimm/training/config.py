@@ -123,6 +123,8 @@ class TrainConfig(RecipeSection):
     log_every: AtLeastOne
     # prefixes of the names of parameters whose matrices are not decayed either
     no_weight_decay: tuple[str, ...] = ()
+    # the device's FLOPs a second in the run's precision, in 10^12, for MFU; null: a product of matrices is timed
+    peak_tflops: Positive | None = None
     # batches whose gradients are added up, each loss by its count, before a step
     gradient_accumulation: AtLeastOne = 1
     # samples whose frozen parts' results are computed once; null where every step makes new samples

@@ -8,8 +8,8 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from unimm.training.logging import JsonlLog, format_report
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
 from unimm.training.tasks.base import TrainingTask
+from unimm.training.throughput import TERA, Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def train(
     source = trainer.use_source(StepBatches(task.batch))
     batches = closing(source.iterate(trainer.step * n, recipe.steps * n, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
+    trainer.start_clock()
     with StopSignal() as stop, batches as made, bars as bar:
         for group in group_batches(made, n):
             trainer.update(*group)
@@ -92,10 +94,11 @@ def train(
                 log.write(report)
                 bar.set_postfix_str(format_report(report))
                 logger.info("step %d of %d  %s", trainer.step, recipe.steps, format_report(report))
-            if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
-                trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
-            if trainer.step % recipe.save_every == 0 or stopping:
-                trainer.save(out)
+            with trainer.untimed():
+                if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
+                    trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
+                if trainer.step % recipe.save_every == 0 or stopping:
+                    trainer.save(out)
             if stopping:
                 break
     return trainer.step
@@ -176,6 +179,8 @@ class Trainer:
         self.step = 0
         # sums since the last line of the log: loss name -> [sum, count]
         self.sums: dict[str, list[float]] = {}
+        peak = recipe.peak_tflops and recipe.peak_tflops * TERA
+        self.throughput = Throughput(task, device, precision_dtype(recipe), peak_flops=peak)
         # since when, and from which step, samples a second are counted: a resumed run counts its own
         self.since = (time.monotonic(), 0)
         # what makes the batches, and where those of each rank of the run that is resumed stood
@@ -199,6 +204,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         self.model.train()
+        for batch in batches:
+            self.throughput.add(batch)
         counts = self.loss_counts(batches)
         losses: dict[str, float] = {}
         for batch in batches:
@@ -275,7 +282,21 @@ class Trainer:
         self.since = (now, self.step)
         totals = {name: means.pop(name) for name in ("loss", "grad_norm")}
         lr = self.recipe.lr_at(self.step - 1)
-        return {"step": self.step, **totals, "losses": means, "lr": lr, "samples_per_s": round(rate, 2)}
+        rates = {"samples_per_s": round(rate, 2), **self.throughput.report(now - then)}
+        return {"step": self.step, **totals, "losses": means, "lr": lr, **rates}
+
+    def start_clock(self) -> None:
+        """Count rates from now on, with the device's peak measured before."""
+        self.throughput.measure_peak()
+        self.since = (time.monotonic(), self.step)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave the time of the body out of the rates: they are those of training."""
+        start = time.monotonic()
+        yield
+        then, step = self.since
+        self.since = (then + time.monotonic() - start, step)
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
@@ -358,6 +379,11 @@ class Trainer:
         if tokenizer_files(self.model) != tokenizer_files(released):
             raise ValueError(f"got init {name}, whose tokenizer is not the recipe's: the rows of its embeddings differ")
         return named_tensors(released)
+
+
+def precision_dtype(recipe: TrainConfig) -> torch.dtype:
+    """What the products of a run are computed in."""
+    return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
 
 def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
