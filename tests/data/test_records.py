@@ -16,6 +16,7 @@ from unimm.data.records import (
     load_images_of,
     map_records,
     sample_edit,
+    sample_edit_step,
 )
 
 
@@ -143,3 +144,17 @@ def test_other_records_are_no_chains_of_edits():
         assert sample_edit(one, random.Random(0)) is one
     pair = chain(2)
     assert sample_edit(pair, random.Random(0)) == pair
+
+
+def test_one_step_of_a_chain():
+    images = [RecordImage(data=Image.new("RGB", (8, 6), (i, 0, 0)), loss=i > 0) for i in range(4)]
+    chain = record(images[0], say("a"), images[1], say("b"), images[2], say("c"), images[3])
+    steps = [sample_edit_step(chain, random.Random(seed)) for seed in range(30)]
+    assert {step.parts[1].text for step in steps} == {"a", "b", "c"}
+    for step in steps:
+        first, instruction, last = step.parts
+        i = "abc".index(instruction.text)
+        assert (first.data, last.data) == (images[i].data, images[i + 1].data)
+        assert step.kind == "edit" and last.loss and not first.loss
+    other = record(ASKED, MADE)
+    assert sample_edit_step(other, random.Random(0)) is other

@@ -195,6 +195,17 @@ def test_crop_keeps_the_middle(size):
     assert np.asarray(center_crop(mark, 16))[:, 1:-1].min() > 200 and np.asarray(center_crop(mark, 32)).min() == 255
 
 
+@pytest.mark.parametrize(
+    ("size", "kept"), [((64, 16), (16, 0, 48, 16)), ((32, 64), (0, 24, 32, 40)), ((32, 16), (0, 0, 32, 16))]
+)
+def test_a_crop_to_a_rectangle_is_the_middle_that_covers_it(size, kept):
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), kept)
+    cropped = np.asarray(center_crop(image, (8, 16)))
+    # the filter mixes in what is cut off, at the edges alone
+    assert cropped.shape == (8, 16, 3) and cropped[1:-1, 1:-1].min() > 200 and cropped.mean() > 230
+
+
 @pytest.mark.parametrize("size", [(1, 8000), (8000, 1), (3, 200_000)])
 def test_a_line_is_no_square(size):
     with pytest.raises(ValueError, match="to crop to 512x512: .*expected at most 64,000,000"):

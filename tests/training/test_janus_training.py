@@ -61,9 +61,14 @@ def objective(folder):
     return build_task(small("janus-nano", folder, options={"tasks": tasks, "dropout": 0.2}, batch_size=len(tasks)))
 
 
+def dropping(worlds, part):
+    """The batches with another part of their prompts dropped."""
+    return dataclasses.replace(worlds, builder=dataclasses.replace(worlds.builder, dropout=part))
+
+
 def of(objective, *tasks, dropout=0.0, seed=0):
     """A batch of examples of some tasks."""
-    worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=dropout))
+    worlds = dropping(objective.batch, dropout)
     return worlds.batch([training_example(task, i, seed=seed) for i, task in enumerate(tasks)], random.Random(0))
 
 
@@ -135,15 +140,15 @@ def test_a_dropped_prompt_is_pads_between_its_ends(objective):
 
 def test_a_tenth_of_drawings_loses_its_prompt(objective):
     dice, pad = random.Random(0), objective.model.special_tokens.pad
-    worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=0.1))
+    worlds = dropping(objective.batch, 0.1)
     one = example("draw.one", 0)
-    dropped = sum(int(worlds.sample(one, [], dice)[0].ids[1]) == pad for _ in range(1000))
+    dropped = sum(int(worlds.sample(one, dice).parts[0].ids[1]) == pad for _ in range(1000))
     assert 70 <= dropped <= 130  # three standard deviations of a binomial
 
 
 def test_no_held_out_pair_is_shown_or_named(objective):
-    plain = dataclasses.replace(objective.batch.options, novel_colours=0.0, novel_shapes=0.0, dropout=0.0)
-    worlds = dataclasses.replace(objective.batch, options=plain)
+    plain = dataclasses.replace(objective.batch.options, novel_colours=0.0, novel_shapes=0.0)
+    worlds = dataclasses.replace(dropping(objective.batch, 0.0), options=plain)
     words = objective.model.tokenizer
     for step in range(3):
         batch = worlds(step)
@@ -172,7 +177,7 @@ def losses_of(objective, batch):
 def test_a_pack_equals_its_samples_one_by_one(objective):
     tasks = ("draw.two", "answer.count", "edit.remove", "caption", "fact.forward", "draw.scene")
     dice = random.Random(0)
-    worlds = dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=0.0))
+    worlds = dropping(objective.batch, 0.0)
     together = losses_of(objective, of(objective, *tasks))
     alone = [
         losses_of(objective, worlds.batch([training_example(task, i, seed=0)], dice)) for i, task in enumerate(tasks)

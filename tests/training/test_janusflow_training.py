@@ -95,7 +95,7 @@ def objective(recipe):
 
 def dropping(objective, part: float):
     """The batches with another part of their prompts dropped."""
-    return dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=part))
+    return dataclasses.replace(objective.batch, builder=dataclasses.replace(objective.batch.builder, dropout=part))
 
 
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
@@ -126,7 +126,7 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
 def test_answers_alone_carry_labels(objective):
     one = example("answer.count", 0)
     words, markers = objective.model.processor.text_tokenizer, objective.model.special_tokens
-    items = objective.batch.sample(one, [], random.Random(0))
+    items = objective.batch.sample(one, random.Random(0)).parts
     said = torch.cat([item.labels for item in items])
     assert said[said != IGNORE_INDEX].tolist() == [*words.encode(one.answer), markers.eos]
     # a row's label is the id of the row behind it
@@ -136,9 +136,9 @@ def test_answers_alone_carry_labels(objective):
 
 
 def test_copies_have_times_of_their_own_and_one_image(objective):
-    drawn = []
-    *prompt, first, second = objective.batch.sample(example("edit.recolour", 1), drawn, random.Random(0))
-    assert [item.kind for item in prompt] == ["text", "und_image", "text"] and len(drawn) == 1
+    sample = objective.batch.sample(example("edit.recolour", 1), random.Random(0))
+    *prompt, first, second = sample.parts
+    assert [item.kind for item in prompt] == ["text", "und_image", "text"] and sample.target.shape == (64, 64, 3)
     assert torch.equal(first.tokens, second.tokens) and 0 < first.timestep != second.timestep < 1
     assert not first.segment.visible and first.segment.advance == 0
     times = torch.cat([objective.batch(step).pack.timesteps[::16] for step in range(12)])
@@ -149,7 +149,7 @@ def test_copies_have_times_of_their_own_and_one_image(objective):
 
 def test_dropped_prompts_are_what_guidance_compares_with(objective):
     for task in ("draw.one", "edit.recolour"):
-        kept, lost = (dropping(objective, part).sample(example(task, 1), [], random.Random(0)) for part in (0.0, 1.0))
+        kept, lost = (dropping(objective, part).sample(example(task, 1), random.Random(0)).parts for part in (0.0, 1.0))
         prompt = objective.batch.prompt_parts(example(task, 1))
         assert len(kept) == len(prompt) + 2
         assert [item.segment for item in lost[:-2]] == [item.segment for item in bos_unconditional(prompt)]
@@ -157,10 +157,10 @@ def test_dropped_prompts_are_what_guidance_compares_with(objective):
         # the image stands where it would have stood
         ends = [pack_sequences([items]).layout.position_ids[-PICTURE:] for items in (kept, lost)]
         assert torch.equal(*ends)
-    samples = [dropping(objective, 0.25).sample(example("draw.one", i), [], random.Random(i)) for i in range(400)]
+    samples = [dropping(objective, 0.25).sample(example("draw.one", i), random.Random(i)).parts for i in range(400)]
     # three deviations of 400 draws
     assert abs(sum(items[0].segment.length == 1 for items in samples) / 400 - 0.25) < 3 * (0.25 * 0.75 / 400) ** 0.5
-    answers = dropping(objective, 1.0).sample(example("answer.count", 0), [], random.Random(0))
+    answers = dropping(objective, 1.0).sample(example("answer.count", 0), random.Random(0)).parts
     assert sum(item.segment.length for item in answers) > 16
 
 
@@ -189,7 +189,7 @@ def test_packing_equals_one_by_one(objective):
     tasks = ("draw.one", "answer.count", "edit.recolour", "caption")
     samples = []
     for i, task in enumerate(tasks):
-        items = dropping(objective, float(i == 0)).sample(example(task, i), [], random.Random(i))
+        items = dropping(objective, float(i == 0)).sample(example(task, i), random.Random(i)).parts
         latent = torch.randn(16, 32, generator=generator)
         samples.append(
             [dataclasses.replace(item, tokens=latent) if item.kind == "gen_image" else item for item in items]
@@ -224,7 +224,7 @@ def stirred(model):
 @torch.no_grad()
 def test_text_loss_is_the_cross_entropy_of_the_words_that_chat_would_say(objective):
     model, one = objective.model.eval(), example("answer.count", 3)
-    items = objective.batch.sample(one, [], random.Random(0))
+    items = objective.batch.sample(one, random.Random(0)).parts
     loss = model(pack_sequences([items]), torch.zeros(0, 32)).text
     last = items[-1]
     said = (last.labels != IGNORE_INDEX).nonzero().squeeze(1)

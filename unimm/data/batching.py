@@ -79,7 +79,11 @@ def gen_token_counts(samples: Sequence[Sequence[Part]]) -> list[int]:
 
 def kind_indices(names: Sequence[str], examples: Sequence[Example], counts: Sequence[int]) -> Tensor:
     """The index of each example's kind among the names, -1 for none, repeated by the example's count."""
-    kinds = [one.task.split(".")[0] for one in examples]
+    return name_indices(names, [one.task.split(".")[0] for one in examples], counts)
+
+
+def name_indices(names: Sequence[str], kinds: Sequence[str], counts: Sequence[int]) -> Tensor:
+    """The index of each kind among the names, -1 for none, repeated by its count."""
     indices = [names.index(kind) if kind in names else -1 for kind in kinds]
     return torch.tensor(indices).repeat_interleave(torch.tensor(counts))
 

@@ -209,6 +209,18 @@ def sample_edit(record: Record, rng: random.Random) -> Record:
     return replace(record, parts=tuple(steps))
 
 
+def sample_edit_step(record: Record, rng: random.Random) -> Record:
+    """One step at random of a record of several edits: the image before it, its instruction, the image that it makes.
+
+    For families that generate one image from what comes before it. Other records stay as they are.
+    """
+    if not is_edit_chain(record):
+        return record
+    i = 2 * rng.randrange(len(record.parts) // 2)
+    first, *others = record.parts[i : i + 3]
+    return replace(record, parts=(replace(first, loss=False), *others))
+
+
 def is_edit_chain(record: Record) -> bool:
     """Whether a record is an image, and then instructions and images to generate by turns."""
     parts = record.parts

@@ -191,19 +191,24 @@ def _with_transparency(image: Image.Image, value: Any) -> Image.Image:
     return image
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an image whose short side is resized to `size` (PIL's bicubic)."""
-    shortest = min(image.size)
-    width, height = (round(side / shortest * size) for side in image.size)
-    if width * height > MAX_PIXELS:
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of an image that is resized (PIL's bicubic) until it covers `size` in both directions.
+
+    size: (height, width), or the side of a square.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    # the direction that has to be scaled up more, or down less
+    wanted, side = (width, image.width) if width * image.height > height * image.width else (height, image.height)
+    resized_width, resized_height = (round(one / side * wanted) for one in image.size)
+    if resized_width * resized_height > MAX_PIXELS:
         raise ValueError(
-            f"got an image of {image.width}x{image.height} to crop to {size}x{size}: its short side resized to {size}, it "
-            f"has {width * height:,} pixels, expected at most {MAX_PIXELS:,}; cut it nearer to a square"
+            f"got an image of {image.width}x{image.height} to crop to {width}x{height}: resized to cover that, it has "
+            f"{resized_width * resized_height:,} pixels, expected at most {MAX_PIXELS:,}; cut it nearer to that ratio"
         )
-    left = (width - size) // 2
-    top = (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+    left = (resized_width - width) // 2
+    top = (resized_height - height) // 2
+    resized = image.resize((resized_width, resized_height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + width, top + height))
 
 
 def normalize(image: Image.Image, *, mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> Tensor:

@@ -17,22 +17,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimm.data.batching import THOUGHT_TASKS, pad_rows, sample_tasks, training_example
+from unimm.data.batching import THOUGHT_TASKS, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
 from unimm.data.shapes.goal import AnswerGoal
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.data.shapes.world import IMAGE_SIZE
 from unimm.models.common.deepseek_chat import DeepseekChatModel
-from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, DeepseekProcessor, JanusSpecialTokens
-from unimm.nn.flops import StepFlops
+from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, ROLES, JanusSpecialTokens
 from unimm.processing.requests import Message
-from unimm.sequence.packing import PackedBatch, pack_sequences
+from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import ImagePart, Part
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
 from unimm.training.samples import sample_grid
-from unimm.training.throughput import StepCounts
+from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
@@ -87,15 +86,11 @@ class DeepseekChatDataset(ABC):
     """Batches by step: the same for a seed on every machine, and made without the model."""
 
     options: DeepseekChatTrainingConfig
-    processor: DeepseekProcessor
+    builder: ChatSampleBuilder
     batch_size: int
     seed: int
     # in place of new samples, where there is one
     cache: FeatureCache | None = None
-
-    @abstractmethod
-    def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
-        """Examples as one pack, with conditions dropped at random."""
 
     @abstractmethod
     def encoded(self, batch: Any, targets: list[Tensor]) -> Any:
@@ -109,6 +104,18 @@ class DeepseekChatDataset(ABC):
         targets = [record["target"] for record in records if len(record["target"])]
         return self.encoded(self.batch([EncodedExample.from_record(record) for record in records], rng), targets)
 
+    def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
+        """Examples as one pack, with conditions dropped at random."""
+        return self.builder.collate([self.sample(one, rng) for one in examples], rng)
+
+    def sample(self, one: Example, rng: random.Random) -> ChatSample:
+        """A question with its labelled answer, or an image to generate behind its prompt."""
+        kind = one.task.split(".")[0]
+        prompt = self.prompt_parts(one)
+        if one.target is None:
+            return ChatSample(kind=kind, parts=prompt, target=None)
+        return self.builder.generation_sample(kind, prompt, one.target, rng)
+
     def examples(self, step: int, size: int, rng: random.Random) -> list[Example]:
         """The examples of a step, or of a shard of a cache."""
         tasks = sample_tasks(self.options.tasks, size, rng)
@@ -120,7 +127,7 @@ class DeepseekChatDataset(ABC):
         rng = random.Random(f"{self.seed}/cache/{shard}")
         examples = self.examples(shard, SHARD_SIZE, rng)
         # which conditions are dropped is another matter at every step
-        whole = replace(self, options=replace(self.options, dropout=0.0))
+        whole = replace(self, builder=replace(self.builder, dropout=0.0))
         return examples, whole.batch(examples, rng)
 
     def augment(self, one: Example, rng: random.Random) -> Example:
@@ -132,15 +139,11 @@ class DeepseekChatDataset(ABC):
         images = [Image.fromarray(image) for image in one.images]
         if one.answer is not None:
             message: Message = {"role": "user", "content": one.prompt, "images": images}
-            parts = self.processor.with_answer([message], one.answer)
+            parts = self.builder.processor.with_answer([message], one.answer)
         else:
             assert one.target is not None, f"{one.task} has neither an answer nor an image"
-            parts = self.processor.generation_parts(one.prompt, images)
+            parts = self.builder.processor.generation_parts(one.prompt, images)
         return with_features(parts, one.features) if isinstance(one, EncodedExample) else parts
-
-    def pack(self, samples: Sequence[Sequence[Part]]) -> PackedBatch:
-        """One pack of the samples, its rows rounded up."""
-        return pack_sequences(pad_rows(samples, self.processor.special_tokens.pad))
 
 
 class DeepseekChatTask(ABC):
@@ -179,11 +182,6 @@ class DeepseekChatTask(ABC):
                 "`vision.` to frozen, or leave `cache` out"
             )
         self.batch = replace(self.batch, cache=cache)
-
-    def pack_counts(self, pack: PackedBatch, flops: StepFlops) -> StepCounts:
-        """Rows of a pack, images to understand and to generate, FLOPs."""
-        n_images = sum(len(images.lengths) for images in (pack.und_images, pack.gen_images) if images is not None)
-        return StepCounts(tokens=len(pack.layout.position_ids), images=n_images, flops=flops.total)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unimm.checkpoint.json_files import read_json
-from unimm.data.batching import gen_token_counts, kind_indices, label_counts, stack_images
-from unimm.data.shapes import Example
+from unimm.data.batching import stack_images
 from unimm.models.janus.config import JanusConfig
 from unimm.models.janus.flops import janus_flops
 from unimm.models.janus.model import Janus
@@ -48,6 +47,7 @@ from unimm.training.tasks.deepseek_chat import (
     DeepseekChatTask,
     DeepseekChatTrainingConfig,
 )
+from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder, chat_images, pack_counts
 from unimm.training.throughput import StepCounts
 
 
@@ -65,92 +65,68 @@ class JanusBatch:
 
     pack: PackedBatch
     images: Tensor  # [P, 3, h, w], the targets
-    text_kinds: Tensor  # [labels with loss], index into TEXT_KINDS
-    image_kinds: Tensor  # [image tokens], index into IMAGE_KINDS
+    text_kinds: Tensor  # [labels with loss], index into the builder's text_kinds
+    image_kinds: Tensor  # [image tokens], index into its image_kinds
     ids: Tensor | None = None  # [P, n], the targets' image tokens, where they are known
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusDataset(DeepseekChatDataset):
-    """Batches by step, with image tokens to generate."""
+class JanusSampleBuilder(ChatSampleBuilder):
+    """Samples with image tokens to generate."""
 
     tokens_per_image: int
 
-    def batch(self, examples: Sequence[Example], rng: random.Random) -> JanusBatch:
-        """Examples as one pack, with prompts dropped at random."""
-        targets: list[NDArray[np.uint8]] = []
-        samples = [self.sample(one, targets, rng) for one in examples]
-        return JanusBatch(
-            pack=self.pack(samples),
-            images=stack_images(targets),
-            text_kinds=kind_indices(TEXT_KINDS, examples, label_counts(samples)),
-            image_kinds=kind_indices(IMAGE_KINDS, examples, gen_token_counts(samples)),
-        )
+    FAMILY: ClassVar[str] = "Janus"
+
+    def generation_sample(
+        self, kind: str, prompt: Sequence[Part], target: NDArray[np.uint8], rng: random.Random
+    ) -> ChatSample:
+        """The tokens of an image behind its prompt."""
+        special = self.processor.special_tokens
+        if rng.random() < self.dropout:
+            # pads between the first id and the image's begin token, which the image's part brings
+            (pads,) = padded_unconditional(with_image_start(prompt, special.boi), special.pad)
+            prompt = [text_part(pads.ids[:-1].tolist())]
+        positions = torch.arange(self.tokens_per_image)
+        tokens = torch.stack((torch.zeros_like(positions), positions), -1)
+        image = image_part("gen_image", tokens, positions, boundary_ids=(special.boi,), causal=True)
+        return ChatSample(kind=kind, parts=[*prompt, image], target=target)
+
+    def collate(self, samples: Sequence[ChatSample], rng: random.Random) -> JanusBatch:
+        """Samples as one pack."""
+        text_kinds, image_kinds = self.loss_kinds(samples)
+        images = stack_images(chat_images(samples))
+        return JanusBatch(pack=self.pack(samples), images=images, text_kinds=text_kinds, image_kinds=image_kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusDataset(DeepseekChatDataset):
+    """Batches by number, with image tokens to generate."""
+
+    builder: JanusSampleBuilder
 
     def encoded(self, batch: JanusBatch, targets: list[Tensor]) -> JanusBatch:
         """The batch with its targets' image tokens, in order."""
         return replace(batch, ids=torch.stack(targets) if targets else None)
 
-    def sample(self, one: Example, targets: list[NDArray[np.uint8]], rng: random.Random) -> list[Part]:
-        """A question with its labelled answer, or a prompt and the target, which is appended to `targets`."""
-        prompt = self.prompt_parts(one)
-        if one.target is None:
-            return prompt
-        special = self.processor.special_tokens
-        if rng.random() < self.options.dropout:
-            # pads between the first id and the image's begin token, which the image's part brings
-            (pads,) = padded_unconditional(with_image_start(prompt, special.boi), special.pad)
-            prompt = [text_part(pads.ids[:-1].tolist())]
-        positions = torch.arange(self.tokens_per_image)
-        tokens = torch.stack((torch.full_like(positions, len(targets)), positions), -1)
-        targets.append(one.target)
-        return [*prompt, image_part("gen_image", tokens, positions, boundary_ids=(special.boi,), causal=True)]
 
+class JanusPackTask:
+    """The half of both of Janus's tasks: the losses of a pack, and the release."""
 
-class JanusTask(DeepseekChatTask):
-    """Janus on the shapes world."""
-
-    name = "janus-nano"
-    loss_names = IMAGE_KINDS + TEXT_KINDS
     model: Janus
-    batch: JanusDataset
-
-    def __init__(self, model: Janus, batch: JanusDataset):
-        self.model = model
-        self.batch = batch
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> JanusTask:
-        """Build a model of the recipe's numbers around a trained VQ tokenizer and a trained ViT."""
-        options = from_mapping(JanusTrainingConfig, recipe.options, where="options")
-        return cls.from_model(init_janus(recipe, options), recipe, options)
-
-    @classmethod
-    def from_model(cls, model: Janus, recipe: TrainConfig, options: JanusTrainingConfig) -> JanusTask:
-        """The task of training a given model."""
-        if options.compile:
-            compile_experts(model.decoder)
-        freeze(model, options.frozen, always=("vq.", "vision.trunk.attn_pool."))
-        height, width = model.config.token_grid
-        dataset = JanusDataset(
-            options=options,
-            processor=model.processor,
-            tokens_per_image=height * width,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-        )
-        return cls(model, dataset)
+    # what makes the packs
+    builder: JanusSampleBuilder
 
     def losses(self, batch: JanusBatch) -> dict[str, LossSum]:
         """Cross entropy of every kind of sample in the batch."""
         losses = self.model(self.encode_image_tokens(batch).to(self.model.device))
-        image_losses = sum_by_kind(IMAGE_KINDS, batch.image_kinds, losses.image)
-        return image_losses | sum_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
+        image_losses = sum_by_kind(self.builder.image_kinds, batch.image_kinds, losses.image)
+        return image_losses | sum_by_kind(self.builder.text_kinds, batch.text_kinds, losses.text)
 
     def loss_counts(self, batch: JanusBatch) -> dict[str, int]:
         """How many rows of the batch have each loss."""
-        images = count_by_kind(IMAGE_KINDS, batch.image_kinds)
-        return images | count_by_kind(TEXT_KINDS, batch.text_kinds)
+        images = count_by_kind(self.builder.image_kinds, batch.image_kinds)
+        return images | count_by_kind(self.builder.text_kinds, batch.text_kinds)
 
     @torch.no_grad()
     def encode_image_tokens(self, batch: JanusBatch) -> PackedBatch:
@@ -169,11 +145,59 @@ class JanusTask(DeepseekChatTask):
     def step_counts(self, batch: JanusBatch) -> StepCounts:
         """Rows of the pack, images to understand and to generate, FLOPs."""
         sizes = [] if batch.ids is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
-        return self.pack_counts(batch.pack, janus_flops(self.model, batch.pack, sizes))
+        return pack_counts(batch.pack, janus_flops(self.model, batch.pack, sizes))
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+class JanusTask(JanusPackTask, DeepseekChatTask):
+    """Janus on the shapes world."""
+
+    name = "janus-nano"
+    loss_names = IMAGE_KINDS + TEXT_KINDS
+    model: Janus
+    batch: JanusDataset
+
+    def __init__(self, model: Janus, batch: JanusDataset):
+        self.model = model
+        self.batch = batch
+        self.builder = batch.builder
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> JanusTask:
+        """Build a model of the recipe's numbers around a trained VQ tokenizer and a trained ViT."""
+        options = from_mapping(JanusTrainingConfig, recipe.options, where="options")
+        return cls.from_model(init_janus(recipe, options), recipe, options)
+
+    @classmethod
+    def from_model(cls, model: Janus, recipe: TrainConfig, options: JanusTrainingConfig) -> JanusTask:
+        """The task of training a given model."""
+        prepare_janus(model, options.frozen, compiled=options.compile)
+        builder = replace(janus_builder(model, dropout=options.dropout), image_kinds=IMAGE_KINDS, text_kinds=TEXT_KINDS)
+        dataset = JanusDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
+        return cls(model, dataset)
+
+
+def prepare_janus(model: Janus, frozen: Sequence[str], *, compiled: bool) -> None:
+    """Freeze what is not trained, the VQ tokenizer always. compiled: whether layers are fused."""
+    if compiled:
+        compile_experts(model.decoder)
+    freeze(model, frozen, always=("vq.", "vision.trunk.attn_pool."))
+
+
+def janus_builder(model: Janus, *, dropout: float, first_sentence: float = 0.0) -> JanusSampleBuilder:
+    """Samples of a model's grid and chat format."""
+    height, width = model.config.token_grid
+    return JanusSampleBuilder(
+        processor=model.processor,
+        dropout=dropout,
+        first_sentence=first_sentence,
+        image_size=model.config.image_size,
+        max_positions=model.config.decoder.max_positions,
+        tokens_per_image=height * width,
+    )
 
 
 def init_janus(recipe: TrainConfig, options: JanusTrainingConfig) -> Janus:

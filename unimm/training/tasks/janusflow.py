@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,15 +20,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.json_files import read_json
-from unimm.data.batching import (
-    encode_latents,
-    gen_token_counts,
-    kind_indices,
-    label_counts,
-    place_latent_tokens,
-    stack_images,
-)
-from unimm.data.shapes import Example
+from unimm.data.batching import encode_latents, place_latent_tokens, stack_images
 from unimm.models.janusflow.config import JanusFlowConfig
 from unimm.models.janusflow.flops import janusflow_flops
 from unimm.models.janusflow.model import JanusFlow
@@ -56,6 +48,7 @@ from unimm.training.tasks.deepseek_chat import (
     DeepseekChatTask,
     DeepseekChatTrainingConfig,
 )
+from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder, chat_images, pack_counts
 from unimm.training.throughput import StepCounts
 
 
@@ -77,56 +70,101 @@ class JanusFlowBatch:
     images: Tensor  # [P, 3, h, w], the targets
     posterior: Tensor  # [P, C, h / 8, w / 8]
     noise: Tensor  # [image tokens, p * p * C]
-    text_kinds: Tensor  # [labels with loss], index into TEXT_KINDS
-    image_kinds: Tensor  # [image tokens], index into IMAGE_KINDS
+    text_kinds: Tensor  # [labels with loss], index into the builder's text_kinds
+    image_kinds: Tensor  # [image tokens], index into its image_kinds
     latents: Tensor | None = None  # [P, C, h / 8, w / 8], of the targets, where they are known
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusFlowDataset(DeepseekChatDataset):
-    """Batches by step, with latents to generate."""
+class JanusFlowSampleBuilder(ChatSampleBuilder):
+    """Samples with latents to generate.
 
-    options: JanusFlowTrainingConfig
+    timesteps_per_image: noised copies of a target, each at its own timestep. patch: latents a token, along each side.
+    """
+
+    timesteps_per_image: int
     # channels, height, width
     latent_shape: tuple[int, int, int]
-    # latents a token, along each side
     patch: int
 
-    def batch(self, examples: Sequence[Example], rng: random.Random) -> JanusFlowBatch:
-        """Examples as one pack, with sampled timesteps and noise, and prompts dropped at random."""
-        targets: list[NDArray[np.uint8]] = []
-        samples = [self.sample(one, targets, rng) for one in examples]
-        n_tokens = gen_token_counts(samples)
+    FAMILY: ClassVar[str] = "JanusFlow"
+
+    def generation_sample(
+        self, kind: str, prompt: Sequence[Part], target: NDArray[np.uint8], rng: random.Random
+    ) -> ChatSample:
+        """Noised copies of an image behind its prompt."""
+        if rng.random() < self.dropout:
+            prompt = bos_unconditional(prompt)
+        positions = torch.arange(self.latent_shape[1] * self.latent_shape[2] // self.patch**2)
+        tokens = torch.stack((torch.zeros_like(positions), positions), -1)
+        normals = torch.tensor([rng.gauss(0, 1) for _ in range(self.timesteps_per_image)])
+        boi = self.processor.special_tokens.boi
+        copies = [noised_part(tokens, boi, timestep=t) for t in normals.sigmoid().tolist()]
+        return ChatSample(kind=kind, parts=[*prompt, *copies], target=target)
+
+    def collate(self, samples: Sequence[ChatSample], rng: random.Random) -> JanusFlowBatch:
+        """Samples as one pack, with noise."""
+        text_kinds, image_kinds = self.loss_kinds(samples)
+        images = chat_images(samples)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         return JanusFlowBatch(
             pack=self.pack(samples),
-            images=stack_images(targets),
-            posterior=torch.randn(len(targets), *self.latent_shape, generator=generator),
-            noise=torch.randn(sum(n_tokens), self.patch**2 * self.latent_shape[0], generator=generator),
-            text_kinds=kind_indices(TEXT_KINDS, examples, label_counts(samples)),
-            image_kinds=kind_indices(IMAGE_KINDS, examples, n_tokens),
+            images=stack_images(images),
+            posterior=torch.randn(len(images), *self.latent_shape, generator=generator),
+            noise=torch.randn(len(image_kinds), self.patch**2 * self.latent_shape[0], generator=generator),
+            text_kinds=text_kinds,
+            image_kinds=image_kinds,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusFlowDataset(DeepseekChatDataset):
+    """Batches by number, with latents to generate."""
+
+    builder: JanusFlowSampleBuilder
 
     def encoded(self, batch: JanusFlowBatch, targets: list[Tensor]) -> JanusFlowBatch:
         """The batch with its targets' latents, in order."""
         return replace(batch, latents=torch.stack(targets) if targets else None)
 
-    def sample(self, one: Example, targets: list[NDArray[np.uint8]], rng: random.Random) -> list[Part]:
-        """A question with its labelled answer, or a prompt and noised copies of the target, appended to `targets`."""
-        prompt = self.prompt_parts(one)
-        if one.target is None:
-            return prompt
-        if rng.random() < self.options.dropout:
-            prompt = bos_unconditional(prompt)
-        positions = torch.arange(self.latent_shape[1] * self.latent_shape[2] // self.patch**2)
-        tokens = torch.stack((torch.full_like(positions, len(targets)), positions), -1)
-        targets.append(one.target)
-        normals = torch.tensor([rng.gauss(0, 1) for _ in range(self.options.timesteps_per_image)])
-        boi = self.processor.special_tokens.boi
-        return [*prompt, *(noised_part(tokens, boi, timestep=t) for t in normals.sigmoid().tolist())]
+
+class JanusFlowPackTask:
+    """The half of both of JanusFlow's tasks: the losses of a pack."""
+
+    model: JanusFlow
+    # what makes the packs
+    builder: JanusFlowSampleBuilder
+
+    def losses(self, batch: JanusFlowBatch) -> dict[str, LossSum]:
+        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
+        device = self.model.device
+        losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
+        image_losses = sum_by_kind(self.builder.image_kinds, batch.image_kinds, losses.mse)
+        return image_losses | sum_by_kind(self.builder.text_kinds, batch.text_kinds, losses.text)
+
+    def loss_counts(self, batch: JanusFlowBatch) -> dict[str, int]:
+        """How many rows of the batch have each loss."""
+        images = count_by_kind(self.builder.image_kinds, batch.image_kinds)
+        return images | count_by_kind(self.builder.text_kinds, batch.text_kinds)
+
+    def encode_latents(self, batch: JanusFlowBatch) -> PackedBatch:
+        """The pack with its latents in place; every image is encoded once."""
+        if batch.pack.gen_images is None:
+            return batch.pack
+        latents = self.encode_targets(batch) if batch.latents is None else batch.latents
+        return place_latent_tokens(batch.pack, latents, patch=self.builder.patch)
+
+    def encode_targets(self, batch: JanusFlowBatch) -> Tensor:
+        """Latents of the targets [P, C, h / 8, w / 8], samples of the posterior."""
+        return encode_latents(self.model.autoencoder, batch.images, batch.posterior)
+
+    def step_counts(self, batch: JanusFlowBatch) -> StepCounts:
+        """Rows of the pack, images to understand and noised copies of those to generate, FLOPs."""
+        sizes = [] if batch.latents is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
+        return pack_counts(batch.pack, janusflow_flops(self.model, batch.pack, sizes))
 
 
-class JanusFlowTask(DeepseekChatTask):
+class JanusFlowTask(JanusFlowPackTask, DeepseekChatTask):
     """JanusFlow on the shapes world."""
 
     name = "janusflow-nano"
@@ -137,6 +175,7 @@ class JanusFlowTask(DeepseekChatTask):
     def __init__(self, model: JanusFlow, batch: JanusFlowDataset, vae: Path):
         self.model = model
         self.batch = batch
+        self.builder = batch.builder
         # the file of the VAE's weights, which are not trained
         self.vae = vae
 
@@ -156,51 +195,39 @@ class JanusFlowTask(DeepseekChatTask):
         load_trained(model.autoencoder, vae)
         init_timm_vit(model.vision, read_tensors(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
         model.tokenizer = tokenizer
-        if options.compile:
-            compile_experts(model.decoder)
-        freeze(model, options.frozen, always=("vae.", "vision.trunk.attn_pool."))
-        dataset = JanusFlowDataset(
-            options=options,
-            processor=model.processor,
-            latent_shape=(model.config.gen_encoder.in_channels, *model.config.latent_size),
-            patch=model.config.latent_patch_size,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-        )
+        prepare_janusflow(model, options.frozen, compiled=options.compile)
+        builder = janusflow_builder(model, dropout=options.dropout, timesteps_per_image=options.timesteps_per_image)
+        builder = replace(builder, image_kinds=IMAGE_KINDS, text_kinds=TEXT_KINDS)
+        dataset = JanusFlowDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
         return cls(model, dataset, vae)
-
-    def losses(self, batch: JanusFlowBatch) -> dict[str, LossSum]:
-        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
-        device = self.model.device
-        losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
-        image_losses = sum_by_kind(IMAGE_KINDS, batch.image_kinds, losses.mse)
-        return image_losses | sum_by_kind(TEXT_KINDS, batch.text_kinds, losses.text)
-
-    def loss_counts(self, batch: JanusFlowBatch) -> dict[str, int]:
-        """How many rows of the batch have each loss."""
-        images = count_by_kind(IMAGE_KINDS, batch.image_kinds)
-        return images | count_by_kind(TEXT_KINDS, batch.text_kinds)
-
-    def encode_latents(self, batch: JanusFlowBatch) -> PackedBatch:
-        """The pack with its latents in place; every image is encoded once."""
-        if batch.pack.gen_images is None:
-            return batch.pack
-        latents = self.encode_targets(batch) if batch.latents is None else batch.latents
-        return place_latent_tokens(batch.pack, latents, patch=self.batch.patch)
-
-    def encode_targets(self, batch: JanusFlowBatch) -> Tensor:
-        """Latents of the targets [P, C, h / 8, w / 8], samples of the posterior."""
-        return encode_latents(self.model.autoencoder, batch.images, batch.posterior)
-
-    def step_counts(self, batch: JanusFlowBatch) -> StepCounts:
-        """Rows of the pack, images to understand and noised copies of those to generate, FLOPs."""
-        sizes = [] if batch.latents is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
-        return self.pack_counts(batch.pack, janusflow_flops(self.model, batch.pack, sizes))
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         copy_file(self.vae, folder / "ae.safetensors")
+
+
+def prepare_janusflow(model: JanusFlow, frozen: Sequence[str], *, compiled: bool) -> None:
+    """Freeze what is not trained, the autoencoder always. compiled: whether layers are fused."""
+    if compiled:
+        compile_experts(model.decoder)
+    freeze(model, frozen, always=("vae.", "vision.trunk.attn_pool."))
+
+
+def janusflow_builder(
+    model: JanusFlow, *, dropout: float, timesteps_per_image: int, first_sentence: float = 0.0
+) -> JanusFlowSampleBuilder:
+    """Samples of a model's latents and chat format."""
+    return JanusFlowSampleBuilder(
+        processor=model.processor,
+        dropout=dropout,
+        first_sentence=first_sentence,
+        image_size=model.config.image_size,
+        max_positions=model.config.decoder.max_positions,
+        timesteps_per_image=timesteps_per_image,
+        latent_shape=(model.config.gen_encoder.in_channels, *model.config.latent_size),
+        patch=model.config.latent_patch_size,
+    )
 
 
 def janusflow_config_json(model: Mapping[str, Any], vae: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
