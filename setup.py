@@ -11,6 +11,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "unimm" / "__init__.py").
 # formats of datasets: parquet, Hugging Face's, frames of videos
 DATA = ["pyarrow", "datasets", "av"]
 
+# where training is seen
+LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"]}
+
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -25,6 +28,7 @@ TEST = [
     "diffusers",
     "transformers",
     "webdataset",
+    *LOGGERS["tensorboard"],
     *DATA,
 ]
 
@@ -69,6 +73,6 @@ setup(
         "typer",
         "typing_extensions",
     ],
-    extras_require={"data": DATA, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
+    extras_require={"data": DATA, **LOGGERS, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
     entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )

@@ -125,6 +125,8 @@ class TrainConfig(RecipeSection):
     no_weight_decay: tuple[str, ...] = ()
     # the device's FLOPs a second in the run's precision, in 10^12, for MFU; null: a product of matrices is timed
     peak_tflops: Positive | None = None
+    # where numbers and samples are shown beside log.jsonl (unimm.training.loggers)
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     # batches whose gradients are added up, each loss by its count, before a step
     gradient_accumulation: AtLeastOne = 1
     # samples whose frozen parts' results are computed once; null where every step makes new samples

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,7 +41,8 @@ from unimm.training.checkpoints import (
 )
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
-from unimm.training.logging import JsonlLog, format_report
+from unimm.training.loggers import RunLog
+from unimm.training.logging import format_report
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
 from unimm.training.tasks.base import TrainingTask
@@ -78,13 +80,13 @@ def train(
     if resume and trainer.step >= recipe.steps:  # the run may have been killed between its checkpoint and its release
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    log = JsonlLog(out / "log.jsonl", after=trainer.step)
+    logs = closing(RunLog(out, recipe, after=trainer.step))
     n = recipe.gradient_accumulation
     source = trainer.use_source(StepBatches(task.batch))
     batches = closing(source.iterate(trainer.step * n, recipe.steps * n, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
     trainer.start_clock()
-    with StopSignal() as stop, batches as made, bars as bar:
+    with StopSignal() as stop, logs as log, batches as made, bars as bar:
         for group in group_batches(made, n):
             trainer.update(*group)
             bar.update()
@@ -96,7 +98,8 @@ def train(
                 logger.info("step %d of %d  %s", trainer.step, recipe.steps, format_report(report))
             with trainer.untimed():
                 if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
-                    trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
+                    image = trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
+                    log.write_image(trainer.step, image)
                 if trainer.step % recipe.save_every == 0 or stopping:
                     trainer.save(out)
             if stopping:
@@ -299,13 +302,14 @@ class Trainer:
         self.since = (then + time.monotonic() - start, step)
 
     @torch.no_grad()
-    def sample(self, path: Path) -> None:
-        """Save the task's sample image, made with the averaged weights."""
+    def sample(self, path: Path) -> Image.Image:
+        """Save the task's sample image, made with the averaged weights, and return it."""
         self.model.eval()
         with self.ema.swap_in():
             image = self.task.sample_image()
         with atomic_file(path) as partial:
             image.save(partial, format="PNG")
+        return image
 
     @torch.no_grad()
     def save(self, out: Path) -> None:
