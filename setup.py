@@ -14,6 +14,9 @@ DATA = ["pyarrow", "datasets", "av"]
 # where training is seen
 LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"]}
 
+# adapters
+LORA = ["peft>=0.18"]
+
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -30,6 +33,7 @@ TEST = [
     "webdataset",
     *LOGGERS["tensorboard"],
     *DATA,
+    *LORA,
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -73,6 +77,6 @@ setup(
         "typer",
         "typing_extensions",
     ],
-    extras_require={"data": DATA, **LOGGERS, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
+    extras_require={"data": DATA, "lora": LORA, **LOGGERS, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
     entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )

@@ -20,6 +20,13 @@ VERBS = (
     "interleave",
     "respond",
     "optimize_for_cpu",
+    "add_adapter",
+    "load_adapter",
+    "save_adapter",
+    "set_adapter",
+    "combine_adapters",
+    "merge_adapter",
+    "unload_adapter",
 )
 # what all `generate`s share, in this order
 SHARED = ("prompt", "images", "n", "size", "seed", "steps", "guidance", "think", "progress")

@@ -94,7 +94,7 @@ def test_only_the_registry_knows_the_families_and_only_by_strings(path):
         assert not [name for name in dotted(TREES[path]) if family(name)]
 
 
-FAMILY_FILES = {"__init__.py", "config.py", "processor.py", "network.py", "model.py", "weights.py"}
+FAMILY_FILES = {"__init__.py", "config.py", "processor.py", "network.py", "model.py", "weights.py", "parallel.py"}
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))
@@ -110,13 +110,13 @@ def test_a_family_has_the_files_of_every_family(folder):
 FLOORS = (
     ("kernels",),
     ("nn", "sequence", "checkpoint"),
-    ("generation", "tokenizers"),
+    ("generation", "tokenizers", "adapters"),
     ("processing",),
     ("encoders", "denoisers"),
     ("vlms",),
     ("models",),
     ("data",),
-    ("training", "evaluation", "distributed", "adapters", "quantization", "serving"),
+    ("training", "evaluation", "distributed", "quantization", "serving"),
     ("cli",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

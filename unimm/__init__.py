@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unimm.adapters.config import AdapterConfig
     from unimm.generation.guidance import Guidance
     from unimm.generation.image_tokens import ImageTokenSampling
     from unimm.generation.text_sampling import TextSampling
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterConfig",
     "Bagel",
     "BagelConfig",
     "Generation",
@@ -44,6 +46,7 @@ __all__ = [
 
 # imported at first use: `import unimm` costs next to nothing
 _MODULES = {
+    "AdapterConfig": "unimm.adapters.config",
     "Bagel": "unimm.models.bagel.model",
     "BagelConfig": "unimm.models.bagel.config",
     "ImageTokenSampling": "unimm.generation.image_tokens",

@@ -10,11 +10,13 @@ import random
 import pytest
 import torch
 from helpers import metaquery_toys as toys
+from helpers.adapters import move_trained, slope_against_gradient
 from helpers.flops import check_counts
 from helpers.metaquery_training_toys import DENOISER
 from helpers.paths import RECIPES
 from PIL import Image
 
+from unimm.adapters.config import AdapterConfig
 from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs
 from unimm.data.shapes import example
 from unimm.generation.flow import shift_timesteps
@@ -270,3 +272,17 @@ def test_a_run_starts_from_a_release(recipe, tmp_path):
 def test_flops_are_those_that_torch_counts(recipe, frozen):
     objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"frozen": list(frozen)}))
     check_counts(objective, objective.batch(0))
+
+
+def test_an_adapter_of_the_mllm_gets_its_whole_gradient(recipe):
+    """Through the prompt and its images, which run without gradients where the MLLM is frozen."""
+    task = build_task(recipe)
+    move_trained(task.model)  # the velocity is 0 where training begins, and so are gradients before it
+    task.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=("mllm_vision",)))
+    move_trained(task.model, std=0.2)
+    batch = task.batch(0)
+    # differences in float32, of a loss about 1, a hundredth apart
+    slope = slope_against_gradient(
+        task.model, lambda: torch.stack([x.total for x in task.losses(batch).values()]).sum()
+    )
+    assert slope == pytest.approx(1, abs=0.02)

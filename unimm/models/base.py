@@ -12,7 +12,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
-from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
@@ -30,6 +29,7 @@ from unimm.checkpoint.load import (
 )
 from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
 from unimm.generation.text_sampling import TextSampling
+from unimm.models.adapted import AdaptedModel
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
 from unimm.processing.requests import ImageInput
@@ -55,7 +55,7 @@ class Generation:
         return self.texts[0] if self.texts else ""
 
 
-class UnifiedModel(nn.Module, ABC):
+class UnifiedModel(AdaptedModel):
     """One model that both understands and generates images."""
 
     # ---- what a family is
@@ -148,6 +148,7 @@ class UnifiedModel(nn.Module, ABC):
         if cls.COMPONENTS:
             loader = cast("ComponentModel", model)
             loader.load_components(components, name=name, folder=folder, dtype=dtype, device=device)
+        model.loaded_from = str(name)
         return model.eval()
 
     @classmethod
@@ -207,6 +208,12 @@ class UnifiedModel(nn.Module, ABC):
             model = cls.from_folder(folder)
         for names, key_map in model.key_maps().items():
             check_weights(model, weight_files(folder, names), key_map)
+
+    def original_key_maps(self) -> list[KeyMap]:
+        """The key maps of the original layout, whatever layout the model came in."""
+        original = copy.copy(self)
+        original.checkpoint_layout = "original"
+        return list(original.key_maps().values())
 
     # ---- verbs
 

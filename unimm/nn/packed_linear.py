@@ -159,6 +159,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, packed: PackedFloat16 | SplitFloat16):
         super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
         self.packed = packed
@@ -172,7 +174,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.packed = PackedInt8(linear.weight, linear.bias)
+        # empty: the device and dtype of the weights, which adapters (PEFT) ask for by this name
+        self.qweight = torch.empty(0, dtype=torch.int8)
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
 from unimm.models.janusflow.network import JanusFlowNetwork
+from unimm.models.janusflow.parallel import LORA_TARGETS
 from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.models.release import Components
@@ -42,6 +43,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     """JanusFlow with its tokenizer, its autoencoder and its verbs: generate, understand, chat."""
 
     RELEASES = RELEASES
+    LORA_TARGETS = LORA_TARGETS
     FILES = FILES
     COMPONENTS = ("vae",)
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}",)

@@ -39,6 +39,7 @@ from unimm.models.metaquery import FILES, RELEASES
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
+from unimm.models.metaquery.parallel import LORA_TARGETS
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map
 from unimm.models.release import Components
@@ -63,6 +64,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     """Learned queries of a frozen MLLM condition a Sana: generates images, and answers as the MLLM does."""
 
     RELEASES = RELEASES
+    LORA_TARGETS = LORA_TARGETS
     FILES = FILES
     COMPONENTS = ("mllm",)
 

@@ -96,10 +96,10 @@ class MetaQueryNetwork(nn.Module):
         return self.decoder.norms[expert](hidden[query_rows]).unflatten(0, (-1, self.config.n_queries))
 
     def query_states_with_grad(self, batch: QueryBatch) -> Tensor:
-        """Hidden states at the queries [R, N, D], with gradients to the queries.
+        """Hidden states at the queries [R, N, D], with gradients to the queries, and to the MLLM where it is trained.
 
-        Nothing before the queries depends on what they learn, so the prompts run without gradients and give only their
-        keys and values.
+        Nothing before the queries depends on what they learn, so that with a frozen MLLM the prompts run without
+        gradients and give only their keys and values.
         """
         prompt_keys_values: list[tuple[Tensor, Tensor]] = []
 
@@ -107,7 +107,8 @@ class MetaQueryNetwork(nn.Module):
             prompt_keys_values.append((k, v))
             return attention(q, k, v, batch.prompts.layout.mask)
 
-        with torch.no_grad():
+        trains_mllm = any(p.requires_grad for p in self.mllm.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_mllm):
             self.backbone(batch.prompts, record)
         order = batch.row_order()
 
@@ -148,7 +149,7 @@ class MetaQueryNetwork(nn.Module):
     def forward(
         self, batch: QueryBatch, latents: Tensor, noise: Tensor, timesteps: Tensor, sample_indices: Tensor
     ) -> Tensor:
-        """The flow matching loss of each image [P], with gradients to the queries but not to the MLLM.
+        """The flow matching loss of each image [P], with gradients to the queries, and to the MLLM where it is trained.
 
         latents, noise [P, C, h, w]; timesteps [P]; sample_indices [P]: the prompt in `batch` that each image belongs
         to.

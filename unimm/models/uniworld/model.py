@@ -34,6 +34,7 @@ from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
 from unimm.models.uniworld.config import TASK_HEAD_FILES, UniWorldConfig
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
 from unimm.models.uniworld.network import MLLMOutput, UniWorldNetwork
+from unimm.models.uniworld.parallel import LORA_TARGETS
 from unimm.models.uniworld.processor import (
     MAX_IMAGE_SIDE,
     ReferenceLatents,
@@ -61,6 +62,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     """A frozen MLLM and SigLIP2 condition a FLUX: generates and edits images, and answers as the MLLM does."""
 
     RELEASES = RELEASES
+    LORA_TARGETS = LORA_TARGETS
     FILES = FILES
     COMPONENTS = ("siglip", "flux", "t5")
     KEEP_FLOAT32 = ("auxiliary.vae.", "task_head.")

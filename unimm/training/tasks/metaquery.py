@@ -273,6 +273,8 @@ class MetaQueryTask:
                 "got a cache, and queries that are trained, which change the hidden states it would hold: add `queries` "
                 "to frozen, after a run that trained them, or leave `cache` out"
             )
+        if any(p.requires_grad for p in self.model.mllm.parameters()):
+            raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
         self.batch = replace(self.batch, cache=cache)
 
     def sample_image(self) -> Image.Image:

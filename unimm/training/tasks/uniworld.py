@@ -109,7 +109,8 @@ class UniWorldTask:
         """What the MLLM, the VAE and the vision encoder, the last with gradients, compute of samples."""
         model = self.model
         n = len(inputs.conditioned)
-        with torch.no_grad():
+        trains_mllm = any(p.requires_grad for p in model.mllm.parameters())  # by an adapter
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_mllm):
             states = model.mllm.encode(inputs.prompts)[:n]
         siglip = model.auxiliary.siglip
         features = None
@@ -189,6 +190,8 @@ class UniWorldTask:
                 "got a cache, and a vision encoder that is trained, which changes the features it would hold: add "
                 "`auxiliary.siglip.` to frozen, or leave `cache` out"
             )
+        if any(p.requires_grad for p in self.model.mllm.parameters()):
+            raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
         self.batch = replace(self.batch, cache=cache)
 
     def step_counts(self, batch: UniWorldBatch) -> StepCounts:

@@ -1,0 +1,1 @@
+"""Low-rank adapters of a model's linears, through PEFT: trained, saved alone, combined, merged."""

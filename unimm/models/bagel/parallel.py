@@ -1,0 +1,13 @@
+"""BAGEL's linears that an adapter may have, by groups."""
+
+from unimm.adapters.config import LinearGroups, decoder_linears
+
+# "und" and "gen" are all linears of an expert
+LORA_TARGETS: LinearGroups = {
+    **decoder_linears("und", "und"),
+    **decoder_linears("gen", "gen"),
+    "latents": ("vae2llm", "llm2vae"),
+    "connector": ("connector.fc1", "connector.fc2"),
+    "vision.attention": tuple(f"vision.blocks.{{}}.{name}" for name in ("q", "k", "v", "out_proj")),
+    "vision.mlp": ("vision.blocks.{}.mlp.fc1", "vision.blocks.{}.mlp.fc2"),
+}

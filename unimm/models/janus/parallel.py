@@ -1,0 +1,13 @@
+"""Janus's linears that an adapter may have, by groups."""
+
+from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.vlms.llama_layout import EXPERT
+
+LORA_TARGETS: LinearGroups = {
+    **decoder_linears("decoder", EXPERT),
+    "aligner": ("aligner.layers.{}",),
+    "gen_aligner": ("gen_aligner.layers.{}",),
+    "gen_head": ("gen_head.fc1", "gen_head.fc2"),
+    "vision.attention": ("vision.trunk.blocks.{}.attn.qkv", "vision.trunk.blocks.{}.attn.proj"),
+    "vision.mlp": ("vision.trunk.blocks.{}.mlp.fc1", "vision.trunk.blocks.{}.mlp.fc2"),
+}

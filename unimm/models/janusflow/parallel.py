@@ -1,0 +1,12 @@
+"""JanusFlow's linears that an adapter may have, by groups."""
+
+from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.vlms.llama_layout import EXPERT
+
+LORA_TARGETS: LinearGroups = {
+    **decoder_linears("decoder", EXPERT),
+    "aligner": ("aligner",),
+    "gen_aligners": ("gen_encoder_aligner", "gen_decoder_aligner"),
+    "vision.attention": ("vision.trunk.blocks.{}.attn.qkv", "vision.trunk.blocks.{}.attn.proj"),
+    "vision.mlp": ("vision.trunk.blocks.{}.mlp.fc1", "vision.trunk.blocks.{}.mlp.fc2"),
+}

@@ -1,0 +1,18 @@
+"""UniWorld's linears that an adapter may have, by groups."""
+
+from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.vlms.llama_layout import EXPERT
+
+_STREAMS = tuple(f"denoiser.mmdit.double_blocks.{{}}.{stream}." for stream in ("image", "text"))
+
+LORA_TARGETS: LinearGroups = {
+    **decoder_linears("mllm", EXPERT, prefix="mllm."),
+    "mllm_vision.attention": ("mllm.vision.blocks.{}.qkv", "mllm.vision.blocks.{}.out_proj"),
+    "mllm_vision.mlp": tuple(f"mllm.vision.blocks.{{}}.mlp.{name}" for name in ("gate", "up", "down")),
+    "mllm_vision.out": ("mllm.vision.merger.mlp.fc1", "mllm.vision.merger.mlp.fc2"),
+    "projectors": tuple(f"{part}_projector.{fc}" for part in ("mllm", "siglip", "vae") for fc in ("fc1", "fc2")),
+    "denoiser.double.attention": tuple(stream + name for stream in _STREAMS for name in ("qkv", "out_proj")),
+    "denoiser.double.mlp": tuple(stream + name for stream in _STREAMS for name in ("mlp.fc1", "mlp.fc2")),
+    # attention and feed-forward stand between one linear in and one out
+    "denoiser.single": ("denoiser.mmdit.single_blocks.{}.qkv_mlp", "denoiser.mmdit.single_blocks.{}.out_proj"),
+}
