@@ -201,6 +201,6 @@ def test_trainer_is_not_needed_to_read(cached, tmp_path):
     """What a worker process gets is the folder's name, not its tensors."""
     task = build_task(cached)
     use_feature_cache(task, cached, tmp_path, workers=0)
-    assert task.batch.cache[99]["latents"].shape == task.batch.latent_shape
+    assert task.batch.cache[99]["latents"].shape == task.batch(0).noise.shape[1:]
     assert len(pickle.dumps(task.batch.cache)) < 300
     assert Trainer(task, cached, torch.device("cpu")).params

@@ -10,12 +10,13 @@ import pytest
 import torch
 from helpers import toys
 from helpers.janus_recipes import parts, small, text_model
+from helpers.records import as_record, image, record, said, text
 from PIL import Image
 
 from tests.training.test_janusflow_training import recipe as janusflow_recipe  # noqa: F401
 from unimm import Janus
 from unimm.data.batching import training_example
-from unimm.data.records import Record, RecordImage, RecordText
+from unimm.data.records import RecordImage
 from unimm.processing.chat_templates import TemplateMessage, apply_chat_template
 from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.text import encode_prompt
@@ -49,30 +50,6 @@ def released(tmp_path_factory):
     """A small Janus with a byte-level tokenizer, as the released ones have, and the builder of its samples."""
     model = Janus.from_pretrained(toys.janus(tmp_path_factory.mktemp("janus")))
     return model, janus_builder(model, dropout=0.0)
-
-
-def record(*items, edit_weights=False):
-    return Record(parts=items, source="memory", row=0, edit_weights=edit_weights)
-
-
-def text(*wordings, **fields):
-    return RecordText(wordings=wordings, **fields)
-
-
-def said(words, **fields):
-    return RecordText(wordings=(words,), loss=True, role="assistant", **fields)
-
-
-def picture(*, loss=False, size=(30, 22), seed=0):
-    return RecordImage(data=toys.picture(*size, seed=seed), loss=loss)
-
-
-def as_record(one) -> Record:
-    """An example of the shapes world as a dataset would have it."""
-    images = [RecordImage(data=Image.fromarray(image)) for image in one.images]
-    if one.target is not None:
-        return record(*images, text(one.prompt), RecordImage(data=Image.fromarray(one.target), loss=True))
-    return record(*images, text(one.prompt), said(one.answer))
 
 
 def labelled(parts) -> list[int]:
@@ -127,7 +104,7 @@ def test_every_answer_carries_loss_and_nothing_else(released):
     model, builder = released
     sample = builder.prepare(
         record(
-            text("Be brief.", role="system"), picture(), text("What is it?"), said("A cat."), text("And"), picture(seed=1),
+            text("Be brief.", role="system"), image(), text("What is it?"), said("A cat."), text("And"), image(seed=1),
             said("A dog."), text("thanks"),
         ),
         random.Random(0),
@@ -158,7 +135,7 @@ def test_a_conversation_is_written_as_the_chat_template_writes_it(tmp_path, with
     )  # fmt: skip
     assert all_ids(sample.parts) == encode_prompt(model.tokenizer, [model.special_tokens.bos, *written])
     # an image stands in front of the question, on a line of its own, as `understand` places it
-    seen = builder.prepare(record(picture(), text("what?"), said("a cat")), random.Random(0))
+    seen = builder.prepare(record(image(), text("what?"), said("a cat")), random.Random(0))
     asked = builder.processor.conversation_parts([toys.user("what?", toys.picture(30, 22))])
     assert all_ids(seen.parts)[: len(all_ids(asked))] == all_ids(asked)
     assert [part.kind for part in seen.parts][:3] == [part.kind for part in asked]
@@ -170,7 +147,7 @@ def test_texts_that_nobody_says_are_learned_as_they_are(released):
     plain = builder.prepare(record(text("a cat sat", loss=True)), random.Random(0))
     assert all_ids(plain.parts) == [special.bos, *encode("a cat sat"), special.eos]
     assert labelled(plain.parts) == [*encode("a cat sat"), special.eos] and plain.kind == "text"
-    captioned = builder.prepare(record(picture(), text("a cat", loss=True)), random.Random(0))
+    captioned = builder.prepare(record(image(), text("a cat", loss=True)), random.Random(0))
     assert all_ids(captioned.parts) == [special.bos, special.boi, special.eoi, *encode("a cat"), special.eos]
     assert captioned.parts[1].labels.tolist() == [IGNORE_INDEX, encode("a cat")[0]], "the image's end predicts the text"
 
@@ -196,14 +173,14 @@ def test_targets_cover_the_image_and_are_cropped_in_the_middle(released):
 
 def test_wordings_dropout_and_first_sentences_are_of_the_rows_own_chance(released):
     model, builder = released
-    one = record(text("A cat. It sleeps.", "Cats!"), picture(loss=True))
+    one = record(text("A cat. It sleeps.", "Cats!"), image(loss=True))
     wordings = {tuple(all_ids(builder.prepare(one, random.Random(i)).parts)) for i in range(20)}
     assert len(wordings) == 2
     assert all_ids(builder.prepare(one, random.Random(3)).parts) == all_ids(
         builder.prepare(one, random.Random(3)).parts
     )
     cut = dataclasses.replace(builder, first_sentence=0.5)
-    long = record(text("A cat. It sleeps."), picture(loss=True))
+    long = record(text("A cat. It sleeps."), image(loss=True))
     lengths = [cut.prepare(long, random.Random(i)).n_tokens for i in range(60)]
     n = len(model.tokenizer.encode(" It sleeps."))
     assert set(lengths) == {max(lengths), max(lengths) - n} and 15 <= lengths.count(max(lengths)) <= 45
@@ -213,7 +190,7 @@ def test_wordings_dropout_and_first_sentences_are_of_the_rows_own_chance(release
 
 def test_one_step_of_several_edits(released):
     _, builder = released
-    chain = record(picture(), text("a"), picture(loss=True, seed=1), text("b"), picture(loss=True, seed=2))
+    chain = record(image(), text("a"), image(loss=True, seed=1), text("b"), image(loss=True, seed=2))
     samples = [builder.prepare(chain, random.Random(i)) for i in range(10)]
     assert {sample.kind for sample in samples} == {"edit"}
     assert len({sample.target.tobytes() for sample in samples}) == 2
@@ -223,11 +200,11 @@ def test_one_step_of_several_edits(released):
 @pytest.mark.parametrize(
     ("items", "reason"),
     [
-        ((text("a"), said("b"), picture(loss=True)), "of the kind interleaved, which Janus does not learn"),
-        ((text("a"), said("b", thinking=True), picture(loss=True)), "Janus does not think before it generates"),
-        ((picture(loss=True),), "without a text or an image"),
-        ((text(" "), picture(loss=True)), "without a text or an image"),
-        ((picture(loss=True), text("a")), "a text behind the image to generate"),
+        ((text("a"), said("b"), image(loss=True)), "of the kind interleaved, which Janus does not learn"),
+        ((text("a"), said("b", thinking=True), image(loss=True)), "Janus does not think before it generates"),
+        ((image(loss=True),), "without a text or an image"),
+        ((text(" "), image(loss=True)), "without a text or an image"),
+        ((image(loss=True), text("a")), "a text behind the image to generate"),
         ((said("a"), text("b"), said("c")), "begins with an answer"),
         ((text("a"), text("b", role="system"), said("c")), "a system prompt behind another part"),
         ((text("a" * 600), said("c")), "positions: expected at most 512, the decoder's"),

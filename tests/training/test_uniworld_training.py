@@ -197,10 +197,9 @@ def test_dropped_prompts_tell_nothing(recipe):
 
 
 def test_a_training_prompt_may_end_with_the_marker(objective):
-    begun = dataclasses.replace(
-        objective.batch, options=dataclasses.replace(objective.batch.options, append_vision_start=True)
-    )
-    plain, marked = (one.prompt_parts("a cat", [])[-1].ids.tolist() for one in (objective.batch, begun))
+    builder = objective.batch.builder
+    begun = dataclasses.replace(builder, options=dataclasses.replace(builder.options, append_vision_start=True))
+    plain, marked = (one.prompt_parts("a cat", [])[-1].ids.tolist() for one in (builder, begun))
     assert marked == [*plain, objective.model.config.mllm.special_tokens.vision_start]
 
 

@@ -21,6 +21,7 @@ from unimm.checkpoint.load import parse_dtype
 from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.mmdit import MMDiTStream, SingleStreamBlock
 from unimm.encoders.siglip import SiglipVisionEncoder
+from unimm.models.uniworld.auxiliary_encoders import require_part
 from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
 from unimm.models.uniworld.flops import DenoisedGroup, UniWorldEncoding, uniworld_flops
 from unimm.models.uniworld.model import UniWorld
@@ -35,14 +36,18 @@ from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
 from unimm.training.tasks.uniworld_data import (
     ConditionRows,
-    UniWorldBatch,
     UniWorldDataset,
-    UniWorldEncoded,
-    UniWorldInputs,
-    UniWorldTrainingConfig,
     condition_rows,
     groups_by_reference,
     records_of,
+)
+from unimm.training.tasks.uniworld_samples import (
+    UniWorldBatch,
+    UniWorldEncoded,
+    UniWorldInputs,
+    UniWorldSampleBuilder,
+    UniWorldShapesConfig,
+    UniWorldTrainingConfig,
 )
 from unimm.training.throughput import StepCounts
 from unimm.vlms.qwen2_5_vl.model import QwenVL
@@ -53,44 +58,12 @@ ALWAYS_FROZEN = ("mllm.", "task_head.", "vae_projector.", "auxiliary.vae.", "aux
 STAGE_2_SUFFIXES = ("qkv.", "q_norm.", "k_norm.", "out_proj.", "modulation.")
 
 
-class UniWorldTask:
-    """UniWorld on the shapes world."""
+class UniWorldLossTask:
+    """The half of both of UniWorld's tasks: the losses of a batch."""
 
-    name = "uniworld"
-    loss_names = IMAGE_KINDS
-
-    def __init__(self, model: UniWorld, batch: UniWorldDataset, vae: Path):
-        self.model = model
-        self.batch = batch
-        # the folder of the VAE, which is not trained
-        self.vae = vae
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> UniWorldTask:
-        """Build projectors and a denoiser, untrained or trained, around a trained MLLM, SigLIP2 and autoencoder."""
-        options = from_mapping(UniWorldTrainingConfig, recipe.options, where="options")
-        require(recipe.model, "generation.", *([] if options.denoiser else ["denoiser.joint_attention_dim"]))
-        require(
-            recipe.model, *([] if options.siglip else ["vision."]), *(["hidden."] if "hidden" in recipe.model else [])
-        )
-        torch.manual_seed(recipe.seed)
-        vae = resolve_part(options.vae, "vae")
-        model = init_uniworld(options, recipe.model, vae)
-        freeze_for_stage(model, options.trained, options.frozen)
-        if options.compile:
-            compile_blocks([*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks])
-        height, width = model.output_size([])
-        stride = model.auxiliary.required_vae.config.stride
-        assert model.auxiliary.siglip is not None, "built with one"
-        dataset = UniWorldDataset(
-            options=options,
-            processor=model.processor,
-            siglip_transform=model.auxiliary.siglip.image_processor,
-            latent_shape=(model.config.latent_channels, height // stride, width // stride),
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-        )
-        return cls(model, dataset, vae)
+    model: UniWorld
+    # what makes the batches
+    builder: UniWorldSampleBuilder
 
     def losses(self, batch: UniWorldBatch) -> dict[str, LossSum]:
         """The flow loss of every kind of sample in the batch."""
@@ -99,11 +72,11 @@ class UniWorldTask:
         groups = groups_by_reference(batch)
         losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
         kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
-        return sum_by_kind(IMAGE_KINDS, kinds, torch.cat(losses))
+        return sum_by_kind(self.builder.kinds, kinds, torch.cat(losses))
 
     def loss_counts(self, batch: UniWorldBatch) -> dict[str, int]:
         """How many noised copies of the batch have each loss."""
-        return count_by_kind(IMAGE_KINDS, batch.samples.image_kinds[batch.sample_indices])
+        return count_by_kind(self.builder.kinds, batch.samples.image_kinds[batch.sample_indices])
 
     def encode(self, inputs: UniWorldInputs) -> UniWorldEncoded:
         """What the MLLM, the VAE and the vision encoder, the last with gradients, compute of samples."""
@@ -114,7 +87,7 @@ class UniWorldTask:
             states = model.mllm.encode(inputs.prompts)[:n]
         siglip = model.auxiliary.siglip
         features = None
-        if siglip is not None and len(inputs.siglip_images) and self.batch.options.trained != "stage 1":
+        if siglip is not None and len(inputs.siglip_images) and self.builder.options.trained != "stage 1":
             features = siglip(inputs.siglip_images.to(model.device))
         return UniWorldEncoded(
             hidden_states=list(states),
@@ -155,7 +128,7 @@ class UniWorldTask:
             batch.times[rows].to(device),
             pooled=self.model.clip_embedding([""]).expand(len(rows), -1),
             weights=samples.weights[indices].to(device),
-            guidance=self.batch.options.guidance,
+            guidance=self.builder.options.guidance,
             reference_latents=references,
         )
 
@@ -163,7 +136,7 @@ class UniWorldTask:
     def encode_references(self, inputs: UniWorldInputs) -> Tensor:
         """The latents of the reference images [k, C, h / 8, w / 8], where the denoiser takes them."""
         if self.model.config.reference_latents != "tokens" or not len(inputs.reference_images):
-            return torch.zeros(len(inputs.reference_images), *self.batch.latent_shape)
+            return torch.zeros(len(inputs.reference_images), *inputs.posterior.shape[1:])
         return self.model.auxiliary.required_vae.encode(inputs.reference_images.to(self.model.device))
 
     @torch.no_grad()
@@ -173,31 +146,10 @@ class UniWorldTask:
         device = self.model.device
         return vae.encode(inputs.images.to(device), noise=inputs.posterior.to(device)).float()
 
-    @property
-    def cache_inputs(self) -> Callable[[int], UniWorldInputs]:
-        """The samples of one shard of a cache."""
-        return self.batch.cache_inputs
-
-    def cache_records(self, inputs: UniWorldInputs) -> list[Record]:
-        """Hidden states, features of images, latents of targets and references."""
-        return records_of(self.encode(inputs))
-
-    def use_cache(self, cache: FeatureCache) -> None:
-        """Make batches of the cache's records from now on."""
-        siglip = self.model.auxiliary.siglip
-        if siglip is not None and any(p.requires_grad for p in siglip.parameters()):
-            raise ValueError(
-                "got a cache, and a vision encoder that is trained, which changes the features it would hold: add "
-                "`auxiliary.siglip.` to frozen, or leave `cache` out"
-            )
-        if any(p.requires_grad for p in self.model.mllm.parameters()):
-            raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
-        self.batch = replace(self.batch, cache=cache)
-
     def step_counts(self, batch: UniWorldBatch) -> StepCounts:
         """Tokens of noised latents, of their references and conditions; noised images; FLOPs."""
         samples = batch.samples
-        has_features = self.batch.options.trained != "stage 1" and self.model.auxiliary.siglip is not None
+        has_features = self.builder.options.trained != "stage 1" and self.model.auxiliary.siglip is not None
         rows = condition_rows(samples, has_features=has_features)
         encoding = None
         if isinstance(samples, UniWorldInputs):
@@ -230,6 +182,53 @@ class UniWorldTask:
             latent_size=(height, width), condition_lengths=[rows[i].condition_length(n_patches) for i in indices]
         )
 
+
+class UniWorldTask(UniWorldLossTask):
+    """UniWorld on the shapes world."""
+
+    name = "uniworld"
+    loss_names = IMAGE_KINDS
+
+    def __init__(self, model: UniWorld, batch: UniWorldDataset, vae: Path):
+        self.model = model
+        self.batch = batch
+        self.builder = batch.builder
+        # the folder of the VAE, which is not trained
+        self.vae = vae
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> UniWorldTask:
+        """Build projectors and a denoiser, untrained or trained, around a trained MLLM, SigLIP2 and autoencoder."""
+        options = from_mapping(UniWorldShapesConfig, recipe.options, where="options")
+        torch.manual_seed(recipe.seed)
+        vae = resolve_part(options.vae, "vae")
+        model = init_uniworld(options, recipe.model, vae)
+        prepare_uniworld(model, options)
+        builder = replace(uniworld_builder(model, options), kinds=IMAGE_KINDS, reference_latents=True)
+        dataset = UniWorldDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
+        return cls(model, dataset, vae)
+
+    @property
+    def cache_inputs(self) -> Callable[[int], UniWorldInputs]:
+        """The samples of one shard of a cache."""
+        return self.batch.cache_inputs
+
+    def cache_records(self, inputs: UniWorldInputs) -> list[Record]:
+        """Hidden states, features of images, latents of targets and references."""
+        return records_of(self.encode(inputs))
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Make batches of the cache's records from now on."""
+        siglip = self.model.auxiliary.siglip
+        if siglip is not None and any(p.requires_grad for p in siglip.parameters()):
+            raise ValueError(
+                "got a cache, and a vision encoder that is trained, which changes the features it would hold: add "
+                "`auxiliary.siglip.` to frozen, or leave `cache` out"
+            )
+        if any(p.requires_grad for p in self.model.mllm.parameters()):
+            raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
+        self.batch = replace(self.batch, cache=cache)
+
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""
         return sample_grid(self.model)
@@ -241,8 +240,32 @@ class UniWorldTask:
             copy_file(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
 
 
+def prepare_uniworld(model: UniWorld, options: UniWorldTrainingConfig) -> None:
+    """Freeze what the stage does not train, and compile blocks where the options say so."""
+    freeze_for_stage(model, options.trained, options.frozen)
+    if options.compile:
+        compile_blocks([*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks])
+
+
+def uniworld_builder(model: UniWorld, options: UniWorldTrainingConfig) -> UniWorldSampleBuilder:
+    """Samples of a model's prompts, sizes and latents. Raises ValueError for a model without SigLIP2 or a VAE."""
+    siglip = require_part(model.auxiliary.siglip, "SigLIP2", "the component siglip")
+    return UniWorldSampleBuilder(
+        options=options,
+        processor=model.processor,
+        siglip_transform=siglip.image_processor,
+        reference_latents=model.config.reference_latents == "tokens",
+        image_pixels=model.config.image_pixels,
+        n_ratios=model.config.n_aspect_ratios,
+        latent_channels=model.config.latent_channels,
+        stride=model.auxiliary.required_vae.config.stride,
+    )
+
+
 def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], vae: Path) -> UniWorld:
     """A model of the recipe's `model` around trained parts: its sections generation, hidden, denoiser, vision."""
+    require(sections, "generation.", *([] if options.denoiser else ["denoiser.joint_attention_dim"]))
+    require(sections, *([] if options.siglip else ["vision."]), *(["hidden."] if "hidden" in sections else []))
     mllm = QwenVL.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
     denoiser = (
         FluxTransformer.from_pretrained(resolve_part(options.denoiser, "transformer")) if options.denoiser else None
