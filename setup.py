@@ -17,6 +17,9 @@ LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"]}
 # adapters
 LORA = ["peft>=0.18"]
 
+# judges behind an endpoint, and detectors
+EVAL = ["openai", "transformers"]
+
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -29,11 +32,11 @@ TEST = [
     "ipykernel",
     "matplotlib",
     "diffusers",
-    "transformers",
     "webdataset",
     *LOGGERS["tensorboard"],
     *DATA,
     *LORA,
+    *EVAL,
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -77,6 +80,14 @@ setup(
         "typer",
         "typing_extensions",
     ],
-    extras_require={"data": DATA, "lora": LORA, **LOGGERS, "test": TEST, "docs": DOCS, "all": [*TEST, *DOCS]},
+    extras_require={
+        "data": DATA,
+        "eval": EVAL,
+        "lora": LORA,
+        **LOGGERS,
+        "test": TEST,
+        "docs": DOCS,
+        "all": [*TEST, *DOCS],
+    },
     entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
 )

@@ -27,7 +27,8 @@ OPTIONS = {
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours",
-    "eval": "benchmark model n seed as_json tasks batch device dtype",
+    "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
+    "judge_workers images steps guidance size batch compare device dtype",
     "data": "",
     "releases": "",
 }
@@ -212,10 +213,34 @@ def test_eval_table():
     assert "answer.shape" in shown and not any(task in shown for task in TASKS if task != "answer.shape")
 
 
+def test_eval_keeps_its_outputs_and_compares(tmp_path):
+    out, other = tmp_path / "a", tmp_path / "b"
+    base = ("eval", "shapes", "--tasks", "answer.shape,draw.one", "--n", 2)
+    shown = fine(*base, "--out", out, "--shard", "1/2")
+    assert "2 items of other shards are missing" in shown.stderr and not shown.stdout
+    assert "saved" in fine(*base, "--out", out, "--shard", "2/2").stdout
+    before = (out / "result.json").read_text()
+    # all is there: nothing is generated again
+    assert "draw.one" in fine(*base, "--out", out).stdout and (out / "result.json").read_text() == before
+    assert "another run: seed 1 there, 2 now" in fails(*base, "--seed", 2, "--out", out)
+    fine(*base, "--steps", 1, "--out", other)
+    compared = json.loads(fine("eval", "--compare", out, other, "--json").stdout)
+    assert list(compared) == ["answer.shape", "draw.one", "all"]
+    assert compared["draw.one"]["n"] == 2 and compared["answer.shape"]["difference"] == 0
+    assert "b - a" in fine("eval", "--compare", out, other / "result.json").stdout
+    assert "no result at" in fails("eval", "--compare", out, tmp_path / "c")
+
+
 def test_eval_bad_input():
     assert "unknown benchmark 'shape': expected shapes" in fails("eval", "shape")
     assert "draw.one" in fails("eval", "shapes", "--tasks", "draw.on")
     assert "got n 0" in fails("eval", "shapes", "--n", 0)
+    assert "got no benchmark" in fails("eval")
+    assert "--labels for shapes" in fails("eval", "shapes", "--labels", "corrected")
+    assert "JanusFlow has no think" in fails("eval", "shapes", "--model", "janusflow-nano", "--think")
+    assert "--judge 'oracle'" in fails("eval", "shapes", "--judge", "oracle")
+    assert "--judge vlm for shapes: expected exact" in fails("eval", "shapes", "--judge", "vlm:bagel-nano")
+    assert "no --out" in fails("eval", "shapes", "--shard", "1/2")
 
 
 def test_train(tmp_path):

@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict
 
-import numpy as np
 import pytest
+from helpers.evaluation import SEED, N, Oracle
 from PIL import Image
 
 from unimm.data.shapes import example
@@ -17,39 +17,6 @@ from unimm.evaluation.benchmarks.shapes import (
     noise_seed,
     to_scene_array,
 )
-from unimm.models.base import Generation
-
-N, SEED = 6, 3
-
-
-class Oracle:
-    """Knows the right output of every prompt; spoils those of `wrong` tasks; notes how it was asked."""
-
-    def __init__(self, wrong: tuple[str, ...] = (), side: int = 64):
-        self.wrong, self.side = wrong, side
-        self.known = {}
-        for task in {task.removesuffix(".think") for task in TASKS}:
-            for index in range(N):
-                one = example(task, index, seed=SEED, split="test")
-                self.known[one.prompt, self.key(map(Image.fromarray, one.images))] = one
-        self.calls = []
-
-    @staticmethod
-    def key(images) -> bytes:
-        return b"".join(image.tobytes() for image in images)
-
-    def find(self, prompts, images):
-        return [self.known[prompt, self.key(some)] for prompt, some in zip(prompts, images, strict=True)]
-
-    def generate(self, prompt, *, images, seed, think=False):
-        self.calls.append((tuple(prompt), think, tuple(seed)))
-        found = self.find(prompt, images or [[] for _ in prompt])
-        blank = np.full((64, 64, 3), 128, np.uint8)
-        drawn = [Image.fromarray(blank if one.task in self.wrong else one.target) for one in found]
-        return Generation([image.resize((self.side, self.side), Image.Resampling.NEAREST) for image in drawn])
-
-    def understand(self, images, question):
-        return ["no idea" if one.task in self.wrong else one.answer for one in self.find(question, images)]
 
 
 def test_all_right():

@@ -5,7 +5,7 @@ What is written here is final: a family says what it is by class attributes and 
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -74,6 +74,9 @@ class UnifiedModel(AdaptedModel):
     UNUSED_PARAMETERS: ClassVar[tuple[str, ...]] = ()
     # prefixes of the parameters that stay in float32, as released, whatever dtype is asked for
     KEEP_FLOAT32: ClassVar[tuple[str, ...]] = ("vae.",)
+    # a benchmark's name -> from the config, the options of `generate` that its published scores were generated with,
+    # where they are not the defaults
+    BENCHMARK_OPTIONS: ClassVar[Mapping[str, Callable[[Any], Mapping[str, Any]]]] = {}
 
     tokenizer: TextTokenizer | None
     checkpoint_layout: str = "original"

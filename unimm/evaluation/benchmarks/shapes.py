@@ -5,20 +5,23 @@ from (seed, task, index): a score does not depend on the batch size, but for rou
 """
 
 import difflib
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm import tqdm
 
-from unimm.data.shapes import Example, example, judge
+from unimm.data.shapes import AnswerGoal, Example, Goal, ImageGoal, example, judge
 from unimm.data.shapes.world import IMAGE_SIZE
-from unimm.models.base import Generation, UnifiedModel
+from unimm.evaluation.benchmarks.base import Benchmark
+from unimm.evaluation.generating import BenchmarkModel, ModelOutput, produce
+from unimm.evaluation.items import EvalItem, item_seed, make_batches
+from unimm.evaluation.judges.base import Dialogue, ExactJudge, ItemJudge, JudgeTask, Verdict
+from unimm.evaluation.scores import wilson_interval
+from unimm.models.base import UnifiedModel
 
 THINK_SUFFIX = ".think"
 REASONING_TASKS = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
@@ -30,15 +33,6 @@ TASKS = (
     *REASONING_TASKS,
     *(task + THINK_SUFFIX for task in REASONING_TASKS),
 )
-ImageLists = list[list[Image.Image]]
-
-
-class BenchmarkModel(Protocol):
-    """The verbs that are scored, in batches."""
-
-    def generate(self, prompt: Sequence[str], *, images: ImageLists | None, seed: Sequence[int]) -> Generation: ...
-
-    def understand(self, images: ImageLists, question: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +47,8 @@ class BenchmarkScore:
     @classmethod
     def from_counts(cls, right: int, n: int) -> "BenchmarkScore":
         """The score of so many right examples of n."""
-        interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
-        return cls(accuracy=right / n, n=n, low=float(interval.low), high=float(interval.high))
+        low, high = wilson_interval(right / n, n)
+        return cls(accuracy=right / n, n=n, low=low, high=high)
 
 
 def evaluate(
@@ -80,18 +74,54 @@ def evaluate(
         for task in tasks:
             bar.set_description(task)
             n_right = 0
-            for start in range(0, n, batch_size):
-                indices = range(start, min(start + batch_size, n))
-                results = list(score_batch(model, task, indices, seed=seed, split=split))
+            for batch in make_batches(task_items(task, n, seed=seed, split=split), batch_size):
+                results = [is_right(item, output) for item, output in zip(batch, produce(model, batch), strict=True)]
                 n_right += sum(results)
                 bar.update(len(results))
             scores[task] = BenchmarkScore.from_counts(n_right, n)
     return scores
 
 
+class ShapesBenchmark(Benchmark):
+    """The benchmark as `unimm eval` runs it."""
+
+    NAME = "shapes"
+    TAKES = ("n", "tasks")
+    JUDGES = ("exact",)
+    BATCH = 50
+
+    @property
+    def source(self) -> str:
+        return "generated"
+
+    def items(self) -> list[EvalItem]:
+        """n items (500 unless given) of each task, of those that the model can do unless some are named."""
+        options = self.options
+        tasks = check_tasks(tasks_of(thinks=options.supports_thinking) if options.tasks is None else options.tasks)
+        n = 500 if options.n is None else options.n
+        return [item for task in tasks for item in task_items(task, n, seed=options.seed, split="test")]
+
+    def exact_judge(self) -> ItemJudge:
+        """The scene is parsed from the image; an answer is compared."""
+        return ExactJudge(judge_example, "unimm.data.shapes.judge")
+
+    def dialogue(self, task: JudgeTask) -> Dialogue:
+        """No reader judges it: it is exact."""
+        raise NotImplementedError(f"no reader judges {self.NAME}")
+
+    def protocol(self) -> dict[str, Any]:
+        """See `dialogue`."""
+        raise NotImplementedError(f"no reader judges {self.NAME}")
+
+
 def supported_tasks(model: UnifiedModel) -> tuple[str, ...]:
     """The tasks that a model's verbs can do: without think mode, those after reasoning are left out."""
-    return tuple(task for task in TASKS if model.supports_thinking or not task.endswith(THINK_SUFFIX))
+    return tasks_of(thinks=model.supports_thinking)
+
+
+def tasks_of(*, thinks: bool) -> tuple[str, ...]:
+    """The tasks of a model that can think, or cannot."""
+    return tuple(task for task in TASKS if thinks or not task.endswith(THINK_SUFFIX))
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -107,20 +137,46 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks))
 
 
-def score_batch(model: BenchmarkModel, task: str, indices: Sequence[int], *, seed: int, split: str) -> Iterator[bool]:
-    """Whether the model is right, for each example of one batch."""
+def task_items(task: str, n: int, *, seed: int, split: str) -> list[EvalItem]:
+    """The first n items of a task; the noise of an image is the same with and without reasoning."""
     name = task.removesuffix(THINK_SUFFIX)
-    examples = [example(name, index, seed=seed, split=split) for index in indices]
-    prompts = [one.prompt for one in examples]
-    images = [input_images(one) for one in examples]
-    if examples[0].answer is not None:
-        yield from map(judge, examples, model.understand(images, prompts))
-        return
-    # only families that support it have the parameter
-    options: dict[str, Any] = {"think": True} if task.endswith(THINK_SUFFIX) else {}
-    seeds = [noise_seed(seed, name, index) for index in indices]
-    generated = model.generate(prompts, images=images if any(images) else None, seed=seeds, **options)
-    yield from (judge(one, to_scene_array(image)) for one, image in zip(examples, generated.images, strict=True))
+    return [
+        EvalItem(
+            id=f"{task}/{index}",
+            group=task,
+            prompt=one.prompt,
+            seed=noise_seed(seed, name, index),
+            images=tuple(input_images(one)),
+            think=task.endswith(THINK_SUFFIX),
+            output="image" if one.answer is None else "text",
+            answer=describe_goal(one.goal),
+            payload=one,
+        )
+        for index in range(n)
+        for one in [example(name, index, seed=seed, split=split)]
+    ]
+
+
+def describe_goal(goal: Goal) -> str:
+    """A goal in words, for manifests."""
+    if not isinstance(goal, ImageGoal):
+        return goal.text if isinstance(goal, AnswerGoal) else ", ".join(goal.phrases)
+    objects = [
+        " ".join(str(part) for part in (want.size, want.colour, want.shape, want.place, want.position) if part)
+        for want in goal.wants
+    ]
+    return "; ".join([*objects, *(f"{a} {relation} {b}" for a, relation, b in goal.relations)])
+
+
+def is_right(item: EvalItem, output: ModelOutput) -> bool:
+    """Whether an output is that of its item's example."""
+    return judge(item.payload, output.text if output.image is None else to_scene_array(output.image))
+
+
+def judge_example(task: JudgeTask) -> Verdict:
+    """The verdict on an output that is kept."""
+    image = None if task.image_path is None else task.load_image()
+    return Verdict(score=float(is_right(task.item, ModelOutput(image=image, text=task.text))))
 
 
 def input_images(one: Example) -> list[Image.Image]:
@@ -137,5 +193,4 @@ def to_scene_array(image: Image.Image) -> NDArray[np.uint8]:
 
 def noise_seed(seed: int, task: str, index: int) -> int:
     """The seed of an image's noise, 0 to 2^63 - 1; the same with and without reasoning."""
-    digest = hashlib.sha256(f"noise/{seed}/{task}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return item_seed(seed, "noise", f"{task}/{index}")

@@ -22,6 +22,7 @@ from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_flag
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
+from unimm.models.bagel.benchmarks import BENCHMARK_OPTIONS
 from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
@@ -50,6 +51,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     LORA_TARGETS = LORA_TARGETS
     FILES = FILES
     KEY_PREFIX = "bagel."
+    BENCHMARK_OPTIONS = BENCHMARK_OPTIONS
     supports_thinking = True
 
     def __init__(self, config: BagelConfig):

@@ -113,7 +113,7 @@ class MetaQueryConfig:
     # of input images, in place of the limits in the MLLM's own config
     min_pixels: PositiveInt = 256 * 28 * 28
     max_pixels: PositiveInt = 1280 * 28 * 28
-    # those of the released demo; the original's evaluation takes a guidance of 7.5
+    # those of the released demo
     steps: PositiveInt = 30
     guidance: float = 4.5
     image_guidance: float = 1.5

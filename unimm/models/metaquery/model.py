@@ -36,6 +36,7 @@ from unimm.generation.prefill import plan_prefill
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
 from unimm.models.metaquery import FILES, RELEASES
+from unimm.models.metaquery.benchmarks import BENCHMARK_OPTIONS
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
@@ -67,6 +68,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     LORA_TARGETS = LORA_TARGETS
     FILES = FILES
     COMPONENTS = ("mllm",)
+    BENCHMARK_OPTIONS = BENCHMARK_OPTIONS
 
     def __init__(self, config: MetaQueryConfig):
         super().__init__(config)

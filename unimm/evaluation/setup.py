@@ -1,0 +1,104 @@
+"""From what a user names, as on the command line, to a benchmark, a judge and a model."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from unimm.checkpoint import hub
+from unimm.checkpoint.json_files import read_json
+from unimm.evaluation.benchmarks.base import Benchmark
+from unimm.evaluation.generating import BenchmarkModel, describe_weights
+from unimm.evaluation.judges.base import ItemJudge
+from unimm.evaluation.judges.readers import ModelReader, ReaderJudge, UnderstandingModel, parse_judge
+from unimm.evaluation.registry import BENCHMARKS
+from unimm.evaluation.run import ModelSource
+from unimm.models.base import UnifiedModel
+from unimm.models.registry import detect_family, family_class, load, releases
+
+# vision-language models by their model_type: they read, and generate nothing
+READERS = {
+    "qwen2_5_vl": "unimm.vlms.qwen2_5_vl.model:QwenVL",
+    "llava_onevision": "unimm.vlms.llava_onevision.model:LlavaOneVision",
+}
+
+
+def find_benchmark(name: str) -> type[Benchmark]:
+    """The class of a benchmark. Raises ValueError for an unknown name, with the nearest."""
+    if name not in BENCHMARKS:
+        nearest = difflib.get_close_matches(name, BENCHMARKS, n=1) or list(BENCHMARKS)
+        raise ValueError(f"unknown benchmark {name!r}: expected {', '.join(nearest)}")
+    module, _, attribute = BENCHMARKS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def find_family(name: str) -> type[UnifiedModel]:
+    """The class of the model of that name, whose files are fetched where it lies on the hub."""
+    return family_class(hub.resolve(name, known_names=tuple(row.name for row in releases())))
+
+
+def model_source(
+    name: str, benchmark: str, *, device: str, dtype: str, options: Mapping[str, Any] | None = None
+) -> ModelSource:
+    """The model of that name, with the options that the benchmark's published scores were generated with, unless others
+    are given.
+
+    options: of `generate`.
+    """
+
+    def published(model: BenchmarkModel) -> Mapping[str, Any]:
+        if not isinstance(model, UnifiedModel):
+            return {}
+        of_family = model.BENCHMARK_OPTIONS.get(benchmark)
+        return of_family(getattr(model, "config")) if of_family else {}  # noqa: B009
+
+    return ModelSource(
+        name=name,
+        load=lambda: load(name, device=device, dtype=dtype),
+        dtype=dtype,
+        options=options or {},
+        options_for=published,
+    )
+
+
+def judge_maker(
+    name: str,
+    benchmark: Benchmark,
+    *,
+    device: str,
+    dtype: str,
+    judge_model: str | None = None,
+    workers: int | None = None,
+) -> Callable[[], ItemJudge]:
+    """A function that makes a judge; what can be wrong of it is found now, before hours of generation.
+
+    A reader in process is only loaded once it is needed, when the model that it judges is gone. judge_model, workers:
+    of an endpoint. name: as `parse_judge` reads it.
+    """
+    spec = parse_judge(name)
+    benchmark.check_judge(spec)
+    if spec.kind not in ("vlm", "openai"):
+        judge = benchmark.exact_judge()
+        return lambda: judge
+    protocol = benchmark.protocol()
+    if spec.kind == "openai":
+        from unimm.evaluation.judges.openai_endpoint import WORKERS, OpenAIReader
+
+        reader = OpenAIReader(spec.where, model=judge_model, workers=workers or WORKERS)
+        ready = ReaderJudge(reader, benchmark.dialogue, protocol=protocol)
+        return lambda: ready
+    return lambda: ReaderJudge(
+        load_reader(spec.where, device=device, dtype=dtype), benchmark.dialogue, protocol=protocol
+    )
+
+
+def load_reader(name: str, *, device: str, dtype: str) -> ModelReader:
+    """A model of this library to ask: a unified one, or a vision-language model."""
+    folder = hub.resolve(name, known_names=tuple(row.name for row in releases()))
+    model: UnderstandingModel
+    if detect_family(folder) is None and (kind := read_json(folder / "config.json").get("model_type")) in READERS:
+        module, _, attribute = READERS[kind].partition(":")
+        model = getattr(import_module(module), attribute).from_pretrained(name, device=device, dtype=dtype)
+    else:
+        model = load(name, device=device, dtype=dtype)
+    return ModelReader(model, name, weights=describe_weights(model))
