@@ -90,6 +90,18 @@ class CacheConfig(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig(RecipeSection):
+    """A recipe's `validation` on a held-out part (unimm.training.validation)."""
+
+    # steps between two validations; there is one at the end, too
+    every: AtLeastOne
+    # batches of the recipe's size, the same every time
+    batches: AtLeastOne
+    # which weights are validated: the averaged ones, which a release holds, or those that are trained
+    weights: Literal["average", "current"] = "average"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RecipeSection):
     """Numbers of one run; a recipe gives all of them, but for `options` and `model`, which the task reads."""
 
@@ -125,6 +137,8 @@ class TrainConfig(RecipeSection):
     no_weight_decay: tuple[str, ...] = ()
     # the device's FLOPs a second in the run's precision, in 10^12, for MFU; null: a product of matrices is timed
     peak_tflops: Positive | None = None
+    # losses on a held-out part, now and then; null for none
+    validation: ValidationConfig | None = None
     # where numbers and samples are shown beside log.jsonl (unimm.training.loggers)
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     # batches whose gradients are added up, each loss by its count, before a step

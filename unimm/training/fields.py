@@ -21,6 +21,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 # the upper half of a generator's 63 bits; the step is the lower one
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def held_out_seed(seed: int) -> int:
+    """The seed of the batches that a run is validated on: one that no recipe can train on."""
+    return 2**31 + seed
+
+
 # what the width of an autoencoder's levels is multiplied by
 Multipliers = Annotated[tuple[AtLeastOne, ...], Field(min_length=1)]
 # floating types that weights are released in

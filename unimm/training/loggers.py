@@ -132,5 +132,5 @@ def flat_numbers(report: Mapping[str, Any], prefix: Sequence[str] = ()) -> Itera
     for name, value in report.items():
         if isinstance(value, Mapping):
             yield from flat_numbers(value, (*prefix, name))
-        else:
+        elif not isinstance(value, str):
             yield "/".join((*prefix, name)), value

@@ -38,10 +38,14 @@ def _is_whole(line: str) -> bool:
         return False
 
 
+def format_losses(losses: Mapping[str, float]) -> str:
+    """Losses by name."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+
+
 def format_report(report: Mapping[str, Any]) -> str:
     """A line of the log for people: losses, the gradient's norm, rates, the part of the device's peak, memory."""
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in report["losses"].items())
-    parts = [losses, f"norm {report['grad_norm']:.2f}", f"{report['samples_per_s']:.0f}/s"]
+    parts = [format_losses(report["losses"]), f"norm {report['grad_norm']:.2f}", f"{report['samples_per_s']:.0f}/s"]
     if "mfu" in report:
         parts.append(f"{report['tokens_per_s']:.0f} tokens/s  {report['images_per_s']:.1f} images/s")
         parts.append(f"{report['tflops']:.3g} TFLOP/s  MFU {report['mfu']:.1%}")

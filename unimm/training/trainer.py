@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ from unimm.training.checkpoints import (
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
 from unimm.training.loggers import RunLog
-from unimm.training.logging import format_report
+from unimm.training.logging import format_losses, format_report
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
 from unimm.training.tasks.base import TrainingTask
 from unimm.training.throughput import TERA, Throughput
+from unimm.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def train(
     if resume and trainer.step >= recipe.steps:  # the run may have been killed between its checkpoint and its release
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    validation = None if recipe.validation is None else Validation(task, recipe)
     logs = closing(RunLog(out, recipe, after=trainer.step))
     n = recipe.gradient_accumulation
     source = trainer.use_source(StepBatches(task.batch))
@@ -97,6 +99,8 @@ def train(
                 bar.set_postfix_str(format_report(report))
                 logger.info("step %d of %d  %s", trainer.step, recipe.steps, format_report(report))
             with trainer.untimed():
+                if validation is not None and validation.due(trainer.step):
+                    trainer.validate(validation, log, workers=workers)
                 if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
                     image = trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
                     log.write_image(trainer.step, image)
@@ -300,6 +304,15 @@ class Trainer:
         yield
         then, step = self.since
         self.since = (then + time.monotonic() - start, step)
+
+    def validate(self, validation: Validation, log: RunLog, *, workers: int) -> None:
+        """Log the losses on the held-out batches, by the averaged weights or the current ones."""
+        self.model.eval()
+        averaged = self.ema.swap_in() if validation.config.weights == "average" else nullcontext()
+        with averaged:
+            found = validation.run(self.device, workers=workers)
+        log.write({"step": self.step, "validation": found})
+        logger.info("step %d of %d  validation: %s", self.step, self.recipe.steps, format_losses(found["losses"]))
 
     @torch.no_grad()
     def sample(self, path: Path) -> Image.Image:

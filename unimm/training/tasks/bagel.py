@@ -37,7 +37,7 @@ from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
-from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
+from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_experts, init_decoder, load_trained, train_tokenizer, trained_file
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
@@ -300,6 +300,11 @@ class BagelTask:
         n_seen = 0 if pack.und_images is None else len(pack.und_images.lengths)
         flops = bagel_flops(self.model, pack, sizes).total
         return StepCounts(tokens=len(pack.layout.position_ids), images=len(sizes) + n_seen, flops=flops)
+
+    @property
+    def held_out_batch(self) -> BagelDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

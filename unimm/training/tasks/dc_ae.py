@@ -28,7 +28,16 @@ from unimm.tokenizers.dc_ae import (
 )
 from unimm.tokenizers.flops import dc_ae_decode_flops, dc_ae_encode_flops
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
-from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, NotNegative, WorldImageSize, grid_side
+from unimm.training.fields import (
+    AtLeastOne,
+    Dtype,
+    Fraction,
+    ImageTasks,
+    NotNegative,
+    WorldImageSize,
+    grid_side,
+    held_out_seed,
+)
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 from unimm.training.throughput import StepCounts
@@ -159,6 +168,11 @@ class DCAETask:
     def reconstruct(self, image: Tensor) -> Tensor:
         """image [B, 3, h, w] -> its reconstruction, through latents without noise."""
         return self.model.decode(self.model.encode(image.to(self.device)))
+
+    @property
+    def held_out_batch(self) -> DCAEDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Rows of eight: test scenes, their reconstructions, augmented train scenes, theirs."""

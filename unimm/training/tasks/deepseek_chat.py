@@ -29,7 +29,7 @@ from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import ImagePart, Part
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
-from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, known_tasks
+from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder
 
@@ -182,6 +182,11 @@ class DeepseekChatTask(ABC):
                 "`vision.` to frozen, or leave `cache` out"
             )
         self.batch = replace(self.batch, cache=cache)
+
+    @property
+    def held_out_batch(self) -> DeepseekChatDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed), cache=None)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -20,7 +20,7 @@ from unimm.nn.flops import StepFlops
 from unimm.tokenizers.flops import kl_decode_flops, kl_encode_flops
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
-from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, WorldImageSize, grid_side
+from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, WorldImageSize, grid_side, held_out_seed
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 from unimm.training.throughput import StepCounts
@@ -140,6 +140,11 @@ class KLTask:
         latents = kl_encode_flops(count, self.model, n_images, (height, width))
         kl_decode_flops(count, self.model, n_images, (height, width), carries=latents)
         return StepCounts(tokens=batch.noise[:, 0].numel(), images=n_images, flops=count.total)
+
+    @property
+    def held_out_batch(self) -> KLDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions."""

@@ -32,7 +32,16 @@ from unimm.sequence.parts import Part
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
-from unimm.training.fields import IMAGE_TASKS, AtLeastOne, Dtype, Fraction, OptionalTaskWeights, Positive, known_tasks
+from unimm.training.fields import (
+    IMAGE_TASKS,
+    AtLeastOne,
+    Dtype,
+    Fraction,
+    OptionalTaskWeights,
+    Positive,
+    held_out_seed,
+    known_tasks,
+)
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, compile_experts, resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
@@ -276,6 +285,14 @@ class MetaQueryTask:
         if any(p.requires_grad for p in self.model.mllm.parameters()):
             raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
         self.batch = replace(self.batch, cache=cache)
+
+    @property
+    def held_out_batch(self) -> MetaQueryDataset:
+        """Batches of scenes that no run trains on. Raises ValueError for a list of files, of which none is held out."""
+        if not isinstance(self.batch.pairs, ShapesPairs):
+            raise ValueError("got validation and data in options, a list of files of which none is held out")
+        seed = held_out_seed(self.batch.seed)
+        return replace(self.batch, seed=seed, pairs=replace(self.batch.pairs, seed=seed), cache=None)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

@@ -34,7 +34,7 @@ from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
-from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights
+from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights, held_out_seed
 from unimm.training.init import compile_experts, init_decoder, train_tokenizer
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
@@ -286,6 +286,12 @@ class QwenVLTask:
             answers = mllm.chat(conversations, text_sampling=TextSampling(max_tokens=MAX_ANSWER_TOKENS))
             accuracy[task] = sum(judge(one, answer) for one, answer in zip(examples, answers, strict=True)) / n
         return accuracy
+
+    @property
+    def held_out_batch(self) -> QwenVLDataset:
+        """Batches of words about scenes that no run trains on."""
+        options = replace(self.batch.options, vision_steps=0)
+        return replace(self.batch, options=options, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """A bar for each scored task, as long as its accuracy: this model generates no images."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from unimm.encoders.timm_vit import TimmEncoderConfig, TimmVisionEncoder
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.tokenizers.semantic_vq import SemanticBranchConfig, SemanticVQ
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
+from unimm.training.fields import held_out_seed
 from unimm.training.init import load_trained
 from unimm.training.losses import LossSum
 from unimm.training.tasks.vq import (
@@ -174,6 +175,11 @@ class SemanticVQTask:
         self.teacher.to(image.device)
         features = F.interpolate(self.teacher(image).float(), grid, mode="nearest")
         return rearrange(features, "B F h w -> B (h w) F")
+
+    @property
+    def held_out_batch(self) -> VQDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Test scenes and augmented train scenes, each above their reconstructions."""

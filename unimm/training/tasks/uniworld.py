@@ -29,6 +29,7 @@ from unimm.models.uniworld.network import image_end_rows
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
+from unimm.training.fields import held_out_seed
 from unimm.training.freezing import freeze
 from unimm.training.init import compile_blocks, init_siglip, resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
@@ -228,6 +229,11 @@ class UniWorldTask(UniWorldLossTask):
         if any(p.requires_grad for p in self.model.mllm.parameters()):
             raise ValueError("got a cache, and an adapter of the MLLM, which changes what it would hold: leave one out")
         self.batch = replace(self.batch, cache=cache)
+
+    @property
+    def held_out_batch(self) -> UniWorldDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed), cache=None)
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""

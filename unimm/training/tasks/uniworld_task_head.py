@@ -26,7 +26,7 @@ from unimm.models.uniworld.processor import UniWorldProcessor
 from unimm.nn.layers import MLP
 from unimm.sequence.parts import Part
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
-from unimm.training.fields import AtLeastOne, TaskWeights, known_tasks
+from unimm.training.fields import AtLeastOne, TaskWeights, held_out_seed, known_tasks
 from unimm.training.losses import LossSum
 from unimm.training.samples import sample_grid
 
@@ -119,6 +119,11 @@ class TaskHeadTask:
     def loss_counts(self, batch: TaskHeadBatch) -> dict[str, int]:
         """The number of requests."""
         return {"cross_entropy": len(batch.targets)}
+
+    @property
+    def held_out_batch(self) -> TaskHeadDataset:
+        """Batches of requests that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Images of test prompts, which training does not change."""

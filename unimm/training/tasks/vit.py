@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from unimm.encoders.siglip import SiglipConfig, SiglipNaViT, navit_config_from_j
 from unimm.nn.flops import StepFlops
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, name_source
-from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_world_image_size, grid_side
+from unimm.training.fields import Fraction, ImageTasks, NotNegative, check_world_image_size, grid_side, held_out_seed
 from unimm.training.losses import LossSum
 from unimm.training.throughput import StepCounts
 
@@ -199,6 +199,11 @@ class ViTTask:
             logits = self.model(batch.patches.to(device), self.side)
         is_right = torch.stack([one.argmax(-1) for one in logits], -1) == batch.targets.to(device)
         return rearrange(is_right, "(b n) k -> b (n k)", n=self.side**2).all(-1).float().mean().item()
+
+    @property
+    def held_out_batch(self) -> ViTDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """A bar as long as the accuracy: this model generates no images."""

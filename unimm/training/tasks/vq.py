@@ -24,7 +24,16 @@ from unimm.nn.flops import StepFlops
 from unimm.tokenizers.flops import vq_decode_flops, vq_encode_flops
 from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
-from unimm.training.fields import AtLeastOne, Dtype, Fraction, ImageTasks, Multipliers, NoneOrMore, Positive
+from unimm.training.fields import (
+    AtLeastOne,
+    Dtype,
+    Fraction,
+    ImageTasks,
+    Multipliers,
+    NoneOrMore,
+    Positive,
+    held_out_seed,
+)
 from unimm.training.freezing import freeze
 from unimm.training.init import load_trained, trained_file
 from unimm.training.losses import LossSum
@@ -290,6 +299,11 @@ class VQTask:
             count.matrix(self.model.quantize.embedding.weight, n_codes, z)
         vq_decode_flops(count, self.model, n_images, (height, width), carries=z)
         return StepCounts(tokens=n_codes, images=n_images, flops=count.total)
+
+    @property
+    def held_out_batch(self) -> VQDataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image:
         """Eight test scenes above their reconstructions, and eight augmented train scenes above theirs."""
