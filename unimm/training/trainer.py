@@ -41,6 +41,7 @@ from unimm.training.checkpoints import (
 )
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
+from unimm.training.failures import explain_failures
 from unimm.training.loggers import RunLog
 from unimm.training.logging import format_losses, format_report
 from unimm.training.losses import LossSum
@@ -88,7 +89,7 @@ def train(
     batches = closing(source.iterate(trainer.step * n, recipe.steps * n, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
     trainer.start_clock()
-    with StopSignal() as stop, logs as log, batches as made, bars as bar:
+    with explain_failures(out), StopSignal() as stop, logs as log, batches as made, bars as bar:
         for group in group_batches(made, n):
             trainer.update(*group)
             bar.update()
