@@ -63,6 +63,7 @@ def test_every_recipe_is_read():
     names = {path.stem: read_recipe(path).task for path in RECIPES.glob("*.yaml")}
     assert names == {
         "bagel-nano": "bagel",
+        "bagel-nano-finetune": "bagel",
         "bagel-nano-vae": "kl_vae",
         "bagel-nano-vit": "vit",
         "janus-nano": "janus",

@@ -566,7 +566,7 @@ def test_numbers_as_yaml_writes_them(tmp_path):
         ({"betas": [0.9]}, "for betas in here, expected tuple"),
         ({"betas": [0.9, 1.0]}, r"got 1.0 for betas\[1\] in here, expected less than 1"),
         ({"schedule": "linear"}, "got 'linear' for schedule in here, expected one of \\['constant', 'cosine'\\]"),
-        ({"loss_weights": {"near": "much"}}, "got 'much' for near of loss_weights in here, expected float"),
+        ({"loss_weights": {"near": "much"}}, "got 'much' for loss_weights.near in here, expected float"),
         ({"loss_weights": [1]}, "for loss_weights in here, expected .*Mapping"),
         ({"ema_decay": 1.5}, "got 1.5 for ema_decay in here, expected at most 1"),
     ],

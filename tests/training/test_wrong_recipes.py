@@ -185,7 +185,7 @@ def test_weights_of_losses(weights):
         ("bagel-nano-vit", "model", {"patch_size": 7}, "got patch_size 7.*divisor of the images' 64"),
         ("bagel-nano-vit", "model", {"train_image_size": 0}, "train_image_size.*got 0, expected 64"),
         ("bagel-nano-vit", "model", {"image_size": 32}, "got image_size 32.*64"),
-        ("bagel-nano", "options", {"dropout": {"text": 2.0}}, "got 2.0 for text of dropout in options"),
+        ("bagel-nano", "options", {"dropout": {"text": 2.0}}, "got 2.0 for dropout.text in options"),
         ("bagel-nano", "model", {"llm": 5}, "got 5 for llm in model of the recipe, expected a mapping"),
         ("bagel-nano", "model", {"config": {"generation": {}}}, "lacks config.generation.think_draw, config.gen"),
         ("janus-nano", "model", {"language": {}}, "model of the recipe lacks language.hidden_size"),

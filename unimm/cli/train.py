@@ -24,23 +24,30 @@ def train_command(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that make batches ahead.")] = 1,
     hours: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value over the recipe's: steps=100, data.groups.t2i.paths=[FOLDER]."),
+    ] = None,
 ) -> None:
     """Train a model by a recipe, on one device."""
     from unimm import training
     from unimm.checkpoint.devices import parse_device
     from unimm.training.config import name_source, read_recipe
+    from unimm.training.record_batches import open_groups
     from unimm.training.tasks.base import build_task
     from unimm.training.trainer import check_run, train
 
     ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else ours
-    config = read_recipe(path)
+    config = read_recipe(path, settings=set_ or ())
     found = parse_device(device)  # before anything is built
     check_run(out, resume=resume, init=init, workers=workers, hours=hours)
     with log_to_stderr("unimm"):
         with name_source(str(path)):
+            # first: a large model is built for minutes
+            groups = None if config.data is None else open_groups(config.data)
             task = build_task(config)
-        train(task, config, out, device=found, resume=resume, init=init, workers=workers, hours=hours)
+        train(task, config, out, device=found, resume=resume, init=init, workers=workers, hours=hours, groups=groups)
 
 
 @contextmanager

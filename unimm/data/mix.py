@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from unimm.data.order import RowOrder, check_shard
+from unimm.data.order import RowOrder, RowPlace, check_shard
 from unimm.data.records import BrokenRow, Record, apply_to_record
 from unimm.data.sources.base import DataSource
 from unimm.generation.numbers import parse_float, parse_int
@@ -63,9 +63,11 @@ class MixState:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(Generic[T]):
-    """What one row of a group became, or why it is broken."""
+    """What one row of a group became, or why it is broken; its epoch and its number, by which it is read again."""
 
     group: str
+    epoch: int
+    row: int
     item: T | BrokenRow
 
 
@@ -156,9 +158,15 @@ class MixStream(Generic[T]):
 
     def draw(self, group: str) -> Drawn[T]:
         """What the group's next row became; it moves on by one row, broken or not."""
-        item = self._readers[group].read(self.rows[group])
+        drawn = self._readers[group].read(self.rows[group])
         self.rows[group] += 1
-        return Drawn(group=group, item=item)
+        return drawn
+
+    def draw_again(self, group: str, epoch: int, row: int) -> Drawn[T]:
+        """What was drawn before, by this shard or another; it moves nothing. Raises ValueError for no row of the mix."""
+        if group not in self._readers:
+            raise ValueError(f"got a row of the group {group}: expected one of {', '.join(self.mix.groups)}")
+        return self._readers[group].read_at(RowPlace(epoch, row, row + 1))
 
     def batch(self, step: int, size: int) -> DrawnBatch[T]:
         """The samples of a step, of as many at every step: one of each mandatory group, then others by weight.
@@ -185,7 +193,7 @@ class MixStream(Generic[T]):
         """What the first whole row from `count` on became; the broken ones before it are added to the list."""
         reader = self._readers[name]
         for n in range(count, count + reader.n_rows):
-            item = reader.read(n)
+            item = reader.read(n).item
             if not isinstance(item, BrokenRow):
                 return item
             broken.append(item)
@@ -213,14 +221,21 @@ class _GroupReader(Generic[T]):
         self.order = RowOrder(self.joined.chunk_ends, seed=f"{mix.seed}/{group.name}", shard=shard, past=past)
         self._open: tuple[int, int, Iterator[Record | BrokenRow]] | None = None  # next row, stop, rows
 
-    def read(self, count: int) -> T | BrokenRow:
+    def read(self, count: int) -> Drawn[T]:
         """What the shard's row of this number became."""
-        place = self.order.place(count)
+        return self.read_at(self.order.place(count))
+
+    def read_at(self, place: RowPlace) -> Drawn[T]:
+        """What the row of a place became. Raises ValueError for a row that the group does not have."""
+        if not 0 <= place.row < self.n_rows:
+            raise ValueError(
+                f"got row {place.row} of the group {self.group.name}, which has {self.n_rows}: its datasets have changed"
+            )
         row = self._row(place.row, place.stop)
-        if isinstance(row, BrokenRow):
-            return row
         rng = random.Random(f"{self.mix.seed}/{self.group.name}/{place.epoch}/{place.row}")
-        return apply_to_record(row, lambda record: self.mix.prepare(record, rng))
+        item: T | BrokenRow
+        item = row if isinstance(row, BrokenRow) else apply_to_record(row, lambda one: self.mix.prepare(one, rng))
+        return Drawn(group=self.group.name, epoch=place.epoch, row=place.row, item=item)
 
     def _row(self, number: int, stop: int) -> Record | BrokenRow:
         at, end, rows = self._open or (0, -1, iter(()))

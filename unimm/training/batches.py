@@ -34,6 +34,10 @@ class BatchSource(Protocol):
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where the ranks of another run stood: their states, in order, as many as it had ranks."""
 
+    def figures(self) -> dict[str, int]:
+        """What the batches since the last call held, for the log; may be added up over ranks. None for batches of a
+        known size."""
+
 
 class StepBatches:
     """Batches that are a pure function of their number: batch m of rank r has the number m * world_size + r."""
@@ -63,6 +67,10 @@ class StepBatches:
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on after these, on any number of ranks."""
         self.n_consumed = states[0]["n_consumed"]
+
+    def figures(self) -> dict[str, int]:
+        """None: each batch holds what the recipe says."""
+        return {}
 
 
 def group_batches(batches: Iterable[Item], size: int) -> Iterator[list[Item]]:

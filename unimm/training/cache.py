@@ -28,7 +28,7 @@ from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.save import own_name, save_safetensors
 from unimm.training.batches import iterate_batches
 from unimm.training.config import TrainConfig
-from unimm.training.tasks.base import TrainingTask
+from unimm.training.tasks.base import StepTask, TrainingTask
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ Record = dict[str, Tensor]
 
 
 @runtime_checkable
-class CachingTask(TrainingTask, Protocol):
+class CachingTask(StepTask, Protocol):
     """A task that can train on records of what its frozen parts compute."""
 
     # inputs of the records of one shard, a pure function of the shard's number, made by worker processes

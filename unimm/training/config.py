@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from unimm.training.data_config import DataConfig, PackingConfig
 from unimm.training.fields import (
     AtLeastOne,
     Decay,
@@ -24,57 +24,11 @@ from unimm.training.fields import (
     NoneOrMore,
     NotNegative,
     Positive,
+    RecipeSection,
     Seed,
 )
-
-# keys of recipes of earlier versions -> what they are called now, where a class has a field of that name
-RENAMED_KEYS: Mapping[str, tuple[str, ...]] = {
-    # of TrainConfig
-    "objective": ("task",),
-    "batch": ("batch_size",),
-    "warmup": ("warmup_steps",),
-    "final": ("min_lr_ratio",),
-    "clip": ("max_grad_norm",),
-    "average": ("ema_decay",),
-    "undecayed": ("no_weight_decay",),
-    # of the tasks' options and of their sections of `model`
-    "begun": ("append_vision_start",),
-    "captions": ("text_encoders",),
-    "compiled": ("compile",),
-    "draw": ("vae",),
-    "free": ("unquantized_steps",),
-    "hidden": ("hidden_dim",),
-    "judged": ("scored_scenes", "scored_examples"),
-    "looked": ("vision_batch_size",),
-    "look": ("vit",),
-    "looks": ("vision",),
-    "measured": ("measured_scenes",),
-    "nameless_colours": ("novel_colours",),
-    "nameless_shapes": ("novel_shapes",),
-    "noise": ("latent_noise",),
-    "painter": ("denoiser",),
-    "plan": ("plan_system_prompt",),
-    "planned": ("planned_characters",),
-    "reader": ("mllm",),
-    "reader_dtype": ("mllm_dtype",),
-    "revived": ("revive_fraction",),
-    "shift": ("timestep_shift",),
-    "side": ("image_size",),
-    "sighted": ("vision_steps",),
-    "start": ("init_from",),
-    "targets": ("timesteps_per_image",),
-    "thinks": ("think_prob",),
-    "vocabulary": ("vocab_size",),
-    "weights": ("edit_weights",),
-}
-
-
-class RecipeSection:
-    """A part of a recipe: subclasses are dataclasses that `from_mapping` reads."""
-
-    # no string for a number, no 1.0 or true for 1, no infinities
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-
+from unimm.training.overrides import apply_overrides
+from unimm.training.recipe_keys import RecipeLoader, suggestion
 
 Section = TypeVar("Section", bound=RecipeSection)
 
@@ -145,6 +99,18 @@ class TrainConfig(RecipeSection):
     gradient_accumulation: AtLeastOne = 1
     # samples whose frozen parts' results are computed once; null where every step makes new samples
     cache: CacheConfig | None = None
+    # one's own datasets in place of the toy world
+    data: DataConfig | None = None
+    # a batch is a pack of about so many tokens, in place of batch_size samples
+    packing: PackingConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.packing is None:
+            return
+        if self.data is None:
+            raise ValueError("got packing without data: expected both; the toy world has batches of batch_size samples")
+        if self.batch_size != 1:
+            raise ValueError(f"got batch_size {self.batch_size} and packing: expected 1, since a batch is one pack")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: a linear rise over `warmup_steps`, then the schedule."""
@@ -157,35 +123,11 @@ class TrainConfig(RecipeSection):
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader that refuses keys written twice, which YAML forbids, and of which it would take the last.
+def read_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> TrainConfig:
+    """The configuration in a YAML file. settings: values set over the file's, as `key=value` (unimm.training.overrides).
 
-    It also takes 1e-3 for a number, which YAML 1.1 takes for a string without a point.
+    Raises ValueError for a file that is missing, is no YAML, or says something else.
     """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping. Raises ValueError for a key that is written twice; one that `<<` merges may be written again."""
-        lines: dict[Hashable, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, Hashable):  # which the loader says below
-                continue
-            if key in lines:
-                raise ValueError(f"got the key {key!r} twice, in lines {lines[key]} and {line}: leave one of them out")
-            lines[key] = line
-        return super().construct_mapping(node, deep=deep)
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_recipe(path: str | Path) -> TrainConfig:
-    """The configuration in a YAML file. Raises ValueError for one that is missing, no YAML, or says something else."""
     path = Path(path)
     if not path.is_file():
         found = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -193,6 +135,8 @@ def read_recipe(path: str | Path) -> TrainConfig:
     try:
         # a subclass of the safe loader
         contents = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
+        if isinstance(contents, dict) and settings:
+            contents = apply_overrides(contents, TrainConfig, settings)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     except ValueError as error:
@@ -249,16 +193,6 @@ def require(values: Mapping[str, Any], *paths: str, where: str = "model of the r
         raise ValueError(f"{where} lacks {', '.join(missing)}: correct the recipe")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the new name of a renamed key, else the known name that is nearest."""
-    names = sorted(known)
-    for renamed in RENAMED_KEYS.get(name, ()):
-        if renamed in names:
-            return f": it is called {renamed!r} now"
-    close = difflib.get_close_matches(name, names, n=1)
-    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(names)}"
-
-
 def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], where: str) -> str:
     """The message for wrong values: what is missing, or else the first wrong value."""
     missing = [str(one["loc"][0]) for one in errors if one["type"] == "missing" and len(one["loc"]) == 1]
@@ -268,22 +202,36 @@ def _message(cls: type, values: Mapping[str, Any], errors: list[ErrorDetails], w
     if not error["loc"]:
         # what __post_init__ of the class says
         return _own_words(error)
-    name = str(error["loc"][0])
-    kind = get_type_hints(cls)[name]
-    value: Any = values[name]
-    place = name
-    for key in error["loc"][1:]:
+    kind: Any = cls
+    value: Any = values
+    place = ""
+    for key in error["loc"]:
         # too short a tuple is wrong as a whole
-        if error["type"] == "missing":
+        if error["type"] == "missing" and isinstance(key, int):
             break
+        if error["type"] in ("missing", "unexpected_keyword_argument") and key == error["loc"][-1]:
+            known = [one.name for one in fields(kind)]
+            if error["type"] == "missing":
+                return f"{place} in {where} lacks {key}: give every field of {kind.__name__} a value"
+            return (
+                f"got {key!r} in {place} of {where}, which is no field of {kind.__name__}{suggestion(str(key), known)}"
+            )
         value = value[key]
-        place = f"{key} of {place}" if isinstance(key, str) else f"{place}[{key}]"
-        kind = get_args(kind)[1 if isinstance(key, str) else 0]
-    if error["type"] == "unexpected_keyword_argument":
-        return f"got {place} in {where}, which has no such key: correct the recipe"
+        kind = _kind_of_value(kind, key)
+        place = f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}" if place else key
     if error["type"] == "value_error":
         return f"{place} in {where}: {_own_words(error)}: correct the recipe"
     return f"got {value!r} for {place} in {where}, expected {_expected(kind, error)}: correct the recipe"
+
+
+def _kind_of_value(kind: Any, key: str | int) -> Any:
+    """The type of what stands under a key of a section, of a mapping, or of a tuple."""
+    if is_dataclass(kind):
+        kind = get_type_hints(kind)[str(key)]
+        # of an optional section the section
+        others = [one for one in get_args(kind) if one is not type(None)]
+        return others[0] if isinstance(kind, UnionType) and len(others) == 1 else kind
+    return get_args(kind)[1 if isinstance(key, str) else 0]
 
 
 def _own_words(error: ErrorDetails) -> str:

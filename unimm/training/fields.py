@@ -1,14 +1,22 @@
-"""Types of the fields of recipes: numbers within their bounds, and tasks of the shapes world by their names."""
+"""The base of recipes' sections, and types of their fields: numbers within their bounds, tasks of the shapes world."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from unimm.data.shapes import TASKS
 from unimm.data.shapes.world import IMAGE_SIZE, check_known
+
+
+class RecipeSection:
+    """A part of a recipe: subclasses are dataclasses that `from_mapping` reads."""
+
+    # no string for a number, no 1.0 or true for 1, no infinities
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
 
 # ---- numbers
 

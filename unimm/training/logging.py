@@ -44,9 +44,16 @@ def format_losses(losses: Mapping[str, float]) -> str:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """A line of the log for people: losses, the gradient's norm, rates, the part of the device's peak, memory."""
+    """A line of the log for people: losses, the gradient's norm, rates, the part of the device's peak, memory, packs."""
     parts = [format_losses(report["losses"]), f"norm {report['grad_norm']:.2f}", f"{report['samples_per_s']:.0f}/s"]
+    if "tokens_per_s" in report:
+        parts.append(f"{report['tokens_per_s']:.0f} tokens/s")
     if "mfu" in report:
-        parts.append(f"{report['tokens_per_s']:.0f} tokens/s  {report['images_per_s']:.1f} images/s")
+        parts.append(f"{report['images_per_s']:.1f} images/s")
         parts.append(f"{report['tflops']:.3g} TFLOP/s  MFU {report['mfu']:.1%}")
-    return "  ".join([*parts, f"{report['memory_mb']} MB"])
+    parts.append(f"{report['memory_mb']} MB")
+    if "fill" in report:
+        parts.append(f"packs {report['fill']:.0%} full")
+    if left_out := report.get("broken_rows", 0) + report.get("left_out", 0):
+        parts.append(f"{left_out} of {report['rows']} rows left out")
+    return "  ".join(parts)

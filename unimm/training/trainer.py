@@ -21,9 +21,10 @@ from tqdm import tqdm
 from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.devices import parse_device
+from unimm.data.mix import MixGroup
 from unimm.generation.numbers import parse_float, parse_int
 from unimm.models.base import UnifiedModel
-from unimm.training.batches import BatchSource, StepBatches, StopSignal, group_batches
+from unimm.training.batches import BatchSource, StopSignal, group_batches
 from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
     EMA_FILE,
@@ -46,6 +47,7 @@ from unimm.training.loggers import RunLog
 from unimm.training.logging import format_losses, format_report
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
+from unimm.training.record_batches import build_batches, describe_figures
 from unimm.training.tasks.base import TrainingTask
 from unimm.training.throughput import TERA, Throughput
 from unimm.training.validation import Validation
@@ -63,6 +65,7 @@ def train(
     init: str | Path | None = None,
     workers: int = 1,
     hours: float | None = None,
+    groups: Sequence[MixGroup] | None = None,
 ) -> int:
     """Train until recipe.steps, `hours`, SIGTERM or ctrl-C, and return the step reached.
 
@@ -70,10 +73,11 @@ def train(
     `resume` continues the newest checkpoint in `out`; `init` starts from the averaged weights of another run, which may
     have trained other parts of the same model (its folder, or that of a checkpoint), or from a release. Batches are
     made by `workers` processes ahead of the loop, or in the loop where that is 0. Where the recipe has a `cache`, it is
-    computed first.
+    computed first. groups: the datasets of the recipe's `data`, where they have been opened.
     """
     out = Path(out)
     workers, deadline = check_run(out, resume=resume, init=init, workers=workers, hours=hours)
+    source = build_batches(task, recipe, groups)
     trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
     if recipe.cache is not None:
@@ -85,7 +89,7 @@ def train(
     validation = None if recipe.validation is None else Validation(task, recipe)
     logs = closing(RunLog(out, recipe, after=trainer.step))
     n = recipe.gradient_accumulation
-    source = trainer.use_source(StepBatches(task.batch))
+    trainer.use_source(source)
     batches = closing(source.iterate(trainer.step * n, recipe.steps * n, workers=workers))
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=task.name, disable=None)
     trainer.start_clock()
@@ -104,7 +108,8 @@ def train(
                     trainer.validate(validation, log, workers=workers)
                 if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
                     image = trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
-                    log.write_image(trainer.step, image)
+                    if image is not None:
+                        log.write_image(trainer.step, image)
                 if trainer.step % recipe.save_every == 0 or stopping:
                     trainer.save(out)
             if stopping:
@@ -195,12 +200,11 @@ class Trainer:
         self.source: BatchSource | None = None
         self.source_states: Sequence[Mapping[str, Any]] = ()
 
-    def use_source(self, source: BatchSource) -> BatchSource:
+    def use_source(self, source: BatchSource) -> None:
         """Save where a source's batches go on from now on; it goes on where those of a resumed run stood."""
         self.source = source
         if self.source_states:
             source.load_state_dict(self.source_states)
-        return source
 
     def update(self, *batches: Any) -> None:
         """Take one step by the gradients of some batches, over all of which each loss is normalised.
@@ -252,9 +256,10 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             losses = self.task.losses(batch)
         self.check_losses(losses, self.task.loss_counts(batch))
-        means = {name: loss.total / counts[name] for name, loss in losses.items()}
+        # a loss that the step has nothing of is 0: what it is computed by takes part with gradients of 0
+        means = {name: loss.total / max(1, counts[name]) for name, loss in losses.items()}
         loss = torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in means.items()]).sum()
-        shares = {name: x.item() for name, x in means.items()}
+        shares = {name: x.item() for name, x in means.items() if counts[name]}
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step} ({shares}): lower lr or max_grad_norm and resume the "
@@ -290,7 +295,9 @@ class Trainer:
         self.since = (now, self.step)
         totals = {name: means.pop(name) for name in ("loss", "grad_norm")}
         lr = self.recipe.lr_at(self.step - 1)
-        rates = {"samples_per_s": round(rate, 2), **self.throughput.report(now - then)}
+        figures = {} if self.source is None else self.source.figures()
+        rates = describe_figures(figures, now - then) if figures else {"samples_per_s": round(rate, 2)}
+        rates |= self.throughput.report(now - then)
         return {"step": self.step, **totals, "losses": means, "lr": lr, **rates}
 
     def start_clock(self) -> None:
@@ -316,11 +323,13 @@ class Trainer:
         logger.info("step %d of %d  validation: %s", self.step, self.recipe.steps, format_losses(found["losses"]))
 
     @torch.no_grad()
-    def sample(self, path: Path) -> Image.Image:
-        """Save the task's sample image, made with the averaged weights, and return it."""
+    def sample(self, path: Path) -> Image.Image | None:
+        """Save the task's sample image, made with the averaged weights, and return it; None where it makes none."""
         self.model.eval()
         with self.ema.swap_in():
             image = self.task.sample_image()
+        if image is None:
+            return None
         with atomic_file(path) as partial:
             image.save(partial, format="PNG")
         return image

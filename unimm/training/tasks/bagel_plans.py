@@ -13,10 +13,14 @@ from unimm.training.fields import Fraction
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A part of a plan; a droppable one is a condition that guidance compares with its absence."""
+    """A part of a plan; a droppable one is a condition that guidance compares with its absence.
+
+    with_text: whether it is dropped where the last droppable text before it was.
+    """
 
     part: Part
     droppable: bool = False
+    with_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +74,14 @@ def drop_conditions(parts: Sequence[PlannedPart], dropout: ConditionDropout, ran
     """
     rates = {"text": dropout.text, "gen_image": dropout.vae, "und_image": dropout.vit}
     kept: list[Part] = []
+    text_is_dropped = False
     for planned in parts:
         kind = planned.part.kind
-        if planned.droppable and rand() < rates[kind]:
+        is_dropped = planned.droppable and rand() < rates[kind]
+        if planned.droppable and kind == "text":
+            text_is_dropped = is_dropped
+        if is_dropped:
             kept += [position_gap(1)] if kind != "text" else []
-        else:
+        elif not (planned.with_text and text_is_dropped):
             kept.append(planned.part)
     return kept

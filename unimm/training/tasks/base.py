@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import nn
 
 from unimm.training.config import TrainConfig, suggestion
 from unimm.training.losses import LossSum
+from unimm.training.packing import SampleBuilder
 
 # name in a recipe -> module and class; imported only when it is needed
 TRAINING_TASKS = {
@@ -27,6 +28,10 @@ TRAINING_TASKS = {
     "uniworld_task_head": "unimm.training.tasks.uniworld_task_head:TaskHeadTask",
     "vit": "unimm.training.tasks.vit:ViTTask",
     "vq": "unimm.training.tasks.vq:VQTask",
+}
+# the same for recipes with `data`: tasks on one's own datasets (RecordTask)
+RECORD_TASKS = {
+    "bagel": "unimm.training.tasks.bagel_records:BagelRecordTask",
 }
 # values of `task` in recipes of earlier versions
 RENAMED_TASKS = {
@@ -47,9 +52,6 @@ class TrainingTask(Protocol):
     name: str
     model: nn.Module
     loss_names: tuple[str, ...]
-    # a pure function of the batch's number (and of the recipe's seed), on the CPU. It is sent to a worker process, so it
-    # should hold no model; whatever noise a batch needs is sampled here
-    batch: Callable[[int], Any]
 
     def losses(self, batch: Any) -> dict[str, LossSum]:
         """Losses by name, unweighted; those of kinds that the batch lacks may be left out.
@@ -61,11 +63,28 @@ class TrainingTask(Protocol):
         """The counts of the losses that `losses` will return, which need no model: those of a step's batches are added
         up before the first of them is run."""
 
-    def sample_image(self) -> Image.Image:
-        """An image to judge the run by; called without gradients, in eval mode, with the averaged weights in place."""
+    def sample_image(self) -> Image.Image | None:
+        """An image to judge the run by, or None; called without gradients, in eval mode, with the averaged weights in
+        place."""
 
     def save(self, folder: Path) -> None:
         """Write the released layout into an empty folder; called as `sample_image` is."""
+
+
+@runtime_checkable
+class StepTask(TrainingTask, Protocol):
+    """A task whose batches depend on their number alone."""
+
+    # a pure function of the batch's number (and of the recipe's seed), on the CPU. It is sent to a worker process, so it
+    # should hold no model; whatever noise a batch needs is sampled here
+    batch: Callable[[int], Any]
+
+
+@runtime_checkable
+class RecordTask(TrainingTask, Protocol):
+    """A task of recipes with `data`, whose batches are made of records."""
+
+    sample_builder: SampleBuilder[Any]
 
 
 def build_task(recipe: TrainConfig) -> TrainingTask:
@@ -73,7 +92,10 @@ def build_task(recipe: TrainConfig) -> TrainingTask:
 
     Raises ValueError for a name that is neither.
     """
-    module, colon, name = TRAINING_TASKS.get(recipe.task, recipe.task).partition(":")
+    tasks = TRAINING_TASKS if recipe.data is None else RECORD_TASKS
+    if recipe.task in TRAINING_TASKS and recipe.task not in tasks:
+        raise ValueError(f"got data for the task {recipe.task!r}: expected none, or one of {sorted(RECORD_TASKS)}")
+    module, colon, name = tasks.get(recipe.task, recipe.task).partition(":")
     if not colon:
         known = sorted(TRAINING_TASKS)
         renamed = RENAMED_TASKS.get(recipe.task)

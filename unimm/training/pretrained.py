@@ -1,0 +1,31 @@
+"""Models that a training starts from: a release, with its tokenizer and all its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from unimm.models.base import UnifiedModel
+from unimm.training.config import from_mapping
+from unimm.training.fields import Dtype, RecipeSection
+
+Model = TypeVar("Model", bound=UnifiedModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseConfig(RecipeSection):
+    """A recipe's `model` that is a release."""
+
+    # a bundled name, a folder, or a hub id
+    from_pretrained: str
+    # of the weights; what is trained should be in float32
+    dtype: Dtype = "float32"
+    # parts that are taken from elsewhere, by name; null leaves an optional one out
+    components: Mapping[str, str | None] | None = None
+
+
+def load_released(family: type[Model], model: Mapping[str, Any]) -> Model:
+    """The model of a recipe's `model`. Raises ValueError where it names no release of the family."""
+    config = from_mapping(ReleaseConfig, model, where="model of the recipe")
+    return family.from_pretrained(config.from_pretrained, dtype=config.dtype, components=config.components)
