@@ -286,3 +286,11 @@ def test_an_adapter_of_the_mllm_gets_its_whole_gradient(recipe):
         task.model, lambda: torch.stack([x.total for x in task.losses(batch).values()]).sum()
     )
     assert slope == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("targets", [("mllm.attention",), ("mllm.mlp", "mllm_vision.out", "connector.out")])
+def test_flops_of_adapters_are_those_that_torch_counts(recipe, targets):
+    """Of the MLLM's, for which the prompts have gradients, too."""
+    objective = build_task(recipe)
+    objective.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=targets))
+    check_counts(objective, objective.batch(0))

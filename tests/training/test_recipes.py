@@ -10,6 +10,7 @@ from helpers.flops import check_counts
 from helpers.paths import RECIPES
 from safetensors.torch import save_file
 
+from unimm.adapters.config import AdapterConfig
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import HELD_OUT, TASKS, example
 from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
@@ -246,3 +247,10 @@ def test_flops_are_those_that_torch_counts(objective, tasks):
     options = objective.batch.options
     options = options if tasks is None else dataclasses.replace(options, tasks=tasks)
     check_counts(objective, dataclasses.replace(objective.batch, options=options, batch_size=6)(0))
+
+
+@pytest.mark.parametrize("targets", [("gen.attention",), ("und", "gen", "vision.mlp", "connector", "latents")])
+def test_flops_of_adapters_are_those_that_torch_counts(recipe, targets):
+    objective = build_task(dataclasses.replace(recipe, batch_size=6))
+    objective.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=targets))
+    check_counts(objective, objective.batch(0))

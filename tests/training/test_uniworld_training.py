@@ -391,3 +391,10 @@ def test_an_adapter_of_the_mllm_gets_its_whole_gradient(recipe):
         task.model, lambda: torch.stack([x.total for x in task.losses(batch).values()]).sum()
     )
     assert slope == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("targets", [("mllm.attention",), ("projectors", "denoiser.single")])
+def test_flops_of_adapters_are_those_that_torch_counts(recipe, targets):
+    objective = build_task(staged(recipe, "all"))
+    objective.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=targets))
+    check_counts(objective, objective.batch(0))

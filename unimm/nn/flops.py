@@ -108,10 +108,12 @@ def decoder_flops(
     carries: Mapping[str, bool],
     *,
     with_loss: Collection[str] | None = None,
+    prefix_carries: bool = False,
 ) -> dict[str, bool]:
     """The blocks of a decoder over so many rows of each expert, which attend to so many pairs.
 
-    carries: of each expert's embedded rows. with_loss: experts whose last hidden states reach a loss, or another
+    carries: of each expert's embedded rows; prefix_carries: of those of a prefix whose keys and values these rows attend
+    to, and which ran through the same blocks. with_loss: experts whose last hidden states reach a loss, or another
     trained layer; all unless given. What follows the last attention is not trained by the others' rows.
     """
     rows = {name: n for name, n in rows.items() if n}
@@ -119,7 +121,9 @@ def decoder_flops(
     for block in decoder.blocks:
         is_last = block is decoder.blocks[-1]
         used = set(rows) if with_loss is None or not is_last else set(with_loss)
-        flags = _decoder_block_flops(count, block, rows, flags, pairs=pairs, used=used, config=decoder.config)
+        flags = _decoder_block_flops(
+            count, block, rows, flags, pairs=pairs, used=used, prefix=prefix_carries, config=decoder.config
+        )
     return flags
 
 
@@ -131,28 +135,35 @@ def _decoder_block_flops(
     *,
     pairs: int,
     used: Collection[str],
+    prefix: bool,
     config: DecoderConfig,
 ) -> dict[str, bool]:
     assert isinstance(block, DecoderBlock), "a decoder is made of its blocks"
     experts = {name: cast("ExpertWeights", block.experts.get_submodule(name)) for name in rows}
-    flags = [_expert_qkv_flops(count, experts[name], rows[name], carries[name]) for name in rows]
+    unused = StepFlops()
+    # where no row is used any more, keys and values alone may be: by rows that are counted elsewhere
+    queries = count if used else unused
+    flags = [_expert_qkv_flops(count, queries, experts[name], rows[name], carries[name]) for name in rows]
     # queries, keys and values of all experts are joined: one that has a gradient gives it to all
     q, k, v = (any(of_experts) for of_experts in zip(*flags, strict=True))
-    y = count.attention(pairs, config.n_heads, config.head_dim, q=q, k=k, v=v)
+    y = queries.attention(pairs, config.n_heads, config.head_dim, q=q, k=k or prefix, v=v or prefix)
     out = {}
     for name, n in rows.items():
-        part = count if name in used else StepFlops()
+        part = count if name in used else unused
         expert = experts[name]
         x = part.chain(n, y, expert.out_proj) or carries[name]
         out[name] = swiglu_flops(part, expert.mlp, n, x or is_trained(expert.mlp_norm)) or x
-        if part is not count:
-            count.add_forward(part)
+    count.add_forward(unused)
     return out
 
 
-def _expert_qkv_flops(count: StepFlops, expert: ExpertWeights, rows: int, carries: bool) -> tuple[bool, bool, bool]:
+def _expert_qkv_flops(
+    count: StepFlops, queries: StepFlops, expert: ExpertWeights, rows: int, carries: bool
+) -> tuple[bool, bool, bool]:
+    """queries: the count that those are added to."""
     normed = carries or is_trained(expert.attn_norm)
-    q, k, v = count.side_by_side(rows, normed, expert.q, expert.k, expert.v)
+    q = queries.chain(rows, normed, expert.q)
+    k, v = count.side_by_side(rows, normed, expert.k, expert.v)
     return q or is_trained(expert.q_norm), k or is_trained(expert.k_norm), v
 
 

@@ -9,19 +9,22 @@ from unimm.models.metaquery.network import MetaQueryNetwork
 from unimm.models.metaquery.processor import QueryBatch
 from unimm.nn.flops import StepFlops, attended_pairs, decoder_flops, is_trained, swiglu_flops
 from unimm.tokenizers.flops import dc_ae_encode_flops
-from unimm.vlms.flops import vlm_states_flops
+from unimm.vlms.flops import vlm_rows_flops
 from unimm.vlms.llama_layout import EXPERT
 
 
 def query_states_flops(count: StepFlops, network: MetaQueryNetwork, batch: QueryBatch) -> bool:
-    """The MLLM's hidden states at the queries: prompts run forward alone. Returns whether they have gradients."""
-    prompts = StepFlops()
-    vlm_states_flops(prompts, network.mllm, batch.prompts)
-    count.add_forward(prompts)
-    carries = network.queries.requires_grad or network.decoder.embed.weight.requires_grad
+    """The MLLM's hidden states at the queries, over keys and values of the prompts. Returns whether they have
+    gradients."""
+    prompts = vlm_rows_flops(count, network.mllm, batch.prompts)
+    rows = {EXPERT: len(batch.prompts.layout.position_ids)}
+    pairs = batch.prompts.layout.mask.spans.n_visible_pairs
+    # of the last hidden states of prompts nothing is used
+    decoder_flops(count, network.decoder, rows, pairs, {EXPERT: prompts}, with_loss=())
+    queries = network.queries.requires_grad or network.decoder.embed.weight.requires_grad
     rows = {EXPERT: len(batch.queries.layout.position_ids)}
     pairs = batch.queries.layout.mask.spans.n_visible_pairs
-    return decoder_flops(count, network.decoder, rows, pairs, {EXPERT: carries})[EXPERT]
+    return decoder_flops(count, network.decoder, rows, pairs, {EXPERT: queries}, prefix_carries=prompts)[EXPERT]
 
 
 def metaquery_flops(

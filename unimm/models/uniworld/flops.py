@@ -7,16 +7,17 @@ from unimm.denoisers.flops import MMDiTRows, flux_flops
 from unimm.denoisers.mmdit import PATCH_SIZE
 from unimm.encoders.flops import clip_text_flops, siglip_flops
 from unimm.models.uniworld.network import UniWorldNetwork
-from unimm.nn.flops import StepFlops, count_by_size
+from unimm.nn.flops import StepFlops, count_by_size, is_trained
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part
 from unimm.tokenizers.flops import kl_encode_flops
 from unimm.vlms.flops import vlm_states_flops
+from unimm.vlms.llama_layout import EXPERT
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniWorldEncoding:
-    """What the frozen parts encode in a step: prompts, images for SigLIP2, (height, width) of images for the VAE."""
+    """What is encoded in a step: prompts, images for SigLIP2, (height, width) of images for the VAE."""
 
     prompts: Sequence[Sequence[Part]]
     n_siglip_images: int
@@ -47,11 +48,11 @@ def uniworld_flops(
 ) -> StepFlops:
     """A step on samples whose conditions have n_mllm_rows rows of the MLLM, and so many images' features, in all.
 
-    encoding: None where a cache holds what the frozen parts compute.
+    encoding: None where a cache holds what is encoded.
     """
     count = StepFlops()
-    siglip = encoding is not None and _encoding_flops(count, network, encoding)
-    text = count.chain(n_mllm_rows, False, network.mllm_projector)
+    states, siglip = (False, False) if encoding is None else _encoding_flops(count, network, encoding)
+    text = count.chain(n_mllm_rows, states, network.mllm_projector)
     if n_siglip_images:
         assert network.auxiliary.siglip is not None, "which made the features"
         rows = n_siglip_images * network.auxiliary.siglip.config.grid_side**2
@@ -65,12 +66,14 @@ def uniworld_flops(
     return count
 
 
-def _encoding_flops(count: StepFlops, network: UniWorldNetwork, encoding: UniWorldEncoding) -> bool:
-    """Whether SigLIP2's features have gradients."""
+def _encoding_flops(count: StepFlops, network: UniWorldNetwork, encoding: UniWorldEncoding) -> tuple[bool, bool]:
+    """Whether the MLLM's hidden states, and SigLIP2's features, have gradients."""
+    states = vlm_states_flops(count, network.mllm, pack_sequences(encoding.prompts))
+    states |= is_trained(network.mllm.decoder.norms[EXPERT])
     frozen = StepFlops()
-    vlm_states_flops(frozen, network.mllm, pack_sequences(encoding.prompts))
     for size, n in count_by_size(encoding.vae_image_sizes):
         kl_encode_flops(frozen, network.auxiliary.required_vae, n, size)
     count.add_forward(frozen)
     siglip = network.auxiliary.siglip
-    return siglip is not None and siglip_flops(count, siglip, encoding.n_siglip_images)
+    features = siglip is not None and siglip_flops(count, siglip, encoding.n_siglip_images)
+    return states, features
