@@ -107,3 +107,10 @@ def test_losses_by_kind():
     assert {name: (loss.total.item(), loss.count) for name, loss in losses.items()} == {"a": (5.0, 2), "c": (2.0, 1)}
     assert count_by_kind(("a", "b", "c"), kinds) == {"a": 2, "c": 1}
     assert LossSum.from_mean(torch.tensor(2.5), 4).mean == 2.5
+
+
+def test_a_row_with_several_values_counts_once():
+    """Squared errors of a latent token are over its channels: their mean is what it was before losses were sums."""
+    values = torch.tensor([[1.0, 3.0], [5.0, 7.0], [2.0, 4.0]])
+    (loss,) = sum_by_kind(("a",), torch.tensor([0, 0, -1]), values).values()
+    assert loss.count == 2 and loss.mean.item() == 4.0 == values[:2].mean()

@@ -45,7 +45,8 @@ def count_by_kind(names: Sequence[str], kinds: Tensor) -> dict[str, int]:
 def sum_by_kind(names: Sequence[str], kinds: Tensor, losses: Tensor) -> dict[str, LossSum]:
     """The losses of every kind that occurs.
 
-    kinds, losses: [n], indices into the names and the losses of the same rows.
+    kinds [n]: indices into the names. losses [n], or [n, C]: of the same rows; that of a row is the mean of its C.
     """
     found = count_by_kind(names, kinds)
-    return {name: LossSum(losses[kinds == names.index(name)].sum(), n) for name, n in found.items()}
+    rows = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+    return {name: LossSum(rows[kinds == names.index(name)].sum(), n) for name, n in found.items()}
