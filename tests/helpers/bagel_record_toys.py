@@ -10,7 +10,7 @@ NUMBERS = dict(
     task="helpers.bagel_record_toys:ToyBagelTask", seed=3, steps=6, batch_size=1, lr=1e-3, betas=[0.9, 0.95], eps=1e-8,
     weight_decay=0.0, muon=[], warmup_steps=0, schedule="constant", min_lr_ratio=1.0, max_grad_norm=1.0, ema_decay=0.9,
     precision="float32", loss_weights={"ce": 0.25, "mse": 1.0}, save_every=2, sample_every=100, log_every=1,
-    packing={"expected_tokens": 150, "max_tokens": 260, "max_tokens_per_sample": 220, "buffer_size": 3},
+    packing={"expected_tokens": 180, "max_tokens": 190, "max_tokens_per_sample": 180, "buffer_size": 3},
     options=dict(
         timesteps_per_image=1, timestep_shift=1.0, think_prob=1.0, dropout={"text": 0.1, "vae": 0.3, "vit": 0.3},
         frozen=["vision."], compile=False,

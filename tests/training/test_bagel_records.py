@@ -282,7 +282,7 @@ def test_the_example_formats_are_read_and_teach(data, tmp_path):
     n_waiting = sum(len(lane["waiting"]) for lane in batches.state_dict()["lanes"])
     # the video has 12 images, more than the limit
     assert figures["rows"] == figures["samples"] + n_waiting + figures["left_out"] and not figures["broken_rows"]
-    assert figures["left_out"] <= 3
+    assert figures["left_out"] <= 5
     assert 0.5 < figures["tokens"] / figures["capacity"] <= 1
     task.save(tmp_path)
     assert (tmp_path / "ema.safetensors").exists() and (tmp_path / "ae.safetensors").exists()
