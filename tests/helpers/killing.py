@@ -118,4 +118,5 @@ if __name__ == "__main__":
     import unimm.training.tasks.bagel_records
     import unimm.training.trainer  # noqa: F401
 
-    print(json.dumps(run_killed(Path(sys.argv[1]), Path(sys.argv[2]), n_kills=int(sys.argv[3]), start=Fork)))
+    killed_at = run_killed(Path(sys.argv[1]), Path(sys.argv[2]), n_kills=int(sys.argv[3]), start=Fork)
+    sys.stdout.write(json.dumps(killed_at) + "\n")
