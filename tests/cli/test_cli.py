@@ -32,7 +32,10 @@ OPTIONS = {
     "data": "",
     "releases": "",
 }
-DATA_OPTIONS = {"check": "path format tokenizer columns images max_tokens max_broken limit as_json"}
+DATA_OPTIONS = {
+    "check": "path format tokenizer columns images max_tokens max_broken limit as_json",
+    "unisandbox": "out n seed",
+}
 
 
 def run(*args):
@@ -229,6 +232,21 @@ def test_eval_keeps_its_outputs_and_compares(tmp_path):
     assert compared["draw.one"]["n"] == 2 and compared["answer.shape"]["difference"] == 0
     assert "b - a" in fine("eval", "--compare", out, other / "result.json").stdout
     assert "no result at" in fails("eval", "--compare", out, tmp_path / "c")
+
+
+def test_eval_unisandbox(tmp_path):
+    base = ("eval", "unisandbox", "--tasks", "math1", "--n", 2, "--out", tmp_path / "run")
+    result = json.loads(fine(*base, "--json").stdout)
+    assert result["scores"]["math1"]["n"] == 2 and result["judge"]["kind"] == "exact"
+    assert len(result["run"]["weights"]["sha256"]) == 64 and result["run"]["items"] == "generated, shapes"
+    # the same images, by another judge, in process
+    again = json.loads(fine(*base, "--json", "--judge", "vlm:bagel-nano").stdout)
+    assert again["judge"]["kind"] == "vlm" and again["judge"]["weights"] == result["run"]["weights"]
+    assert "vlm:MODEL or openai:URL" in fails("eval", "unisandbox", "--world", "photos")
+    assert "not shipped" in fails("eval", "unisandbox", "--world", "photos", "--judge", "vlm:bagel-nano")
+    made = fine("data", "unisandbox", tmp_path / "new", "--n", 3).stdout
+    assert "math_1.jsonl" in made and "mapping3.jsonl" in made
+    assert "no test_reasoning" not in fails("eval", "unisandbox", "--items", tmp_path / "new")
 
 
 def test_eval_bad_input():

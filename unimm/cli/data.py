@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from unimm.cli.options import SeedOption
+
 if TYPE_CHECKING:
     from unimm.data.check import DatasetReport, Spread
 
@@ -61,6 +63,22 @@ def data_check_command(
         print_report(Console(), report)
     if report.n_broken > max_broken * report.n_read:
         raise typer.Exit(1)
+
+
+@data_app.command("unisandbox")
+def data_unisandbox_command(
+    out: Annotated[Path, typer.Argument(help="A folder for the files.")],
+    *,
+    n: Annotated[int, typer.Option("--n", help="Questions, or pairs of them, a level.")] = 100,
+    seed: SeedOption = 1,
+) -> None:
+    """Make UniSandBox's reasoning tasks anew: other questions about photographs, in the format of its files."""
+    from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING
+    from unimm.evaluation.benchmarks.unisandbox.files import write_task
+    from unimm.evaluation.benchmarks.unisandbox.generated import photo_questions
+
+    for task in REASONING:
+        typer.echo(write_task(out, task, photo_questions(task, n, seed=seed)))
 
 
 def progress_bar() -> Progress:

@@ -51,6 +51,7 @@ def build_result(
         "changed": n_changed,
         "run": dict(run),
         "judge": dict(judge),
+        **benchmark.notes(),
         "versions": package_versions(),
         "units": {one.id: {"group": one.group, "score": one.value} for one in units},
     }
@@ -74,6 +75,8 @@ def result_markdown(result: Mapping[str, Any], published: Sequence[PublishedScor
     if published:
         sources = "; ".join(dict.fromkeys(row.source for row in published if row.source))
         lines.append(f"The other rows are as published ({sources}): with other seeds, and by the judge named there.")
+        if run["items"] != "released files":
+            lines.append("Ours are over new items, theirs over the released ones.")
     if result["failed"]:
         lines.append(f"**The judge failed on {result['failed']}**, which are in no score.")
     if result["changed"]:

@@ -58,7 +58,7 @@ def run_benchmark(
     what was kept before that is whole.
     """
     shard = shard or RunShard()
-    size = benchmark.BATCH if batch_size is None else batch_size
+    size = benchmark.default_batch if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"got batch_size {size}: expected at least 1")
     items = benchmark.items()

@@ -1,44 +1,19 @@
 """A seeded random generator whose samples keep to a split."""
 
 from collections.abc import Callable, Sequence
-from random import Random
-from typing import TypeVar
 
+from unimm.data.seeded_rng import SeededRng
 from unimm.data.shapes.world import HELD_OUT, PAIRS, RELATIONS, SIZES, TRAIN_PAIRS, Scene, ShapeColour, Thing
 
-T = TypeVar("T")
 
-
-class ExampleRng:
+class ExampleRng(SeededRng):
     """The random numbers of one example, the same on every machine."""
 
     def __init__(self, key: str, *, test: bool) -> None:
         """Seed by the key. test: whether the example is about a held-out pair."""
-        self._random = Random(key)
+        super().__init__(key)
         self._subject_pairs = HELD_OUT if test else TRAIN_PAIRS
         self._scene_pairs = PAIRS if test else TRAIN_PAIRS
-
-    def _below(self, n: int) -> int:
-        """A whole number in 0..n-1."""
-        # of all of Python's draws, only random() after a given seed is promised never to change
-        return int(self._random.random() * n)
-
-    def choice(self, items: Sequence[T]) -> T:
-        """One of the items."""
-        return items[self._below(len(items))]
-
-    def integer(self, low: int, high: int) -> int:
-        """A whole number, both ends included."""
-        return low + self._below(high + 1 - low)
-
-    def coin(self) -> bool:
-        """True half of the time."""
-        return self._below(2) == 1
-
-    def shuffled(self, items: Sequence[T]) -> list[T]:
-        """The items in random order."""
-        left = list(items)
-        return [left.pop(self._below(len(left))) for _ in items]
 
     def subject(self) -> ShapeColour:
         """The pair an example is about: held out in the test split."""

@@ -62,8 +62,6 @@ class Benchmark(ABC):
     OVERALL: ClassVar[str | None] = None
     WEIGHTS: ClassVar[Mapping[str, float] | None] = None
     PUBLISHED: ClassVar[tuple[PublishedScores, ...]] = ()
-    # items at a time, unless a run says otherwise
-    BATCH: ClassVar[int] = 1
 
     def __init__(self, options: BenchmarkOptions) -> None:
         """Raises ValueError for options that this benchmark does not have."""
@@ -90,6 +88,15 @@ class Benchmark(ABC):
     def default_judge(self) -> str:
         """The judge of a run that names none."""
         return self.JUDGES[0]
+
+    @property
+    def default_batch(self) -> int:
+        """Items at a time, unless a run says otherwise."""
+        return 1
+
+    def notes(self) -> dict[str, Any]:
+        """What else the result should say."""
+        return {}
 
     @abstractmethod
     def exact_judge(self) -> ItemJudge:

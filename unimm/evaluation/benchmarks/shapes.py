@@ -88,11 +88,15 @@ class ShapesBenchmark(Benchmark):
     NAME = "shapes"
     TAKES = ("n", "tasks")
     JUDGES = ("exact",)
-    BATCH = 50
 
     @property
     def source(self) -> str:
         return "generated"
+
+    @property
+    def default_batch(self) -> int:
+        """Its images are small."""
+        return 50
 
     def items(self) -> list[EvalItem]:
         """n items (500 unless given) of each task, of those that the model can do unless some are named."""
