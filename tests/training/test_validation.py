@@ -8,14 +8,19 @@ import signal
 
 import pytest
 import torch
+from helpers.bagel_record_toys import recipe_numbers
 from helpers.paths import RECIPES
 from helpers.trainer_toy import RECIPE, Draw, Toy, assert_same_files, run
 from safetensors.torch import load_file
 
+from examples.data import make
 from tests.training.test_janus_training import folder, objective, quick_text_model  # noqa: F401, fixtures
-from unimm.training.config import TrainConfig, ValidationConfig, from_mapping, read_recipe
+from unimm.training.config import TrainConfig, from_mapping, read_recipe
+from unimm.training.data_config import ValidationConfig
 from unimm.training.losses import LossSum, mean_losses
+from unimm.training.record_batches import held_out_groups, open_groups
 from unimm.training.tasks.base import build_task
+from unimm.training.trainer import train
 from unimm.training.validation import Validation
 
 EVERY_3 = ValidationConfig(every=3, batches=4)
@@ -100,6 +105,7 @@ def test_a_task_without_held_out_batches_is_an_error_before_the_first_step(tmp_p
     ("values", "message"),
     [
         ({"every": 0, "batches": 1}, "every"),
+        ({"every": 5}, "validation in recipe lacks batches"),
         ({"every": 5, "batches": 1, "weights": "ema"}, "weights"),
         ({"every": 5, "batches": 1, "split": "test"}, "split"),
     ],
@@ -119,6 +125,63 @@ def test_held_out_batches_are_others_than_those_trained_on(objective):  # noqa: 
     shared = sum(image.numpy().tobytes() in seen for image in batch.images)
     assert shared < len(batch.images) / 4
     assert set(objective.losses(batch)) == set(objective.losses(objective.batch(0)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make.make_all(tmp_path_factory.mktemp("data"))
+
+
+def of_records(examples, held_out=0.0, **validation):
+    """A recipe on records of which the group of edits may hold out some."""
+    numbers = recipe_numbers(examples, steps=2, sample_every=100, validation={"every": 1, "batches": 3, **validation})
+    numbers["data"]["groups"]["edit"]["held_out"] = held_out
+    return from_mapping(TrainConfig, numbers, where="here")
+
+
+def rows_of(groups):
+    sources = [source for group in groups for source in group.sources]
+    return {(one.source, one.row) for source in sources for one in source.read(range(source.n_rows))}
+
+
+def test_groups_hold_out_rows_that_are_not_trained_on(data):
+    whole = rows_of(open_groups(of_records(data).data))
+    groups = open_groups(of_records(data, held_out=0.3).data)
+    held_out = held_out_groups(groups)
+    assert [group.name for group in held_out] == ["edit"] and held_out[0].weight == 2.0
+    assert rows_of(groups).isdisjoint(rows_of(held_out)) and rows_of(groups) | rows_of(held_out) == whole
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_records_are_validated_on_what_groups_hold_out_or_on_datasets_of_their_own(data, tmp_path, own):
+    section = {"data": {"groups": {"t2i": {"paths": [str(data["bagel-t2i"])]}}}} if own else {}
+    recipe = of_records(data, held_out=0.0 if own else 0.3, **section)
+    assert train(build_task(recipe), recipe, tmp_path, workers=0) == 2
+    found = lines(tmp_path, validation=True)
+    assert [line["step"] for line in found] == [1, 2]
+    # edits alone, or images from texts alone, which carry no loss of texts
+    assert all(line["validation"]["losses"].keys() == {"mse"} for line in found)
+    assert found[0]["validation"]["loss"] != found[1]["validation"]["loss"]
+
+
+def test_validation_batches_of_records_are_the_same_every_time(data):
+    recipe = of_records(data, held_out=0.3)
+    groups = open_groups(recipe.data)
+    task = build_task(recipe)
+    task.model.eval()
+    first = Validation(task, recipe, groups).run(torch.device("cpu"), workers=0)
+    again = Validation(task, recipe, groups)
+    assert again.run(torch.device("cpu"), workers=1) == first == again.run(torch.device("cpu"), workers=0)
+
+
+def test_nothing_held_out_of_records_is_an_error_before_anything_is_built(data, tmp_path):
+    recipe = of_records(data)
+    with pytest.raises(ValueError, match="groups of data that hold out nothing: give one `held_out: 0.01`"):
+        train(build_task(recipe), recipe, tmp_path, workers=0)
+    missing = {"data": {"groups": {"t2i": {"paths": ["/nowhere"]}}}}
+    with pytest.raises(ValueError, match=r"validation.data.groups.t2i: .*nowhere"):
+        train(build_task(recipe), of_records(data, **missing), tmp_path, workers=0)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["bagel-nano-vae", "bagel-nano-vit", "janus-nano-vq"])

@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from unimm.training.data_config import DataConfig, PackingConfig
+from unimm.training.data_config import DataConfig, PackingConfig, ValidationConfig
 from unimm.training.fields import (
     AtLeastOne,
     Decay,
@@ -41,18 +41,6 @@ class CacheConfig(RecipeSection):
     samples: AtLeastOne
     # where they lie; "" for OUT/cache
     folder: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig(RecipeSection):
-    """A recipe's `validation` on a held-out part (unimm.training.validation)."""
-
-    # steps between two validations; there is one at the end, too
-    every: AtLeastOne
-    # batches of the recipe's size, the same every time
-    batches: AtLeastOne
-    # which weights are validated: the averaged ones, which a release holds, or those that are trained
-    weights: Literal["average", "current"] = "average"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""The sections of a recipe on one's own data: which datasets, and how their samples are packed."""
+"""The sections of a recipe on data: which datasets of one's own, how their samples are packed, what is held out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class DataGroupConfig(RecipeSection):
     weight: NotNegative = 1.0
     # whether every batch begins with one of its samples, beside its share
     mandatory: bool = False
+    # the share of the rows of each path, its last ones, that is left to validation
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # what a column is for -> its name; the folder that names of images are relative to; frames of a video
     columns: Mapping[str, str] | None = None
     images: str = ""
@@ -38,6 +40,20 @@ class DataConfig(RecipeSection):
     max_broken: Fraction = 0.01
     # streams of batches that a rank takes by turns; so many processes, or a divisor of it, can make them
     lanes: AtLeastOne = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(RecipeSection):
+    """A recipe's `validation` on a held-out part (unimm.training.validation)."""
+
+    # steps between two validations; there is one at the end, too
+    every: AtLeastOne
+    # batches as training has them, the same every time
+    batches: AtLeastOne
+    # which weights are validated: the averaged ones, which a release holds, or those that are trained
+    weights: Literal["average", "current"] = "average"
+    # datasets of its own, in place of what the groups of `data` hold out
+    data: DataConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

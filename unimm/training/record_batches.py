@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from unimm.data.mix import DataMix, MixGroup, MixState, go_on
 from unimm.data.records import BrokenRow
 from unimm.data.sources.base import SourceOptions
 from unimm.data.sources.formats import open_source
+from unimm.data.sources.slices import SourceSlice, split_source
 from unimm.training.batches import BatchError, BatchSource, StepBatches, ignore_signals
 from unimm.training.config import TrainConfig
 from unimm.training.data_config import DataConfig, PackingConfig
@@ -39,8 +40,11 @@ MIN_ROWS = 1000
 LOGGED_SAMPLES = 10
 
 
-def open_groups(data: DataConfig) -> list[MixGroup]:
-    """The datasets that a recipe names. Raises ValueError, with the group, for what cannot be opened."""
+def open_groups(data: DataConfig, *, where: str = "data") -> list[MixGroup]:
+    """The datasets that a recipe names, without what they hold out.
+
+    Raises ValueError, with the group, for what cannot be opened. where: the section of the recipe.
+    """
     groups = []
     for name, group in data.groups.items():
         options = SourceOptions(
@@ -48,12 +52,24 @@ def open_groups(data: DataConfig) -> list[MixGroup]:
         )
         try:
             sources = [open_source(path, format=group.format or None, options=options) for path in group.paths]
+            if group.held_out:
+                sources = [split_source(source, group.held_out)[0] for source in sources]
         except ValueError as error:
-            raise ValueError(f"data.groups.{name}: {error}") from error
+            raise ValueError(f"{where}.groups.{name}: {error}") from error
         groups.append(MixGroup(name=name, sources=sources, weight=group.weight, mandatory=group.mandatory))
     # what is wrong of the weights is said now, too
     DataMix(groups, prepare=lambda record, rng: record, seed=0)
     return groups
+
+
+def held_out_groups(groups: Sequence[MixGroup]) -> list[MixGroup]:
+    """What the groups of `open_groups` hold out; those that hold out nothing are left out."""
+    found = []
+    for group in groups:
+        slices = [source for source in group.sources if isinstance(source, SourceSlice)]
+        rest = [SourceSlice(one.source, range(one.rows.stop, one.source.n_rows)) for one in slices]
+        found += [replace(group, sources=rest)] if rest else []
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

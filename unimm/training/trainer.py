@@ -47,7 +47,7 @@ from unimm.training.loggers import RunLog
 from unimm.training.logging import format_losses, format_report
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
-from unimm.training.record_batches import build_batches, describe_figures
+from unimm.training.record_batches import build_batches, describe_figures, open_groups
 from unimm.training.tasks.base import TrainingTask
 from unimm.training.throughput import TERA, Throughput
 from unimm.training.validation import Validation
@@ -77,7 +77,10 @@ def train(
     """
     out = Path(out)
     workers, deadline = check_run(out, resume=resume, init=init, workers=workers, hours=hours)
+    if recipe.data is not None and groups is None:
+        groups = open_groups(recipe.data)
     source = build_batches(task, recipe, groups)
+    validation = None if recipe.validation is None else Validation(task, recipe, groups)
     trainer = Trainer(task, recipe, parse_device(device))
     load_start(trainer, out, resume=resume, init=init)
     if recipe.cache is not None:
@@ -86,7 +89,6 @@ def train(
     if resume and trainer.step >= recipe.steps:  # the run may have been killed between its checkpoint and its release
         trainer.save_release(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    validation = None if recipe.validation is None else Validation(task, recipe)
     logs = closing(RunLog(out, recipe, after=trainer.step))
     n = recipe.gradient_accumulation
     trainer.use_source(source)

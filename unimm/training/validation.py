@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from unimm.training.batches import StepBatches
+from unimm.data.mix import MixGroup
+from unimm.training.batches import BatchSource, StepBatches
 from unimm.training.config import TrainConfig
-from unimm.training.tasks.base import TrainingTask
+from unimm.training.fields import held_out_seed
+from unimm.training.record_batches import PackedBatches, held_out_groups, open_groups
+from unimm.training.tasks.base import RecordTask, TrainingTask
 
 # of the global generators, which a task might draw from
 SEED = 0
@@ -18,7 +22,7 @@ SEED = 0
 
 @runtime_checkable
 class HeldOutTask(TrainingTask, Protocol):
-    """A task with batches for validation."""
+    """A task that makes its own batches, with some for validation."""
 
     # as `batch` of the task, on a held-out part
     held_out_batch: Callable[[int], Any]
@@ -27,19 +31,43 @@ class HeldOutTask(TrainingTask, Protocol):
 class Validation:
     """The validation that a recipe asks for: the mean of every loss over its held-out batches."""
 
-    def __init__(self, task: TrainingTask, recipe: TrainConfig) -> None:
-        """Raises ValueError for a task without held-out batches."""
+    def __init__(self, task: TrainingTask, recipe: TrainConfig, groups: Sequence[MixGroup] | None = None) -> None:
+        """groups: the datasets of the recipe's `data`.
+
+        Raises ValueError where nothing is held out, and for datasets that cannot be opened.
+        """
         assert recipe.validation is not None, "the recipe asks for one"
-        if not isinstance(task, HeldOutTask):
-            raise ValueError(
-                f"got validation for the task {recipe.task!r}, which has no held-out batches: leave it out, or give the "
-                "task `held_out_batch`"
-            )
         self.task = task
         self.recipe = recipe
         self.config = recipe.validation
-        # a task without any says so now, and not after an hour
-        self.batch = task.held_out_batch
+        # what is wrong is said now, and not after an hour
+        self.source = self._own_batches() if recipe.data is None else self._record_batches(groups or ())
+
+    def _own_batches(self) -> Callable[[], BatchSource]:
+        """Batches that the task makes."""
+        if self.config.data is not None or not isinstance(self.task, HeldOutTask):
+            raise ValueError(
+                f"got validation for the task {self.recipe.task!r}, which has no held-out batches of "
+                f"{'records without data to train on' if self.config.data else 'its own'}: leave it out"
+            )
+        batch = self.task.held_out_batch
+        return lambda: StepBatches(batch)
+
+    def _record_batches(self, groups: Sequence[MixGroup]) -> Callable[[], BatchSource]:
+        """Batches of records: of the validation's own datasets, or of what those to train on hold out."""
+        own = self.config.data
+        held_out = held_out_groups(groups) if own is None else open_groups(own, where="validation.data")
+        if not held_out or not isinstance(self.task, RecordTask):
+            raise ValueError(
+                "got validation, and groups of data that hold out nothing: give one `held_out: 0.01`, say, or "
+                "validation `data` of its own"
+            )
+        data = self.recipe.data if own is None else own
+        assert data is not None, "one of both"
+        # a few rows have one lane
+        recipe = replace(self.recipe, seed=held_out_seed(self.recipe.seed), data=replace(data, lanes=1))
+        builder = self.task.sample_builder
+        return lambda: PackedBatches(held_out, builder, recipe)
 
     def due(self, step: int) -> bool:
         """Whether it is run after this step."""
@@ -51,8 +79,7 @@ class Validation:
         totals: dict[str, float] = {}
         counts: dict[str, int] = {}
         devices = [device] if device.type == "cuda" else []
-        source = StepBatches(self.batch)
-        made = closing(source.iterate(0, self.config.batches, workers=workers))
+        made = closing(self.source().iterate(0, self.config.batches, workers=workers))
         with torch.random.fork_rng(devices=devices), made as batches:
             torch.manual_seed(SEED)
             for batch in batches:
