@@ -116,8 +116,10 @@ class RunLog:
         for logger in self.loggers:
             logger.log_metrics(step, values)
 
-    def write_image(self, step: int, image: Image.Image) -> None:
-        """Show a sample image, which lies in a file of its own already."""
+    def write_image(self, step: int, image: Image.Image | None) -> None:
+        """Show a sample image, which lies in a file of its own already; a task may have none."""
+        if image is None:
+            return
         for logger in self.loggers:
             logger.log_image(step, SAMPLES, image)
 

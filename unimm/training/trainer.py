@@ -109,9 +109,7 @@ def train(
                 if validation is not None and validation.due(trainer.step):
                     trainer.validate(validation, log, workers=workers)
                 if trainer.step % recipe.sample_every == 0 or trainer.step == recipe.steps:
-                    image = trainer.sample(out / "samples" / f"{trainer.step:08d}.png")
-                    if image is not None:
-                        log.write_image(trainer.step, image)
+                    log.write_image(trainer.step, trainer.sample(out / "samples" / f"{trainer.step:08d}.png"))
                 if trainer.step % recipe.save_every == 0 or stopping:
                     trainer.save(out)
             if stopping:
