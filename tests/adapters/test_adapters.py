@@ -82,6 +82,28 @@ def test_gradients_reach_the_adapter_alone_and_those_of_merged_weights():
     assert {key.split(".")[4] for key, p in model.named_parameters() if p.requires_grad} == {"und"}
 
 
+def test_under_autocast_no_copy_of_an_input_is_kept():
+    """In bfloat16 with an adapter in float32: q, k and v keep the one input that they share."""
+    model = toy().to(torch.bfloat16)
+    model.add_adapter(config("und.attention"))
+    move_trained(model)
+    expert = model.decoder.blocks[0].experts["und"]
+    x = torch.randn(7, 48, dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape == x.shape:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = [linear(x) for linear in (expert.q, expert.k, expert.v)]
+    assert list(kept) == [x.data_ptr()]
+    exact = [linear(x) for linear in (expert.q, expert.k, expert.v)]
+    # one more rounding to bfloat16, of the smaller update
+    assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(y, exact, strict=True))
+
+
 def test_several_adapters_are_switched_summed_and_combined(tmp_path):
     model = toy()
     base = hidden(model)

@@ -19,6 +19,7 @@ from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.load import open_weights
 from unimm.checkpoint.save import own_name, save_safetensors, save_torch
 from unimm.checkpoint.torch_file import load_torch
+from unimm.models.adapted import AdaptedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,12 @@ STATE_KEYS = ("step", "updates", "optimizers", "sums", "rng", "recipe")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those of compiled parts as if they were not; tied ones once."""
+    """Parameters and buffers by name, those of compiled parts as if they were not; tied ones once.
+
+    Where an adapter is trained, its own alone: the rest is the release's that it stands on.
+    """
+    if isinstance(model, AdaptedModel) and model.adapters is not None and model.adapters.names:
+        return {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {own_name(name): tensor for name, tensor in tensors.items()}
 

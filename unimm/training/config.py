@@ -27,6 +27,7 @@ from unimm.training.fields import (
     RecipeSection,
     Seed,
 )
+from unimm.training.lora_config import LoRAConfig
 from unimm.training.overrides import apply_overrides
 from unimm.training.recipe_keys import RecipeLoader, suggestion
 
@@ -91,6 +92,8 @@ class TrainConfig(RecipeSection):
     data: DataConfig | None = None
     # a batch is a pack of about so many tokens, in place of batch_size samples
     packing: PackingConfig | None = None
+    # an adapter of a release is trained in place of its weights
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         if self.packing is None:

@@ -45,6 +45,7 @@ from unimm.training.ema import EMA
 from unimm.training.failures import explain_failures
 from unimm.training.loggers import RunLog
 from unimm.training.logging import format_losses, format_report
+from unimm.training.lora import release_writer
 from unimm.training.losses import LossSum
 from unimm.training.optim import build_optimizers
 from unimm.training.record_batches import build_batches, describe_figures, open_groups
@@ -354,7 +355,7 @@ class Trainer:
         """Write the release, of the averaged weights."""
         self.model.eval()
         with self.ema.swap_in():
-            save_release(out / "release", self.task.save)
+            save_release(out / "release", release_writer(self.task))
 
     def resume(self, folder: Path) -> None:
         """Continue a checkpoint exactly. Raises ValueError for one of another model."""
@@ -401,6 +402,11 @@ class Trainer:
         if not isinstance(self.model, UnifiedModel):
             raise ValueError(
                 f"got init {name}, a release, and the task {self.task.name!r}, which trains no whole model"
+            )
+        if self.recipe.lora is not None:
+            raise ValueError(
+                f"got init {name}, a release, for a recipe with lora: expected a run of such a recipe, whose adapter to "
+                "start from; the release that it stands on is model.from_pretrained"
             )
         released = type(self.model).from_pretrained(name)
         if tokenizer_files(self.model) != tokenizer_files(released):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from unimm.training.config import TrainConfig, suggestion
+from unimm.training.lora import add_adapter
 from unimm.training.losses import LossSum
 from unimm.training.packing import SampleBuilder
 
@@ -108,4 +109,8 @@ def build_task(recipe: TrainConfig) -> TrainingTask:
             f"got task {recipe.task!r}, expected a module:Class that can be imported: {error}; a module of the working "
             f"folder needs `PYTHONPATH=.`"
         ) from error
-    return task_class.from_recipe(recipe)
+    task = task_class.from_recipe(recipe)
+    if recipe.lora is not None:
+        base = recipe.model.get("from_pretrained")
+        add_adapter(task.model, recipe.lora, task=recipe.task, seed=recipe.seed, base=base)
+    return task
