@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 from helpers.bagel_record_toys import NUMBERS, builder_of, recipe_numbers
-from helpers.toys import picture, toy
+from helpers.paths import RECIPES
+from helpers.toys import LLM, VIT, picture, toy
 
 from examples.data import make
 from unimm.data.records import Record, RecordImage, RecordText
+from unimm.models.bagel.config import BagelConfig
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import pack_sequences
-from unimm.training.config import TrainConfig, from_mapping
+from unimm.training.config import TrainConfig, from_mapping, read_recipe
+from unimm.training.freezing import freeze
 from unimm.training.record_batches import build_batches, open_groups
 from unimm.training.tasks.bagel_plans import ConditionDropout, drop_conditions
 from unimm.training.tasks.bagel_records import BagelRecordConfig, BagelRecordTask, check_limit
+from unimm.training.tasks.bagel_samples import BagelSampleBuilder
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer
 
@@ -258,6 +262,33 @@ def test_wrong_options_are_errors_at_the_start(model, data):
             build_task(dataclasses.replace(recipe, task="bagel", model=change))
 
 
+@pytest.mark.parametrize(
+    ("name", "lr", "tokens", "shift", "shares"),
+    [
+        ("bagel-alignment", 1e-3, (32768, 36864, 16384), 1.0, {"i2t": 1.0}),
+        ("bagel-pretrain", 1e-4, (32768, 36864, 16384), 1.0, {"text": 0.05, "t2i": 0.6, "i2t": 0.1, "web": 0.05}),
+        ("bagel-continue", 1e-4, (40960, 46080, 40960), 4.0, {"text": 0.05, "t2i": 0.4, "i2t": 0.1, "web": 0.15}),
+        ("bagel-sft", 2.5e-5, (40960, 46080, 40960), 4.0, {"text": 0.05, "t2i": 0.3, "i2t": 0.05, "web": 0.2}),
+        ("bagel-finetune", 2e-5, (10240, 11520, 10240), 4.0, {}),
+    ],
+)
+def test_recipes_of_the_published_stages(name, lr, tokens, shift, shares):
+    """arXiv 2505.14683, table 3, and TRAIN.md; their images fit into the released model's tables."""
+    recipe = read_recipe(RECIPES / f"{name}.yaml")
+    packing = recipe.packing
+    assert (packing.expected_tokens, packing.max_tokens, packing.max_tokens_per_sample) == tokens
+    assert recipe.lr == lr and recipe.betas == (0.9, 0.95) and recipe.eps == 1e-15 and recipe.max_grad_norm == 1.0
+    found = from_mapping(BagelRecordConfig, recipe.options, where="options")
+    assert found.timestep_shift == shift
+    groups = recipe.data.groups
+    assert {group: groups[group].weight for group in shares} == shares
+    assert not shares or sum(group.weight for group in groups.values()) == pytest.approx(1)
+    released = BagelConfig.from_json(LLM, VIT | {"patch_size": 14, "image_size": 980}, {})
+    builder = BagelSampleBuilder(options=found, config=released, processor=None, tokenizer=None)
+    check_limit(builder, recipe)
+    assert builder.least_image_tokens == (256 if tokens[0] == 32768 else 512) ** 2 // 16**2 + 2
+
+
 def test_the_example_formats_are_read_and_teach(data, tmp_path):
     """A few steps on BAGEL's three formats: every group is there, and what was packed first has a smaller loss after."""
     recipe = from_mapping(TrainConfig, recipe_numbers(data, lr=3e-3), where="here")
@@ -286,6 +317,16 @@ def test_the_example_formats_are_read_and_teach(data, tmp_path):
     assert 0.5 < figures["tokens"] / figures["capacity"] <= 1
     task.save(tmp_path)
     assert (tmp_path / "ema.safetensors").exists() and (tmp_path / "ae.safetensors").exists()
+
+
+def test_an_expert_is_frozen_by_a_prefix_with_a_star(model):
+    und = toy()
+    freeze(und, ["decoder.blocks.*.experts.und.", "decoder.norms.und"], always=("vae.",))
+    trained = {name for name, p in und.named_parameters() if p.requires_grad}
+    assert not any("experts.und" in name or name.startswith("vae.") for name in trained)
+    assert {"decoder.blocks.0.experts.gen.q.weight", "decoder.embed.weight", "decoder.norms.gen.weight"} <= trained
+    with pytest.raises(ValueError, match=r"got frozen \['decoder.\*.gon'\], expected prefixes of parameters"):
+        freeze(und, ["decoder.*.gon"])
 
 
 def test_a_broken_row_of_an_edit_and_a_missing_column_say_so(data, tmp_path):

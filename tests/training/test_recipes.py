@@ -65,6 +65,11 @@ def test_every_recipe_is_read():
     assert names == {
         "bagel-nano": "bagel",
         "bagel-nano-finetune": "bagel",
+        "bagel-alignment": "bagel",
+        "bagel-pretrain": "bagel",
+        "bagel-continue": "bagel",
+        "bagel-sft": "bagel",
+        "bagel-finetune": "bagel",
         "bagel-nano-vae": "kl_vae",
         "bagel-nano-vit": "vit",
         "janus-nano": "janus",

@@ -1,16 +1,25 @@
-"""Parts of a model that are not trained, named in recipes by prefixes of their parameters' names."""
+"""Parts of a model that are not trained, named in recipes by prefixes of their parameters' names.
+
+A `*` in a prefix stands for one name between dots: `decoder.blocks.*.experts.und.` is an expert of all blocks.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
 
 
+def has_prefix(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a name begins with one of these; `*` stands for a part of it between dots."""
+    return any(re.match(re.escape(prefix).replace(r"\*", r"[^.]+"), name) for prefix in prefixes)
+
+
 def check_prefixes(model: nn.Module, prefixes: Sequence[str], *, where: str) -> None:
     """Raise ValueError for a prefix that no parameter's name begins with. where: the recipe's field."""
     names = [name for name, _ in model.named_parameters()]
-    unused = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
+    unused = [prefix for prefix in prefixes if not any(has_prefix(name, [prefix]) for name in names)]
     if unused:
         parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
         raise ValueError(f"got {where} {unused}, expected prefixes of parameters: the model's parts are {parts}")
@@ -23,4 +32,4 @@ def freeze(model: nn.Module, frozen: Sequence[str], *, always: Sequence[str] = (
     """
     check_prefixes(model, frozen, where="frozen")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith((*always, *frozen)))
+        parameter.requires_grad_(not has_prefix(name, (*always, *frozen)))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unimm.training.config import TrainConfig
-from unimm.training.freezing import check_prefixes
+from unimm.training.freezing import check_prefixes, has_prefix
 
 
 def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -20,14 +20,14 @@ def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.
     check_prefixes(model, recipe.muon, where="muon")
     check_prefixes(model, recipe.no_weight_decay, where="no_weight_decay")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    is_muon = {name: p.ndim == 2 and name.startswith(recipe.muon) for name, p in trained}
+    is_muon = {name: p.ndim == 2 and has_prefix(name, recipe.muon) for name, p in trained}
 
     def groups(*, muon: bool) -> list[dict[str, Any]]:
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, p in trained:
             if is_muon[name] == muon:
-                (others if p.ndim < 2 or name.startswith(recipe.no_weight_decay) else decayed).append(p)
+                (others if p.ndim < 2 or has_prefix(name, recipe.no_weight_decay) else decayed).append(p)
         parts = ((decayed, recipe.weight_decay), (others, 0.0))
         return [{"params": params, "weight_decay": decay} for params, decay in parts if params]
 

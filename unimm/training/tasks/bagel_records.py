@@ -21,6 +21,7 @@ from unimm.training.losses import LossSum
 from unimm.training.pretrained import load_released
 from unimm.training.samples import image_grid
 from unimm.training.tasks.bagel_samples import BagelRecordBatch, BagelSampleBuilder, BagelSampleConfig
+from unimm.training.tasks.bagel_start import build_bagel
 from unimm.training.throughput import StepCounts
 
 # pixels that the VAE encodes in one call
@@ -52,9 +53,10 @@ class BagelRecordTask:
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> BagelRecordTask:
-        """Load the release that the recipe names, with its tokenizer, ViT and VAE."""
+        """Load the release that the recipe names, with its tokenizer, ViT and VAE, or put one together of its parts."""
         options = from_mapping(BagelRecordConfig, recipe.options, where="options")
-        model = load_released(Bagel, recipe.model)
+        is_release = "llm" not in recipe.model
+        model = load_released(Bagel, recipe.model) if is_release else build_bagel(recipe.model, seed=recipe.seed)
         model.config = replace(model.config, train_timestep_shift=options.timestep_shift)
         builder = BagelSampleBuilder(
             options=options, config=model.config, processor=model.processor, tokenizer=model.text_tokenizer
