@@ -259,6 +259,8 @@ def test_eval_bad_input():
     assert "--judge 'oracle'" in fails("eval", "shapes", "--judge", "oracle")
     assert "--judge vlm for shapes: expected exact" in fails("eval", "shapes", "--judge", "vlm:bagel-nano")
     assert "no --out" in fails("eval", "shapes", "--shard", "1/2")
+    for name in ("wise", "geneval", "imgedit"):
+        assert f"got no --items for {name}" in fails("eval", name)
 
 
 def test_train(tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from helpers.chat_server import chat_server, pictures, texts
-from helpers.evaluation import run_toy, scores_of
+from helpers.evaluation import judge_of, run_toy, scores_of
 from helpers.unisandbox_toys import checkout, mapping, write_lines
 from PIL import Image
 
@@ -26,12 +26,17 @@ from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
 from unimm.evaluation.benchmarks.unisandbox.labels import WRONG_LABELS, corrected, right_count, split_answer
 from unimm.evaluation.judges.base import JudgeReply, JudgeTask
 from unimm.evaluation.judges.openai_endpoint import OpenAIReader
-from unimm.evaluation.judges.readers import Reader, ReaderJudge
+from unimm.evaluation.judges.readers import Reader
 from unimm.models.base import Generation
 
 
 def benchmark(items=None, **options) -> UniSandBoxBenchmark:
     return UniSandBoxBenchmark(BenchmarkOptions(items=None if items is None else str(items), **options))
+
+
+def protocol_of(made):
+    """What is written of a reader's questions."""
+    return judge_of(made, Script())().identity()["protocol"]
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_official_items(copy):
 @pytest.mark.parametrize("below", ["", "benchmark", "benchmark/test_reasoning"])
 def test_a_checkout_is_found_from_any_of_its_folders(copy, below):
     assert benchmark(copy / below, tasks=("math1",)).items()[0].id == "math1/1"
-    assert benchmark(copy / below).protocol()["questions"] == "UniSandBox"
+    assert protocol_of(benchmark(copy / below))["questions"] == "UniSandBox"
 
 
 def test_n_counts_pairs(copy):
@@ -151,7 +156,7 @@ def test_corrected_labels(copy):
     answers = {one.id: one.answer for one in made.items()}
     assert answers["math2/9"] == "2 pens" and answers["math2/3"] == "2 dog" and answers["math1/99"] == "2 belts."
     assert answers["math3/6"] == "4 books" and "mapping2/12_A" not in answers and "mapping1/12_A" in answers
-    assert made.notes()["left_out"] == {
+    assert made.notes["left_out"] == {
         "math3/1": "the arithmetic gives no number of things",
         "math3/76": "the question names no object",
         "mapping2/12": "the rules lead to no object",
@@ -189,11 +194,11 @@ def test_answers(answer, parts):
 
 def test_texts_are_read_and_not_run(copy):
     assert read_constants(copy / "eval" / "eval_knowledge.py")["CAPTION_PROMPT"] == "One line.\nStrictly.\n"
-    one, other = (benchmark(copy, judge_prompts=copy).protocol() for _ in range(2))
+    one, other = (protocol_of(benchmark(copy, judge_prompts=copy)) for _ in range(2))
     assert one == other and len(one["sha256"]) == 64
     path = copy / "eval" / "eval_math.py"
     path.write_text(path.read_text().replace("Name and count", "Count"))
-    assert benchmark(copy).protocol() != one
+    assert protocol_of(benchmark(copy)) != one
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_texts_are_read_and_not_run(copy):
 def test_texts_that_are_missing(copy, change, message):
     change(copy / "eval" / "eval_math.py")
     with pytest.raises(ValueError, match=message):
-        benchmark(copy).protocol()
+        protocol_of(benchmark(copy))
 
 
 @pytest.mark.parametrize(
@@ -301,8 +306,7 @@ def test_dialogues(copy, tmp_path, case):
     path = tmp_path / "image.png"
     Image.new("RGB", (4, 4), "red").save(path)
     reader = Script(*replies)
-    judge = ReaderJudge(reader, made.dialogue, protocol=made.protocol())
-    ((_, verdict),) = judge.judge([JudgeTask(item=item, image_path=path)])
+    ((_, verdict),) = judge_of(made, reader)().judge([JudgeTask(item=item, image_path=path)])
     assert verdict.score == score and len(reader.asked) == n and [one.reply for one in verdict.replies] == list(replies)
     first, last = reader.asked[0], reader.asked[-1]
     limit = 2048 if name.startswith("forward") else 10240
@@ -367,10 +371,10 @@ def test_generated_items_have_no_knowledge():
 
 def test_photos_have_no_exact_judge(copy):
     for made in (benchmark(world="photos"), benchmark(copy)):
-        with pytest.raises(ValueError, match="got no --judge for photos"):
-            _ = made.default_judge
+        with pytest.raises(ValueError, match="got no --judge for unisandbox, .*: expected vlm:MODEL or openai:URL"):
+            made.judge_spec(None)
         with pytest.raises(ValueError, match="which none can read"):
-            made.exact_judge()
+            judge_of(made)
 
 
 # ---- whole runs
@@ -426,11 +430,7 @@ def test_a_reader_of_the_little_world(tmp_path):
     one, other = made.items()
     right, wrong = (NUMBERS[len(item.payload.goal.wants)] for item in (one, other))
     reader = Script(right, right, wrong, "four" if wrong != "four" else "one")
-
-    def judge():
-        return ReaderJudge(reader, made.dialogue, protocol=made.protocol())
-
-    state = run_toy(tmp_path, Painter(made.items()), benchmark=made, judge=judge)
+    state = run_toy(tmp_path, Painter(made.items()), benchmark=made, judge=judge_of(made, reader))
     assert {name: unit["score"] for name, unit in state.result["units"].items()} == {"math1/1": 1.0, "math1/2": 0.0}
     want = one.payload.goal.wants[0]
     assert reader.asked[0].text.startswith(f"how many {want.colour} {want.shape}")
@@ -464,8 +464,7 @@ def test_an_official_run_with_an_endpoint(tmp_path, copy):
     made = benchmark(copy, tasks=("math1", "mapping1"))
     with chat_server(endpoint_reply, models=("Qwen/Qwen2.5-VL-7B-Instruct",)) as server:
         reader = OpenAIReader(server.url, workers=4)
-        judge = ReaderJudge(reader, made.dialogue, protocol=made.protocol())
-        state = run_toy(tmp_path / "run", Paints(), benchmark=made, judge=lambda: judge, batch=1)
+        state = run_toy(tmp_path / "run", Paints(), benchmark=made, judge=judge_of(made, reader), batch=1)
     assert scores_of(state) == {"math1": 0.5, "mapping1": 1.0}
     assert (
         state.result["judge"]["model"] == "Qwen/Qwen2.5-VL-7B-Instruct" and state.result["judge"]["protocol"]["sha256"]
@@ -487,13 +486,13 @@ def test_an_official_run_whose_endpoint_goes_down(tmp_path, copy):
 
     def judge(server):
         reader = OpenAIReader(server.url, workers=1, calls=2, sleep=lambda seconds: None)
-        return ReaderJudge(reader, made.dialogue, protocol=made.protocol())
+        return judge_of(made, reader)
 
     with (
         chat_server(reply) as server,
         pytest.raises(ValueError, match="failed on 8 items one after another.*run again"),
     ):
-        run_toy(tmp_path / "run", Paints(), benchmark=made, judge=lambda: judge(server))
+        run_toy(tmp_path / "run", Paints(), benchmark=made, judge=judge(server))
     with chat_server(endpoint_reply) as server:
-        state = run_toy(tmp_path / "run", None, benchmark=made, judge=lambda: judge(server))
+        state = run_toy(tmp_path / "run", None, benchmark=made, judge=judge(server))
     assert state.result["failed"] == 0 and scores_of(state)["mapping3"] == 1.0

@@ -10,6 +10,7 @@ from unimm.data.shapes import example
 from unimm.evaluation.benchmarks.base import Benchmark, BenchmarkOptions
 from unimm.evaluation.benchmarks.shapes import TASKS, ShapesBenchmark
 from unimm.evaluation.judges.base import ItemJudge
+from unimm.evaluation.judges.readers import JudgeSpec, Reader
 from unimm.evaluation.run import ModelSource, RunState, run_benchmark
 from unimm.evaluation.sharding import RunShard
 from unimm.models.base import Generation
@@ -61,8 +62,14 @@ def run_toy(
     """A run with a model that is no module, in batches of 2; of the little world unless given."""
     made = benchmark or ShapesBenchmark(BenchmarkOptions(n=N, seed=SEED, tasks=("draw.one", "edit.add")))
     source = ModelSource(name=name, load=lambda: model)
-    judge = judge or made.exact_judge
+    judge = judge or judge_of(made)
     return run_benchmark(made, source, judge, out, shard=shard, batch_size=batch, progress=False)
+
+
+def judge_of(benchmark: Benchmark, reader: Reader | None = None) -> Callable[[], ItemJudge]:
+    """What makes a benchmark's exact judge, or that of a reader."""
+    make = benchmark.judge_maker(JudgeSpec(kind="vlm" if reader else "exact"), device="cpu")
+    return lambda: make(reader)
 
 
 def scores_of(state: RunState) -> dict[str, float]:

@@ -88,7 +88,7 @@ def eval_command(
         return
     from unimm.evaluation.benchmarks.base import BenchmarkOptions
     from unimm.evaluation.run import run_benchmark
-    from unimm.evaluation.setup import judge_maker, model_source
+    from unimm.evaluation.setup import model_source, prepare_judge
 
     kind = benchmark_class(benchmark)
     family = look_up_family(model)
@@ -97,9 +97,7 @@ def eval_command(
     asked = BenchmarkOptions(items=items, labels=labels, n=n, seed=seed, think=think, tasks=chosen, world=world)
     thinks = family.supports_thinking
     made = kind(replace(asked, judge_prompts=judge_prompts, images=images, supports_thinking=thinks))
-    make_judge = judge_maker(
-        judge or made.default_judge, made, device=device, dtype=dtype, judge_model=judge_model, workers=judge_workers
-    )
+    make_judge = prepare_judge(judge, made, device=device, dtype=dtype, judge_model=judge_model, workers=judge_workers)
     with chosen_shard(shard) as (part, place), run_folder(out, part) as folder:
         source = model_source(model, made.NAME, device=place(device), dtype=dtype, options=sampling)
         state = run_benchmark(made, source, make_judge, folder, shard=part, batch_size=batch)

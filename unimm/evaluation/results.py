@@ -51,7 +51,7 @@ def build_result(
         "changed": n_changed,
         "run": dict(run),
         "judge": dict(judge),
-        **benchmark.notes(),
+        **benchmark.notes,
         "versions": package_versions(),
         "units": {one.id: {"group": one.group, "score": one.value} for one in units},
     }

@@ -58,7 +58,7 @@ def run_benchmark(
     what was kept before that is whole.
     """
     shard = shard or RunShard()
-    size = benchmark.default_batch if batch_size is None else batch_size
+    size = benchmark.batch if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"got batch_size {size}: expected at least 1")
     items = benchmark.items()
@@ -128,7 +128,7 @@ def finish(benchmark: Benchmark, items: Sequence[EvalItem], judge: ItemJudge, fo
     result = build_result(
         benchmark, folder.read_run(), judge.identity(), units, n_items=len(items), n_changed=len(changed)
     )
-    markdown = result_markdown(result, benchmark.PUBLISHED)
+    markdown = result_markdown(result, benchmark.published)
     folder.write_result(result, markdown)
     return RunState(result=result, markdown=markdown)
 

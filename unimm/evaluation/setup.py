@@ -10,7 +10,7 @@ from unimm.checkpoint.json_files import read_json
 from unimm.evaluation.benchmarks.base import Benchmark
 from unimm.evaluation.generating import BenchmarkModel, describe_weights
 from unimm.evaluation.judges.base import ItemJudge
-from unimm.evaluation.judges.readers import ModelReader, ReaderJudge, UnderstandingModel, parse_judge
+from unimm.evaluation.judges.readers import ModelReader, UnderstandingModel
 from unimm.evaluation.registry import BENCHMARKS
 from unimm.evaluation.run import ModelSource
 from unimm.models.base import UnifiedModel
@@ -61,8 +61,8 @@ def model_source(
     )
 
 
-def judge_maker(
-    name: str,
+def prepare_judge(
+    name: str | None,
     benchmark: Benchmark,
     *,
     device: str,
@@ -72,24 +72,20 @@ def judge_maker(
 ) -> Callable[[], ItemJudge]:
     """A function that makes a judge; what can be wrong of it is found now, before hours of generation.
 
-    A reader in process is only loaded once it is needed, when the model that it judges is gone. judge_model, workers:
-    of an endpoint. name: as `parse_judge` reads it.
+    name: as `parse_judge` reads it, or None for the benchmark's own. judge_model, workers: of an endpoint. A reader in
+    process is only loaded once it is needed, when the model that it judges is gone.
     """
-    spec = parse_judge(name)
-    benchmark.check_judge(spec)
-    if spec.kind not in ("vlm", "openai"):
-        judge = benchmark.exact_judge()
-        return lambda: judge
-    protocol = benchmark.protocol()
-    if spec.kind == "openai":
-        from unimm.evaluation.judges.openai_endpoint import WORKERS, OpenAIReader
+    spec = benchmark.judge_spec(name)
+    make = benchmark.judge_maker(spec, device=device)
+    if spec.kind == "vlm":
+        return lambda: make(load_reader(spec.where, device=device, dtype=dtype))
+    if spec.kind != "openai":
+        return lambda: make(None)
+    from unimm.evaluation.judges.openai_endpoint import WORKERS, OpenAIReader
 
-        reader = OpenAIReader(spec.where, model=judge_model, workers=workers or WORKERS)
-        ready = ReaderJudge(reader, benchmark.dialogue, protocol=protocol)
-        return lambda: ready
-    return lambda: ReaderJudge(
-        load_reader(spec.where, device=device, dtype=dtype), benchmark.dialogue, protocol=protocol
-    )
+    extra = benchmark.endpoint_options
+    reader = OpenAIReader(spec.where, model=judge_model, workers=workers or WORKERS, extra_body=extra)
+    return lambda: make(reader)
 
 
 def load_reader(name: str, *, device: str, dtype: str) -> ModelReader:

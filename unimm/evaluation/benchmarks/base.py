@@ -1,16 +1,17 @@
 """What a benchmark is: items, how outputs are judged, how verdicts become scores, and what was published."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from unimm.evaluation.items import EvalItem
 from unimm.evaluation.judges.base import Dialogue, ItemJudge, JudgeTask
-from unimm.evaluation.judges.readers import JudgeSpec
+from unimm.evaluation.judges.readers import JudgeSpec, Reader, ReaderJudge, parse_judge
 from unimm.evaluation.scores import GroupScore, UnitScore, score_units, weighted_score
 
+NAMED_JUDGES = "vlm:MODEL or openai:URL"
 # options that say where something lies
 PLACES = ("items", "judge_prompts", "images")
 
@@ -46,22 +47,34 @@ class PublishedScores:
     source: str = ""
 
 
+# of a reader where one is asked, or of nothing: a judge
+JudgeMaker = Callable[[Reader | None], ItemJudge]
+
+
 class Benchmark(ABC):
-    """A benchmark, as one run asks for it."""
+    """A benchmark, as one run asks for it. What is written here is final."""
 
     NAME: ClassVar[str]
     # the options that it takes beside the seed
     TAKES: ClassVar[tuple[str, ...]]
-    # kinds of judges that can judge it, the first unless another is asked for
+    # kinds of judges that can judge it
     JUDGES: ClassVar[tuple[str, ...]]
     # how the items of one unit become one score: the mean, or 1 where all are 1
     UNIT: ClassVar[Literal["mean", "all"]] = "mean"
     # the least and the greatest score
     SCALE: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    # the name of the weighted mean of all groups, and the weights, which are equal unless given
+    # the name of the weighted mean of all groups
     OVERALL: ClassVar[str | None] = None
-    WEIGHTS: ClassVar[Mapping[str, float] | None] = None
-    PUBLISHED: ClassVar[tuple[PublishedScores, ...]] = ()
+
+    # what a subclass may set for a run:
+    source: str  # where the items are from, in words
+    default_judge: str | None  # of a run that names none; None where it must
+    batch: int  # items at a time, unless a run says otherwise
+    resolved: dict[str, Any]  # options that were not given, as they are taken
+    notes: dict[str, Any]  # what else the result should say
+    weights: Mapping[str, float]  # of the groups in the overall score, which is left out where one is missing
+    published: Sequence[PublishedScores]
+    endpoint_options: dict[str, Any] | None  # of an endpoint, for this benchmark's judge
 
     def __init__(self, options: BenchmarkOptions) -> None:
         """Raises ValueError for options that this benchmark does not have."""
@@ -74,51 +87,41 @@ class Benchmark(ABC):
                 raise ValueError(f"got --{name.replace('_', '-')} for {self.NAME}: it takes --seed, {flags}")
         if options.n is not None and options.n < 1:
             raise ValueError(f"got n {options.n}: expected at least 1")
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Where the items are from, in words."""
+        self.source = "released files"
+        self.default_judge = self.JUDGES[0]
+        self.batch = 1
+        self.resolved = {}
+        self.notes = {}
+        self.weights = {}
+        self.published = ()
+        self.endpoint_options = None
 
     @abstractmethod
     def items(self) -> list[EvalItem]:
         """What is asked. Raises ValueError for files that are missing or malformed."""
 
-    @property
-    def default_judge(self) -> str:
-        """The judge of a run that names none."""
-        return self.JUDGES[0]
-
-    @property
-    def default_batch(self) -> int:
-        """Items at a time, unless a run says otherwise."""
-        return 1
-
-    def notes(self) -> dict[str, Any]:
-        """What else the result should say."""
-        return {}
-
     @abstractmethod
-    def exact_judge(self) -> ItemJudge:
-        """The judge that computes, or that no reader takes part in. Raises ValueError where there is none."""
+    def judge_maker(self, spec: JudgeSpec, *, device: str) -> JudgeMaker:
+        """What makes the judge, of a kind of JUDGES, once it is needed.
 
-    @abstractmethod
-    def dialogue(self, task: JudgeTask) -> Dialogue:
-        """The questions to a reader about one output."""
-
-    @abstractmethod
-    def protocol(self) -> dict[str, Any]:
-        """What is written of those questions. Raises ValueError where they cannot be read."""
+        Raises ValueError, now, for what can be known to be wrong, such as questions that cannot be read. device: of a
+        judge's own models.
+        """
 
     def settings(self) -> dict[str, Any]:
         """The options that make this run what it is; where its files lie is none of them."""
         given = {name: getattr(self.options, name) for name in self.TAKES if name not in PLACES}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return plain | self.resolved
 
-    def check_judge(self, spec: JudgeSpec) -> None:
-        """Raise ValueError for a kind of judge that cannot judge this benchmark."""
+    def judge_spec(self, name: str | None) -> JudgeSpec:
+        """The judge of that name, or the usual one. Raises ValueError for one that cannot judge this benchmark."""
+        if name is None and self.default_judge is None:
+            raise ValueError(f"got no --judge for {self.NAME}, {self.source}: expected {NAMED_JUDGES}")
+        spec = parse_judge(name or self.default_judge or "")
         if spec.kind not in self.JUDGES:
             raise ValueError(f"got --judge {spec.kind} for {self.NAME}: expected {' or '.join(self.JUDGES)}")
+        return spec
 
     def unit_scores(self, items: Sequence[EvalItem], values: Mapping[str, float | None]) -> list[UnitScore]:
         """The scores of the items' units, in order, from those of items, which are None where the judge failed."""
@@ -146,10 +149,20 @@ class Benchmark(ABC):
             for group in dict.fromkeys(one.group for one in units)
         }
         if self.OVERALL is not None and len(groups) > 1:
-            overall = weighted_score(groups, self.WEIGHTS or dict.fromkeys(groups, 1.0))
+            overall = weighted_score(groups, self.weights or dict.fromkeys(groups, 1.0))
             if overall is not None:
                 groups[self.OVERALL] = overall
         return groups
+
+
+def reader_judge_maker(dialogue: Callable[[JudgeTask], Dialogue], protocol: dict[str, Any]) -> JudgeMaker:
+    """What makes a judge of a reader: the dialogue with it, and what is written of its questions."""
+
+    def make(reader: Reader | None) -> ItemJudge:
+        assert reader is not None, "a reader is there where its kind of judge was asked for"
+        return ReaderJudge(reader, dialogue, protocol=protocol)
+
+    return make
 
 
 def choose(what: str, given: str | None, known: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ from (seed, task, index): a score does not depend on the batch size, but for rou
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,11 @@ from tqdm import tqdm
 
 from unimm.data.shapes import AnswerGoal, Example, Goal, ImageGoal, example, judge
 from unimm.data.shapes.world import IMAGE_SIZE
-from unimm.evaluation.benchmarks.base import Benchmark
+from unimm.evaluation.benchmarks.base import Benchmark, BenchmarkOptions, JudgeMaker
 from unimm.evaluation.generating import BenchmarkModel, ModelOutput, produce
 from unimm.evaluation.items import EvalItem, item_seed, make_batches
-from unimm.evaluation.judges.base import Dialogue, ExactJudge, ItemJudge, JudgeTask, Verdict
+from unimm.evaluation.judges.base import ExactJudge, ItemJudge, JudgeTask, Verdict
+from unimm.evaluation.judges.readers import JudgeSpec, Reader
 from unimm.evaluation.scores import wilson_interval
 from unimm.models.base import UnifiedModel
 
@@ -89,14 +89,10 @@ class ShapesBenchmark(Benchmark):
     TAKES = ("n", "tasks")
     JUDGES = ("exact",)
 
-    @property
-    def source(self) -> str:
-        return "generated"
-
-    @property
-    def default_batch(self) -> int:
-        """Its images are small."""
-        return 50
+    def __init__(self, options: BenchmarkOptions) -> None:
+        super().__init__(options)
+        self.source = "generated"
+        self.batch = 50
 
     def items(self) -> list[EvalItem]:
         """n items (500 unless given) of each task, of those that the model can do unless some are named."""
@@ -105,17 +101,14 @@ class ShapesBenchmark(Benchmark):
         n = 500 if options.n is None else options.n
         return [item for task in tasks for item in task_items(task, n, seed=options.seed, split="test")]
 
-    def exact_judge(self) -> ItemJudge:
-        """The scene is parsed from the image; an answer is compared."""
-        return ExactJudge(judge_example, "unimm.data.shapes.judge")
+    def judge_maker(self, spec: JudgeSpec, *, device: str) -> JudgeMaker:
+        """The exact judge."""
+        return exact_shapes_judge
 
-    def dialogue(self, task: JudgeTask) -> Dialogue:
-        """No reader judges it: it is exact."""
-        raise NotImplementedError(f"no reader judges {self.NAME}")
 
-    def protocol(self) -> dict[str, Any]:
-        """See `dialogue`."""
-        raise NotImplementedError(f"no reader judges {self.NAME}")
+def exact_shapes_judge(reader: Reader | None = None) -> ItemJudge:
+    """The scene is parsed from the image; an answer is compared."""
+    return ExactJudge(judge_example, "unimm.data.shapes.judge")
 
 
 def supported_tasks(model: UnifiedModel) -> tuple[str, ...]:

@@ -1,17 +1,22 @@
 """UniSandBox as `unimm eval` runs it: its own items or new ones, two sets of labels, published scores."""
 
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from unimm.data.reasoning.questions import ReasoningQuestion
 from unimm.data.shapes import Example
-from unimm.evaluation.benchmarks.base import Benchmark, BenchmarkOptions, PublishedScores, choose
-from unimm.evaluation.benchmarks.shapes import describe_goal, judge_example
+from unimm.evaluation.benchmarks.base import (
+    NAMED_JUDGES,
+    Benchmark,
+    BenchmarkOptions,
+    JudgeMaker,
+    PublishedScores,
+    choose,
+    reader_judge_maker,
+)
+from unimm.evaluation.benchmarks.shapes import describe_goal, exact_shapes_judge
 from unimm.evaluation.benchmarks.unisandbox.files import MAPPING, MATH, TASKS, read_task
 from unimm.evaluation.benchmarks.unisandbox.generated import photo_questions, shapes_questions
 from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
-    JudgeTexts,
     find_judge_folder,
     hash_texts,
     official_dialogue,
@@ -20,7 +25,7 @@ from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
 )
 from unimm.evaluation.benchmarks.unisandbox.labels import corrected
 from unimm.evaluation.items import EvalItem, item_seed
-from unimm.evaluation.judges.base import Dialogue, ExactJudge, ItemJudge, JudgeTask
+from unimm.evaluation.judges.readers import JudgeSpec
 
 REASONING = (*MATH, *MAPPING)
 # questions of a level, or pairs of them, unless a run says otherwise: as many as the original has
@@ -34,6 +39,18 @@ def _row(model: str, *scores: float, think: bool = False) -> PublishedScores:
     return PublishedScores(model=model, scores=named, think=think, source=TABLE)
 
 
+PUBLISHED = (
+    _row("Janus-Pro-7B", 0.04, 0.03, 0.03, 0, 0, 0),
+    _row("UniWorld-V1", 0.11, 0.06, 0.02, 0, 0, 0),
+    _row("OmniGen2", 0.08, 0.07, 0.08, 0, 0, 0),
+    _row("Qwen-Image", 0.13, 0.07, 0.10, 0, 0, 0),
+    _row("BAGEL", 0.07, 0.06, 0.04, 0, 0, 0),
+    _row("BAGEL", 0.60, 0.44, 0.23, 0.74, 0.60, 0.45, think=True),
+    _row("gpt-image-1", 0.66, 0.36, 0.19, 0.75, 0.53, 0.36),
+    _row("nano-banana", 0.66, 0.64, 0.42, 0.44, 0.44, 0.50),
+)
+
+
 class UniSandBoxBenchmark(Benchmark):
     """Arithmetic and mapping of three levels, and knowledge of characters that a model was taught."""
 
@@ -42,17 +59,6 @@ class UniSandBoxBenchmark(Benchmark):
     JUDGES = ("exact", "vlm", "openai")
     UNIT = "all"
     OVERALL = "average"
-    WEIGHTS = dict.fromkeys(REASONING, 1.0)
-    PUBLISHED = (
-        _row("Janus-Pro-7B", 0.04, 0.03, 0.03, 0, 0, 0),
-        _row("UniWorld-V1", 0.11, 0.06, 0.02, 0, 0, 0),
-        _row("OmniGen2", 0.08, 0.07, 0.08, 0, 0, 0),
-        _row("Qwen-Image", 0.13, 0.07, 0.10, 0, 0, 0),
-        _row("BAGEL", 0.07, 0.06, 0.04, 0, 0, 0),
-        _row("BAGEL", 0.60, 0.44, 0.23, 0.74, 0.60, 0.45, think=True),
-        _row("gpt-image-1", 0.66, 0.36, 0.19, 0.75, 0.53, 0.36),
-        _row("nano-banana", 0.66, 0.64, 0.42, 0.44, 0.44, 0.50),
-    )
 
     def __init__(self, options: BenchmarkOptions) -> None:
         super().__init__(options)
@@ -64,58 +70,31 @@ class UniSandBoxBenchmark(Benchmark):
             raise ValueError("got --world for the benchmark's own items, which are photos: leave it out")
         self._labels = choose("labels", options.labels, ("official", "corrected"))
         self._world = "photos" if self._path else choose("world", options.world, ("shapes", "photos"))
-        self._left_out: dict[str, str] = {}
-
-    @property
-    def source(self) -> str:
-        return "released files" if self._path else f"generated, {self._world}"
-
-    @property
-    def default_judge(self) -> str:
-        """The exact one of the little world; of photographs none is."""
-        if self._world == "photos":
-            raise ValueError("got no --judge for photos: expected vlm:MODEL or openai:URL")
-        return "exact"
-
-    @property
-    def default_batch(self) -> int:
-        """Images of the little world are small."""
-        return 50 if self._world == "shapes" else 1
-
-    def settings(self) -> dict[str, Any]:
-        """The labels and the world, also where they are the usual ones."""
-        labels = {"labels": self._labels} if self._path else {}
-        return {**super().settings(), **labels, "world": self._world}
+        self.source = "released files" if self._path else f"generated, {self._world}"
+        # images of the little world are small, and can be judged exactly
+        self.default_judge = "exact" if self._world == "shapes" else None
+        self.batch = 50 if self._world == "shapes" else 1
+        self.resolved = {"world": self._world, **({"labels": self._labels} if self._path else {})}
+        self.weights = dict.fromkeys(REASONING, 1.0)
+        self.published = PUBLISHED
 
     def items(self) -> list[EvalItem]:
         """The reasoning tasks, unless others are named: those of knowledge are for models that were taught it."""
         tasks = self._tasks()
-        self._left_out = {}
+        self.notes = {}
         return [item for task in tasks for item in self._task_items(task)]
 
-    def notes(self) -> dict[str, Any]:
-        """Questions that were left out for want of a right label, and why."""
-        return {"left_out": self._left_out} if self._left_out else {}
-
-    def exact_judge(self) -> ItemJudge:
-        """The scene is parsed from the image."""
-        if self._world == "photos":
-            raise ValueError("got --judge exact for photos, which none can read: expected vlm:MODEL or openai:URL")
-        return ExactJudge(judge_example, "unimm.data.shapes.judge")
-
-    def dialogue(self, task: JudgeTask) -> Dialogue:
-        """Two questions each: UniSandBox's about photographs, and counts in the little world."""
-        return shapes_dialogue(task) if self._world == "shapes" else official_dialogue(task, self._texts)
-
-    def protocol(self) -> dict[str, Any]:
-        """Where the questions are from."""
+    def judge_maker(self, spec: JudgeSpec, *, device: str) -> JudgeMaker:
+        """Exactly in the little world; by two questions to a reader, which are UniSandBox's about photographs."""
         if self._world == "shapes":
-            return {"questions": "counts in the little world"}
-        return {"questions": "UniSandBox", "sha256": hash_texts(self._texts)}
-
-    @cached_property
-    def _texts(self) -> dict[str, JudgeTexts]:
-        return read_judge_texts(find_judge_folder(self.options.judge_prompts, self._path))
+            if spec.kind == "exact":
+                return exact_shapes_judge
+            return reader_judge_maker(shapes_dialogue, {"questions": "counts in the little world"})
+        if spec.kind == "exact":
+            raise ValueError(f"got --judge exact for photos, which none can read: expected {NAMED_JUDGES}")
+        texts = read_judge_texts(find_judge_folder(self.options.judge_prompts, self._path))
+        protocol = {"questions": "UniSandBox", "sha256": hash_texts(texts)}
+        return reader_judge_maker(lambda task: official_dialogue(task, texts), protocol)
 
     def _tasks(self) -> tuple[str, ...]:
         tasks = REASONING if self.options.tasks is None else tuple(dict.fromkeys(self.options.tasks))
@@ -147,7 +126,9 @@ class UniSandBoxBenchmark(Benchmark):
         questions = read_task(self._path, task)
         if self._labels == "corrected":
             questions, left_out = corrected(task, questions)
-            self._left_out |= {f"{task}/{name}": why for name, why in left_out.items()}
+            if left_out:
+                known = self.notes.get("left_out", {})
+                self.notes["left_out"] = known | {f"{task}/{name}": why for name, why in left_out.items()}
         # a pair is one of n
         return questions if n is None else questions[: 2 * n if task in MAPPING else n]
 
