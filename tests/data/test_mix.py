@@ -75,6 +75,19 @@ def test_shards_draw_different_rows_and_the_same_again(groups):
     assert taken(DataMix(groups, text_of, seed=1).stream((0, 2)), 30) != drawn[0]
 
 
+def test_what_was_drawn_is_drawn_again_by_its_epoch_and_row(groups):
+    """By any shard, without moving on; also what another number of shards has drawn."""
+    mix = DataMix(groups, text_of, seed=0)
+    drawn = taken(mix.stream((1, 2)), 40)
+    stream = mix.stream((0, 3))
+    assert [stream.draw_again(one.group, one.epoch, one.row) for one in drawn] == drawn
+    assert stream.state == MixState(draws=0, rows={"a": 0, "c": 0})
+    with pytest.raises(ValueError, match="got row 11 of the group a, which has 11: its datasets have changed"):
+        stream.draw_again("a", 0, 11)
+    with pytest.raises(ValueError, match="got a row of the group x: expected one of a, c"):
+        stream.draw_again("x", 0, 0)
+
+
 def test_a_state_goes_on_where_it_was(groups):
     mix = DataMix(groups, text_of, seed=0)
     stream = mix.stream((1, 3))

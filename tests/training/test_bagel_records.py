@@ -13,6 +13,7 @@ from helpers.toys import LLM, VIT, picture, toy
 from examples.data import make
 from unimm.data.records import Record, RecordImage, RecordText
 from unimm.models.bagel.config import BagelConfig
+from unimm.models.bagel.model import Bagel
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import pack_sequences
 from unimm.training.config import TrainConfig, from_mapping, read_recipe
@@ -317,6 +318,23 @@ def test_the_example_formats_are_read_and_teach(data, tmp_path):
     assert 0.5 < figures["tokens"] / figures["capacity"] <= 1
     task.save(tmp_path)
     assert (tmp_path / "ema.safetensors").exists() and (tmp_path / "ae.safetensors").exists()
+
+
+def test_bagel_nano_goes_on_from_its_release(data, tmp_path):
+    """The recipe that the guide names, on the example data: built, a step taken, saved as a release that loads."""
+    paths = {"t2i": "bagel-t2i", "edit": "bagel-edit", "vlm": "bagel-vlm"}
+    settings = [f"data.groups.{name}.paths=['{data[path]}']" for name, path in paths.items()]
+    recipe = read_recipe(RECIPES / "bagel-nano-finetune.yaml", settings=[*settings, "options.timestep_shift=3.0"])
+    task = build_task(recipe)
+    (batch,) = build_batches(task, recipe).iterate(0, 1, workers=0)
+    trainer = Trainer(task, recipe, torch.device("cpu"))
+    before = task.model.decoder.blocks[0].experts["gen"].q.weight.detach().clone()
+    trainer.update(batch)
+    assert not torch.equal(before, task.model.decoder.blocks[0].experts["gen"].q.weight)
+    task.save(tmp_path)
+    released = Bagel.from_pretrained(tmp_path)
+    assert released.config.train_timestep_shift == 3.0
+    assert released.tokenizer.encode("a red circle") == task.model.tokenizer.encode("a red circle")
 
 
 def test_an_expert_is_frozen_by_a_prefix_with_a_star(model):

@@ -119,7 +119,8 @@ class BagelSampleBuilder:
             units |= {"vit_transform": vit, "understand_transform": vit}
         for name, (unit, grid) in units.items():
             transform = self.transforms[name]
-            if transform.stride % unit or not transform.stride <= transform.max_size <= unit * grid:
+            most = transform.max_size if config.interpolate_pos_embed else unit * grid
+            if transform.stride % unit or not transform.stride <= transform.max_size <= most:
                 raise ValueError(
                     f"got {name} with image_stride {transform.stride} and max_image_size {transform.max_size}, expected a "
                     f"multiple of {unit} and at most {unit * grid}, the model's table of positions: correct the options"
