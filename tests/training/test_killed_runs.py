@@ -34,10 +34,10 @@ def environment(monkeypatch):
 
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_one_that_is_not(recipe, tmp_path, environment):
-    arguments = [sys.executable, "-m", "helpers.killing", str(recipe), str(tmp_path), "4"]
+    arguments = [sys.executable, "-m", "helpers.killing", str(recipe), str(tmp_path), "3"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(json.loads(done.stdout.splitlines()[-1])) == 4
+    assert len(json.loads(done.stdout.splitlines()[-1])) == 3
 
 
 @pytest.mark.nightly
