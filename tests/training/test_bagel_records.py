@@ -249,8 +249,8 @@ def test_wrong_options_are_errors_at_the_start(model, data):
     small = dataclasses.replace(recipe.packing, max_tokens_per_sample=5)
     with pytest.raises(ValueError, match="max_tokens_per_sample 5, and the smallest square image .* has 6 tokens"):
         check_limit(builder_of(model, options()), dataclasses.replace(recipe, packing=small))
-    with pytest.raises(ValueError, match="got data for the task 'kl_vae': expected none, or one of .*'bagel'"):
-        build_task(dataclasses.replace(recipe, task="kl_vae"))
+    with pytest.raises(ValueError, match="got data for the task 'vit': expected none, or one of .*'bagel'"):
+        build_task(dataclasses.replace(recipe, task="vit"))
     for change, message in (
         (
             {"from_pretrained": "bagel-nano", "dtyp": "float32"},

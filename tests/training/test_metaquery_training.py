@@ -3,7 +3,6 @@ release."""
 
 import dataclasses
 import functools
-import json
 import pickle
 import random
 
@@ -17,7 +16,7 @@ from helpers.paths import RECIPES
 from PIL import Image
 
 from unimm.adapters.config import AdapterConfig
-from unimm.data.image_text_pairs import RECONSTRUCTION, FilePairs
+from unimm.data.image_text_pairs import RECONSTRUCTION
 from unimm.data.shapes import example
 from unimm.generation.flow import shift_timesteps
 from unimm.generation.text_sampling import TextSampling
@@ -27,7 +26,7 @@ from unimm.training.config import from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
 from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
-from unimm.training.tasks.metaquery import MetaQueryTrainingConfig
+from unimm.training.tasks.metaquery_records import MetaQueryRecordConfig
 from unimm.training.trainer import Trainer, build_optimizers, train
 
 TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1, RECONSTRUCTION: 1}
@@ -59,7 +58,7 @@ def objective(recipe):
 
 def dropping(objective, part: float):
     """The batches with another part of their conditions dropped."""
-    return dataclasses.replace(objective.batch, options=dataclasses.replace(objective.batch.options, dropout=part))
+    return dataclasses.replace(objective.batch, builder=dataclasses.replace(objective.batch.builder, dropout=part))
 
 
 @pytest.mark.parametrize(("name", "warmup", "batch"), [("pretrain", 5000, 32), ("instruct", 2000, 1)])
@@ -79,7 +78,7 @@ def test_the_recipes_hold_the_released_numbers(name, warmup, batch):
         24,
         DEFAULT_SYSTEM_PROMPT,
     )
-    assert from_mapping(MetaQueryTrainingConfig, full.options, where="options").dropout == 0.1
+    assert from_mapping(MetaQueryRecordConfig, full.options, where="options").dropout == 0.1
 
 
 def test_batches_are_a_function_of_seed_and_step_without_the_model(objective):
@@ -107,11 +106,11 @@ def test_a_batch_holds_every_kind_and_fits_its_losses(objective):
 
 def test_times_are_whole_thousandths_and_even(objective):
     unshifted = dataclasses.replace(
-        objective.batch, options=dataclasses.replace(objective.batch.options, timestep_shift=1.0)
+        objective.batch, builder=dataclasses.replace(objective.batch.builder, timestep_shift=1.0)
     )
     times = 1000 * torch.cat([unshifted(step).times for step in range(20)])
     torch.testing.assert_close(
-        objective.batch(3).times, shift_timesteps(unshifted(3).times, objective.batch.options.timestep_shift)
+        objective.batch(3).times, shift_timesteps(unshifted(3).times, objective.batch.builder.timestep_shift)
     )
     assert (times - times.round()).abs().max() < 1e-3 and times.round().min() >= 1 and times.max() <= 1000
     assert abs(times.mean() - 500) < 3 * 1000 / (12 * len(times)) ** 0.5
@@ -121,7 +120,7 @@ def test_texts_and_images_are_dropped_as_published(objective):
     def kinds(task, p):
         found, one = [], objective.batch.pairs.from_example(example(task, 1))
         for i in range(400):
-            items = dropping(objective, p).sample(one, random.Random(i))
+            items = dropping(objective, p).builder.sample(one, random.Random(i)).parts
             look = [item.tokens for item in items if item.kind == "und_image"]
             # a black image is one colour in every channel
             dark = bool(look) and all(x.unique().numel() == 3 for x in look)
@@ -146,52 +145,6 @@ def test_again_shows_the_image_that_it_draws(objective):
     assert one.text == "" and one.images == (one.target,) and one.kind == "edit"
     with pytest.raises(ValueError, match=r"the task caption, which generates no image: the MLLM is frozen"):
         objective.batch.pairs.training_pair("caption", 0, random.Random(0))
-
-
-def test_images_of_ones_own(recipe, tmp_path):
-    for name, colour, size in (("a.png", "red", (90, 70)), ("b.png", "blue", (64, 100))):
-        Image.new("RGB", size, colour).save(tmp_path / name)
-    lines = [{"target": "a.png", "text": "red"}, {"target": "b.png", "text": "blue", "images": ["a.png"]}]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    objective = build_task(dataclasses.replace(recipe, options=dict(recipe.options) | {"data": str(path)}))
-    batch = pickle.loads(pickle.dumps(objective.batch))(0)  # noqa: S301, as for a worker process
-    assert batch.samples.images.shape == (9, 3, 64, 64) and set(batch.samples.image_kinds.tolist()) == {0, 1}
-    assert set(mean_losses(objective.losses(batch))) == {"draw", "edit"}
-    for line, match in (
-        ("{", "line 3 of .* is no JSON"),
-        ('{"text": "a"}', "expected target"),
-        ('{"target": "a"}', "neither"),
-    ):
-        path.write_text("\n".join([*map(json.dumps, lines), line]))
-        with pytest.raises(ValueError, match=match):
-            FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
-    for line in (
-        '{"target": 3, "text": "a"}',
-        '{"target": "a.png", "images": "a.png"}',
-        '{"target": "a.png", "images": [null]}',
-    ):
-        path.write_text(line)
-        with pytest.raises(ValueError, match="in line 1 of .*expected the name of a file, and a list of names"):
-            FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
-    path.write_text('{"target": "a.png", "text": "half \\ud83d"}')
-    with pytest.raises(ValueError, match="the text in line 1 of .* is no text"):
-        FilePairs(path=path, image_size=64)(0, 1, random.Random(0))
-    with pytest.raises(ValueError, match="expected a file of JSON lines"):
-        FilePairs(path=tmp_path / "none", image_size=64)(0, 1, random.Random(0))
-
-
-@pytest.mark.parametrize("letter", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\xa0", "\U0001f600"], ids=ascii)
-def test_lines_end_at_newlines_alone(tmp_path, letter):
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    record = {"target": "a.png", "text": f"a cat{letter}on a mat"}
-    # JSON escapes control characters below 32, and no others
-    lines = [json.dumps(record, ensure_ascii=letter < " "), '{"target": "a.png", "text": null, "images": ["a.png"]}',
-             '{"target": "a.png", "text": "a", "images": null}']  # fmt: skip
-    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    source = FilePairs(path=tmp_path / "list.jsonl", image_size=16)
-    pairs = [source.from_record(record) for record in source.records]
-    assert [(pair.kind, pair.text) for pair in pairs] == [("draw", record["text"]), ("edit", ""), ("draw", "a")]
 
 
 def test_only_new_rows_connector_and_denoiser_learn_and_old_rows_keep_every_bit(recipe):

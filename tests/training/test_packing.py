@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unimm.data.mix import Drawn
 from unimm.data.records import BrokenRow
 from unimm.training.data_config import PackingConfig
-from unimm.training.packing import MAX_UNUSABLE, FixedSizeBatcher, TokenPacker
+from unimm.training.packing import MAX_UNUSABLE, FixedSizeBatcher, TokenPacker, UniformBatcher
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,23 @@ def test_batches_of_a_size():
     assert len(batch.samples) == 4 and batch.samples[0].group == "m" and batch.n_rows == 4 + len(batch.broken)
     with pytest.raises(ValueError, match="got batch_size 1 and the mandatory groups m, n: expected a sample for each"):
         FixedSizeBatcher(Lengths([1], mandatory=("m", "n")), 1)
+
+
+def test_batches_of_one_key():
+    """No sample is lost, each batch is of one key, and a state goes on where it was."""
+    stream = Lengths([1, 3, None, 1, 2, 3, 1], groups=("a", "b"))
+    batcher = UniformBatcher(stream, 2, key=lambda sample: sample.n_tokens)
+    batches = [batcher.next_group() for _ in range(8)]
+    assert all(len({one.item.n_tokens for one in batch.samples}) == 1 for batch in batches)
+    assert {batch.samples[0].item.n_tokens for batch in batches} == {1, 2, 3}
+    packed = [key for batch in batches for key in keys(batch.samples)]
+    n_broken = sum(len(batch.broken) for batch in batches)
+    assert len(set(packed)) == len(packed) == 16
+    assert len(stream.drawn) == 16 + len(batcher.waiting) + n_broken == sum(batch.n_rows for batch in batches)
+    # with what waits given, as after a stop
+    again = UniformBatcher(stream, 2, key=lambda sample: sample.n_tokens, waiting=batcher.waiting)
+    waiting = keys(batcher.waiting)
+    rest = again.next_group()
+    assert set(keys(rest.samples)) <= set(waiting) | set(stream.drawn[-rest.n_rows :])
+    with pytest.raises(ValueError, match="the mandatory groups m, and batches of samples of one size: expected none"):
+        UniformBatcher(Lengths([1], mandatory=("m",)), 2, key=len)

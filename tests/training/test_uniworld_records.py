@@ -55,9 +55,9 @@ def test_targets_are_resized_to_the_nearest_ratio(builder):
     for size, expected in (((300, 301), (128, 128)), ((400, 310), (96, 128)), ((310, 400), (128, 96))):
         sample = many.prepare(record(text("a"), image(loss=True, size=size)), dice())
         assert sample.target.shape == (*expected, 3) and sample.weights.shape == (1, expected[0] // 8, expected[1] // 8)
-        assert sample.batch_key == (*expected, False)
+        assert many.batch_key(sample) == (*expected, False)
     wide = many.prepare(record(image(), text("b"), image(loss=True, size=(400, 310))), dice())
-    assert wide.batch_key == (96, 128, True) and wide.reference.shape == (96, 128, 3)
+    assert many.batch_key(wide) == (96, 128, True) and wide.reference.shape == (96, 128, 3)
     batch = pickle.loads(pickle.dumps(many)).collate([wide, wide], dice())  # noqa: S301, as for a worker process
     assert batch.noise.shape == (2 * many.options.timesteps_per_image, 4, 12, 16)
     assert batch.samples.images.shape == (2, 3, 96, 128) == batch.samples.reference_images.shape

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from unimm.data.mix import Drawn
 from unimm.data.records import BrokenRow, Record
@@ -40,6 +40,22 @@ class SampleBuilder(Protocol[S]):
 
     def collate(self, samples: Sequence[S], rng: random.Random) -> Any:
         """The batch of some samples, on the CPU; `rng` decides on timesteps and noise."""
+
+
+@runtime_checkable
+class UniformSampleBuilder(SampleBuilder[S], Protocol[S]):
+    """A builder whose batches are of samples that share something, as the size of their images."""
+
+    def batch_key(self, sample: S) -> Hashable:
+        """What the samples of a batch share."""
+
+
+@runtime_checkable
+class NumberedBatch(Protocol):
+    """A batch that is told its number: of a task that changes on the way."""
+
+    def with_number(self, number: int) -> Any:
+        """The batch, which has this number among those of its rank."""
 
 
 class SampleStream(Protocol[S]):
@@ -189,10 +205,59 @@ class FixedSizeBatcher(Packer[S]):
         return batch
 
 
+class UniformBatcher(Packer[S]):
+    """Batches of a number of samples of one key each; samples of other keys wait until there are enough of theirs.
+
+    key: of a sample. No batch can begin with a sample of each group, so there are no mandatory groups.
+    """
+
+    def __init__(
+        self,
+        stream: SampleStream[S],
+        batch_size: int,
+        key: Callable[[S], Hashable],
+        waiting: Sequence[Drawn[S]] = (),
+    ) -> None:
+        super().__init__(stream, waiting)
+        if stream.mandatory:
+            raise ValueError(
+                f"got the mandatory groups {', '.join(stream.mandatory)}, and batches of samples of one size: expected none; "
+                "leave mandatory out"
+            )
+        self.batch_size = batch_size
+        self.key = key
+
+    def next_group(self) -> SampleGroup[S]:
+        batch: SampleGroup[S] = SampleGroup()
+        while (chosen := self._enough()) is None:
+            self.waiting.append(self.draw_usable(self.stream.choose(), batch, most=NO_LIMIT, limit=""))
+        # by what they are: samples are not compared
+        taken = {id(one) for one in chosen}
+        self.waiting = [one for one in self.waiting if id(one) not in taken]
+        for one in chosen:
+            batch.add(one)
+        return batch
+
+    def _enough(self) -> list[Drawn[S]] | None:
+        """As many samples of one key as a batch has, the first that waited; None where there are not enough of any."""
+        found: dict[Hashable, list[Drawn[S]]] = {}
+        for one in self.waiting:
+            same = found.setdefault(self.key(whole_sample(one)), [])
+            same.append(one)
+            if len(same) == self.batch_size:
+                return same
+        return None
+
+
 NO_LIMIT = 2**62
 
 
 def token_count(drawn: Drawn[S]) -> int:
     """The tokens of a sample that is whole."""
+    return whole_sample(drawn).n_tokens
+
+
+def whole_sample(drawn: Drawn[S]) -> S:
+    """What was drawn, which is no broken row."""
     assert not isinstance(drawn.item, BrokenRow), "broken rows are left out where they are drawn"
-    return drawn.item.n_tokens
+    return drawn.item

@@ -29,3 +29,14 @@ def load_released(family: type[Model], model: Mapping[str, Any]) -> Model:
     """The model of a recipe's `model`. Raises ValueError where it names no release of the family."""
     config = from_mapping(ReleaseConfig, model, where="model of the recipe")
     return family.from_pretrained(config.from_pretrained, dtype=config.dtype, components=config.components)
+
+
+def names_release(model: Mapping[str, Any], parts: Mapping[str, str | None]) -> bool:
+    """Whether a recipe's `model` is a release, rather than what is built around parts that the options name.
+
+    parts: the folders or hub ids of the parts, by the options' names, None for none. Raises ValueError for both.
+    """
+    given = [name for name, place in parts.items() if place]
+    if "from_pretrained" in model and given:
+        raise ValueError(f"got model.from_pretrained, and {', '.join(given)} in the options: expected one of both")
+    return "from_pretrained" in model

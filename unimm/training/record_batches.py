@@ -27,7 +27,15 @@ from unimm.data.sources.slices import SourceSlice, split_source
 from unimm.training.batches import BatchError, BatchSource, StepBatches, ignore_signals
 from unimm.training.config import TrainConfig
 from unimm.training.data_config import DataConfig, PackingConfig
-from unimm.training.packing import FixedSizeBatcher, Packer, SampleBuilder, TokenPacker
+from unimm.training.packing import (
+    FixedSizeBatcher,
+    NumberedBatch,
+    Packer,
+    SampleBuilder,
+    TokenPacker,
+    UniformBatcher,
+    UniformSampleBuilder,
+)
 from unimm.training.tasks.base import RecordTask, StepTask, TrainingTask
 
 logger = logging.getLogger(__name__)
@@ -36,6 +44,8 @@ logger = logging.getLogger(__name__)
 PREFETCH = 2
 # rows that were read before a share of broken ones ends the run, unless the datasets have fewer
 MIN_ROWS = 1000
+# of a group, rows that are tried at the start until one can be used
+TRIED_ROWS = 16
 # messages on samples that are left out
 LOGGED_SAMPLES = 10
 
@@ -127,18 +137,21 @@ class Lane:
             if isinstance(one.item, BrokenRow):
                 raise ValueError(f"a sample of the checkpoint cannot be read again: {one.item}; put its file back")
         self.packer: Packer[Any]
-        if config.packing is None:
-            self.packer = FixedSizeBatcher(self.stream, config.batch_size)
-        else:
+        if config.packing is not None:
             self.packer = TokenPacker(self.stream, config.packing, waiting)
+        elif isinstance(config.builder, UniformSampleBuilder):
+            self.packer = UniformBatcher(self.stream, config.batch_size, config.builder.batch_key, waiting)
+        else:
+            self.packer = FixedSizeBatcher(self.stream, config.batch_size)
 
     def make(self, number: int) -> LaneBatch:
         """The next batch, which has this number among those of its rank."""
         group = self.packer.next_group()
         rng = random.Random(f"{self.config.mix.seed}/batch/{self.number}/{self.config.n_lanes}/{number}")
         waiting = tuple((one.group, one.epoch, one.row) for one in self.packer.waiting)
+        batch = self.config.builder.collate([drawn.item for drawn in group.samples], rng)
         return LaneBatch(
-            batch=self.config.builder.collate([drawn.item for drawn in group.samples], rng),
+            batch=batch.with_number(number) if isinstance(batch, NumberedBatch) else batch,
             state=LaneState(mix=self.stream.state, waiting=waiting),
             n_samples=len(group.samples),
             n_tokens=group.n_tokens,
@@ -346,7 +359,28 @@ def build_batches(
     if not isinstance(task, RecordTask):
         raise ValueError(f"got data for the task {recipe.task!r}, which trains on no records: leave it out")
     groups = open_groups(recipe.data) if groups is None else groups
+    check_usable(groups, task.sample_builder, recipe)
     return PackedBatches(groups, task.sample_builder, recipe, rank=rank, world_size=world_size)
+
+
+def check_usable(groups: Sequence[MixGroup], builder: SampleBuilder[Any], recipe: TrainConfig) -> None:
+    """Raise ValueError for a group of which none of the rows that are tried can be used: one for another kind of model."""
+    stream = DataMix(groups, builder.prepare, seed=recipe.seed).stream()
+    for group in groups:
+        reasons = []
+        for _ in range(min(TRIED_ROWS, sum(source.n_rows for source in group.sources))):
+            item = stream.draw(group.name).item
+            if isinstance(item, BrokenRow):
+                reasons.append(str(item))
+            elif recipe.packing is not None and item.n_tokens > recipe.packing.max_tokens_per_sample:
+                reasons.append(f"{item.n_tokens} tokens, expected at most packing.max_tokens_per_sample")
+            else:
+                break
+        else:
+            raise ValueError(
+                f"data.groups.{group.name}: none of {len(reasons)} rows that were tried can be used by the task "
+                f"{recipe.task!r}; the first: {reasons[0]}"
+            )
 
 
 def workers_for(n_lanes: int, workers: int) -> int:

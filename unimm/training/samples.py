@@ -24,6 +24,11 @@ def sample_grid(model: UnifiedModel) -> Image.Image:
     return image_grid(model.generate(prompts, seed=0).images, columns=6, padding=2)
 
 
+def prompt_grid(model: UnifiedModel, prompts: Sequence[str]) -> Image.Image | None:
+    """Images that the model generates from prompts, four a row; None without prompts."""
+    return image_grid(model.generate(list(prompts), seed=0).images, columns=4, padding=2) if prompts else None
+
+
 def tensor_grid(image: Tensor, *, columns: int) -> Image.Image:
     """Images [B, 3, h, w] in [-1, 1], row by row, side by side."""
     return image_grid([Image.fromarray(pixels) for pixels in image_to_uint8(image)], columns=columns)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -170,9 +171,39 @@ def test_webdataset_reads_what_webdataset_reads(tmp_path):
     assert [record.images[0].data for record in records] == images
 
 
-def test_pairs_are_those_of_file_pairs(tmp_path):
+def test_pairs(tmp_path):
     records = rows_of(open_source(make.make_pairs(tmp_path)))
     assert parts(records[-1]) == [(RED, False), ("make it green", False), (GREEN, True)]
+
+
+def test_broken_pairs(tmp_path):
+    lines = {
+        "{": "line 1 of .* is no JSON",
+        '{"target": "a"}': "neither text nor images",
+        '{"target": 3, "text": "a"}': "expected the name of a file, and a list of names",
+        '{"target": "a.png", "images": "a.png"}': "expected the name of a file, and a list of names",
+        '{"target": "a.png", "images": [null]}': "expected the name of a file, and a list of names",
+        '{"target": "a.png", "text": "a", "caption": "b"}': "expected target, perhaps text and images",
+        '{"target": "a.png", "text": "half \\ud83d"}': "the text in line 7 of .* is no text",
+    }
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    found = reasons(path, format="pairs")
+    for i, (reason, expected) in enumerate(zip(found, lines.values(), strict=True)):
+        assert re.search(expected.replace("line 1", f"line {i + 1}"), reason), (reason, expected)
+
+
+@pytest.mark.parametrize("letter", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\xa0", "\U0001f600"], ids=ascii)
+def test_lines_of_pairs_end_at_newlines_alone(tmp_path, letter):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    record = {"target": "a.png", "text": f"a cat{letter}on a mat"}
+    # JSON escapes control characters below 32, and no others
+    lines = [json.dumps(record, ensure_ascii=letter < " "), '{"target": "a.png", "text": null, "images": ["a.png"]}',
+             '{"target": "a.png", "text": "a", "images": null}']  # fmt: skip
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = rows_of(open_source(tmp_path / "list.jsonl"))
+    assert [row.kind for row in rows] == ["generate", "edit", "generate"]
+    assert rows[0].texts[0].text == record["text"] and not rows[1].texts
 
 
 def test_columns_are_named(tmp_path):

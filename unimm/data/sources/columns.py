@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unimm.data.image_text_pairs import parse_pair
 from unimm.data.records import Record, RecordImage, RecordPart, RecordText
 from unimm.data.sources.json_rows import JsonRows, JsonSource, parse_object, preview
+from unimm.tokenizers.text import check_text
 
 # what a column is for -> names that it is known by, unless options.columns names it
 KNOWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -143,6 +144,30 @@ class PairLines(JsonSource):
     def parts(self, row: int, data: bytes) -> list[RecordPart]:
         pair = parse_pair(data.decode(), row + 1, self.path)
         return column_parts(pair, self.COLUMNS, partial(file_image, self.path.parent))
+
+
+def parse_pair(line: str, number: int, path: Path) -> Mapping:
+    """The contents of a line `{"target": FILE, "text": TEXT, "images": [FILES]}` of a JSON file, where text and images
+    may be left out or null. Raises ValueError, with its number, for a wrong one."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+    if not isinstance(record, dict) or "target" not in record or not record.keys() <= {"target", "text", "images"}:
+        raise ValueError(f"got {line[:80]} in line {number} of {path}: expected target, perhaps text and images")
+    target = record["target"]
+    text = record.get("text") or ""
+    images = record.get("images") or []
+    names = [target, *images] if isinstance(images, list) else [images]
+    if not all(isinstance(name, str) and name for name in names) or not isinstance(images, list):
+        raise ValueError(
+            f"got target {target!r:.80}, images {images!r:.80} in line {number} of {path}: expected the name of "
+            "a file, and a list of names"
+        )
+    check_text(text, f"the text in line {number} of {path}")
+    if not (text or images):
+        raise ValueError(f"line {number} of {path} has neither text nor images to generate from")
+    return record
 
 
 class RecordLines(JsonSource):

@@ -33,6 +33,10 @@ TRAINING_TASKS = {
 # the same for recipes with `data`: tasks on one's own datasets (RecordTask)
 RECORD_TASKS = {
     "bagel": "unimm.training.tasks.bagel_records:BagelRecordTask",
+    "janus": "unimm.training.tasks.janus_records:JanusRecordTask",
+    "janusflow": "unimm.training.tasks.janus_records:JanusFlowRecordTask",
+    "metaquery": "unimm.training.tasks.metaquery_records:MetaQueryRecordTask",
+    "uniworld": "unimm.training.tasks.uniworld_records:UniWorldRecordTask",
 }
 # values of `task` in recipes of earlier versions
 RENAMED_TASKS = {

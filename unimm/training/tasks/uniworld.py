@@ -44,10 +44,10 @@ from unimm.training.tasks.uniworld_data import (
 )
 from unimm.training.tasks.uniworld_samples import (
     UniWorldBatch,
+    UniWorldCommonConfig,
     UniWorldEncoded,
     UniWorldInputs,
     UniWorldSampleBuilder,
-    UniWorldShapesConfig,
     UniWorldTrainingConfig,
 )
 from unimm.training.throughput import StepCounts
@@ -200,14 +200,13 @@ class UniWorldTask(UniWorldLossTask):
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> UniWorldTask:
         """Build projectors and a denoiser, untrained or trained, around a trained MLLM, SigLIP2 and autoencoder."""
-        options = from_mapping(UniWorldShapesConfig, recipe.options, where="options")
+        options = from_mapping(UniWorldTrainingConfig, recipe.options, where="options")
         torch.manual_seed(recipe.seed)
-        vae = resolve_part(options.vae, "vae")
-        model = init_uniworld(options, recipe.model, vae)
+        model = init_uniworld(options, recipe.model)
         prepare_uniworld(model, options)
         builder = replace(uniworld_builder(model, options), kinds=IMAGE_KINDS, reference_latents=True)
         dataset = UniWorldDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
-        return cls(model, dataset, vae)
+        return cls(model, dataset, resolve_part(options.vae, "vae"))
 
     @property
     def cache_inputs(self) -> Callable[[int], UniWorldInputs]:
@@ -246,14 +245,14 @@ class UniWorldTask(UniWorldLossTask):
             copy_file(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
 
 
-def prepare_uniworld(model: UniWorld, options: UniWorldTrainingConfig) -> None:
+def prepare_uniworld(model: UniWorld, options: UniWorldCommonConfig) -> None:
     """Freeze what the stage does not train, and compile blocks where the options say so."""
     freeze_for_stage(model, options.trained, options.frozen)
     if options.compile:
         compile_blocks([*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks])
 
 
-def uniworld_builder(model: UniWorld, options: UniWorldTrainingConfig) -> UniWorldSampleBuilder:
+def uniworld_builder(model: UniWorld, options: UniWorldCommonConfig) -> UniWorldSampleBuilder:
     """Samples of a model's prompts, sizes and latents. Raises ValueError for a model without SigLIP2 or a VAE."""
     siglip = require_part(model.auxiliary.siglip, "SigLIP2", "the component siglip")
     return UniWorldSampleBuilder(
@@ -268,8 +267,9 @@ def uniworld_builder(model: UniWorld, options: UniWorldTrainingConfig) -> UniWor
     )
 
 
-def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], vae: Path) -> UniWorld:
+def init_uniworld(options: UniWorldCommonConfig, sections: Mapping[str, Any]) -> UniWorld:
     """A model of the recipe's `model` around trained parts: its sections generation, hidden, denoiser, vision."""
+    require(options.parts, "mllm", "vae", where="options")
     require(sections, "generation.", *([] if options.denoiser else ["denoiser.joint_attention_dim"]))
     require(sections, *([] if options.siglip else ["vision."]), *(["hidden."] if "hidden" in sections else []))
     mllm = QwenVL.from_pretrained(options.mllm, dtype=parse_dtype(options.mllm_dtype))
@@ -290,7 +290,7 @@ def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], 
     model = UniWorld(UniWorldConfig.from_json(top, files["preprocessor_config.json"]))
     model.mllm = mllm
     model.auxiliary.siglip = siglip
-    model.auxiliary.vae = AutoencoderKL.from_pretrained(vae)
+    model.auxiliary.vae = AutoencoderKL.from_pretrained(resolve_part(options.vae, "vae"))
     if denoiser is not None:
         model.denoiser = denoiser
     else:
@@ -302,7 +302,7 @@ def init_uniworld(options: UniWorldTrainingConfig, sections: Mapping[str, Any], 
     return model
 
 
-def _siglip(options: UniWorldTrainingConfig, sections: Mapping[str, Any]) -> SiglipVisionEncoder:
+def _siglip(options: UniWorldCommonConfig, sections: Mapping[str, Any]) -> SiglipVisionEncoder:
     """A released SigLIP2, or one of the recipe's numbers that begins from a trained ViT."""
     if options.siglip:
         return SiglipVisionEncoder.from_pretrained(hub.resolve(options.siglip))

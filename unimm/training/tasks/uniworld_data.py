@@ -21,7 +21,7 @@ from unimm.training.tasks.uniworld_samples import (
     UniWorldInputs,
     UniWorldSample,
     UniWorldSampleBuilder,
-    UniWorldShapesConfig,
+    UniWorldTrainingConfig,
 )
 
 
@@ -29,7 +29,7 @@ from unimm.training.tasks.uniworld_samples import (
 class UniWorldDataset:
     """Batches by number: the same for a seed on every machine, and made without the model."""
 
-    options: UniWorldShapesConfig
+    options: UniWorldTrainingConfig
     builder: UniWorldSampleBuilder
     batch_size: int
     seed: int

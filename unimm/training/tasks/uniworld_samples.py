@@ -25,8 +25,16 @@ from unimm.generation.flow import dynamic_shift, shift_timesteps
 from unimm.models.uniworld.processor import UniWorldProcessor, nearest_aspect_size
 from unimm.processing.images.siglip import SiglipImageProcessor
 from unimm.sequence.parts import Part, text_part
-from unimm.training.config import RecipeSection
-from unimm.training.fields import IMAGE_TASKS, AtLeastOne, Dtype, Fraction, NotNegative, TaskWeights, known_tasks
+from unimm.training.fields import (
+    IMAGE_TASKS,
+    AtLeastOne,
+    Dtype,
+    Fraction,
+    NotNegative,
+    RecipeSection,
+    TaskWeights,
+    known_tasks,
+)
 from unimm.training.tasks.edit_weights import EditWeights
 from unimm.training.tasks.generation_request import GENERATED_KINDS, GenerationRequest, join_pieces
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD
@@ -36,7 +44,7 @@ DROPPED_PROMPT = "Generate an image."
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniWorldTrainingConfig(RecipeSection):
+class UniWorldCommonConfig(RecipeSection):
     """What the recipe's `options` are with `data` and without."""
 
     # the published stages: the MLLM's projector, without image features; that, SigLIP2's projector, and the attention
@@ -69,9 +77,16 @@ class UniWorldTrainingConfig(RecipeSection):
     # whether torch.compile fuses the denoiser's blocks
     compile: bool
 
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """The folders and hub ids of the parts that a model is built around, by their names here; None for none."""
+        return {
+            name: getattr(self, name) or None for name in ("mllm", "vae", "text_encoders", "denoiser", "siglip", "vit")
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
-class UniWorldShapesConfig(UniWorldTrainingConfig):
+class UniWorldTrainingConfig(UniWorldCommonConfig):
     """The recipe's `options`, without `data`: on the shapes world."""
 
     # samples of each task in a batch, or their weights (unimm.data.batching.sample_tasks)
@@ -97,12 +112,6 @@ class UniWorldSample:
     def n_tokens(self) -> int:
         """Its rows in the MLLM."""
         return sum(part.segment.length for part in self.parts)
-
-    @property
-    def batch_key(self) -> tuple[int, int, bool]:
-        """What the samples of a batch share: the denoiser takes images of one size, with or without a reference."""
-        height, width = self.target.shape[:2]
-        return height, width, self.reference is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +164,7 @@ class UniWorldSampleBuilder:
     latent_channels, stride: of the VAE.
     """
 
-    options: UniWorldTrainingConfig
+    options: UniWorldCommonConfig
     processor: UniWorldProcessor
     siglip_transform: SiglipImageProcessor
     kinds: tuple[str, ...] = GENERATED_KINDS
@@ -252,6 +261,11 @@ class UniWorldSampleBuilder:
         *references, last = arrays
         weights = EditWeights(function=self.options.edit_weights)(references, last)
         return F.interpolate(weights[None], size, mode="nearest")[0]
+
+    def batch_key(self, sample: UniWorldSample) -> tuple[int, int, bool]:
+        """The size of the target, and whether there is a reference: the denoiser takes images of one size."""
+        height, width = sample.target.shape[:2]
+        return height, width, sample.reference is not None
 
     def collate(self, samples: Sequence[UniWorldSample], rng: random.Random) -> UniWorldBatch:
         """Samples of one size as a batch, with noise and timesteps."""
