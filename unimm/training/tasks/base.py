@@ -33,10 +33,13 @@ TRAINING_TASKS = {
 # the same for recipes with `data`: tasks on one's own datasets (RecordTask)
 RECORD_TASKS = {
     "bagel": "unimm.training.tasks.bagel_records:BagelRecordTask",
+    "dc_ae": "unimm.training.tasks.autoencoder_records:DCAERecordTask",
     "janus": "unimm.training.tasks.janus_records:JanusRecordTask",
     "janusflow": "unimm.training.tasks.janus_records:JanusFlowRecordTask",
+    "kl_vae": "unimm.training.tasks.autoencoder_records:KLRecordTask",
     "metaquery": "unimm.training.tasks.metaquery_records:MetaQueryRecordTask",
     "uniworld": "unimm.training.tasks.uniworld_records:UniWorldRecordTask",
+    "vq": "unimm.training.tasks.autoencoder_records:VQRecordTask",
 }
 # values of `task` in recipes of earlier versions
 RENAMED_TASKS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -113,29 +114,16 @@ def init_dc_ae(model: DCAE) -> DCAE:
     return model
 
 
-class DCAETask:
-    """Reconstruct images through a few wide latents."""
+class DCAELossTask:
+    """The half of both DC-AE tasks: the losses of images that are reconstructed through a few wide latents."""
 
     name = "dcae"
     # size: the mean square of latents
     loss_names = ("l1", "mse", "size")
-
-    def __init__(self, config: DCAEConfig, options: DCAETrainingConfig, *, batch_size: int, seed: int) -> None:
-        self.options = options
-        self.seed = seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = init_dc_ae(DCAE(config))
-        grid = grid_side(config.stride, "a stride of")
-        shape = (config.latent_channels, grid, grid)
-        self.batch = DCAEDataset(options=options, batch_size=batch_size, latent_shape=shape, seed=seed)
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> DCAETask:
-        """Build a model of the recipe's `model`: a released config.json's keys but the scale, which is measured."""
-        options = from_mapping(DCAETrainingConfig, recipe.options, where="options of the recipe")
-        config = DCAEConfig.from_json({**recipe.model, "scaling_factor": 1.0})
-        return cls(config, options, batch_size=recipe.batch_size, seed=recipe.seed)
+    # its scale is 1 while it is trained: latents are measured in the end
+    model: DCAE
+    # deviation of the noise on latents
+    latent_noise: float
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +134,7 @@ class DCAETask:
         """Losses: l1 and mse over pixels, size over latents."""
         image = batch.image.to(self.device)
         z = self.model.encode(image).float()
-        error = self.model.decode(z + self.options.latent_noise * batch.noise.to(self.device)).float() - image
+        error = self.model.decode(z + self.latent_noise * batch.noise.to(self.device)).float() - image
         return {
             "l1": LossSum.over(error.abs()),
             "mse": LossSum.over(error.square()),
@@ -169,6 +157,38 @@ class DCAETask:
         """image [B, 3, h, w] -> its reconstruction, through latents without noise."""
         return self.model.decode(self.model.encode(image.to(self.device)))
 
+    def measure_scale(self, images: Iterable[Tensor]) -> DCAEConfig:
+        """The config, with scale = 1 / the root mean square of latents of images [B, 3, h, w] in [-1, 1]; no shift."""
+        total = 0.0
+        count = 0
+        for image in images:
+            z = self.model.encoder(image.to(self.device)).double()
+            total += z.square().sum().item()
+            count += z.numel()
+        return replace(self.model.config, scaling_factor=(total / count) ** -0.5)
+
+
+class DCAETask(DCAELossTask):
+    """Reconstruct images of the shapes world through a few wide latents."""
+
+    def __init__(self, config: DCAEConfig, options: DCAETrainingConfig, *, batch_size: int, seed: int) -> None:
+        self.options = options
+        self.latent_noise = options.latent_noise
+        self.seed = seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = init_dc_ae(DCAE(config))
+        grid = grid_side(config.stride, "a stride of")
+        shape = (config.latent_channels, grid, grid)
+        self.batch = DCAEDataset(options=options, batch_size=batch_size, latent_shape=shape, seed=seed)
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> DCAETask:
+        """Build a model of the recipe's `model`: a released config.json's keys but the scale, which is measured."""
+        options = from_mapping(DCAETrainingConfig, recipe.options, where="options of the recipe")
+        config = DCAEConfig.from_json({**recipe.model, "scaling_factor": 1.0})
+        return cls(config, options, batch_size=recipe.batch_size, seed=recipe.seed)
+
     @property
     def held_out_batch(self) -> DCAEDataset:
         """Batches of scenes that no run trains on."""
@@ -182,22 +202,18 @@ class DCAETask:
         return tensor_grid(torch.cat(rows), columns=8)
 
     def save(self, folder: Path) -> None:
-        """Write the released layout, with the scale that standardises latents, and scores of test scenes."""
-        config = self.measure_scale()
-        dtype = parse_dtype(self.options.dtype)
-        weights = released_state_dict(self.model, dc_ae_key_map(config))
-        save_safetensors({name: x.to(dtype) for name, x in weights.items()}, folder / DIFFUSERS_WEIGHT_FILES[0])
-        write_json(folder / "config.json", config.to_json())
+        """Write the released layout, with the scale that standardises latents of train scenes, and scores of test
+        scenes."""
+        n_batches = -(-self.options.measured_scenes // self.batch.batch_size)
+        config = self.measure_scale(self.batch(number).image for number in range(n_batches))
+        save_dc_ae(self.model, config, folder, parse_dtype(self.options.dtype))
         scenes, image = held_out_scenes(self.options.tasks, self.options.scored_scenes, self.seed)
         report = reconstruction_scores(self.reconstruct, scenes, image)
         write_json(folder / "report.json", report, indent=None)
 
-    def measure_scale(self) -> DCAEConfig:
-        """The config, with scale = 1 / the root mean square of latents of train scenes: there is no shift."""
-        total = 0.0
-        count = 0
-        for step in range(-(-self.options.measured_scenes // self.batch.batch_size)):
-            z = self.model.encoder(self.batch(step).image.to(self.device)).double()
-            total += z.square().sum().item()
-            count += z.numel()
-        return replace(self.model.config, scaling_factor=(total / count) ** -0.5)
+
+def save_dc_ae(model: DCAE, config: DCAEConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights and a config in the released layout."""
+    weights = released_state_dict(model, dc_ae_key_map(config))
+    save_safetensors({name: x.to(dtype) for name, x in weights.items()}, folder / DIFFUSERS_WEIGHT_FILES[0])
+    write_json(folder / "config.json", config.to_json())

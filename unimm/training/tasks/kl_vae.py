@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from unimm.training.fields import AtLeastOne, Dtype, ImageTasks, Multipliers, Wo
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
 from unimm.training.throughput import StepCounts
+
+# images whose latents are measured in one call
+MEASURED_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,28 +95,14 @@ def target_images(tasks: tuple[str, ...], indices: range, *, seed: int, split: s
     return uint8_to_image(np.stack([target for target in targets if target is not None]))
 
 
-class KLTask:
-    """Reconstruct images through a sample of the posterior."""
+class KLLossTask:
+    """The half of both KL tasks: the losses of images that are reconstructed through a sample of the posterior."""
 
     name = "vae"
     loss_names = ("l1", "mse", "kl")
-
-    def __init__(self, config: AutoencoderKLConfig, options: KLTrainingConfig, *, batch_size: int, seed: int) -> None:
-        self.options = options
-        self.seed = seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = AutoencoderKL(config)
-        grid = grid_side(config.stride, "a stride of")
-        shape = (config.latent_channels, grid, grid)
-        self.batch = KLDataset(tasks=options.tasks, batch_size=batch_size, latent_shape=shape, seed=seed)
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> KLTask:
-        """Build a model of the recipe's numbers."""
-        config = from_mapping(KLArchitecture, recipe.model, where="model of the recipe").config()
-        options = from_mapping(KLTrainingConfig, recipe.options, where="options of the recipe")
-        return cls(config, options, batch_size=recipe.batch_size, seed=recipe.seed)
+    # its scale is 1 and its shift 0 while it is trained: latents are measured in the end
+    model: AutoencoderKL
+    seed: int
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +130,43 @@ class KLTask:
         kl_decode_flops(count, self.model, n_images, (height, width), carries=latents)
         return StepCounts(tokens=batch.noise[:, 0].numel(), images=n_images, flops=count.total)
 
+    def measure_scale(self, images: Iterable[Tensor]) -> AutoencoderKLConfig:
+        """The config, with scale = 1 / std and shift = mean of sampled latents of images [B, 3, h, w] in [-1, 1]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        total = 0.0
+        square = 0.0
+        count = 0
+        for image in images:
+            mean, logvar = self.model.moments(image.to(self.device))
+            noise = torch.randn(mean.shape, generator=generator).to(self.device)
+            z = (mean + torch.exp(0.5 * logvar) * noise).double()
+            total += z.sum().item()
+            square += z.square().sum().item()
+            count += z.numel()
+        average = total / count
+        return replace(self.model.config, scaling_factor=(square / count - average**2) ** -0.5, shift_factor=average)
+
+
+class KLTask(KLLossTask):
+    """Reconstruct images of the shapes world through a sample of the posterior."""
+
+    def __init__(self, config: AutoencoderKLConfig, options: KLTrainingConfig, *, batch_size: int, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = AutoencoderKL(config)
+        grid = grid_side(config.stride, "a stride of")
+        shape = (config.latent_channels, grid, grid)
+        self.batch = KLDataset(tasks=options.tasks, batch_size=batch_size, latent_shape=shape, seed=seed)
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> KLTask:
+        """Build a model of the recipe's numbers."""
+        config = from_mapping(KLArchitecture, recipe.model, where="model of the recipe").config()
+        options = from_mapping(KLTrainingConfig, recipe.options, where="options of the recipe")
+        return cls(config, options, batch_size=recipe.batch_size, seed=recipe.seed)
+
     @property
     def held_out_batch(self) -> KLDataset:
         """Batches of scenes that no run trains on."""
@@ -152,31 +178,15 @@ class KLTask:
         return tensor_grid(torch.cat([image, self.model.decode(self.model.encode(image))]), columns=8)
 
     def save(self, folder: Path) -> None:
-        """Write ae.safetensors and vae_config.json, with the scale and shift that standardise latents."""
-        config = self.measure_scale()
-        dtype = parse_dtype(self.options.dtype)
-        weights = {name: x.to(dtype) for name, x in own_state_dict(self.model).items()}
-        save_safetensors(weights, folder / "ae.safetensors")
-        write_json(folder / "vae_config.json", config.to_json(), indent=1)
+        """Write ae.safetensors and vae_config.json, with the scale and shift that standardise latents of train scenes."""
+        n = self.options.measured_scenes
+        parts = (range(first, min(first + MEASURED_TOGETHER, n)) for first in range(0, n, MEASURED_TOGETHER))
+        images = (target_images(self.options.tasks, part, seed=self.seed) for part in parts)
+        save_kl(self.model, self.measure_scale(images), folder, parse_dtype(self.options.dtype))
 
-    def measure_scale(self) -> AutoencoderKLConfig:
-        """The config, with scale = 1 / std and shift = mean of sampled latents of train scenes."""
-        total = 0.0
-        square = 0.0
-        count = 0
-        for z in self.sampled_latents():
-            total += z.sum().item()
-            square += z.square().sum().item()
-            count += z.numel()
-        mean = total / count
-        return replace(self.model.config, scaling_factor=(square / count - mean**2) ** -0.5, shift_factor=mean)
 
-    def sampled_latents(self) -> Iterator[Tensor]:
-        """Unscaled latents [B, C, h', w'] of train scenes, in float64."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for first in range(0, self.options.measured_scenes, 64):
-            indices = range(first, min(first + 64, self.options.measured_scenes))
-            image = target_images(self.options.tasks, indices, seed=self.seed)
-            mean, logvar = self.model.moments(image.to(self.device))
-            noise = torch.randn(mean.shape, generator=generator).to(self.device)
-            yield (mean + torch.exp(0.5 * logvar) * noise).double()
+def save_kl(vae: AutoencoderKL, config: AutoencoderKLConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights as ae.safetensors, and a config as vae_config.json."""
+    weights = {name: x.to(dtype) for name, x in own_state_dict(vae).items()}
+    save_safetensors(weights, folder / "ae.safetensors")
+    write_json(folder / "vae_config.json", config.to_json(), indent=1)

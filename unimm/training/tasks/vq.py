@@ -42,16 +42,9 @@ from unimm.training.throughput import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQTrainingConfig(RecipeSection):
-    """The recipe's `options`."""
+class VQCommonConfig(RecipeSection):
+    """What the recipe's `options` are with `data` and without."""
 
-    # tasks of unimm.data.shapes whose target is an image, in turn
-    tasks: ImageTasks
-    # the part of things with novel colours, and with novel shapes, so that held-out pairs are reconstructed, too
-    novel_colours: Fraction
-    novel_shapes: Fraction
-    # the part of scenes with five to nine things, more than any task has: most of a plain one is background
-    crowded: Fraction
     # of the softmax over codes that the entropy is taken of
     temperature: Positive
     # so many steps are trained without the codebook, which then starts from the vectors of a batch: at the start
@@ -60,8 +53,6 @@ class VQTrainingConfig(RecipeSection):
     # every so many steps, in the first `revive_fraction` of them, codes that were not used lately move to vectors
     revive_every: AtLeastOne
     revive_fraction: Fraction
-    # test scenes that are scored
-    scored_scenes: AtLeastOne
     # of the released weights
     dtype: Dtype
     # a folder whose vq.safetensors to start from; null: an untrained one
@@ -81,6 +72,21 @@ class VQTrainingConfig(RecipeSection):
                     f"got {name}: {getattr(self, name)}, expected off: the {name} loss is not available: it needs "
                     f"{network}, which this package does not bring"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQTrainingConfig(VQCommonConfig):
+    """The recipe's `options`, without `data`: on the shapes world."""
+
+    # tasks of unimm.data.shapes whose target is an image, in turn
+    tasks: ImageTasks
+    # the part of things with novel colours, and with novel shapes, so that held-out pairs are reconstructed, too
+    novel_colours: Fraction
+    novel_shapes: Fraction
+    # the part of scenes with five to nine things, more than any task has: most of a plain one is background
+    crowded: Fraction
+    # test scenes that are scored
+    scored_scenes: AtLeastOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,11 @@ class VQBatch:
     """image [B, 3, h, w] in [-1, 1], and the number of the batch."""
 
     image: Tensor
-    number: int
+    number: int = 0
+
+    def with_number(self, number: int) -> VQBatch:
+        """The batch, which has this number."""
+        return replace(self, number=number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +189,7 @@ def revive_codes(quantize: VectorQuantizer, z: Tensor, generator: torch.Generato
 class VQLosses:
     """The losses of a VQ autoencoder on a batch; in training, it also revives unused codes."""
 
-    def __init__(self, vq: VQModel, options: VQTrainingConfig, recipe: TrainConfig) -> None:
+    def __init__(self, vq: VQModel, options: VQCommonConfig, recipe: TrainConfig) -> None:
         self.vq = vq
         self.options = options
         self.seed = recipe.seed
@@ -251,7 +261,7 @@ def init_vq(config: VQConfig) -> VQModel:
     return vq
 
 
-def starting_vq(config: VQConfig, options: VQTrainingConfig, seed: int) -> VQModel:
+def starting_vq(config: VQConfig, options: VQCommonConfig, seed: int) -> VQModel:
     """The model that training starts with: untrained or from the folder that the options name, some parts frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -262,24 +272,16 @@ def starting_vq(config: VQConfig, options: VQTrainingConfig, seed: int) -> VQMod
     return vq
 
 
-class VQTask:
-    """Reconstruct images through a codebook."""
+class VQLossTask:
+    """The half of both VQ tasks: the losses of images that are reconstructed through a codebook."""
 
     name = "vq"
     loss_names = ("l1", "mse", "codebook", "commitment", "entropy")
 
-    def __init__(self, model: VQModel, options: VQTrainingConfig, recipe: TrainConfig) -> None:
+    def __init__(self, model: VQModel, options: VQCommonConfig, recipe: TrainConfig) -> None:
         self.model = model
         self.options = options
         self.compute_losses = VQLosses(model, options, recipe)
-        self.batch = VQDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed)
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> VQTask:
-        """Build a model of the recipe's numbers, or start from a trained one."""
-        config = from_mapping(VQArchitecture, recipe.model, where="model of the recipe").config()
-        options = from_mapping(VQTrainingConfig, recipe.options, where="options of the recipe")
-        return cls(starting_vq(config, options, recipe.seed), options, recipe)
 
     def losses(self, batch: VQBatch) -> dict[str, LossSum]:
         """Losses by name; entropy only where it has a weight."""
@@ -299,6 +301,23 @@ class VQTask:
             count.matrix(self.model.quantize.embedding.weight, n_codes, z)
         vq_decode_flops(count, self.model, n_images, (height, width), carries=z)
         return StepCounts(tokens=n_codes, images=n_images, flops=count.total)
+
+
+class VQTask(VQLossTask):
+    """Reconstruct images of the shapes world through a codebook."""
+
+    options: VQTrainingConfig
+
+    def __init__(self, model: VQModel, options: VQTrainingConfig, recipe: TrainConfig) -> None:
+        super().__init__(model, options, recipe)
+        self.batch = VQDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed)
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> VQTask:
+        """Build a model of the recipe's numbers, or start from a trained one."""
+        config = from_mapping(VQArchitecture, recipe.model, where="model of the recipe").config()
+        options = from_mapping(VQTrainingConfig, recipe.options, where="options of the recipe")
+        return cls(starting_vq(config, options, recipe.seed), options, recipe)
 
     @property
     def held_out_batch(self) -> VQDataset:
