@@ -30,7 +30,7 @@ from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import held_out_seed
-from unimm.training.freezing import freeze
+from unimm.training.freezing import freeze, has_prefix
 from unimm.training.init import compile_blocks, init_siglip, resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
@@ -315,7 +315,7 @@ def freeze_for_stage(model: UniWorld, stage: str, frozen: Sequence[str] = ()) ->
     if stage == "all":
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name, stage) and not name.startswith(tuple(frozen)))
+        parameter.requires_grad_(_is_trained(name, stage) and not has_prefix(name, frozen))
     for block in (module for module in model.denoiser.modules() if isinstance(module, SingleStreamBlock)):
         for weight in (block.qkv_mlp.weight, block.qkv_mlp.bias):
             if weight.requires_grad:
