@@ -6,10 +6,12 @@ import pytest
 from helpers.chat_server import chat_server, pictures, texts
 from PIL import Image
 
+import unimm
 from unimm.evaluation.items import EvalItem
 from unimm.evaluation.judges.base import Dialogue, JudgeQuestion, JudgeReply, JudgeTask, JudgeUnavailableError
 from unimm.evaluation.judges.openai_endpoint import OpenAIReader, connect
 from unimm.evaluation.judges.readers import ModelReader, Reader, ReaderJudge, file_word, parse_judge
+from unimm.evaluation.setup import load_reader
 
 IMAGE = Image.new("RGB", (3, 2), "red")
 RED = (255, 0, 0)
@@ -122,6 +124,15 @@ def test_a_model_of_ours_as_a_reader():
     assert reader.answer(JudgeQuestion(parts=("what?",), max_tokens=3)).reply == "0 images, what?"
     failed = reader.answer(JudgeQuestion(parts=("forever",), max_tokens=3))
     assert failed.reply is None and failed.error == "got 900 tokens: expected at most 512"
+
+
+def test_a_vision_language_model_as_a_reader(tmp_path):
+    """One that is no unified model, by its folder."""
+    unimm.load("metaquery-nano").mllm.save_pretrained(tmp_path)
+    reader = load_reader(str(tmp_path), device="cpu", dtype="float32")
+    assert reader.identity()["family"] == "QwenVL" and len(reader.identity()["weights"]["sha256"]) == 64
+    image = Image.new("RGB", (64, 64), (235, 235, 235))
+    assert reader.answer(JudgeQuestion(parts=(image, "what is in the picture?"), max_tokens=9)).reply
 
 
 # ---- an endpoint

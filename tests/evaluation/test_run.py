@@ -18,6 +18,7 @@ from unimm.evaluation.folder import RunFolder
 from unimm.evaluation.items import EvalItem, check_items, make_batches
 from unimm.evaluation.judges.base import ExactJudge, Verdict
 from unimm.evaluation.manifest import Manifest, read_manifest
+from unimm.evaluation.results import read_result, result_markdown
 from unimm.evaluation.sharding import RunShard, parse_shard
 
 TASKS = ("draw.one", "edit.add")
@@ -116,6 +117,18 @@ def test_shards_merged_are_one_run(tmp_path, whole, count):
     assert [state.result is None for state in states] == [True] * (count - 1) + [False]
     assert states[0].missing > 0
     assert comparable(tmp_path / "run") == whole
+
+
+def test_parts_have_one_batch_size(tmp_path):
+    run_toy(tmp_path, painter(), shard=RunShard(index=0, count=2), batch=2)
+    with pytest.raises(ValueError, match="got --batch 3 for a part of .*, whose other parts have 2: take the same"):
+        run_toy(tmp_path, painter(), shard=RunShard(index=1, count=2), batch=3)
+    assert run_toy(tmp_path, painter(), batch=3).result is not None, "what is left may be done in other batches"
+
+
+def test_the_table_follows_from_the_result(tmp_path):
+    state = run_toy(tmp_path, painter())
+    assert result_markdown(read_result(tmp_path), ()) == state.markdown == (tmp_path / "result.md").read_text()
 
 
 def test_a_run_takes_up_what_shards_left(tmp_path, whole):
@@ -266,6 +279,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from helpers.evaluation import Oracle, run_toy
+from unimm.evaluation.results import read_result, result_markdown
 from unimm.evaluation.sharding import torchrun_shard
 with torchrun_shard() as shard:
     state = run_toy(Path(sys.argv[1]), Oracle(wrong=("edit.add",), tasks=("draw.one", "edit.add")), shard=shard)
@@ -273,6 +287,7 @@ with torchrun_shard() as shard:
 """
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path, whole):
     (tmp_path / "script.py").write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -64,8 +64,7 @@ def run_benchmark(
     items = benchmark.items()
     check_items(items, benchmark.NAME)
     folder = RunFolder(out)
-    batches = make_batches(items, size)
-    folder.claim(
+    run = folder.claim(
         {
             "benchmark": benchmark.NAME,
             "model": model.name,
@@ -77,6 +76,12 @@ def run_benchmark(
             "batch_size": size,
         }
     )
+    if shard.count > 1 and run["batch_size"] != size:
+        # parts take whole batches, so that they would be of different runs
+        raise ValueError(
+            f"got --batch {size} for a part of {out}, whose other parts have {run['batch_size']}: take the same"
+        )
+    batches = make_batches(items, size)
     done = folder.outputs(items)
     if any(item.id not in done for batch in shard.pick(batches) for item in batch):
         loaded = model.load()
