@@ -26,7 +26,7 @@ OPTIONS = {
     "demo": "out model seed",
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
-    "train": "recipe out device resume init workers hours",
+    "train": "recipe out device resume init workers hours set_",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
     "data": "",
