@@ -72,13 +72,16 @@ def test_the_peak_is_measured_in_the_runs_precision_unless_it_is_given():
 
 
 def test_the_peak_is_that_of_a_product():
-    """A product of the same size takes the time that the peak says, but for the noise of a busy machine."""
+    """A product of the same size takes the time that the peak says, but for the noise of a busy machine: either may have
+    had a fraction of a core."""
     peak = measure_peak_flops(CPU, torch.float32)
     a = torch.randn(1024, 1024)
-    before = loop.time.perf_counter()
-    a @ a
-    seconds = loop.time.perf_counter() - before
-    assert 2 * 1024**3 / peak <= 1.5 * seconds
+    times = []
+    for _ in range(5):
+        before = loop.time.perf_counter()
+        a @ a
+        times.append(loop.time.perf_counter() - before)
+    assert 0.1 < 2 * 1024**3 / peak / min(times) < 10
 
 
 def test_memory_grows_with_what_is_held():
