@@ -27,6 +27,7 @@ OPTIONS = {
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours set_",
+    "plan": "train device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
     "data": "",
@@ -316,3 +317,12 @@ def test_sizes_and_amounts():
 def test_releases_are_written_out(columns):
     shown = CliRunner().invoke(app, ["releases"], env={"COLUMNS": str(columns)}).stdout
     assert "\u2026" not in shown and "Apache-2.0" in shown
+
+
+def test_plan_predicts_memory_without_data():
+    done = fine("plan", "--train", "bagel-nano-finetune", "--device", "cpu", "--json")
+    found = json.loads(done.stdout)
+    assert found["total"] == sum(
+        found[name] for name in ("weights", "optimizers", "average", "gradients", "activations")
+    )
+    assert found["n_trained"] < found["n_parameters"]

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from unimm.checkpoint.valueless import values_left_out
+
 logger = logging.getLogger(__name__)
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "pretrained"
@@ -111,6 +113,7 @@ def _download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    weights = weights and not values_left_out()
     if not weights:
         patterns = [pattern for pattern in patterns if pattern != WEIGHT_PATTERN]
     patterns = [f"{subfolder}/{pattern}" for subfolder in subfolders for pattern in patterns] or patterns

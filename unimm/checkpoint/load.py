@@ -19,6 +19,7 @@ from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_t
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
 from unimm.checkpoint.torch_file import FLOATING_DTYPES, open_torch_file
+from unimm.checkpoint.valueless import values_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +61,15 @@ def file_path(source: WeightFile) -> Path:
 def weight_files(folder: Path, names: tuple[str, ...]) -> list[WeightFile]:
     """The first of `names` that the folder holds, or its shards for an index.
 
-    Raises CheckpointError for none, and for a broken index.
+    Raises CheckpointError for none, unless values are left out, and for a broken index.
     """
     check_not_interrupted(folder)
     for name in names:
         path = folder / name
         if is_there(path):
             return _read_index(path) if name.endswith(".index.json") else [path]
+    if values_left_out():
+        return []
     raise CheckpointError(f"no weights in {folder}: expected {' or '.join(names)}")
 
 
@@ -250,8 +253,13 @@ def load_weights(
 
     Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix` is left out of the
     keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not fit.
-    Logs a warning that names the tensors with NaN.
+    Logs a warning that names the tensors with NaN. Where values are left out they stay on meta, in `dtype`.
     """
+    if values_left_out():
+        for name, tensor in model.state_dict().items():
+            if key_map.released_tensors(name):
+                set_tensor(model, name, torch.empty_like(tensor, dtype=dtype, device="meta"))
+        return
     headers = read_headers(paths)
     skip = len(prefix) if prefix and all(key.startswith(prefix) for key in headers) else 0
     headers = {key[skip:]: header for key, header in headers.items()}
@@ -358,7 +366,7 @@ def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, 
         if name not in state:
             set_tensor(model, name, buffer.to(device))
     for name, tensor in state.items():
-        if tensor.is_meta:
+        if tensor.is_meta and not values_left_out():
             if not any(matches(pattern, name) for pattern in unused):
                 raise CheckpointError(f"no file holds {name}: the model's key maps leave it out")
             set_tensor(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))

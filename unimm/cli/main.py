@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, train, eval, data, releases.
+"""The command `unimm`: demo, generate, understand, train, plan, eval, data, releases.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -13,6 +13,7 @@ from unimm.cli.data import data_app
 from unimm.cli.demo import demo_command
 from unimm.cli.eval import eval_command
 from unimm.cli.generate import generate_command
+from unimm.cli.plan import plan_command
 from unimm.cli.releases import releases_command
 from unimm.cli.train import train_command
 from unimm.cli.understand import understand_command
@@ -43,6 +44,7 @@ app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("understand")(understand_command)
 app.command("train")(train_command)
+app.command("plan")(plan_command)
 app.command("eval")(eval_command)
 app.add_typer(data_app, name="data")
 app.command("releases")(releases_command)

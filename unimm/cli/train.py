@@ -30,15 +30,13 @@ def train_command(
     ] = None,
 ) -> None:
     """Train a model by a recipe, on one device."""
-    from unimm import training
     from unimm.checkpoint.devices import parse_device
-    from unimm.training.config import name_source, read_recipe
+    from unimm.training.config import name_source, read_recipe, recipe_path
     from unimm.training.record_batches import open_groups
     from unimm.training.tasks.base import build_task
     from unimm.training.trainer import check_run, train
 
-    ours = Path(training.__file__).parent / "recipes" / f"{recipe}.yaml"
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else ours
+    path = recipe_path(recipe)
     config = read_recipe(path, settings=set_ or ())
     found = parse_device(device)  # before anything is built
     check_run(out, resume=resume, init=init, workers=workers, hours=hours)

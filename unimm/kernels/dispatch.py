@@ -18,7 +18,9 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256  # wider heads do not fit the registers
 
 _context_backend: ContextVar[str | None] = ContextVar("unimm_kernels", default=None)
-# the same for compiled graphs, since not every PyTorch can trace a ContextVar; shared by all threads
+# the device that kernels are chosen for where tensors have no values
+_planned_device: ContextVar[str | None] = ContextVar("unimm_planned_device", default=None)
+# the same as the first for compiled graphs, since not every PyTorch can trace a ContextVar; shared by all threads
 _graph_backend: str | None = None
 
 
@@ -57,11 +59,36 @@ def use_kernels(name: str) -> Iterator[None]:
         _graph_backend = before
 
 
+@contextmanager
+def plan_for_device(name: str) -> Iterator[None]:
+    """Choose kernels in the body as for tensors on a device of this type, wherever they are: to count what a step would
+    take with tensors that have no values (unimm.training.fake_step)."""
+    token = _planned_device.set(name)
+    try:
+        yield
+    finally:
+        _planned_device.reset(token)
+
+
+def planned_device() -> str | None:
+    """The type of the device that is planned for; None where nothing is planned."""
+    return None if torch.compiler.is_compiling() else _planned_device.get()
+
+
+def device_type(x: Tensor) -> str:
+    """The type of a tensor's device, or of the one that is planned for."""
+    return planned_device() or x.device.type
+
+
 def resolve_backend(op: str, *tensors: Tensor) -> str:
     """The backend that runs `op` on these tensors, never "auto". Raises ValueError where the requested one cannot."""
     name = get_backend()
     if name == "auto" or (name == "flex" and op != "attention"):  # flex is an implementation of attention alone
-        return "triton" if tensors[0].is_cuda and unsupported_reason(op, "triton", *tensors) is None else "sdpa"
+        return (
+            "triton"
+            if device_type(tensors[0]) == "cuda" and unsupported_reason(op, "triton", *tensors) is None
+            else "sdpa"
+        )
     if reason := unsupported_reason(op, name, *tensors):
         raise ValueError(
             f"{op}: backend {name!r} was asked for, but {reason}; or choose 'auto' (UNIMM_KERNELS, use_kernels)"
@@ -85,7 +112,7 @@ def _triton_unsupported_reason(op: str, x: Tensor) -> str | None:
         return f"its kernels take float16, bfloat16 and float32, got {x.dtype}: cast"
     if op == "attention" and x.shape[-1] > TRITON_MAX_HEAD_DIM:
         return f"its kernels take heads up to {TRITON_MAX_HEAD_DIM} wide, got {x.shape[-1]}"
-    if not x.is_cuda and not interpreter_enabled():
+    if device_type(x) != "cuda" and not interpreter_enabled():
         return f"got {x.device.type} tensors: move them to cuda, or set TRITON_INTERPRET=1 to interpret the kernels"
     return None
 

@@ -114,6 +114,11 @@ class TrainConfig(RecipeSection):
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
+def recipe_path(name: str) -> Path:
+    """Where a recipe lies: a YAML file, or one of ours by its name."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / "recipes" / f"{name}.yaml"
+
+
 def read_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> TrainConfig:
     """The configuration in a YAML file. settings: values set over the file's, as `key=value` (unimm.training.overrides).
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unimm.kernels.attention.mask import AttentionMask, SDPACall, TileRuns
 from unimm.kernels.common import autocast_tensors
-from unimm.kernels.dispatch import constant_in_graphs, resolve_backend
+from unimm.kernels.dispatch import constant_in_graphs, device_type, planned_device, resolve_backend
 
 if TYPE_CHECKING:
     from unimm.kernels.attention.tile_configs import TileConfig
@@ -59,7 +59,7 @@ def can_call_by_sample(*tensors: Tensor) -> bool:
     difference is a last bit that a model makes grow: BAGEL's images moved by up to 12 of 255 with their neighbours.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return tensors[0].device.type == "cpu" and not needs_grad and not torch.compiler.is_compiling()
+    return device_type(tensors[0]) == "cpu" and not needs_grad and not torch.compiler.is_compiling()
 
 
 def is_half(x: Tensor) -> bool:
@@ -86,7 +86,8 @@ def _tile_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> "Ti
     """The configuration of the Triton kernels."""
     from unimm.kernels.attention.tile_configs import architecture, pick_tile_config
 
-    fake = device.type == "cuda" and not torch.cuda.is_available()  # tracing for a GPU that is not here: any tiles do
+    # tracing, or planning, for a GPU that is not here: any tiles do
+    fake = planned_device() == "cuda" or (device.type == "cuda" and not torch.cuda.is_available())
     return pick_tile_config("sm_90" if fake else architecture(device), head_dim, dtype)
 
 
@@ -146,7 +147,7 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
         q_pad = rearrange(q.index_select(0, q_rows.flatten()), "(b n) h k -> b h n k", b=b)
         k_pad, v_pad = (rearrange(t.index_select(0, k_rows.flatten()), "(b m) g k -> b g m k", b=b) for t in (k, v))
         # the fused backward is slow here: 15.4 ms against 2.3 written out, forward and backward, 40 samples of 64 rows
-        slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        slow = q.requires_grad and q.dtype == torch.bfloat16 and device_type(q) == "cpu"
         y = (_unfused_attention if slow else _sdpa)(q_pad, k_pad, v_pad, attn_mask[:, None])
         parts.append(rearrange(y, "b h n k -> (b n) h k"))
     return torch.cat(parts).index_select(0, result_rows)
