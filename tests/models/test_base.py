@@ -83,8 +83,11 @@ CALLERS = {"CausalLM", "UnifiedModel", *CLASSES, *(f"{name}Network" for name in 
 
 @pytest.mark.parametrize("folder", ["generation", "sequence", "processing", "vlms/*", "models/*"])
 def test_the_way_goes_down(folder):
-    """No function receives a model in order to call it back; it gets tensors, a part of the model, or state."""
-    paths = list(Path(unimm.__file__).parent.glob(f"{folder}/*.py"))
+    """No function receives a model in order to call it back; it gets tensors, a part of the model, or state.
+
+    A family's flops.py counts from outside: it reads a network, which knows nothing of it.
+    """
+    paths = [path for path in Path(unimm.__file__).parent.glob(f"{folder}/*.py") if path.name != "flops.py"]
     assert paths
     for path in paths:
         for function in ast.walk(ast.parse(path.read_text())):
