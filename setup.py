@@ -20,9 +20,6 @@ LORA = ["peft>=0.18"]
 # judges behind an endpoint, and detectors
 EVAL = ["openai", "transformers"]
 
-# Adam in 8 bits
-TORCHAO = ["torchao"]
-
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -40,7 +37,6 @@ TEST = [
     *DATA,
     *LORA,
     *EVAL,
-    *TORCHAO,
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -88,7 +84,6 @@ setup(
         "data": DATA,
         "eval": EVAL,
         "lora": LORA,
-        "torchao": TORCHAO,
         **LOGGERS,
         "test": TEST,
         "docs": DOCS,
