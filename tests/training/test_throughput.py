@@ -9,7 +9,7 @@ from helpers.trainer_toy import RECIPE, Toy, run
 
 from unimm.training import trainer as loop
 from unimm.training.logging import format_report
-from unimm.training.throughput import StepCounts, Throughput, measure_peak_flops
+from unimm.training.throughput import StepCounts, Throughput, measure_peak_flops, peak_memory_mb
 from unimm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
