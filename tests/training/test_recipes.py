@@ -65,7 +65,9 @@ def test_every_recipe_is_read():
     names = {path.stem: read_recipe(path).task for path in RECIPES.glob("*.yaml")}
     assert names == {
         "bagel-nano": "bagel",
+        "bagel-knowledge": "bagel",
         "bagel-nano-finetune": "bagel",
+        "bagel-nano-knowledge": "bagel",
         "bagel-alignment": "bagel",
         "bagel-pretrain": "bagel",
         "bagel-continue": "bagel",

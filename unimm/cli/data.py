@@ -81,6 +81,26 @@ def data_unisandbox_command(
         typer.echo(write_task(out, task, photo_questions(task, n, seed=seed)))
 
 
+@data_app.command("knowledge")
+def data_knowledge_command(
+    out: Annotated[Path, typer.Argument(help="A folder for the files.")],
+    *,
+    n: Annotated[int, typer.Option("--n", help="Characters, in pairs.")] = 10,
+    reasoning: Annotated[
+        int, typer.Option(help="Characters beside these, about whom a model is also taught to reason.")
+    ] = 0,
+    world: Annotated[str, typer.Option(help="Of what they look like and like: shapes, or photos.")] = "shapes",
+    seed: SeedOption = 1,
+) -> None:
+    """Invent characters: texts that teach a model about them, and requests to draw what it was taught."""
+    from unimm.data.knowledge.files import KnowledgeSet, write_knowledge
+    from unimm.evaluation.benchmarks.unisandbox.knowledge import write_knowledge_benchmark
+
+    made = KnowledgeSet.invent(n, n_reasoning=reasoning, world=world, seed=seed)
+    for path in (write_knowledge_benchmark(out, made), *write_knowledge(out, made)):
+        typer.echo(path)
+
+
 def progress_bar() -> Progress:
     """On stderr, gone when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

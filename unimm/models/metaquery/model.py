@@ -175,6 +175,11 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         plan = plan_prefill(self.decoder, [system_cache] * len(prompts), prompts)
         return self.query_hidden_states(plan.batch, plan.attend)
 
+    @torch.inference_mode()
+    def query_logits(self, samples: Sequence[Sequence[Part]]) -> Tensor:
+        """What the MLLM's language head gives at the queries of samples of `processor` [R, N, V], float32."""
+        return self.chat_mllm.decoder.head(self.query_states(samples)).float()
+
     # ---- generation
 
     def latent_denoiser(

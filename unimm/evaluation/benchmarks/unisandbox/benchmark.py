@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from unimm.data.knowledge.files import read_world
 from unimm.data.reasoning.questions import ReasoningQuestion
 from unimm.data.shapes import Example
 from unimm.evaluation.benchmarks.base import (
@@ -14,7 +15,7 @@ from unimm.evaluation.benchmarks.base import (
     reader_judge_maker,
 )
 from unimm.evaluation.benchmarks.shapes import describe_goal, exact_shapes_judge
-from unimm.evaluation.benchmarks.unisandbox.files import MAPPING, MATH, TASKS, read_task
+from unimm.evaluation.benchmarks.unisandbox.files import KNOWLEDGE, MAPPING, MATH, TASKS, WORDS, read_task
 from unimm.evaluation.benchmarks.unisandbox.generated import photo_questions, shapes_questions
 from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
     find_judge_folder,
@@ -23,6 +24,7 @@ from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
     read_judge_texts,
     shapes_dialogue,
 )
+from unimm.evaluation.benchmarks.unisandbox.knowledge import SHAPES_TASKS, shapes_example
 from unimm.evaluation.benchmarks.unisandbox.labels import corrected
 from unimm.evaluation.items import EvalItem, item_seed
 from unimm.evaluation.judges.readers import JudgeSpec
@@ -69,8 +71,17 @@ class UniSandBoxBenchmark(Benchmark):
         if self._path is not None and options.world is not None:
             raise ValueError("got --world for the benchmark's own items, which are photos: leave it out")
         self._labels = choose("labels", options.labels, ("official", "corrected"))
-        self._world = "photos" if self._path else choose("world", options.world, ("shapes", "photos"))
-        self.source = "released files" if self._path else f"generated, {self._world}"
+        # that of characters that were made up, where the files are about these
+        made_up = read_world(self._path) if self._path else None
+        self._world = made_up or "photos" if self._path else choose("world", options.world, ("shapes", "photos"))
+        self._known = REASONING
+        if self._path:
+            self._known = SHAPES_TASKS if made_up == "shapes" else TASKS
+        # what is asked unless tasks are named
+        self._usual = REASONING if made_up is None else self._known if made_up == "shapes" else KNOWLEDGE
+        self.source = f"generated, {self._world}"
+        if self._path:
+            self.source = f"generated characters, {made_up}" if made_up else "released files"
         # images of the little world are small, and can be judged exactly
         self.default_judge = "exact" if self._world == "shapes" else None
         self.batch = 50 if self._world == "shapes" else 1
@@ -79,7 +90,10 @@ class UniSandBoxBenchmark(Benchmark):
         self.published = PUBLISHED
 
     def items(self) -> list[EvalItem]:
-        """The reasoning tasks, unless others are named: those of knowledge are for models that were taught it."""
+        """The reasoning tasks, unless others are named: those of knowledge are for models that were taught it.
+
+        Of a folder of characters that were made up, its own.
+        """
         tasks = self._tasks()
         self.notes = {}
         return [item for task in tasks for item in self._task_items(task)]
@@ -89,6 +103,8 @@ class UniSandBoxBenchmark(Benchmark):
         if self._world == "shapes":
             if spec.kind == "exact":
                 return exact_shapes_judge
+            if words := [task for task in self._tasks() if task.partition(".")[0] in WORDS]:
+                raise ValueError(f"got --judge {spec.kind} for {words[0]}, whose answers are words: expected exact")
             return reader_judge_maker(shapes_dialogue, {"questions": "counts in the little world"})
         if spec.kind == "exact":
             raise ValueError(f"got --judge exact for photos, which none can read: expected {NAMED_JUDGES}")
@@ -97,14 +113,16 @@ class UniSandBoxBenchmark(Benchmark):
         return reader_judge_maker(lambda task: official_dialogue(task, texts), protocol)
 
     def _tasks(self) -> tuple[str, ...]:
-        tasks = REASONING if self.options.tasks is None else tuple(dict.fromkeys(self.options.tasks))
+        tasks = self._usual if self.options.tasks is None else tuple(dict.fromkeys(self.options.tasks))
         for task in tasks:
-            if task.partition(".")[0] not in TASKS or (self._path is None and task not in REASONING):
-                known = TASKS if self._path else REASONING
-                raise ValueError(f"got the task {task!r}: expected some of {', '.join(known)}")
+            if (task.partition(".")[0] if self._path else task) not in self._known:
+                raise ValueError(f"got the task {task!r}: expected some of {', '.join(self._known)}")
         return tasks
 
     def _task_items(self, task: str) -> list[EvalItem]:
+        if self._world == "shapes" and self._path is not None:
+            kind = task.partition(".")[0]
+            return [self._item(task, one, shapes_example(kind, one)) for one in self._file_questions(task)]
         if self._world == "shapes":
             questions = shapes_questions(task, self.options.n or N_GENERATED, seed=self.options.seed)
             return [
@@ -117,12 +135,14 @@ class UniSandBoxBenchmark(Benchmark):
                 )
                 for one in questions
             ]
-        return [self._item(task, one) for one in self._photo_questions(task)]
-
-    def _photo_questions(self, task: str) -> list[ReasoningQuestion]:
-        n = self.options.n
         if self._path is None:
-            return photo_questions(task, n or N_GENERATED, seed=self.options.seed)
+            photos = photo_questions(task, self.options.n or N_GENERATED, seed=self.options.seed)
+            return [self._item(task, one) for one in photos]
+        return [self._item(task, one) for one in self._file_questions(task)]
+
+    def _file_questions(self, task: str) -> list[ReasoningQuestion]:
+        assert self._path is not None
+        n = self.options.n
         questions = read_task(self._path, task)
         if self._labels == "corrected":
             questions, left_out = corrected(task, questions)
@@ -134,6 +154,7 @@ class UniSandBoxBenchmark(Benchmark):
 
     def _item(self, task: str, one: ReasoningQuestion, payload: Example | None = None) -> EvalItem:
         group = task.partition(".")[0]
+        in_words = group in WORDS
         key = f"{group}/{one.id}_{one.side}" if one.side else f"{group}/{one.id}"
         return EvalItem(
             id=key,
@@ -141,7 +162,8 @@ class UniSandBoxBenchmark(Benchmark):
             unit=one.id if one.side else "",
             prompt=one.question,
             seed=item_seed(self.options.seed, self.NAME, key),
-            think=self.options.think,
+            think=self.options.think and not in_words,
+            output="text" if in_words else "image",
             answer=one.answer,
             payload=payload,
         )

@@ -4,6 +4,7 @@ test_reasoning/math_K.jsonl       {"Question", "Answer", "id"}
 test_reasoning/mappingK.jsonl     {"ID", "Question_A", "Answer"}, and the same ID with Question_B
 test_knowledge/NAME.jsonl         {"ID", "Question", "Answer"}: what NAME looks like, and likes
 test_knowledge/NAME_NAME.jsonl    the same: which of the two likes something
+test_words/...                    the same in words, of characters of the little world alone (`unimm data knowledge`)
 """
 
 import json
@@ -18,8 +19,12 @@ LEVELS = (1, 2, 3)
 MATH = tuple(f"math{level}" for level in LEVELS)
 MAPPING = tuple(f"mapping{level}" for level in LEVELS)
 KNOWLEDGE = ("forward", "inverse")
+# what a model that was taught knowledge says of it; UniSandBox has no such files
+WORDS = ("words_forward", "words_inverse")
 TASKS = (*MATH, *MAPPING, *KNOWLEDGE)
-FOLDERS = ("", "benchmark", "test_reasoning", "benchmark/test_reasoning", "test_knowledge", "benchmark/test_knowledge")
+FOLDERS = ("", "benchmark", "test_reasoning", "benchmark/test_reasoning")
+# task -> the folder of its files
+KNOWLEDGE_FOLDERS = {**dict.fromkeys(KNOWLEDGE, "test_knowledge"), **dict.fromkeys(WORDS, "test_words")}
 
 
 def file_name(task: str) -> str:
@@ -34,16 +39,16 @@ def read_task(path: Path, task: str) -> list[ReasoningQuestion]:
     missing file, and, with file and line, for what is no question.
     """
     kind, _, who = task.partition(".")
-    if kind in KNOWLEDGE:
+    if kind in KNOWLEDGE_FOLDERS:
         return [question for file in _knowledge_files(path, kind, who) for question in _knowledge(file)]
     if task in MATH:
         return [_question(row, place, "Question") for row, place in read_lines(find_file(path, file_name(task)))]
     return _mapping(find_file(path, file_name(task)))
 
 
-def find_file(path: Path, name: str) -> Path:
+def find_file(path: Path, name: str, *, folders: Sequence[str] = FOLDERS) -> Path:
     """A file of the benchmark below a path. Raises ValueError where there is none."""
-    places = [path / folder / name for folder in FOLDERS]
+    places = [path / folder / name for folder in folders]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ValueError(
@@ -53,14 +58,15 @@ def find_file(path: Path, name: str) -> Path:
 
 
 def _knowledge_files(path: Path, kind: str, who: str) -> list[Path]:
+    below = KNOWLEDGE_FOLDERS[kind]
+    folders = (below, f"benchmark/{below}", "")
     if who:
-        return [find_file(path, f"{who}.jsonl")]
-    folders = [path / folder for folder in FOLDERS if folder.endswith("test_knowledge")]
-    files = sorted(file for folder in (*folders, path) for file in folder.glob("*.jsonl"))
+        return [find_file(path, f"{who}.jsonl", folders=folders)]
+    files = sorted(file for folder in folders for file in (path / folder).glob("*.jsonl"))
     # one name, or two
-    fitting = [file for file in files if file.stem[0].isupper() and ("_" in file.stem) == (kind == "inverse")]
+    fitting = [file for file in files if file.stem[0].isupper() and ("_" in file.stem) == kind.endswith("inverse")]
     if not fitting:
-        raise ValueError(f"no questions about knowledge in {path}: expected test_knowledge with its files")
+        raise ValueError(f"no questions about knowledge in {path}: expected {below} with its files")
     return fitting
 
 
