@@ -20,6 +20,9 @@ LORA = ["peft>=0.18"]
 # judges behind an endpoint, and detectors
 EVAL = ["openai", "transformers"]
 
+# Adam in 8 bits
+TORCHAO = ["torchao"]
+
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -37,6 +40,7 @@ TEST = [
     *DATA,
     *LORA,
     *EVAL,
+    *TORCHAO,
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -84,6 +88,7 @@ setup(
         "data": DATA,
         "eval": EVAL,
         "lora": LORA,
+        "torchao": TORCHAO,
         **LOGGERS,
         "test": TEST,
         "docs": DOCS,

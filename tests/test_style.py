@@ -115,8 +115,8 @@ FLOORS = (
     ("encoders", "denoisers"),
     ("vlms",),
     ("models",),
-    ("data",),
-    ("training", "evaluation", "distributed", "quantization", "serving"),
+    ("data", "distributed"),
+    ("training", "evaluation", "quantization", "serving"),
     ("cli",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -80,6 +80,13 @@ def test_a_run_goes_on_exactly(cached, tmp_path):
     assert [line["step"] for line in log] == [1, 2, 3, 4] and log[0]["losses"].keys() <= set(task.loss_names)
 
 
+def test_a_run_computes_nothing_that_is_cached(cached, tmp_path):
+    trained_weights(dataclasses.replace(cached, steps=1), tmp_path / "first")
+    task = build_task(cached)
+    task.encode = lambda samples: pytest.fail("what is cached is computed")
+    train(task, cached, tmp_path / "second", workers=0)
+
+
 @pytest.fixture(params=["janus", "janusflow"])
 def cached_chat(request, tmp_path, monkeypatch):
     """A recipe of Janus or JanusFlow with a cache of one shard, of drawings, edits, questions and facts."""

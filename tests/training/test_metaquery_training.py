@@ -25,9 +25,10 @@ from unimm.models.metaquery.model import MetaQuery
 from unimm.training.config import from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
 from unimm.training.losses import mean_losses
+from unimm.training.optim import Optimizers
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.metaquery_records import MetaQueryRecordConfig
-from unimm.training.trainer import Trainer, build_optimizers, train
+from unimm.training.trainer import Trainer, train
 
 TASKS = {"draw.one": 2, "draw.two": 1, "edit.recolour": 2, "reason.math1": 1, RECONSTRUCTION: 1}
 
@@ -161,16 +162,20 @@ def test_only_new_rows_connector_and_denoiser_learn_and_old_rows_keep_every_bit(
     assert "queries" not in same and not any(name.startswith(("connector.", "denoiser.out")) for name in same)
 
 
+def groups_of(model, recipe):
+    return [group for one in Optimizers(model, recipe).optimizers.values() for group in one.param_groups]
+
+
 def test_weight_decay_leaves_the_queries_alone(recipe):
     objective = build_task(recipe)
-    groups = [group for optimizer in build_optimizers(objective.model, recipe) for group in optimizer.param_groups]
+    groups = groups_of(objective.model, recipe)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert (
         decay[id(objective.model.queries)] == 0
         and decay[id(objective.model.connector.fc1.weight)] == recipe.weight_decay
     )
     undone = dataclasses.replace(recipe, no_weight_decay=())
-    groups = [group for optimizer in build_optimizers(objective.model, undone) for group in optimizer.param_groups]
+    groups = groups_of(objective.model, undone)
     assert next(g["weight_decay"] for g in groups if any(p is objective.model.queries for p in g["params"]))
 
 

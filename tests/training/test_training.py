@@ -22,6 +22,7 @@ from torch import nn
 
 from unimm.checkpoint.contents import CheckpointError
 from unimm.data.batching import image_to_uint8, uint8_to_image
+from unimm.distributed.ranks import Ranks
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training import checkpoints as saving
 from unimm.training import trainer as loop
@@ -30,6 +31,7 @@ from unimm.training.config import TrainConfig, from_mapping, read_recipe
 from unimm.training.ema import EMA
 from unimm.training.logging import JsonlLog
 from unimm.training.losses import LossSum, mean_losses
+from unimm.training.optim import Optimizers
 from unimm.training.tasks.base import TRAINING_TASKS, build_task
 from unimm.training.trainer import Trainer, train
 
@@ -118,14 +120,14 @@ def test_a_gradient_that_is_no_number_spoils_nothing(tmp_path):
 def test_parts_that_no_parameter_has():
     for name in ("muon", "no_weight_decay"):
         with pytest.raises(ValueError, match=rf"got {name} \['decodr'\], expected prefixes of parameters"):
-            loop.build_optimizers(Toy().model, dataclasses.replace(RECIPE, **{name: ("decodr",)}))
+            Optimizers(Toy().model, dataclasses.replace(RECIPE, **{name: ("decodr",)}))
 
 
 def test_what_is_not_decayed_is_not_decayed_by_muon_either():
     recipe = dataclasses.replace(RECIPE, muon=("3.",), no_weight_decay=("3.",), weight_decay=0.5)
     model = Toy().model
     before = model[3].weight.clone()
-    for optimizer in loop.build_optimizers(model, recipe):
+    for optimizer in Optimizers(model, recipe).optimizers.values():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -201,12 +203,12 @@ def test_init_from_a_run_that_trained_other_parts(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run(tmp_path)
-    path = tmp_path / "checkpoints/00000008/model.safetensors"
+    folder = tmp_path / "checkpoints/00000008"
     with pytest.raises(ValueError, match=r"lacks \['9.weight'\].*recipe"):
-        saving.load_into(path, {**saving.named_tensors(Toy().model), "9.weight": torch.zeros(1)})
+        saving.load_into(folder, "model", {**saving.named_tensors(Toy().model), "9.weight": torch.zeros(1)})
     other = {name: torch.zeros(7) if name == "3.bias" else x for name, x in saving.named_tensors(Toy().model).items()}
     with pytest.raises(ValueError, match=r"3.bias.*\[3\], expected \[7\]"):
-        saving.load_into(path, other)
+        saving.load_into(folder, "model", other)
 
 
 def test_a_checkpoint_of_other_names_is_not_resumed(tmp_path):
@@ -283,7 +285,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     assert [path.name for path in saving.list_checkpoints(tmp_path)] == ["00000006", "00000008"]
 
 
-FILES = ("state.pt", "model.safetensors", "average.safetensors", "checksums.json")
+FILES = ("state.pt", "model.safetensors", "average.safetensors", "optimizer.safetensors", "checksums.json")
 
 
 @pytest.fixture(scope="module")
@@ -364,12 +366,14 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, limit):
     weights = {"weight": torch.zeros(5000)}
     code = "\n".join((
         "import resource, sys, torch; from pathlib import Path; from unimm.training.checkpoints import save_checkpoint",
+        "from unimm.distributed.ranks import Ranks",
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
-        "model = torch.nn.Linear(100, 50)",
-        "try: save_checkpoint(Path(sys.argv[1]), 8, model, ema={}, state={'held': torch.zeros(100_000)})",
+        "tensors, state = {'model': {'weight': torch.zeros(50, 100)}}, {'held': torch.zeros(100_000)}",
+        "try: save_checkpoint(Path(sys.argv[1]), 8, tensors, state=state, ranks=Ranks(), sharded=False)",
         "except OSError as error: print(error.filename, error.strerror)",
     ))  # fmt: skip
-    folder = saving.save_checkpoint(tmp_path, 4, torch.nn.Linear(1, 1), ema=weights, state={})
+    tensors = {"model": {"weight": torch.zeros(1)}, "average": weights}
+    folder = saving.save_checkpoint(tmp_path, 4, tensors, state={}, ranks=Ranks(), sharded=False)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     name = "model.safetensors" if limit == 1000 else "state.pt"
@@ -453,7 +457,7 @@ def test_muon_trains_the_matrices_it_is_given(tmp_path):
     # a matrix of two dimensions by Muon, all else by AdamW; both continue from a checkpoint
     recipe = dataclasses.replace(RECIPE, muon=("3.",), weight_decay=0.0, warmup_steps=0)
     trainer = Trainer(Toy(), recipe, torch.device("cpu"))
-    muon, adamw = trainer.optimizers
+    muon, adamw = (trainer.optimizers.optimizers[kind] for kind in ("muon", "adamw"))
     matrix, before = trainer.model[3].weight, trainer.model[3].weight.detach().clone()
     assert [p for group in muon.param_groups for p in group["params"]] == [matrix]
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(trainer.params) - 1

@@ -18,11 +18,13 @@ from tests.training.test_janus_training import folder, objective, quick_text_mod
 from unimm.training.config import TrainConfig, from_mapping, read_recipe
 from unimm.training.data_config import ValidationConfig
 from unimm.training.losses import LossSum, mean_losses
+from unimm.training.parallel import TaskLosses
 from unimm.training.record_batches import held_out_groups, open_groups
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import train
 from unimm.training.validation import Validation
 
+CPU = torch.device("cpu")
 EVERY_3 = ValidationConfig(every=3, batches=4)
 VALIDATED = dataclasses.replace(RECIPE, validation=EVERY_3, ema_decay=0.5)
 
@@ -82,9 +84,9 @@ def test_it_does_not_move_the_run(tmp_path):
     toy = HeldOutToy()
     toy.model.eval()
     validation = Validation(toy, VALIDATED)
-    first = validation.run(torch.device("cpu"), workers=0)
+    first = validation.run(TaskLosses(toy, VALIDATED, CPU), CPU, workers=0)
     torch.manual_seed(5)
-    assert validation.run(torch.device("cpu"), workers=2) == first
+    assert validation.run(TaskLosses(toy, VALIDATED, CPU), CPU, workers=2) == first
 
 
 def test_a_resumed_run_logs_what_the_whole_one_does(tmp_path):
@@ -169,9 +171,10 @@ def test_validation_batches_of_records_are_the_same_every_time(data):
     groups = open_groups(recipe.data)
     task = build_task(recipe)
     task.model.eval()
-    first = Validation(task, recipe, groups).run(torch.device("cpu"), workers=0)
+    losses = TaskLosses(task, recipe, CPU)
+    first = Validation(task, recipe, groups).run(losses, CPU, workers=0)
     again = Validation(task, recipe, groups)
-    assert again.run(torch.device("cpu"), workers=1) == first == again.run(torch.device("cpu"), workers=0)
+    assert again.run(losses, CPU, workers=1) == first == again.run(losses, CPU, workers=0)
 
 
 def test_nothing_held_out_of_records_is_an_error_before_anything_is_built(data, tmp_path):

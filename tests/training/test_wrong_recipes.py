@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 
 from unimm.training.config import RecipeLoader, RecipeSection, TrainConfig, from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
+from unimm.training.start import check_run
 from unimm.training.tasks.base import RECORD_TASKS, TRAINING_TASKS, build_task
-from unimm.training.trainer import check_run
 
 TEXTS = {path: path.read_text() for path in sorted(RECIPES.glob("*.yaml"))}
 CONTENTS = {path.stem: yaml.load(text, Loader=RecipeLoader) for path, text in TEXTS.items()}

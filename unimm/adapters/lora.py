@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unimm.adapters.config import ADAPTABLE, AdapterConfig, require_peft
 from unimm.adapters.updates import LowRankUpdate, Updates
-from unimm.checkpoint.save import own_name
+from unimm.checkpoint.save import own_name, parameter_value
 from unimm.nn.packed_linear import Int8Linear, PackedLinear
 
 
@@ -223,10 +223,10 @@ class LoRAAdapters:
         return self.tuner.peft_config[name].lora_dropout
 
     def updates(self, name: str) -> dict[str, LowRankUpdate]:
-        """The updates of an adapter by the names of linears. With sharded parameters, every rank has to call it."""
+        """The updates of an adapter by the names of linears."""
         found: dict[str, LowRankUpdate] = {}
         for linear, layer in self.layers(name).items():
-            parts = {part: _whole(tensor) for part, tensor in adapter_tensors(layer, name).items()}
+            parts = {part: parameter_value(tensor) for part, tensor in adapter_tensors(layer, name).items()}
             found[linear] = LowRankUpdate(parts["a"], parts["b"], layer.scaling[name], parts.get("magnitude"))
         return found
 
@@ -263,11 +263,3 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _is_broken(layer: Any, name: str) -> bool:
     return not all(bool(tensor.isfinite().all()) for tensor in adapter_tensors(layer, name).values())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A parameter without its gradient, gathered where it is a share of a rank."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -29,18 +29,20 @@ def train_command(
         typer.Option("--set", help="key=value over the recipe's: steps=100, data.groups.t2i.paths=[FOLDER]."),
     ] = None,
 ) -> None:
-    """Train a model by a recipe, on one device."""
+    """Train a model by a recipe, on one device, or started by torchrun on many."""
     from unimm.checkpoint.devices import parse_device
+    from unimm.distributed.ranks import start_ranks
     from unimm.training.config import name_source, read_recipe, recipe_path
     from unimm.training.record_batches import open_groups
+    from unimm.training.start import check_run
     from unimm.training.tasks.base import build_task
-    from unimm.training.trainer import check_run, train
+    from unimm.training.trainer import train
 
     path = recipe_path(recipe)
     config = read_recipe(path, settings=set_ or ())
     found = parse_device(device)  # before anything is built
     check_run(out, resume=resume, init=init, workers=workers, hours=hours)
-    with log_to_stderr("unimm"):
+    with start_ranks(found) as ranks, log_to_stderr("unimm", level=logging.INFO if ranks.is_first else logging.WARNING):
         with name_source(str(path)):
             # first: a large model is built for minutes
             groups = None if config.data is None else open_groups(config.data)
@@ -49,15 +51,15 @@ def train_command(
 
 
 @contextmanager
-def log_to_stderr(name: str) -> Iterator[None]:
-    """Write a logger's lines to stderr for the length of the body."""
+def log_to_stderr(name: str, *, level: int) -> Iterator[None]:
+    """Write a logger's lines from a level on to stderr for the length of the body."""
     logger = logging.getLogger(name)
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    level = logger.level
+    before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)

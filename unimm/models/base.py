@@ -27,9 +27,10 @@ from unimm.checkpoint.load import (
     parse_dtype,
     weight_files,
 )
-from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
+from unimm.checkpoint.save import check_all_saved, write_released
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.adapted import AdaptedModel
+from unimm.models.parallel_plan import ParallelPlan
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
 from unimm.processing.requests import ImageInput
@@ -77,6 +78,9 @@ class UnifiedModel(AdaptedModel):
     # a benchmark's name -> from the config, the options of `generate` that its published scores were generated with,
     # where they are not the defaults
     BENCHMARK_OPTIONS: ClassVar[Mapping[str, Callable[[Any], Mapping[str, Any]]]] = {}
+
+    # what lies in shards where the model is trained on many devices
+    PARALLEL_PLAN: ClassVar[ParallelPlan]
 
     tokenizer: TextTokenizer | None
     checkpoint_layout: str = "original"
@@ -195,10 +199,9 @@ class UnifiedModel(AdaptedModel):
             key_maps = written.key_maps()
             check_all_saved(self, key_maps.values(), unused=self.UNUSED_PARAMETERS)
             for names, key_map in key_maps.items():
-                state = released_state_dict(self, key_map)
-                if dtype is not None and not _all_targets_below(key_map, self.KEEP_FLOAT32):
-                    state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-                save_safetensors(state, partial / names[0])
+                stays = dtype is None or _all_targets_below(key_map, self.KEEP_FLOAT32)
+                cast = None if dtype is None or stays else parse_dtype(dtype)
+                write_released(self, key_map, partial / names[0], dtype=cast)
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
             self._check_loads(partial)

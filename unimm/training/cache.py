@@ -26,6 +26,7 @@ from tqdm import tqdm
 from unimm.checkpoint.atomic import atomic_file
 from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.save import own_name, save_safetensors
+from unimm.distributed.ranks import Ranks
 from unimm.training.batches import iterate_batches
 from unimm.training.config import TrainConfig
 from unimm.training.tasks.base import StepTask, TrainingTask
@@ -39,7 +40,8 @@ MANIFEST = "cache.json"
 TRAINING_FIELDS = (
     *("cache", "steps", "batch_size", "lr", "betas", "eps", "weight_decay", "no_weight_decay", "muon", "warmup_steps"),
     *("schedule", "min_lr_ratio", "max_grad_norm", "ema_decay", "loss_weights", "save_every", "sample_every"),
-    *("log_every", "gradient_accumulation"),
+    *("log_every", "gradient_accumulation", "distributed"),
+    *("optimizer", "lr_multipliers"),
 )
 # what is computed of one sample, by name; the first axis may differ between samples
 Record = dict[str, Tensor]
@@ -135,8 +137,10 @@ def shard_paths(folder: Path, n_samples: int) -> list[Path]:
     return [folder / f"{i:06d}.safetensors" for i in range(-(-n_samples // SHARD_SIZE))]
 
 
-def use_feature_cache(task: TrainingTask, recipe: TrainConfig, out: Path, *, workers: int) -> None:
-    """Let a task train on a cache, which is computed as far as it is not there yet.
+def use_feature_cache(
+    task: TrainingTask, recipe: TrainConfig, out: Path, *, workers: int, ranks: Ranks | None = None
+) -> None:
+    """Let a task train on a cache, which is computed as far as it is not there yet, by each rank a share.
 
     Raises ValueError for a task that has nothing to cache, and for a folder that holds other samples' records, or those
     of other weights.
@@ -147,9 +151,11 @@ def use_feature_cache(task: TrainingTask, recipe: TrainConfig, out: Path, *, wor
     folder = Path(recipe.cache.folder) if recipe.cache.folder else out / "cache"
     cache = FeatureCache(folder, recipe.cache.samples)
     task.use_cache(cache)
-    check_manifest(folder, cache_key(task.model, recipe))
+    ranks = ranks or Ranks()
+    ranks.run_first(lambda: check_manifest(folder, cache_key(task.model, recipe)))
     with torch.autocast(_device_type(task.model), torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        fill_cache(task, cache, workers=workers)
+        fill_cache(task, cache, workers=workers, ranks=ranks)
+    ranks.barrier()
 
 
 def _device_type(model: nn.Module) -> str:
@@ -185,10 +191,10 @@ def check_manifest(folder: Path, key: Mapping[str, str]) -> None:
 
 
 @torch.no_grad()
-def fill_cache(task: CachingTask, cache: FeatureCache, *, workers: int) -> None:
-    """Compute the shards that are not there yet."""
+def fill_cache(task: CachingTask, cache: FeatureCache, *, workers: int, ranks: Ranks) -> None:
+    """Compute this rank's share of the shards that are not there yet."""
     paths = shard_paths(cache.folder, len(cache))
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    missing = [i for i, path in enumerate(paths) if i % ranks.size == ranks.rank and not path.exists()]
     if not missing:
         return
     logger.info("computing %d of the cache's %d samples in %s", len(missing) * SHARD_SIZE, len(cache), cache.folder)

@@ -45,6 +45,22 @@ class CacheConfig(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig(RecipeSection):
+    """A recipe's `distributed`: how a model is trained on the devices of a run (unimm.training.parallel)."""
+
+    # the weights lie in so many shards, each on a device, so many times; 0 for as many as there are devices left
+    shard: NoneOrMore = 0
+    replicate: NoneOrMore = 0
+    # whether what a block computed is dropped, and computed again for its backward; "selective" keeps the products of
+    # matrices and attention
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    # whether shards, and what the optimisers hold of them, lie in the memory of the CPU
+    cpu_offload: bool = False
+    # in what gradients are added up over devices
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RecipeSection):
     """Numbers of one run; a recipe gives all of them, but for `options` and `model`, which the task reads."""
 
@@ -60,7 +76,7 @@ class TrainConfig(RecipeSection):
     eps: Positive
     # for matrices only: biases and gains of norms are not decayed
     weight_decay: NotNegative
-    # prefixes of the names of parameters whose matrices Muon trains; AdamW trains the rest
+    # prefixes of the names of parameters whose matrices Muon trains; `optimizer` trains the rest
     muon: tuple[str, ...]
     warmup_steps: NoneOrMore
     schedule: Literal["constant", "cosine"]
@@ -78,6 +94,10 @@ class TrainConfig(RecipeSection):
     log_every: AtLeastOne
     # prefixes of the names of parameters whose matrices are not decayed either
     no_weight_decay: tuple[str, ...] = ()
+    # "adamw8bit" holds averages of large matrices in 8 bits
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    # prefix of the names of parameters -> what the learning rate is multiplied with; the longest prefix counts
+    lr_multipliers: Mapping[str, Positive] = field(default_factory=dict)
     # the device's FLOPs a second in the run's precision, in 10^12, for MFU; null: a product of matrices is timed
     peak_tflops: Positive | None = None
     # losses on a held-out part, now and then; null for none
@@ -86,6 +106,8 @@ class TrainConfig(RecipeSection):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     # batches whose gradients are added up, each loss by its count, before a step
     gradient_accumulation: AtLeastOne = 1
+    # how the model lies on the devices of a run; null for the defaults
+    distributed: DistributedConfig | None = None
     # samples whose frozen parts' results are computed once; null where every step makes new samples
     cache: CacheConfig | None = None
     # one's own datasets in place of the toy world

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unimm.checkpoint.save import own_name
+from unimm.distributed.sharding import local_tensor
 
 
 def ramped_decay(n_updates: int, max_decay: float) -> float:
@@ -18,7 +19,8 @@ def ramped_decay(n_updates: int, max_decay: float) -> float:
 
 
 class EMA:
-    """Exponential moving average, in float32, of the parameters that are trained."""
+    """Exponential moving average, in float32, of the parameters that are trained; of parameters in shards a share a
+    rank."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -30,14 +32,14 @@ class EMA:
     def update(self) -> None:
         """average <- d * average + (1 - d) * weight, where d rises to the decay: the start is forgotten."""
         average = get_ema_multi_avg_fn(ramped_decay(self.n_updates, self.decay))
-        current = [p.detach().float() for p in self.params.values()]
-        average(list(self.weights.values()), current, self.n_updates)
+        current = [local_tensor(p.detach()).float() for p in self.params.values()]
+        average([local_tensor(x) for x in self.weights.values()], current, self.n_updates)
         self.n_updates += 1
 
     @contextmanager
     def swap_in(self) -> Iterator[None]:
         """Give the model the averaged weights inside the body, and its own, bit for bit, after it."""
-        kept = {name: p.detach().clone() for name, p in self.params.items()}
+        kept = {name: local_tensor(p.detach()).clone() for name, p in self.params.items()}
         self.copy_to_model(self.weights)
         try:
             yield
@@ -48,4 +50,4 @@ class EMA:
     def copy_to_model(self, weights: Mapping[str, Tensor]) -> None:
         """Set the model's trained parameters."""
         for name, p in self.params.items():
-            p.copy_(weights[name])
+            local_tensor(p.detach()).copy_(local_tensor(weights[name]))

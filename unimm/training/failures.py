@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unimm.distributed.ranks import Ranks, is_lost_connection
 from unimm.training.checkpoints import list_checkpoints
 
 # no space, no quota left, and a file that is larger than a limit
@@ -16,11 +17,11 @@ DEAD_WORKER = "DataLoader worker"
 
 
 @contextmanager
-def explain_failures(out: Path) -> Iterator[None]:
+def explain_failures(out: Path, ranks: Ranks | None = None) -> Iterator[None]:
     """Add to an error of the body, which trains into a folder, how to go on.
 
     A loss or gradient that is not finite stays a FloatingPointError, a full disk an OSError with the file; a process that
-    makes batches and was killed is a ChildProcessError.
+    makes batches and was killed is a ChildProcessError; a connection to another rank that broke, a ConnectionError.
     """
     try:
         yield
@@ -32,6 +33,11 @@ def explain_failures(out: Path) -> Iterator[None]:
         message = f"{error.strerror}: free some of the disk, or raise its limit; {describe_checkpoint(out)}"
         raise OSError(error.errno, message, error.filename) from error
     except RuntimeError as error:
+        if ranks is not None and is_lost_connection(error, ranks):
+            raise ConnectionError(
+                f"process {ranks.rank} of {ranks.size} lost another one, whose own output says why: mend that and start "
+                f"all of them again; {describe_checkpoint(out)}"
+            ) from error
         if not str(error).startswith(DEAD_WORKER):
             raise
         raise ChildProcessError(

@@ -16,9 +16,18 @@ def has_prefix(name: str, prefixes: Sequence[str]) -> bool:
     return any(re.match(re.escape(prefix).replace(r"\*", r"[^.]+"), name) for prefix in prefixes)
 
 
-def check_prefixes(model: nn.Module, prefixes: Sequence[str], *, where: str) -> None:
-    """Raise ValueError for a prefix that no parameter's name begins with. where: the recipe's field."""
+def check_prefixes(model: nn.Module, prefixes: Sequence[str], *, where: str, trained: bool = False) -> None:
+    """Raise ValueError for a prefix that no parameter's name begins with. where: the recipe's field.
+
+    trained: whether it must be one of a trained parameter.
+    """
     names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes if trained else ():
+        fitting = [p for name, p in model.named_parameters() if has_prefix(name, [prefix])]
+        if fitting and not any(p.requires_grad for p in fitting):
+            raise ValueError(
+                f"got {where} {prefix!r}, expected prefixes of trained parameters: all of these are frozen"
+            )
     unused = [prefix for prefix in prefixes if not any(has_prefix(name, [prefix]) for name in names)]
     if unused:
         parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from unimm.distributed.ranks import Ranks
 from unimm.training.tasks.base import TrainingTask
 
 # of the square matrices whose product is timed, and how often: a tenth of a second on one core, and less on a GPU
@@ -105,14 +106,17 @@ class Throughput:
         if self.task is not None:
             self.counts += self.task.step_counts(batch)
 
-    def report(self, seconds: float) -> dict[str, float]:
-        """Rates since the last report as a line of the log has them; memory alone for a task that counts nothing."""
+    def report(self, seconds: float, ranks: Ranks) -> dict[str, float]:
+        """Rates of all ranks since the last report as a line of the log has them; memory alone, of this rank's device,
+        for a task that counts nothing."""
         found: dict[str, float] = {}
         if self.task is not None:
             seconds = max(seconds, 1e-9)
-            flops = self.counts.flops / seconds
-            rates = {"tokens": self.counts.tokens / seconds, "images": self.counts.images / seconds}
+            tokens, images, flops = (
+                n / seconds for n in ranks.sum([self.counts.tokens, self.counts.images, self.counts.flops])
+            )
+            rates = {"tokens": tokens, "images": images}
             found = {f"{name}_per_s": round(rate, 2) for name, rate in rates.items()} | {"tflops": flops / TERA}
-            found |= {"mfu": round(flops / self.peak_flops, 4)} if self.peak_flops is not None else {}
+            found |= {"mfu": round(flops / (ranks.size * self.peak_flops), 4)} if self.peak_flops is not None else {}
         self.counts = StepCounts()
         return found | {"memory_mb": round(peak_memory_mb(self.device))}

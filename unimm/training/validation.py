@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from unimm.data.mix import MixGroup
+from unimm.distributed.ranks import Ranks
 from unimm.training.batches import BatchSource, StepBatches
 from unimm.training.config import TrainConfig
 from unimm.training.fields import held_out_seed
@@ -31,8 +33,15 @@ class HeldOutTask(TrainingTask, Protocol):
 class Validation:
     """The validation that a recipe asks for: the mean of every loss over its held-out batches."""
 
-    def __init__(self, task: TrainingTask, recipe: TrainConfig, groups: Sequence[MixGroup] | None = None) -> None:
-        """groups: the datasets of the recipe's `data`.
+    def __init__(
+        self,
+        task: TrainingTask,
+        recipe: TrainConfig,
+        groups: Sequence[MixGroup] | None = None,
+        *,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """groups: the datasets of the recipe's `data`. ranks: each has a share of the batches.
 
         Raises ValueError where nothing is held out, and for datasets that cannot be opened.
         """
@@ -40,6 +49,7 @@ class Validation:
         self.task = task
         self.recipe = recipe
         self.config = recipe.validation
+        self.ranks = ranks or Ranks()
         # what is wrong is said now, and not after an hour
         self.source = self._own_batches() if recipe.data is None else self._record_batches(groups or ())
 
@@ -51,7 +61,7 @@ class Validation:
                 f"{'records without data to train on' if self.config.data else 'its own'}: leave it out"
             )
         batch = self.task.held_out_batch
-        return lambda: StepBatches(batch)
+        return lambda: StepBatches(batch, rank=self.ranks.rank, world_size=self.ranks.size)
 
     def _record_batches(self, groups: Sequence[MixGroup]) -> Callable[[], BatchSource]:
         """Batches of records: of the validation's own datasets, or of what those to train on hold out."""
@@ -67,27 +77,37 @@ class Validation:
         # a few rows have one lane
         recipe = replace(self.recipe, seed=held_out_seed(self.recipe.seed), data=replace(data, lanes=1))
         builder = self.task.sample_builder
-        return lambda: PackedBatches(held_out, builder, recipe)
+        rank = self.ranks.rank
+        return lambda: PackedBatches(held_out, builder, recipe, rank=rank, world_size=self.ranks.size)
 
     def due(self, step: int) -> bool:
         """Whether it is run after this step."""
         return step % self.config.every == 0 or step == self.recipe.steps
 
     @torch.no_grad()
-    def run(self, device: torch.device, *, workers: int) -> dict[str, Any]:
-        """The means, and their weighted sum, "loss", by the weights as they are; random states stay as they were."""
-        totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
+    def run(
+        self, losses: Callable[[Any], Mapping[str, Tensor]], device: torch.device, *, workers: int
+    ) -> dict[str, Any]:
+        """The means, and their weighted sum, "loss", by the weights as they are; random states stay as they were.
+
+        losses: the sums of a batch's losses, by name. The ranks run as many batches each, one more where they do not
+        come out even.
+        """
+        names = self.task.loss_names
+        totals = torch.zeros(len(names), dtype=torch.float64)
+        counts = [0] * len(names)
         devices = [device] if device.type == "cuda" else []
-        made = closing(self.source().iterate(0, self.config.batches, workers=workers))
+        made = closing(self.source().iterate(0, -(-self.config.batches // self.ranks.size), workers=workers))
         with torch.random.fork_rng(devices=devices), made as batches:
             torch.manual_seed(SEED)
             for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                    losses = self.task.losses(batch)
-                for name, loss in losses.items():
-                    totals[name] = totals.get(name, 0.0) + loss.total.item()
-                    counts[name] = counts.get(name, 0) + loss.count
-        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
+                found = losses(batch)
+                totals += torch.stack(
+                    [found[name].double().cpu() if name in found else totals.new_zeros(()) for name in names]
+                )
+                of_batch = self.task.loss_counts(batch)
+                counts = [n + of_batch.get(name, 0) for n, name in zip(counts, names, strict=True)]
+        sums = self.ranks.sum_tensor(totals).tolist()
+        means = {name: total / n for name, total, n in zip(names, sums, self.ranks.sum(counts), strict=True) if n}
         weighted = sum(self.recipe.loss_weights[name] * mean for name, mean in means.items())
         return {"weights": self.config.weights, "loss": weighted, "losses": means}

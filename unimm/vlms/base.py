@@ -29,7 +29,7 @@ from unimm.checkpoint.load import (
     read_shapes,
     weight_files,
 )
-from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
+from unimm.checkpoint.save import check_all_saved, write_released
 from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
@@ -132,10 +132,8 @@ class VisionLanguageModel(MLLMChat):
                 write_json(partial / name, contents)
             key_map = self.key_map({})
             check_all_saved(self, [key_map])
-            state = released_state_dict(self, key_map)
-            if dtype is not None:
-                state = {key: tensor.to(parse_dtype(dtype)) for key, tensor in state.items()}
-            save_safetensors(state, partial / HUB_WEIGHT_FILES[0])
+            cast = None if dtype is None else parse_dtype(dtype)
+            write_released(self, key_map, partial / HUB_WEIGHT_FILES[0], dtype=cast)
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
             with torch.device("meta"):

@@ -27,7 +27,7 @@ from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
-from unimm.models.bagel.parallel import LORA_TARGETS
+from unimm.models.bagel.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.bagel.processor import BagelImageOptions, BagelProcessor, BagelSpecialTokens
 from unimm.models.bagel.weights import DECODER_KEY_MAP, LATENT_KEY_MAP, QK_NORM_KEY_MAP, VAE_KEY_MAP, VIT_KEY_MAP
 from unimm.models.base import Generation, UnifiedModel
@@ -49,6 +49,7 @@ class Bagel(BagelNetwork, UnifiedModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     KEY_PREFIX = "bagel."
     BENCHMARK_OPTIONS = BENCHMARK_OPTIONS

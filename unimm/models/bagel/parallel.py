@@ -1,6 +1,8 @@
-"""BAGEL's linears that an adapter may have, by groups."""
+"""BAGEL on many devices: the modules that lie in shards of their own; and its linears that an adapter may have, by
+groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.models.parallel_plan import ParallelPlan
 
 # "und" and "gen" are all linears of an expert
 LORA_TARGETS: LinearGroups = {
@@ -11,3 +13,5 @@ LORA_TARGETS: LinearGroups = {
     "vision.attention": tuple(f"vision.blocks.{{}}.{name}" for name in ("q", "k", "v", "out_proj")),
     "vision.mlp": ("vision.blocks.{}.mlp.fc1", "vision.blocks.{}.mlp.fc2"),
 }
+
+PARALLEL_PLAN = ParallelPlan(blocks=("decoder.blocks.{}",))

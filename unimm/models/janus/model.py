@@ -29,7 +29,7 @@ from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TO
 from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig
 from unimm.models.janus.network import JanusNetwork
-from unimm.models.janus.parallel import LORA_TARGETS
+from unimm.models.janus.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
 from unimm.models.janus.weights import KEY_MAP
@@ -45,6 +45,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     LAYOUTS = get_args(CheckpointLayout)
     supports_steps = False

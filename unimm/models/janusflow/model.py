@@ -28,7 +28,7 @@ from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
 from unimm.models.janusflow.network import JanusFlowNetwork
-from unimm.models.janusflow.parallel import LORA_TARGETS
+from unimm.models.janusflow.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.models.release import Components
@@ -44,6 +44,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("vae",)
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}",)

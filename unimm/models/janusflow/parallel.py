@@ -1,6 +1,8 @@
-"""JanusFlow's linears that an adapter may have, by groups."""
+"""JanusFlow on many devices: the modules that lie in shards of their own; and its linears that an adapter may have, by
+groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.models.parallel_plan import ParallelPlan
 from unimm.vlms.llama_layout import EXPERT
 
 LORA_TARGETS: LinearGroups = {
@@ -10,3 +12,5 @@ LORA_TARGETS: LinearGroups = {
     "vision.attention": ("vision.trunk.blocks.{}.attn.qkv", "vision.trunk.blocks.{}.attn.proj"),
     "vision.mlp": ("vision.trunk.blocks.{}.mlp.fc1", "vision.trunk.blocks.{}.mlp.fc2"),
 }
+
+PARALLEL_PLAN = ParallelPlan(blocks=("decoder.blocks.{}",))

@@ -40,7 +40,7 @@ from unimm.models.metaquery.benchmarks import BENCHMARK_OPTIONS
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
-from unimm.models.metaquery.parallel import LORA_TARGETS
+from unimm.models.metaquery.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.weights import metaquery_key_map
 from unimm.models.release import Components
@@ -66,6 +66,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("mllm",)
     BENCHMARK_OPTIONS = BENCHMARK_OPTIONS

@@ -1,6 +1,8 @@
-"""MetaQuery's linears that an adapter may have, by groups."""
+"""MetaQuery on many devices: the modules that lie in shards of their own; and its linears that an adapter may have, by
+groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.models.parallel_plan import ParallelPlan
 from unimm.vlms.llama_layout import EXPERT
 
 LORA_TARGETS: LinearGroups = {
@@ -21,3 +23,8 @@ LORA_TARGETS: LinearGroups = {
     ),
     "denoiser.caption": ("denoiser.caption_proj.fc1", "denoiser.caption_proj.fc2"),
 }
+
+PARALLEL_PLAN = ParallelPlan(
+    blocks=("mllm.decoder.blocks.{}", "connector.blocks.{}", "denoiser.blocks.{}"),
+    ahead_of_blocks=("denoiser.blocks.{}.cross_attention.kv",),
+)

@@ -34,7 +34,7 @@ from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
 from unimm.models.uniworld.config import TASK_HEAD_FILES, UniWorldConfig
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
 from unimm.models.uniworld.network import MLLMOutput, UniWorldNetwork
-from unimm.models.uniworld.parallel import LORA_TARGETS
+from unimm.models.uniworld.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.uniworld.processor import (
     MAX_IMAGE_SIDE,
     ReferenceLatents,
@@ -63,6 +63,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("siglip", "flux", "t5")
     KEEP_FLOAT32 = ("auxiliary.vae.", "task_head.")

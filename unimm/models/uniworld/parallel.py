@@ -1,6 +1,8 @@
-"""UniWorld's linears that an adapter may have, by groups."""
+"""UniWorld on many devices: the modules that lie in shards of their own; and its linears that an adapter may have, by
+groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
+from unimm.models.parallel_plan import ParallelPlan
 from unimm.vlms.llama_layout import EXPERT
 
 _STREAMS = tuple(f"denoiser.mmdit.double_blocks.{{}}.{stream}." for stream in ("image", "text"))
@@ -16,3 +18,12 @@ LORA_TARGETS: LinearGroups = {
     # attention and feed-forward stand between one linear in and one out
     "denoiser.single": ("denoiser.mmdit.single_blocks.{}.qkv_mlp", "denoiser.mmdit.single_blocks.{}.out_proj"),
 }
+
+PARALLEL_PLAN = ParallelPlan(
+    blocks=("mllm.decoder.blocks.{}", "denoiser.mmdit.double_blocks.{}", "denoiser.mmdit.single_blocks.{}"),
+    ahead_of_blocks=(
+        "denoiser.mmdit.double_blocks.{}.image.modulation",
+        "denoiser.mmdit.double_blocks.{}.text.modulation",
+        "denoiser.mmdit.single_blocks.{}.modulation",
+    ),
+)

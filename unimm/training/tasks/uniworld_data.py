@@ -13,6 +13,7 @@ from torch import Tensor
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import Example, example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.distributed.ranks import world_size
 from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.tasks.edit_weights import EditWeights, SmallEditError
 from unimm.training.tasks.uniworld_samples import (
@@ -89,10 +90,16 @@ class UniWorldDataset:
 
 def groups_by_reference(batch: UniWorldBatch) -> list[Tensor]:
     """The noised copies without a reference image and those with one, as indices [n] each: half of the others'
-    sequences would be padding."""
+    sequences would be padding. On several devices there are always two groups."""
     has_reference = batch.samples.reference_indices[batch.sample_indices] >= 0
     groups = [(~has_reference).nonzero().squeeze(1), has_reference.nonzero().squeeze(1)]
-    return [rows for rows in groups if len(rows)]
+    groups = [rows for rows in groups if len(rows)]
+    if len(groups) == 1 and world_size() > 1:
+        # another rank's batch may have both, and all must run the denoiser as often
+        if len(has_reference) < 2:
+            raise ValueError("got a batch of one noised copy on several devices, expected two: raise batch_size")
+        return list(groups[0].chunk(2))
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)

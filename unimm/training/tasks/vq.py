@@ -20,6 +20,7 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
+from unimm.distributed.ranks import world_size
 from unimm.nn.flops import StepFlops
 from unimm.tokenizers.flops import vq_decode_flops, vq_encode_flops
 from unimm.tokenizers.vq import VectorQuantizer, VQConfig, VQModel
@@ -190,6 +191,11 @@ class VQLosses:
     """The losses of a VQ autoencoder on a batch; in training, it also revives unused codes."""
 
     def __init__(self, vq: VQModel, options: VQCommonConfig, recipe: TrainConfig) -> None:
+        if world_size() > 1 and vq.quantize.embedding.weight.requires_grad:
+            raise ValueError(
+                f"got {world_size()} devices for a codebook that is trained, expected one: unused codes are moved to what a "
+                "device saw"
+            )
         self.vq = vq
         self.options = options
         self.seed = recipe.seed

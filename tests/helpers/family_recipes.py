@@ -1,0 +1,122 @@
+"""A small recipe of every family, around untrained parts: batches of one or two samples, which differ in what they
+hold."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from helpers import metaquery_toys as toys
+from helpers.metaquery_training_toys import DENOISER
+from helpers.paths import RECIPES
+from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
+from unimm.tokenizers.vq import VQConfig, VQModel
+from unimm.training.config import TrainConfig, read_recipe
+from unimm.training.init import train_tokenizer
+from unimm.training.tasks import bagel, janus, janusflow
+from unimm.training.tasks.vq import save_vq
+
+LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+VIT = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=128
+)
+TOWER = dict(width=32, layers=2, heads=2, mlp_ratio=1.5)
+CODES = VQConfig(
+    width=32, channel_multipliers=(1, 1, 1, 1, 1), n_res_blocks=1, latent_channels=32, n_codes=48, code_dim=4
+)
+FLUX = dict(
+    in_channels=16, num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=12,
+    axes_dims_rope=[4, 4, 4], joint_attention_dim=20, pooled_projection_dim=6, guidance_embeds=True,
+)  # fmt: skip
+FAMILIES = ("bagel", "janus", "janusflow", "metaquery", "uniworld")
+
+quick_tokenizer = functools.cache(functools.partial(train_tokenizer, lines=500))
+
+
+def use_quick_tokenizers(set_attribute=setattr) -> None:
+    """Let tasks make tokenizers of less text."""
+    for task in (bagel, janus, janusflow):
+        set_attribute(
+            task, "train_tokenizer", lambda size, *, special_tokens, extra=(): quick_tokenizer(
+                size, special_tokens=tuple(special_tokens), extra=tuple(extra)
+            )
+        )  # fmt: skip
+
+
+def save_parts(folder: Path) -> None:
+    """The trained parts that the recipes begin from, untrained."""
+    torch.manual_seed(0)
+    for channels in (4, 8):
+        (folder / f"vae{channels}").mkdir(parents=True)
+        vae = AutoencoderKLConfig(
+            width=32,
+            channel_multipliers=(1, 1, 1, 1),
+            n_res_blocks=1,
+            latent_channels=channels,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
+        save_file(AutoencoderKL(vae).state_dict(), folder / f"vae{channels}/ae.safetensors")
+        (folder / f"vae{channels}/vae_config.json").write_text(json.dumps(vae.to_json()))
+    for layers in (2, 3):
+        (folder / f"vit{layers}").mkdir()
+        vit = SiglipNaViT(navit_config_from_json(VIT | {"num_hidden_layers": layers}))
+        save_file(vit.state_dict(), folder / f"vit{layers}/vision.safetensors")
+    vq = VQModel(CODES)
+    torch.nn.init.normal_(vq.quantize.embedding.weight)
+    (folder / "vq").mkdir()
+    save_vq(vq, folder / "vq", torch.float32)
+    tokens = dict(special_tokens=toys.SPECIAL_TOKENS)
+    toys.save_mllm(folder / "mllm", train_tokenizer(400, lines=500, **tokens))
+    toys.save_dcae(folder / "dcae")
+
+
+def small_recipes(folder: Path) -> dict[str, TrainConfig]:
+    """A recipe a family, around the parts in a folder. Adam's epsilon is larger than what rounding moves gradients by."""
+    full = {name: read_recipe(RECIPES / f"{name}-nano.yaml") for name in FAMILIES}
+    sections = {name: {key: dict(part) for key, part in one.model.items() if isinstance(part, dict)}
+                for name, one in full.items()}  # fmt: skip
+    few = {"draw.one": 1, "answer.count": 1, "fact.forward": 1}
+    edits = {"draw.one": 1, "edit.recolour": 1}
+    janus_model = {**sections["janus"], "language": sections["janus"]["language"] | LLM | {"num_key_value_heads": 2},
+                   "vision": sections["janus"]["vision"] | TOWER, "gen_head_dim": 32}  # fmt: skip
+    flow_model = {**sections["janusflow"], "flow": {"width": 16, "blocks": 1},
+                  "language": sections["janusflow"]["language"] | LLM | {"num_key_value_heads": 2},
+                  "vision": sections["janusflow"]["vision"] | TOWER}  # fmt: skip
+    flow_model["generation"] |= {"steps": 2}
+    bagel_model = {**sections["bagel"], "llm": sections["bagel"]["llm"] | LLM,
+                   "vit": sections["bagel"]["vit"] | VIT | {"num_hidden_layers": 2}}  # fmt: skip
+    bagel_model["config"]["generation"] |= {"steps": 2}
+    query_model = {"config": sections["metaquery"]["config"] | dict(num_metaqueries=5, connector_num_hidden_layers=1),
+                   "denoiser": DENOISER, "scheduler": sections["metaquery"]["scheduler"]}  # fmt: skip
+    world_model = {"generation": sections["uniworld"]["generation"] | {"steps": 2}, "hidden": {"vae_projector": 5},
+                   "denoiser": FLUX,
+                   "vision": {**sections["uniworld"]["vision"], **VIT, "num_hidden_layers": 1, "image_size": 64}}  # fmt: skip
+    mllm = {"mllm": f"{folder}/mllm"}
+    changes = {
+        "bagel": (bagel_model, {"vae": f"{folder}/vae4", "vit": f"{folder}/vit2", "tasks": few | edits}, 1),
+        "janus": (janus_model, {"vq": f"{folder}/vq", "vit": f"{folder}/vit3", "tasks": few}, 1),
+        "janusflow": (flow_model, {"vae": f"{folder}/vae8", "vit": f"{folder}/vit3", "tasks": few}, 1),
+        "metaquery": (query_model, {**mllm, "dcae": f"{folder}/dcae", "tasks": edits, "frozen": []}, 2),
+        "uniworld": (world_model, {**mllm, "vae": f"{folder}/vae4", "vit": f"{folder}/vit3", "tasks": edits,
+                                   "timesteps_per_image": 2}, 1),
+    }  # fmt: skip
+    numbers = dict(
+        steps=3, schedule="constant",
+        save_every=2, sample_every=100, log_every=1, precision="float32", warmup_steps=0, lr=3e-3, muon=(),
+        eps=1e-4, cache=None,
+    )  # fmt: skip
+    return {
+        name: dataclasses.replace(
+            full[name],
+            model=model,
+            options=full[name].options | options | {"compile": False},
+            batch_size=size,
+            **numbers,
+        )
+        for name, (model, options, size) in changes.items()
+    }

@@ -1,0 +1,208 @@
+"""What every process of a run of several does for tests/training/test_many_ranks.py, which starts this file.
+
+A process ends without torch's teardown, in which gloo's threads may crash.
+"""
+
+import dataclasses
+import faulthandler
+import os
+import pickle
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.family_recipes import use_quick_tokenizers
+from helpers.trainer_toy import Toy
+from unimm.distributed.ranks import Ranks, start_ranks
+from unimm.distributed.sharding import build_mesh, shard_like, whole_tensor, with_local
+from unimm.training import optim
+from unimm.training.checkpoints import load_into, save_checkpoint, saved_shapes
+from unimm.training.losses import LossSum
+from unimm.training.optim import Optimizers
+from unimm.training.tasks.base import build_task
+from unimm.training.trainer import Trainer, train
+
+CPU = torch.device("cpu")
+# seconds after which a process says where it stands
+HANGING = 800
+
+
+def steps_of(recipe, *, ranks=None, saved=None, resumed=None):
+    """Three steps of a recipe, or the third one after a checkpoint: the losses of each, and then the weights and the
+    averages, whole. saved: where a checkpoint is written after the second step."""
+    ranks = ranks or Ranks()
+    trainer = Trainer(build_task(recipe), recipe, CPU, ranks=ranks)
+    if resumed is not None:
+        trainer.resume(resumed)
+    lines = []
+    for step in range(trainer.step, 3):
+        numbers = [recipe.gradient_accumulation * step + i for i in range(recipe.gradient_accumulation)]
+        trainer.update(*(trainer.task.batch(number * ranks.size + ranks.rank) for number in numbers))
+        report = trainer.report()
+        lines.append({"loss": report["loss"], "grad_norm": report["grad_norm"], **report["losses"]})
+        if saved is not None and step == 1:
+            trainer.save(saved)
+    weights = {name: whole_tensor(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    averages = {name: whole_tensor(x).clone() for name, x in trainer.ema.weights.items()}
+    if saved is not None:
+        trainer.save_release(saved)
+    return lines, weights, averages
+
+
+def run_job(ranks, *, recipe, out, resume=False):
+    """A run, with its files; its sample is made in no time."""
+    task = build_task(recipe)
+    task.sample_image = lambda: Image.new("RGB", (2, 2), (int(task.model.training), 0, 0))
+    return train(task, recipe, out, workers=0, resume=resume)
+
+
+def sample_job(ranks, *, recipe, path):
+    """A sample image of the first rank after a step."""
+    trainer = Trainer(build_task(recipe), recipe, CPU, ranks=ranks)
+    trainer.update(trainer.task.batch(ranks.rank))
+    trainer.sample(path)
+    trainer.update(trainer.task.batch(ranks.rank + 2))
+    return trainer.report()["loss"]
+
+
+def other_recipe_job(ranks, *, recipe, out):
+    """A run whose processes have other learning rates."""
+    return error_of(lambda: train(Toy(), dataclasses.replace(recipe, lr=recipe.lr * (1 + ranks.rank)), out, workers=0))
+
+
+def spoilt_job(ranks, *, recipe, out):
+    """A run of whose ranks the second meets a loss that is no number in the sixth step."""
+    toy = Toy()
+
+    def losses(batch):
+        losses = Toy.losses(toy, batch)
+        return losses | {"near": LossSum(losses["near"].total * float("nan"), losses["near"].count)}
+
+    def spoil():
+        toy.losses = losses
+
+    toy.batch.at, toy.batch.action = 11, spoil  # batches 0 to 9 are of the first five steps
+    return error_of(lambda: train(toy, recipe, out, workers=0))
+
+
+def full_disk_job(ranks, *, recipe, out):
+    """A run whose second rank can write no more when its second checkpoint is due."""
+    task = build_task(recipe)
+    task.sample_image = lambda: Image.new("RGB", (2, 2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made = task.batch
+
+    def batch(number):
+        if number == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return made(number)
+
+    task.batch = batch
+    try:
+        return error_of(lambda: train(task, recipe, out, workers=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def lost_job(ranks, *, recipe, out):
+    """A run of which the second process is killed in the sixth step."""
+    toy = Toy()
+    toy.batch.at, toy.batch.action = 11, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    return error_of(lambda: train(toy, recipe, out, workers=0))
+
+
+def error_of(action):
+    """The error that something raises, as (class, message)."""
+    try:
+        return action()
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        return type(error).__name__, str(error)
+
+
+class Matrices(nn.Module):
+    """Parameters that Muon, AdamW and AdamW in 8 bits train."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name in ("muon", "adam"):
+            self.register_parameter(name, nn.Parameter(torch.randn(65, 256, generator=generator)))
+        self.bias = nn.Parameter(torch.randn(5, generator=generator))
+
+
+def matrices_job(ranks, *, recipe, out=None, resumed=None):
+    """Three steps of optimisers, or the third one after a checkpoint, by gradients that all ranks have: the parameters,
+    whole. out: where a checkpoint is written after the second step."""
+    model = Matrices()
+    if ranks.size > 1:
+        fully_shard(model, mesh=build_mesh(ranks, shard=ranks.size, replicate=1))
+    parameters = dict(model.named_parameters())
+    first = 0
+    with patch.object(optim, "MIN_8BIT_SIZE", 1), patch.object(torch, "compile", lambda function, **options: function):
+        optimizers = Optimizers(model, recipe)
+        if resumed is not None:
+            load_into(resumed, "model", parameters, ranks)
+            held = optimizers.allocate(saved_shapes(resumed, "optimizer"), "there")
+            load_into(resumed, "optimizer", held, ranks)
+            first = 2
+        for step in range(first, 3):
+            optimizers.set_lr(recipe.lr_at(step))
+            for i, p in enumerate(parameters.values()):
+                gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                p.grad = with_local(p.detach(), shard_like(gradient, p))
+            optimizers.step()
+            if out is not None and step == 1:
+                tensors = {"model": parameters, "optimizer": optimizers.tensors()}
+                save_checkpoint(out, 2, tensors, state={}, ranks=ranks, sharded=ranks.size > 1)
+    return {name: whole_tensor(p.detach()).clone() for name, p in parameters.items()}
+
+
+JOBS = {
+    "matrices": matrices_job,
+    "steps": lambda ranks, **arguments: steps_of(**arguments, ranks=ranks),
+    "error of steps": lambda ranks, **arguments: error_of(lambda: steps_of(**arguments, ranks=ranks)),
+    "run": run_job,
+    "sample": sample_job,
+    "other recipe": other_recipe_job,
+    "spoilt": spoilt_job,
+    "full disk": full_disk_job,
+    "lost": lost_job,
+}
+
+
+def main(folder: Path) -> None:
+    """Do the jobs in a folder, a pickled list of (name, arguments), and leave what they give beside it."""
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(HANGING)
+    use_quick_tokenizers()
+    jobs = pickle.loads((folder / "jobs.pickle").read_bytes())  # noqa: S301, as the test wrote it
+    results = []
+    with start_ranks(CPU) as ranks:
+        for name, arguments in jobs:
+            results.append(JOBS[name](ranks, **arguments))
+            (folder / f"results{ranks.rank}.pickle").write_bytes(pickle.dumps(results))
+        if name != "lost":
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:  # noqa: BLE001, the process ends here
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
