@@ -1,6 +1,7 @@
 """What every process of a run of several does for tests/training/test_many_ranks.py, which starts this file.
 
-A process ends without torch's teardown, in which gloo's threads may crash.
+The processes are forks of one that has imported what they need. A process ends without torch's teardown, in which gloo's
+threads may crash.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import traceback
 from pathlib import Path
 from unittest.mock import patch
 
+import peft  # noqa: F401, which takes seconds
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -181,28 +183,43 @@ JOBS = {
 }
 
 
-def main(folder: Path) -> None:
-    """Do the jobs in a folder, a pickled list of (name, arguments), and leave what they give beside it."""
+def do_jobs(folder: Path) -> None:
+    """Do the jobs in a folder, a pickled list of (name, job, arguments), and leave what they give beside it, by name."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANGING)
     use_quick_tokenizers()
     jobs = pickle.loads((folder / "jobs.pickle").read_bytes())  # noqa: S301, as the test wrote it
-    results = []
+    results = {}
     with start_ranks(CPU) as ranks:
-        for name, arguments in jobs:
-            results.append(JOBS[name](ranks, **arguments))
+        for name, job, arguments in jobs:
+            results[name] = JOBS[job](ranks, **arguments)
             (folder / f"results{ranks.rank}.pickle").write_bytes(pickle.dumps(results))
-        if name != "lost":
+        if job != "lost":
             dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+
+
+def start_rank(rank: int, folder: Path) -> int:
+    """Fork a process that does the jobs as one of the ranks; its id."""
+    if process := os.fork():
+        return process
+    code = 1
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    try:
+        do_jobs(folder)
+        code = 0
+    except BaseException:  # noqa: BLE001, the process ends here
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(folder: Path, n: int) -> None:
+    """Do the jobs in a folder with n processes, and leave there how each of them ended."""
+    processes = [start_rank(rank, folder) for rank in range(n)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    (folder / "codes.pickle").write_bytes(pickle.dumps(codes))
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:  # noqa: BLE001, the process ends here
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))

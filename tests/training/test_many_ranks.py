@@ -2,6 +2,7 @@
 resumes; what goes wrong on one of them."""
 
 import dataclasses
+import json
 import os
 import pickle
 import socket
@@ -12,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.family_recipes import FAMILIES, save_parts, small_recipes, use_quick_tokenizers
-from helpers.paths import TESTS
+from helpers.paths import RECIPES, TESTS
 from helpers.rank_jobs import matrices_job, run_job, steps_of
 from helpers.trainer_toy import RECIPE
 from PIL import Image
 from safetensors.torch import load_file
 
+from examples.data import make
+from unimm import Bagel
 from unimm.distributed.ranks import Ranks
-from unimm.training.checkpoints import check_undamaged, list_checkpoints, saved_shapes
-from unimm.training.config import DistributedConfig
+from unimm.training.checkpoints import check_undamaged, list_checkpoints, named_tensors, saved_shapes
+from unimm.training.config import DistributedConfig, read_recipe
 from unimm.training.parallel import mesh_shape
+from unimm.training.record_batches import build_batches
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer
 
@@ -30,35 +34,26 @@ MATRICES = dataclasses.replace(RECIPE, muon=("muon",), optimizer="adamw8bit", lr
 EXACT = dict(rtol=1e-5, atol=1e-6)
 
 
-def start_processes(folder: Path, jobs: list) -> list[subprocess.Popen]:
-    """Two processes that do some jobs, as torchrun would start them."""
+# those whose checkpoints two processes resume in every run of the tests; the others' by night
+RESUMED = ("bagel", "uniworld")
+
+
+def run_processes(folder: Path, jobs: list, *, n: int = 2, codes: tuple[int, ...] = (0, 0)) -> list[dict]:
+    """What each of n processes made of some jobs (name, job, arguments), by their names, as torchrun would start
+    them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "TORCHELASTIC_RUN_ID": "test"}
     code = TESTS / "helpers" / "rank_jobs.py"
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", str(code), str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-
-
-def results_of(folder: Path, processes: list[subprocess.Popen], codes=(0, 0)) -> list[list]:
-    """What each of the processes made of its jobs."""
-    try:
-        assert tuple(process.wait(timeout=900) for process in processes) == codes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    paths = [folder / f"results{rank}.pickle" for rank in range(2)]
-    return [pickle.loads(path.read_bytes()) for path in paths if path.exists()]  # noqa: S301, of our own processes
+    command = [sys.executable, "-W", "error::UserWarning", str(code), str(folder), str(n)]
+    subprocess.run(command, env=os.environ | common | {"PYTHONPATH": path}, timeout=900, check=True)
+    assert tuple(pickle.loads((folder / "codes.pickle").read_bytes())) == codes  # noqa: S301, of our own processes
+    paths = [folder / f"results{rank}.pickle" for rank in range(n)]
+    return [pickle.loads(path.read_bytes()) for path in paths]  # noqa: S301
 
 
 @pytest.fixture(scope="module")
@@ -83,35 +78,57 @@ def together(alone, tmp_path_factory):
     """What two processes give for every family, and where they wrote checkpoints; and what they say of mistakes."""
     folder = tmp_path_factory.mktemp("together")
     of_one, recipes, _ = alone
-    whole = DistributedConfig(shard=1)
-    recomputed = [DistributedConfig(activation_checkpointing=kind) for kind in ("full", "selective")]
-    jobs = [("steps", dict(recipe=recipes[name], saved=folder / name)) for name in FAMILIES]
-    jobs += [("steps", dict(recipe=recipes[name], resumed=newest(of_one / name))) for name in FAMILIES]
-    for config in (whole, *recomputed):
-        jobs.append(("steps", dict(recipe=dataclasses.replace(recipes["janus"], distributed=config))))
-    jobs.append(("sample", dict(recipe=recipes["janus"], path=folder / "sample.png")))
-    jobs.append(("run", dict(recipe=dataclasses.replace(recipes["janusflow"], steps=2), out=folder / "run")))
-    jobs.append(("run", dict(recipe=recipes["janusflow"], out=folder / "run", resume=True)))
-    jobs.append(("error of steps", dict(recipe=recipes["janus"], resumed=newest(of_one / "bagel"))))
-    jobs.append(("other recipe", dict(recipe=RECIPE, out=folder / "other")))
-    jobs.append(("spoilt", dict(recipe=dataclasses.replace(RECIPE, save_every=2), out=folder / "spoilt")))
-    jobs.append(("matrices", dict(recipe=MATRICES, out=folder / "matrices")))
-    full = dataclasses.replace(recipes["janus"], steps=5)
-    jobs.append(("full disk", dict(recipe=full, out=folder / "full")))
-    names = [*(f"{name}, saved" for name in FAMILIES), *(f"{name}, resumed" for name in FAMILIES), "whole", "full"]
-    names += [
-        "selective",
-        "sample",
-        "begun",
-        "gone on",
-        "other model",
-        "other recipe",
-        "spoilt",
-        "matrices",
-        "full disk",
+    janus, flow = recipes["janus"], recipes["janusflow"]
+    spoilt = dataclasses.replace(RECIPE, save_every=2)
+    jobs = [(f"{name}, saved", "steps", dict(recipe=recipes[name], saved=folder / name)) for name in FAMILIES]
+    jobs += [resumed_job(alone, name) for name in RESUMED]
+    jobs += [
+        ("whole", "steps", dict(recipe=distributed(janus, shard=1))),
+        ("full", "steps", dict(recipe=distributed(janus, activation_checkpointing="full"))),
+        ("sample", "sample", dict(recipe=janus, path=folder / "sample.png")),
+        ("begun", "run", dict(recipe=dataclasses.replace(flow, steps=2), out=folder / "run")),
+        ("gone on", "run", dict(recipe=flow, out=folder / "run", resume=True)),
+        ("adapter", "run", dict(recipe=adapter_recipe(folder, of_one / "bagel/release"), out=folder / "adapter")),
+        ("other model", "error of steps", dict(recipe=janus, resumed=newest(of_one / "bagel"))),
+        ("other recipe", "other recipe", dict(recipe=RECIPE, out=folder / "other")),
+        ("spoilt", "spoilt", dict(recipe=spoilt, out=folder / "spoilt")),
+        ("matrices", "matrices", dict(recipe=MATRICES, out=folder / "matrices")),
+        ("full disk", "full disk", dict(recipe=dataclasses.replace(janus, steps=5), out=folder / "full")),
+        # the last one: the second process is killed in it
+        ("lost", "lost", dict(recipe=spoilt, out=folder / "lost")),
     ]
-    found = results_of(folder, start_processes(folder, jobs))
-    return folder, [dict(zip(names, results, strict=True)) for results in found]
+    return folder, run_processes(folder, jobs, codes=(0, -9))
+
+
+@pytest.fixture(scope="module")
+def more_together(alone, tmp_path_factory):
+    """What two processes give beyond that, by night."""
+    janus = alone[1]["janus"]
+    jobs = [resumed_job(alone, name) for name in FAMILIES if name not in RESUMED]
+    jobs.append(("selective", "steps", dict(recipe=distributed(janus, activation_checkpointing="selective"))))
+    return run_processes(tmp_path_factory.mktemp("more"), jobs)
+
+
+def resumed_job(alone, name):
+    return f"{name}, resumed", "steps", dict(recipe=alone[1][name], resumed=newest(alone[0] / name))
+
+
+def distributed(recipe, **config):
+    return dataclasses.replace(recipe, distributed=DistributedConfig(**config))
+
+
+def adapter_recipe(folder: Path, base: Path):
+    """Two steps of the adapter of a small BAGEL's release, on records."""
+    images = make.make_imagefolder(folder / "images")
+    settings = [
+        f"data.groups={{images: {{paths: [{images}]}}}}",
+        f"model={{from_pretrained: {base}}}",
+        "data.lanes=1",
+        "packing={expected_tokens: 60, max_tokens: 120, max_tokens_per_sample: 120, buffer_size: 2}",
+        "lora={rank: 4, alpha: 8.0, targets: [gen]}",
+        *("steps=2", "save_every=2", "log_every=1", "warmup_steps=0", "lr=1e-2", "eps=1e-4"),
+    ]
+    return read_recipe(RECIPES / "bagel-nano-finetune.yaml", settings=settings)
 
 
 def newest(out: Path) -> Path:
@@ -136,10 +153,18 @@ def test_two_ranks_are_one_with_two_batches_a_step(alone, together, name):
         assert_same_steps(results[f"{name}, saved"], expected)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", RESUMED)
 def test_what_one_process_saved_two_go_on_with(alone, together, name):
     lines, *tensors = alone[2][name]
     for results in together[1]:
+        assert_same_steps(results[f"{name}, resumed"], (lines[2:], *tensors))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RESUMED])
+def test_what_one_process_saved_two_go_on_with_by_night(alone, more_together, name):
+    lines, *tensors = alone[2][name]
+    for results in more_together:
         assert_same_steps(results[f"{name}, resumed"], (lines[2:], *tensors))
 
 
@@ -171,10 +196,61 @@ def test_weights_that_lie_whole_on_every_rank(alone, together):
         assert_same_steps(results["whole"], alone[2]["janus"])
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
-def test_activations_computed_again_change_nothing(alone, together, kind):
+def test_activations_computed_again_change_nothing(alone, together):
     for results in together[1]:
-        assert_same_steps(results[kind], alone[2]["janus"])
+        assert_same_steps(results["full"], alone[2]["janus"])
+
+
+@pytest.mark.nightly
+def test_some_activations_computed_again_change_nothing(alone, more_together):
+    for results in more_together:
+        assert_same_steps(results["selective"], alone[2]["janus"])
+
+
+@pytest.mark.nightly
+def test_two_groups_of_two_shards(alone, tmp_path):
+    """HSDP: four processes against one with four batches a step."""
+    recipe = distributed(alone[1]["janus"], shard=2, replicate=2)
+    jobs = [("steps", "steps", dict(recipe=recipe, saved=tmp_path / "run"))]
+    expected = steps_of(dataclasses.replace(alone[1]["janus"], gradient_accumulation=4))
+    for results in run_processes(tmp_path, jobs, n=4, codes=(0,) * 4):
+        assert_same_steps(results["steps"], expected)
+    two = dataclasses.replace(alone[1]["janus"], gradient_accumulation=4)
+    lines, *tensors = expected
+    assert_same_steps(steps_of(two, resumed=newest(tmp_path / "run")), (lines[2:], *tensors))
+
+
+def test_an_adapter_on_records(alone, together):
+    """Two processes train on batches of their own; one trains on both, and reads what they saved."""
+    folder, results = together
+    assert [one["adapter"] for one in results] == [2, 2]
+    recipe = adapter_recipe(folder / "again", alone[0] / "bagel/release")
+    trainer, resumed = (Trainer(build_task(recipe), recipe, torch.device("cpu")) for _ in range(2))
+    start = {name: x.clone() for name, x in named_tensors(trainer.model).items()}
+    sources = [build_batches(trainer.task, recipe, rank=rank, world_size=2) for rank in range(2)]
+    lines = []
+    for batches in zip(*(source.iterate(0, 2, workers=0) for source in sources), strict=True):
+        trainer.update(*batches)
+        lines.append(trainer.report())
+    log = [json.loads(line) for line in (folder / "adapter/log.jsonl").read_text().splitlines()]
+    for line, expected in zip(log, lines, strict=True):
+        assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert line["rows"] == sum(source.figures()["rows"] for source in sources) or line["step"] == 1
+    resumed.resume(newest(folder / "adapter"))
+    for ours, theirs in (
+        (named_tensors(resumed.model), named_tensors(trainer.model)),
+        (resumed.ema.weights, trainer.ema.weights),
+    ):
+        assert ours.keys() == theirs.keys() == start.keys()
+        for name, x in ours.items():
+            torch.testing.assert_close(x, theirs[name], **EXACT)
+    assert not any(torch.equal(x, start[name]) for name, x in named_tensors(resumed.model).items())
+    resumed.use_source(build_batches(resumed.task, recipe))
+    assert resumed.source.counter.n_rows == log[-1]["rows"]
+    model = Bagel.from_pretrained(alone[0] / "bagel/release")
+    model.load_adapter(folder / "adapter/release")
+    for name, update in model.adapters.updates("default").items():
+        assert torch.equal(update.b, resumed.ema.weights[f"{name}.lora_B.default.weight"])
 
 
 def test_a_run_of_two_goes_on(alone, together):
@@ -251,13 +327,13 @@ def test_a_disk_that_is_full_for_one_rank(together):
     check_undamaged(newest(folder / "full"))
 
 
-def test_a_process_that_is_killed(tmp_path):
-    recipe = dataclasses.replace(RECIPE, save_every=2)
-    processes = start_processes(tmp_path, [("lost", dict(recipe=recipe, out=tmp_path / "run"))])
-    ((result,),) = results_of(tmp_path, processes, codes=(0, -9))
-    assert result[0] == "ConnectionError" and "process 0 of 2 lost another one" in result[1] and "--resume" in result[1]
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["00000002", "00000004"]
-    check_undamaged(newest(tmp_path / "run"))
+def test_a_process_that_is_killed(together):
+    folder, (first, second) = together
+    kind, message = first["lost"]
+    assert kind == "ConnectionError" and "process 0 of 2 lost another one" in message and "--resume" in message
+    assert "lost" not in second
+    assert [path.name for path in list_checkpoints(folder / "lost")] == ["00000002", "00000004"]
+    check_undamaged(newest(folder / "lost"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from unimm.training.config import read_recipe, recipe_path
 from unimm.training.ema import EMA
 from unimm.training.fake_device import FakeDevice
 from unimm.training.memory import plan_memory, plan_recipe, tensor_bytes
-from unimm.training.optim import build_optimizers
+from unimm.training.optim import Optimizers
 
 LOSSES = {"ce": 1.0, "mse": 1.0}
 
@@ -33,7 +33,7 @@ def measured_peak(task, numbers, n_batches: int) -> int:
     model = task.model.train()
     batches = [task.batch(i) for i in range(n_batches)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers, ema = build_optimizers(model, numbers), EMA(model, 0.9)
+    optimizers, ema = Optimizers(model, numbers).optimizers.values(), EMA(model, 0.9)
 
     def step():
         for batch in batches:

@@ -18,7 +18,7 @@ from unimm.checkpoint.valueless import without_values
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
 from unimm.training.fake_device import FakeDevice, LiveBytes
-from unimm.training.optim import build_optimizers
+from unimm.training.optim import Optimizers
 from unimm.training.planned_batches import planned_batches
 from unimm.training.tasks.base import TrainingTask, build_task
 from unimm.training.throughput import CountingTask
@@ -124,7 +124,7 @@ def update_bytes(
 ) -> tuple[int, int, int]:
     """What the optimisers keep, the average, and what an update makes for itself at its peak."""
     with device.run():
-        optimizers = build_optimizers(model, recipe)
+        optimizers = list(Optimizers(model, recipe).optimizers.values())
         ema = EMA(model, recipe.ema_decay)
         for _ in range(2):  # the first update allocates what the second finds
             device.peak = LiveBytes()
