@@ -18,8 +18,10 @@ from unimm.training.packing import SampleBuilder
 # name in a recipe -> module and class; imported only when it is needed
 TRAINING_TASKS = {
     "bagel": "unimm.training.tasks.bagel:BagelTask",
+    "bagel_grpo": "unimm.training.tasks.bagel_grpo:BagelGRPOTask",
     "dc_ae": "unimm.training.tasks.dc_ae:DCAETask",
     "janus": "unimm.training.tasks.janus:JanusTask",
+    "janus_grpo": "unimm.training.tasks.janus_grpo:JanusGRPOTask",
     "janusflow": "unimm.training.tasks.janusflow:JanusFlowTask",
     "kl_vae": "unimm.training.tasks.kl_vae:KLTask",
     "metaquery": "unimm.training.tasks.metaquery:MetaQueryTask",

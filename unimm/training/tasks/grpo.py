@@ -1,0 +1,175 @@
+"""Training on rewards (GRPO): a group of images for each prompt, of which those that are better become likelier.
+
+A step samples the images by the current weights, rewards them, and takes one step along the gradient of the mean of
+advantage times log density: Shao et al. 2024, arXiv 2402.03300, with one update a sample, where the clipped ratio of
+densities is 1 and its gradient that of the log density. There is no penalty for leaving the weights that it began
+from: keep runs short, learning rates small, and look at samples.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from unimm.data.batching import sample_tasks
+from unimm.data.shapes import example
+from unimm.models.base import UnifiedModel
+from unimm.training.fields import (
+    NotNegative,
+    OptionalTaskWeights,
+    RecipeSection,
+    held_out_seed,
+    known_tasks,
+)
+from unimm.training.losses import LossSum
+from unimm.training.rewards import RewardFunction, RewardRequest, compute_rewards, group_advantages
+from unimm.training.samples import prompt_grid, sample_grid
+
+# tasks of the shapes world that draw from a prompt alone
+DRAWING_TASKS = ("draw.one", "draw.count", "draw.relation", "draw.two", "draw.place", "draw.scene")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOTrainingConfig(RecipeSection):
+    """The recipe's `options`."""
+
+    # the shapes world's tasks that prompts are of, and their weights (unimm.data.batching.sample_tasks)
+    tasks: Annotated[OptionalTaskWeights, known_tasks(DRAWING_TASKS)] = field(default_factory=dict)
+    # or a text file, a prompt a line
+    prompts: str = ""
+    # "exact" for the shapes world's judge, or module:function (unimm.training.rewards.RewardFunction)
+    reward: str
+    # images of each prompt, which are compared with each other
+    group_size: Annotated[int, Field(ge=2)]
+    # classifier-free guidance by which images are sampled; it is a part of what is trained
+    guidance: NotNegative
+    # prefixes of the names of parameters that are not trained; the image tokenizer never is
+    frozen: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if bool(self.tasks) == bool(self.prompts):
+            raise ValueError("got tasks and prompts, or neither of them: expected one of both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts, and the seed of what is sampled from them."""
+
+    requests: tuple[RewardRequest, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataset:
+    """Prompts by step: the same for a seed on every machine, and made without the model."""
+
+    tasks: Any
+    prompts: tuple[str, ...]
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> PromptBatch:
+        rng = random.Random(f"{self.seed}/grpo/{step}")
+        if self.prompts:
+            requests = [RewardRequest(prompt=rng.choice(self.prompts)) for _ in range(self.batch_size)]
+        else:
+            tasks = sample_tasks(self.tasks, self.batch_size, rng)
+            examples = [example(task, step * self.batch_size + i, seed=self.seed) for i, task in enumerate(tasks)]
+            requests = [RewardRequest(prompt=one.prompt, example=one) for one in examples]
+        return PromptBatch(requests=tuple(requests), seed=rng.getrandbits(62))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Images of P prompts, G each, in order, and what their densities are computed from, in families' subclasses."""
+
+    prompts: tuple[str, ...]
+    images: list[Image.Image]
+
+
+class GRPOTask(ABC):
+    """The half of every family's task: prompts to rewards to the loss."""
+
+    name: ClassVar[str]
+    # the loss, and the mean reward, which the recipe weighs with 0: it is logged alone
+    loss_names = ("policy", "reward")
+    model: UnifiedModel
+    options: GRPOTrainingConfig
+    reward: RewardFunction
+    batch: PromptDataset
+
+    @abstractmethod
+    def rollout(self, prompts: Sequence[str], rng: random.Random) -> Any:
+        """`group_size` images of each prompt by the current weights; called without gradients, in eval mode."""
+
+    @abstractmethod
+    def log_probs(self, rollout: Any, chosen: Sequence[int]) -> Tensor:
+        """The mean log density [P, G] of what was drawn for the images of the chosen P prompts, with gradients."""
+
+    def losses(self, batch: PromptBatch) -> dict[str, LossSum]:
+        """Minus the mean of advantage times log density, and the mean reward."""
+        n_groups, size = len(batch.requests), self.options.group_size
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            rollout = self.rollout([one.prompt for one in batch.requests], random.Random(batch.seed))
+        self.model.train(was_training)
+        requests = [one for one in batch.requests for _ in range(size)]
+        rewards = compute_rewards(self.reward, rollout.images, requests).view(n_groups, size)
+        advantages = group_advantages(rewards)
+        # groups of equal rewards teach nothing; one of them keeps the loss connected to the weights
+        chosen = [i for i in range(n_groups) if bool((advantages[i] != 0).any())] or [0]
+        log_probs = self.log_probs(rollout, chosen)
+        total = -(advantages[chosen].to(log_probs.device) * log_probs).sum()
+        n = n_groups * size
+        return {"policy": LossSum(total, n), "reward": LossSum(rewards.sum().to(log_probs.device), n)}
+
+    def loss_counts(self, batch: PromptBatch) -> dict[str, int]:
+        """Images of the batch."""
+        return dict.fromkeys(self.loss_names, len(batch.requests) * self.options.group_size)
+
+    @property
+    def held_out_batch(self) -> PromptDataset:
+        """Prompts that no run trains on, where they are the shapes world's."""
+        seed = held_out_seed(self.batch.seed)
+        return PromptDataset(
+            tasks=self.batch.tasks, prompts=self.batch.prompts, batch_size=self.batch.batch_size, seed=seed
+        )
+
+    def sample_image(self) -> Image.Image | None:
+        """Images of test prompts, or of the first of one's own."""
+        return prompt_grid(self.model, self.batch.prompts[:8]) if self.batch.prompts else sample_grid(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write the released layout, in bfloat16."""
+        self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def prompt_dataset(options: GRPOTrainingConfig, *, batch_size: int, seed: int) -> PromptDataset:
+    """The prompts of a recipe. Raises ValueError for a file that cannot be read, or holds none."""
+    prompts = read_prompts(Path(options.prompts)) if options.prompts else ()
+    return PromptDataset(tasks=dict(options.tasks), prompts=prompts, batch_size=batch_size, seed=seed)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, a line each; blank lines are left out.
+
+    Raises ValueError for a file that cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"got prompts {path}, expected a text file in UTF-8, a prompt a line: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"got prompts {path}, which holds none: expected a prompt a line")
+    return prompts
