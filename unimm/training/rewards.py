@@ -73,9 +73,7 @@ def load_reward(name: str) -> RewardFunction:
     return found
 
 
-def compute_rewards(
-    reward: RewardFunction, images: Sequence[Image.Image], requests: Sequence[RewardRequest]
-) -> Tensor:
+def compute_rewards(reward: RewardFunction, images: Sequence[Image.Image], requests: Sequence[RewardRequest]) -> Tensor:
     """The reward of every image [n], float32. Raises ValueError for another number of them, or one that is not
     finite."""
     found = torch.as_tensor(list(reward(images, requests)), dtype=torch.float32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -103,7 +104,8 @@ class BagelGRPOTask(GRPOTask):
     @torch.inference_mode()
     def rollout(self, prompts: Sequence[str], rng: random.Random) -> BagelRollout:
         """Images of each prompt, which part at the first step with noise."""
-        model, options = self.model, self.options
+        model = self.model
+        options = self.options
         size = model.config.defaults.size
         times = flow_timesteps(options.steps, model.config.defaults.timestep_shift).double().tolist()
         first = rng.randrange(options.first_noisy_steps)
@@ -112,7 +114,7 @@ class BagelGRPOTask(GRPOTask):
         contexts = model.append_text(model.start_contexts(len(prompts), None), model.text_parts(prompts))
         shared = model.latent_denoiser(contexts, [size] * len(prompts), guidance=[self.guidance] * len(prompts))
         x = torch.cat([model.initial_noise(size, generator) for generator in generators]).to(model.device)
-        for t, next_t in zip(times[:first], times[1:], strict=False):
+        for t, next_t in pairwise(times[: first + 1]):
             x = self.euler_step(shared, x, t, next_t)
         copies = [one for one in contexts for _ in range(options.group_size)]
         denoiser = model.latent_denoiser(copies, [size] * len(copies), guidance=[self.guidance] * len(copies))
@@ -120,13 +122,13 @@ class BagelGRPOTask(GRPOTask):
         shape = (len(prompts), options.group_size, n_tokens, x.shape[-1])
         x = x.view(len(prompts), 1, n_tokens, -1).expand(shape).flatten(0, 2)
         states = [x]
-        for t, next_t in zip(times[first:last], times[first + 1 :], strict=False):
+        for t, next_t in pairwise(times[first : last + 1]):
             velocity = self.velocity(denoiser, x, t)
             mean, std = flow_sde_mean(x, velocity, t, next_t, noise_level=options.noise_level)
             drawn = torch.cat([gaussian_noise((options.group_size * n_tokens, x.shape[-1]), g) for g in generators])
             x = mean + std * drawn.to(mean.device)
             states.append(x)
-        for t, next_t in zip(times[last:], times[last + 1 :], strict=False):
+        for t, next_t in pairwise(times[last:]):
             x = self.euler_step(denoiser, x, t, next_t)
         images = [tensor_to_pil(model.decode_latents(tokens, size)) for tokens in x.split(n_tokens)]
         return BagelRollout(
@@ -158,9 +160,7 @@ class BagelGRPOTask(GRPOTask):
             found.append(gaussian_log_prob(states[i + 1], mean, std).mean((-2, -1)))
         return torch.stack(found).mean(0)
 
-    def velocities(
-        self, prompts: Sequence[str], states: Sequence[Tensor], timesteps: Sequence[float]
-    ) -> list[Tensor]:
+    def velocities(self, prompts: Sequence[str], states: Sequence[Tensor], timesteps: Sequence[float]) -> list[Tensor]:
         """The guided velocities of the states, [P, G, L, C] each, in one pack, with gradients.
 
         All images of a prompt stand behind one copy of it, and none of them sees another; for guidance all stand once

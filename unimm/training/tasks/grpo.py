@@ -117,7 +117,8 @@ class GRPOTask(ABC):
 
     def losses(self, batch: PromptBatch) -> dict[str, LossSum]:
         """Minus the mean of advantage times log density, and the mean reward."""
-        n_groups, size = len(batch.requests), self.options.group_size
+        n_groups = len(batch.requests)
+        size = self.options.group_size
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():

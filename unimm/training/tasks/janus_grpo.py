@@ -88,7 +88,9 @@ class JanusGRPOTask(GRPOTask):
     def prompt_parts(self, prompts: Sequence[str]) -> list[list[Part]]:
         """Each prompt as it is generated from, with the id that begins an image."""
         processor = self.model.processor
-        return [with_image_start(processor.generation_parts(text, []), self.model.special_tokens.boi) for text in prompts]
+        return [
+            with_image_start(processor.generation_parts(text, []), self.model.special_tokens.boi) for text in prompts
+        ]
 
     def log_probs(self, rollout: JanusRollout, chosen: Sequence[int]) -> Tensor:
         """The mean over an image's tokens of their log probability."""
