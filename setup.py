@@ -62,7 +62,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["unimm", "unimm.*"]),
-    package_data={"unimm": ["py.typed", "pretrained/**", "training/recipes/*.yaml"]},
+    package_data={"unimm": ["py.typed", "pretrained/**", "training/recipes/*.yaml", "self_training/recipes/*.yaml"]},
     install_requires=[
         "torch>=2.9",
         "einops",

@@ -117,11 +117,12 @@ FLOORS = (
     ("models",),
     ("data", "distributed"),
     ("training", "evaluation", "quantization", "serving"),
+    ("self_training",),
     ("cli",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 # rooms that may import a family: the families' own, and those above it but for the data
-ABOVE_FAMILIES = ("models", *FLOORS[-2], *FLOORS[-1])
+ABOVE_FAMILIES = ("models", *FLOORS[-3], *FLOORS[-2], *FLOORS[-1])
 
 
 def room(name: str) -> str | None:

@@ -30,12 +30,14 @@ OPTIONS = {
     "plan": "train device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
+    "stars": "recipe out device workers set_ as_json",
     "data": "",
     "releases": "",
 }
 DATA_OPTIONS = {
     "check": "path format tokenizer columns images max_tokens max_broken limit as_json",
     "unisandbox": "out n seed",
+    "knowledge": "out n reasoning world seed",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, train, plan, eval, data, releases.
+"""The command `unimm`: demo, generate, understand, train, plan, eval, stars, data, releases.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -15,6 +15,7 @@ from unimm.cli.eval import eval_command
 from unimm.cli.generate import generate_command
 from unimm.cli.plan import plan_command
 from unimm.cli.releases import releases_command
+from unimm.cli.stars import stars_command
 from unimm.cli.train import train_command
 from unimm.cli.understand import understand_command
 
@@ -46,6 +47,7 @@ app.command("understand")(understand_command)
 app.command("train")(train_command)
 app.command("plan")(plan_command)
 app.command("eval")(eval_command)
+app.command("stars")(stars_command)
 app.add_typer(data_app, name="data")
 app.command("releases")(releases_command)
 

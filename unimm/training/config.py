@@ -32,6 +32,7 @@ from unimm.training.overrides import apply_overrides
 from unimm.training.recipe_keys import RecipeLoader, suggestion
 
 Section = TypeVar("Section", bound=RecipeSection)
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +137,9 @@ class TrainConfig(RecipeSection):
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
-def recipe_path(name: str) -> Path:
-    """Where a recipe lies: a YAML file, or one of ours by its name."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / "recipes" / f"{name}.yaml"
+def recipe_path(name: str, *, folder: Path = RECIPES) -> Path:
+    """Where a recipe lies: a YAML file, or one of ours in `folder` by its name."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
 
 
 def read_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> TrainConfig:
@@ -146,6 +147,11 @@ def read_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> TrainConfi
 
     Raises ValueError for a file that is missing, is no YAML, or says something else.
     """
+    return read_recipe_file(TrainConfig, path, settings=settings)
+
+
+def read_recipe_file(cls: type[Section], path: str | Path, *, settings: Sequence[str] = ()) -> Section:
+    """A section that is a YAML file of its own, as `read_recipe` reads it."""
     path = Path(path)
     if not path.is_file():
         found = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -154,12 +160,12 @@ def read_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> TrainConfi
         # a subclass of the safe loader
         contents = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
         if isinstance(contents, dict) and settings:
-            contents = apply_overrides(contents, TrainConfig, settings)
+            contents = apply_overrides(contents, cls, settings)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return from_mapping(TrainConfig, contents, where=str(path))
+    return from_mapping(cls, contents, where=str(path))
 
 
 def from_mapping(cls: type[Section], values: object, *, where: str) -> Section:

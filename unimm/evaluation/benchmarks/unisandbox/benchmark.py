@@ -4,7 +4,6 @@ from pathlib import Path
 
 from unimm.data.knowledge.files import read_world
 from unimm.data.reasoning.questions import ReasoningQuestion
-from unimm.data.shapes import Example
 from unimm.evaluation.benchmarks.base import (
     NAMED_JUDGES,
     Benchmark,
@@ -14,9 +13,9 @@ from unimm.evaluation.benchmarks.base import (
     choose,
     reader_judge_maker,
 )
-from unimm.evaluation.benchmarks.shapes import describe_goal, exact_shapes_judge
+from unimm.evaluation.benchmarks.shapes import exact_shapes_judge
 from unimm.evaluation.benchmarks.unisandbox.files import KNOWLEDGE, MAPPING, MATH, TASKS, WORDS, read_task
-from unimm.evaluation.benchmarks.unisandbox.generated import photo_questions, shapes_questions
+from unimm.evaluation.benchmarks.unisandbox.generated import WORLDS, AskedQuestion, generated_questions
 from unimm.evaluation.benchmarks.unisandbox.judge_questions import (
     find_judge_folder,
     hash_texts,
@@ -73,7 +72,7 @@ class UniSandBoxBenchmark(Benchmark):
         self._labels = choose("labels", options.labels, ("official", "corrected"))
         # that of characters that were made up, where the files are about these
         made_up = read_world(self._path) if self._path else None
-        self._world = made_up or "photos" if self._path else choose("world", options.world, ("shapes", "photos"))
+        self._world = made_up or "photos" if self._path else choose("world", options.world, WORLDS)
         self._known = REASONING
         if self._path:
             self._known = SHAPES_TASKS if made_up == "shapes" else TASKS
@@ -120,30 +119,22 @@ class UniSandBoxBenchmark(Benchmark):
         return tasks
 
     def _task_items(self, task: str) -> list[EvalItem]:
-        if self._world == "shapes" and self._path is not None:
-            kind = task.partition(".")[0]
-            return [self._item(task, one, shapes_example(kind, one)) for one in self._file_questions(task)]
-        if self._world == "shapes":
-            questions = shapes_questions(task, self.options.n or N_GENERATED, seed=self.options.seed)
-            return [
-                self._item(
-                    task,
-                    ReasoningQuestion(
-                        id=one.id, side=one.side, question=one.example.prompt, answer=describe_goal(one.example.goal)
-                    ),
-                    one.example,
-                )
-                for one in questions
-            ]
+        options = self.options
         if self._path is None:
-            photos = photo_questions(task, self.options.n or N_GENERATED, seed=self.options.seed)
-            return [self._item(task, one) for one in photos]
-        return [self._item(task, one) for one in self._file_questions(task)]
+            asked = generated_questions(task, options.n or N_GENERATED, world=self._world, seed=options.seed)
+        else:
+            asked = [self._known_example(task, one) for one in self._file_questions(self._path, task)]
+        return [question_item(self.NAME, task, one, seed=options.seed, think=options.think) for one in asked]
 
-    def _file_questions(self, task: str) -> list[ReasoningQuestion]:
-        assert self._path is not None
+    def _known_example(self, task: str, one: ReasoningQuestion) -> AskedQuestion:
+        """A question of a file, with its example in the little world."""
+        if self._world != "shapes":
+            return AskedQuestion(question=one)
+        return AskedQuestion(question=one, example=shapes_example(task.partition(".")[0], one))
+
+    def _file_questions(self, path: Path, task: str) -> list[ReasoningQuestion]:
         n = self.options.n
-        questions = read_task(self._path, task)
+        questions = read_task(path, task)
         if self._labels == "corrected":
             questions, left_out = corrected(task, questions)
             if left_out:
@@ -152,18 +143,21 @@ class UniSandBoxBenchmark(Benchmark):
         # a pair is one of n
         return questions if n is None else questions[: 2 * n if task in MAPPING else n]
 
-    def _item(self, task: str, one: ReasoningQuestion, payload: Example | None = None) -> EvalItem:
-        group = task.partition(".")[0]
-        in_words = group in WORDS
-        key = f"{group}/{one.id}_{one.side}" if one.side else f"{group}/{one.id}"
-        return EvalItem(
-            id=key,
-            group=group,
-            unit=one.id if one.side else "",
-            prompt=one.question,
-            seed=item_seed(self.options.seed, self.NAME, key),
-            think=self.options.think and not in_words,
-            output="text" if in_words else "image",
-            answer=one.answer,
-            payload=payload,
-        )
+
+def question_item(benchmark: str, task: str, asked: AskedQuestion, *, seed: int, think: bool) -> EvalItem:
+    """A question as an item of a benchmark; the two of a pair are one unit. seed: of the run."""
+    one = asked.question
+    group = task.partition(".")[0]
+    in_words = group in WORDS
+    key = f"{group}/{one.id}_{one.side}" if one.side else f"{group}/{one.id}"
+    return EvalItem(
+        id=key,
+        group=group,
+        unit=one.id if one.side else "",
+        prompt=one.question,
+        seed=item_seed(seed, benchmark, key),
+        think=think and not in_words,
+        output="text" if in_words else "image",
+        answer=one.answer,
+        payload=asked.example,
+    )

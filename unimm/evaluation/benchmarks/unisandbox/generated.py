@@ -18,8 +18,10 @@ from unimm.data.reasoning.rules import resolve_rules
 from unimm.data.shapes import Example, ImageGoal, example
 from unimm.data.shapes.language import article, plural
 from unimm.data.shapes.mapping_pairs import mapping_pair
+from unimm.evaluation.benchmarks.shapes import describe_goal
 from unimm.evaluation.benchmarks.unisandbox.files import MATH
 
+WORLDS = ("shapes", "photos")
 # so many repetitions in a row, and there are no more questions
 MOST_REPEATED = 2000
 
@@ -31,6 +33,30 @@ class ShapesQuestion:
     id: str
     side: str
     example: Example
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AskedQuestion:
+    """A question, with its example where it is of the little world."""
+
+    question: ReasoningQuestion
+    example: Example | None = None
+
+
+def generated_questions(task: str, n: int, *, world: str, seed: int, split: str = "test") -> list[AskedQuestion]:
+    """n questions of a level, or pairs of them, in one of WORLDS. split: of the little world's pairs of shape and
+    colour."""
+    if world == "photos":
+        return [AskedQuestion(question=one) for one in photo_questions(task, n, seed=seed)]
+    return [
+        AskedQuestion(
+            question=ReasoningQuestion(
+                id=one.id, side=one.side, question=one.example.prompt, answer=describe_goal(one.example.goal)
+            ),
+            example=one.example,
+        )
+        for one in shapes_questions(task, n, seed=seed, split=split)
+    ]
 
 
 def photo_questions(task: str, n: int, *, seed: int) -> list[ReasoningQuestion]:
