@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations
 import unimm
 from unimm.checkpoint.atomic import atomic_directory, copy_file
 from unimm.checkpoint.keymap import Concat, KeyMap
-from unimm.checkpoint.save import released_state_dict, save_safetensors, write_released
+from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.models.registry import FAMILIES
 
 NANOS = {family.lower(): f"{family.lower()}-nano" for family in FAMILIES}
@@ -354,13 +354,13 @@ def test_two_layouts_at_once(tmp_path, monkeypatch):
     model = unimm.load("janus-nano")
     begun, ended = threading.Event(), threading.Event()
 
-    def waits(model, key_map, path, *, dtype):
+    def waits(state, path):
         if threading.current_thread().name == "first":
             begun.set()
             ended.wait(60)
-        write_released(model, key_map, path, dtype=dtype)
+        save_safetensors(state, path)
 
-    monkeypatch.setattr("unimm.models.base.write_released", waits)
+    monkeypatch.setattr("unimm.checkpoint.save.save_safetensors", waits)
     save = lambda: model.save_pretrained(tmp_path / "ported", layout="transformers")  # noqa: E731
     first = threading.Thread(target=save, name="first")
     first.start()

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,14 +56,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(
-    folder: Path, *, optional_files: Sequence[str] = (), optional_folders: Sequence[str] = (), replace: bool = False
+    folder: Path,
+    *,
+    optional_files: Sequence[str] = (),
+    optional_folders: Sequence[str] = (),
+    weight_names: Iterable[Sequence[str]] = (),
+    replace: bool = False,
 ) -> Iterator[Path]:
     """A hidden folder to write into, whose files move into `folder` once the body has ended without an error.
 
     optional_files, optional_folders: more names that a model may have or not, beside `OPTIONAL_FILES`. Raises
     ValueError where `folder` holds such files that are not replaced: they are of another model and would be read with
-    this one. replace: whether whatever else `folder` holds is deleted instead. An OSError names the file, and leaves
-    the old ones whole.
+    this one. weight_names: the names that each file of weights may have, the first that is there being read: old files
+    that would be read instead of those that are written are deleted, and so are shards of these. replace: whether
+    whatever else `folder` holds is deleted instead. An OSError names the file, and leaves the old ones whole.
     """
     folder = folder.expanduser().resolve()  # a link may lead to a folder that is still to be made
     made = _make_directories(folder)
@@ -88,7 +94,9 @@ def atomic_directory(
                     _sync(path)
                 with _locked(folder):
                     (partial / ALIVE).unlink(missing_ok=True)
-                    _move_files(partial, folder, moving=moving, aside=aside, replace=replace)
+                    names = sorted(path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir())
+                    others = _others(folder, names) if replace else _superseded(folder, names, weight_names)
+                    _move_files(partial, folder, names, others, moving=moving, aside=aside)
             for path in (folder, *made):
                 _sync(path)
                 _sync(path.parent)
@@ -165,14 +173,14 @@ def _is_dead(folder: Path) -> bool:
         os.close(handle)
 
 
-def _move_files(partial: Path, folder: Path, *, moving: Path, aside: Path, replace: bool) -> None:
+def _move_files(
+    partial: Path, folder: Path, names: Sequence[Path], others: Sequence[Path], *, moving: Path, aside: Path
+) -> None:
     """Move the files of `partial`, which is called `moving` meanwhile, into `folder`: all, or none where one cannot be
-    moved. What they replace waits in `aside`.
+    moved. What they replace, and others, wait in `aside` and are deleted at the end.
 
     `folder` is locked, so that whatever else is marked as moved or set aside is of saves that were killed.
     """
-    names = sorted(path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir())
-    others = _others(folder, names) if replace else []
     old = [*(folder / name for name in names if os.path.lexists(folder / name)), *others]
     dead = [*folder.glob(f"{MOVING}*"), *folder.glob(f"{OLD}*")]
     for name in names:
@@ -276,6 +284,18 @@ def _others(folder: Path, names: Sequence[Path]) -> list[Path]:
         and not any(part.startswith((WRITING, MOVING, OLD, ALIVE)) for part in path.relative_to(folder).parts)
         and (path.is_symlink() or not path.is_dir())
     ]
+
+
+def _superseded(folder: Path, names: Sequence[Path], weight_names: Iterable[Sequence[str]]) -> list[Path]:
+    """The files of weights in `folder` that would be read instead of those of these names, or are shards of them."""
+    written = {str(name) for name in names}
+    found: set[Path] = set()
+    for group in weight_names:
+        first = next((i for i, name in enumerate(group) if name in written), 0)
+        found |= {folder / name for name in group[:first]}
+        stem = group[first].removesuffix(".index.json").removesuffix(".safetensors")
+        found |= set(folder.glob(f"{stem}-[0-9]*-of-[0-9]*.safetensors")) | {folder / f"{stem}.safetensors.index.json"}
+    return sorted(path for path in found if str(path.relative_to(folder)) not in written and os.path.lexists(path))
 
 
 def _sync(path: Path) -> None:

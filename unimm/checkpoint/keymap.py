@@ -109,18 +109,19 @@ class Slice(_OneToOne):
     length: int = 1
 
     def to_released(self, ours: Sequence[Tensor]) -> Tensor:
-        return ours[0][self._rows(ours[0])]
+        return self.rows_of(ours[0])
 
     def to_ours(self, released: Tensor, ours: Sequence[Tensor]) -> list[Tensor]:
         whole = ours[0]
         if whole.is_meta:  # the first of the parts that is loaded; the others fill the rest
             whole = torch.empty(whole.shape, dtype=released.dtype, device=released.device)
-        whole[self._rows(whole)] = released
+        self.rows_of(whole).copy_(released)
         return [whole]
 
-    def _rows(self, whole: Tensor) -> slice:
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """The part of our parameter that the released tensor is; it shares its memory."""
         share = len(whole) // self.of
-        return slice(self.first * share, (self.first + self.length) * share)
+        return whole[self.first * share : (self.first + self.length) * share]
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,7 @@ class Concat(Transform):
         return torch.cat(list(ours))
 
     def to_ours(self, released: Tensor, ours: Sequence[Tensor]) -> list[Tensor]:
-        # copies: safetensors refuses to save parameters that share memory
-        return [rows.clone() for rows in released.split([len(one) for one in ours])]
+        return list(released.split([len(one) for one in ours]))
 
 
 @dataclass(frozen=True)

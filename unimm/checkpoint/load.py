@@ -1,6 +1,7 @@
 """Strict loading of released weights into a model built on meta: every tensor once, in its shape, and no other."""
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,15 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_there
 from unimm.checkpoint.json_files import read_json
-from unimm.checkpoint.keymap import KeyMap, Transform, matches
-from unimm.checkpoint.torch_file import FLOATING_DTYPES, open_torch_file
+from unimm.checkpoint.keymap import KeyMap, Slice, Transform, matches
+from unimm.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorHeader
+from unimm.checkpoint.streaming import Request, empty, is_mappable, read_tensors_ahead
+from unimm.checkpoint.torch_file import TorchStateDict, open_torch_file
 from unimm.checkpoint.valueless import values_left_out
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,12 @@ HUB_WEIGHT_FILES = (
 )
 PROGRESS_BAR_BYTES = 2**30  # weights of this size take long enough to load for a progress bar
 
-Shapes = Mapping[str, tuple[int, ...]]
+MAX_CHECKED_BYTES = 2**30  # mapped weights beyond this are not searched for NaN, which would read them all
 
-_kept_open: ContextVar[dict[Path, Any] | None] = ContextVar("unimm_open_weights", default=None)
+Shapes = Mapping[str, tuple[int, ...]]
+OpenWeights = SafetensorsFile | TorchStateDict
+
+_kept_open: ContextVar[dict[Path, OpenWeights] | None] = ContextVar("unimm_open_weights", default=None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def _read_index(path: Path) -> list[WeightFile]:
     return [Shard(path, shard, weight_map) for shard in sorted(set(shards))]
 
 
-def _keys(file: Any, source: WeightFile) -> list[str]:
+def _keys(file: OpenWeights, source: WeightFile) -> list[str]:
     """The names of a file's tensors, without those that the index gives to another of its files.
 
     Raises CheckpointError where the index gives it one that it lacks.
@@ -128,8 +133,8 @@ def keep_weights_open() -> Iterator[None]:
 
 
 @contextmanager
-def open_weights(source: WeightFile) -> Iterator[Any]:
-    """A file of weights, safetensors or torch.save's .bin and .pt, with the methods of an open safetensors file.
+def open_weights(source: WeightFile) -> Iterator[OpenWeights]:
+    """An open file of weights: safetensors, or torch.save's .bin and .pt.
 
     Raises CheckpointError for a broken one, which says what it is instead.
     """
@@ -138,31 +143,16 @@ def open_weights(source: WeightFile) -> Iterator[Any]:
     file = _open_file(path) if kept is None or path not in kept else kept[path]
     if kept is not None:
         kept[path] = file
-    try:
-        yield file
-    except SafetensorError as error:
-        raise CheckpointError(_cannot_read(path, error)) from error
+    yield file
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path) -> OpenWeights:
     try:
         is_torch_file = path.suffix in (".bin", ".pt") and path.exists()
-        return open_torch_file(path) if is_torch_file else safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_cannot_read(path, error)) from error
-
-
-def _cannot_read(path: Path, error: Exception) -> str:
-    what = describe_unreadable(path) or "the file is cut short or not safetensors, fetch it again"
-    return f"cannot read {path}: {error}; {what}"
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a file says of a tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
+        return open_torch_file(path) if is_torch_file else SafetensorsFile(path)
+    except OSError as error:
+        what = describe_unreadable(path) or "check that it can be read"
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {what}") from error
 
 
 def read_headers(sources: Sequence[WeightFile]) -> dict[str, TensorHeader]:
@@ -178,8 +168,7 @@ def read_headers(sources: Sequence[WeightFile]) -> dict[str, TensorHeader]:
                 raise CheckpointError(
                     f"{file_path(source)} holds tensors that another file holds, too: {_list_some('keys', twice)}"
                 )
-            parts = {key: file.get_slice(key) for key in keys}
-            headers |= {key: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for key, one in parts.items()}
+            headers |= {key: file.header(key) for key in keys}
     return headers
 
 
@@ -251,9 +240,11 @@ def load_weights(
 ) -> None:
     """Load files into those parameters of `model` (on meta) that `key_map` knows, strictly.
 
-    Tensors are read one at a time, cast and moved, so the peak is the model and one tensor. `prefix` is left out of the
-    keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not fit.
-    Logs a warning that names the tensors with NaN. Where values are left out they stay on meta, in `dtype`.
+    Tensors that a file holds as they are wanted, in `dtype` and on the CPU, are mapped from it; the others are read,
+    cast and moved by threads that work ahead, so that the peak is the model and READ_AHEAD_BYTES. `prefix` is left out
+    of the keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not
+    fit. Logs a warning that names the tensors with NaN, but for mapped ones of more than MAX_CHECKED_BYTES together.
+    Where values are left out they stay on meta, in `dtype`.
     """
     if values_left_out():
         for name, tensor in model.state_dict().items():
@@ -267,22 +258,104 @@ def load_weights(
     shapes = {key: header.shape for key, header in headers.items()}
     found, parameters = match_weights(model, shapes, key_map, where)
     _check_dtypes(headers, found, parameters, where)
-    needed = sum(tensor.numel() for tensor in parameters.values()) * dtype.itemsize
+    loading = _Loading(model, found, dtype, device)
+    needed = sum(loading.needed_bytes(path, skip) for path in paths)
     check_memory(needed, device)
-    nans = []
     with tqdm(total=len(found), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
         for path in paths:
-            with open_weights(path) as file:
-                for key in _keys(file, path):
-                    if transform := found.get(key[skip:]):
-                        released = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                        nans += [key] if _has_nan(released) else []
-                        _assign_tensor(model, transform, released)
-                        bar.update()
-    if nans:
+            for _ in loading.load(path, skip):
+                bar.update()
+    if loading.with_nan:
         logger.warning(
-            "%s: %s; what is computed with them is NaN, fetch the file again", where, _list_some("NaN in", nans)
+            "%s: %s; what is computed with them is NaN, fetch the file again",
+            where,
+            _list_some("NaN in", loading.with_nan),
         )
+
+
+class _Loading:
+    """A load on its way. found: the transform of each released tensor that is wanted."""
+
+    def __init__(self, model: nn.Module, found: Mapping[str, Transform], dtype: torch.dtype, device: torch.device):
+        self.model = model
+        self.found = found
+        self.dtype = dtype
+        self.device = device
+        self.with_nan: list[str] = []
+        self._wholes: dict[str, Tensor] = {}  # parameters that several tensors fill, by our names
+        self._checked_bytes = 0  # of mapped tensors that were searched for NaN
+
+    def needed_bytes(self, source: WeightFile, skip: int) -> int:
+        """The memory that the tensors of a file will take, but for those that are mapped. skip: the prefix's length."""
+        with open_weights(source) as file:
+            keys = [key for key in _keys(file, source) if key[skip:] in self.found]
+            return sum(
+                math.prod(file.header(key).shape) * self.dtype.itemsize
+                for key in keys
+                if not self._maps(file, key, skip)
+            )
+
+    def _maps(self, file: OpenWeights, key: str, skip: int) -> bool:
+        if isinstance(self.found[key[skip:]], Slice):  # other tensors fill the rest of the same memory
+            return False
+        if isinstance(file, TorchStateDict):
+            return file.is_mappable(key, dtype=self.dtype, device=self.device)
+        return is_mappable(file.tensors[key], dtype=self.dtype, device=self.device)
+
+    def load(self, source: WeightFile, skip: int) -> Iterator[str]:
+        """Load the tensors of a file; the names of those that have been loaded."""
+        with open_weights(source) as file:
+            keys = [key for key in _keys(file, source) if key[skip:] in self.found]
+            for key, released, has_nan in self._read(file, keys, skip):
+                self._assign(self.found[key[skip:]], released)
+                if has_nan or (has_nan is None and self._finds_nan(released)):
+                    self.with_nan.append(key)
+                yield key
+
+    def _read(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[tuple[str, Tensor, bool | None]]:
+        requests = (Request(key, self._target(self.found[key[skip:]])) for key in keys)
+        if isinstance(file, SafetensorsFile):
+            yield from read_tensors_ahead(file, requests, dtype=self.dtype, device=self.device)
+            return
+        for request in requests:
+            if request.target is None:
+                released = file.take_tensor(request.key, dtype=self.dtype, device=self.device)
+            else:
+                released = request.target.copy_(file.get_tensor(request.key))
+            yield request.key, released, None
+
+    def _target(self, transform: Transform) -> Tensor | None:
+        """The memory of a tensor that is a part of a parameter."""
+        if not isinstance(transform, Slice):
+            return None
+        if transform.ours not in self._wholes:
+            shape = get_tensor(self.model, transform.ours).shape
+            self._wholes[transform.ours] = empty(shape, dtype=self.dtype, device=self.device)
+        return transform.rows_of(self._wholes[transform.ours])
+
+    def _assign(self, transform: Transform, released: Tensor) -> None:
+        if isinstance(transform, Slice):
+            set_tensor(self.model, transform.ours, self._wholes[transform.ours])
+            return
+        ours = [get_tensor(self.model, name) for name in transform.our_names]
+        for name, tensor in zip(transform.our_names, transform.to_ours(released, ours), strict=True):
+            set_tensor(self.model, name, _with_own_storage(tensor))
+
+    def _finds_nan(self, tensor: Tensor) -> bool:
+        self._checked_bytes += tensor.nbytes
+        return self._checked_bytes <= MAX_CHECKED_BYTES and _has_nan(tensor)
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """A tensor whose storage holds nothing else: copies and pickles of one that is a part would hold the whole."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == tensor.nbytes or not tensor.nbytes:
+        return tensor
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    start = tensor.storage_offset() * tensor.element_size()
+    own: Any = storage[start : start + tensor.nbytes]  # the same memory
+    return torch.empty(0, dtype=tensor.dtype).set_(own).view(tensor.shape)
 
 
 def _check_dtypes(
@@ -290,7 +363,7 @@ def _check_dtypes(
 ) -> None:
     """Raise CheckpointError where a file holds whole numbers, as a quantized one does, for parameters that are
     floats."""
-    floating = FLOATING_DTYPES.values()
+    floating = [name for name, dtype in DTYPES.items() if dtype.is_floating_point]
     wrong = [
         f"{key}: {headers[key].dtype}"
         for key, transform in found.items()
@@ -331,12 +404,6 @@ def check_weights(model: nn.Module, paths: Sequence[WeightFile], key_map: KeyMap
             f"cannot save: {error}; nothing was replaced; merge adapters into the weights and undo what replaced the "
             "parts first"
         ) from error
-
-
-def _assign_tensor(model: nn.Module, transform: Transform, released: Tensor) -> None:
-    ours = [get_tensor(model, name) for name in transform.our_names]
-    for name, tensor in zip(transform.our_names, transform.to_ours(released, ours), strict=True):
-        set_tensor(model, name, tensor)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

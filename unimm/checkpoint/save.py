@@ -1,36 +1,29 @@
-"""Weights under their released names, written to files; what would be lost by it is refused."""
+"""Weights under their released names, written to files tensor by tensor; what would be lost by it is refused."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import name_file
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
+from unimm.checkpoint.safetensors_file import DTYPE_NAMES, LENGTH_BYTES
 
+MAX_SHARD_SIZE = "5GB"  # as on the hub
+HEADER_ALIGNMENT = 64  # bytes: tensors then lie in the file as PyTorch aligns its own
+NO_VALUES = "it is on meta and has no values; load the model first"
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 COMPILED = "_orig_mod"  # torch.compile puts a module into another one, under this name
-SAFETENSORS_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 # a parameter -> its value, where that is not the parameter itself
 ReadValue = Callable[[Tensor], Tensor]
 _read_value: ContextVar[ReadValue | None] = ContextVar("unimm_read_value", default=None)
@@ -46,30 +39,22 @@ def own_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
-def released_state_dict(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
-    """The parameters that `key_map` knows as released tensors, under their released names.
+@dataclass(frozen=True)
+class PendingTensor:
+    """A tensor that is made when it is written."""
 
-    Raises ValueError where a released tensor is made of several parameters and one of them is not there.
-    """
-    ours = own_state_dict(model)
-    transforms = _transforms(ours, key_map)
-    return {
-        key: transform.to_released([ours[one].detach() for one in transform.our_names]).contiguous()
-        for key, transform in transforms.items()
-    }
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "PendingTensor":
+        """One that is there."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
-def _transforms(ours: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Transform]:
-    """Which parameters each released tensor is made of, and how."""
-    found: dict[str, Transform] = {}
-    for name in ours:
-        for key, transform in key_map.released_tensors(name).items():
-            if key in found:  # a tensor made of several parameters is found by each of them
-                continue
-            if missing := [one for one in transform.our_names if one not in ours]:
-                raise ValueError(f"cannot save {key}: the model has no {', '.join(missing)}; {_how_to_repair(ours)}")
-            found[key] = transform
-    return found
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextmanager
@@ -87,52 +72,39 @@ def parameter_value(p: Tensor) -> Tensor:
     return (_read_value.get() or Tensor.detach)(p)
 
 
-def write_released(model: nn.Module, key_map: KeyMap, path: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the released tensors that `key_map` knows into a safetensors file, one after the other: no more than one is
-    held beside the model. dtype: what they are cast to, if given.
+def released_tensors(
+    model: nn.Module, key_map: KeyMap, *, dtype: torch.dtype | None = None
+) -> dict[str, PendingTensor]:
+    """The parameters that `key_map` knows as released tensors, under their released names. dtype: cast to, if given.
 
-    Raises ValueError as `released_state_dict` does; OSError, which names the file.
+    Raises ValueError where a released tensor is made of several parameters and one of them is not there.
     """
     # the parameters themselves, by which `read` knows them
     ours = {own_name(name): x for name, x in model.state_dict(keep_vars=True).items()}
-    transforms = _transforms(ours, key_map)
-    described = {}
-    for key, transform in transforms.items():
-        on_meta = [torch.empty(ours[one].shape, dtype=ours[one].dtype, device="meta") for one in transform.our_names]
-        x = transform.to_released(on_meta)
-        described[key] = x if dtype is None else x.to(dtype)
-
-    def value(key: str) -> Tensor:
-        parts = [parameter_value(ours[one]) for one in transforms[key].our_names]
-        if empty := [one for one, x in zip(transforms[key].our_names, parts, strict=True) if x.is_meta]:
-            raise ValueError(f"cannot write {empty[0]}: it is on meta and has no values; load the model first")
-        return transforms[key].to_released(parts).to(described[key].dtype)
-
-    write_tensors(path, described, value)
+    released: dict[str, PendingTensor] = {}
+    for name in ours:
+        for key, transform in key_map.released_tensors(name).items():
+            if key in released:  # a tensor made of several parameters is found by each of them
+                continue
+            if missing := [one for one in transform.our_names if one not in ours]:
+                raise ValueError(f"cannot save {key}: the model has no {', '.join(missing)}; {_how_to_repair(ours)}")
+            parts = [ours[one] for one in transform.our_names]
+            sketch = transform.to_released([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in parts])
+            make = partial(_make_released, transform, parts, dtype or sketch.dtype)
+            released[key] = PendingTensor(tuple(sketch.shape), dtype or sketch.dtype, make)
+    return released
 
 
-def write_tensors(path: Path, described: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file of tensors that are asked for one by one. described: on meta, of their shapes and types.
+def _make_released(transform: Transform, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    values = [parameter_value(part) for part in parts]
+    if empty := [name for name, value in zip(transform.our_names, values, strict=True) if value.is_meta]:
+        raise ValueError(f"cannot write {empty[0]}: {NO_VALUES}")
+    return transform.to_released(values).to(dtype).contiguous()
 
-    The format: https://huggingface.co/docs/safetensors, "Format".
-    """
-    # as safetensors' own files have them: the widest types first, so that every tensor is aligned
-    names = sorted(described, key=lambda name: (-described[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        x = described[name]
-        offsets = [end, end + x.numel() * x.element_size()]
-        header[name] = {"dtype": SAFETENSORS_TYPES[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
-        end = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with name_file(path), path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            x = value(name).contiguous().cpu()
-            assert x.shape == described[name].shape and x.dtype == described[name].dtype, "as it was described"
-            file.write(x.reshape(-1).view(torch.uint8).numpy().data)
+
+def released_state_dict(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
+    """The tensors of `released_tensors`, all at once."""
+    return {key: one.make() for key, one in released_tensors(model, key_map).items()}
 
 
 def check_all_saved(model: nn.Module, key_maps: Iterable[KeyMap], *, unused: Sequence[str] = ()) -> None:
@@ -167,17 +139,91 @@ def _how_to_repair(names: Iterable[str]) -> str:
     return "merge adapters into the weights and undo what replaced the parts first"
 
 
-def save_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; tensors that share memory are written each. Raises OSError, which names the file."""
-    if empty := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f"cannot write {empty[0]}: it is on meta and has no values; load the model first")
-    try:
-        save_file(_unshared(state), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if not (found := re.search(r"^(?:.*: )?(.+) \(os error (\d+)\)", str(error))):
-            raise
-        raise OSError(int(found[2]), found[1], str(path)) from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+def save_weights(
+    state: Mapping[str, PendingTensor], folder: Path, names: Sequence[str], *, max_shard_size: int | str | None
+) -> None:
+    """Write weights into a folder, as the first of a layout's names of files; as shards with an index, if the layout
+    has one and they are larger than `max_shard_size` together: bytes, a text such as "5GB", or None for no limit.
+
+    Raises ValueError for another size, and OSError, which names the file.
+    """
+    limit = parse_bytes(max_shard_size)
+    index = next((name for name in names if name.endswith(".safetensors.index.json")), None)
+    shards = _split(state, limit) if index else [state]
+    if len(shards) == 1 or index is None:
+        save_safetensors(state, folder / names[0])
+        return
+    stem = index.removesuffix(".safetensors.index.json")
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_safetensors(shard, folder / name)
+        weight_map |= dict.fromkeys(shard, Path(name).name)
+    total = sum(tensor.n_bytes for tensor in state.values())
+    write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """A number of bytes, from itself or from a text such as "5GB" or "24GiB"; None stays None. Raises ValueError for
+    another."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)\s*", size.upper()) if isinstance(size, str) else None
+    if found:
+        size = int(float(found[1]) * SIZE_UNITS[found[2]])
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"got {size!r:.80} for a size: expected a positive number of bytes, or a text such as '5GB'")
+    return size
+
+
+def _split(state: Mapping[str, PendingTensor], limit: int | None) -> list[dict[str, PendingTensor]]:
+    """Tensors in their order, in parts of at most `limit` bytes each, or of one larger tensor."""
+    shards: list[dict[str, PendingTensor]] = [{}]
+    n_bytes = 0
+    for key, tensor in state.items():
+        if limit is not None and shards[-1] and n_bytes + tensor.n_bytes > limit:
+            shards.append({})
+            n_bytes = 0
+        shards[-1][key] = tensor
+        n_bytes += tensor.n_bytes
+    return shards
+
+
+def save_safetensors(state: Mapping[str, Tensor | PendingTensor], path: Path) -> None:
+    """Write a safetensors file, tensor by tensor; those that share memory are written each.
+
+    Raises ValueError for tensors without values, and OSError, which names the file.
+    """
+    pending = {key: PendingTensor.of(one) if isinstance(one, Tensor) else one for key, one in state.items()}
+    # the widest first, which keeps every tensor aligned
+    ordered = sorted(pending.items(), key=lambda item: -item[1].dtype.itemsize)
+    with name_file(path), path.open("wb") as file:
+        file.write(_header(ordered))
+        for key, one in ordered:
+            tensor = one.make()
+            assert tuple(tensor.shape) == one.shape and tensor.dtype == one.dtype, "as it was described"
+            file.write(_bytes_of(tensor, key))
+            del tensor
+
+
+def _header(ordered: Sequence[tuple[str, PendingTensor]]) -> bytes:
+    """The first bytes of a file of these tensors."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, one in ordered:
+        if one.dtype not in DTYPE_NAMES:
+            raise ValueError(f"cannot write {key} in {one.dtype}: expected one of {', '.join(map(str, DTYPE_NAMES))}")
+        begin = end
+        end += one.n_bytes
+        entries[key] = {"dtype": DTYPE_NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-(LENGTH_BYTES + len(header)) % HEADER_ALIGNMENT)
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def _bytes_of(tensor: Tensor, key: str) -> memoryview:
+    if tensor.is_meta:
+        raise ValueError(f"cannot write {key}: {NO_VALUES}")
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def save_torch(state: Mapping[str, Any], path: Path) -> None:
@@ -191,16 +237,3 @@ def save_torch(state: Mapping[str, Any], path: Path) -> None:
         if not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of the same values, no two of which share memory, as safetensors asks for."""
-    found = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    end: dict[torch.device, int] = {}  # the last byte of a device's memory that was met
-    for name in sorted(found, key=lambda name: found[name].data_ptr()):
-        tensor = found[name]
-        first = tensor.data_ptr()
-        if first < end.get(tensor.device, 0):
-            found[name] = tensor.clone()
-        end[tensor.device] = max(end.get(tensor.device, 0), first + tensor.nbytes)
-    return found

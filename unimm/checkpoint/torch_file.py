@@ -2,8 +2,10 @@
 
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,16 +14,8 @@ import torch
 from torch import Tensor
 
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable
+from unimm.checkpoint.safetensors_file import DTYPE_NAMES, TensorHeader
 
-# safetensors' names of the dtypes that weights may have
-FLOATING_DTYPES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 # what reading a file that is broken, or no torch.save's, raises: bytes that are no pickle may do any of these
 _BROKEN_PICKLE = (
     *(UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, NotImplementedError),
@@ -36,6 +30,7 @@ class TorchStateDict:
     """A state dict of torch.save with the methods of an open safetensors file."""
 
     state: Mapping[str, Tensor]
+    taken: set[str] = field(default_factory=set)
 
     def keys(self) -> list[str]:
         return list(self.state)
@@ -43,15 +38,35 @@ class TorchStateDict:
     def get_tensor(self, key: str) -> Tensor:
         return self.state[key]
 
-    def get_slice(self, key: str) -> "TorchStateDict":
-        return TorchStateDict({"": self.state[key]})
+    def is_mappable(self, key: str, *, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `take_tensor` gives a tensor where it lies: alone in its memory, which is mapped if the file can be."""
+        tensor = self.state[key]
+        return (
+            device.type == "cpu"
+            and tensor.dtype == dtype
+            and key not in self.taken
+            and tensor.is_contiguous()
+            and tensor.nbytes == tensor.untyped_storage().nbytes()
+            and tensor.data_ptr() % dtype.itemsize == 0
+            and self._users[tensor.untyped_storage().data_ptr()] == 1
+        )
 
-    def get_shape(self) -> list[int]:
-        return list(self.state[""].shape)
+    @cached_property
+    def _users(self) -> Counter[int]:
+        """How many tensors have each storage."""
+        return Counter(tensor.untyped_storage().data_ptr() for tensor in self.state.values())
 
-    def get_dtype(self) -> str:
-        dtype = self.state[""].dtype
-        return FLOATING_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+    def take_tensor(self, key: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor that shares memory with no other."""
+        if self.is_mappable(key, dtype=dtype, device=device):
+            self.taken.add(key)
+            return self.state[key]
+        return self.state[key].to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def header(self, key: str) -> TensorHeader:
+        tensor = self.state[key]
+        name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return TensorHeader(tuple(tensor.shape), name)
 
 
 def open_torch_file(path: Path) -> TorchStateDict:

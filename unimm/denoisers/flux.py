@@ -27,7 +27,7 @@ from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveInt, Same
 from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
+from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     TIMESTEP_EMBED_DIM,
@@ -356,15 +356,13 @@ class FluxTransformer(PretrainedComponent):
         """Write config.json and the weights; layout "bfl": Black Forest Labs' names, in flux1-dev.safetensors."""
         if layout not in ("diffusers", "bfl"):
             raise ValueError(f"got layout {layout!r}: expected 'diffusers' or 'bfl'")
-        table, name = (
-            (flux_key_map, DIFFUSERS_WEIGHT_FILES[0])
-            if layout == "diffusers"
-            else (flux_bfl_key_map, BFL_WEIGHT_FILES[0])
+        table, names = (
+            (flux_key_map, DIFFUSERS_WEIGHT_FILES) if layout == "diffusers" else (flux_bfl_key_map, BFL_WEIGHT_FILES)
         )
-        with atomic_directory(folder) as partial:
+        with atomic_directory(folder, weight_names=[names]) as partial:
             # the axes are in no weights, so that the other layout has a config beside it, too
             write_json(partial / "config.json", self.config.to_json())
             key_map = table(self.config)
             check_all_saved(self, [key_map])
-            save_safetensors(released_state_dict(self, key_map), partial / name)
+            save_weights(released_tensors(self, key_map), partial, names, max_shard_size=MAX_SHARD_SIZE)
             self.check_loads(partial)

@@ -22,7 +22,7 @@ from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, Posit
 from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import check_all_saved, released_state_dict, save_safetensors
+from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     NORM_EPS,
@@ -192,8 +192,10 @@ class QwenImageTransformer(PretrainedComponent):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and the weights in the released layout."""
-        with atomic_directory(folder) as partial:
+        with atomic_directory(folder, weight_names=[DIFFUSERS_WEIGHT_FILES]) as partial:
             write_json(partial / "config.json", self.config.to_json())
             check_all_saved(self, [KEY_MAP])
-            save_safetensors(released_state_dict(self, KEY_MAP), partial / DIFFUSERS_WEIGHT_FILES[0])
+            save_weights(
+                released_tensors(self, KEY_MAP), partial, DIFFUSERS_WEIGHT_FILES, max_shard_size=MAX_SHARD_SIZE
+            )
             self.check_loads(partial)

@@ -27,7 +27,7 @@ from unimm.checkpoint.load import (
     parse_dtype,
     weight_files,
 )
-from unimm.checkpoint.save import check_all_saved, write_released
+from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, parse_bytes, released_tensors, save_weights
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.adapted import AdaptedModel
 from unimm.models.parallel_plan import ParallelPlan
@@ -179,12 +179,18 @@ class UnifiedModel(AdaptedModel):
         }
 
     def save_pretrained(
-        self, folder: str | Path, *, dtype: str | torch.dtype | None = None, layout: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        layout: str | None = None,
+        max_shard_size: int | str | None = MAX_SHARD_SIZE,
     ) -> None:
         """Write a released layout: config, weights, tokenizer; all are written before the first replaces an older one.
 
         dtype: what the weights are cast to, but for those that stay in float32; unless given, they are written as they
-        are. layout: one of `LAYOUTS`; unless given, the one that the model came in. Raises ValueError, and
+        are. layout: one of `LAYOUTS`; unless given, the one that the model came in. max_shard_size: weights of more bytes
+        than this (or a text such as "5GB") are split into shards with an index; None for one file. Raises ValueError, and
         replaces nothing, for parameters that the layout has no place for (adapters, parametrized or quantized parts)
         and for files that would not load; compiled parts are saved as if they were not.
         """
@@ -194,14 +200,17 @@ class UnifiedModel(AdaptedModel):
         # the same parameters in a layout of their own: another thread may save this model, too
         written = copy.copy(self)
         written.checkpoint_layout = layout or self.checkpoint_layout
-        with atomic_directory(hub.parse_folder(folder), optional_files=files, optional_folders=folders) as partial:
+        parse_bytes(max_shard_size)
+        key_maps = written.key_maps()
+        with atomic_directory(
+            hub.parse_folder(folder), optional_files=files, optional_folders=folders, weight_names=key_maps
+        ) as partial:
             written.save_config(partial)
-            key_maps = written.key_maps()
             check_all_saved(self, key_maps.values(), unused=self.UNUSED_PARAMETERS)
             for names, key_map in key_maps.items():
-                stays = dtype is None or _all_targets_below(key_map, self.KEEP_FLOAT32)
-                cast = None if dtype is None or stays else parse_dtype(dtype)
-                write_released(self, key_map, partial / names[0], dtype=cast)
+                is_cast = dtype is not None and not _all_targets_below(key_map, self.KEEP_FLOAT32)
+                state = released_tensors(self, key_map, dtype=parse_dtype(dtype) if dtype and is_cast else None)
+                save_weights(state, partial, names, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
             self._check_loads(partial)

@@ -205,7 +205,7 @@ def saved_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
         shapes = shard_shapes(folder / SHARDS_FOLDER)
         return {name.removeprefix(f"{kind}/"): x for name, x in shapes.items() if name.startswith(f"{kind}/")}
     with open_weights(folder / f"{kind}.safetensors") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return {name: file.header(name).shape for name in file.keys()}
 
 
 def load_into(folder: Path, kind: str, targets: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:

@@ -29,7 +29,7 @@ from unimm.checkpoint.load import (
     read_shapes,
     weight_files,
 )
-from unimm.checkpoint.save import check_all_saved, write_released
+from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
@@ -125,15 +125,22 @@ class VisionLanguageModel(MLLMChat):
         return model.eval()
 
     @final
-    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
-        """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given."""
-        with atomic_directory(hub.parse_folder(folder)) as partial:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str | None = MAX_SHARD_SIZE,
+    ) -> None:
+        """Write config, weights and tokenizer in the hub's layout. dtype: what the weights are cast to, if given.
+        max_shard_size: bytes, or a text, beyond which weights are split; None for one file."""
+        with atomic_directory(hub.parse_folder(folder), weight_names=[HUB_WEIGHT_FILES]) as partial:
             for name, contents in self.config.to_json().items():
                 write_json(partial / name, contents)
             key_map = self.key_map({})
             check_all_saved(self, [key_map])
-            cast = None if dtype is None else parse_dtype(dtype)
-            write_released(self, key_map, partial / HUB_WEIGHT_FILES[0], dtype=cast)
+            state = released_tensors(self, key_map, dtype=None if dtype is None else parse_dtype(dtype))
+            save_weights(state, partial, HUB_WEIGHT_FILES, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save(partial)
             with torch.device("meta"):
