@@ -30,8 +30,8 @@ def describe_unreadable(path: Path) -> str | None:
     if not path.exists():
         linked = "a link to nothing" if path.is_symlink() else "no such file"
         return f"{linked}; fetch it again"
-    if path.is_dir():
-        return "a folder; expected a file"
+    if not path.is_file():  # to read a pipe or a device may never end
+        return f"a {'folder' if path.is_dir() else 'pipe or a device'}; expected a file"
     if not os.access(path, os.R_OK):
         return "this user may not read it; change its permissions (chmod +r)"
     with path.open("rb") as file:

@@ -34,6 +34,7 @@ HUB_WEIGHT_FILES = (
 )
 PROGRESS_BAR_BYTES = 2**30  # weights of this size take long enough to load for a progress bar
 
+MAX_NAME_BYTES = 255  # of a file, on Linux
 MAX_CHECKED_BYTES = 2**30  # mapped weights beyond this are not searched for NaN, which would read them all
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -94,13 +95,26 @@ def _read_index(path: Path) -> list[WeightFile]:
         raise CheckpointError(f"{path} has no weight_map, or an empty one: expected each tensor's file; fetch it again")
     shards = list(weight_map.values())
     for shard in shards:
-        place = PurePosixPath(shard) if isinstance(shard, str) else None
-        if place is None or place.is_absolute() or ".." in place.parts or not place.parts:
+        if not isinstance(shard, str) or not _is_below(shard):
             raise CheckpointError(
-                f"{path} names the file {shard!r}: expected files in its own folder; put them there and correct the "
+                f"{path} names the file {shard!r:.80}: expected files in its own folder; put them there and correct the "
                 "index, or fetch it again"
             )
     return [Shard(path, shard, weight_map) for shard in sorted(set(shards))]
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name can be that of a file below a folder."""
+    place = PurePosixPath(name)
+    fits = all(len(part.encode(errors="ignore")) <= MAX_NAME_BYTES for part in place.parts)
+    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and fits and _is_path(name)
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:  # half a character, as JSON can hold it
+        return False
 
 
 def _keys(file: OpenWeights, source: WeightFile) -> list[str]:
