@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unimm.checkpoint import load, streaming
+import unimm
+from tests.helpers.toys import toy
+from unimm.checkpoint import filling, load, streaming
+from unimm.checkpoint.filling import weights_stay_in_files
 from unimm.checkpoint.keymap import Concat, KeyMap, equal_slices, renames
 from unimm.checkpoint.load import keep_weights_open, load_weights
 from unimm.checkpoint.safetensors_file import SafetensorsFile
-from unimm.checkpoint.save import PendingTensor, parse_bytes, save_safetensors, save_weights
+from unimm.checkpoint.save import PendingTensor, parse_bytes, released_tensors, save_safetensors, save_weights
+from unimm.models.base import UnifiedModel
 
 CPU = torch.device("cpu")
 SIDE = 512  # a matrix of it has the size from which weights are mapped, in bfloat16
@@ -122,8 +128,6 @@ def test_a_file_that_is_replaced_or_deleted_stays_as_it_was_for_those_who_map_it
 
 def test_a_model_is_saved_over_the_files_that_it_is_mapped_from(tmp_path):
     """Twice, the second time in another form, which leaves nothing of the first."""
-    import unimm
-
     model = unimm.load("janus-nano")
     model.save_pretrained(tmp_path, dtype="bfloat16")
     mapped = unimm.load(tmp_path, dtype="bfloat16")
@@ -223,7 +227,7 @@ def test_mapped_files_beyond_a_size_are_not_read_for_nan(path, caplog, monkeypat
     state = stored_in(path)
     state["a"][0] = float("nan")
     save_file(state, path)
-    monkeypatch.setattr(load, "MAX_CHECKED_BYTES", 1000)
+    monkeypatch.setattr(filling, "MAX_CHECKED_BYTES", 1000)
     loaded(path)
     assert not caplog.messages
 
@@ -265,6 +269,68 @@ def test_anonymous_memory_of_a_load(tmp_path):
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     mapped, converted = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert float(mapped) < 0.05 and 0.9 < float(converted) < 1.05
+
+
+# ---- staying in the file
+
+OFFLOADED = """
+import resource, sys, torch, unimm
+from unimm.generation.kv_cache import EMPTY_CACHE
+from unimm.sequence.parts import text_part
+def status(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
+torch.set_num_threads(1)
+unimm.load(sys.argv[1] + "/small", dtype="bfloat16")  # what is imported and allocated the first time
+limit = status("VmData") + 2**26
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    unimm.load(sys.argv[1] + "/large", dtype="bfloat16")
+    sys.exit("the limit is too large")
+except MemoryError as error:
+    assert "offload" in str(error), error
+model = unimm.load(sys.argv[1] + "/large", dtype="bfloat16", offload="disk")
+with torch.inference_mode():
+    (cache,) = model.prefill([EMPTY_CACHE], [[text_part([5, 6, 7])]])
+    assert model.decoder.head(torch.ones(1, model.config.decoder.dim).bfloat16()).isfinite().all()
+print(cache.length, sum(p.nbytes for p in model.parameters()) / 2**26)
+"""
+
+
+def write_zeros(model: UnifiedModel, folder: Path) -> None:
+    """A folder of a model on meta."""
+    folder.mkdir()
+    model.save_config(folder)
+    for names, key_map in model.key_maps().items():
+        state = released_tensors(model, key_map, dtype=torch.bfloat16)
+        zeros = {key: replace(x, make=partial(torch.zeros, x.shape, dtype=x.dtype)) for key, x in state.items()}
+        save_weights(zeros, folder, names, max_shard_size=None)
+
+
+def test_a_model_larger_than_its_memory(tmp_path):
+    """A BAGEL of 200 MB runs in a process that may have 64 MB more of data than it has."""
+    for name, vocab in (("small", 256), ("large", 2**20)):
+        with torch.device("meta"):
+            model = toy(llm={"vocab_size": vocab})
+        write_zeros(model, tmp_path / name)
+    command = [sys.executable, "-c", OFFLOADED, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    length, size = done.stdout.split()
+    assert int(length) == 3 and float(size) > 3
+
+
+def test_weights_that_stay_have_the_dtype_of_the_file(path, monkeypatch):
+    monkeypatch.setattr(load, "MAX_CONVERTED_BYTES", 10_000)
+    with weights_stay_in_files(True):
+        assert in_file(loaded(path).a)
+        with pytest.raises(ValueError, match=r"model.safetensors holds BF16, got dtype float32 .* take the dtype"):
+            loaded(path, torch.float32)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "", True, 3])
+def test_other_places_are_refused(offload):
+    with pytest.raises(ValueError, match="expected 'disk', or None"):
+        unimm.load("janus-nano", offload=offload)
 
 
 # ---- writing

@@ -1,14 +1,12 @@
 """Strict loading of released weights into a model built on meta: every tensor once, in its shape, and no other."""
 
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,11 @@ from tqdm import tqdm
 
 from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_there
+from unimm.checkpoint.filling import ModelFiller, OpenWeights, set_tensor, weights_stay
 from unimm.checkpoint.json_files import read_json
-from unimm.checkpoint.keymap import KeyMap, Slice, Transform, matches
+from unimm.checkpoint.keymap import KeyMap, Transform, matches
 from unimm.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorHeader
-from unimm.checkpoint.streaming import Request, empty, is_mappable, read_tensors_ahead
-from unimm.checkpoint.torch_file import TorchStateDict, open_torch_file
+from unimm.checkpoint.torch_file import open_torch_file
 from unimm.checkpoint.valueless import values_left_out
 
 logger = logging.getLogger(__name__)
@@ -34,11 +32,10 @@ HUB_WEIGHT_FILES = (
 )
 PROGRESS_BAR_BYTES = 2**30  # weights of this size take long enough to load for a progress bar
 
+MAX_CONVERTED_BYTES = 2**30  # of weights that are to stay in their files: small parts may be copied
 MAX_NAME_BYTES = 255  # of a file, on Linux
-MAX_CHECKED_BYTES = 2**30  # mapped weights beyond this are not searched for NaN, which would read them all
 
 Shapes = Mapping[str, tuple[int, ...]]
-OpenWeights = SafetensorsFile | TorchStateDict
 
 _kept_open: ContextVar[dict[Path, OpenWeights] | None] = ContextVar("unimm_open_weights", default=None)
 
@@ -163,7 +160,9 @@ def open_weights(source: WeightFile) -> Iterator[OpenWeights]:
 def _open_file(path: Path) -> OpenWeights:
     try:
         is_torch_file = path.suffix in (".bin", ".pt") and path.exists()
-        return open_torch_file(path) if is_torch_file else SafetensorsFile(path)
+        if is_torch_file:
+            return open_torch_file(path)
+        return SafetensorsFile(path)
     except OSError as error:
         what = describe_unreadable(path) or "check that it can be read"
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {what}") from error
@@ -272,104 +271,29 @@ def load_weights(
     shapes = {key: header.shape for key, header in headers.items()}
     found, parameters = match_weights(model, shapes, key_map, where)
     _check_dtypes(headers, found, parameters, where)
-    loading = _Loading(model, found, dtype, device)
-    needed = sum(loading.needed_bytes(path, skip) for path in paths)
+    filler = ModelFiller(model, found, dtype, device)
+    wanted: list[tuple[OpenWeights, list[str]]] = []
+    for path in paths:
+        with open_weights(path) as file:
+            wanted.append((file, [key for key in _keys(file, path) if key[skip:] in found]))
+    needed = sum(filler.needed_bytes(file, keys, skip) for file, keys in wanted)
+    if weights_stay() and needed > MAX_CONVERTED_BYTES:
+        held = ", ".join(sorted({headers[key].dtype for key in found}))
+        raise ValueError(
+            f'{where} holds {held}, got dtype {str(dtype).removeprefix("torch.")} and offload="disk": weights of '
+            f"{needed / 2**30:.1f} GiB would have to be converted or copied; take the dtype of the file"
+        )
     check_memory(needed, device)
     with tqdm(total=len(found), desc="loading", unit="tensor", disable=needed < PROGRESS_BAR_BYTES, leave=False) as bar:
-        for path in paths:
-            for _ in loading.load(path, skip):
+        for file, keys in wanted:
+            for _ in filler.load(file, keys, skip):
                 bar.update()
-    if loading.with_nan:
+    if filler.with_nan:
         logger.warning(
             "%s: %s; what is computed with them is NaN, fetch the file again",
             where,
-            _list_some("NaN in", loading.with_nan),
+            _list_some("NaN in", filler.with_nan),
         )
-
-
-class _Loading:
-    """A load on its way. found: the transform of each released tensor that is wanted."""
-
-    def __init__(self, model: nn.Module, found: Mapping[str, Transform], dtype: torch.dtype, device: torch.device):
-        self.model = model
-        self.found = found
-        self.dtype = dtype
-        self.device = device
-        self.with_nan: list[str] = []
-        self._wholes: dict[str, Tensor] = {}  # parameters that several tensors fill, by our names
-        self._checked_bytes = 0  # of mapped tensors that were searched for NaN
-
-    def needed_bytes(self, source: WeightFile, skip: int) -> int:
-        """The memory that the tensors of a file will take, but for those that are mapped. skip: the prefix's length."""
-        with open_weights(source) as file:
-            keys = [key for key in _keys(file, source) if key[skip:] in self.found]
-            return sum(
-                math.prod(file.header(key).shape) * self.dtype.itemsize
-                for key in keys
-                if not self._maps(file, key, skip)
-            )
-
-    def _maps(self, file: OpenWeights, key: str, skip: int) -> bool:
-        if isinstance(self.found[key[skip:]], Slice):  # other tensors fill the rest of the same memory
-            return False
-        if isinstance(file, TorchStateDict):
-            return file.is_mappable(key, dtype=self.dtype, device=self.device)
-        return is_mappable(file.tensors[key], dtype=self.dtype, device=self.device)
-
-    def load(self, source: WeightFile, skip: int) -> Iterator[str]:
-        """Load the tensors of a file; the names of those that have been loaded."""
-        with open_weights(source) as file:
-            keys = [key for key in _keys(file, source) if key[skip:] in self.found]
-            for key, released, has_nan in self._read(file, keys, skip):
-                self._assign(self.found[key[skip:]], released)
-                if has_nan or (has_nan is None and self._finds_nan(released)):
-                    self.with_nan.append(key)
-                yield key
-
-    def _read(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[tuple[str, Tensor, bool | None]]:
-        requests = (Request(key, self._target(self.found[key[skip:]])) for key in keys)
-        if isinstance(file, SafetensorsFile):
-            yield from read_tensors_ahead(file, requests, dtype=self.dtype, device=self.device)
-            return
-        for request in requests:
-            if request.target is None:
-                released = file.take_tensor(request.key, dtype=self.dtype, device=self.device)
-            else:
-                released = request.target.copy_(file.get_tensor(request.key))
-            yield request.key, released, None
-
-    def _target(self, transform: Transform) -> Tensor | None:
-        """The memory of a tensor that is a part of a parameter."""
-        if not isinstance(transform, Slice):
-            return None
-        if transform.ours not in self._wholes:
-            shape = get_tensor(self.model, transform.ours).shape
-            self._wholes[transform.ours] = empty(shape, dtype=self.dtype, device=self.device)
-        return transform.rows_of(self._wholes[transform.ours])
-
-    def _assign(self, transform: Transform, released: Tensor) -> None:
-        if isinstance(transform, Slice):
-            set_tensor(self.model, transform.ours, self._wholes[transform.ours])
-            return
-        ours = [get_tensor(self.model, name) for name in transform.our_names]
-        for name, tensor in zip(transform.our_names, transform.to_ours(released, ours), strict=True):
-            set_tensor(self.model, name, _with_own_storage(tensor))
-
-    def _finds_nan(self, tensor: Tensor) -> bool:
-        self._checked_bytes += tensor.nbytes
-        return self._checked_bytes <= MAX_CHECKED_BYTES and _has_nan(tensor)
-
-
-def _with_own_storage(tensor: Tensor) -> Tensor:
-    """A tensor whose storage holds nothing else: copies and pickles of one that is a part would hold the whole."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes() == tensor.nbytes or not tensor.nbytes:
-        return tensor
-    if not tensor.is_cpu or not tensor.is_contiguous():
-        return tensor.clone(memory_format=torch.contiguous_format)
-    start = tensor.storage_offset() * tensor.element_size()
-    own: Any = storage[start : start + tensor.nbytes]  # the same memory
-    return torch.empty(0, dtype=tensor.dtype).set_(own).view(tensor.shape)
 
 
 def _check_dtypes(
@@ -389,13 +313,6 @@ def _check_dtypes(
             f"{where} does not fit the model: {_list_some('dtypes', wrong)}; expected one of {', '.join(floating)}: a "
             "quantized file cannot be read, fetch the released one"
         )
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    # the smallest number of a tensor with NaN is NaN: one pass, and no copy
-    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
-        return False
-    return bool(tensor.amin().isnan())
 
 
 def match_weights(
@@ -418,22 +335,6 @@ def check_weights(model: nn.Module, paths: Sequence[WeightFile], key_map: KeyMap
             f"cannot save: {error}; nothing was replaced; merge adapters into the weights and undo what replaced the "
             "parts first"
         ) from error
-
-
-def get_tensor(model: nn.Module, name: str) -> Tensor:
-    """The parameter, or the buffer, of that name, without its gradient."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).detach()
-
-
-def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor the parameter, or the buffer, of that name."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[leaf] = tensor
 
 
 def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> None:

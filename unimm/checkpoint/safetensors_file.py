@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import stat
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class SafetensorsFile:
         self._handle = handle
         self._size = os.fstat(handle).st_size
         self.tensors = _read_header(handle, self._size, path)
+        # whether a file that may not be mapped to be written to is mapped to be read alone
+        self.read_only_fallback = False
         self._mapping: mmap.mmap | None = None
         self._mapped: set[str] = set()
 
@@ -112,17 +115,31 @@ class SafetensorsFile:
             self._mapped.clear()
         self._mapped.add(key)
         count = math.prod(stored.shape)
-        flat = torch.frombuffer(self._mapping, dtype=stored.dtype, count=count, offset=stored.start)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # see _map
+            flat = torch.frombuffer(self._mapping, dtype=stored.dtype, count=count, offset=stored.start)
         return flat.view(stored.shape)
 
     def _map(self) -> mmap.mmap:
-        # no memory is reserved for the pages that may come to be written: a file larger than all memory is mapped, too
-        return mmap.mmap(
-            self._handle,
-            self._size,
-            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        """The whole file, mapped. Raises MemoryError where this process may not have as much."""
+        try:
+            # no memory is reserved for pages that may come to be written: a file larger than all memory is mapped, too
+            return mmap.mmap(
+                self._handle,
+                self._size,
+                flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            # a limit on data (ulimit -d) counts what could be written, and no more than that
+            if self.read_only_fallback:
+                return mmap.mmap(self._handle, self._size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            raise MemoryError(
+                f"cannot map {self.path}, {self._size / 2**30:.1f} GiB, within this process's limit on memory: raise it "
+                '(ulimit -d, ulimit -v), or load with offload="disk", whose weights cannot be written to then'
+            ) from error
 
     def read_into(self, target: memoryview, start: int) -> None:
         """Fill memory with the file's bytes from `start` on. Raises CheckpointError where the file was cut meanwhile."""

@@ -18,6 +18,7 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
+from unimm.checkpoint.filling import weights_stay_in_files
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     check_weights,
@@ -126,18 +127,21 @@ class UnifiedModel(AdaptedModel):
         device: str | torch.device = "cpu",
         revision: str | None = None,
         components: Components | None = None,
+        offload: str | None = None,
     ) -> Self:
         """Load a bundled name, a folder or a hub id, strictly, in evaluation mode.
 
         dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids
-        of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has. Raises
-        ValueError for an unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where
-        they cannot.
+        of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has.
+        offload: "disk" leaves the weights in their files, from which the CPU reads them as it needs them, so that they
+        may be larger than the memory; `dtype` has to be the files'. Raises ValueError for an unknown name,
+        CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
         """
         hub.parse_name(name, "a model")
         components = cls._parse_components(components)
         dtype = parse_dtype(dtype)
         device = parse_device(device)
+        stays_in_files = _parse_offload(offload, device)
         folder = hub.resolve(
             name,
             revision=revision,
@@ -147,14 +151,15 @@ class UnifiedModel(AdaptedModel):
         )
         with torch.device("meta"):
             model = cls.from_folder(folder)
-        for names, key_map in model.key_maps().items():
-            file_dtype = torch.float32 if _all_targets_below(key_map, cls.KEEP_FLOAT32) else dtype
-            paths = weight_files(folder, names)
-            load_weights(model, paths, key_map, prefix=cls.KEY_PREFIX, dtype=file_dtype, device=device)
-        materialize(model, cls.UNUSED_PARAMETERS, dtype=dtype, device=device)
-        if cls.COMPONENTS:
-            loader = cast("ComponentModel", model)
-            loader.load_components(components, name=name, folder=folder, dtype=dtype, device=device)
+        with weights_stay_in_files(stays_in_files):
+            for names, key_map in model.key_maps().items():
+                file_dtype = torch.float32 if _all_targets_below(key_map, cls.KEEP_FLOAT32) else dtype
+                paths = weight_files(folder, names)
+                load_weights(model, paths, key_map, prefix=cls.KEY_PREFIX, dtype=file_dtype, device=device)
+            materialize(model, cls.UNUSED_PARAMETERS, dtype=dtype, device=device)
+            if cls.COMPONENTS:
+                loader = cast("ComponentModel", model)
+                loader.load_components(components, name=name, folder=folder, dtype=dtype, device=device)
         model.loaded_from = str(name)
         return model.eval()
 
@@ -301,6 +306,16 @@ class ComponentModel(ABC):
 
         name: what the model was loaded by. folder: where it lies.
         """
+
+
+def _parse_offload(offload: Any, device: torch.device) -> bool:
+    """Whether weights stay in their files. Raises ValueError for another place than "disk", or another device than the
+    CPU."""
+    if offload not in (None, "disk"):
+        raise ValueError(f"got offload {offload!r:.80}: expected 'disk', or None for weights in memory")
+    if offload and device.type != "cpu":
+        raise ValueError(f"got offload 'disk' and device {device}: expected the CPU, which reads weights from files")
+    return offload is not None
 
 
 def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:

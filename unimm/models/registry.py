@@ -135,6 +135,7 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     components: Components | None = None,
+    offload: str | None = None,
 ) -> "UnifiedModel":
     """Load a bundled name, a folder or a hub id, with the class that its config names; options as in `from_pretrained`.
 
@@ -146,7 +147,9 @@ def load(
     folder = hub.resolve(name, revision=revision, known_names=tuple(row.name for row in releases()))
     # by its name, which says more than the folder: where the family's other parts are
     model_class = family_class(folder)
-    return model_class.from_pretrained(name, dtype=dtype, device=device, revision=revision, components=components)
+    return model_class.from_pretrained(
+        name, dtype=dtype, device=device, revision=revision, components=components, offload=offload
+    )
 
 
 def detect_family(folder: Path) -> str | None:
