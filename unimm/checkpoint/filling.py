@@ -1,9 +1,10 @@
 """A model's parameters filled from open files of weights: mapped, or read and converted."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,26 +36,74 @@ def weights_stay() -> bool:
     return _stay_in_files.get()
 
 
+@dataclass(frozen=True)
+class LoadQuantization:
+    """Linears that are quantized while they are loaded, one at a time.
+
+    parts: modules below which every linear is. make: from a linear, whose bias may not be loaded yet, and its weights,
+    what stands in its place; a bias is loaded into its parameter `bias`. bytes_per_weight: what it takes.
+    """
+
+    parts: tuple[str, ...]
+    make: Callable[[nn.Linear, Tensor], nn.Module]
+    bytes_per_weight: float
+
+    def covers(self, model: nn.Module, name: str) -> bool:
+        """Whether a parameter is the matrix of such a linear."""
+        owner, _, leaf = name.rpartition(".")
+        is_below = any(owner.startswith(f"{part}.") for part in self.parts)
+        return is_below and leaf == "weight" and type(model.get_submodule(owner)) is nn.Linear
+
+    def put(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Put the linear with these weights, quantized, into its place."""
+        owner = name.rpartition(".")[0]
+        linear = model.get_submodule(owner)
+        assert isinstance(linear, nn.Linear), "as `covers` says"
+        model.set_submodule(owner, self.make(linear, weight))
+
+
 class ModelFiller:
     """Puts the tensors of files into a model's parameters. found: the transform of each released tensor."""
 
-    def __init__(self, model: nn.Module, found: Mapping[str, Transform], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Mapping[str, Transform],
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: LoadQuantization | None = None,
+    ):
+        self.quantization = quantization
         self.model = model
         self.found = found
         self.dtype = dtype
         self.device = device
         self.with_nan: list[str] = []
         self._wholes: dict[str, Tensor] = {}  # parameters that several tensors fill, by our names
+        self._n_shares: dict[str, int] = {}  # of those, that have been filled
         self._checked_bytes = 0  # of mapped tensors that were searched for NaN
 
     def needed_bytes(self, file: OpenWeights, keys: Sequence[str], skip: int) -> int:
         """The memory that tensors of a file will take, but for those that are mapped. skip: the length of a prefix."""
-        return sum(
-            math.prod(file.header(key).shape) * self.dtype.itemsize for key in keys if not self._maps(file, key, skip)
+        needed = 0.0
+        for key in keys:
+            if not self._maps(file, key, skip):
+                is_quantized = self.quantization and self._is_quantized(self.found[key[skip:]])
+                width = (
+                    self.quantization.bytes_per_weight if self.quantization and is_quantized else self.dtype.itemsize
+                )
+                needed += math.prod(file.header(key).shape) * width
+        return int(needed)
+
+    def _is_quantized(self, transform: Transform) -> bool:
+        return self.quantization is not None and any(
+            self.quantization.covers(self.model, name) for name in transform.our_names
         )
 
     def _maps(self, file: OpenWeights, key: str, skip: int) -> bool:
-        if isinstance(self.found[key[skip:]], Slice):  # other tensors fill the rest of the same memory
+        transform = self.found[key[skip:]]
+        # other tensors fill the rest of the same memory, or it is given back at once
+        if isinstance(transform, Slice) or self._is_quantized(transform):
             return False
         if isinstance(file, TorchStateDict):
             return file.is_mappable(key, dtype=self.dtype, device=self.device)
@@ -69,7 +118,9 @@ class ModelFiller:
             yield key
 
     def _read(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[tuple[str, Tensor, bool | None]]:
-        requests = (Request(key, self._target(self.found[key[skip:]])) for key in keys)
+        requests = (
+            Request(key, self._target(self.found[key[skip:]]), may_map=self._maps(file, key, skip)) for key in keys
+        )
         if isinstance(file, SafetensorsFile):
             file.read_only_fallback = weights_stay()
             yield from read_tensors_ahead(file, requests, dtype=self.dtype, device=self.device)
@@ -92,11 +143,19 @@ class ModelFiller:
 
     def _assign(self, transform: Transform, released: Tensor) -> None:
         if isinstance(transform, Slice):
-            set_tensor(self.model, transform.ours, self._wholes[transform.ours])
+            self._n_shares[transform.ours] = self._n_shares.get(transform.ours, 0) + transform.length
+            if self._n_shares[transform.ours] == transform.of:
+                self._put(transform.ours, self._wholes.pop(transform.ours))
             return
         ours = [get_tensor(self.model, name) for name in transform.our_names]
         for name, tensor in zip(transform.our_names, transform.to_ours(released, ours), strict=True):
-            set_tensor(self.model, name, _with_own_storage(tensor))
+            self._put(name, _with_own_storage(tensor))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if self.quantization and self.quantization.covers(self.model, name):
+            self.quantization.put(self.model, name, tensor)
+        else:
+            set_tensor(self.model, name, tensor)
 
     def _finds_nan(self, tensor: Tensor) -> bool:
         self._checked_bytes += MAX_CHECKED_BYTES if weights_stay() else tensor.nbytes
@@ -136,3 +195,16 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
+
+
+def loadable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model that files hold, by their names; those of quantized linears are none."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        found |= {
+            prefix + leaf: buffer
+            for leaf, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+            if leaf not in module._non_persistent_buffers_set
+        }
+    return {name: tensor.detach() for name, tensor in found.items()}

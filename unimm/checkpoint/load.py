@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_there
-from unimm.checkpoint.filling import ModelFiller, OpenWeights, set_tensor, weights_stay
+from unimm.checkpoint.filling import (
+    LoadQuantization,
+    ModelFiller,
+    OpenWeights,
+    loadable_tensors,
+    set_tensor,
+    weights_stay,
+)
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
 from unimm.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorHeader
@@ -250,6 +257,7 @@ def load_weights(
     prefix: str = "",
     dtype: torch.dtype,
     device: torch.device,
+    quantization: LoadQuantization | None = None,
 ) -> None:
     """Load files into those parameters of `model` (on meta) that `key_map` knows, strictly.
 
@@ -257,7 +265,8 @@ def load_weights(
     cast and moved by threads that work ahead, so that the peak is the model and READ_AHEAD_BYTES. `prefix` is left out
     of the keys where every one of them has it. Raises CheckpointError, before anything is assigned, where files do not
     fit. Logs a warning that names the tensors with NaN, but for mapped ones of more than MAX_CHECKED_BYTES together.
-    Where values are left out they stay on meta, in `dtype`.
+    quantization: of linears, each as soon as its weights are there. Where values are left out they stay on meta, in
+    `dtype`.
     """
     if values_left_out():
         for name, tensor in model.state_dict().items():
@@ -271,7 +280,7 @@ def load_weights(
     shapes = {key: header.shape for key, header in headers.items()}
     found, parameters = match_weights(model, shapes, key_map, where)
     _check_dtypes(headers, found, parameters, where)
-    filler = ModelFiller(model, found, dtype, device)
+    filler = ModelFiller(model, found, dtype, device, quantization)
     wanted: list[tuple[OpenWeights, list[str]]] = []
     for path in paths:
         with open_weights(path) as file:
@@ -322,7 +331,7 @@ def match_weights(
 
     Raises CheckpointError where they do not fit, as `check_keys` does.
     """
-    parameters = {name: tensor for name, tensor in model.state_dict().items() if key_map.released_tensors(name)}
+    parameters = {name: tensor for name, tensor in loadable_tensors(model).items() if key_map.released_tensors(name)}
     return check_keys(shapes, key_map, parameters, where), parameters
 
 
@@ -343,7 +352,7 @@ def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, 
     Buffers that a module computes for itself are moved to the device. Raises CheckpointError where another parameter
     was not loaded.
     """
-    state = model.state_dict()
+    state = loadable_tensors(model)
     for name, buffer in list(model.named_buffers()):
         if name not in state:
             set_tensor(model, name, buffer.to(device))

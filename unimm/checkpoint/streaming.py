@@ -29,10 +29,12 @@ MAX_THREADS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """A tensor that is wanted. target: where its values go, in any dtype; a tensor of its own unless given."""
+    """A tensor that is wanted. target: where its values go, in any dtype; a tensor of its own unless given. may_map:
+    whether it may stay in the file."""
 
     key: str
     target: Tensor | None = None
+    may_map: bool = True
 
 
 @dataclass
@@ -66,7 +68,8 @@ def read_tensors_ahead(
     try:
         for request in requests:
             stored = file.tensors[request.key]
-            if request.target is None and is_mappable(stored, dtype=dtype, device=device):
+            is_mapped = request.target is None and request.may_map
+            if is_mapped and is_mappable(stored, dtype=dtype, device=device):
                 one = _Arriving(request.key, file.get_tensor(request.key))
             else:
                 target = empty(stored.shape, dtype=dtype, device=device) if request.target is None else request.target

@@ -136,6 +136,7 @@ def load(
     revision: str | None = None,
     components: Components | None = None,
     offload: str | None = None,
+    quantize: str | None = None,
 ) -> "UnifiedModel":
     """Load a bundled name, a folder or a hub id, with the class that its config names; options as in `from_pretrained`.
 
@@ -148,7 +149,13 @@ def load(
     # by its name, which says more than the folder: where the family's other parts are
     model_class = family_class(folder)
     return model_class.from_pretrained(
-        name, dtype=dtype, device=device, revision=revision, components=components, offload=offload
+        name,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        components=components,
+        offload=offload,
+        quantize=quantize,
     )
 
 

@@ -76,17 +76,26 @@ class PackedInt8:
         self.bias = None if bias is None else bias.detach().float()
         self.levels = 127 if _accumulates_in_int32() else 63
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [N, D] -> [N, F], in x's dtype."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [N, D] -> [N, F], in x's dtype. bias: in place of its own."""
         wide = x.float()
         scale = wide.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
         y = _int8_product(wide / scale, self.levels, self.packed) * scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        bias = self.bias if bias is None else bias.float()
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 def can_pack() -> bool:
     """Whether this CPU has the packed products, and PyTorch's engine is set to one that has them."""
     return torch.backends.quantized.engine in QUANTIZED_ENGINES
+
+
+def check_can_pack() -> None:
+    """Raise ValueError where this CPU, or PyTorch, has no products of int8."""
+    if not can_pack():
+        raise ValueError(
+            "int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'"
+        )
 
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFloat16 | None:
@@ -172,17 +181,19 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """A linear with weights in int8 alone: without gradients, and its state dict raises ValueError."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, weight: Tensor | None = None):
+        """weight: in place of the linear's own."""
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.packed = PackedInt8(linear.weight, linear.bias)
+        self.packed = PackedInt8(linear.weight if weight is None else weight, None)
+        self.bias = linear.bias
         # empty: the device and dtype of the weights, which adapters (PEFT) ask for by this name
         self.qweight = torch.empty(0, dtype=torch.int8)
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x)
+        return self.packed(x, self.bias)
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -197,10 +208,8 @@ def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] 
     skip: submodules whose linears are not packed. int8: submodules whose linears are rounded to int8.
      Raises ValueError for int8 where the CPU, or PyTorch, has none.
     """
-    if int8 and not can_pack():
-        raise ValueError(
-            "int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'"
-        )
+    if int8:
+        check_can_pack()
     shared = [*model.parameters(), *model.buffers()]
     optimized = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     linears = [

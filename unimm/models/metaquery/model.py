@@ -66,6 +66,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    QUANTIZED = ("mllm.decoder.blocks", "denoiser.blocks")
+    UNPACKED = ("mllm.vision", "connector", "denoiser", "vae")
     PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("mllm",)

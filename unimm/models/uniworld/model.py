@@ -63,6 +63,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
 
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
+    QUANTIZED = ("mllm.decoder.blocks", "denoiser.mmdit.double_blocks", "denoiser.mmdit.single_blocks")
+    UNPACKED = ("mllm.vision", "denoiser", "auxiliary")
     PARALLEL_PLAN = PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("siglip", "flux", "t5")
