@@ -87,8 +87,9 @@ def write_checkpoint(name: str, layers: int, folder: Path) -> None:
     model.save_config(folder)
     for names, key_map in model.key_maps().items():
         dtype = torch.float32 if names[0] == "ae.safetensors" else torch.bfloat16
+        values = block.to(dtype)
         state = {
-            key: PendingTensor(one.shape, dtype, partial(repeated, block.to(dtype), one.shape))
+            key: PendingTensor(one.shape, dtype, partial(repeated, values, one.shape))
             for key, one in released_tensors(model, key_map).items()
         }
         save_weights(state, folder, names, max_shard_size=MAX_SHARD_SIZE)
