@@ -8,11 +8,12 @@ import torch
 from helpers.rank_jobs import Matrices, matrices_job
 from helpers.trainer_toy import RECIPE, Toy
 
-from unimm.distributed.muon import orthogonalize
+from unimm.distributed.muon import Muon, orthogonalize
 from unimm.distributed.ranks import Ranks
 from unimm.training import optim
 from unimm.training.config import from_mapping
 from unimm.training.optim import Optimizers
+from unimm.training.precision import resolve_precision
 from unimm.training.trainer import Trainer
 
 SGD_LIKE = dataclasses.replace(RECIPE, weight_decay=0.0, warmup_steps=0, schedule="constant", betas=(0.0, 0.0))
@@ -96,6 +97,37 @@ def test_torchao_is_asked_for(monkeypatch):
     monkeypatch.setattr(optim, "MIN_8BIT_SIZE", 1)
     with pytest.raises(ValueError, match=r"pip install 'unimm\[torchao\]'"):
         Optimizers(Matrices(), dataclasses.replace(RECIPE, optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_muon_is_torchs(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [
+        Muon([{"params": [ours], "weight_decay": 0.1}], lr=0.1),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=generator)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    # theirs orthogonalises in bfloat16; a step moves an element by 0.02
+    assert (ours - theirs).abs().max() < 0.003
+    assert (ours - start).abs().max() > 0.03
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_automatic_precision(tiles, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    recipe = dataclasses.replace(RECIPE, precision="auto")
+    trainer = Trainer(Toy(), recipe, torch.device("cpu"))
+    assert trainer.recipe.precision == ("bfloat16" if tiles else "float32")
+    assert trainer.throughput.dtype == (torch.bfloat16 if tiles else torch.float32)
+    assert resolve_precision(recipe, torch.device("cuda")).precision == "bfloat16"
+    named = dataclasses.replace(RECIPE, precision="bfloat16")
+    assert resolve_precision(named, torch.device("cpu")) is named
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8)])

@@ -1,4 +1,4 @@
-"""Muon for matrices in shards: an update is a function of the whole matrix, which every rank gathers for it."""
+"""Muon, for matrices in shards too: an update is a function of the whole matrix, which every rank gathers for it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ SMALLEST_NORM = 1e-7
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix [m, n], about: its singular values lie between 0.7 and 1.2; in bfloat16."""
+    """The nearest orthogonal matrix [m, n], about: its singular values lie between 0.7 and 1.2.
+
+    In bfloat16, and on a CPU in float32, where it takes a third of the time.
+    """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
     is_tall = len(x) > x.shape[1]
     if is_tall:
         x = x.T
@@ -30,10 +33,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-class ShardedMuon(torch.optim.Optimizer):
-    """What torch.optim.Muon with adjust_lr_fn="match_rms_adamw" computes, for matrices whose rows lie on several ranks.
+class Muon(torch.optim.Optimizer):
+    """What torch.optim.Muon with adjust_lr_fn="match_rms_adamw" computes, which has neither shards nor float32.
 
-    It holds a momentum of this rank's rows.
+    The rows of a matrix may lie on several ranks. It holds a momentum of this rank's rows.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.95) -> None:

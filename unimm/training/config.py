@@ -87,7 +87,8 @@ class TrainConfig(RecipeSection):
     max_grad_norm: Positive
     # decay of the exponential moving average of the weights
     ema_decay: Fraction
-    precision: Literal["float32", "bfloat16"]
+    # "auto": bfloat16 where products of matrices are quicker in it (unimm.training.precision)
+    precision: Literal["auto", "float32", "bfloat16"]
     # one for every loss of the task
     loss_weights: LossWeights
     save_every: AtLeastOne

@@ -20,6 +20,7 @@ from unimm.training.ema import EMA
 from unimm.training.fake_device import FakeDevice, LiveBytes
 from unimm.training.optim import Optimizers
 from unimm.training.planned_batches import planned_batches
+from unimm.training.precision import resolve_precision
 from unimm.training.tasks.base import TrainingTask, build_task
 from unimm.training.throughput import CountingTask
 
@@ -79,6 +80,7 @@ def plan_memory(task: TrainingTask, recipe: TrainConfig, batches: Sequence[Any],
 
     The task's model is left without values.
     """
+    recipe = resolve_precision(recipe, torch.device(device_type))
     n_tokens = task.step_counts(batches[0]).tokens if isinstance(task, CountingTask) else 0
     device = FakeDevice(device_type)
     weights = tensor_bytes((*task.model.parameters(), *task.model.buffers()))

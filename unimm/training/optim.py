@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unimm.checkpoint.save import own_name
-from unimm.distributed.muon import ShardedMuon
+from unimm.distributed.muon import Muon
 from unimm.distributed.sharding import local_tensor, with_local
 from unimm.training.config import TrainConfig
 from unimm.training.freezing import check_prefixes, has_prefix
@@ -64,9 +64,7 @@ class Optimizers:
         names = [name for name, one in self.kinds.items() if one == kind]
         groups = self._groups(names)
         if kind == "muon":
-            if any(isinstance(self.parameters[name], DTensor) for name in names):
-                return ShardedMuon(groups, lr=recipe.lr)
-            return torch.optim.Muon(groups, lr=recipe.lr, adjust_lr_fn="match_rms_adamw")
+            return Muon(groups, lr=recipe.lr)
         if kind == "adamw8bit":
             return _eight_bit_class()(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, block_size=BLOCK_SIZE)
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)

@@ -49,6 +49,7 @@ from unimm.training.logging import format_losses, format_report
 from unimm.training.lora import release_writer
 from unimm.training.optim import Optimizers
 from unimm.training.parallel import DistributedModel
+from unimm.training.precision import precision_dtype, resolve_precision
 from unimm.training.record_batches import build_batches, describe_figures, open_groups
 from unimm.training.start import check_run, initial_checkpoint, release_tensors
 from unimm.training.tasks.base import TrainingTask
@@ -83,6 +84,7 @@ def train(
     out = Path(out)
     with start_ranks(parse_device(device)) as ranks:
         workers, deadline = check_run(out, resume=resume, init=init, workers=workers, hours=hours)
+        recipe = resolve_precision(recipe, ranks.device)
         # before a rank writes what another is still looking for
         ranks.check_equal(describe_run(recipe, resume=resume, init=init), what="settings")
         if recipe.data is not None and groups is None:
@@ -172,6 +174,7 @@ class Trainer:
                 f"got loss_weights for {sorted(recipe.loss_weights)}, expected one for each of "
                 f"{sorted(task.loss_names)}, the losses of {task.name!r}: correct the recipe"
             )
+        recipe = resolve_precision(recipe, device)
         self.task = task
         self.recipe = recipe
         self.device = device
@@ -390,11 +393,6 @@ class Trainer:
             averaged = {name: ours[name] for name in saved_shapes(folder, EMA_WEIGHTS)}
             load_into(folder, EMA_WEIGHTS, averaged, self.ranks)
         self.ema = EMA(self.model, self.recipe.ema_decay)
-
-
-def precision_dtype(recipe: TrainConfig) -> torch.dtype:
-    """What the products of a run are computed in."""
-    return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
 
 
 def rng_states(device: torch.device) -> dict[str, Tensor]:
