@@ -203,7 +203,7 @@ def test_wrong_options(tmp_path):
         ({"tasks": {}, "prompts": str(tmp_path / "nowhere.txt")}, r"got prompts .*nowhere\.txt, expected a text file"),
         ({"tasks": {}, "prompts": str(tmp_path / "empty.txt")}, "which holds none"),
         ({"tasks": {"edit.add": 1}}, r"edit\.add"),
-        ({"noisy_steps": 7}, "expected at most 12 together"),
+        ({"noisy_steps": 5}, "expected at most 8 together"),
         ({"group_size": 1}, "group_size"),
         ({"noise_level": 0.0}, "noise_level"),
         ({"reward": "exakt"}, "got reward 'exakt'"),
