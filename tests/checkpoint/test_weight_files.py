@@ -292,3 +292,14 @@ def test_what_is_saved_again_has_no_stale_copy(tmp_path):
     write_index(tmp_path, {"layer.weight": "a.safetensors", "layer.bias": "b.safetensors"})
     save_file(load(tmp_path), tmp_path / "again.safetensors")
     assert_equal(load_file(tmp_path / "again.safetensors"), weights)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(4), torch.ones(5, 1), torch.ones(5).half(), torch.ones(5)])
+def test_scales_of_int8(tmp_path, scale):
+    weights = state() | {"layer.weight": torch.arange(15, dtype=torch.int8).view(5, 3), "layer.weight_scale": scale}
+    save_file(weights, tmp_path / "model.safetensors")
+    if scale.dtype == torch.float32 and scale.shape == (5,):
+        assert torch.equal(load(tmp_path)["layer.weight"], torch.arange(15.0).view(5, 3))
+        return
+    with pytest.raises(CheckpointError, match="model.safetensors holds layer.weight_scale .* expected a number in F32"):
+        load(tmp_path)

@@ -18,6 +18,8 @@ from unimm.checkpoint.torch_file import TorchStateDict
 OpenWeights = SafetensorsFile | TorchStateDict
 MAX_CHECKED_BYTES = 2**30  # mapped weights beyond this are not searched for NaN, which would read them all
 
+SCALE_SUFFIX = "_scale"  # of the name of a file's scales, a number a row, of weights that are in int8
+
 _stay_in_files: ContextVar[bool] = ContextVar("unimm_weights_stay_in_files", default=False)
 
 
@@ -63,7 +65,8 @@ class LoadQuantization:
 
 
 class ModelFiller:
-    """Puts the tensors of files into a model's parameters. found: the transform of each released tensor."""
+    """Puts the tensors of files into a model's parameters. found: the transform of each released tensor. scales: of those
+    that are in int8, a number a row."""
 
     def __init__(
         self,
@@ -71,9 +74,12 @@ class ModelFiller:
         found: Mapping[str, Transform],
         dtype: torch.dtype,
         device: torch.device,
+        *,
         quantization: LoadQuantization | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ):
         self.quantization = quantization
+        self.scales = scales or {}
         self.model = model
         self.found = found
         self.dtype = dtype
@@ -112,15 +118,15 @@ class ModelFiller:
     def load(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[str]:
         """Load tensors of a file; the names of those that have been loaded."""
         for key, released, has_nan in self._read(file, keys, skip):
+            if key[skip:] in self.scales:
+                released.mul_(self.scales[key[skip:]].to(released).unsqueeze(1))
             self._assign(self.found[key[skip:]], released)
             if has_nan or (has_nan is None and self._finds_nan(released)):
                 self.with_nan.append(key)
             yield key
 
     def _read(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[tuple[str, Tensor, bool | None]]:
-        requests = (
-            Request(key, self._target(self.found[key[skip:]]), may_map=self._maps(file, key, skip)) for key in keys
-        )
+        requests = (Request(key, self._target(file, key, skip), may_map=self._maps(file, key, skip)) for key in keys)
         if isinstance(file, SafetensorsFile):
             file.read_only_fallback = weights_stay()
             yield from read_tensors_ahead(file, requests, dtype=self.dtype, device=self.device)
@@ -132,13 +138,16 @@ class ModelFiller:
                 released = request.target.copy_(file.get_tensor(request.key))
             yield request.key, released, None
 
-    def _target(self, transform: Transform) -> Tensor | None:
-        """The memory of a tensor that is a part of a parameter."""
+    def _target(self, file: OpenWeights, key: str, skip: int) -> Tensor | None:
+        """The memory of a tensor that is a part of a parameter, or that is multiplied by scales; None for any other."""
+        transform = self.found[key[skip:]]
+        is_scaled = key[skip:] in self.scales
+        dtype = torch.float32 if is_scaled else self.dtype
         if not isinstance(transform, Slice):
-            return None
+            return empty(file.header(key).shape, dtype=dtype, device=self.device) if is_scaled else None
         if transform.ours not in self._wholes:
             shape = get_tensor(self.model, transform.ours).shape
-            self._wholes[transform.ours] = empty(shape, dtype=self.dtype, device=self.device)
+            self._wholes[transform.ours] = empty(shape, dtype=dtype, device=self.device)
         return transform.rows_of(self._wholes[transform.ours])
 
     def _assign(self, transform: Transform, released: Tensor) -> None:
@@ -155,7 +164,7 @@ class ModelFiller:
         if self.quantization and self.quantization.covers(self.model, name):
             self.quantization.put(self.model, name, tensor)
         else:
-            set_tensor(self.model, name, tensor)
+            set_tensor(self.model, name, tensor.to(self.dtype))
 
     def _finds_nan(self, tensor: Tensor) -> bool:
         self._checked_bytes += MAX_CHECKED_BYTES if weights_stay() else tensor.nbytes
@@ -207,4 +216,4 @@ def loadable_tensors(model: nn.Module) -> dict[str, Tensor]:
             for leaf, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
             if leaf not in module._non_persistent_buffers_set
         }
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return found

@@ -143,7 +143,7 @@ class UnifiedModel(AdaptedModel):
         of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has.
         offload: "disk" leaves the weights in their files, from which the CPU reads them as it needs them, so that they
         may be larger than the memory; `dtype` has to be the files'. quantize: "int8" rounds the linears of `QUANTIZED`
-        as they are read, for a CPU; such a model neither trains nor saves. Raises ValueError for an unknown name,
+        as they are read, for a CPU; such a model does not train. Raises ValueError for an unknown name,
         CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
         """
         hub.parse_name(name, "a model")

@@ -179,7 +179,7 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear with weights in int8 alone: without gradients, and its state dict raises ValueError."""
+    """A linear with weights in int8 alone: without gradients. Its state dict raises ValueError: no parameter holds them."""
 
     def __init__(self, linear: nn.Linear, weight: Tensor | None = None):
         """weight: in place of the linear's own."""
@@ -195,10 +195,15 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.packed(x, self.bias)
 
+    def int8_weight(self) -> tuple[Tensor, Tensor]:
+        """The weights [F, D] in int8, and a scale for each row [F] in float32."""
+        weight, _ = torch.ops.quantized.linear_unpack(self.packed.packed)
+        return weight.int_repr(), weight.q_per_channel_scales().float()
+
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise ValueError(
-        f"{prefix.rstrip('.')} is in int8, which no released layout has: save the model that this one was made from"
+        f"{prefix.rstrip('.')} is in int8 and has no parameter for it: save the model with save_pretrained"
     )
 
 

@@ -127,7 +127,7 @@ class MLLMChat(CausalLM):
         rounding. Weights that change later, by training or loading, are not packed again: optimize the trained model.
 
         int8: the decoder's blocks are kept in int8 alone, a byte a weight (drop this model to free its bytes), each
-        product about 1 % off; such a model neither trains nor saves. Heads and encoders stay as they are.
+        product about 1 % off; such a model does not train. Heads and encoders stay as they are.
 
         On another device, or where PyTorch has no packed products (not x86), nothing is packed and nothing changes;
         with int8 that is a ValueError.
