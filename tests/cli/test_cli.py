@@ -27,7 +27,7 @@ OPTIONS = {
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours set_",
-    "plan": "train device set_ as_json",
+    "plan": "train gpus device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
     "stars": "recipe out device workers set_ as_json",
@@ -324,7 +324,6 @@ def test_releases_are_written_out(columns):
 def test_plan_predicts_memory_without_data():
     done = fine("plan", "--train", "bagel-nano-finetune", "--device", "cpu", "--json")
     found = json.loads(done.stdout)
-    assert found["total"] == sum(
-        found[name] for name in ("weights", "optimizers", "average", "gradients", "activations")
-    )
+    parts = ("weights", "gathered", "optimizers", "average", "gradients", "activations")
+    assert found["total"] == sum(found[name] for name in parts)
     assert found["n_trained"] < found["n_parameters"]

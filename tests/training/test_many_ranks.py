@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +51,13 @@ def run_processes(folder: Path, jobs: list, *, n: int = 2, codes: tuple[int, ...
     code = TESTS / "helpers" / "rank_jobs.py"
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "error::UserWarning", str(code), str(folder), str(n)]
-    subprocess.run(command, env=os.environ | common | {"PYTHONPATH": path}, timeout=900, check=True)
+    process = subprocess.Popen(command, env=os.environ | common | {"PYTHONPATH": path}, start_new_session=True)
+    try:
+        assert process.wait(timeout=900) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its forks, too
+            process.wait()
     assert tuple(pickle.loads((folder / "codes.pickle").read_bytes())) == codes  # noqa: S301, of our own processes
     paths = [folder / f"results{rank}.pickle" for rank in range(n)]
     return [pickle.loads(path.read_bytes()) for path in paths]  # noqa: S301

@@ -74,6 +74,7 @@ def test_every_recipe_is_read():
         "bagel-continue": "bagel",
         "bagel-sft": "bagel",
         "bagel-finetune": "bagel",
+        "bagel-lora": "bagel",
         "bagel-nano-vae": "kl_vae",
         "bagel-nano-vit": "vit",
         "janus-nano": "janus",

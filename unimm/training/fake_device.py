@@ -7,9 +7,10 @@ chosen as on the device that is planned for, and a Triton kernel counts as its o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,15 +62,11 @@ class MetStorage:
 
 
 class FakeDevice(TorchDispatchMode):
-    """Runs code on floats without values, and counts their bytes, inside of `run`.
+    """Runs code on floats without values, and counts their bytes, inside of `run`."""
 
-    grad_shards: among how many devices a gradient is shared once it is whole.
-    """
-
-    def __init__(self, device_type: str, *, grad_shards: int = 1) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
-        self.grad_shards = grad_shards
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()
         self.peak = LiveBytes()
@@ -80,24 +77,26 @@ class FakeDevice(TorchDispatchMode):
 
     # ---- use
 
-    def place(self, model: nn.Module, *, dtype_of: Callable[[nn.Parameter], torch.dtype] | None = None) -> None:
-        """Replace a model's floats by tensors without values, which are not counted. dtype_of: types for parameters."""
+    def place(self, model: nn.Module, *, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        """Replace a model's floats by tensors without values, which are not counted. dtypes: of parameters by name, if
+        not their own."""
+        dtypes = dtypes or {}
         placed: dict[int, Tensor] = {}
-        for module in model.modules():
+        for path, module in model.named_modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is None or not tensor.is_floating_point() or isinstance(tensor, FakeTensor):
+                    if tensor is None or not tensor.is_floating_point():
                         continue
                     if id(tensor) not in placed:
-                        placed[id(tensor)] = self._without_values(tensor, dtype_of)
-                    tensors[name] = placed[id(tensor)]  # type: ignore[assignment]
+                        dtype = dtypes.get(f"{path}.{name}" if path else name, tensor.dtype)
+                        placed[id(tensor)] = self._without_values(tensor, dtype)
+                    tensors[name] = placed[id(tensor)]
 
-    def _without_values(self, tensor: Tensor, dtype_of: Callable[[nn.Parameter], torch.dtype] | None) -> Tensor:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        dtype = dtype_of(tensor) if dtype_of is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
+    def _without_values(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         with self.fake:
             fake = torch.empty(tensor.shape, dtype=dtype, device="cpu")
         self.storages[fake.untyped_storage()] = MetStorage(0)
+        is_parameter = isinstance(tensor, nn.Parameter)
         return nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
 
     @contextmanager
@@ -118,18 +117,19 @@ class FakeDevice(TorchDispatchMode):
                     f"a step without values cannot go on where they decide on it ({error.func})"
                 ) from error
 
-    def count_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Count what becomes the gradient of these as such, from when it is whole."""
+    def count_gradients(self, parameters: Iterable[nn.Parameter], *, held: Mapping[int, int] | None = None) -> None:
+        """Count what becomes the gradient of these as such, from when it is whole. held: the bytes that count from then
+        on, by the parameters' ids, if not its own."""
         for p in parameters:
-            p.register_post_accumulate_grad_hook(self._mark_gradient)
+            p.register_post_accumulate_grad_hook(partial(self._mark_gradient, n_bytes=(held or {}).get(id(p))))
 
-    def _mark_gradient(self, p: Tensor) -> None:
+    def _mark_gradient(self, p: Tensor, *, n_bytes: int | None) -> None:
         assert p.grad is not None, "it was just added to"
         met = self.storages[p.grad.untyped_storage()]
         if not met.is_gradient:
             self.live.activations -= met.n_bytes
             met.is_gradient = True
-            met.n_bytes = -(-met.n_bytes // self.grad_shards)
+            met.n_bytes = met.n_bytes if n_bytes is None else n_bytes
             self.live.gradients += met.n_bytes
             self._note_peak()
 

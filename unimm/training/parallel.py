@@ -15,7 +15,7 @@ from unimm.distributed.ranks import Ranks
 from unimm.distributed.recompute import recompute_activations
 from unimm.distributed.sharding import ShardedModel, build_mesh, local_tensor, mixed_precision
 from unimm.models.base import UnifiedModel
-from unimm.models.parallel_plan import find_modules
+from unimm.models.parallel_plan import ParallelPlan, find_modules
 from unimm.training.config import DistributedConfig, TrainConfig
 from unimm.training.losses import LossSum
 from unimm.training.tasks.base import TrainingTask
@@ -72,20 +72,18 @@ class DistributedModel:
         self.sharded: ShardedModel | None = None
         config = recipe.distributed or DistributedConfig()
         shard, replicate = mesh_shape(config, ranks, can_shard=isinstance(task.model, UnifiedModel))
-        if config.activation_checkpointing != "none":
-            blocks = find_modules(task.model, _plan(task).blocks)
-            recompute_activations(blocks.values(), selective=config.activation_checkpointing == "selective")
+        recompute_blocks(task, config)
         if shard == 1 and not config.cpu_offload:
             task.model.to(ranks.device)
             return
-        plan = _plan(task)
+        plan = find_plan(task)
         self.sharded = ShardedModel(
             self.losses,
             ranks,
             build_mesh(ranks, shard=shard, replicate=replicate),
             blocks=list(find_modules(task.model, plan.blocks).values()),
             ahead_of_blocks=list(find_modules(task.model, plan.ahead_of_blocks).values()),
-            kept_whole=_kept_whole(task.model),
+            kept_whole=kept_whole(task.model),
             precision=mixed_precision(
                 torch.bfloat16 if recipe.precision == "bfloat16" else None, getattr(torch, config.reduce_dtype)
             ),
@@ -118,7 +116,15 @@ class DistributedModel:
             self.ranks.barrier()
 
 
-def _plan(task: TrainingTask) -> Any:
+def recompute_blocks(task: TrainingTask, config: DistributedConfig) -> None:
+    """Let the blocks of a task's model compute their activations again for the backward, where the recipe says so."""
+    if config.activation_checkpointing != "none":
+        blocks = find_modules(task.model, find_plan(task).blocks)
+        recompute_activations(blocks.values(), selective=config.activation_checkpointing == "selective")
+
+
+def find_plan(task: TrainingTask) -> ParallelPlan:
+    """Which parts of a task's model are blocks. Raises ValueError where it is no family's."""
     if not isinstance(task.model, UnifiedModel):
         raise ValueError(
             f"got `distributed` with shards, cpu_offload or activation_checkpointing for {task.name!r}, expected one of "
@@ -127,7 +133,7 @@ def _plan(task: TrainingTask) -> Any:
     return task.model.PARALLEL_PLAN
 
 
-def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that every rank holds: frozen ones that stay in float32, as a VAE's, whatever the others are in."""
     assert isinstance(model, UnifiedModel), "a plan is one of a family"
     return {p for name, p in model.named_parameters() if name.startswith(model.KEEP_FLOAT32) and not p.requires_grad}
