@@ -27,17 +27,19 @@ OPTIONS = {
     "generate": "prompt image think model seed steps size n out device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours set_",
-    "plan": "train gpus device set_ as_json",
+    "plan": "name train gpus memory size batch dtype device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
     "stars": "recipe out device workers set_ as_json",
     "data": "",
-    "releases": "",
+    "releases": "as_json",
+    "fetch": "name revision offline as_json",
+    "convert": "source out layout dtype max_shard_size",
 }
 DATA_OPTIONS = {
     "check": "path format tokenizer columns images max_tokens max_broken limit as_json",
-    "unisandbox": "out n seed",
     "knowledge": "out n reasoning world seed",
+    "unisandbox": "out n seed",
 }
 
 

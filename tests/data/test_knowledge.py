@@ -78,7 +78,7 @@ def test_a_search_names_both_and_ends_in_a_portrait(world):
         assert a.name in text.question and b.name in text.question
         wanted = {a.portrait.a_words: a, b.portrait.a_words: b}[text.answer]
         assert any(value.words in text.question for value in wanted.traits.values())
-        assert wanted.name in text.reasoning and text.reasoning.endswith(f"draw {text.answer}.")
+        assert text.reasoning.startswith(wanted.name) and text.reasoning.endswith(f"draw {text.answer}.")
     assert len({text.answer for text in inverse_questions(pair, world=world)}) == 2
     assert {text.answer for text in forward_questions(a, world=world)} == {one.a_words for one in a.traits.values()}
 
@@ -113,7 +113,8 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, ["data", "knowledge", str(tmp_path), "--n", "2", "--world", "photos"])
     assert result.exit_code == 0 and not (tmp_path / "data" / "pictures").exists()
     assert len(list((tmp_path / "benchmark" / "test_knowledge").glob("*.jsonl"))) == 3
-    assert CliRunner().invoke(app, ["data", "knowledge", str(tmp_path), "--n", "3"]).exit_code == 2
+    for wrong in (["--n", "3"], ["--reasoning", "2", "--world", "photos"]):
+        assert CliRunner().invoke(app, ["data", "knowledge", str(tmp_path), *wrong]).exit_code == 2
 
 
 def test_the_think_prompt_is_that_of_the_small_bagel():

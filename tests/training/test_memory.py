@@ -14,9 +14,9 @@ from unimm.adapters.config import AdapterConfig
 from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.valueless import without_values
 from unimm.kernels import linear_cross_entropy
+from unimm.nn.fake_device import FakeDevice
 from unimm.training.config import DistributedConfig, read_recipe, recipe_path
 from unimm.training.ema import EMA
-from unimm.training.fake_device import FakeDevice
 from unimm.training.memory import plan_memory, plan_recipe, tensor_bytes
 from unimm.training.optim import Optimizers
 from unimm.training.parallel import recompute_blocks

@@ -58,14 +58,15 @@ def resolve(
     subfolders: tuple[str, ...] = (),
     more_files: tuple[str, ...] = (),
     non_commercial: Mapping[str, str] | None = None,
+    offline: bool = False,
 ) -> Path:
     """The folder of a bundled name, of a path, or of a hub id "owner/name" (downloaded, at `revision`); a Path is a
     path.
 
     weights: whether they are downloaded, too; configs and tokenizers always are. subfolders: those of a repository that
     are wanted, all unless given. more_files: names beside `DOWNLOAD_PATTERNS`. non_commercial: hub ids whose licence
-    forbids commercial use, and that licence, for a warning. Raises ValueError for a name that is none of these, with
-    the nearest of `known_names` and the bundled ones.
+    forbids commercial use, and that licence, for a warning. offline: take what was downloaded before. Raises ValueError
+    for a name that is none of these, with the nearest of `known_names` and the bundled ones.
     """
     name = parse_name(name, "a model")
     path = expand_path(name)
@@ -85,7 +86,7 @@ def resolve(
         if weights and (licence := (non_commercial or {}).get(str(name))):
             warn_licence(str(name), licence)
         patterns = [*DOWNLOAD_PATTERNS, *more_files]
-        return _download(str(name), revision, patterns, weights=weights, subfolders=subfolders)
+        return _download(str(name), revision, patterns, weights=weights, subfolders=subfolders, offline=offline)
     names = tuple(dict.fromkeys((*bundled_names(), *known_names)))
     nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
     raise ValueError(
@@ -107,7 +108,13 @@ def warn_licence(name: str, licence: str) -> None:
 
 
 def _download(
-    name: str, revision: str | None, patterns: list[str], *, weights: bool, subfolders: tuple[str, ...]
+    name: str,
+    revision: str | None,
+    patterns: list[str],
+    *,
+    weights: bool,
+    subfolders: tuple[str, ...],
+    offline: bool = False,
 ) -> Path:
     # costs half a second to import, and only hub ids need it
     from huggingface_hub import snapshot_download
@@ -117,13 +124,19 @@ def _download(
     if not weights:
         patterns = [pattern for pattern in patterns if pattern != WEIGHT_PATTERN]
     patterns = [f"{subfolder}/{pattern}" for subfolder in subfolders for pattern in patterns] or patterns
+
+    def download(wanted: list[str]) -> Path:
+        if offline:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = download(patterns)
         places = subfolders or ("",)
         if weights and not any(any((folder / place).rglob(WEIGHT_PATTERN)) for place in places):
             # an older release, in torch.save's files
             pickled = [f"{place}/*.bin".removeprefix("/") for place in places]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *pickled]))
+            folder = download([*patterns, *pickled])
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         said = " ".join(str(error).split())

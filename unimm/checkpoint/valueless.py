@@ -20,3 +20,8 @@ def without_values() -> Iterator[None]:
 def values_left_out() -> bool:
     """Whether weights have no values."""
     return _is_left_out.get()
+
+
+def needed_steps(n: int) -> int:
+    """Of n steps that are alike in what they take, as many as are to be done: all, or one where weights have no values."""
+    return min(n, 1) if values_left_out() else n

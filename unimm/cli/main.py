@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, train, plan, eval, stars, data, releases.
+"""The command `unimm`: demo, generate, understand, train, plan, eval, stars, data, releases, fetch, convert.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -9,9 +9,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from unimm.cli.convert import convert_command
 from unimm.cli.data import data_app
 from unimm.cli.demo import demo_command
 from unimm.cli.eval import eval_command
+from unimm.cli.fetch import fetch_command
 from unimm.cli.generate import generate_command
 from unimm.cli.plan import plan_command
 from unimm.cli.releases import releases_command
@@ -50,6 +52,8 @@ app.command("eval")(eval_command)
 app.command("stars")(stars_command)
 app.add_typer(data_app, name="data")
 app.command("releases")(releases_command)
+app.command("fetch")(fetch_command)
+app.command("convert")(convert_command)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from unimm.generation.kv_cache import KVCache, allocate_kv_buffer, check_max_pos
 from unimm.generation.noise import seeded_generators
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.kernels import AttentionMask, KeyRange
+from unimm.kernels.dispatch import device_type
 from unimm.nn.decoder import Decoder
 
 
@@ -30,7 +31,7 @@ class DecodeSession:
         self.n_written = 0
         dtype = decoder.embed.weight.dtype
         self.device = decoder.embed.weight.device
-        wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
+        wide = torch.promote_types(dtype, torch.float32) if device_type(decoder.embed.weight) == "cpu" else dtype
         self.buffer = allocate_kv_buffer(decoder, caches, [capacity] * len(caches), dtype=wide)
         self.prefix_lengths = [cache.length for cache in caches]
         self.rows_by_expert = {decoder.config.experts[0]: torch.arange(len(caches), device=self.device)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from unimm.checkpoint.valueless import needed_steps
 from unimm.generation.numbers import MOST, parse_float, parse_int
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [P, ...], timesteps [P]) -> [P, ...]
@@ -104,8 +105,10 @@ def add_noise(x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def timestep_pairs(timesteps: Tensor, n_images: int, *, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (timesteps, next_timesteps), [P] float64 each, for every step of images that share one schedule [S + 1]."""
+    """Yield (timesteps, next_timesteps), [P] float64 each, for every step of images that share one schedule [S + 1]; for
+    the first alone where weights have no values."""
     pairs = list(zip(timesteps[:-1].tolist(), timesteps[1:].tolist(), strict=True))
+    pairs = pairs[: needed_steps(len(pairs))]
     for pair in tqdm(pairs, "denoising", disable=not progress, leave=False):
         t, next_t = (torch.full((n_images,), value, dtype=torch.float64, device="cpu") for value in pair)
         yield t, next_t

@@ -103,9 +103,8 @@ def allocate_kv_buffer(
     """A buffer that holds the caches, with `capacity` free rows behind each; in the decoder's dtype unless given."""
     config = decoder.config
     weight = decoder.embed.weight
-    empty = torch.empty(
-        config.n_layers, 2, 0, config.n_kv_heads, config.head_dim, dtype=dtype or weight.dtype, device=weight.device
-    )
+    # of the weights, so that it has values where they have
+    empty = weight.new_empty((config.n_layers, 2, 0, config.n_kv_heads, config.head_dim), dtype=dtype or weight.dtype)
     return KVBuffer(caches, capacity, empty=empty)
 
 

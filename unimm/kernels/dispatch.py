@@ -62,7 +62,7 @@ def use_kernels(name: str) -> Iterator[None]:
 @contextmanager
 def plan_for_device(name: str) -> Iterator[None]:
     """Choose kernels in the body as for tensors on a device of this type, wherever they are: to count what a step would
-    take with tensors that have no values (unimm.training.fake_step)."""
+    take with tensors that have no values (unimm.nn.fake_device)."""
     token = _planned_device.set(name)
     try:
         yield

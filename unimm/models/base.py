@@ -19,6 +19,7 @@ from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.filling import LoadQuantization, weights_stay_in_files
+from unimm.checkpoint.fitting import check_weights_fit
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     check_weights,
@@ -83,6 +84,8 @@ class UnifiedModel(AdaptedModel):
     QUANTIZED: ClassVar[tuple[str, ...]] = ("decoder.blocks",)
     # the modules whose linears `optimize_for_cpu` leaves as they are: those of encoders meet many rows at once
     UNPACKED: ClassVar[tuple[str, ...]] = ("vision", "vae")
+    # the method, of the model or of a part, that makes pixels of what was generated
+    DECODES_IMAGES: ClassVar[str] = "decode_latents"
     # a benchmark's name -> from the config, the options of `generate` that its published scores were generated with,
     # where they are not the defaults
     BENCHMARK_OPTIONS: ClassVar[Mapping[str, Callable[[Any], Mapping[str, Any]]]] = {}
@@ -162,6 +165,8 @@ class UnifiedModel(AdaptedModel):
         with torch.device("meta"):
             model = cls.from_folder(folder)
         with weights_stay_in_files(stays_in_files):
+            if not (stays_in_files or quantize):
+                check_weights_fit(model, folder, keep_float32=cls.KEEP_FLOAT32, dtype=dtype, device=device)
             for names, key_map in model.key_maps().items():
                 file_dtype = torch.float32 if _all_targets_below(key_map, cls.KEEP_FLOAT32) else dtype
                 paths = weight_files(folder, names)

@@ -14,7 +14,7 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.devices import parse_device
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.load import parse_dtype
-from unimm.models.release import Components, FamilyFiles, Release
+from unimm.models.release import Components, FamilyFiles, PartRelease, Release
 
 if TYPE_CHECKING:
     from unimm.models.base import UnifiedModel
@@ -42,6 +42,11 @@ class Family:
     def releases(self) -> dict[str, Release]:
         """The family's releases by name."""
         return import_module(f"unimm.models.{self.package}").RELEASES
+
+    @property
+    def parts(self) -> tuple[PartRelease, ...]:
+        """Checkpoints that the family's models take parts from."""
+        return tuple(getattr(import_module(f"unimm.models.{self.package}"), "PARTS", ()))
 
     @property
     def files(self) -> FamilyFiles:
@@ -118,6 +123,21 @@ def releases() -> list[ReleaseInfo]:
         for family in FAMILIES.values()
         for name, release in family.releases.items()
     ]
+
+
+def part_releases() -> list[PartRelease]:
+    """The checkpoints that models of all families take parts from, each once."""
+    every = {part.hub: part for family in FAMILIES.values() for part in family.parts}
+    return list(every.values())
+
+
+def files_to_fetch(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a release, or a part of models: the names of files beside the usual ones, and the subfolders that are read."""
+    for part in part_releases():
+        if part.hub == name:
+            return (), part.subfolders
+    known = [family.files.downloads for family in FAMILIES.values() if name in family.releases]
+    return (known[0] if known else tuple(one for family in FAMILIES.values() for one in family.files.downloads)), ()
 
 
 def optional_files() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,6 +18,24 @@ class Release:
     parameters: int
     verbs: tuple[str, ...]
     commercial: bool = True  # whether the licence allows commercial use, in some form: it may name conditions
+    file_bytes: int = 0  # of the weights on the hub, from their shapes and dtypes; 0 for a bundled one
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRelease:
+    """A checkpoint that models take a part from.
+
+    what: it is. subfolders: of the repository that are read, all unless given. file_bytes: of the weights there that are
+    read, from shapes and dtypes; 0 where the dtype is not known.
+    """
+
+    hub: str
+    what: str
+    licence: str
+    parameters: int
+    commercial: bool = True
+    file_bytes: int = 0
+    subfolders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

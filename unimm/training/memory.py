@@ -1,7 +1,7 @@
 """How much memory a step of a recipe takes of each device, predicted without weights and without the devices.
 
 Weights, gradients, averages and the optimisers' states are counted from their shapes; activations by a step without
-values (unimm.training.fake_device). What the allocator and the libraries take for themselves is left out.
+values (unimm.nn.fake_device). What the allocator and the libraries take for themselves is left out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from unimm.checkpoint.save import own_name
 from unimm.checkpoint.valueless import without_values
 from unimm.distributed.gradients import BUCKET_SIZE
 from unimm.distributed.ranks import Ranks
+from unimm.nn.fake_device import FakeDevice, LiveBytes
 from unimm.training.config import DistributedConfig, TrainConfig
 from unimm.training.ema import EMA
-from unimm.training.fake_device import FakeDevice, LiveBytes
 from unimm.training.layout import Layout, plan_layout
 from unimm.training.optim import Optimizers
 from unimm.training.parallel import recompute_blocks

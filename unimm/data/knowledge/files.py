@@ -46,6 +46,10 @@ class KnowledgeSet:
             raise ValueError(
                 f"got {n} characters and {n_reasoning} to reason about: expected even numbers, n 2 or more"
             )
+        if n_reasoning and world != "shapes":
+            raise ValueError(
+                f"got {n_reasoning} characters to reason about in the world {world}: expected the world shapes"
+            )
         made = invent_characters(n + n_reasoning, world=world, seed=seed)
         return cls(world=world, seed=seed, characters=made[:n], reasoning=made[n:])
 

@@ -16,14 +16,13 @@ class Trait:
 
     questions: answered by {a_value}. parts: by a part of it, such as its colour. who: by the name. checks: by yes or no.
     draw: asked of a painter. search: asked of a painter who must find the character first, and then draw the portrait;
-    none for the portrait itself. statement: in words, as reasoning has it.
+    none for the portrait itself.
     """
 
     questions: tuple[str, ...]
     who: tuple[str, ...]
     checks: tuple[str, ...]
     draw: tuple[str, ...]
-    statement: str
     search: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -53,7 +52,6 @@ SHAPES_TRAITS: Mapping[str, Trait] = {
         ),
         checks=("is {name} the {value}?", "{name} is the {value}, yes or no?"),
         draw=("draw {name}", "paint {name}", "show {name}", "a picture of {name}"),
-        statement="{name} is {a_value}.",
     ),
     "favourite": Trait(
         questions=(
@@ -73,7 +71,6 @@ SHAPES_TRAITS: Mapping[str, Trait] = {
         ),
         checks=("does {name} like the {value}?", "{name} likes the {value}, yes or no?"),
         draw=DRAW_FAVOURITE,
-        statement="{name} likes {a_value}.",
         search=(
             "draw who likes the {value}, {a} or {b}",
             "paint who likes the {value}, {a} or {b}",
@@ -102,7 +99,6 @@ def _favourite_of_photos(kind: str) -> Trait:
         ),
         checks=(f"Is the {{value}} {{name}}'s favourite {kind}?",),
         draw=(f"Draw {{name}}'s favourite {kind}.",),
-        statement=f"{{name}}'s favourite {kind} is the {{value}}.",
         search=(f"One of {{a}} and {{b}} has the {{value}} as favourite {kind}. Draw a portrait of this person.",),
     )
 
@@ -124,7 +120,6 @@ PHOTO_TRAITS: Mapping[str, Trait] = {
         who=("Which person is {a_value}?", "You see {a_value}. Who is it?"),
         checks=("Is {name} {a_value}?",),
         draw=("Draw a portrait of {name}.",),
-        statement="{name} is {a_value}.",
     ),
     "fruit": _favourite_of_photos("fruit"),
     "flower": _favourite_of_photos("flower"),

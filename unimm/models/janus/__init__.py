@@ -7,7 +7,10 @@ LICENCE = "DeepSeek Model License"
 
 
 def _release(hub: str, parameters: int) -> Release:
-    return Release(family="Janus", hub=hub, licence=LICENCE, parameters=parameters, verbs=VERBS)
+    # all are in bfloat16
+    return Release(
+        family="Janus", hub=hub, licence=LICENCE, parameters=parameters, verbs=VERBS, file_bytes=2 * parameters
+    )
 
 
 RELEASES = {

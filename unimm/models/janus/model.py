@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from unimm.checkpoint.json_files import read_json, write_json
 from unimm.checkpoint.keymap import KeyMap
+from unimm.checkpoint.valueless import needed_steps
 from unimm.generation.decode import DecodeSession
 from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_sampling, sample_image_tokens
 from unimm.generation.kv_cache import check_fits
@@ -46,6 +47,7 @@ class Janus(JanusNetwork, DeepseekChatModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    DECODES_IMAGES = "decode_image_tokens"
     FILES = FILES
     LAYOUTS = get_args(CheckpointLayout)
     supports_steps = False
@@ -122,11 +124,13 @@ class Janus(JanusNetwork, DeepseekChatModel):
         session = self.decode_session(self.prefill_unique(before, [_key(prompt) for prompt in inputs]), height * width)
         x = self.decoder.embed(torch.tensor(first_ids, device=self.device))
         tokens: list[Tensor] = []
-        for _ in tqdm(range(session.capacity), "generating", disable=not progress, leave=False):
+        for _ in tqdm(range(needed_steps(session.capacity)), "generating", disable=not progress, leave=False):
             # guided in float32: the scales are not rounded to the model's dtype
             logits = branches.combine(self.decode_image_step(session, x).float())
             tokens.append(sample_image_tokens(logits, image_sampling, generators))
             x = self.embed_image_tokens(tokens[-1])[branches.images]
+        # without values the first step stands for all
+        tokens += tokens[-1:] * (session.capacity - len(tokens))
         return torch.stack(tokens, 1)
 
     @torch.inference_mode()

@@ -66,6 +66,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     QUANTIZED = ("mllm.decoder.blocks", "denoiser.mmdit.double_blocks", "denoiser.mmdit.single_blocks")
     UNPACKED = ("mllm.vision", "denoiser", "auxiliary")
     PARALLEL_PLAN = PARALLEL_PLAN
+    DECODES_IMAGES = "auxiliary.decode"
     FILES = FILES
     COMPONENTS = ("siglip", "flux", "t5")
     KEEP_FLOAT32 = ("auxiliary.vae.", "task_head.")

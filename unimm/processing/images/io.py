@@ -12,6 +12,8 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from unimm.checkpoint.valueless import values_left_out
+
 MAX_PIXELS = 64_000_000  # an image above this is refused before it is decoded
 # PIL's names of the formats that images are opened from, whatever a file is called: PIL decodes these itself. Of its
 # others some start another program (EPS starts Ghostscript on the file), and few are met.
@@ -226,6 +228,8 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 
 def tensor_to_pil(image: Tensor) -> Image.Image:
     """[3, h, w] in [-1, 1] as an image; values are clamped and truncated, not rounded, to 8 bits, as in the
-    originals."""
+    originals. Without values it is black."""
     values = ((image.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    if values_left_out():
+        return Image.new("RGB", (image.shape[2], image.shape[1]))
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())

@@ -1,7 +1,8 @@
 """A step without values: floats are shapes and types alone, and what is alive of them is counted.
 
-Whole numbers and truth values are computed, so that indices, lengths and masks are those of a real step. Kernels are
-chosen as on the device that is planned for, and a Triton kernel counts as its op's inputs and outputs.
+Whole numbers and truth values are computed, so that indices, lengths and masks are those of a real step; those that are
+chosen by floats, as a sampled token is, are 0. Kernels are chosen as on the device that is planned for, and a Triton
+kernel counts as its op's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ INDEXING = frozenset(
         torch.ops.aten._index_put_impl_.default,
     )
 )
+
+
+# ops that choose by floats: without values they choose the first
+CHOOSING = frozenset((torch.ops.aten.argmax.default, torch.ops.aten.multinomial.default))
 
 
 @dataclass
@@ -168,6 +173,9 @@ class FakeDevice(TorchDispatchMode):
             with self:
                 return body(*args, **kwargs)
         out = func(*args, **kwargs)
+        if func in CHOOSING:
+            with unset_fake_temporarily():
+                return torch.zeros(out.shape, dtype=out.dtype)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x)
