@@ -193,7 +193,6 @@ def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, stored, dtype):
     monkeypatch.setattr(streaming, "PIECE_BYTES", 2**17)
     monkeypatch.setattr(streaming, "BUFFER_BYTES", 3 * 2**14)
     monkeypatch.setattr(streaming, "READ_AHEAD_BYTES", 2**18)
-    monkeypatch.setattr(streaming, "HUGE_PAGE_BYTES", 2**18)
     state = {name: torch.randn(n, 331).to(stored) for name, n in (("a", 511), ("first", 7), ("second", 1033))}
     state["bias"] = torch.tensor(3.0).to(stored)
     save_safetensors(state, tmp_path / "m.safetensors")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.keymap import Slice, Transform
 from unimm.checkpoint.safetensors_file import SafetensorsFile
-from unimm.checkpoint.streaming import Request, empty, is_mappable, read_tensors_ahead
+from unimm.checkpoint.streaming import Request, is_mappable, read_tensors_ahead
 from unimm.checkpoint.torch_file import TorchStateDict
 
 OpenWeights = SafetensorsFile | TorchStateDict
-MAX_CHECKED_BYTES = 2**30  # mapped weights beyond this are not searched for NaN, which would read them all
+MAX_CHECKED_BYTES = 2**28  # mapped weights beyond this are not searched for NaN, which would read them all
 
 SCALE_SUFFIX = "_scale"  # of the name of a file's scales, a number a row, of weights that are in int8
 
@@ -144,10 +144,10 @@ class ModelFiller:
         is_scaled = key[skip:] in self.scales
         dtype = torch.float32 if is_scaled else self.dtype
         if not isinstance(transform, Slice):
-            return empty(file.header(key).shape, dtype=dtype, device=self.device) if is_scaled else None
+            return torch.empty(file.header(key).shape, dtype=dtype, device=self.device) if is_scaled else None
         if transform.ours not in self._wholes:
             shape = get_tensor(self.model, transform.ours).shape
-            self._wholes[transform.ours] = empty(shape, dtype=dtype, device=self.device)
+            self._wholes[transform.ours] = torch.empty(shape, dtype=dtype, device=self.device)
         return transform.rows_of(self._wholes[transform.ours])
 
     def _assign(self, transform: Transform, released: Tensor) -> None:

@@ -3,7 +3,6 @@ threads that work ahead, piece by piece, so that nothing but the results and a f
 """
 
 import math
-import mmap
 import os
 import threading
 from collections import deque
@@ -23,7 +22,6 @@ PIECE_BYTES = 2**24  # of a file, for one thread at a time
 BUFFER_BYTES = 2**20  # of a thread; small enough to stay in a processor's cache
 # PyTorch splits operations on more elements among threads of its own, which would only wait for each other here
 SERIAL_ELEMENTS = 2**15
-HUGE_PAGE_BYTES = 2**22  # results of this size get large pages: to touch them for the first time costs a third
 MAX_THREADS = 4
 
 
@@ -72,7 +70,9 @@ def read_tensors_ahead(
             if is_mapped and is_mappable(stored, dtype=dtype, device=device):
                 one = _Arriving(request.key, file.get_tensor(request.key))
             else:
-                target = empty(stored.shape, dtype=dtype, device=device) if request.target is None else request.target
+                target = (
+                    torch.empty(stored.shape, dtype=dtype, device=device) if request.target is None else request.target
+                )
                 one = _Arriving(request.key, target, n_bytes=target.nbytes)
                 if stored.n_bytes < MIN_MAPPED_BYTES:  # which is done before a thread would have begun
                     one.has_nan = reader.read(stored, target, 0, target.numel())
@@ -99,20 +99,6 @@ def _pieces(stored: StoredTensor) -> list[tuple[int, int]]:
     total = math.prod(stored.shape)
     step = PIECE_BYTES // stored.dtype.itemsize
     return [(first, min(first + step, total)) for first in range(0, total, step)]
-
-
-def empty(shape: Iterable[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor without values; a large one in the CPU's memory has large pages."""
-    shape = tuple(shape)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or n_bytes < HUGE_PAGE_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class _PieceReader(threading.local):
