@@ -96,7 +96,7 @@ def run_experiment(study: Study, name: str, seed: int) -> dict[str, Any]:
             f"{folder} reached step {steps} in {study.minutes} minutes: expected {recipe.log_every} or more"
         )
     last = json.loads(lines[-1])["losses"]
-    result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds": round(seconds)}
+    result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds_of_last_call": round(seconds)}
     losses = {kind: last[kind] for kind in ("answer", "draw") if kind in last}
     result |= sample_counts(recipe, steps) | {"losses": losses, "scores": scores}
     done.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
