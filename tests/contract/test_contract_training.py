@@ -43,6 +43,7 @@ FROZEN = {
     "uniworld-nano": {
         "mllm.": BEFORE,
         "auxiliary.vae.": BEFORE,
+        "auxiliary.siglip.": BEFORE,
         "vae_projector.": "of references as part of the condition, which the released data never shows",
     },
 }
@@ -50,7 +51,6 @@ FROZEN = {
 PROBE = {"probe.": "what the vision encoder alone is trained by, in the first steps, which are left out here"}
 UNUSED = {
     "metaquery-nano-mllm": PROBE,
-    "uniworld-nano-mllm": PROBE,
     "uniworld-nano": {
         "denoiser.pooled_embed.fc1.weight": "of CLIP's embedding, which is zeros: the recipe's `captioned` is false"
     },

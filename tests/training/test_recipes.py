@@ -105,7 +105,6 @@ def test_every_recipe_is_read():
         "metaquery-pretrain": "metaquery",
         "uniworld-nano": "uniworld",
         "uniworld-nano-finetune": "uniworld",
-        "uniworld-nano-mllm": "qwen2_5_vl",
         "uniworld-nano-task-head": "uniworld_task_head",
         "uniworld-stage1": "uniworld",
         "uniworld-stage2": "uniworld",
