@@ -6,7 +6,7 @@ VERBS = ("generate", "understand", "chat", "respond")
 HUB = "LanguageBind/UniWorld-V1"
 LICENCE = "MIT; its denoiser is FLUX.1-dev's: FLUX.1 [dev] non-commercial"
 RELEASES = {
-    "uniworld-nano": Release(family="UniWorld", hub=None, licence="Apache-2.0", parameters=3_922_461, verbs=VERBS),
+    "uniworld-nano": Release(family="UniWorld", hub=None, licence="Apache-2.0", parameters=6_648_141, verbs=VERBS),
     HUB: Release(
         family="UniWorld",
         hub=HUB,
