@@ -180,7 +180,7 @@ def _with_own_storage(tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     start = tensor.storage_offset() * tensor.element_size()
     own: Any = storage[start : start + tensor.nbytes]  # the same memory
-    return torch.empty(0, dtype=tensor.dtype).set_(own).view(tensor.shape)
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(own).view(tensor.shape)
 
 
 def _has_nan(tensor: Tensor) -> bool:

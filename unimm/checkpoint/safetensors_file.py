@@ -105,9 +105,9 @@ class SafetensorsFile:
         """
         stored = self.tensors[key]
         if not stored.n_bytes:
-            return torch.empty(stored.shape, dtype=stored.dtype)
+            return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         if not stored.is_aligned:
-            target = torch.empty(stored.shape, dtype=stored.dtype)
+            target = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
             self.read_into(target.view(-1).view(torch.uint8).numpy().data, stored.start)
             return target
         if self._mapping is None or key in self._mapped:  # a second tensor of the same bytes gets pages of its own

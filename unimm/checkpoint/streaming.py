@@ -108,7 +108,8 @@ class _PieceReader(threading.local):
         self.file = file
         # a GPU takes its copies from memory that is pinned, and larger ones faster
         is_cuda = device.type == "cuda"
-        self.buffer = torch.empty(PIECE_BYTES if is_cuda else BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
+        n_bytes = PIECE_BYTES if is_cuda else BUFFER_BYTES
+        self.buffer = torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=is_cuda)
 
     @torch.inference_mode()  # whatever mode the caller, and so the target, is in
     def read(self, stored: StoredTensor, target: Tensor, first: int, end: int) -> bool:

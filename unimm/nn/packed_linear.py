@@ -137,7 +137,7 @@ def packed_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def _prepack_int8(weight: Tensor) -> Any:
     scales = (weight.abs().amax(1).double() / 127).clamp(min=MIN_SCALE)
-    zeros = torch.zeros(len(weight), dtype=torch.long)
+    zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
     with warnings.catch_warnings():
         # pytorch/pytorch issue 184982: no product that will remain is as fast (onednn.qlinear_pointwise 2.2 ms against
         # 0.9)
@@ -155,7 +155,7 @@ def _int8_product(x: Tensor, levels: int, packed: Any) -> Tensor:
 
 def _accumulates_in_int32() -> bool:
     """Whether products of 8 bits with 8 are summed in 32 bits: without VNNI pairs are summed in 16, which overflows."""
-    ones = torch.ones(1, 64)
+    ones = torch.ones(1, 64, device="cpu")
     return bool(torch.isclose(_int8_product(ones, 127, _prepack_int8(ones)), ones.sum()).all())
 
 
