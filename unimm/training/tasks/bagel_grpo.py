@@ -40,7 +40,7 @@ from unimm.training.tasks.grpo import GRPOTask, GRPOTrainingConfig, PromptDatase
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagelGRPOConfig(GRPOTrainingConfig):
+class BagelGRPOTrainingConfig(GRPOTrainingConfig):
     """The recipe's `options`."""
 
     # steps of the sampler: fewer than for images that are kept
@@ -77,9 +77,11 @@ class BagelGRPOTask(GRPOTask):
 
     name = "bagel_grpo"
     model: Bagel
-    options: BagelGRPOConfig
+    options: BagelGRPOTrainingConfig
 
-    def __init__(self, model: Bagel, options: BagelGRPOConfig, batch: PromptDataset, reward: RewardFunction) -> None:
+    def __init__(
+        self, model: Bagel, options: BagelGRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
+    ) -> None:
         self.model = model
         self.options = options
         self.batch = batch
@@ -88,7 +90,7 @@ class BagelGRPOTask(GRPOTask):
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> BagelGRPOTask:
         """Load the release that the recipe names."""
-        options = from_mapping(BagelGRPOConfig, recipe.options, where="options")
+        options = from_mapping(BagelGRPOTrainingConfig, recipe.options, where="options")
         batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
         reward = load_reward(options.reward)
         model = load_released(Bagel, recipe.model)

@@ -34,7 +34,7 @@ from unimm.vlms.llama_layout import EXPERT
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusGRPOConfig(GRPOTrainingConfig):
+class JanusGRPOTrainingConfig(GRPOTrainingConfig):
     """The recipe's `options`."""
 
     # of sampling; 1 samples from the model's distribution as it is
@@ -53,9 +53,11 @@ class JanusGRPOTask(GRPOTask):
 
     name = "janus_grpo"
     model: Janus
-    options: JanusGRPOConfig
+    options: JanusGRPOTrainingConfig
 
-    def __init__(self, model: Janus, options: JanusGRPOConfig, batch: PromptDataset, reward: RewardFunction) -> None:
+    def __init__(
+        self, model: Janus, options: JanusGRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
+    ) -> None:
         self.model = model
         self.options = options
         self.batch = batch
@@ -64,7 +66,7 @@ class JanusGRPOTask(GRPOTask):
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> JanusGRPOTask:
         """Load the release that the recipe names."""
-        options = from_mapping(JanusGRPOConfig, recipe.options, where="options")
+        options = from_mapping(JanusGRPOTrainingConfig, recipe.options, where="options")
         batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
         reward = load_reward(options.reward)
         model = load_released(Janus, recipe.model)
