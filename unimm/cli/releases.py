@@ -24,13 +24,14 @@ def releases_command(
     for row in rows:
         limit = "" if row["commercial"] else ", no commercial use"
         memory = [f"{name} {format_bytes(width * row['parameters'])}" for name, width in WIDTHS.items()]
-        disk = f"disk {format_bytes(row['file_bytes'])}" if row["file_bytes"] else "disk unknown"
+        place = "bundled" if row["bundled"] else "disk"
+        disk = f"{place} {format_bytes(row['file_bytes'])}" if row["file_bytes"] else "disk unknown"
         numbers = [row["family"], f"{format_count(row['parameters'])} parameters", disk, *memory]
         # a name stands alone in its line, whole, so that it can be copied
         console.print(Text(row["name"], style="bold"), soft_wrap=True)
         for line in (", ".join(numbers), f"{row['licence']}{limit}; {row['can']}"):
             console.print(Padding(Text(line), (0, 0, 0, 2)))
-    console.print(Text("disk: the weights' files; float32, bfloat16: the weights in memory", style="dim"))
+    console.print(Text("disk, bundled: the weights' files; float32, bfloat16: the weights in memory", style="dim"))
 
 
 def release_rows() -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ def release_rows() -> list[dict[str, Any]]:
                 "parameters": row.parameters,
                 "file_bytes": bundled if row.hub is None else row.file_bytes,
                 "can": ", ".join(row.verbs),
+                "bundled": row.hub is None,
             }
         )
     parts = [
@@ -61,6 +63,7 @@ def release_rows() -> list[dict[str, Any]]:
             "parameters": part.parameters,
             "file_bytes": part.file_bytes,
             "can": part.what,
+            "bundled": False,
         }
         for part in part_releases()
     ]
