@@ -11,7 +11,7 @@ from helpers.toys import picture
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state_dict
+from unimm.checkpoint.save import released_state_dict, released_tensors
 from unimm.encoders.siglip import SiglipConfig, SiglipVisionEncoder, siglip_file_key_map
 from unimm.processing.images.siglip import SiglipImageProcessor
 
@@ -65,7 +65,7 @@ def test_manifests_fit_the_released_encoders(patch, size):
     assert {
         name for one in check_keys(shapes | beside, table, state, "here").values() for name in one.our_names
     } == set(state)
-    assert set(released_state_dict(model, table)) == set(shapes)
+    assert set(released_tensors(model, table)) == set(shapes)
     without = {key: shape for key, shape in shapes.items() if key != "vision_model.encoder.layers.3.mlp.fc1.bias"}
     with pytest.raises(CheckpointError, match=r"missing keys: vision_model\.encoder\.layers\.3\.mlp\.fc1\.bias"):
         check_keys(without, table, state, "here")

@@ -10,7 +10,7 @@ from helpers.tolerance import assert_close
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state_dict
+from unimm.checkpoint.save import released_state_dict, released_tensors
 from unimm.encoders import clip_text, t5
 from unimm.encoders.clip_text import CLIPTextConfig, CLIPTextEncoder
 from unimm.encoders.t5 import T5Config, T5Encoder, relative_position_buckets
@@ -70,7 +70,7 @@ def test_manifests_fit_the_released_encoders(kind, name, files, n, without):
     state = model.state_dict()
     assert sum(p.numel() for p in model.parameters()) == n
     assert {name for one in check_keys(shapes, keys, state, "here").values() for name in one.our_names} == set(state)
-    assert {key: tuple(x.shape) for key, x in released_state_dict(model, keys).items()} == shapes
+    assert {key: tuple(x.shape) for key, x in released_tensors(model, keys).items()} == shapes
     with pytest.raises(CheckpointError, match=f"missing keys: {without}"):
         check_keys({key: shape for key, shape in shapes.items() if key != without}, keys, state, "here")
 

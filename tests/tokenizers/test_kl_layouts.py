@@ -10,7 +10,7 @@ from helpers.tolerance import assert_close
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state_dict
+from unimm.checkpoint.save import released_state_dict, released_tensors
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.tokenizers.kl_layouts import (
     ATTENTION_NAMES,
@@ -73,7 +73,7 @@ def test_sdxl_has_its_released_size():
         vae = AutoencoderKL(config)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
     key_map = kl_diffusers_key_map(config.widths, quant_convs=config.quant_convs)
-    shapes = {key: tuple(x.shape) for key, x in released_state_dict(vae, key_map).items()}
+    shapes = {key: tuple(x.shape) for key, x in released_tensors(vae, key_map).items()}
     assert len(shapes) == 248
     assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.bias"] == (4,)
     assert shapes["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"] == (256, 512, 1, 1)

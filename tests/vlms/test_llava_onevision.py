@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoint.load import CheckpointError, check_keys
-from unimm.checkpoint.save import released_state_dict
+from unimm.checkpoint.save import released_tensors
 from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.llava_onevision import LlavaOnevisionImageProcessor
@@ -334,7 +334,7 @@ def test_manifest_fits_the_released_model():
         assert {name for one in check_keys(names, table, state, "here").values() for name in one.our_names} == set(
             state
         )
-        assert {key: tuple(x.shape) for key, x in released_state_dict(model, table).items()} == names
+        assert {key: tuple(x.shape) for key, x in released_tensors(model, table).items()} == names
     without = {key: shape for key, shape in shapes.items() if key != "image_newline"}
     with pytest.raises(CheckpointError, match="missing keys: image_newline"):
         check_keys(without, llava_key_map(model.config, without), model.state_dict(), "here")

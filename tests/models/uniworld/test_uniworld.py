@@ -142,7 +142,7 @@ def test_parts_of_their_own(tmp_path, model, monkeypatch):
         FLUX_HUB_ID: tmp_path / "flux",
     }
 
-    def download(name, revision, patterns, *, weights, subfolders):
+    def download(name, revision, patterns, *, weights, subfolders, offline):
         downloads.append((name, subfolders))
         return homes[name]
 
