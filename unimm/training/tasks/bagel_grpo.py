@@ -31,12 +31,9 @@ from unimm.models.bagel.model import Bagel
 from unimm.processing.images.io import tensor_to_pil
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part
-from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne
 from unimm.training.freezing import freeze
-from unimm.training.pretrained import load_released
-from unimm.training.rewards import RewardFunction, load_reward
-from unimm.training.tasks.grpo import GRPOTask, GRPOTrainingConfig, PromptDataset, Rollout, prompt_dataset
+from unimm.training.tasks.grpo import GRPOTask, GRPOTrainingConfig, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +73,15 @@ class BagelGRPOTask(GRPOTask):
     """BAGEL on rewards of images from texts."""
 
     name = "bagel_grpo"
+    FAMILY = Bagel
+    OPTIONS = BagelGRPOTrainingConfig
     model: Bagel
     options: BagelGRPOTrainingConfig
 
-    def __init__(
-        self, model: Bagel, options: BagelGRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
-    ) -> None:
-        self.model = model
-        self.options = options
-        self.batch = batch
-        self.reward = reward
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> BagelGRPOTask:
-        """Load the release that the recipe names."""
-        options = from_mapping(BagelGRPOTrainingConfig, recipe.options, where="options")
-        batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
-        reward = load_reward(options.reward)
-        model = load_released(Bagel, recipe.model)
-        model.processor.check_visual_gen()
-        freeze(model, options.frozen, always=("vae.",))
-        return cls(model, options, batch, reward)
+    def prepare(self) -> None:
+        """Freeze what is not trained."""
+        self.model.processor.check_visual_gen()
+        freeze(self.model, self.options.frozen, always=("vae.",))
 
     @property
     def guidance(self) -> Guidance:

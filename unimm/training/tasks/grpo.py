@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import example
 from unimm.models.base import UnifiedModel
+from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import (
     NotNegative,
     OptionalTaskWeights,
@@ -31,7 +33,8 @@ from unimm.training.fields import (
     known_tasks,
 )
 from unimm.training.losses import LossSum
-from unimm.training.rewards import RewardFunction, RewardRequest, compute_rewards, group_advantages
+from unimm.training.pretrained import load_released
+from unimm.training.rewards import RewardFunction, RewardRequest, compute_rewards, group_advantages, load_reward
 from unimm.training.samples import prompt_grid, sample_grid
 
 # tasks of the shapes world that draw from a prompt alone
@@ -107,6 +110,32 @@ class GRPOTask(ABC):
     reward: RewardFunction
     batch: PromptDataset
 
+    # the family that the recipe names a release of, and the class of the recipe's `options`
+    FAMILY: ClassVar[type[UnifiedModel]]
+    OPTIONS: ClassVar[type[GRPOTrainingConfig]]
+
+    def __init__(
+        self, model: UnifiedModel, options: GRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.batch = batch
+        self.reward = reward
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> Self:
+        """Load the release that the recipe names."""
+        options = from_mapping(cls.OPTIONS, recipe.options, where="options")
+        batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
+        reward = load_reward(options.reward)
+        task = cls(load_released(cls.FAMILY, recipe.model), options, batch, reward)
+        task.prepare()
+        return task
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Freeze what is not trained. Raises an error for a model that generates no images."""
+
     @abstractmethod
     def rollout(self, prompts: Sequence[str], rng: random.Random) -> Any:
         """`group_size` images of each prompt by the current weights; called without gradients, in eval mode."""
@@ -141,10 +170,7 @@ class GRPOTask(ABC):
     @property
     def held_out_batch(self) -> PromptDataset:
         """Prompts that no run trains on, where they are the shapes world's."""
-        seed = held_out_seed(self.batch.seed)
-        return PromptDataset(
-            tasks=self.batch.tasks, prompts=self.batch.prompts, batch_size=self.batch.batch_size, seed=seed
-        )
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
     def sample_image(self) -> Image.Image | None:
         """Images of test prompts, or of the first of one's own."""

@@ -24,11 +24,8 @@ from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.processing.images.io import tensor_to_pil
 from unimm.sequence.packing import pack_sequences
 from unimm.sequence.parts import Part, text_part
-from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import Positive
-from unimm.training.pretrained import load_released
-from unimm.training.rewards import RewardFunction, load_reward
-from unimm.training.tasks.grpo import GRPOTask, GRPOTrainingConfig, PromptDataset, Rollout, prompt_dataset
+from unimm.training.tasks.grpo import GRPOTask, GRPOTrainingConfig, Rollout
 from unimm.training.tasks.janus import prepare_janus
 from unimm.vlms.llama_layout import EXPERT
 
@@ -52,26 +49,14 @@ class JanusGRPOTask(GRPOTask):
     """Janus on rewards of images from texts."""
 
     name = "janus_grpo"
+    FAMILY = Janus
+    OPTIONS = JanusGRPOTrainingConfig
     model: Janus
     options: JanusGRPOTrainingConfig
 
-    def __init__(
-        self, model: Janus, options: JanusGRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
-    ) -> None:
-        self.model = model
-        self.options = options
-        self.batch = batch
-        self.reward = reward
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> JanusGRPOTask:
-        """Load the release that the recipe names."""
-        options = from_mapping(JanusGRPOTrainingConfig, recipe.options, where="options")
-        batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
-        reward = load_reward(options.reward)
-        model = load_released(Janus, recipe.model)
-        prepare_janus(model, options.frozen, compiled=False)
-        return cls(model, options, batch, reward)
+    def prepare(self) -> None:
+        """Freeze what is not trained."""
+        prepare_janus(self.model, self.options.frozen, compiled=False)
 
     @torch.inference_mode()
     def rollout(self, prompts: Sequence[str], rng: random.Random) -> JanusRollout:
