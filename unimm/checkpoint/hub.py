@@ -82,7 +82,7 @@ def resolve(
         raise ValueError(
             f"no folder {name}: expected a model's; a bundled name or a hub id is given as a text, no Path"
         )
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+    if looks_like_hub_id(str(name)):
         if weights and (licence := (non_commercial or {}).get(str(name))):
             warn_licence(str(name), licence)
         patterns = [*DOWNLOAD_PATTERNS, *more_files]
@@ -93,6 +93,11 @@ def resolve(
         f"no model {str(name)!r}: expected a folder, a hub id owner/name, or a bundled name; "
         f"the nearest are {', '.join(nearest)}"
     )
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name, where no folder has it, is one of a repository: owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 @cache

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from unimm.training.memory import MemoryPlan
 
 GIB = 2**30
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # from the most exact to the smallest
 DTYPES = ("float32", "bfloat16")
 
@@ -91,7 +90,8 @@ def plan_generation(
 
     with Console(stderr=True).status(f"generating with {name} without values"):
         folder = hub.resolve(name, known_names=tuple(row.name for row in releases()), weights=False)
-        if detect_family(folder) is not None or not is_hub_id(name):
+        is_hub_id = hub.looks_like_hub_id(name) and not Path(name).is_dir()
+        if detect_family(folder) is not None or not is_hub_id:
             plans = [plan_inference(name, dtype=dtype, device_type=device, size=size, batch=batch) for dtype in dtypes]
             return [plan.to_json() for plan in plans]
         counts = hub_weights(name)
@@ -116,17 +116,15 @@ def weights_alone(name: str, counts: Mapping[str, int], dtype: str) -> dict[str,
     }
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is that of a repository, and of no folder."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
-
-
 def parse_memory(text: str) -> int:
     """Bytes from "24GB", "80GiB" or a plain number. Raises ValueError for anything else."""
+    from unimm.checkpoint.save import SIZE_UNITS
+
+    units = {"": 1, "B": 1, **SIZE_UNITS}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS or not float(match[1]):
+    if match is None or match[2].upper() not in units or not float(match[1]):
         raise ValueError(f"got --memory {text!r}: expected a number of bytes with a unit, as 24GB or 80GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(float(match[1]) * units[match[2].upper()])
 
 
 def fitting_flags(plans: Sequence[Mapping[str, Any]], available: int, device: str) -> str | None:
