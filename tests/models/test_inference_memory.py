@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.bagel_widths import LLM, VIT
-from torch.profiler import ProfilerActivity, profile
+from helpers.peak_memory import allocated_peak
 from typer.testing import CliRunner
 
 import unimm
@@ -23,14 +23,7 @@ from unimm.models.memory import PROMPT, plan_inference, plan_model
 def measured_peak(model, *, batch: int, size: tuple[int, int] | None, steps: int | None) -> int:
     """Bytes beside the weights that the CPU's allocator gave out at the peak of a call, by torch's profiler."""
     options = {} if steps is None else {"steps": steps}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        model.generate([PROMPT] * batch, size=size, **options)
-    events = [one for one in found.profiler.kineto_results.events() if one.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return allocated_peak(lambda: model.generate([PROMPT] * batch, size=size, **options))
 
 
 @pytest.mark.parametrize("name", bundled_names())

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from helpers.bagel_widths import LLM, PARAMETERS, VIT, PackTask, few_layers
+from helpers.peak_memory import allocated_peak
 from helpers.trainer_toy import RECIPE
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from unimm import Bagel
 from unimm.adapters.config import AdapterConfig
@@ -55,14 +55,7 @@ def measured_peak(task, numbers, n_batches: int) -> int:
     for p in trained:
         p.grad = torch.zeros_like(p)
     update()  # the states are there from now on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    events = [one for one in found.profiler.kineto_results.events() if one.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return allocated_peak(step)
 
 
 def predicted(task, numbers, n_batches: int):
