@@ -94,10 +94,9 @@ class ModelFiller:
         needed = 0.0
         for key in keys:
             if not self._maps(file, key, skip):
-                is_quantized = self.quantization and self._is_quantized(self.found[key[skip:]])
-                width = (
-                    self.quantization.bytes_per_weight if self.quantization and is_quantized else self.dtype.itemsize
-                )
+                width: float = self.dtype.itemsize
+                if self.quantization is not None and self._is_quantized(self.found[key[skip:]]):
+                    width = self.quantization.bytes_per_weight
                 needed += math.prod(file.header(key).shape) * width
         return int(needed)
 

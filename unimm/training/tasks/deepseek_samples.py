@@ -141,6 +141,7 @@ class ChatSampleBuilder(ABC):
 
 def n_positions(parts: Sequence[Part]) -> int:
     """The positions of parts, all of them causal: of several noised copies of an image, which share theirs, once."""
+    # one more than parts: where the last ends
     starts = accumulate((part.segment.advance for part in parts), initial=0)
     return max(start + part.segment.length for start, part in zip(starts, parts, strict=False))
 
