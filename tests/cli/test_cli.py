@@ -24,7 +24,7 @@ from unimm.evaluation.benchmarks.shapes import TASKS
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 OPTIONS = {
     "demo": "out model seed",
-    "generate": "prompt image think model seed steps size n out device dtype",
+    "generate": "prompt prompts image think model seed steps size n out batch device dtype",
     "understand": "image question stream model device dtype",
     "train": "recipe out device resume init workers hours set_",
     "plan": "name train gpus memory size batch dtype device set_ as_json",

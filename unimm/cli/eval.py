@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unimm.cli.generate import parse_height_width
-from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption
+from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, chosen_shard, look_up_family
 from unimm.evaluation.registry import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -107,14 +107,6 @@ def eval_command(
             print_result(made, state.result, out, as_json=as_json)
 
 
-def look_up_family(model: str) -> type["UnifiedModel"]:
-    """The class of a model, before it is loaded."""
-    with Console(stderr=True).status(f"looking up {model}"):
-        from unimm.evaluation.setup import find_family
-
-        return find_family(model)
-
-
 def benchmark_class(name: str | None) -> type["Benchmark"]:
     """The class of a benchmark."""
     if name is None:
@@ -131,18 +123,6 @@ def sampling_options(
     family.supported_options(think=think)
     given = {"guidance": guidance, "size": parse_height_width(size) if size else None}
     return {name: value for name, value in given.items() if value is not None} | family.supported_options(steps=steps)
-
-
-@contextmanager
-def chosen_shard(text: str | None) -> Iterator[tuple["RunShard", Callable[[str], str]]]:
-    """The shard that is named, or torchrun's, and what turns a device into this process's."""
-    from unimm.evaluation.sharding import parse_shard, shard_device, torchrun_shard
-
-    if text is not None:
-        yield parse_shard(text), shard_device
-        return
-    with torchrun_shard() as shard:
-        yield shard, shard_device
 
 
 @contextmanager

@@ -1,9 +1,15 @@
-"""Options that several commands share, and loading the model that they name."""
+"""Options that several commands share, the model that they name, and the part of a run that is this process's."""
 
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from unimm.evaluation.sharding import RunShard
+    from unimm.models.base import UnifiedModel
 
 ModelOption = Annotated[str, typer.Option(help="A bundled name, a folder, or a hub id owner/name.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
@@ -18,3 +24,23 @@ def load_model(name: str, device: str, dtype: str) -> Any:
         from unimm.models.registry import load
 
         return load(name, device=device, dtype=dtype)
+
+
+def look_up_family(model: str) -> type["UnifiedModel"]:
+    """The class of a model, before it is loaded."""
+    with Console(stderr=True).status(f"looking up {model}"):
+        from unimm.evaluation.setup import find_family
+
+        return find_family(model)
+
+
+@contextmanager
+def chosen_shard(text: str | None) -> Iterator[tuple["RunShard", Callable[[str], str]]]:
+    """The shard that is named, or torchrun's, and what turns a device into this process's."""
+    from unimm.evaluation.sharding import parse_shard, shard_device, torchrun_shard
+
+    if text is not None:
+        yield parse_shard(text), shard_device
+        return
+    with torchrun_shard() as shard:
+        yield shard, shard_device

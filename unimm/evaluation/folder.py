@@ -5,6 +5,7 @@
     outputs.jsonl               a line an output: id, prompt, seed, text, image and its SHA-256
     verdicts/JUDGE.jsonl        a line a verdict: id, score, why, and every raw reply of the judge
     result.json, result.md      the scores
+    manifest.jsonl              of a file of prompts in place of these: a line an image, in the file's order
 
 Each shard of a run has manifests of its own, and all of them are read. Lines are only added.
 """
@@ -125,6 +126,14 @@ class RunFolder:
                 partial.write_text(markdown, encoding="utf-8")
             self._write("result.json", result)
         return self.path / "result.json"
+
+    def write_image_manifest(self, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write manifest.jsonl, a line an image; returns its path."""
+        path = self.path / "manifest.jsonl"
+        with self._lock(), atomic_file(path) as partial:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            partial.write_text("".join(lines), encoding="utf-8")
+        return path
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         paths = [self.path / f"{name}.jsonl", *sorted(self.path.glob(f"{name}-[0-9]*-of-[0-9]*.jsonl"))]

@@ -44,9 +44,10 @@ def produce(
         return [ModelOutput(text=text) for text in model.understand(images, prompts)]
     # only families that support it have the parameter
     think = {"think": True} if items[0].think else {}
+    size = {"size": items[0].size} if items[0].size else {}
     seeds = [one.seed for one in items]
     given = images if any(images) else None
-    made = model.generate(prompts, images=given, seed=seeds, **think, **(options or {}))
+    made = model.generate(prompts, images=given, seed=seeds, **think, **{**(options or {}), **size})
     texts = made.texts or [""] * len(items)
     return [ModelOutput(image=image, text=text) for image, text in zip(made.images, texts, strict=True)]
 
@@ -64,7 +65,8 @@ def generate_outputs(
     """Produce and keep the outputs of a shard's batches. done: items whose outputs are there already.
 
     A batch is kept as soon as it is made. Of a batch that was kept in part all is made again, and what lacked is
-    kept, so that an output never depends on where a run was stopped.
+    kept, so that an output never depends on where a run was stopped. Raises ValueError, with the items' ids, for what
+    the model refuses.
     """
     mine = shard.pick(batches)
     n_done = sum(item.id in done for batch in mine for item in batch)
@@ -76,7 +78,11 @@ def generate_outputs(
             missing = [item for item in batch if item.id not in done]
             if not missing:
                 continue
-            for item, output in zip(batch, produce(model, batch, options), strict=True):
+            try:
+                outputs = produce(model, batch, options)
+            except ValueError as error:
+                raise ValueError(f"item {' or '.join(item.id for item in batch)}: {error}") from error
+            for item, output in zip(batch, outputs, strict=True):
                 if item.id not in done:
                     manifest.append([_row(item, output, folder)])
             bar.update(len(missing))

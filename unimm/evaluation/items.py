@@ -21,9 +21,9 @@ class EvalItem:
     """One output that a benchmark asks for.
 
     id: unique within the benchmark. group: the task or level under which it is scored. unit: items of one group and
-    unit are scored as one; unless given, each by itself. images: inputs of an edit or a question. output: what the
-    model gives. answer: what a right output shows, in words. payload: what the benchmark's own judge needs beside
-    these; it is not written.
+    unit are scored as one; unless given, each by itself. images: inputs of an edit or a question. size: (height, width)
+    of its image in pixels; unless given, as the run says. output: what the model gives. answer: what a right output
+    shows, in words. payload: what the benchmark's own judge needs beside these; it is not written.
     """
 
     id: str
@@ -32,6 +32,7 @@ class EvalItem:
     seed: int
     unit: str = ""
     images: tuple[Image.Image | Path, ...] = ()
+    size: tuple[int, int] | None = None
     think: bool = False
     output: Literal["image", "text"] = "image"
     answer: str = ""
@@ -75,7 +76,7 @@ def make_batches(items: Sequence[EvalItem], batch_size: int) -> list[list[EvalIt
     batches: list[list[EvalItem]] = []
     last = None
     for item in items:
-        kind = (item.group, item.think, item.output, bool(item.images))
+        kind = (item.group, item.think, item.output, bool(item.images), item.size)
         if kind != last or len(batches[-1]) == batch_size:
             batches.append([])
         batches[-1].append(item)
@@ -84,9 +85,10 @@ def make_batches(items: Sequence[EvalItem], batch_size: int) -> list[list[EvalIt
 
 
 def hash_items(items: Sequence[EvalItem]) -> dict[str, str]:
-    """SHA-256 of what is asked (ids, prompts, input images, seeds, modes), and of the right answers."""
+    """SHA-256 of what is asked (ids, prompts, input images, seeds, modes, sizes), and of the right answers."""
     asked = [
         [one.id, one.group, one.unit, one.prompt, one.seed, one.think, one.output, [_hash_image(i) for i in one.images]]
+        + ([] if one.size is None else [one.size])
         for one in items
     ]
     return {"prompts": _hash_json(asked), "answers": _hash_json([[one.id, one.answer] for one in items])}

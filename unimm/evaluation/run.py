@@ -58,43 +58,66 @@ def run_benchmark(
     what was kept before that is whole.
     """
     shard = shard or RunShard()
-    size = benchmark.batch if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"got batch_size {size}: expected at least 1")
     items = benchmark.items()
-    check_items(items, benchmark.NAME)
     folder = RunFolder(out)
+    plan = {
+        "benchmark": benchmark.NAME,
+        "seed": benchmark.options.seed,
+        "items": benchmark.source,
+        "options": benchmark.settings(),
+    }
+    size = benchmark.batch if batch_size is None else batch_size
+    mine = generate_items(items, model, folder, plan, shard=shard, batch_size=size, progress=progress)
+    judge = make_judge()
+    judge_outputs(judge, mine, folder, shard, progress=progress)
+    wait_for_all(shard)
+    return finish(benchmark, items, judge, folder)
+
+
+def generate_items(
+    items: Sequence[EvalItem],
+    model: ModelSource,
+    folder: RunFolder,
+    plan: Mapping[str, Any],
+    *,
+    shard: RunShard,
+    batch_size: int,
+    progress: bool = True,
+) -> list[EvalItem]:
+    """Generate what this shard still lacks of a run's outputs; returns the shard's items.
+
+    plan: what run.json says beside the model and the hashes of the items. The model is loaded only where something is
+    left to do, and let go of afterwards: a judge may need its memory.
+    """
+    if batch_size < 1:
+        raise ValueError(f"got batch_size {batch_size}: expected at least 1")
+    check_items(items, plan["benchmark"])
     run = folder.claim(
         {
-            "benchmark": benchmark.NAME,
+            **plan,
             "model": model.name,
             "dtype": model.dtype,
-            "seed": benchmark.options.seed,
-            "items": benchmark.source,
             **hash_items(items),
-            "options": {**benchmark.settings(), **_plain(model.options)},
-            "batch_size": size,
+            "options": {**plan["options"], **_plain(model.options)},
+            "batch_size": batch_size,
         }
     )
-    if shard.count > 1 and run["batch_size"] != size:
+    if shard.count > 1 and run["batch_size"] != batch_size:
         # parts take whole batches, so that they would be of different runs
         raise ValueError(
-            f"got --batch {size} for a part of {out}, whose other parts have {run['batch_size']}: take the same"
+            f"got --batch {batch_size} for a part of {folder.path}, whose other parts have {run['batch_size']}: take "
+            "the same"
         )
-    batches = make_batches(items, size)
+    batches = make_batches(items, batch_size)
     done = folder.outputs(items)
-    if any(item.id not in done for batch in shard.pick(batches) for item in batch):
+    mine = [item for batch in shard.pick(batches) for item in batch]
+    if any(item.id not in done for item in mine):
         loaded = model.load()
         published = model.options_for(loaded) if model.options_for else {}
         options = {**published, **model.options}
         folder.add_loaded({"weights": describe_weights(loaded), "generate": _plain(options)})
         generate_outputs(loaded, batches, folder, shard, options=options, done=done, progress=progress)
-        del loaded  # a judge may need its memory
-    mine = [item for batch in shard.pick(batches) for item in batch]
-    judge = make_judge()
-    judge_outputs(judge, mine, folder, shard, progress=progress)
-    wait_for_all(shard)
-    return finish(benchmark, items, judge, folder)
+    return mine
 
 
 def judge_outputs(
