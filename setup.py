@@ -20,6 +20,10 @@ LORA = ["peft>=0.18"]
 # judges behind an endpoint, and detectors
 EVAL = ["openai", "transformers"]
 
+# the harness of others' benchmarks, which pins versions of its own, so that it is in no other extra; it imports a module
+# that filelock 4 no longer has
+LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
+
 # Adam in 8 bits
 TORCHAO = ["torchao"]
 
@@ -87,6 +91,7 @@ setup(
     extras_require={
         "data": DATA,
         "eval": EVAL,
+        "lmms-eval": LMMS_EVAL,
         "lora": LORA,
         "torchao": TORCHAO,
         **LOGGERS,
@@ -94,5 +99,9 @@ setup(
         "docs": DOCS,
         "all": [*TEST, *DOCS],
     },
-    entry_points={"console_scripts": ["unimm = unimm.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["unimm = unimm.cli.main:main"],
+        # lmms-eval finds the models by this
+        "lmms_eval.models": ["unimm = unimm.evaluation.adapters.lmms_eval_model:MANIFEST"],
+    },
 )

@@ -90,11 +90,14 @@ def prepare_judge(
 
 def load_reader(name: str, *, device: str, dtype: str) -> ModelReader:
     """A model of this library to ask: a unified one, or a vision-language model."""
+    model = load_understanding_model(name, device=device, dtype=dtype)
+    return ModelReader(model, name, weights=describe_weights(model))
+
+
+def load_understanding_model(name: str, *, device: str, dtype: str) -> UnderstandingModel:
+    """A model that answers questions about images: a unified one, or a vision-language model."""
     folder = hub.resolve(name, known_names=tuple(row.name for row in releases()))
-    model: UnderstandingModel
     if detect_family(folder) is None and (kind := read_json(folder / "config.json").get("model_type")) in READERS:
         module, _, attribute = READERS[kind].partition(":")
-        model = getattr(import_module(module), attribute).from_pretrained(name, device=device, dtype=dtype)
-    else:
-        model = load(name, device=device, dtype=dtype)
-    return ModelReader(model, name, weights=describe_weights(model))
+        return getattr(import_module(module), attribute).from_pretrained(name, device=device, dtype=dtype)
+    return load(name, device=device, dtype=dtype)
