@@ -397,15 +397,19 @@ def materialize(model: nn.Module, unused: Sequence[str], *, dtype: torch.dtype, 
             set_tensor(model, name, torch.zeros(tensor.shape, dtype=dtype, device=device))
 
 
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that are free on a device; None where this cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():
+        return 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
+    return None
+
+
 def check_memory(needed: int, device: torch.device) -> None:
     """Raise MemoryError, with figures, where `needed` bytes of weights cannot fit the device's free memory."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif Path("/proc/meminfo").exists():
-        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
-    else:
-        return
-    if needed > free:
+    free = free_memory(device)
+    if free is not None and needed > free:
         raise MemoryError(
             f"the weights need {needed / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free; "
             'load them with dtype="bfloat16", or on a larger device'

@@ -80,21 +80,27 @@ class KVBuffer:
 
     def attend_at_slots(self, slots: Tensor, mask: AttentionMask) -> AttentionFn:
         """The same for new rows at these rows of the buffer, [N]."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.buffer[layer]
-            keys.index_copy_(0, slots, k.to(keys.dtype))
-            values.index_copy_(0, slots, v.to(values.dtype))
-            if keys.dtype.itemsize > q.dtype.itemsize:  # a wider buffer: casting it down would copy it at every step
-                return attention(q.to(keys.dtype), keys, values, mask, by_sample=True).to(q.dtype)
-            return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
-
-        return attend
+        return attend_in_buffer(self.buffer, slots, mask)
 
     def copy_new_rows(self, i: int, n: int) -> Tensor:
         """A copy of the first n rows written behind cache i, [layers, 2, n, G, K]."""
         start = self.starts[i] + self.caches[i].length
         return self.buffer[:, :, start : start + n].clone()
+
+
+def attend_in_buffer(buffer: Tensor, slots: Tensor, mask: AttentionMask) -> AttentionFn:
+    """The attention of one forward over a buffer [layers, 2, M, G, K]: it writes the new keys and values of each layer
+    at the rows `slots` [N], then attends."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = buffer[layer]
+        keys.index_copy_(0, slots, k.to(keys.dtype))
+        values.index_copy_(0, slots, v.to(values.dtype))
+        if keys.dtype.itemsize > q.dtype.itemsize:  # a wider buffer: casting it down would copy it at every step
+            return attention(q.to(keys.dtype), keys, values, mask, by_sample=True).to(q.dtype)
+        return attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
+
+    return attend
 
 
 def allocate_kv_buffer(

@@ -30,6 +30,7 @@ from unimm.checkpoint.load import (
     weight_files,
 )
 from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, parse_bytes, released_tensors, save_weights
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.adapted import AdaptedModel
 from unimm.models.parallel_plan import ParallelPlan
@@ -312,6 +313,15 @@ class UnifiedModel(AdaptedModel):
         seed: int | Sequence[int] = 0,
     ) -> Any:
         """Answer a question about images: a str, a list of them for a batch, or (`stream`) an iterator of pieces."""
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work, pieces of which a scheduler may put into one forward with those of other requests.
+
+        Its texts and images are those of the verbs for the same seed, to rounding. It reads and checks the request and
+        computes nothing; the work has to run in inference mode. Raises ValueError for bad input, NotImplementedError
+        for what the family lacks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be served yet: call its verbs, or take another family")
 
     @classmethod
     def supported_options(cls, *, think: bool = False, steps: int | None = None) -> dict[str, Any]:

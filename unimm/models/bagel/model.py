@@ -20,6 +20,7 @@ from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
 from unimm.models.bagel.benchmarks import BENCHMARK_OPTIONS
@@ -29,6 +30,7 @@ from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
 from unimm.models.bagel.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.bagel.processor import BagelImageOptions, BagelProcessor, BagelSpecialTokens
+from unimm.models.bagel.stepwise import bagel_run
 from unimm.models.bagel.weights import DECODER_KEY_MAP, LATENT_KEY_MAP, QK_NORM_KEY_MAP, VAE_KEY_MAP, VIT_KEY_MAP
 from unimm.models.base import Generation, UnifiedModel
 from unimm.processing.images.io import load_image, pil_to_tensor, tensor_to_pil
@@ -270,6 +272,10 @@ class Bagel(BagelNetwork, UnifiedModel):
             progress=options.progress,
         )
         return [tensor_to_pil(self.decode_latents(x, size)) for x, size in zip(latents, sizes, strict=True)]
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return bagel_run(self, request)
 
     # ---- verbs
 
