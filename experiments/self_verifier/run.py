@@ -11,16 +11,12 @@ too. The precision of what each verifier accepts is what a round of STARS would 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from experiments.common import Bar, describe_run, experiment_parser, plot_bars, write_results
 from unimm.evaluation.benchmarks.base import BenchmarkOptions
 from unimm.evaluation.benchmarks.shapes import exact_shapes_judge
 from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING
@@ -72,18 +68,15 @@ def study(
         }
         for level, by_seed in found.items()
     }
-    made = {
-        "model": Path(model).name,
-        "n": n,
-        "seeds": list(seeds),
-        "steps": steps,
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "seconds_of_last_call": round(time.process_time() - began),
-    }
+    made = describe_run(
+        model=Path(model).name,
+        n=n,
+        seeds=list(seeds),
+        steps=steps,
+        seconds_of_last_call=round(time.process_time() - began),
+    )
     result = {"made": made, "levels": results}
-    (out / "self_verifier.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "self_verifier.md").write_text(results_table(results), encoding="utf-8")
+    write_results(out, "self_verifier", result, results_table(results))
     plot(out / "self_verifier.png", results)
     return result
 
@@ -109,38 +102,25 @@ def rate_text(name: str, one: Mapping[str, Any]) -> str:
 
 def plot(path: Path, levels: Mapping[str, Any]) -> None:
     """Bars of the share of right images with and without the verifier, with intervals over questions."""
-    import matplotlib as mpl
+    kinds = {"all images": "accuracy", "those that it accepts": "precision"}
+    series = {label: [rate_bar(name, one) for one in levels.values()] for label, name in kinds.items()}
+    plot_bars(path, list(levels), series)
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.5))
-    kinds = (("accuracy", "silver", "all images"), ("precision", "steelblue", "those that it accepts"))
-    for shift, (name, colour, label) in enumerate(kinds):
-        for i, one in enumerate(levels.values()):
-            rate = one["questions"][name]
-            if rate is None:
-                continue
-            place = i + 0.4 * shift - 0.2
-            ends = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
-            axes.bar(place, rate["value"], 0.38, yerr=ends, capsize=3, color=colour, label=label if i == 0 else None)
-            of_seeds = [some[name]["value"] for some in one["seeds"].values() if some[name] is not None]
-            axes.plot([place] * len(of_seeds), of_seeds, "k.", markersize=4)
-    axes.set_xticks(range(len(levels)), list(levels))
-    axes.set(ylim=(0, 1), ylabel="right")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def rate_bar(name: str, one: Mapping[str, Any]) -> Bar | None:
+    """The bar of a rate over all questions, with a dot for each seed; None for a rate of nothing."""
+    rate = one["questions"][name]
+    if rate is None:
+        return None
+    of_seeds = [some[name]["value"] for some in one["seeds"].values() if some[name] is not None]
+    return Bar(height=rate["value"], low=rate["low"], high=rate["high"], dots=of_seeds)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = experiment_parser(__doc__)
     parser.add_argument("--model", default="bagel-nano")
     parser.add_argument("--n", type=int, default=20, help="questions, or pairs of them, a level and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
     parser.add_argument("--levels", nargs="+", default=list(REASONING), choices=REASONING)
     options = parser.parse_args()

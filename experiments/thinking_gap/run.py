@@ -9,24 +9,28 @@ runs stay in OUT, so that a stopped command goes on.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import torch
-from scipy.stats import t
-
+from experiments.common import (
+    Bar,
+    describe_run,
+    difference_text,
+    experiment_parser,
+    over_seeds,
+    paired,
+    plot_bars,
+    score_text,
+    seeds_text,
+    write_results,
+)
 from unimm.evaluation.benchmarks.base import BenchmarkOptions
 from unimm.evaluation.benchmarks.unisandbox.benchmark import PUBLISHED, REASONING, UniSandBoxBenchmark
-from unimm.evaluation.results import interval_text
 from unimm.evaluation.run import run_benchmark
-from unimm.evaluation.scores import GroupScore, UnitScore, paired_difference
+from unimm.evaluation.scores import GroupScore, UnitScore
 from unimm.evaluation.setup import model_source, prepare_judge
 
 MODES = ("normal", "think")
@@ -56,15 +60,6 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, GroupScore]:
     return UniSandBoxBenchmark(BenchmarkOptions()).scores(units)
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """The mean of the seeds' scores, with Student's interval where there are several."""
-    mean = fmean(values)
-    if len(values) == 1:
-        return {"mean": mean, "low": None, "high": None, "values": list(values)}
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
-
-
 def gap(normal: Sequence[Mapping[str, Any]], think: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How much higher thinking scores, question by question over all seeds, for each level and all."""
     pairs: dict[str, list[tuple[float, float]]] = {}
@@ -72,7 +67,7 @@ def gap(normal: Sequence[Mapping[str, Any]], think: Sequence[Mapping[str, Any]])
         for name, unit in a["units"].items():
             for group in (unit["group"], "average"):
                 pairs.setdefault(group, []).append((unit["score"], b["units"][name]["score"]))
-    return {group: asdict(paired_difference(*map(list, zip(*some, strict=True)))) for group, some in pairs.items()}
+    return {group: paired(*zip(*some, strict=True)) for group, some in pairs.items()}
 
 
 def summarize(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -92,11 +87,11 @@ def results_table(made: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     lines = [f"| model | thinking | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for mode, one in summary["modes"].items():
         thinks = "yes" if mode == "think" else "no"
-        cells = (interval_text(GroupScore(**one["questions"][name])) for name in COLUMNS)
+        cells = (score_text(one["questions"][name]) for name in COLUMNS)
         lines.append(f"| **{made['model']}**, by questions | {thinks} | {' | '.join(cells)} |")
         cells = (seeds_text(one["seeds"][name]) for name in COLUMNS)
         lines.append(f"| **{made['model']}**, by seeds | {thinks} | {' | '.join(cells)} |")
-    cells = (gap_text(summary["gap"][name]) for name in COLUMNS)
+    cells = (difference_text(summary["gap"][name]) for name in COLUMNS)
     lines.append(f"| **{made['model']}**, gap | | {' | '.join(cells)} |")
     for row in PUBLISHED:
         cells = (f"{row.scores[name]:g}" for name in COLUMNS)
@@ -104,41 +99,17 @@ def results_table(made: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def seeds_text(one: Mapping[str, Any]) -> str:
-    """The mean over seeds with its interval."""
-    return f"{one['mean']:.3f}" if one["low"] is None else f"{one['mean']:.3f} ({one['low']:.3f} - {one['high']:.3f})"
-
-
-def gap_text(one: Mapping[str, Any]) -> str:
-    """A paired difference with its interval."""
-    interval = "" if one["low"] is None else f" ({one['low']:+.3f} - {one['high']:+.3f})"
-    return f"{one['difference']:+.3f}{interval}"
-
-
 def plot(path: Path, summary: Mapping[str, Any]) -> None:
     """Bars of both modes by level, with intervals over questions, and a dot for each seed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.5))
-    for shift, (mode, colour) in enumerate((("normal", "silver"), ("think", "steelblue"))):
-        one = summary["modes"][mode]
-        scores = [one["questions"][name] for name in COLUMNS]
-        places = [i + 0.4 * shift - 0.2 for i in range(len(COLUMNS))]
-        ends = [[s["score"] - s["low"] for s in scores], [s["high"] - s["score"] for s in scores]]
-        label = "after thinking" if mode == "think" else "at once"
-        axes.bar(places, [s["score"] for s in scores], 0.38, yerr=ends, capsize=3, color=colour, label=label)
-        for place, name in zip(places, COLUMNS, strict=True):
-            values = one["seeds"][name]["values"]
-            axes.plot([place] * len(values), values, "k.", markersize=4)
-    axes.set_xticks(range(len(COLUMNS)), COLUMNS)
-    axes.set(ylim=(0, 1), ylabel="right")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    labels = {"normal": "at once", "think": "after thinking"}
+    series = {
+        label: [
+            Bar.of_score(summary["modes"][mode]["questions"][name], summary["modes"][mode]["seeds"][name]["values"])
+            for name in COLUMNS
+        ]
+        for mode, label in labels.items()
+    }
+    plot_bars(path, COLUMNS, series)
 
 
 def study(out: Path, model: str, *, n: int, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
@@ -146,29 +117,24 @@ def study(out: Path, model: str, *, n: int, seeds: Sequence[int], steps: int | N
     results = {mode: [run_seed(out, model, n=n, seed=seed, steps=steps, mode=mode) for seed in seeds] for mode in MODES}
     summary = summarize(results)
     first = results["normal"][0]
-    made = {
-        "model": Path(model).name,
-        "weights": first["run"]["weights"].get("sha256", "not a module"),
-        "n": n,
-        "seeds": list(seeds),
-        "steps": steps,
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "seconds_of_last_call": round(sum(one["seconds"] for some in results.values() for one in some)),
-    }
-    (out / "thinking_gap.json").write_text(json.dumps({"made": made, **summary}, indent=1) + "\n", encoding="utf-8")
-    (out / "thinking_gap.md").write_text(results_table(made, summary), encoding="utf-8")
+    made = describe_run(
+        model=Path(model).name,
+        weights=first["run"]["weights"].get("sha256", "not a module"),
+        n=n,
+        seeds=list(seeds),
+        steps=steps,
+        seconds_of_last_call=round(sum(one["seconds"] for some in results.values() for one in some)),
+    )
+    write_results(out, "thinking_gap", {"made": made, **summary}, results_table(made, summary))
     plot(out / "thinking_gap.png", summary)
     return {"made": made, **summary}
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = experiment_parser(__doc__)
     parser.add_argument("--model", default="bagel-nano")
     parser.add_argument("--n", type=int, default=20, help="questions, or pairs of them, a level and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
     options = parser.parse_args()
     study(options.out, options.model, n=options.n, seeds=options.seeds, steps=options.steps)

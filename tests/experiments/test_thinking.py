@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import common
 from experiments.self_verifier import run as self_verifier
 from experiments.thinking_gap import run as thinking_gap
 from unimm.data.shapes import parse_scene
@@ -77,10 +78,10 @@ def test_the_verifier_that_counts_right(tmp_path, monkeypatch):
 
 
 def test_seeds_have_students_interval():
-    one = thinking_gap.over_seeds([0.1, 0.2, 0.3])
+    one = common.over_seeds([0.1, 0.2, 0.3])
     # 4.303 is the 97.5 % point of two degrees of freedom
     assert one["mean"] == pytest.approx(0.2) and one["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
-    assert thinking_gap.over_seeds([0.5])["low"] is None
+    assert common.over_seeds([0.5])["low"] is None
 
 
 @pytest.mark.parametrize("module", [thinking_gap, self_verifier], ids=lambda module: module.__name__.split(".")[1])

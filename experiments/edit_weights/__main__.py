@@ -1,0 +1,5 @@
+"""`python -m experiments.edit_weights`."""
+
+from experiments.edit_weights.run import main
+
+main()

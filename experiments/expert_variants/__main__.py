@@ -1,0 +1,5 @@
+"""`python -m experiments.expert_variants`."""
+
+from experiments.expert_variants.run import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m experiments.stars_arms`."""
+
+from experiments.stars_arms.run import main
+
+main()

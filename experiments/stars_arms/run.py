@@ -1,0 +1,250 @@
+"""STARS at nano size: what a round brings, by who rejects (tables 2 and 3 and figure 5 of UniSandBox, arXiv 2511.20561).
+
+    python -m experiments.stars_arms OUT --rounds mapping1 --n 8 --questions 40 --base-steps 120 --seeds 1
+
+bagel-nano reasons about rules of one chain, and fails at two questions about one set of rules. So it is first taught
+these in words alone, with drawing mixed in; what that brings, with thinking and without, is measured. From there a round
+of `unimm stars` on each level that is named, once for each verifier: itself, the exact judge, none. Writes
+OUT/stars_arms.json, .md and .png; a stopped command goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.common import (
+    Bar,
+    describe_run,
+    experiment_parser,
+    kept_result,
+    markdown_table,
+    over_seeds,
+    plot_bars,
+    pooled_score,
+    write_results,
+)
+from experiments.stars_arms.words import teach_words
+from unimm.checkpoint.json_files import read_json
+from unimm.evaluation.benchmarks.base import BenchmarkOptions
+from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING, UniSandBoxBenchmark
+from unimm.evaluation.run import run_benchmark
+from unimm.evaluation.setup import model_source, prepare_judge
+from unimm.self_training.config import STARS_RECIPES, StarsConfig, read_stars_recipe
+from unimm.self_training.folder import StarsFolder
+from unimm.self_training.run import run_stars
+
+VERIFIERS = ("self", "exact", "none")
+MODES = ("normal", "think")
+SAMPLER_STEPS = 12
+
+
+def evaluate_levels(
+    model: str, out: Path, *, levels: Sequence[str], n: int, seed: int, mode: str
+) -> dict[str, list[int]]:
+    """Which questions of each level, or pairs of them, a model draws right."""
+    options = BenchmarkOptions(n=n, seed=seed, think=mode == "think", tasks=tuple(levels), supports_thinking=True)
+    benchmark = UniSandBoxBenchmark(options)
+    source = model_source(model, benchmark.NAME, device="cpu", dtype="float32", options={"steps": SAMPLER_STEPS})
+    judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
+    result = run_benchmark(benchmark, replace(source, name=out.name), judge, out, batch_size=50, progress=False).result
+    assert result is not None
+    return right_of(result)
+
+
+def right_of(result: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The units of a result, 1 for right, by level."""
+    found: dict[str, list[int]] = {}
+    for unit in result["units"].values():
+        found.setdefault(unit["group"], []).append(int(unit["score"] == 1))
+    return found
+
+
+def run_base(model: str, out: Path, *, seed: int, n: int, steps: int) -> dict[str, Any]:
+    """The base of a seed, on all levels in both modes."""
+    losses = teach_words(model, out / "base", seed=seed, steps=steps)
+    right = {
+        mode: evaluate_levels(str(out / "base"), out / f"taught-{mode}", levels=REASONING, n=n, seed=seed, mode=mode)
+        for mode in MODES
+    }
+    return {"losses": losses, "right": right}
+
+
+def run_arm(
+    base: Path,
+    out: Path,
+    *,
+    level: str,
+    verifier: str,
+    seed: int,
+    n: int,
+    questions: int,
+    steps: int,
+) -> dict[str, Any]:
+    """A round of STARS on a level: what it was trained on, and its model on the levels of that kind."""
+    levels = tuple(one for one in REASONING if one[:-1] == level[:-1])
+    config = stars_config(
+        base, level=level, levels=levels, verifier=verifier, seed=seed, n=n, questions=questions, steps=steps
+    )
+    StarsFolder(out).claim(config)
+    share_stages(out.parent, out, level)
+    result = run_stars(config, out, workers=0, progress=False)
+    (one,) = result["rounds"]
+    place = out / f"round1-{level}"
+    right = {mode: right_of(read_json(place / mode / "result.json")) for mode in MODES}
+    return {"selection": one["selection"], "right": right}
+
+
+def share_stages(folder: Path, out: Path, level: str) -> None:
+    """Copy what another verifier's arm has that is the same for all: the base on the evaluation's questions, and the
+    images to learn from, which are generated before anybody verifies them."""
+    for stage in ("before", f"round1-{level}/generated"):
+        done = [path for path in folder.glob(f"{level}-*/{stage}") if path.parts != (out / stage).parts]
+        finished = [path for path in done if (folder / f"{path.relative_to(folder).parts[0]}.json").is_file()]
+        if finished and not (out / stage).exists():
+            shutil.copytree(finished[0], out / stage)
+
+
+def stars_config(
+    base: Path, *, level: str, levels: Sequence[str], verifier: str, seed: int, n: int, questions: int, steps: int
+) -> StarsConfig:
+    """The bundled recipe at this size."""
+    settings = [
+        f"model={base}",
+        f"seed={seed}",
+        f"levels=[{level}]",
+        f"questions={questions}",
+        f"verifier={verifier}",
+        f"sampling.steps={SAMPLER_STEPS}",
+        f"evaluation.levels=[{', '.join(levels)}]",
+        f"evaluation.n={n}",
+        f"evaluation.seed={seed}",
+        f"train.steps={steps}",
+        "train.batch_size=8",
+        "train.lr=1.0e-4",
+        f"train.save_every={steps}",
+        f"train.sample_every={steps}",
+    ]
+    return read_stars_recipe(STARS_RECIPES / "stars-nano.yaml", settings=settings)
+
+
+def study(
+    out: Path,
+    model: str,
+    *,
+    seeds: Sequence[int],
+    rounds: Sequence[str],
+    n: int,
+    questions: int,
+    base_steps: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Run what is not there yet, and write the results."""
+    bases = []
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        folder = out / f"seed-{seed}"
+        asked = {"model": model, "seed": seed, "n": n, "steps": base_steps}
+        bases.append(
+            kept_result(folder / "base.json", asked, partial(run_base, model, folder, seed=seed, n=n, steps=base_steps))
+        )
+        for level in rounds:
+            for verifier in VERIFIERS:
+                given = {
+                    "level": level,
+                    "verifier": verifier,
+                    "seed": seed,
+                    "n": n,
+                    "questions": questions,
+                    "steps": steps,
+                }
+                make = partial(run_arm, folder / "base", folder / f"{level}-{verifier}", **given)
+                done = kept_result(folder / f"{level}-{verifier}.json", given, make)
+                arms.setdefault(f"{level}, {verifier}", []).append(done)
+    spent = round(sum(one["seconds"] for one in [*bases, *(one for some in arms.values() for one in some)]))
+    settings = {"model": model, "n": n, "questions": questions, "base_steps": base_steps, "steps": steps}
+    made = describe_run(**settings, sampler_steps=SAMPLER_STEPS, seeds=list(seeds), seconds=spent)
+    result = {"made": made, **summarize(bases, arms)}
+    write_results(out, "stars_arms", result, results_table(result))
+    plot(out / "stars_arms.png", result["models"])
+    return result
+
+
+def summarize(bases: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Scores of each model by mode and level, and what each verifier accepted."""
+    found = {"taught in words": [one["right"] for one in bases]}
+    found |= {name: [one["right"] for one in some] for name, some in arms.items()}
+    models = {
+        name: {
+            mode: {
+                level: {
+                    "items": pooled_score([value for one in some for value in one[mode][level]]),
+                    "seeds": over_seeds([sum(one[mode][level]) / len(one[mode][level]) for one in some]),
+                }
+                for level in some[0][mode]
+            }
+            for mode in MODES
+        }
+        for name, some in found.items()
+    }
+    return {"models": models, "selections": {name: [one["selection"] for one in some] for name, some in arms.items()}}
+
+
+def results_table(result: Mapping[str, Any]) -> str:
+    """The tables in markdown."""
+    rows = []
+    for name, model in result["models"].items():
+        for mode in MODES:
+            cells = (score_cell(model[mode].get(level)) for level in REASONING)
+            rows.append([name, "yes" if mode == "think" else "no", *cells])
+    scores = markdown_table(["model", "thinking", *REASONING], rows)
+    selected = [
+        [name, str(one["generated"]), str(one["accepted"]), rate_cell(one["precision"]), rate_cell(one["recall"])]
+        for name, some in result["selections"].items()
+        for one in some
+    ]
+    return scores + "\n" + markdown_table(["round, verifier", "images", "accepted", "precision", "recall"], selected)
+
+
+def score_cell(one: Mapping[str, Any] | None) -> str:
+    """A score with its interval, and how many items it is of."""
+    if one is None:
+        return ""
+    items = one["items"]
+    return f"{items['score']:.2f} ({items['low']:.2f}-{items['high']:.2f}), n {items['n']}"
+
+
+def rate_cell(one: Mapping[str, Any] | None) -> str:
+    """A rate with its interval."""
+    return "of none" if one is None else f"{one['value']:.2f} ({one['low']:.2f}-{one['high']:.2f})"
+
+
+def plot(path: Path, models: Mapping[str, Any]) -> None:
+    """Bars of all models by level: at once, and after thinking for those before any round."""
+    series = {
+        f"{name}, {'after thinking' if mode == 'think' else 'at once'}": [
+            None if (one := model[mode].get(level)) is None else Bar.of_score(one["items"]) for level in REASONING
+        ]
+        for name, model in models.items()
+        for mode in (MODES if name == "taught in words" else ("normal",))
+    }
+    plot_bars(path, REASONING, series)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = experiment_parser(__doc__)
+    parser.add_argument("--model", default="bagel-nano")
+    parser.add_argument("--rounds", nargs="*", default=["mapping1"], choices=REASONING, help="levels, a round each")
+    parser.add_argument("--n", type=int, default=8, help="evaluated questions, or pairs of them, a level")
+    parser.add_argument("--questions", type=int, default=40, help="to learn from, or pairs of them")
+    parser.add_argument("--base-steps", type=int, default=120, help="of teaching in words")
+    parser.add_argument("--steps", type=int, default=40, help="of a round's fine-tuning")
+    options = vars(parser.parse_args())
+    out = options.pop("out")
+    study(out, options.pop("model"), **options)
+    print((out / "stars_arms.md").read_text(), end="")
