@@ -24,6 +24,9 @@ EVAL = ["openai", "transformers"]
 # that filelock 4 no longer has
 LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
 
+# the HTTP server
+SERVE = ["fastapi", "uvicorn>=0.30", "python-multipart", "prometheus-client"]
+
 # Adam in 8 bits
 TORCHAO = ["torchao"]
 
@@ -45,6 +48,8 @@ TEST = [
     *LORA,
     *EVAL,
     *TORCHAO,
+    *SERVE,
+    "httpx",
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -93,6 +98,7 @@ setup(
         "eval": EVAL,
         "lmms-eval": LMMS_EVAL,
         "lora": LORA,
+        "serve": SERVE,
         "torchao": TORCHAO,
         **LOGGERS,
         "test": TEST,

@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, train, plan, eval, stars, data, releases, fetch, convert.
+"""The command `unimm`: demo, generate, understand, serve, train, plan, eval, stars, data, releases, fetch, convert.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -17,6 +17,7 @@ from unimm.cli.fetch import fetch_command
 from unimm.cli.generate import generate_command
 from unimm.cli.plan import plan_command
 from unimm.cli.releases import releases_command
+from unimm.cli.serve import serve_command
 from unimm.cli.stars import stars_command
 from unimm.cli.train import train_command
 from unimm.cli.understand import understand_command
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("understand")(understand_command)
+app.command("serve")(serve_command)
 app.command("train")(train_command)
 app.command("plan")(plan_command)
 app.command("eval")(eval_command)

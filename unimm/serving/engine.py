@@ -122,6 +122,16 @@ class Engine:
         """Choices that are worked on."""
         return sum(len(worker.choices) for worker in self._workers.values())
 
+    @property
+    def reserved_bytes(self) -> int:
+        """The memory of running choices, by estimate."""
+        return sum(one.run.n_bytes for worker in self._workers.values() for one in list(worker.choices))
+
+    @property
+    def n_reused_tokens(self) -> int:
+        """Tokens of prompts that were not prefilled again."""
+        return sum(worker.prefixes.n_reused_tokens for worker in self._workers.values())
+
     # ---- requests
 
     def submit(

@@ -18,7 +18,6 @@ class EngineStats:
     n_restarts: int = 0
     n_images: int = 0
     n_tokens: int = 0
-    n_reused_tokens: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
     forwards: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)

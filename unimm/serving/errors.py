@@ -1,0 +1,88 @@
+"""Errors as answers: OpenAI's shape, the library's words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from unimm.serving.events import (
+    DeadlineError,
+    EngineStoppedError,
+    QueueFullError,
+    RequestCancelledError,
+)
+
+INVALID = "invalid_request_error"
+# status, type and code of what a model or the engine raises; the first kind that fits
+REPLIES: dict[type[BaseException], tuple[int, str, str]] = {
+    QueueFullError: (429, "rate_limit_error", "queue_full"),
+    EngineStoppedError: (503, "server_error", "stopping"),
+    DeadlineError: (504, "timeout_error", "deadline"),
+    RequestCancelledError: (499, INVALID, "cancelled"),
+    NotImplementedError: (400, INVALID, "not_supported"),
+    MemoryError: (400, INVALID, "too_large"),
+    ValueError: (400, INVALID, "invalid_value"),
+}
+
+
+@dataclass(frozen=True)
+class ErrorReply:
+    """An error's status, body and headers."""
+
+    status: int
+    message: str
+    type: str = INVALID
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The body."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class HttpError(Exception):
+    """An error that is an answer already."""
+
+    def __init__(self, reply: ErrorReply):
+        super().__init__(reply.message)
+        self.reply = reply
+
+
+def error_reply(error: BaseException) -> ErrorReply:
+    """The answer that an error makes. What is neither the client's nor the engine's is a 500 without its words."""
+    if isinstance(error, HttpError):
+        return error.reply
+    if isinstance(error, ValidationError):
+        return _validation_reply(error)
+    for kind, (status, error_type, code) in REPLIES.items():
+        if isinstance(error, kind):
+            return ErrorReply(status, str(error), error_type, code, headers=_retry_after(error))
+    return ErrorReply(500, "the server failed over this request: try again", "server_error", "internal_error")
+
+
+def _retry_after(error: BaseException) -> dict[str, str]:
+    """When to try again, in seconds, where an error says so."""
+    if isinstance(error, QueueFullError):
+        return {"Retry-After": str(error.retry_after)}
+    return {"Retry-After": "5"} if isinstance(error, EngineStoppedError) else {}
+
+
+def _validation_reply(error: ValidationError) -> ErrorReply:
+    first = error.errors(include_url=False, include_input=True)[0]
+    param = ".".join(str(one) for one in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        return ErrorReply(400, f"got an unknown field {param}: leave it out", INVALID, "unknown_parameter", param)
+    if first["type"] == "missing":
+        return ErrorReply(400, f"got no {param}: expected one", INVALID, "missing_required_parameter", param)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if param is not None:
+        message = f"got {param} {first['input']!r:.80}: {message}"
+    return ErrorReply(400, message, INVALID, "invalid_value", param)
+
+
+def model_not_found(name: str, known: Any) -> ErrorReply:
+    """The answer for a model that is not served."""
+    message = f"got model {name!r:.80}: expected one of {', '.join(known)}"
+    return ErrorReply(404, message, INVALID, "model_not_found", "model")

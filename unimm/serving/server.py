@@ -1,0 +1,105 @@
+"""A server as processes: one that listens and watches, and one that works and is begun anew should it die."""
+
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.supervisors import Multiprocess
+
+from unimm.models.registry import load
+from unimm.serving.app import create_app
+from unimm.serving.engine import Engine
+from unimm.serving.guard import LOOPBACK_NAMES, AccessRules
+from unimm.serving.limits import ServingLimits
+from unimm.serving.remote_images import RemoteImages
+
+HEALTH_TIMEOUT_S = 60  # a worker that does not say for so long that it is alive is killed and begun anew
+LEAST_KEY_CHARS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerPlan:
+    """What a worker makes its application of; called in the worker's process."""
+
+    models: tuple[str, ...]
+    device: str = "cpu"
+    dtype: str = "float32"
+    quantize: str | None = None
+    threads: int | None = None
+    allow_remote_images: bool = False
+    limits: ServingLimits = field(default_factory=ServingLimits)
+    rules: AccessRules = field(default_factory=AccessRules)
+
+    def __call__(self) -> FastAPI:
+        """Load the models and make the application."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        models = {
+            served_name(name): load(name, device=self.device, dtype=self.dtype, quantize=self.quantize)
+            for name in self.models
+        }
+        remote = RemoteImages() if self.allow_remote_images else None
+        return create_app(Engine(models, limits=self.limits), rules=self.rules, remote=remote)
+
+
+def served_name(name: str) -> str:
+    """The name that clients ask for a model by: itself, or a folder's last part."""
+    return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def uvicorn_config(app: Any, limits: ServingLimits, *, factory: bool = False) -> uvicorn.Config:
+    """How uvicorn serves an application under these limits."""
+    return uvicorn.Config(
+        app,
+        factory=factory,
+        limit_concurrency=limits.max_connections,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(limits.drain_s),
+        timeout_worker_healthcheck=HEALTH_TIMEOUT_S,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        log_level="warning",
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address; port 0 takes a free one. Raises OSError where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.set_inheritable(True)
+    return sock
+
+
+def run_server(plan: ServerPlan, sock: socket.socket) -> None:
+    """Serve on a socket until told to stop: SIGTERM and SIGINT drain, a worker that dies is reported and begun anew."""
+    config = uvicorn_config(plan, plan.limits, factory=True)
+    config.workers = 1
+    config.configure_logging()
+    Multiprocess(config, sockets=[sock]).run()
+
+
+def parse_access(host: str, *, key_file: Path | None, no_auth: bool) -> AccessRules:
+    """Who may ask a server on this host. Raises ValueError for one that everybody on the network could use unasked."""
+    keys = read_keys(key_file) if key_file else ()
+    is_loopback = host in {"localhost", "::1"} or host.startswith("127.")
+    if not (is_loopback or keys or no_auth):
+        raise ValueError(
+            f"got --host {host} without keys: anybody who reaches it could use it; give --api-key-file, or --no-auth "
+            "where that is meant"
+        )
+    return AccessRules(api_keys=keys, hosts=LOOPBACK_NAMES if is_loopback and not keys else ())
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one a line. Raises ValueError for none, and for one that could be guessed."""
+    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not keys or min(map(len, keys)) < LEAST_KEY_CHARS:
+        raise ValueError(f"got {len(keys)} keys in {path}: expected one a line, of at least {LEAST_KEY_CHARS} letters")
+    return keys
