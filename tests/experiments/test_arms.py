@@ -19,7 +19,7 @@ from unimm import Bagel
 from unimm.data.shapes import example
 from unimm.training.tasks.edit_weights import AREA_FUNCTIONS, EditWeights
 
-STUDIES = ("edit_conditions", "edit_weights", "expert_variants", "stars_arms")
+STUDIES = ("edit_conditions", "edit_weights", "expert_variants", "latent_words", "stars_arms")
 made = [name for name in STUDIES if (Path(common.__file__).parent / name / f"{name}.json").is_file()]
 
 

@@ -1,0 +1,5 @@
+"""`python -m experiments.latent_words`."""
+
+from experiments.latent_words.run import main
+
+main()
