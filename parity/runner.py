@@ -18,6 +18,7 @@ from parity.checks import (
     dc_ae,
     deepseek_vl_images,
     edit_weights,
+    emu3,
     flux,
     janus,
     janusflow,
@@ -45,6 +46,7 @@ class Family:
 
 MODULES = {
     "bagel": bagel,
+    "emu3": emu3,
     "janus": janus,
     "janus's preprocessing": deepseek_vl_images,
     "janusflow": janusflow,

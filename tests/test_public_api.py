@@ -32,6 +32,7 @@ VERBS = (
 SHARED = ("prompt", "images", "n", "size", "seed", "steps", "guidance", "think", "progress")
 # shared parameters that a family does not have, as its class attributes say
 LACKS = {
+    "Emu3": {"steps", "think"},
     "Janus": {"steps", "think"},
     "JanusFlow": {"think"},
     "MetaQuery": {"think"},

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from unimm.models.bagel.config import BagelConfig
     from unimm.models.bagel.model import Bagel
     from unimm.models.base import Generation, UnifiedModel
+    from unimm.models.emu3.config import Emu3Config
+    from unimm.models.emu3.model import Emu3
     from unimm.models.janus.config import JanusConfig
     from unimm.models.janus.model import Janus
     from unimm.models.janusflow.config import JanusFlowConfig
@@ -26,6 +28,8 @@ __all__ = [
     "AdapterConfig",
     "Bagel",
     "BagelConfig",
+    "Emu3",
+    "Emu3Config",
     "Generation",
     "Guidance",
     "ImageTokenSampling",
@@ -49,6 +53,8 @@ _MODULES = {
     "AdapterConfig": "unimm.adapters.config",
     "Bagel": "unimm.models.bagel.model",
     "BagelConfig": "unimm.models.bagel.config",
+    "Emu3": "unimm.models.emu3.model",
+    "Emu3Config": "unimm.models.emu3.config",
     "ImageTokenSampling": "unimm.generation.image_tokens",
     "Generation": "unimm.models.base",
     "Guidance": "unimm.generation.guidance",

@@ -1,6 +1,6 @@
 """Where the stored cases are: the small ones beside the tests, the larger ones in the folder that UNIMM_GOLDEN names.
 
-tests/golden stays under 25 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is
+tests/golden stays under 40 MB. A larger case is looked for under the same path in $UNIMM_GOLDEN, and what needs it is
 skipped where it is absent.
 """
 

@@ -1,13 +1,13 @@
 """The steps of a causal language model that generation and a server are built on: prefill and decode_step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from unimm.generation.decode import DecodeSession
-from unimm.generation.kv_cache import KVCache
+from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.generation.prefill import plan_prefill
 from unimm.nn.decoder import AttentionFn, Decoder, RowsByExpert
 from unimm.sequence.packing import PackedBatch
@@ -44,6 +44,13 @@ class CausalLM(nn.Module, ABC):
         plan = plan_prefill(self.decoder, caches, parts)
         self.backbone(plan.batch, plan.attend)
         return plan.caches()
+
+    def prefill_unique(self, prompts: Sequence[Sequence[Part]], keys: Sequence[Hashable]) -> list[KVCache]:
+        """The KV cache of each prompt; prompts of equal keys are computed once."""
+        unique = dict(zip(keys, prompts, strict=True))
+        caches = self.prefill([EMPTY_CACHE] * len(unique), list(unique.values()))
+        by_key = dict(zip(unique, caches, strict=True))
+        return [by_key[key] for key in keys]
 
     def decode_session(self, caches: Sequence[KVCache], capacity: int) -> DecodeSession:
         """The state of decoding up to `capacity` tokens after each cache."""

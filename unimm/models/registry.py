@@ -75,6 +75,12 @@ FAMILIES = {
         architectures=("BagelForConditionalGeneration",),
         unique_file="llm_config.json",
     ),
+    "Emu3": Family(
+        package="emu3",
+        class_name="Emu3",
+        model_types=("Emu3", "emu3"),
+        architectures=("Emu3ForCausalLM", "Emu3ForConditionalGeneration"),
+    ),
     "Janus": Family(
         package="janus",
         class_name="Janus",

@@ -11,6 +11,7 @@ from torch import nn
 
 from unimm.nn.flops import StepFlops
 from unimm.tokenizers.dc_ae import DCAE, DCAEDownsample, DCAEUpsample, EfficientViTBlock, MultiscaleLinearAttention
+from unimm.tokenizers.emu3_vq import Emu3VQModel
 from unimm.tokenizers.kl import AutoencoderKL, Downsample, SpatialAttention, Upsample
 from unimm.tokenizers.vq import VQLevel, VQModel
 
@@ -102,6 +103,21 @@ def vq_decode_flops(
     decoder = vq.decoder
     modules = (vq.post_quant_conv, decoder.conv_in, decoder.mid, *_interleaved(decoder.conv_blocks), decoder.norm_out)
     return _image_layers_flops(count, (*modules, decoder.conv_out), n_images, _grid_of(size, vq.config.stride), carries)
+
+
+def emu3_vq_encode_flops(count: StepFlops, vq: Emu3VQModel, n_images: int, size: tuple[int, int]) -> None:
+    """The codes of P images of a (height, width) in pixels, without gradients."""
+    encoder = vq.encoder
+    modules = (encoder.conv_in, *encoder.down, encoder.mid, encoder.norm_out, encoder.conv_out)
+    _image_layers_flops(count, modules, n_images, size, False)
+    h, w = _grid_of(size, vq.config.stride)
+    n = n_images * h * w
+    frames = vq.config.frames_per_latent
+    for conv in encoder.time_conv:
+        frames //= 2
+        count.chain(n * frames, False, conv)
+    count.chain(n, False, encoder.time_res_stack, vq.quant_conv)
+    count.matrix(vq.quantize.embedding.weight, n, False)
 
 
 def dc_ae_encode_flops(

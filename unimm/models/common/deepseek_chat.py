@@ -6,21 +6,18 @@ docs/originals/janus.md, "Tokenizer" and "Image processor".
 Axes: N packed rows, n image tokens, D model, F features of the vision encoder, h w grid, p patch, C channels.
 """
 
-from collections.abc import Hashable, Sequence
-
 from einops import rearrange
 from torch import Tensor
 
 from unimm.encoders.timm_vit import TimmVisionEncoder
 from unimm.generation.causal_lm import CausalLM
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.kernels import linear_cross_entropy
 from unimm.models.base import UnifiedModel
 from unimm.models.common.deepseek_processor import DeepseekChatConfig, DeepseekProcessor, JanusSpecialTokens
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.requests import parse_size
 from unimm.sequence.packing import ImageTokens, PackedBatch
-from unimm.sequence.parts import IGNORE_INDEX, Part
+from unimm.sequence.parts import IGNORE_INDEX
 from unimm.vlms.chat import MLLMChat
 from unimm.vlms.llama_layout import EXPERT
 
@@ -78,13 +75,6 @@ class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
     def max_answer_tokens(self) -> int:
         """The most new ids of an answer, where a call does not say."""
         return self.chat_config.max_tokens
-
-    def prefill_unique(self, prompts: Sequence[Sequence[Part]], keys: Sequence[Hashable]) -> list[KVCache]:
-        """The KV cache of each prompt; prompts of equal keys are computed once."""
-        unique = dict(zip(keys, prompts, strict=True))
-        caches = self.prefill([EMPTY_CACHE] * len(unique), list(unique.values()))
-        by_key = dict(zip(unique, caches, strict=True))
-        return [by_key[key] for key in keys]
 
     def check_image_size(self, size: tuple[int, int] | None, trained: tuple[int, int]) -> None:
         """Raise ValueError for another (height, width) than the one that the model was trained for."""
