@@ -13,7 +13,8 @@ from torch import nn
 from unimm.adapters.config import AdapterConfig
 from unimm.adapters.updates import LowRankUpdate, from_released, to_released
 from unimm.checkpoint.keymap import KeyMap, Rename, equal_slices
-from unimm.nn.packed_linear import Int8Linear, PackedLinear, can_pack, optimize_for_cpu
+from unimm.nn.packed_linear import PackedLinear, optimize_for_cpu
+from unimm.nn.quantized_linear import QuantizedLinear, can_pack
 
 packs = pytest.mark.skipif(not can_pack(), reason="PyTorch has packed products on x86 alone")
 
@@ -167,13 +168,15 @@ def test_packed_and_rounded_linears_are_adapted_and_not_merged(tmp_path):
     packed = optimize_for_cpu(model)
     packed.load_adapter(tmp_path)
     assert close(hidden(packed), adapted)
-    with pytest.raises(ValueError, match=r"und.q is packed or in int8: merge the adapter into the model that this one"):
+    with pytest.raises(
+        ValueError, match=r"und.q is packed or in few bits: merge the adapter into the model that this one"
+    ):
         packed.merge_adapter()
     assert close(hidden(packed), adapted)
     rounded = optimize_for_cpu(model, int8=["decoder.blocks"])
     base = hidden(rounded)
     rounded.load_adapter(tmp_path)
-    assert any(isinstance(one, Int8Linear) for one in rounded.modules())
+    assert any(isinstance(one, QuantizedLinear) for one in rounded.modules())
     # the error of int8, about 1 % of each product, is that of the model without the adapter
     assert (hidden(rounded) - adapted).norm() < 0.05 * adapted.norm() < (hidden(rounded) - base).norm()
     rounded.unload_adapter()

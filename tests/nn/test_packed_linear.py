@@ -14,12 +14,11 @@ from unimm.kernels import AttentionMask, KeyRange, attention, use_kernels
 from unimm.nn.packed_linear import (
     MIN_PACKED_WEIGHTS,
     PackedFloat16,
-    PackedInt8,
     SplitFloat16,
-    can_pack,
     pack_weight,
     packed_linear,
 )
+from unimm.nn.quantized_linear import can_pack
 
 packs = pytest.mark.skipif(not can_pack(), reason="PyTorch has packed products on x86 alone")
 OUT, IN = 576, 600  # no multiples of what a product takes at once
@@ -91,20 +90,6 @@ def test_gradients_and_many_rows_take_the_plain_way():
         many = torch.randn(SplitFloat16.MAX_ROWS + 1, IN)
         assert torch.equal(packed_linear(many, w, b, packed), F.linear(many, w, b))
         assert not torch.equal(packed_linear(many[:2], w, b, packed), F.linear(many[:2], w, b))
-
-
-@packs
-@pytest.mark.parametrize("rows", [1, 2, 40])
-def test_int8(rows):
-    w, b = weights(torch.float32)
-    x, product = torch.randn(rows, IN) * torch.logspace(-3, 3, rows)[:, None], PackedInt8(w, b)
-    y = product(x)
-    for i in range(rows):  # each with its own scale, and sums that are exact
-        assert torch.equal(product(x[i : i + 1])[0], y[i])
-    # an error of half a step of 1/127 of the largest, uniform, of either factor: 3.5 / 127 / sqrt(12) = 0.8 % for
-    # normal numbers, so 1.1 % in all, and twice that of x where it has 7 bits
-    assert error(product(x) - b, x, w, None) < 0.025
-    assert torch.equal(product(torch.zeros(1, IN))[0], b)
 
 
 def test_decoding_samples_of_one_length_gathers_nothing():
@@ -190,7 +175,7 @@ def test_an_int8_model(bench, model, tmp_path):
 
 
 def test_int8_needs_the_products(model, monkeypatch):
-    monkeypatch.setattr("unimm.nn.packed_linear.can_pack", lambda: False)
+    monkeypatch.setattr("unimm.nn.quantized_linear.can_pack", lambda: False)
     with pytest.raises(ValueError, match="int8 needs PyTorch's x86 engine"):
         model.optimize_for_cpu(int8=True)
 

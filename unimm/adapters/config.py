@@ -13,11 +13,12 @@ from torch import nn
 
 from unimm.checkpoint.keymap import matches
 from unimm.checkpoint.save import own_name
-from unimm.nn.packed_linear import Int8Linear, PackedLinear
+from unimm.nn.packed_linear import PackedLinear
+from unimm.nn.quantized_linear import QuantizedLinear
 
 # groups of linears by name, as patterns of names in key maps: `gen.attention` belongs to `gen`, too
 LinearGroups = dict[str, tuple[str, ...]]
-ADAPTABLE = (nn.Linear, PackedLinear, Int8Linear)
+ADAPTABLE = (nn.Linear, PackedLinear, QuantizedLinear)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unimm.adapters.config import ADAPTABLE, AdapterConfig, require_peft
 from unimm.adapters.updates import LowRankUpdate, Updates
 from unimm.checkpoint.save import own_name, parameter_value
-from unimm.nn.packed_linear import Int8Linear, PackedLinear
+from unimm.nn.packed_linear import PackedLinear
+from unimm.nn.quantized_linear import QuantizedLinear
 
 
 class LoRAAdapters:
@@ -95,10 +96,12 @@ class LoRAAdapters:
     def _check_has_weights(self, linears: Iterable[str], what: str = "a DoRA") -> None:
         found = dict(self.model.named_modules())
         names = self._module_names()
-        if rounded := [name for name in linears if isinstance(_base(found[names[name]]), Int8Linear)]:
-            raise ValueError(
-                f"{rounded[0]} is in int8, which {what} cannot be of: take the model that this one was made from"
-            )
+        for name in linears:
+            if isinstance(linear := _base(found[names[name]]), QuantizedLinear):
+                raise ValueError(
+                    f"{name} is in {linear.format.NAME}, which {what} cannot be of: take the model that this one was made "
+                    "from"
+                )
 
     def _module_names(self) -> dict[str, str]:
         """The names of modules by those that they have where no part is compiled."""
@@ -116,7 +119,7 @@ class LoRAAdapters:
             lora_dropout=dropout,
             use_dora=dora,
         )
-        config._register_custom_module({PackedLinear: Linear, Int8Linear: Linear})
+        config._register_custom_module({PackedLinear: Linear, QuantizedLinear: Linear})
         return config
 
     def _inject(self, name: str, config: Any) -> None:
@@ -171,13 +174,13 @@ class LoRAAdapters:
     def merge(self) -> None:
         """Add the active adapters' updates to the weights, for good, and remove all adapters.
 
-        Raises ValueError, and changes nothing, for weights that are packed or in int8, and for an adapter that holds
+        Raises ValueError, and changes nothing, for weights that are packed or in few bits, and for an adapter that holds
         infinities or NaN.
         """
         layers = self._layers()
         if packed := [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]:
             raise ValueError(
-                f"{packed[0]} is packed or in int8: merge the adapter into the model that this one was made from, then "
+                f"{packed[0]} is packed or in few bits: merge the adapter into the model that this one was made from, then "
                 "optimize that for the CPU"
             )
         if broken := [

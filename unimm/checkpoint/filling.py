@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimm.checkpoint.keymap import Slice, Transform
+from unimm.checkpoint.keymap import Concat, Rename, Slice, SwapHalves, Transform
+from unimm.checkpoint.quantized_tensors import QuantizedTensor
 from unimm.checkpoint.safetensors_file import SafetensorsFile
 from unimm.checkpoint.streaming import Request, is_mappable, read_tensors_ahead
 from unimm.checkpoint.torch_file import TorchStateDict
+from unimm.kernels.weight_formats import StoredRows, WeightFormat
 
 OpenWeights = SafetensorsFile | TorchStateDict
 MAX_CHECKED_BYTES = 2**28  # mapped weights beyond this are not searched for NaN, which would read them all
 
-SCALE_SUFFIX = "_scale"  # of the name of a file's scales, a number a row, of weights that are in int8
+MOVES_ROWS = (Rename, SwapHalves, Slice, Concat)  # transforms that leave each row as it is
 
 _stay_in_files: ContextVar[bool] = ContextVar("unimm_weights_stay_in_files", default=False)
 
@@ -42,31 +44,33 @@ def weights_stay() -> bool:
 class LoadQuantization:
     """Linears that are quantized while they are loaded, one at a time.
 
-    parts: modules below which every linear is. make: from a linear, whose bias may not be loaded yet, and its weights,
-    what stands in its place; a bias is loaded into its parameter `bias`. bytes_per_weight: what it takes.
+    parts: modules below which every linear is, that `format` has groups for. make: from a linear, whose bias may not be
+    loaded yet, and its rounded weights, what stands in its place; a bias is loaded into its parameter `bias`.
     """
 
+    format: WeightFormat
     parts: tuple[str, ...]
-    make: Callable[[nn.Linear, Tensor], nn.Module]
-    bytes_per_weight: float
+    make: Callable[[nn.Linear, WeightFormat, StoredRows], nn.Module]
 
     def covers(self, model: nn.Module, name: str) -> bool:
         """Whether a parameter is the matrix of such a linear."""
         owner, _, leaf = name.rpartition(".")
-        is_below = any(owner.startswith(f"{part}.") for part in self.parts)
-        return is_below and leaf == "weight" and type(model.get_submodule(owner)) is nn.Linear
+        if leaf != "weight" or not any(owner.startswith(f"{part}.") for part in self.parts):
+            return False
+        linear = model.get_submodule(owner)
+        return type(linear) is nn.Linear and self.format.fits(linear.in_features)
 
-    def put(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        """Put the linear with these weights, quantized, into its place."""
+    def put(self, model: nn.Module, name: str, stored: StoredRows) -> None:
+        """Put the linear with these weights into its place."""
         owner = name.rpartition(".")[0]
         linear = model.get_submodule(owner)
         assert isinstance(linear, nn.Linear), "as `covers` says"
-        model.set_submodule(owner, self.make(linear, weight))
+        model.set_submodule(owner, self.make(linear, self.format, stored))
 
 
 class ModelFiller:
-    """Puts the tensors of files into a model's parameters. found: the transform of each released tensor. scales: of those
-    that are in int8, a number a row."""
+    """Puts the tensors of files into a model's parameters. found: the transform of each released tensor. quantized:
+    those that are in few bits."""
 
     def __init__(
         self,
@@ -76,16 +80,17 @@ class ModelFiller:
         device: torch.device,
         *,
         quantization: LoadQuantization | None = None,
-        scales: Mapping[str, Tensor] | None = None,
+        quantized: Mapping[str, QuantizedTensor] | None = None,
     ):
         self.quantization = quantization
-        self.scales = scales or {}
+        self.quantized = quantized or {}
         self.model = model
         self.found = found
         self.dtype = dtype
         self.device = device
         self.with_nan: list[str] = []
         self._wholes: dict[str, Tensor] = {}  # parameters that several tensors fill, by our names
+        self._stored_wholes: dict[str, StoredRows] = {}  # the same of those that come in few bits and stay so
         self._n_shares: dict[str, int] = {}  # of those, that have been filled
         self._checked_bytes = 0  # of mapped tensors that were searched for NaN
 
@@ -96,7 +101,7 @@ class ModelFiller:
             if not self._maps(file, key, skip):
                 width: float = self.dtype.itemsize
                 if self.quantization is not None and self._is_quantized(self.found[key[skip:]]):
-                    width = self.quantization.bytes_per_weight
+                    width = self.quantization.format.BYTES_PER_WEIGHT
                 needed += math.prod(file.header(key).shape) * width
         return int(needed)
 
@@ -116,16 +121,62 @@ class ModelFiller:
 
     def load(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[str]:
         """Load tensors of a file; the names of those that have been loaded."""
-        for key, released, has_nan in self._read(file, keys, skip):
-            if key[skip:] in self.scales:
-                released.mul_(self.scales[key[skip:]].to(released).unsqueeze(1))
+        whole = [key for key in keys if key[skip:] not in self.quantized]
+        for key, released, has_nan in self._read(file, whole, skip):
             self._assign(self.found[key[skip:]], released)
             if has_nan or (has_nan is None and self._finds_nan(released)):
                 self.with_nan.append(key)
             yield key
+        for key in keys:
+            if (one := self.quantized.get(key[skip:])) is not None:
+                stored = one.with_codes(file.get_tensor(key))
+                self._load_quantized(
+                    self.found[key[skip:]], one.format, {k: x.to(self.device) for k, x in stored.items()}
+                )
+                if any(_has_nan(side) for side in one.sides.values()):
+                    self.with_nan.append(key)
+                yield key
+
+    def _load_quantized(self, transform: Transform, format_: WeightFormat, stored: StoredRows) -> None:
+        """Take what a file holds in few bits: as it is, where this is how it is wanted, else multiplied out."""
+        if self._stays_stored(transform, format_):
+            self._assign_stored(transform, stored)
+            return
+        weight = format_.dequantize(stored)
+        if isinstance(transform, Slice):
+            transform.rows_of(self._whole(transform.ours, torch.float32)).copy_(weight)
+        self._assign(transform, weight)
+
+    def _stays_stored(self, transform: Transform, format_: WeightFormat) -> bool:
+        quantization = self.quantization
+        return (
+            quantization is not None
+            and quantization.format is format_
+            and isinstance(transform, MOVES_ROWS)
+            and all(quantization.covers(self.model, name) for name in transform.our_names)
+        )
+
+    def _assign_stored(self, transform: Transform, stored: StoredRows) -> None:
+        """Put codes and scales where they belong: their rows are moved as those of the weight are."""
+        assert self.quantization is not None, "as _stays_stored says"
+        if isinstance(transform, Slice):
+            n = len(get_tensor(self.model, transform.ours))
+            whole = self._stored_wholes.setdefault(
+                transform.ours, {suffix: part.new_empty(n, *part.shape[1:]) for suffix, part in stored.items()}
+            )
+            for suffix, part in stored.items():
+                transform.rows_of(whole[suffix]).copy_(part)
+            if self._is_complete(transform):
+                self.quantization.put(self.model, transform.ours, self._stored_wholes.pop(transform.ours))
+            return
+        ours = [get_tensor(self.model, name) for name in transform.our_names]
+        parts = {suffix: transform.to_ours(part, ours) for suffix, part in stored.items()}
+        for i, name in enumerate(transform.our_names):
+            # copies: a file's mapping is not held for them, and what was split shares no memory
+            self.quantization.put(self.model, name, {suffix: some[i].clone() for suffix, some in parts.items()})
 
     def _read(self, file: OpenWeights, keys: Sequence[str], skip: int) -> Iterator[tuple[str, Tensor, bool | None]]:
-        requests = (Request(key, self._target(file, key, skip), may_map=self._maps(file, key, skip)) for key in keys)
+        requests = (Request(key, self._target(key, skip), may_map=self._maps(file, key, skip)) for key in keys)
         if isinstance(file, SafetensorsFile):
             file.read_only_fallback = weights_stay()
             yield from read_tensors_ahead(file, requests, dtype=self.dtype, device=self.device)
@@ -137,22 +188,27 @@ class ModelFiller:
                 released = request.target.copy_(file.get_tensor(request.key))
             yield request.key, released, None
 
-    def _target(self, file: OpenWeights, key: str, skip: int) -> Tensor | None:
-        """The memory of a tensor that is a part of a parameter, or that is multiplied by scales; None for any other."""
+    def _target(self, key: str, skip: int) -> Tensor | None:
+        """The memory of a tensor that is a part of a parameter; None for any other."""
         transform = self.found[key[skip:]]
-        is_scaled = key[skip:] in self.scales
-        dtype = torch.float32 if is_scaled else self.dtype
         if not isinstance(transform, Slice):
-            return torch.empty(file.header(key).shape, dtype=dtype, device=self.device) if is_scaled else None
-        if transform.ours not in self._wholes:
-            shape = get_tensor(self.model, transform.ours).shape
-            self._wholes[transform.ours] = torch.empty(shape, dtype=dtype, device=self.device)
-        return transform.rows_of(self._wholes[transform.ours])
+            return None
+        return transform.rows_of(self._whole(transform.ours, self.dtype))
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The memory of a parameter that several tensors fill."""
+        if name not in self._wholes:
+            self._wholes[name] = torch.empty(get_tensor(self.model, name).shape, dtype=dtype, device=self.device)
+        return self._wholes[name]
+
+    def _is_complete(self, transform: Slice) -> bool:
+        """Count a part of a parameter; whether it was the last that was missing."""
+        self._n_shares[transform.ours] = self._n_shares.get(transform.ours, 0) + transform.length
+        return self._n_shares[transform.ours] == transform.of
 
     def _assign(self, transform: Transform, released: Tensor) -> None:
         if isinstance(transform, Slice):
-            self._n_shares[transform.ours] = self._n_shares.get(transform.ours, 0) + transform.length
-            if self._n_shares[transform.ours] == transform.of:
+            if self._is_complete(transform):
                 self._put(transform.ours, self._wholes.pop(transform.ours))
             return
         ours = [get_tensor(self.model, name) for name in transform.our_names]
@@ -161,7 +217,7 @@ class ModelFiller:
 
     def _put(self, name: str, tensor: Tensor) -> None:
         if self.quantization and self.quantization.covers(self.model, name):
-            self.quantization.put(self.model, name, tensor)
+            self.quantization.put(self.model, name, self.quantization.format.quantize(tensor))
         else:
             set_tensor(self.model, name, tensor.to(self.dtype))
 

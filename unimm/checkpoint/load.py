@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from unimm.checkpoint.atomic import is_interrupted
 from unimm.checkpoint.contents import CheckpointError, describe_unreadable, is_there
 from unimm.checkpoint.filling import (
-    SCALE_SUFFIX,
     LoadQuantization,
     ModelFiller,
     OpenWeights,
@@ -25,6 +24,7 @@ from unimm.checkpoint.filling import (
 )
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
+from unimm.checkpoint.quantized_tensors import QuantizedTensor, quantized_formats, side_names, whole_headers
 from unimm.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorHeader
 from unimm.checkpoint.torch_file import open_torch_file
 from unimm.checkpoint.valueless import values_left_out
@@ -278,12 +278,12 @@ def load_weights(
     skip = len(prefix) if prefix and all(key.startswith(prefix) for key in headers) else 0
     headers = {key[skip:]: header for key, header in headers.items()}
     where = str(file_path(paths[0]))
-    scales = _read_scales(paths, headers, skip, where)
-    headers = {key: header for key, header in headers.items() if not _is_scale(key, scales)}
+    quantized = _read_quantized(paths, headers, skip, where)
+    headers = whole_headers(headers, {key: one.format for key, one in quantized.items()})
     shapes = {key: header.shape for key, header in headers.items()}
     found, parameters = match_weights(model, shapes, key_map, where)
-    _check_dtypes(headers, {key: one for key, one in found.items() if key not in scales}, parameters, where)
-    filler = ModelFiller(model, found, dtype, device, quantization=quantization, scales=scales)
+    _check_dtypes(headers, {key: one for key, one in found.items() if key not in quantized}, parameters, where)
+    filler = ModelFiller(model, found, dtype, device, quantization=quantization, quantized=quantized)
     wanted: list[tuple[OpenWeights, list[str]]] = []
     for path in paths:
         with open_weights(path) as file:
@@ -308,33 +308,20 @@ def load_weights(
         )
 
 
-def _is_scale(key: str, weights: Collection[str]) -> bool:
-    """Whether a tensor holds the scales of one of these."""
-    return key.endswith(SCALE_SUFFIX) and key.removesuffix(SCALE_SUFFIX) in weights
-
-
-def _read_scales(
+def _read_quantized(
     paths: Sequence[WeightFile], headers: Mapping[str, TensorHeader], skip: int, where: str
-) -> dict[str, Tensor]:
-    """The scales of each tensor that a file holds in int8, by its name. skip: the length of the keys' prefix.
-
-    Raises CheckpointError where a matrix has not one for each of its rows.
-    """
-    names = {key for key in headers if headers[key].dtype == "I8" and key + SCALE_SUFFIX in headers}
-    for name in names:
-        scale = headers[name + SCALE_SUFFIX]
-        if len(headers[name].shape) != 2 or scale != TensorHeader(headers[name].shape[:1], "F32"):
-            raise CheckpointError(
-                f"{where} holds {name + SCALE_SUFFIX} of shape {list(scale.shape)} in {scale.dtype} for {name} of shape "
-                f"{list(headers[name].shape)}: expected a number in F32 for each row of a matrix; fetch it again"
-            )
-    found: dict[str, Tensor] = {}
+) -> dict[str, QuantizedTensor]:
+    """What stands beside the codes of each tensor that is in few bits, by its name. skip: the length of the keys' prefix."""
+    formats = quantized_formats(headers, where)
+    sides: dict[str, dict[str, Tensor]] = {key: {} for key in formats}
+    names = side_names(formats)
     for path in paths:
         with open_weights(path) as file:
             for key in _keys(file, path):
-                if _is_scale(key[skip:], names):
-                    found[key[skip:].removesuffix(SCALE_SUFFIX)] = file.get_tensor(key).clone()
-    return found
+                if key[skip:] in names:
+                    owner, suffix = names[key[skip:]]
+                    sides[owner][suffix] = file.get_tensor(key).clone()
+    return {key: QuantizedTensor(one, sides[key]) for key, one in formats.items()}
 
 
 def _check_dtypes(
@@ -370,9 +357,10 @@ def match_weights(
 def check_weights(model: nn.Module, paths: Sequence[WeightFile], key_map: KeyMap) -> None:
     """Raise CheckpointError where files that were just written would not load into `model`; computes nothing."""
     try:
-        shapes = read_shapes(paths)
-        shapes = {key: shape for key, shape in shapes.items() if not _is_scale(key, shapes)}
-        match_weights(model, shapes, key_map, f"{paths[0].name} as it would be written")
+        where = f"{paths[0].name} as it would be written"
+        headers = read_headers(paths)
+        headers = whole_headers(headers, quantized_formats(headers, where))
+        match_weights(model, {key: header.shape for key, header in headers.items()}, key_map, where)
     except CheckpointError as error:
         raise CheckpointError(
             f"cannot save: {error}; nothing was replaced; merge adapters into the weights and undo what replaced the "

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from unimm.checkpoint.atomic import name_file
-from unimm.checkpoint.filling import SCALE_SUFFIX, loadable_tensors
+from unimm.checkpoint.filling import loadable_tensors
 from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap, Transform, matches
 from unimm.checkpoint.safetensors_file import DTYPE_NAMES, LENGTH_BYTES
+from unimm.kernels.weight_formats import StoredRows
 
 MAX_SHARD_SIZE = "5GB"  # as on the hub
 HEADER_ALIGNMENT = 64  # bytes: tensors then lie in the file as PyTorch aligns its own
@@ -81,7 +82,7 @@ def released_tensors(
     Raises ValueError where a released tensor is made of several parameters and one of them is not there.
     """
     ours = _saved_tensors(model)
-    released = _int8_tensors(model, key_map)
+    released = _quantized_tensors(model, key_map)
     for name in ours:
         for key, transform in key_map.released_tensors(name).items():
             if key in released:  # a tensor made of several parameters is found by each of them
@@ -96,44 +97,50 @@ def released_tensors(
 
 
 @runtime_checkable
-class HoldsInt8(Protocol):
-    """A linear whose weights are in int8."""
+class HoldsQuantized(Protocol):
+    """A linear whose weights are in few bits."""
 
-    def int8_weight(self) -> tuple[Tensor, Tensor]:
-        """The weights [F, D] in int8, and a scale for each row [F] in float32."""
+    def stored_part(self, suffix: str) -> Tensor:
+        """The weights as files hold them: their codes, or what stands beside them."""
+
+    def stored_layout(self) -> StoredRows:
+        """All parts without values, by their suffixes."""
 
 
-def _int8_linears(model: nn.Module) -> dict[str, HoldsInt8]:
-    """The linears in int8, by the names that their weights would have."""
+def _quantized_linears(model: nn.Module) -> dict[str, HoldsQuantized]:
+    """The linears in few bits, by the names that their weights would have."""
     parts = {f"{own_name(name)}.weight": part for name, part in model.named_modules(remove_duplicate=False)}
-    return {name: part for name, part in parts.items() if isinstance(part, HoldsInt8)}
+    return {name: part for name, part in parts.items() if isinstance(part, HoldsQuantized)}
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters themselves, by which `read_values_by` knows them, and the buffers that files hold."""
-    found = loadable_tensors(model) if _int8_linears(model) else model.state_dict(keep_vars=True)
+    found = loadable_tensors(model) if _quantized_linears(model) else model.state_dict(keep_vars=True)
     return {own_name(name): x for name, x in found.items()}
 
 
-def _int8_tensors(model: nn.Module, key_map: KeyMap) -> dict[str, PendingTensor]:
-    """The released tensors of linears in int8, and their scales."""
-    linears = _int8_linears(model)
+def _quantized_tensors(model: nn.Module, key_map: KeyMap) -> dict[str, PendingTensor]:
+    """The released tensors of linears in few bits, and what stands beside them."""
+    linears = _quantized_linears(model)
     released: dict[str, PendingTensor] = {}
     for name in linears:
         for key, transform in key_map.released_tensors(name).items():
             if lost := [one for one in transform.our_names if one not in linears]:
-                raise ValueError(f"cannot save {key}: {name} is in int8, {lost[0]} is not: expected both or none")
+                raise ValueError(f"cannot save {key}: {name} is in few bits, {lost[0]} is not: expected both or none")
             parts = [linears[one] for one in transform.our_names]
-            for place, suffix in enumerate(("", SCALE_SUFFIX)):
-                make = partial(_int8_part, transform, parts, place)
-                sketch = make()
+            layouts = [part.stored_layout() for part in parts]
+            if any(layout.keys() != layouts[0].keys() for layout in layouts):
+                raise ValueError(f"cannot save {key}: {', '.join(transform.our_names)} are in several formats")
+            for suffix in layouts[0]:
+                sketch = transform.to_released([layout[suffix] for layout in layouts])
+                make = partial(_released_rows, transform, parts, suffix)
                 released[key + suffix] = PendingTensor(tuple(sketch.shape), sketch.dtype, make)
     return released
 
 
-def _int8_part(transform: Transform, parts: Sequence[HoldsInt8], place: int) -> Tensor:
-    """The released weights (place 0) or scales (1): rows of a scale go where the rows of their weights go."""
-    return transform.to_released([part.int8_weight()[place] for part in parts]).contiguous()
+def _released_rows(transform: Transform, parts: Sequence[HoldsQuantized], suffix: str) -> Tensor:
+    """The released codes, or what stands beside them: rows of a scale go where the rows of their weights go."""
+    return transform.to_released([part.stored_part(suffix) for part in parts]).contiguous()
 
 
 def _make_released(transform: Transform, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -155,7 +162,7 @@ def check_all_saved(model: nn.Module, key_maps: Iterable[KeyMap], *, unused: Seq
     patterns of those that nothing reads, which a layout may leave out.
     """
     key_maps = tuple(key_maps)
-    ours: dict[str, Any] = {**_saved_tensors(model), **_int8_linears(model)}
+    ours: dict[str, Any] = {**_saved_tensors(model), **_quantized_linears(model)}
     parameters = {own_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     unknown = [name for name in ours if not any(key_map.released_tensors(name) for key_map in key_maps)]
     wrong = [name for name in unknown if not any(matches(pattern, name) for pattern in unused)]

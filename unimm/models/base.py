@@ -32,11 +32,13 @@ from unimm.checkpoint.load import (
 from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, parse_bytes, released_tensors, save_weights
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling
+from unimm.kernels.weight_formats import WEIGHT_FORMATS
 from unimm.models.adapted import AdaptedModel
 from unimm.models.parallel_plan import ParallelPlan
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
-from unimm.nn.packed_linear import Int8Linear, check_can_pack, optimize_for_cpu
+from unimm.nn.packed_linear import optimize_for_cpu
+from unimm.nn.quantized_linear import QuantizedLinear, check_can_pack
 from unimm.processing.requests import ImageInput
 from unimm.tokenizers.text import TextTokenizer
 
@@ -146,8 +148,8 @@ class UnifiedModel(AdaptedModel):
         dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids
         of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has.
         offload: "disk" leaves the weights in their files, from which the CPU reads them as it needs them, so that they
-        may be larger than the memory; `dtype` has to be the files'. quantize: "int8" rounds the linears of `QUANTIZED`
-        as they are read, for a CPU; such a model does not train. Raises ValueError for an unknown name,
+        may be larger than the memory; `dtype` has to be the files'. quantize: "int8", "int4", "fp8" or "nf4" rounds the
+        linears of `QUANTIZED` as they are read; such a model does not train. Raises ValueError for an unknown name,
         CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
         """
         hub.parse_name(name, "a model")
@@ -192,13 +194,16 @@ class UnifiedModel(AdaptedModel):
         """How linears are quantized. Raises ValueError for other ways, and where this one cannot be."""
         if quantize is None:
             return None
-        if quantize != "int8":
-            raise ValueError(f"got quantize {quantize!r:.80}: expected 'int8', or None for weights as they are")
-        if device.type != "cpu" or stays_in_files:
-            where = 'offload "disk"' if stays_in_files else f"device {device}"
-            raise ValueError(f"got quantize 'int8' and {where}: expected weights in the memory of a CPU")
-        check_can_pack()
-        return LoadQuantization(cls.QUANTIZED, Int8Linear, bytes_per_weight=1)
+        known = ", ".join(WEIGHT_FORMATS)
+        if not isinstance(quantize, str) or quantize not in WEIGHT_FORMATS:
+            raise ValueError(f"got quantize {quantize!r:.80}: expected one of {known}, or None for weights as they are")
+        if stays_in_files:
+            raise ValueError(
+                f'got quantize {quantize!r} and offload "disk": expected one of them, since rounded weights are in no file'
+            )
+        if quantize == "int8" and device.type == "cpu":
+            check_can_pack()
+        return LoadQuantization(WEIGHT_FORMATS[quantize], cls.QUANTIZED, QuantizedLinear)
 
     def optimize_for_cpu(self, *, int8: bool = False) -> Self:
         """This model made faster on a CPU: a copy over the same weights, of which the large ones are packed a second

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -10,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimm.nn.quantized_linear import QuantizedLinear, can_pack, check_can_pack
+
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-QUANTIZED_ENGINES = ("x86", "fbgemm")
-MIN_SCALE = torch.finfo(torch.float32).tiny
 MIN_PACKED_WEIGHTS = 2**18  # smaller matrices stay in the cache, where packing gains nothing
 
 
@@ -65,39 +64,6 @@ class SplitFloat16:
         return weight - high - low.float() / cls.LOW_SCALE
 
 
-class PackedInt8:
-    """Weights rounded to int8 with a scale an output; rows of x rounded to 8 bits with a scale each.
-
-    About 1 % of error, as |y - y'| / |y|. The product is exact in int32.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.packed = _prepack_int8(weight.detach().float())
-        self.bias = None if bias is None else bias.detach().float()
-        self.levels = 127 if _accumulates_in_int32() else 63
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [N, D] -> [N, F], in x's dtype. bias: in place of its own."""
-        wide = x.float()
-        scale = wide.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE)
-        y = _int8_product(wide / scale, self.levels, self.packed) * scale
-        bias = self.bias if bias is None else bias.float()
-        return (y if bias is None else y + bias).to(x.dtype)
-
-
-def can_pack() -> bool:
-    """Whether this CPU has the packed products, and PyTorch's engine is set to one that has them."""
-    return torch.backends.quantized.engine in QUANTIZED_ENGINES
-
-
-def check_can_pack() -> None:
-    """Raise ValueError where this CPU, or PyTorch, has no products of int8."""
-    if not can_pack():
-        raise ValueError(
-            "int8 needs PyTorch's x86 engine: expected an x86 CPU and torch.backends.quantized.engine 'x86'"
-        )
-
-
 def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFloat16 | None:
     """A packed copy of weights [F, D]; None where packing gains nothing or is not exact.
 
@@ -135,30 +101,6 @@ def packed_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return F.linear(x, weight, bias)
 
 
-def _prepack_int8(weight: Tensor) -> Any:
-    scales = (weight.abs().amax(1).double() / 127).clamp(min=MIN_SCALE)
-    zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
-    with warnings.catch_warnings():
-        # pytorch/pytorch issue 184982: no product that will remain is as fast (onednn.qlinear_pointwise 2.2 ms against
-        # 0.9)
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning)
-        return torch.ops.quantized.linear_prepack(
-            torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
-        )
-
-
-def _int8_product(x: Tensor, levels: int, packed: Any) -> Tensor:
-    """x [N, D] in [-1, 1], as -levels to levels, times packed weights -> [N, F]."""
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    return product(x, 1 / levels, levels + 1, packed)
-
-
-def _accumulates_in_int32() -> bool:
-    """Whether products of 8 bits with 8 are summed in 32 bits: without VNNI pairs are summed in 16, which overflows."""
-    ones = torch.ones(1, 64, device="cpu")
-    return bool(torch.isclose(_int8_product(ones, 127, _prepack_int8(ones)), ones.sum()).all())
-
-
 def _prepack_float16(weight: Tensor, bias: Tensor | None) -> Any:
     return torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
 
@@ -176,35 +118,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.weight, self.bias, self.packed)
-
-
-class Int8Linear(nn.Module):
-    """A linear with weights in int8 alone: without gradients. Its state dict raises ValueError: no parameter holds them."""
-
-    def __init__(self, linear: nn.Linear, weight: Tensor | None = None):
-        """weight: in place of the linear's own."""
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.packed = PackedInt8(linear.weight if weight is None else weight, None)
-        self.bias = linear.bias
-        # empty: the device and dtype of the weights, which adapters (PEFT) ask for by this name
-        self.qweight = torch.empty(0, dtype=torch.int8)
-        self.register_state_dict_pre_hook(_refuse_state_dict)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x, self.bias)
-
-    def int8_weight(self) -> tuple[Tensor, Tensor]:
-        """The weights [F, D] in int8, and a scale for each row [F] in float32."""
-        weight, _ = torch.ops.quantized.linear_unpack(self.packed.packed)
-        return weight.int_repr(), weight.q_per_channel_scales().float()
-
-
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise ValueError(
-        f"{prefix.rstrip('.')} is in int8 and has no parameter for it: save the model with save_pretrained"
-    )
 
 
 def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] = ()) -> M:
@@ -226,7 +139,9 @@ def optimize_for_cpu(model: M, *, skip: Sequence[str] = (), int8: Sequence[str] 
     for name, linear in linears:
         packed = None if _is_below(name, int8) else pack_weight(linear.weight, linear.bias)
         if packed or _is_below(name, int8):
-            optimized.set_submodule(name, PackedLinear(linear, packed) if packed else Int8Linear(linear))
+            optimized.set_submodule(
+                name, PackedLinear(linear, packed) if packed else QuantizedLinear.of(linear, "int8")
+            )
             n += 1
     log.info("packed %d of %d linears", n, len(linears))
     return optimized
