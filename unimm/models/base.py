@@ -37,6 +37,7 @@ from unimm.models.adapted import AdaptedModel
 from unimm.models.parallel_plan import ParallelPlan
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
+from unimm.nn.block_stream import BlockStream
 from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.nn.quantized_linear import QuantizedLinear, check_can_pack
 from unimm.processing.requests import ImageInput
@@ -98,6 +99,8 @@ class UnifiedModel(AdaptedModel):
 
     tokenizer: TextTokenizer | None
     checkpoint_layout: str = "original"
+    # what brings the blocks to the device, with offload="cpu"
+    block_stream: BlockStream | None = None
 
     @classmethod
     @abstractmethod
@@ -148,16 +151,20 @@ class UnifiedModel(AdaptedModel):
         dtype: "float32" or "bfloat16"; a KL autoencoder stays in float32, as released. components: folders or hub ids
         of parts to take from elsewhere, by name; None leaves an optional part out; the family says which it has.
         offload: "disk" leaves the weights in their files, from which the CPU reads them as it needs them, so that they
-        may be larger than the memory; `dtype` has to be the files'. quantize: "int8", "int4", "fp8" or "nf4" rounds the
-        linears of `QUANTIZED` as they are read; such a model does not train. Raises ValueError for an unknown name,
-        CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
+        may be larger than the memory; `dtype` has to be the files'. "cpu" leaves the blocks of `QUANTIZED` in the CPU's
+        memory, from which a GPU gets them one after the other as it needs them. quantize: "int8", "int4", "fp8" or
+        "nf4" rounds the linears of `QUANTIZED` as they are read; such a model does not train. Raises ValueError for an
+        unknown name, CheckpointError (a ValueError) for weights that do not fit, MemoryError where they cannot.
         """
         hub.parse_name(name, "a model")
         components = cls._parse_components(components)
         dtype = parse_dtype(dtype)
         device = parse_device(device)
-        stays_in_files = _parse_offload(offload, device)
-        quantization = cls._parse_quantize(quantize, device, stays_in_files)
+        _check_offload(offload, device)
+        stays_in_files = offload == "disk"
+        streams_to = device if offload == "cpu" else None
+        device = torch.device("cpu") if offload == "cpu" else device
+        quantization = cls._parse_quantize(quantize, device, offload)
         folder = hub.resolve(
             name,
             revision=revision,
@@ -170,36 +177,43 @@ class UnifiedModel(AdaptedModel):
         with weights_stay_in_files(stays_in_files):
             if not (stays_in_files or quantize):
                 check_weights_fit(model, folder, keep_float32=cls.KEEP_FLOAT32, dtype=dtype, device=device)
-            for names, key_map in model.key_maps().items():
-                file_dtype = torch.float32 if _all_targets_below(key_map, cls.KEEP_FLOAT32) else dtype
-                paths = weight_files(folder, names)
-                load_weights(
-                    model,
-                    paths,
-                    key_map,
-                    prefix=cls.KEY_PREFIX,
-                    dtype=file_dtype,
-                    device=device,
-                    quantization=quantization,
-                )
+            model._load_files(folder, dtype, device, quantization)
             materialize(model, cls.UNUSED_PARAMETERS, dtype=dtype, device=device)
             if cls.COMPONENTS:
                 loader = cast("ComponentModel", model)
                 loader.load_components(components, name=name, folder=folder, dtype=dtype, device=device)
         model.loaded_from = str(name)
+        if streams_to is not None:
+            model.block_stream = BlockStream(model, cls.QUANTIZED, streams_to)
         return model.eval()
 
+    def _load_files(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, quantization: LoadQuantization | None
+    ) -> None:
+        """Load the model's own files of weights."""
+        for names, key_map in self.key_maps().items():
+            load_weights(
+                self,
+                weight_files(folder, names),
+                key_map,
+                prefix=self.KEY_PREFIX,
+                dtype=torch.float32 if _all_targets_below(key_map, self.KEEP_FLOAT32) else dtype,
+                device=device,
+                quantization=quantization,
+            )
+
     @classmethod
-    def _parse_quantize(cls, quantize: Any, device: torch.device, stays_in_files: bool) -> LoadQuantization | None:
+    def _parse_quantize(cls, quantize: Any, device: torch.device, offload: str | None) -> LoadQuantization | None:
         """How linears are quantized. Raises ValueError for other ways, and where this one cannot be."""
         if quantize is None:
             return None
         known = ", ".join(WEIGHT_FORMATS)
         if not isinstance(quantize, str) or quantize not in WEIGHT_FORMATS:
             raise ValueError(f"got quantize {quantize!r:.80}: expected one of {known}, or None for weights as they are")
-        if stays_in_files:
+        if offload is not None:
             raise ValueError(
-                f'got quantize {quantize!r} and offload "disk": expected one of them, since rounded weights are in no file'
+                f'got quantize {quantize!r} and offload "{offload}": expected one of them, since weights in few bits are '
+                "in no file, and are not streamed"
             )
         if quantize == "int8" and device.type == "cpu":
             check_can_pack()
@@ -349,8 +363,8 @@ class UnifiedModel(AdaptedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.parameters()).device
+        """The device of the weights, or that to which they are streamed."""
+        return next(self.parameters()).device if self.block_stream is None else self.block_stream.device
 
 
 class ComponentModel(ABC):
@@ -369,14 +383,17 @@ class ComponentModel(ABC):
         """
 
 
-def _parse_offload(offload: Any, device: torch.device) -> bool:
-    """Whether weights stay in their files. Raises ValueError for another place than "disk", or another device than the
-    CPU."""
-    if offload not in (None, "disk"):
-        raise ValueError(f"got offload {offload!r:.80}: expected 'disk', or None for weights in memory")
-    if offload and device.type != "cpu":
+def _check_offload(offload: Any, device: torch.device) -> None:
+    """Raise ValueError for another place than "cpu" and "disk", and for a device that cannot have weights there."""
+    if offload not in (None, "cpu", "disk"):
+        raise ValueError(f"got offload {offload!r:.80}: expected 'cpu', 'disk', or None for weights on the device")
+    if offload == "disk" and device.type != "cpu":
         raise ValueError(f"got offload 'disk' and device {device}: expected the CPU, which reads weights from files")
-    return offload is not None
+    if offload == "cpu" and device.type == "cpu":
+        raise ValueError(
+            f"got offload 'cpu' and device {device}: expected a GPU, to which blocks are streamed; weights of a CPU that "
+            "are larger than its memory stay in their files with offload='disk'"
+        )
 
 
 def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:
