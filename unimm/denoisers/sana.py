@@ -7,6 +7,7 @@ Axes: B batch, L tokens of the latents, M tokens of the caption, D model, H head
 patch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, cast
@@ -134,6 +135,16 @@ class SanaCondition(NamedTuple):
         return SanaCondition(
             self.tokens[index], keys, values, None if self.attention_mask is None else self.attention_mask[index]
         )
+
+    @staticmethod
+    def cat(conditions: "Sequence[SanaCondition]") -> "SanaCondition":
+        """The rows of several conditions without masks, one after the other."""
+        assert all(one.attention_mask is None for one in conditions), "captions of other lengths are not joined"
+        keys, values = (
+            tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+            for parts in ([one.keys for one in conditions], [one.values for one in conditions])
+        )
+        return SanaCondition(torch.cat([one.tokens for one in conditions]), keys, values, None)
 
 
 class SanaLinearAttention(nn.Module):

@@ -10,6 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
@@ -94,12 +95,13 @@ class RemoteImages:
         try:
             connection.request("GET", target, headers={"Host": host, "Accept": "image/*", "Connection": "close"})
             sock.settimeout(max(0.1, end - time.monotonic()))
-            response = connection.getresponse()
-            location = response.getheader("Location")
-            body = b"" if response.status in REDIRECTS else self._read(response, sock, end)
-            return response.status, location, body
+            with closing(connection.getresponse()) as response:
+                location = response.getheader("Location")
+                body = b"" if response.status in REDIRECTS else self._read(response, sock, end)
+                return response.status, location, body
         finally:
             connection.close()
+            sock.close()
 
     def _read(self, response: http.client.HTTPResponse, sock: socket.socket, end: float) -> bytes:
         chunks: list[bytes] = []

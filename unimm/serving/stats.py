@@ -18,7 +18,7 @@ class EngineStats:
     n_restarts: int = 0
     n_images: int = 0
     n_tokens: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     forwards: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     choices: Counter[str] = field(default_factory=Counter)
@@ -27,7 +27,7 @@ class EngineStats:
 
     def add_stage(self, stage: str, seconds: float, n: int) -> None:
         """A forward: prefill, decode_step, denoise_step or image_decode, with n rows of the batch."""
-        self.seconds[stage] += seconds
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.forwards[stage] += 1
         self.rows[stage] += n
         if self.on_stage is not None:

@@ -8,6 +8,7 @@ tokens.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,15 +24,18 @@ from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_samp
 from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import IMAGE_PLACEHOLDER, SPECIAL_TOKENS
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig
 from unimm.models.janus.network import JanusNetwork
 from unimm.models.janus.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.janus.processor import padded_unconditional, with_image_start
+from unimm.models.janus.stepwise import JanusImageAnswer
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
 from unimm.models.janus.weights import KEY_MAP
 from unimm.processing.images.io import tensor_to_pil
@@ -87,6 +91,10 @@ class Janus(JanusNetwork, DeepseekChatModel):
             files = transformers_from_original(files, special_tokens=special_tokens, image_token_id=image_token_id)
         for name, contents in files.items():
             write_json(folder / name, contents)
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(JanusImageAnswer, self, request))
 
     # ---- generating images
 

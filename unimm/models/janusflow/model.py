@@ -7,6 +7,7 @@ Axes: P images, B branches (with guidance two for an image), C channels, H W sid
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,19 @@ from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, times
 from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
 from unimm.models.common.deepseek_chat import DeepseekChatModel
 from unimm.models.common.deepseek_processor import SPECIAL_TOKENS
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
 from unimm.models.janusflow.network import JanusFlowNetwork
 from unimm.models.janusflow.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.janusflow.processor import bos_unconditional
+from unimm.models.janusflow.stepwise import JanusFlowImageAnswer
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
 from unimm.models.release import Components
 from unimm.processing.images.io import tensor_to_pil
@@ -112,6 +116,10 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
                 )
             self._external_vae = (vae,)
         return self._external_vae[0].to(self.device)
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(JanusFlowImageAnswer, self, request))
 
     # ---- generating images
 

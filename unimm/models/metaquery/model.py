@@ -8,6 +8,7 @@ Axes: R prompts, N queries, D model (the MLLM's), P images, C latent channels, h
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,8 +34,10 @@ from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_flag
 from unimm.generation.prefill import plan_prefill
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.metaquery import FILES, RELEASES
 from unimm.models.metaquery.benchmarks import BENCHMARK_OPTIONS
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
@@ -42,6 +45,7 @@ from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
 from unimm.models.metaquery.parallel import LORA_TARGETS, PARALLEL_PLAN
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
+from unimm.models.metaquery.stepwise import MetaQueryImageAnswer
 from unimm.models.metaquery.weights import metaquery_key_map
 from unimm.models.release import Components
 from unimm.processing.images.io import tensor_to_pil
@@ -182,6 +186,17 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     def query_logits(self, samples: Sequence[Sequence[Part]]) -> Tensor:
         """What the MLLM's language head gives at the queries of samples of `processor` [R, N, V], float32."""
         return self.chat_mllm.decoder.head(self.query_states(samples)).float()
+
+    @torch.inference_mode()
+    def encode_conditions(self, samples: Sequence[Sequence[Part]]) -> list[SanaCondition]:
+        """The denoiser's condition, of one row, for each of some samples of `processor`."""
+        condition = self.condition(self.query_states(samples))
+        return [condition.select_rows(torch.tensor([i], device=self.device)) for i in range(len(samples))]
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        chat_mllm = self.chat_mllm if "text" in request.outputs else None
+        return separate_run(self, chat_mllm, request, partial(MetaQueryImageAnswer, self, request))
 
     # ---- generation
 

@@ -8,6 +8,7 @@ grid, k reference images, S steps.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,11 @@ from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_float
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.release import Components
 from unimm.models.uniworld import FILES, RELEASES
 from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
@@ -42,6 +45,7 @@ from unimm.models.uniworld.processor import (
     UniWorldProcessor,
     nearest_aspect_size,
 )
+from unimm.models.uniworld.stepwise import UniWorldImageAnswer, UniWorldImageInputs
 from unimm.models.uniworld.weights import TASK_HEAD_KEY_MAP, uniworld_key_map
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
@@ -144,6 +148,10 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         (state,) = self.task_head_state([output.parts], [output.hidden_states])
         return self.task_head_logits(state)
 
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return separate_run(self, self.chat_mllm, request, partial(UniWorldImageAnswer, self, request))
+
     # ---- generation
 
     def latent_denoiser(
@@ -224,6 +232,26 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     ) -> list[Image.Image]:
         """Images from the MLLM's output for each prompt and from its input images, as many a prompt as the options
         say."""
+        inputs = self.image_inputs(outputs, prompts, images, options)
+        n = len(options.sizes) // len(outputs)
+        rows = [i for i in range(len(outputs)) for _ in range(n)]
+        return self.denoise_batch(
+            [inputs.conditions[i] for i in rows],
+            inputs.pooled[rows],
+            [inputs.sizes[i] for i in rows],
+            {image: inputs.references[i] for image, i in enumerate(rows) if i in inputs.references},
+            options,
+        )
+
+    @torch.inference_mode()
+    def image_inputs(
+        self,
+        outputs: Sequence[MLLMOutput],
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        options: UniWorldImageOptions,
+    ) -> UniWorldImageInputs:
+        """What the images of each prompt are denoised from."""
         with_t5 = self.auxiliary.t5 is not None if options.t5 is None else options.t5
         texts = [prompt.replace(IMAGE_PAD, "") for prompt in prompts]
         conditions = self._conditions(outputs, images, texts if with_t5 else None)
@@ -239,13 +267,10 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
             if options.reference_latents and some:
                 latents = self.auxiliary.encode_vae(some, sizes[i])
                 if options.reference_latents == "tokens":
-                    references |= {n * i + copy: rearrange(latents, "k c h w -> c (k h) w") for copy in range(n)}
+                    references[i] = rearrange(latents, "k c h w -> c (k h) w")
                 else:
                     conditions[i] = torch.cat((conditions[i], self.reference_condition(latents)))
-        rows = [i for i in range(len(conditions)) for _ in range(n)]
-        return self.denoise_batch(
-            [conditions[i] for i in rows], pooled[rows], [sizes[i] for i in rows], references, options
-        )
+        return UniWorldImageInputs(conditions, pooled, sizes, references)
 
     def _conditions(
         self, outputs: Sequence[MLLMOutput], images: Sequence[Sequence[Image.Image]], texts: Sequence[str] | None

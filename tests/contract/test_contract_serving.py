@@ -1,0 +1,66 @@
+"""The contract of serving: every bundled model's requests, batched step by step, give what its verbs give alone."""
+
+import pytest
+from helpers.serving import ROUNDING, asks, draws, levels_apart
+from helpers.toys import picture
+from walk import BUNDLED, loaded, verbs
+
+from unimm import TextSampling
+from unimm.generation.stepwise import ModelRequest, RequestMessage
+from unimm.serving.engine import Engine
+
+WARM = TextSampling(temperature=1.0, max_tokens=6)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_batch_is_what_the_verbs_give_alone(name):
+    """Images at other steps, of other prompts, scales and inputs, and texts, in one engine."""
+    model = loaded(name)
+    few = [2, 4, 3] if model.supports_steps else [None] * 3
+    steps = [{} if n is None else {"steps": n} for n in few]
+    image = picture()
+    with Engine({name: model}) as engine:
+        first = engine.submit(name, draws("a red circle", seed=3, **steps[0]), previews=1)
+        second = engine.submit(name, draws("a blue square left of a circle", seed=4, guidance=2.0, **steps[1]))
+        third = engine.submit(name, draws(image, "make it green", seed=5, guidance=1.0, **steps[2]))
+        answer = engine.submit(name, asks(image, "what is it", text_sampling=WARM, seed=6))
+        short = engine.submit(name, asks("which?", text_sampling=TextSampling(max_tokens=2)))
+        drawn = [ticket.result()[0].images[0] for ticket in (first, second, third)]
+        texts = [ticket.result()[0].text for ticket in (answer, short)]
+    expected = [
+        model.generate("a red circle", seed=3, **steps[0]).image,
+        model.generate("a blue square left of a circle", seed=4, guidance=2.0, **steps[1]).image,
+        model.generate("make it green", images=image, seed=5, guidance=1.0, **steps[2]).image,
+    ]
+    assert [levels_apart(a, b) <= ROUNDING for a, b in zip(drawn, expected, strict=True)] == [True] * 3
+    assert texts[0] == model.understand(image, "what is it", text_sampling=WARM, seed=6)
+    assert texts[1] == model.understand(None, "which?", text_sampling=TextSampling(max_tokens=2))
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLED if "chat" in verbs(name)])
+def test_a_conversation_is_what_chat_answers(name):
+    model = loaded(name)
+    image = picture()
+    turns = (("user", (image, "what is it")), ("assistant", ("a picture",)), ("user", ("which",)))
+    messages = tuple(RequestMessage(role=role, content=content) for role, content in turns)
+    request = ModelRequest(messages=messages, system="be brief", text_sampling=WARM, seed=2)
+    with Engine({name: model}) as engine:
+        (answer,) = engine.submit(name, request).result()
+    plain = [
+        {"role": "user", "content": "what is it", "images": [image]},
+        {"role": "assistant", "content": "a picture"},
+        {"role": "user", "content": "which"},
+    ]
+    assert answer.text == model.chat(plain, system="be brief", text_sampling=WARM, seed=2)
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLED if name != "bagel-nano"])
+def test_what_a_family_lacks_is_refused(name):
+    model = loaded(name)
+    with Engine({name: model}) as engine:
+        with pytest.raises(NotImplementedError, match="no think"):
+            engine.submit(name, draws("a", think=True))
+        with pytest.raises(ValueError, match="empty prompt"):
+            engine.submit(name, draws(" "))
+        with pytest.raises(ValueError, match="cannot generate"):
+            engine.submit(name, draws("a", size=(17, 31)))
