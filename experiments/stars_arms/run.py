@@ -1,10 +1,10 @@
 """STARS at nano size: what a round brings, by who rejects (tables 2 and 3 and figure 5 of UniSandBox, arXiv 2511.20561).
 
-    python -m experiments.stars_arms OUT --rounds mapping1 --n 8 --questions 40 --base-steps 120 --seeds 1
+    python -m experiments.stars_arms OUT --rounds math1 --n 12 --questions 60 --steps 40 --seeds 1
 
-bagel-nano reasons about rules of one chain, and fails at two questions about one set of rules. So it is first taught
-these in words alone, with drawing mixed in; what that brings, with thinking and without, is measured. From there a round
-of `unimm stars` on each level that is named, once for each verifier: itself, the exact judge, none. Writes
+A round of `unimm stars` on each level that is named, once for each verifier: the model itself, the exact judge, none. And
+since bagel-nano reasons about rules of one chain and fails at two questions about one set of rules, it is also taught these
+in words alone, with drawing mixed in, and what that brings is measured; `--start taught` lets the rounds begin there. Writes
 OUT/stars_arms.json, .md and .png; a stopped command goes on.
 """
 
@@ -41,6 +41,8 @@ from unimm.self_training.run import run_stars
 VERIFIERS = ("self", "exact", "none")
 MODES = ("normal", "think")
 SAMPLER_STEPS = 12
+# questions a level, or pairs of them, for the base alone
+N_BASE = 8
 
 
 def evaluate_levels(
@@ -75,7 +77,7 @@ def run_base(model: str, out: Path, *, seed: int, n: int, steps: int) -> dict[st
 
 
 def run_arm(
-    base: Path,
+    base: str,
     out: Path,
     *,
     level: str,
@@ -96,7 +98,8 @@ def run_arm(
     (one,) = result["rounds"]
     place = out / f"round1-{level}"
     right = {mode: right_of(read_json(place / mode / "result.json")) for mode in MODES}
-    return {"selection": one["selection"], "right": right}
+    before = {mode: right_of(read_json(out / "before" / mode / "result.json")) for mode in MODES}
+    return {"selection": one["selection"], "right": right, "before": before}
 
 
 def share_stages(folder: Path, out: Path, level: str) -> None:
@@ -110,7 +113,7 @@ def share_stages(folder: Path, out: Path, level: str) -> None:
 
 
 def stars_config(
-    base: Path, *, level: str, levels: Sequence[str], verifier: str, seed: int, n: int, questions: int, steps: int
+    base: str, *, level: str, levels: Sequence[str], verifier: str, seed: int, n: int, questions: int, steps: int
 ) -> StarsConfig:
     """The bundled recipe at this size."""
     settings = [
@@ -138,35 +141,38 @@ def study(
     *,
     seeds: Sequence[int],
     rounds: Sequence[str],
+    start: str,
     n: int,
     questions: int,
     base_steps: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Run what is not there yet, and write the results."""
+    """Run what is not there yet, and write the results. start: what rounds begin from, "released" or "taught"."""
     bases = []
     arms: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        asked = {"model": model, "seed": seed, "n": n, "steps": base_steps}
-        bases.append(
-            kept_result(folder / "base.json", asked, partial(run_base, model, folder, seed=seed, n=n, steps=base_steps))
-        )
+        asked = {"model": model, "seed": seed, "n": N_BASE, "steps": base_steps}
+        make = partial(run_base, model, folder, seed=seed, n=N_BASE, steps=base_steps)
+        bases.append(kept_result(folder / "base.json", asked, make))
+        base = model if start == "released" else str(folder / "base")
         for level in rounds:
             for verifier in VERIFIERS:
-                given = {
-                    "level": level,
-                    "verifier": verifier,
-                    "seed": seed,
-                    "n": n,
-                    "questions": questions,
-                    "steps": steps,
-                }
-                make = partial(run_arm, folder / "base", folder / f"{level}-{verifier}", **given)
-                done = kept_result(folder / f"{level}-{verifier}.json", given, make)
+                given = {"level": level, "verifier": verifier, "seed": seed, "n": n}
+                given |= {"questions": questions, "steps": steps}
+                make = partial(run_arm, base, folder / f"{level}-{verifier}", **given)
+                done = kept_result(folder / f"{level}-{verifier}.json", {**given, "base": start}, make)
                 arms.setdefault(f"{level}, {verifier}", []).append(done)
     spent = round(sum(one["seconds"] for one in [*bases, *(one for some in arms.values() for one in some)]))
-    settings = {"model": model, "n": n, "questions": questions, "base_steps": base_steps, "steps": steps}
+    settings = {
+        "model": model,
+        "start": start,
+        "n": n,
+        "n_base": N_BASE,
+        "questions": questions,
+        "base_steps": base_steps,
+        "steps": steps,
+    }
     made = describe_run(**settings, sampler_steps=SAMPLER_STEPS, seeds=list(seeds), seconds=spent)
     result = {"made": made, **summarize(bases, arms)}
     write_results(out, "stars_arms", result, results_table(result))
@@ -177,6 +183,9 @@ def study(
 def summarize(bases: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Scores of each model by mode and level, and what each verifier accepted."""
     found = {"taught in words": [one["right"] for one in bases]}
+    # all verifiers' arms of a level begin alike
+    first = {name.partition(",")[0]: some for name, some in reversed(arms.items())}
+    found |= {f"before {level}": [one["before"] for one in some] for level, some in first.items()}
     found |= {name: [one["right"] for one in some] for name, some in arms.items()}
     models = {
         name: {
@@ -230,7 +239,7 @@ def plot(path: Path, models: Mapping[str, Any]) -> None:
             None if (one := model[mode].get(level)) is None else Bar.of_score(one["items"]) for level in REASONING
         ]
         for name, model in models.items()
-        for mode in (MODES if name == "taught in words" else ("normal",))
+        for mode in (MODES if name.startswith(("taught", "before")) else ("normal",))
     }
     plot_bars(path, REASONING, series)
 
@@ -239,10 +248,11 @@ def main() -> None:
     """Run the command line."""
     parser = experiment_parser(__doc__)
     parser.add_argument("--model", default="bagel-nano")
-    parser.add_argument("--rounds", nargs="*", default=["mapping1"], choices=REASONING, help="levels, a round each")
-    parser.add_argument("--n", type=int, default=8, help="evaluated questions, or pairs of them, a level")
-    parser.add_argument("--questions", type=int, default=40, help="to learn from, or pairs of them")
-    parser.add_argument("--base-steps", type=int, default=120, help="of teaching in words")
+    parser.add_argument("--rounds", nargs="*", default=["math1"], choices=REASONING, help="levels, a round each")
+    parser.add_argument("--start", default="released", choices=["released", "taught"], help="what rounds begin from")
+    parser.add_argument("--n", type=int, default=12, help="evaluated questions, or pairs of them, a level")
+    parser.add_argument("--questions", type=int, default=60, help="to learn from, or pairs of them")
+    parser.add_argument("--base-steps", type=int, default=100, help="of teaching in words")
     parser.add_argument("--steps", type=int, default=40, help="of a round's fine-tuning")
     options = vars(parser.parse_args())
     out = options.pop("out")
