@@ -1,7 +1,7 @@
 """JSON files of a checkpoint, and their parts, which know the file and the keys that lead to them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ def write_json(path: Path, contents: Mapping[str, Any], *, indent: int | None = 
     """Write a config file. An OSError names it."""
     with name_file(path):
         path.write_text(json.dumps(contents, indent=indent) + "\n", encoding="utf-8")
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines, letters of every script as they are."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager

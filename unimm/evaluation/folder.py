@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from unimm.checkpoint.atomic import atomic_file
-from unimm.checkpoint.json_files import read_json, write_json
+from unimm.checkpoint.json_files import json_lines, read_json, write_json
 from unimm.evaluation.items import EvalItem
 from unimm.evaluation.manifest import Manifest, read_manifest
 from unimm.evaluation.sharding import RunShard
@@ -131,8 +131,7 @@ class RunFolder:
         """Write manifest.jsonl, a line an image; returns its path."""
         path = self.path / "manifest.jsonl"
         with self._lock(), atomic_file(path) as partial:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            partial.write_text("".join(lines), encoding="utf-8")
+            partial.write_text(json_lines(rows), encoding="utf-8")
         return path
 
     def _rows(self, name: str) -> list[dict[str, Any]]:

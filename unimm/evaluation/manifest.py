@@ -12,6 +12,7 @@ from typing import Any
 from typing_extensions import Self
 
 from unimm.checkpoint.atomic import name_file
+from unimm.checkpoint.json_files import json_lines
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ class Manifest:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows. An OSError, as of a full disk, names the file; rows that were added before are whole."""
         assert self._handle is not None, "append is called within the context"
-        left = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        left = json_lines(rows).encode()
         with name_file(self.path):
             while left:
                 left = left[os.write(self._handle, left) :]

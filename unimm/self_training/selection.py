@@ -1,6 +1,5 @@
 """What a round trains on: the images that the verifier accepted, how many of them are right, and their dataset."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.checkpoint.atomic import atomic_directory, atomic_file, copy_file
-from unimm.checkpoint.json_files import write_json
+from unimm.checkpoint.json_files import json_lines, write_json
 from unimm.evaluation.items import EvalItem
 from unimm.evaluation.scores import wilson_interval
 
@@ -95,7 +94,7 @@ def _share(part: int, whole: int) -> dict[str, float] | None:
 def write_selection(folder: Path, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """Write selection.jsonl, a line a candidate, and selection.json, the summary; returns the latter."""
     with atomic_file(folder / "selection.jsonl") as partial:
-        partial.write_text(_lines(vars(one) for one in candidates), encoding="utf-8")
+        partial.write_text(json_lines(vars(one) for one in candidates), encoding="utf-8")
     summary = summarize(candidates)
     with atomic_file(folder / "selection.json") as partial:
         write_json(partial, summary)
@@ -109,7 +108,7 @@ def write_dataset(folder: Path, candidates: Sequence[Candidate], images: Path) -
     file, for a full disk; what was half written is removed.
     """
     used = [one for one in candidates if one.used]
-    rows = _lines({"file_name": f"{one.id}.png", "text": one.prompt, "id": one.id} for one in used)
+    rows = json_lines({"file_name": f"{one.id}.png", "text": one.prompt, "id": one.id} for one in used)
     there = folder / METADATA
     if (
         there.is_file()
@@ -131,7 +130,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         copy_file(source, target)
-
-
-def _lines(rows: Any) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

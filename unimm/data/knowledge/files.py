@@ -7,7 +7,6 @@ data/reasoning/all.jsonl      reasoning about other characters, written out ahea
 data/pictures/all.jsonl       of the little world: what the characters look like and like, as images, in place of words
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from unimm.checkpoint.atomic import atomic_file
-from unimm.checkpoint.json_files import read_json, write_json
+from unimm.checkpoint.json_files import json_lines, read_json, write_json
 from unimm.data.knowledge.characters import Character, invent_characters, pairs_of
 from unimm.data.knowledge.texts import KnowledgeText, forward_questions, inverse_questions, lessons
 from unimm.data.knowledge.traits import TRAITS
@@ -145,5 +144,5 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write JSON lines, whole or not at all; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text(json_lines(rows), encoding="utf-8")
     return path

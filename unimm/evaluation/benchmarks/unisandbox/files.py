@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.checkpoint.atomic import atomic_file
+from unimm.checkpoint.json_files import json_lines
 from unimm.data.reasoning.questions import ReasoningQuestion
 
 LEVELS = (1, 2, 3)
@@ -127,5 +128,5 @@ def write_task(folder: Path, task: str, questions: Sequence[ReasoningQuestion]) 
         for one in questions
     ]
     with atomic_file(path) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        partial.write_text(json_lines(rows), encoding="utf-8")
     return path
