@@ -14,7 +14,9 @@ from unimm.generation.flow_sde import flow_sde_mean, gaussian_log_prob
 from unimm.generation.noise import seeded_generators
 from unimm.training.config import read_recipe, recipe_path
 from unimm.training.rewards import RewardRequest, compute_rewards, exact_reward, group_advantages, load_reward
+from unimm.training.tasks.bagel_grpo import BagelGRPOTask
 from unimm.training.tasks.base import build_task
+from unimm.training.tasks.janus_grpo import JanusGRPOTask
 from unimm.training.trainer import Trainer
 
 FAMILIES = ("bagel", "janus")
@@ -34,6 +36,10 @@ def rollout(task):
     prompts = [one.prompt for one in task.batch(0).requests]
     with torch.no_grad():
         return task.rollout(prompts, random.Random(0))
+
+
+def log_probs(task, rollout, chosen):
+    return task.log_probs(task.policy(task.model, rollout, chosen), rollout, chosen)
 
 
 def redness(images, requests):
@@ -116,7 +122,7 @@ def test_rewards_that_cannot_be_found(name):
 def test_densities_of_bagel_are_those_of_the_sampler(task, rollout):
     states = [one.clone() for one in rollout.states]
     with torch.no_grad():
-        velocities = task.velocities(rollout.prompts, states[:-1], rollout.timesteps[:-1])
+        velocities = task.velocities(task.model, rollout.prompts, states[:-1], rollout.timesteps[:-1])
     model = task.model
     contexts = model.append_text(model.start_contexts(2, None), model.text_parts(rollout.prompts))
     copies = [one for one in contexts for _ in range(3)]
@@ -135,7 +141,7 @@ def test_densities_of_bagel_are_those_of_the_sampler(task, rollout):
 @pytest.mark.parametrize("task", ["janus"], indirect=True)
 def test_densities_of_janus_are_those_of_the_sampler(task, rollout):
     model, tokens = task.model, rollout.tokens.clone()
-    found = task.log_probs(rollout, [0, 1])
+    found = log_probs(task, rollout, [0, 1])
     # the tokens once more, one at a time, as they were sampled
     prompts = [one for one in task.prompt_parts(rollout.prompts) for _ in range(3)]
     seen = []
@@ -156,14 +162,61 @@ def test_densities_of_janus_are_those_of_the_sampler(task, rollout):
 
 def test_densities_have_gradients_for_all_that_is_trained(task, rollout):
     # of one prompt of both: equal to its own in the whole
-    both = task.log_probs(rollout, [0, 1])
-    torch.testing.assert_close(task.log_probs(rollout, [1])[0], both[1], atol=1e-4, rtol=1e-4)
+    both = log_probs(task, rollout, [0, 1])
+    torch.testing.assert_close(log_probs(task, rollout, [1])[0], both[1], atol=1e-4, rtol=1e-4)
     task.model.zero_grad()
     both.sum().backward()
     trained = {name for name, p in task.model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     frozen = {name for name, p in task.model.named_parameters() if not p.requires_grad}
     assert any("decoder.blocks.0" in name for name in trained)
     assert not trained & frozen
+
+
+# ---- the divergence from the weights that training began from
+
+
+def test_the_divergence_of_normal_distributions():
+    mean, other = torch.randn(2, 1, 2, 5, 3)
+    pair = [torch.distributions.Normal(one, 0.3) for one in (mean, other)]
+    expected = torch.distributions.kl_divergence(*pair).mean((-2, -1))
+    torch.testing.assert_close(BagelGRPOTask.divergence(None, [(mean, 0.3)], [(other, 0.3)], None), expected)
+
+
+def test_the_divergence_of_tokens():
+    one, other = torch.randn(2, 1, 2, 5, 7).log_softmax(-1)
+    pair = [torch.distributions.Categorical(logits=x) for x in (one, other)]
+    expected = torch.distributions.kl_divergence(*pair).mean(-1)
+    torch.testing.assert_close(JanusGRPOTask.divergence(None, one, other, None), expected)
+
+
+@pytest.mark.parametrize("family", ["bagel", pytest.param("janus", marks=pytest.mark.nightly)])
+def test_a_penalty_holds_the_weights_back(family):
+    """It is 0 at first, and stays smaller where it counts more; what is frozen is in memory once."""
+    found = {}
+    for weight in (1e-6, 30.0):
+        settings = ["options.group_size=2", "lr=1e-3", "warmup_steps=0", f"loss_weights.kl={weight}"]
+        recipe = grpo_recipe(family, *settings)
+        options = {**recipe.options, "reward": f"{__name__}:redness"}
+        options |= {"steps": 4, "first_noisy_steps": 1} if family == "bagel" else {}
+        task = build_task(dataclasses.replace(recipe, options=options))
+        pairs = zip(task.model.parameters(), task.reference.parameters(), strict=True)
+        assert all((p is other) is not p.requires_grad for p, other in pairs)
+        trainer = Trainer(task, recipe, torch.device("cpu"))
+        kept = {name: p.clone() for name, p in task.reference.named_parameters()}
+        batch = task.batch(0)
+        found[weight] = []
+        for _ in range(3):
+            trainer.update(batch)
+            found[weight].append(trainer.report()["losses"]["kl"])
+        assert all(torch.equal(p, kept[name]) for name, p in task.reference.named_parameters())
+    assert found[1e-6][0] == pytest.approx(0, abs=1e-6) == found[30.0][0]
+    assert found[1e-6][2] > 1.5 * found[30.0][2] > 0, found
+
+
+def test_without_a_penalty_there_is_no_reference():
+    task = build_task(grpo_recipe("janus"))
+    assert task.reference is None
+    assert set(task.loss_counts(task.batch(0))) == {"policy", "reward"}
 
 
 # ---- training

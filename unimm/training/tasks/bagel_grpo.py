@@ -134,21 +134,35 @@ class BagelGRPOTask(GRPOTask):
         ends = [denoiser.token_values(_per_image(denoiser, t)) for t in (timestep, next_timestep)]
         return euler_step(x, self.velocity(denoiser, x, timestep), *ends)
 
-    def log_probs(self, rollout: BagelRollout, chosen: Sequence[int]) -> Tensor:
-        """The mean over steps and elements of the log density of the states that were drawn."""
+    def policy(self, model: Bagel, rollout: BagelRollout, chosen: Sequence[int]) -> list[tuple[Tensor, float]]:
+        """Of each trained step the mean [P, G, L, C] and the deviation of the state that follows."""
         # copies: the rollout's tensors were made in inference mode, where nothing is kept for gradients
-        states = [state[list(chosen)].clone() for state in rollout.states]
+        states = [state[list(chosen)].clone() for state in rollout.states[:-1]]
         prompts = [rollout.prompts[i] for i in chosen]
-        velocities = self.velocities(prompts, states[:-1], rollout.timesteps[:-1])
-        found = []
-        for i, velocity in enumerate(velocities):
-            t, next_t = rollout.timesteps[i : i + 2]
-            mean, std = flow_sde_mean(states[i], velocity, t, next_t, noise_level=self.options.noise_level)
-            found.append(gaussian_log_prob(states[i + 1], mean, std).mean((-2, -1)))
+        velocities = self.velocities(model, prompts, states, rollout.timesteps[:-1])
+        return [
+            flow_sde_mean(x, velocity, t, next_t, noise_level=self.options.noise_level)
+            for x, velocity, (t, next_t) in zip(states, velocities, pairwise(rollout.timesteps), strict=True)
+        ]
+
+    def log_probs(self, policy: list[tuple[Tensor, float]], rollout: BagelRollout, chosen: Sequence[int]) -> Tensor:
+        """The mean over steps and elements of the log density of the states that were drawn."""
+        drawn = [state[list(chosen)].clone() for state in rollout.states[1:]]
+        steps = zip(drawn, policy, strict=True)
+        return torch.stack([gaussian_log_prob(x, mean, std).mean((-2, -1)) for x, (mean, std) in steps]).mean(0)
+
+    def divergence(
+        self, policy: list[tuple[Tensor, float]], reference: list[tuple[Tensor, float]], rollout: BagelRollout
+    ) -> Tensor:
+        """The mean over steps and elements: of two normal distributions of one deviation."""
+        pairs = zip(policy, reference, strict=True)
+        found = [((mean - other) / std).square().mean((-2, -1)) / 2 for (mean, std), (other, _) in pairs]
         return torch.stack(found).mean(0)
 
-    def velocities(self, prompts: Sequence[str], states: Sequence[Tensor], timesteps: Sequence[float]) -> list[Tensor]:
-        """The guided velocities of the states, [P, G, L, C] each, in one pack, with gradients.
+    def velocities(
+        self, model: Bagel, prompts: Sequence[str], states: Sequence[Tensor], timesteps: Sequence[float]
+    ) -> list[Tensor]:
+        """The guided velocities of the states by a model, [P, G, L, C] each, in one pack, with gradients.
 
         All images of a prompt stand behind one copy of it, and none of them sees another; for guidance all stand once
         more without a prompt.
@@ -159,14 +173,14 @@ class BagelGRPOTask(GRPOTask):
             [self.noised_part(one[g], t) for one, t in zip(rows, timesteps, strict=True) for g in range(size)]
             for rows in zip(*(state.cpu() for state in states), strict=True)
         ]
-        texts = self.model.text_parts(prompts)
+        texts = model.text_parts(prompts)
         samples = [[text, *parts] for text, parts in zip(texts, images, strict=True)]
         if any("no_text" in some for some in names):
             samples += images
-        batch = pack_sequences(samples).to(self.model.device)
+        batch = pack_sequences(samples).to(model.device)
         mask = batch.layout.mask
-        hidden = self.model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, mask))
-        velocities = self.model.llm_to_velocity(hidden["gen"]).float()
+        hidden = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, mask))
+        velocities = model.llm_to_velocity(hidden["gen"]).float()
         # [with a prompt or without, P, S, G, L, C]
         velocities = velocities.view(-1, n_prompts, len(states), size, n_tokens, velocities.shape[-1])
         return [self.guide(velocities[:, :, i], some) for i, some in enumerate(names)]

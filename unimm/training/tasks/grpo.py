@@ -2,12 +2,14 @@
 
 A step samples the images by the current weights, rewards them, and takes one step along the gradient of the mean of
 advantage times log density: Shao et al. 2024, arXiv 2402.03300, with one update a sample, where the clipped ratio of
-densities is 1 and its gradient that of the log density. There is no penalty for leaving the weights that it began
-from: keep runs short, learning rates small, and look at samples.
+densities is 1 and its gradient that of the log density. The loss "kl", where the recipe gives it a weight, holds the
+policy near that of the release that the recipe names: the mean of their Kullback-Leibler divergence at what was sampled,
+computed from both distributions, not estimated from the samples. Without it keep runs short, and look at samples.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -103,8 +105,9 @@ class GRPOTask(ABC):
     """The half of every family's task: prompts to rewards to the loss."""
 
     name: ClassVar[str]
-    # the loss, and the mean reward, which the recipe weighs with 0: it is logged alone
-    loss_names = ("policy", "reward")
+    # the loss, the mean reward, which the recipe weighs with 0: it is logged alone; and the divergence from the release
+    # that training began from, which is computed where its weight is more than 0
+    loss_names = ("policy", "reward", "kl")
     model: UnifiedModel
     options: GRPOTrainingConfig
     reward: RewardFunction
@@ -115,12 +118,21 @@ class GRPOTask(ABC):
     OPTIONS: ClassVar[type[GRPOTrainingConfig]]
 
     def __init__(
-        self, model: UnifiedModel, options: GRPOTrainingConfig, batch: PromptDataset, reward: RewardFunction
+        self,
+        model: UnifiedModel,
+        options: GRPOTrainingConfig,
+        batch: PromptDataset,
+        reward: RewardFunction,
+        *,
+        has_reference: bool = False,
     ) -> None:
+        """has_reference: whether the divergence from the model as it is now is one of the losses."""
         self.model = model
         self.options = options
         self.batch = batch
         self.reward = reward
+        self.prepare()
+        self.reference = copy_as_reference(model) if has_reference else None
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> Self:
@@ -128,9 +140,8 @@ class GRPOTask(ABC):
         options = from_mapping(cls.OPTIONS, recipe.options, where="options")
         batch = prompt_dataset(options, batch_size=recipe.batch_size, seed=recipe.seed)
         reward = load_reward(options.reward)
-        task = cls(load_released(cls.FAMILY, recipe.model), options, batch, reward)
-        task.prepare()
-        return task
+        has_reference = recipe.loss_weights.get("kl", 0) > 0
+        return cls(load_released(cls.FAMILY, recipe.model), options, batch, reward, has_reference=has_reference)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -141,11 +152,20 @@ class GRPOTask(ABC):
         """`group_size` images of each prompt by the current weights; called without gradients, in eval mode."""
 
     @abstractmethod
-    def log_probs(self, rollout: Any, chosen: Sequence[int]) -> Tensor:
-        """The mean log density [P, G] of what was drawn for the images of the chosen P prompts, with gradients."""
+    def policy(self, model: Any, rollout: Any, chosen: Sequence[int]) -> Any:
+        """What a model, the trained one or the reference, draws the images of the chosen P prompts from: distributions,
+        of the trained one with gradients."""
+
+    @abstractmethod
+    def log_probs(self, policy: Any, rollout: Any, chosen: Sequence[int]) -> Tensor:
+        """The mean log density [P, G] of what was drawn for the images of the chosen P prompts, under their policy."""
+
+    @abstractmethod
+    def divergence(self, policy: Any, reference: Any, rollout: Any) -> Tensor:
+        """The mean Kullback-Leibler divergence [P, G] of a policy from another, at what was drawn."""
 
     def losses(self, batch: PromptBatch) -> dict[str, LossSum]:
-        """Minus the mean of advantage times log density, and the mean reward."""
+        """Minus the mean of advantage times log density, the mean reward, and the mean divergence from the reference."""
         n_groups = len(batch.requests)
         size = self.options.group_size
         was_training = self.model.training
@@ -156,16 +176,24 @@ class GRPOTask(ABC):
         requests = [one for one in batch.requests for _ in range(size)]
         rewards = compute_rewards(self.reward, rollout.images, requests).view(n_groups, size)
         advantages = group_advantages(rewards)
-        # groups of equal rewards teach nothing; one of them keeps the loss connected to the weights
-        chosen = [i for i in range(n_groups) if bool((advantages[i] != 0).any())] or [0]
-        log_probs = self.log_probs(rollout, chosen)
+        # groups of equal rewards teach nothing but to stay near; one of them keeps the loss connected to the weights
+        teaches = [self.reference is not None or bool((one != 0).any()) for one in advantages]
+        chosen = [i for i in range(n_groups) if teaches[i]] or [0]
+        policy = self.policy(self.model, rollout, chosen)
+        log_probs = self.log_probs(policy, rollout, chosen)
         total = -(advantages[chosen].to(log_probs.device) * log_probs).sum()
         n = n_groups * size
-        return {"policy": LossSum(total, n), "reward": LossSum(rewards.sum().to(log_probs.device), n)}
+        losses = {"policy": LossSum(total, n), "reward": LossSum(rewards.sum().to(log_probs.device), n)}
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.policy(self.reference.to(self.model.device), rollout, chosen)
+            losses["kl"] = LossSum(self.divergence(policy, reference, rollout).sum(), n)
+        return losses
 
     def loss_counts(self, batch: PromptBatch) -> dict[str, int]:
         """Images of the batch."""
-        return dict.fromkeys(self.loss_names, len(batch.requests) * self.options.group_size)
+        names = self.loss_names if self.reference is not None else self.loss_names[:2]
+        return dict.fromkeys(names, len(batch.requests) * self.options.group_size)
 
     @property
     def held_out_batch(self) -> PromptDataset:
@@ -179,6 +207,12 @@ class GRPOTask(ABC):
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+def copy_as_reference(model: UnifiedModel) -> UnifiedModel:
+    """The model as it is now, which is not trained: a copy, but for what is frozen, which both have in common."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
 
 def prompt_dataset(options: GRPOTrainingConfig, *, batch_size: int, seed: int) -> PromptDataset:

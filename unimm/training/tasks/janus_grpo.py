@@ -79,28 +79,36 @@ class JanusGRPOTask(GRPOTask):
             with_image_start(processor.generation_parts(text, []), self.model.special_tokens.boi) for text in prompts
         ]
 
-    def log_probs(self, rollout: JanusRollout, chosen: Sequence[int]) -> Tensor:
-        """The mean over an image's tokens of their log probability."""
-        special = self.model.special_tokens
+    def policy(self, model: Janus, rollout: JanusRollout, chosen: Sequence[int]) -> Tensor:
+        """The log probabilities [P, G, n, V] that each token of an image is drawn by, after those before it."""
+        special = model.special_tokens
         # a copy: the rollout's tokens were made in inference mode
         tokens = rollout.tokens[list(chosen)].clone()
         n_prompts, size, n_tokens = tokens.shape
         prompts = [one for one in self.prompt_parts([rollout.prompts[i] for i in chosen]) for _ in range(size)]
-        branches = CFGBranches.plan([self.options.guidance] * len(prompts), self.model.device)
+        branches = CFGBranches.plan([self.options.guidance] * len(prompts), model.device)
         inputs = [*prompts, *(padded_unconditional(prompts[i], special.pad) for i in branches.guided)]
         flat = tokens.flatten(0, 1)
         samples = [
-            [*without_image_start(prompt), self.model.image_token_part(flat[i].cpu(), special.boi)]
+            [*without_image_start(prompt), model.image_token_part(flat[i].cpu(), special.boi)]
             for prompt, i in zip(inputs, branches.images.tolist(), strict=True)
         ]
-        batch = pack_sequences(samples).to(self.model.device)
+        batch = pack_sequences(samples).to(model.device)
         mask = batch.layout.mask
-        hidden = self.model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, mask))[EXPERT]
+        hidden = model.backbone(batch, lambda layer, q, k, v: attention(q, k, v, mask))[EXPERT]
         assert batch.gen_images is not None, "every sample has an image"
-        logits = self.model.image_logits(hidden[batch.gen_images.rows - 1]).float()
+        logits = model.image_logits(hidden[batch.gen_images.rows - 1]).float()
         logits = branches.combine(logits.view(len(inputs), n_tokens, -1))
-        found = (logits / self.options.temperature).log_softmax(-1).gather(-1, flat[..., None].to(logits.device))
-        return found.squeeze(-1).mean(-1).view(n_prompts, size)
+        return (logits / self.options.temperature).log_softmax(-1).view(n_prompts, size, n_tokens, -1)
+
+    def log_probs(self, policy: Tensor, rollout: JanusRollout, chosen: Sequence[int]) -> Tensor:
+        """The mean over an image's tokens of their log probability."""
+        tokens = rollout.tokens[list(chosen)].clone().to(policy.device)
+        return policy.gather(-1, tokens[..., None]).squeeze(-1).mean(-1)
+
+    def divergence(self, policy: Tensor, reference: Tensor, rollout: JanusRollout) -> Tensor:
+        """The mean over an image's tokens, each over the whole vocabulary."""
+        return (policy.exp() * (policy - reference)).sum(-1).mean(-1)
 
 
 def without_image_start(prompt: Sequence[Part]) -> list[Part]:
