@@ -328,12 +328,46 @@ def test_published_stages_of_janus(name, releases):
     assert trained == TRAINED[name[-1]]
 
 
+# arXiv 2411.07975, table 1: learning rate, warm-up, steps, batch, understanding : generation : text
+FLOW_STAGES = {
+    "janusflow-stage1": (1e-4, 2000, 10_000, 512, (50, 50, 0)),
+    "janusflow-stage2": (1e-4, 0, 380_000, 512, (14, 80, 6)),
+    "janusflow-stage3": (2e-5, 1000, 26_000, 256, (21, 70, 9)),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_STAGES)
+def test_published_stages_of_janusflow(name, releases):
+    full = read_recipe(RECIPES / f"{name}.yaml")
+    lr, warmup, steps, batch, ratio = FLOW_STAGES[name]
+    assert (full.lr, full.schedule, full.warmup_steps, full.steps) == (lr, "constant", warmup, steps)
+    assert (full.gradient_accumulation, full.batch_size, full.packing.max_tokens) == (batch, 1, 4096)
+    assert (full.max_grad_norm, full.betas, full.weight_decay) == (1.0, (0.9, 0.95), 0.0)
+    assert (full.options["dropout"], full.ema_decay) == (0.1, 0.99)
+    weights = {group: one.weight for group, one in full.data.groups.items()}
+    assert tuple(weights.get(group, 0) for group in ("und", "gen", "text")) == ratio
+    assert full.model["from_pretrained"] in JanusFlow.RELEASES
+    built = build_task(dataclasses.replace(full, model={"from_pretrained": releases["janusflow"]}))
+    trained = {part.split(".")[0] for part, p in built.model.named_parameters() if p.requires_grad}
+    adapted = {"aligner", "gen_encoder", "gen_encoder_aligner", "gen_decoder", "gen_decoder_aligner"}
+    adapted |= {"gen_decoder_norm", "und_start_embed"}
+    more = {"1": set(), "2": {"decoder"}, "3": {"decoder", "vision"}}[name[-1]]
+    assert trained == adapted | more
+
+
 def test_paths_of_published_stages_are_placeholders():
     """They are set from outside; until then the run ends at once, with the key to set."""
     full = read_recipe(RECIPES / "janus-stage1.yaml", settings=["data.groups.und.paths=[/nowhere/mine]"])
     with pytest.raises(ValueError, match=r"data.groups.und: no dataset at /nowhere/mine"):
         open_groups(full.data)
-    for name in (*STAGES, "metaquery-pretrain", "metaquery-instruct", "uniworld-stage1", "uniworld-stage2"):
+    for name in (
+        *STAGES,
+        *FLOW_STAGES,
+        "metaquery-pretrain",
+        "metaquery-instruct",
+        "uniworld-stage1",
+        "uniworld-stage2",
+    ):
         groups = read_recipe(RECIPES / f"{name}.yaml").data.groups
         assert all(path.startswith("data/") for group in groups.values() for path in group.paths)
 
