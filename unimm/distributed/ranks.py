@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,17 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # what they talk in; None for the group of all processes
+    group: dist.ProcessGroup | None = None
+
+    def for_thread(self) -> Ranks:
+        """The same processes in a group of their own, in which a thread may talk beside the main one. All ask for it at
+        once."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        return replace(self, group=group)
 
     @property
     def is_first(self) -> bool:
@@ -36,7 +47,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -46,7 +57,7 @@ class Ranks:
     def sum_tensor(self, x: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,7 +65,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -62,7 +73,7 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def run_first(self, function: Callable[[], Value]) -> Value:

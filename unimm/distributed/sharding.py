@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from unimm.distributed.gradients import ReachedParameters, replace_tensors, require_input_gradient, tensors_in
 from unimm.distributed.ranks import Ranks
 
+# as it is called from torch 2.14 on, or before
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # the last dimension of a mesh
 SHARD_DIM = "shard"
 
@@ -176,7 +179,7 @@ def whole_tensor(x: Tensor) -> Tensor:
     padded = local.new_zeros(rows, *x.shape[1:])
     padded[: len(local)] = local
     whole = local.new_empty(n * rows, *x.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group=mesh.get_group(SHARD_DIM))
+    all_gather(whole, padded, group=mesh.get_group(SHARD_DIM))
     return whole[: x.shape[0]]
 
 
@@ -193,5 +196,11 @@ def with_local(x: Tensor, local: Tensor, *, shape: tuple[int, ...] | None = None
     if not isinstance(x, DTensor):
         return local
     size = torch.Size(x.shape if shape is None else shape)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=size, stride=stride)
+    meta = TensorMeta(size, torch.empty(size, device="meta").stride(), local.dtype)
+    # DTensor.from_local copies to the mesh's device what is offloaded to the CPU, and what is read into the copy is lost
+    return DTensor(local, DTensorSpec(x.device_mesh, x.placements, meta), requires_grad=False)
+
+
+def copy_to_cpu(x: Tensor) -> Tensor:
+    """A copy, in the CPU's memory, of a tensor or of what this rank holds of it."""
+    return with_local(x, local_tensor(x.detach()).to("cpu", copy=True))

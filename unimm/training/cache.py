@@ -145,7 +145,7 @@ def use_feature_cache(
     Raises ValueError for a task that has nothing to cache, and for a folder that holds other samples' records, or those
     of other weights.
     """
-    assert recipe.cache is not None, "the recipe asks for a cache"
+    assert recipe.cache is not None and recipe.cache.samples is not None, "the recipe asks for a cache"
     if not isinstance(task, CachingTask):
         raise ValueError(f"got a cache for the task {recipe.task!r}, which caches nothing: leave `cache` out")
     folder = Path(recipe.cache.folder) if recipe.cache.folder else out / "cache"

@@ -74,7 +74,7 @@ def save_checkpoint(
         partial = ranks.run_first(lambda: stack.enter_context(atomic_directory(folder, replace=True)))
         if sharded:
             flat = {f"{kind}/{name}": x for kind, some in tensors.items() for name, x in some.items()}
-            save_shards(partial / SHARDS_FOLDER, flat)
+            save_shards(partial / SHARDS_FOLDER, flat, group=ranks.group)
         else:
             ranks.run_first(lambda: _write_whole(partial, tensors))
         checksums = _checksums(partial, ranks)

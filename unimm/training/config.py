@@ -37,10 +37,11 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(RecipeSection):
-    """A recipe's `cache` of what frozen parts compute of training samples (unimm.training.cache)."""
+    """A recipe's `cache` of what frozen parts compute of training samples (unimm.training.cache), or, with `data`, of its
+    images (unimm.training.image_cache)."""
 
-    # how many training samples there are: each is computed once
-    samples: AtLeastOne
+    # how many training samples there are: each is computed once; null with `data`, whose images are encoded once
+    samples: AtLeastOne | None = None
     # where they lie; "" for OUT/cache
     folder: str = ""
 
@@ -108,6 +109,8 @@ class TrainConfig(RecipeSection):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     # batches whose gradients are added up, each loss by its count, before a step
     gradient_accumulation: AtLeastOne = 1
+    # whether checkpoints are written beside training, by a thread, from a copy in the CPU's memory
+    async_checkpoints: bool = False
     # how the model lies on the devices of a run; null for the defaults
     distributed: DistributedConfig | None = None
     # samples whose frozen parts' results are computed once; null where every step makes new samples
@@ -120,6 +123,11 @@ class TrainConfig(RecipeSection):
     lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.cache is not None and (self.cache.samples is None) == (self.data is None):
+            raise ValueError(
+                f"got cache.samples {self.cache.samples} {'without' if self.data is None else 'and'} data: expected a number "
+                "of training samples of the toy world, or data, whose images are encoded once, however many there are"
+            )
         if self.packing is None:
             return
         if self.data is None:

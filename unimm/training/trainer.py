@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from unimm.checkpoint.save import own_name, read_values_by
 from unimm.data.mix import MixGroup
 from unimm.distributed.ranks import Ranks, start_ranks
 from unimm.distributed.serving import serve_tensors
+from unimm.distributed.sharding import copy_to_cpu
+from unimm.training.background_saves import BackgroundSaves
 from unimm.training.batches import BatchSource, StopSignal, group_batches
 from unimm.training.cache import use_feature_cache
 from unimm.training.checkpoints import (
@@ -44,6 +47,7 @@ from unimm.training.checkpoints import (
 from unimm.training.config import TrainConfig
 from unimm.training.ema import EMA
 from unimm.training.failures import explain_failures
+from unimm.training.image_cache import use_image_cache
 from unimm.training.loggers import RunLog
 from unimm.training.logging import format_losses, format_report
 from unimm.training.lora import release_writer
@@ -93,14 +97,17 @@ def train(
         validation = None if recipe.validation is None else Validation(task, recipe, groups, ranks=ranks)
         trainer = Trainer(task, recipe, ranks.device, ranks=ranks)
         load_start(trainer, out, resume=resume, init=init)
-        if recipe.cache is not None:
+        encoding: AbstractContextManager[Any] = nullcontext()
+        if recipe.cache is not None and recipe.data is not None:
+            encoding = use_image_cache(task, recipe, out, ranks=ranks)
+        elif recipe.cache is not None:
             # after weights were loaded: the cache holds what they compute
             with trainer.distributed.whole():
                 use_feature_cache(task, recipe, out, workers=workers, ranks=ranks)
         trainer.use_source(build_batches(task, recipe, groups, rank=ranks.rank, world_size=ranks.size))
         if resume and trainer.step >= recipe.steps:  # it may have been killed between its checkpoint and its release
             trainer.save_release(out)
-        with explain_failures(out, ranks):
+        with explain_failures(out, ranks), encoding:
             run_steps(trainer, out, validation, workers=workers, deadline=deadline)
     return trainer.step
 
@@ -123,10 +130,14 @@ def run_steps(trainer: Trainer, out: Path, validation: Validation | None, *, wor
     is_hidden = None if is_first else True
     bars = tqdm(total=recipe.steps, initial=trainer.step, desc=trainer.task.name, disable=is_hidden)
     trainer.start_clock()
-    with StopSignal() as stop, logs as log, batches as made, bars as bar:
+    saves = trainer.saves
+    writing = nullcontext() if saves is None else saves.finished()
+    with writing, StopSignal() as stop, logs as log, batches as made, bars as bar:
         for group in group_batches(made, n):
             trainer.update(*group)
             bar.update()
+            if saves is not None:
+                saves.check()
             is_stopped = trainer.ranks.any(stop.requested or time.monotonic() > deadline)
             stopping = is_stopped or trainer.step == recipe.steps
             if trainer.step % recipe.log_every == 0:
@@ -144,8 +155,8 @@ def run_steps(trainer: Trainer, out: Path, validation: Validation | None, *, wor
                         log.write_image(trainer.step, image)
                 if trainer.step % recipe.save_every == 0 or stopping:
                     trainer.save(out)
-                    # one of shards is sent through the first rank: at the end alone
-                    if stopping or trainer.distributed.sharded is None:
+                    # one of shards is sent through the first rank, and training waits for one: at the end alone
+                    if stopping or (trainer.distributed.sharded is None and saves is None):
                         trainer.save_release(out)
             if stopping:
                 break
@@ -186,6 +197,7 @@ class Trainer:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = Optimizers(self.model, recipe)
         self.ema = EMA(self.model, recipe.ema_decay)
+        self.saves = BackgroundSaves(self.ranks) if recipe.async_checkpoints else None
         self.step = 0
         if self.ranks.rank:
             # or all would drop the same features of other samples
@@ -323,7 +335,9 @@ class Trainer:
 
     @torch.no_grad()
     def save(self, out: Path) -> None:
-        """Write a checkpoint, together with all ranks."""
+        """Write a checkpoint, together with all ranks; or begin to, where the recipe has `async_checkpoints`."""
+        if self.saves is not None:
+            self.saves.wait()  # before this one is copied: memory has room for one
         state = {
             "step": self.step,
             "updates": self.ema.n_updates,
@@ -338,7 +352,13 @@ class Trainer:
             OPTIMIZER: self.optimizers.tensors(),
         }
         is_sharded = self.distributed.sharded is not None
-        save_checkpoint(out, self.step, tensors, state=state, ranks=self.ranks, sharded=is_sharded)
+        if self.saves is None:
+            save_checkpoint(out, self.step, tensors, state=state, ranks=self.ranks, sharded=is_sharded)
+            return
+        step = self.step
+        kept = copy.deepcopy(state)
+        copies = {kind: {name: copy_to_cpu(x) for name, x in some.items()} for kind, some in tensors.items()}
+        self.saves.start(lambda ranks: save_checkpoint(out, step, copies, state=kept, ranks=ranks, sharded=is_sharded))
 
     @torch.no_grad()
     def save_release(self, out: Path) -> None:
