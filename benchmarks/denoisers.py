@@ -98,7 +98,7 @@ def flux_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
     now, guidance = torch.tensor([0.5], device=device), torch.tensor([4.0], device=device).expand(args.rows)
     times, text_places = torch.linspace(1, 0, args.steps + 1)[:-1].to(device), torch.zeros(args.text, 3, device=device)
     condition, modulation = ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0]
-    run, other = (torch.compile(x, mode=args.mode) if args.compile else x for x in (ours, theirs))
+    run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
 
     def whole() -> Tensor:
         return run(latents, ours.condition(text, places), ours.modulations(now, pooled, guidance=guidance)[0])
@@ -138,7 +138,7 @@ def sana_field(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Fie
     latents = torch.randn(args.rows, config.in_channels, side, side, device=device, dtype=dtype)
     caption = torch.randn(args.rows, tokens, config.caption_dim, device=device, dtype=dtype)
     times, condition = torch.full((args.rows,), 0.5, device=device), ours.condition(caption)
-    run, other = (torch.compile(x, mode=args.mode) if args.compile else x for x in (ours, theirs))
+    run, other = (torch.compile(x, mode=args.mode) if args.compiled else x for x in (ours, theirs))
     steps = {
         "ours": lambda: run(latents, times, condition),
         "nothing kept": lambda: run(latents, times, ours.condition(caption)),
@@ -226,7 +226,7 @@ def main() -> None:
         field = {"flux": flux_field, "sana": sana_field}[name](args, args.device, dtype)
         check(field, dtype)
         rows = race(field, args.rounds, args.steps)
-        how = f"{args.rows} rows, {args.dtype}{', compiled' if args.compile else ''}, {args.rounds} rounds"
+        how = f"{args.rows} rows, {args.dtype}{', compiled' if args.compiled else ''}, {args.rounds} rounds"
         show(rows, title=f"{field.title}; {how}; {Machine.here(dtype)}")
 
 

@@ -20,6 +20,7 @@ VERBS = (
     "interleave",
     "respond",
     "optimize_for_cpu",
+    "compile",
     "add_adapter",
     "load_adapter",
     "save_adapter",

@@ -21,7 +21,6 @@ from unimm.generation.flow import (
     timestep_pairs,
 )
 from unimm.generation.guidance import Guidance, cfg_velocity, deduplicate_branches, guidance_branches
-from unimm.generation.step_cache import TaylorSeer
 
 
 def test_flow_timesteps():
@@ -104,43 +103,6 @@ def test_each_image_is_guided_at_its_own_timestep():
     guidance = [Guidance(interval=(0.4, 1.0), image_scale=1.0)] * 2 + [Guidance(text_scale=1.0)]
     timesteps = torch.tensor([0.5, 0.3, 0.9], dtype=torch.float64)
     assert guidance_branches(guidance, timesteps) == [(0, "full"), (0, "no_text"), (1, "full"), (2, "full")]
-
-
-def step(cache, branches, compute):
-    """One step of a TaylorSeer: `compute` gives a branch's features where they are due. Returns the features of all."""
-    due = cache.due(branches)
-    return cache.update(branches, {branch: compute(branch) for branch in due}), due
-
-
-def test_the_step_cache_is_exact_on_a_line_and_counts_each_branch():
-    computed = {}
-    cache = TaylorSeer()
-    for n in range(14):
-        branches = [(0, "full")] + ([(0, "no_text")] if n < 8 else [])
-        features, due = step(cache, branches, lambda branch, n=n: torch.full((2, 3), float(n)))
-        if due:
-            computed[n] = due
-        # a feature that is linear in the step's number is met exactly as soon as two orders are known
-        assert features.keys() == set(branches)
-        torch.testing.assert_close(features[0, "full"], torch.full((2, 3), float(n)), rtol=1e-6, atol=1e-6)
-    assert list(computed) == [0, 1, 2, 3, 4, 7, 10, 13]
-    assert computed[7] == [(0, "full"), (0, "no_text")] and computed[10] == [(0, "full")]
-
-
-def test_the_step_cache_is_the_series_of_the_formula():
-    values = [math.exp(0.3 * n) for n in range(9)]
-    cache, branch = TaylorSeer(), (0, "full")
-    found = []
-    for n in range(9):
-        features, _ = step(cache, [branch], lambda _, n=n: torch.tensor([values[n]], dtype=torch.float64))
-        found.append(features[branch].item())
-    assert found[:5] == pytest.approx(values[:5])
-    # at call 4 the orders are F1 = v4 - v3 (the series before it, at call 3, held F0 alone), so F2 does not exist yet
-    assert found[5] == pytest.approx(values[4] + (values[4] - values[3]))
-    assert found[6] == pytest.approx(values[4] + 2 * (values[4] - values[3]))
-    first = (values[7] - values[4]) / 3
-    second = (first - (values[4] - values[3])) / 3
-    assert found[8] == pytest.approx(values[7] + first + second / 2)
 
 
 def test_equal_branches_are_computed_once():

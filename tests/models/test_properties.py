@@ -212,11 +212,15 @@ def test_equal_contexts_share_one_velocity(model):
     x, timesteps = torch.randn(4, model.config.latent_dim), torch.tensor([0.5], dtype=torch.float64)
     branches = denoiser.branches(timesteps)
     assert branches == [(0, "full"), (0, "no_text"), (0, "no_image")]
-    due = denoiser.due(branches)
-    assert due == [(0, "full"), (0, "no_text")]
-    states = dict(zip(due, model.denoiser_states(denoiser, x, timesteps, due), strict=True))
-    features = denoiser.features(branches, states)
-    assert features[branches[0]] is features[branches[2]]
+    ran = []
+
+    def run(due):
+        ran.append(due)
+        return model.denoiser_states(denoiser, x, timesteps, due)
+
+    states = denoiser.states(branches, x, run)
+    assert ran == [[(0, "full"), (0, "no_text")]]
+    assert states[branches[0]] is states[branches[2]]
     three_branches = latents(model, Guidance(text_scale=4.0, image_scale=1.5, renorm_min=1.0))
     torch.testing.assert_close(
         three_branches, latents(model, Guidance(text_scale=5.5, image_scale=1.0, renorm_min=1.0)), rtol=1e-4, atol=1e-4
@@ -335,15 +339,6 @@ def test_streamed_pieces_are_the_answer():
         picture(), "what is it", text_sampling=dataclasses.replace(sampling, stop=(stop,)), stream=True
     )
     assert "".join(streamed) == cut
-
-
-def test_the_step_cache_leaks_nothing():
-    model = toy(0)
-    plain = model.generate("one two", seed=1, steps=12).image
-    quick = model.generate("one two", seed=1, steps=12, step_cache=True).image
-    again = model.generate("one two", seed=1, steps=12).image
-    assert np.array_equal(np.asarray(plain), np.asarray(again))
-    assert not np.array_equal(np.asarray(plain), np.asarray(quick))
 
 
 def test_bfloat16_is_near_float32():

@@ -15,10 +15,11 @@ from unimm.adapters.config import AdapterConfig
 from unimm.data.batching import sample_tasks
 from unimm.data.shapes import HELD_OUT, TASKS, example
 from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.parts import IGNORE_INDEX
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
-from unimm.training.init import compile_experts, train_tokenizer
+from unimm.training.init import train_tokenizer
 from unimm.training.losses import mean_losses
 from unimm.training.tasks.bagel import BAGEL_TOKENS, IMAGE_KINDS, TEXT_KINDS
 from unimm.training.tasks.base import build_task

@@ -37,6 +37,7 @@ from unimm.denoisers.mmdit import (
     MMDiTConfig,
     Modulation,
 )
+from unimm.generation.step_cache import RowStepCache
 from unimm.nn.layers import MLP
 from unimm.nn.rope import complex_rope
 from unimm.nn.timestep import timestep_embedding
@@ -348,9 +349,16 @@ class FluxTransformer(PretrainedComponent):
             timestep_embedding(TIMESTEP_SCALE * numbers.float().flatten(), TIMESTEP_EMBED_DIM).to(mlp.fc1.weight.dtype)
         )
 
-    def forward(self, latents: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        condition: MMDiTCondition,
+        modulation: Modulation,
+        *,
+        step_cache: RowStepCache | None = None,
+    ) -> Tensor:
         """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree."""
-        return self.mmdit(latents, condition, modulation)
+        return self.mmdit(latents, condition, modulation, step_cache=step_cache)
 
     def save_pretrained(self, folder: Path, *, layout: str = "diffusers") -> None:
         """Write config.json and the weights; layout "bfl": Black Forest Labs' names, in flux1-dev.safetensors."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.generation.flow import Velocity
+from unimm.generation.step_cache import RowStepCache
 from unimm.kernels import adaln_modulate
 from unimm.kernels.attention.attention import can_call_by_sample, is_half
 from unimm.nn.layers import MLP, RMSNorm
@@ -88,6 +89,21 @@ class Modulation(NamedTuple):
     text: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
     final: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in one row."""
+        return (*self.image, *self.text, *self.single, self.final)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Modulation":
+        """Others in place of `tensors`, in that order."""
+        left = iter(tensors)
+        image, text, single = (tuple(next(left) for _ in some) for some in self[:3])
+        return Modulation(image, text, single, next(left))
+
+    def select_rows(self, index: Tensor) -> "Modulation":
+        """The modulation of rows `index` [N]."""
+        image, text, single = (tuple(one[index] for one in some) for some in self[:3])
+        return Modulation(image, text, single, self.final[index])
 
 
 class MMDiTCondition(NamedTuple):
@@ -293,8 +309,18 @@ class MMDiT(nn.Module):
         last = of(self.final_layer.modulation)
         return [Modulation(x[::2], x[1::2], y, z) for x, y, z in zip(both, single, last, strict=True)]
 
-    def forward(self, latents: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
-        """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree."""
+    def forward(
+        self,
+        latents: Tensor,
+        condition: MMDiTCondition,
+        modulation: Modulation,
+        *,
+        step_cache: RowStepCache | None = None,
+    ) -> Tensor:
+        """latents [B, L, C], packed -> velocity [B, L, C]. Raises ValueError where rows or tokens disagree.
+
+        step_cache: spares the blocks of some rows.
+        """
         text = condition.tokens
         shape = list(latents.shape)
         tokens = len(condition.rotations) - text.shape[1]
@@ -308,14 +334,25 @@ class MMDiT(nn.Module):
                 f"got {shape[0]} latents, a condition of {len(text)} rows, a modulation of {len(modulation.final)}: "
                 "expected as many; condition.select_rows(index) repeats and picks rows"
             )
-        image = self.image_in(latents)
+        x = self.image_in(latents)
+
+        def run_blocks(rows: list[int]) -> Tensor:
+            index = torch.tensor(rows, device=x.device)
+            return self.run_blocks(x[index], condition.select_rows(index), modulation.select_rows(index))
+
+        x = self.run_blocks(x, condition, modulation) if step_cache is None else step_cache.run(x, run_blocks)
+        return self.final_layer(x, modulation.final)
+
+    def run_blocks(self, image: Tensor, condition: MMDiTCondition, modulation: Modulation) -> Tensor:
+        """image [B, L, D] through all blocks beside the condition's text -> [B, L, D]."""
+        text = condition.tokens
         for block, of_image, of_text in zip(self.double_blocks, modulation.image, modulation.text, strict=True):
             image, text = block(image, text, of_image, of_text, condition)
         x = torch.cat((text, image), 1)
         n_text = text.shape[1]
         for block, shifts in zip(self.single_blocks, modulation.single, strict=True):
             x = block(x, shifts, condition)
-        return self.final_layer(x[:, n_text:], modulation.final)
+        return x[:, n_text:]
 
 
 def modulation_per_step(model: nn.Module, condition: MMDiTCondition, modulations: Sequence[Modulation]) -> Velocity:

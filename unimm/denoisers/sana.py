@@ -23,6 +23,7 @@ from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, Posit
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, equal_slices, renames
 from unimm.checkpoint.load import Shapes
+from unimm.generation.step_cache import RowStepCache
 from unimm.kernels import adaln_modulate
 from unimm.kernels.dispatch import device_type
 from unimm.nn.layers import MLP, RMSNorm
@@ -263,8 +264,13 @@ class SanaTransformer(PretrainedComponent):
             tokens, keys, values, None if key_padding_mask is None else key_padding_mask.bool()[:, None, None]
         )
 
-    def forward(self, latents: Tensor, timesteps: Tensor, condition: SanaCondition) -> Tensor:
-        """latents [B, C, h, w], times [B] float32 in [0, 1], a condition of as many rows -> velocity [B, C, h, w]."""
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, condition: SanaCondition, *, step_cache: RowStepCache | None = None
+    ) -> Tensor:
+        """latents [B, C, h, w], times [B] float32 in [0, 1], a condition of as many rows -> velocity [B, C, h, w].
+
+        step_cache: spares the blocks of some rows.
+        """
         p = self.config.patch_size
         channels = self.config.in_channels
         shape = list(latents.shape)
@@ -277,13 +283,28 @@ class SanaTransformer(PretrainedComponent):
                 f"got {shape[0]} latents, {len(timesteps)} timesteps, a condition of {len(condition.tokens)} rows: "
                 "expected as many; condition.select_rows(index) repeats and picks rows"
             )
-        x = rearrange(self.patch_embed(latents), "B D h w -> B (h w) D")
+        tokens = rearrange(self.patch_embed(latents), "B D h w -> B (h w) D")
         time, shifts = self.embed_timesteps(timesteps)
-        for block, keys, values in zip(self.blocks, condition.keys, condition.values, strict=True):
-            x = block(x, shifts, keys, values, condition.attention_mask, height=shape[2] // p)
+
+        height = shape[2] // p
+
+        def run_blocks(rows: list[int]) -> Tensor:
+            index = torch.tensor(rows, device=tokens.device)
+            return self.run_blocks(tokens[index], shifts[index], condition.select_rows(index), height=height)
+
+        if step_cache is not None:
+            x = step_cache.run(tokens, run_blocks)
+        else:
+            x = self.run_blocks(tokens, shifts, condition, height=height)
         shift, scale = (self.scale_shift_table + time[:, None]).unbind(1)
         x = self.out_proj(adaln_modulate(x, scale, shift, FINAL_NORM_EPS))
-        return rearrange(x, "B (h w) (py px C) -> B C (h py) (w px)", h=shape[2] // p, py=p, px=p)
+        return rearrange(x, "B (h w) (py px C) -> B C (h py) (w px)", h=height, py=p, px=p)
+
+    def run_blocks(self, x: Tensor, shifts: Tensor, condition: SanaCondition, *, height: int) -> Tensor:
+        """x [B, L, D] through all blocks, shifts [B, 6, D] and a condition of as many rows -> [B, L, D]."""
+        for block, keys, values in zip(self.blocks, condition.keys, condition.values, strict=True):
+            x = block(x, shifts, keys, values, condition.attention_mask, height=height)
+        return x
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """times [B] in [0, 1] -> embedded [B, D], and what all blocks share of their shifts, scales and gates, [B, 6,

@@ -141,7 +141,7 @@ def run_prompts(
     folder = RunFolder(out)
     # images of one kind are drawn together, wherever they stand in the file
     by_kind = sorted(items, key=lambda one: (one.size or (0, 0), one.think, bool(one.images)))
-    plan = {"benchmark": "prompts", "seed": None, "items": "prompts", "options": {}}
+    plan: dict[str, Any] = {"benchmark": "prompts", "seed": None, "items": "prompts", "options": {}}
     size = BATCH if batch_size is None else batch_size
     generate_items(by_kind, model, folder, plan, shard=shard, batch_size=size, progress=progress)
     wait_for_all(shard)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from unimm.generation.kv_cache import KVCache, allocate_kv_buffer, check_max_positions
 from unimm.generation.noise import seeded_generators
+from unimm.generation.step_graphs import StepGraphs
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.kernels import AttentionMask, KeyRange
-from unimm.kernels.dispatch import device_type
+from unimm.kernels.dispatch import device_type, resolve_backend
 from unimm.nn.decoder import Decoder
 
 
@@ -33,6 +34,10 @@ class DecodeSession:
         self.device = decoder.embed.weight.device
         wide = torch.promote_types(dtype, torch.float32) if device_type(decoder.embed.weight) == "cpu" else dtype
         self.buffer = allocate_kv_buffer(decoder, caches, [capacity] * len(caches), dtype=wide)
+        # the lengths of the caches are a tensor to the decode kernel alone
+        backend = resolve_backend("attention", self.buffer.buffer[0, 0])
+        self.graphs = StepGraphs(decoder, unless=backend != "triton")
+        self._full_mask: AttentionMask | None = None
         self.prefix_lengths = [cache.length for cache in caches]
         self.rows_by_expert = {decoder.config.experts[0]: torch.arange(len(caches), device=self.device)}
         # of all steps at once: [capacity, B]
@@ -49,16 +54,38 @@ class DecodeSession:
         n = self.n_written
         if n == self.capacity:
             raise ValueError(f"this session holds {n} new rows of each sequence and is full: give it more capacity")
-        mask = AttentionMask(
-            [[KeyRange(length + n + 1)] for length in self.prefix_lengths],
+        self.n_written += 1
+        if self.graphs.is_on:
+            return self.graphs.run("step", self._static_step, x, self.position_ids[n], self.buffer_slots[n])
+        return self._run_decoder(x, self.position_ids[n], self.buffer_slots[n], self._mask(n + 1))
+
+    def _mask(self, n: int) -> AttentionMask:
+        """Rows that attend to their prefixes and to n new rows behind each."""
+        return AttentionMask(
+            [[KeyRange(length + n)] for length in self.prefix_lengths],
             query_lengths=[1] * len(self.prefix_lengths),
             key_starts=self.buffer.starts,
             device=self.device,
         )
-        attend = self.buffer.attend_at_slots(self.buffer_slots[n], mask)
-        (hidden,) = self.decoder(x, self.position_ids[n], self.rows_by_expert, attend).values()
-        self.n_written += 1
+
+    def _run_decoder(self, x: Tensor, position_ids: Tensor, slots: Tensor, mask: AttentionMask) -> Tensor:
+        attend = self.buffer.attend_at_slots(slots, mask)
+        (hidden,) = self.decoder(x, position_ids, self.rows_by_expert, attend).values()
         return hidden
+
+    def _static_step(self, x: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
+        """The same step for every number of rows: how many keys there are, the kernel reads from a tensor.
+
+        To the mask all rows of the buffer are visible, so that all steps have one shape; the lengths that the decode
+        kernel reads from it are overwritten, by what each slot says.
+        """
+        if self._full_mask is None:
+            self._full_mask = self._mask(self.capacity)
+        ranges = self._full_mask.decode_ranges
+        assert ranges is not None, "every sample has one row"
+        starts, lengths = ranges
+        lengths.copy_(slots - starts + 1)
+        return self._run_decoder(x, position_ids, slots, self._full_mask)
 
     def step(self, ids: Tensor) -> Tensor:
         """Append one token to each sequence, ids [B] -> the logits of the next ones [B, V]."""

@@ -30,14 +30,16 @@ from unimm.checkpoint.load import (
     weight_files,
 )
 from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, parse_bytes, released_tensors, save_weights
+from unimm.generation.step_graphs import use_step_graphs
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels.weight_formats import WEIGHT_FORMATS
 from unimm.models.adapted import AdaptedModel
-from unimm.models.parallel_plan import ParallelPlan
+from unimm.models.parallel_plan import ParallelPlan, TensorParallelPlan, find_modules
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
 from unimm.nn.block_stream import BlockStream
+from unimm.nn.compiled import compile_blocks, compile_experts
 from unimm.nn.packed_linear import optimize_for_cpu
 from unimm.nn.quantized_linear import QuantizedLinear, check_can_pack
 from unimm.processing.requests import ImageInput
@@ -88,6 +90,8 @@ class UnifiedModel(AdaptedModel):
     QUANTIZED: ClassVar[tuple[str, ...]] = ("decoder.blocks",)
     # the modules whose linears `optimize_for_cpu` leaves as they are: those of encoders meet many rows at once
     UNPACKED: ClassVar[tuple[str, ...]] = ("vision", "vae")
+    # beside the decoders' layers, the modules whose forward pass `compile` compiles, with `{}` for a number
+    COMPILED: ClassVar[tuple[str, ...]] = ("vae.decoder",)
     # the method, of the model or of a part, that makes pixels of what was generated
     DECODES_IMAGES: ClassVar[str] = "decode_latents"
     # a benchmark's name -> from the config, the options of `generate` that its published scores were generated with,
@@ -96,6 +100,8 @@ class UnifiedModel(AdaptedModel):
 
     # what lies in shards where the model is trained on many devices
     PARALLEL_PLAN: ClassVar[ParallelPlan]
+    # how linears are shared where several devices generate together
+    TENSOR_PARALLEL_PLAN: ClassVar[TensorParallelPlan]
 
     tokenizer: TextTokenizer | None
     checkpoint_layout: str = "original"
@@ -228,6 +234,19 @@ class UnifiedModel(AdaptedModel):
         products.
         """
         return optimize_for_cpu(self, skip=self.UNPACKED, int8=self.QUANTIZED if int8 else ())
+
+    def compile(self, *, backend: str | Callable = "inductor", cuda_graphs: bool = True) -> None:
+        """Compile the parts that repeat, in place: the layers of decoders around attention, and the modules of
+        `COMPILED`. Results are the same to within rounding; prompts of other lengths and batches of other sizes need no
+        new compilation.
+
+        backend: of torch.compile. cuda_graphs: on a GPU each run records the step of denoising, and of decoding, as a
+        CUDA graph, unless a step cache decides anew at every step.
+        """
+        compile_experts(self, backend=backend)
+        compile_blocks(find_modules(self, self.COMPILED).values(), backend=backend)
+        if cuda_graphs and self.device.type == "cuda":
+            use_step_graphs(self)
 
     @classmethod
     def _parse_components(cls, components: Any) -> Components:

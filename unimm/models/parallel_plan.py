@@ -1,7 +1,9 @@
-"""Which modules of a model lie in shards of their own when it is trained on many devices."""
+"""A model on many devices: which modules lie in shards of their own in training, and how linears are shared where all
+compute one forward pass together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -25,3 +27,37 @@ class ParallelPlan:
 def find_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The modules of these names, by their names."""
     return {name: one for name, one in model.named_modules() if any(matches(pattern, name) for pattern in patterns)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSplit:
+    """How the devices of tensor parallel inference share a linear.
+
+    kind: "column", of whose outputs each device has its part; "row", which takes such parts and adds up over devices;
+    "gathered", a column whose outputs all devices get. The outputs of a column, or the inputs of a row, may be several
+    things beside each other, of each of which a device has its part: `equal` of one size, or `wide` as wide as the
+    model, and behind them the rest.
+    """
+
+    kind: Literal["column", "row", "gathered"]
+    equal: int = 1
+    wide: int = 0
+
+
+COLUMN = LinearSplit(kind="column")
+ROW = LinearSplit(kind="row")
+GATHERED = LinearSplit(kind="gathered")
+
+# names of linears, with `{}` for a number or a name
+TensorParallelPlan = Mapping[str, LinearSplit]
+
+
+def decoder_tensor_plan(decoder: str) -> TensorParallelPlan:
+    """The plan of a decoder's blocks, whatever its experts: heads and the feed-forward's hidden units lie apart."""
+    expert = f"{decoder}.blocks.{{}}.experts.{{}}."
+    columns = ("q", "k", "v", "mlp.gate", "mlp.up")
+    return {
+        **{expert + name: COLUMN for name in columns},
+        **{expert + name: ROW for name in ("out_proj", "mlp.down")},
+        f"{decoder}.head": GATHERED,
+    }

@@ -163,6 +163,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
+        # of the keys and values that are cached; fewer where several devices share the heads
+        self.n_cached_heads = config.n_kv_heads
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.n_layers))
         self.norms = nn.ModuleDict({name: RMSNorm(config.dim, config.norm_eps) for name in config.experts})

@@ -94,21 +94,8 @@ def init_decoder(decoder: Decoder) -> None:
             nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
 
 
-def compile_experts(decoder: Decoder) -> None:
-    """Compile the layers before and after attention of every block, for any number of rows."""
-    for expert in _experts(decoder):
-        for name in ("project_qkv", "output_and_mlp"):
-            setattr(expert, name, torch.compile(getattr(expert, name), dynamic=True))
-
-
 def _experts(decoder: nn.Module) -> list[ExpertWeights]:
     return [module for module in decoder.modules() if isinstance(module, ExpertWeights)]
-
-
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile the forward pass of every block, for any batch."""
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def init_timm_vit(encoder: TimmVisionEncoder, weights: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 Axes: P images, N latent tokens of all images, L latent tokens of one, C channels of a latent token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from unimm.generation.guidance import Branch, Guidance, cfg_velocity, deduplicate_branches, guidance_branches
 from unimm.generation.kv_cache import allocate_kv_buffer
-from unimm.generation.step_cache import TaylorSeer
+from unimm.generation.step_cache import StepCacheOptions
+from unimm.generation.step_graphs import StepGraphs
 from unimm.models.bagel.cfg_contexts import CONTEXT_NAMES, CFGContexts
 from unimm.models.bagel.processor import BagelProcessor
 from unimm.nn.decoder import AttentionFn, Decoder, RowsByExpert
@@ -45,13 +46,14 @@ class LatentDenoiser:
         grids: Sequence[tuple[int, int]],
         *,
         guidance: Sequence[Guidance],
-        step_cache: bool = False,
+        step_cache: StepCacheOptions | None = None,
     ):
-        """grids: (height, width) of each image in latent tokens. step_cache: extrapolate most features (TaylorSeer)."""
+        """grids: (height, width) of each image in latent tokens. step_cache: what spares forwards."""
         device = decoder.embed.weight.device
         special = processor.special_tokens
         self.guidance = list(guidance)
-        self.step_cache = TaylorSeer() if step_cache else None
+        self.step_cache = step_cache.start() if step_cache else None
+        self.graphs = StepGraphs(decoder, unless=step_cache is not None)
         self.n_tokens = [height * width for height, width in grids]
         self.boundary_ids = torch.tensor([special.boi, special.eoi], device=device)
         self.position_ids = torch.cat([processor.latent_position_ids(*grid) for grid in grids]).to(device)
@@ -69,18 +71,23 @@ class LatentDenoiser:
         """The branches whose velocities guidance needs, at the images' timesteps [P]."""
         return guidance_branches(self.guidance, timesteps)
 
-    def due(self, branches: Sequence[Branch]) -> list[Branch]:
-        """Those of them that need a forward at this step: equal ones once, and none that the step cache
-        extrapolates."""
-        due = self.step_cache.due(branches) if self.step_cache else branches
-        return deduplicate_branches(due, self.canonical.__getitem__)
+    def states(
+        self, branches: Sequence[Branch], tokens: Tensor, compute: Callable[[Sequence[Branch]], Sequence[Tensor]]
+    ) -> dict[Branch, Tensor]:
+        """The last hidden states of all branches [L, D], from the embedded latent tokens [N, D] of all images.
 
-    def features(self, branches: Sequence[Branch], computed: Mapping[Branch, Tensor]) -> dict[Branch, Tensor]:
-        """The features of all branches of this step, from those that were due."""
-        if self.step_cache is None:
-            return {branch: computed[self.canonical[branch]] for branch in branches}
-        due = self.step_cache.due(branches)
-        return self.step_cache.update(branches, {branch: computed[self.canonical[branch]] for branch in due})
+        compute: those of the branches that need a forward, equal ones once; the step cache makes the others.
+        """
+        inputs: dict[Branch, Tensor] = {}
+        due = list(branches)
+        if self.step_cache is not None:
+            by_image = tokens.split(self.n_tokens)
+            inputs = {branch: by_image[branch[0]] for branch in branches}
+            due = self.step_cache.due(branches, inputs)
+        unique = deduplicate_branches(due, self.canonical.__getitem__)
+        states = dict(zip(unique, compute(unique), strict=True)) if unique else {}
+        computed = {branch: states[self.canonical[branch]] for branch in due}
+        return computed if self.step_cache is None else self.step_cache.update(branches, inputs, computed)
 
     def guide(self, velocities: Mapping[Branch, Tensor], timesteps: Tensor) -> Tensor:
         """The guided velocity of all images, packed [N, C], from that of every branch [L, C], at timesteps [P]."""

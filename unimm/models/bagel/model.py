@@ -20,6 +20,7 @@ from unimm.generation.guidance import Guidance, resolve_guidance
 from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.bagel import FILES, RELEASES
@@ -28,7 +29,7 @@ from unimm.models.bagel.cfg_contexts import CFGContexts, ImageParts
 from unimm.models.bagel.config import WEIGHT_FILES, BagelConfig
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
 from unimm.models.bagel.network import BagelNetwork
-from unimm.models.bagel.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.bagel.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.bagel.processor import BagelImageOptions, BagelProcessor, BagelSpecialTokens
 from unimm.models.bagel.stepwise import bagel_run
 from unimm.models.bagel.weights import DECODER_KEY_MAP, LATENT_KEY_MAP, QK_NORM_KEY_MAP, VAE_KEY_MAP, VIT_KEY_MAP
@@ -52,6 +53,7 @@ class Bagel(BagelNetwork, UnifiedModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
     FILES = FILES
     KEY_PREFIX = "bagel."
     BENCHMARK_OPTIONS = BENCHMARK_OPTIONS
@@ -205,7 +207,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         sizes: Sequence[tuple[int, int]],
         *,
         guidance: Sequence[Guidance],
-        step_cache: bool = False,
+        step_cache: StepCacheOptions | None = None,
     ) -> LatentDenoiser:
         """The state in which images of (height, width) pixels are denoised after the contexts."""
         stride = self.config.latent_downsample
@@ -230,7 +232,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         guidance: Sequence[Guidance],
         steps: int,
         timestep_shift: float,
-        step_cache: bool = False,
+        step_cache: StepCacheOptions | None = None,
         progress: bool = False,
     ) -> list[Tensor]:
         """From noise [L, C] to latent tokens [L, C], for images of (height, width) pixels, all in one batch."""
@@ -268,7 +270,7 @@ class Bagel(BagelNetwork, UnifiedModel):
             guidance=[resolve_guidance(*pair) for pair in zip(options.guidance or usual, usual, strict=True)],
             steps=defaults.steps if options.steps is None else options.steps,
             timestep_shift=defaults.timestep_shift if options.timestep_shift is None else options.timestep_shift,
-            step_cache=options.step_cache,
+            step_cache=parse_step_cache(options.step_cache),
             progress=options.progress,
         )
         return [tensor_to_pil(self.decode_latents(x, size)) for x, size in zip(latents, sizes, strict=True)]
@@ -290,7 +292,7 @@ class Bagel(BagelNetwork, UnifiedModel):
         steps: int | None = None,
         guidance: Guidance | float | Sequence[Guidance | float] | None = None,
         timestep_shift: float | None = None,
-        step_cache: bool = False,
+        step_cache: StepCacheOptions | bool = False,
         think: bool = False,
         text_sampling: TextSampling | None = None,
         progress: bool = False,
@@ -301,9 +303,9 @@ class Bagel(BagelNetwork, UnifiedModel):
         each. size: (height, width) in pixels, multiples of the stride; unless given, that of the last input image after
         its resize, or the default. seed: one, or one a prompt; from one number, that number and the ones after it,
         image by image. steps: of the sampler (the released code's num_timesteps - 1). guidance: one, or one a prompt; a
-        number is the text_scale, the rest as by default. step_cache: extrapolate features at most steps (TaylorSeer).
-        think: write the reasoning first, as text_sampling says. But for rounding, an image does not depend on what else
-        is in the batch. Raises ValueError for bad input.
+        number is the text_scale, the rest as by default. step_cache: spare forwards, by a TaylorSeer (True) or a TeaCache
+        of `unimm.generation.step_cache`. think: write the reasoning first, as text_sampling says. But for rounding, an
+        image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         self.processor.check_visual_gen()
         prompts, input_images = parse_requests(prompt, images)

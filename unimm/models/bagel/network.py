@@ -150,8 +150,12 @@ class BagelNetwork(CausalLM):
         self, denoiser: LatentDenoiser, x: Tensor, timesteps: Tensor, branches: Sequence[Branch]
     ) -> list[Tensor]:
         """Last hidden states [L, D] of each branch's latent tokens; x [N, C] of all images, at their timesteps [P]."""
-        rows = denoiser.rows(branches)
         tokens = self.embed_latents(x, denoiser.token_timesteps(timesteps), denoiser.position_ids)
+        return self._decode_tokens(denoiser, tokens, branches)
+
+    def _decode_tokens(self, denoiser: LatentDenoiser, tokens: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+        """Embedded latent tokens [N, D] -> last hidden states [L, D] of each branch."""
+        rows = denoiser.rows(branches)
         block = torch.cat((tokens, self.decoder.embed(denoiser.boundary_ids))).index_select(0, rows.source)
         hidden = self.decoder(block, rows.position_ids, rows.by_expert, rows.attend)
         return list(hidden["gen"].split(rows.lengths))
@@ -159,11 +163,15 @@ class BagelNetwork(CausalLM):
     def guided_velocity(self, denoiser: LatentDenoiser, x: Tensor, timesteps: Tensor) -> Tensor:
         """The guided velocity [N, C] of the latent tokens x [N, C] of all images, at their timesteps [P]."""
         branches = denoiser.branches(timesteps)
-        due = denoiser.due(branches)
-        states = dict(zip(due, self.denoiser_states(denoiser, x, timesteps, due), strict=True)) if due else {}
-        features = denoiser.features(branches, states)
-        velocities = {branch: self.llm_to_velocity(hidden) for branch, hidden in features.items()}
-        return denoiser.guide(velocities, timesteps)
+
+        def step(x: Tensor, token_timesteps: Tensor) -> Tensor:
+            tokens = self.embed_latents(x, token_timesteps, denoiser.position_ids)
+            states = denoiser.states(branches, tokens, lambda some: self._decode_tokens(denoiser, tokens, some))
+            velocities = {branch: self.llm_to_velocity(hidden) for branch, hidden in states.items()}
+            return denoiser.guide(velocities, timesteps)
+
+        times = denoiser.token_timesteps(timesteps)
+        return denoiser.graphs.run((tuple(branches), len(times)), step, x, times)
 
     # ---- pixels
 

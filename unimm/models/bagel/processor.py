@@ -16,6 +16,7 @@ from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveFloat, Po
 from unimm.generation.flow import parse_shift, parse_steps
 from unimm.generation.guidance import Guidance, parse_guidance
 from unimm.generation.numbers import parse_flag
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.nn.patches import patchify
 from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.requests import parse_size
@@ -118,7 +119,7 @@ class BagelImageOptions:
     guidance: Sequence[Guidance | float] | None
     steps: int | None
     timestep_shift: float | None = None
-    step_cache: bool = False
+    step_cache: StepCacheOptions | bool | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class BagelImageOptions:
             "steps": parse_steps,
             "timestep_shift": partial(parse_shift, name="timestep_shift"),
             "guidance": lambda given: [parse_guidance(one) for one in given],
-            "step_cache": partial(parse_flag, name="step_cache"),
+            "step_cache": parse_step_cache,
             "progress": partial(parse_flag, name="progress"),
         }
         for name, parse in parsers.items():

@@ -33,7 +33,7 @@ from unimm.models.common.separate_outputs import separate_run
 from unimm.models.janus import FILES, RELEASES
 from unimm.models.janus.config import WEIGHT_FILES, JanusConfig
 from unimm.models.janus.network import JanusNetwork
-from unimm.models.janus.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.janus.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.models.janus.stepwise import JanusImageAnswer
 from unimm.models.janus.transformers_layout import CheckpointLayout, transformers_from_original, transformers_key_map
@@ -51,8 +51,10 @@ class Janus(JanusNetwork, DeepseekChatModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
     DECODES_IMAGES = "decode_image_tokens"
     FILES = FILES
+    COMPILED = ("vq.decoder",)
     LAYOUTS = get_args(CheckpointLayout)
     supports_steps = False
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}", "vq.quantize.codebook_used")

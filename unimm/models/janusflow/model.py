@@ -21,6 +21,7 @@ from unimm.generation.flow import euler_step, flow_timesteps, parse_steps, times
 from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.cfg_branches import CFGBranches
@@ -31,7 +32,7 @@ from unimm.models.janusflow import FILES, RELEASES
 from unimm.models.janusflow.config import SDXL_VAE, WEIGHT_FILES, JanusFlowConfig
 from unimm.models.janusflow.latent_denoiser import JanusFlowLatentDenoiser, bf16_velocity_scale
 from unimm.models.janusflow.network import JanusFlowNetwork
-from unimm.models.janusflow.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.janusflow.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.janusflow.processor import bos_unconditional
 from unimm.models.janusflow.stepwise import JanusFlowImageAnswer
 from unimm.models.janusflow.weights import KEY_MAP, VAE_KEY_MAP
@@ -49,7 +50,9 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
     FILES = FILES
+    COMPILED = ("gen_encoder", "gen_decoder", "vae.decoder")
     COMPONENTS = ("vae",)
     UNUSED_PARAMETERS = ("vision.trunk.attn_pool.{*}",)
 
@@ -131,6 +134,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         latent_size: tuple[int, int] | None = None,
         velocity_scale: float = 1.0,
         bf16_time: bool = False,
+        step_cache: StepCacheOptions | None = None,
     ) -> JanusFlowLatentDenoiser:
         """The state of denoising an image under each prompt; prompts that are one object are prefilled once.
 
@@ -143,7 +147,13 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         inputs = [*prompts, *(bos_unconditional(prompts[i]) for i in branches.guided)]
         caches = self.prefill_unique(inputs, [id(prompt) for prompt in inputs])
         return JanusFlowLatentDenoiser(
-            self.decoder, caches, branches, rows * columns, velocity_scale=velocity_scale, bf16_time=bf16_time
+            self.decoder,
+            caches,
+            branches,
+            rows * columns,
+            velocity_scale=velocity_scale,
+            bf16_time=bf16_time,
+            step_cache=step_cache,
         )
 
     @torch.inference_mode()
@@ -154,12 +164,16 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
 
         1 is noise, 0 is data; the images may be at different timesteps.
         """
-        features = self.encode_latents(x, timesteps.to(x.device, torch.float32), bf16_time=denoiser.bf16_time)
-        features = features[denoiser.branches.images]
-        rows = torch.cat((features.time_embed[:, None], features.token_embeds), 1)
-        hidden = self.run_decoder(rows.flatten(0, 1), denoiser.position_ids, denoiser.attend)
-        velocities = self.decode_velocity(hidden.unflatten(0, rows.shape[:2])[:, 1:], features).float()
-        return euler_step(x, denoiser.guided_velocity(velocities), timesteps, next_timesteps)
+
+        def step(x: Tensor, times: Tensor) -> Tensor:
+            features = self.encode_latents(x, times, bf16_time=denoiser.bf16_time)[denoiser.branches.images]
+            rows = torch.cat((features.time_embed[:, None], features.token_embeds), 1)
+            hidden = denoiser.hidden_states(rows, self.run_decoder)
+            return denoiser.guided_velocity(self.decode_velocity(hidden[:, 1:], features).float())
+
+        times = timesteps.to(x.device, torch.float32)
+        velocity = denoiser.graphs.run("step", step, x, times)
+        return euler_step(x, velocity, timesteps, next_timesteps)
 
     def denoise(
         self,
@@ -169,6 +183,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         guidance: Sequence[float],
         steps: int,
         bf16_time: bool = False,
+        step_cache: StepCacheOptions | None = None,
         progress: bool = False,
     ) -> Tensor:
         """From noise [P, C, H, W] to latents, an image after each prompt. guidance: see `latent_denoiser`.
@@ -182,6 +197,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
             latent_size=(noise.shape[2], noise.shape[3]),
             velocity_scale=bf16_velocity_scale(steps) if bf16_time else 1.0,
             bf16_time=bf16_time,
+            step_cache=step_cache,
         )
         x = noise.to(self.device)
         for timesteps, next_timesteps in timestep_pairs(flow_timesteps(steps, 1.0), len(x), progress=progress):
@@ -204,6 +220,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         steps: int | None = None,
         guidance: float | Sequence[float] | None = None,
         bf16_time: bool = False,
+        step_cache: StepCacheOptions | bool = False,
         progress: bool = False,
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts; a prompt is prefilled once.
@@ -211,14 +228,16 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
         prompt: one text or a batch of them. images: images to condition on, as in `understand`; the release was not
         trained for that. size: (height, width), the trained one or None. seed: one, or one a prompt; from one number,
         that number and the ones after it, image by image. steps: of the sampler. guidance: 1 is none; one, or one a
-        prompt. bf16_time: see `denoise`. But for rounding, an image does not depend on what else is in the batch.
-        Raises ValueError for bad input.
+        prompt. bf16_time: see `denoise`. step_cache: spare forwards of the language model, by a TaylorSeer (True) or a
+        TeaCache of `unimm.generation.step_cache`. But for rounding, an image does not depend on what else is in the
+        batch. Raises ValueError for bad input.
         """
         self.check_image_size(size, self.config.image_size)
         prompts, prompt_images = parse_requests(prompt, images)
         n = parse_n_images(n)
         progress = parse_flag(progress, "progress")
         bf16_time = parse_flag(bf16_time, "bf16_time")
+        cache = parse_step_cache(step_cache)
         scales = parse_scales(
             self.config.guidance if guidance is None else guidance, len(prompts), "guidances", n_images=n
         )
@@ -232,6 +251,7 @@ class JanusFlow(JanusFlowNetwork, DeepseekChatModel, ComponentModel):
             guidance=scales,
             steps=steps,
             bf16_time=bf16_time,
+            step_cache=cache,
             progress=progress,
         )
         # one by one, so that an image does not depend on the others

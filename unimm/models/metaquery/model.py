@@ -34,6 +34,8 @@ from unimm.generation.kv_cache import EMPTY_CACHE
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_flag
 from unimm.generation.prefill import plan_prefill
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache, row_step_cache
+from unimm.generation.step_graphs import StepGraphs
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation
 from unimm.models.common.mllm_conditioned import MLLMConditionedModel
@@ -43,7 +45,7 @@ from unimm.models.metaquery.benchmarks import BENCHMARK_OPTIONS
 from unimm.models.metaquery.config import MetaQueryConfig, part_folder
 from unimm.models.metaquery.latent_denoiser import MetaQueryLatentDenoiser
 from unimm.models.metaquery.network import GuidanceBranches, MetaQueryNetwork, NoLanguageHead
-from unimm.models.metaquery.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.metaquery.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.metaquery.processor import N_BOUNDARY_TOKENS, ConditionBatch, MetaQueryProcessor, prompt_composer
 from unimm.models.metaquery.stepwise import MetaQueryImageAnswer
 from unimm.models.metaquery.weights import metaquery_key_map
@@ -71,8 +73,10 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     QUANTIZED = ("mllm.decoder.blocks", "denoiser.blocks")
+    COMPILED = ("denoiser.blocks.{}", "connector.blocks.{}", "vae.decoder")
     UNPACKED = ("mllm.vision", "connector", "denoiser", "vae")
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
     FILES = FILES
     COMPONENTS = ("mllm",)
     BENCHMARK_OPTIONS = BENCHMARK_OPTIONS
@@ -201,7 +205,11 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
     # ---- generation
 
     def latent_denoiser(
-        self, condition: SanaCondition, branches: Sequence[Sequence[tuple[int, float]]]
+        self,
+        condition: SanaCondition,
+        branches: Sequence[Sequence[tuple[int, float]]],
+        *,
+        step_cache: StepCacheOptions | None = None,
     ) -> MetaQueryLatentDenoiser:
         """The state of denoising P images. branches: for each image, rows of the condition with their weights."""
         flat = [(image, row, weight) for image, some in enumerate(branches) for row, weight in some]
@@ -209,6 +217,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         return MetaQueryLatentDenoiser(
             branches=GuidanceBranches(condition.select_rows(rows), owners, weights.float()[:, None, None, None]),
             solver=DPMSolverPP(),
+            graphs=StepGraphs(self.denoiser, unless=step_cache is not None),
+            step_cache=row_step_cache(step_cache, [(image, str(row)) for image, row, _ in flat]),
         )
 
     @torch.inference_mode()
@@ -222,7 +232,12 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         """
         # the original's scheduler gives the network integer timesteps
         integer = floor_timesteps(timesteps, train_steps=self.config.scheduler.n_train_timesteps)
-        velocity = self.guided_velocity(x, integer.float().to(x.device), denoiser.branches)
+        times = integer.float().to(x.device)
+
+        def step(x: Tensor, times: Tensor) -> Tensor:
+            return self.guided_velocity(x, times, denoiser.branches, step_cache=denoiser.step_cache)
+
+        velocity = denoiser.graphs.run("step", step, x, times)
         return denoiser.solver.step(x, velocity, timesteps, next_timesteps)
 
     def denoise(
@@ -248,6 +263,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         guidance: float | Sequence[float] | None = None,
         image_guidance: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str | None] | None = "",
+        step_cache: StepCacheOptions | bool = False,
         progress: bool = False,
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts, or from the input images given with it.
@@ -256,7 +272,8 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         image or several, for a batch one of these each. size: (height, width) in pixels. seed: one, or one a prompt;
         from one number, that number and the ones after it, image by image. steps: of the solver. guidance,
         image_guidance: 1 is none; one, or one a prompt. negative_prompt: what guidance leads away from, "" or None for
-        none. But for rounding, an image does not depend on what else is in the batch. Raises ValueError for bad input.
+        none. step_cache: spare forwards of Sana, by a TaylorSeer (True) or a TeaCache of `unimm.generation.step_cache`.
+        But for rounding, an image does not depend on what else is in the batch. Raises ValueError for bad input.
         """
         config = self.config
         prompts, input_images = parse_requests(prompt, images, allow_empty=True)
@@ -265,6 +282,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         n_prompts = len(prompts)
         n = parse_n_images(n)
         progress = parse_flag(progress, "progress")
+        cache = parse_step_cache(step_cache)
         steps = parse_steps(config.steps if steps is None else steps)
         scales = parse_scales(config.guidance if guidance is None else guidance, n_prompts, "guidances")
         image_scales = parse_scales(
@@ -281,7 +299,7 @@ class MetaQuery(MetaQueryNetwork, MLLMConditionedModel, ComponentModel):
         ]
         with torch.inference_mode():
             condition = self.condition(self.query_states(batch.samples))
-        denoiser = self.latent_denoiser(condition, [some for some in branches for _ in range(n)])
+        denoiser = self.latent_denoiser(condition, [some for some in branches for _ in range(n)], step_cache=cache)
         latents = self.denoise(denoiser, noise, steps=steps, progress=progress)
         return Generation([tensor_to_pil(self.decode_latents(one[None])[0]) for one in latents])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unimm.denoisers.sana import SanaCondition, SanaTransformer
 from unimm.generation.flow import add_noise
+from unimm.generation.step_cache import RowStepCache
 from unimm.kernels import attention
 from unimm.models.metaquery.config import MetaQueryConfig
 from unimm.models.metaquery.connector import Connector
@@ -126,10 +127,12 @@ class MetaQueryNetwork(nn.Module):
         """Hidden states at the queries [R, N, D] -> the denoiser's cross-attention keys and values, R rows."""
         return self.denoiser.condition(self.connector(query_states))
 
-    def guided_velocity(self, x: Tensor, timesteps: Tensor, branches: GuidanceBranches) -> Tensor:
+    def guided_velocity(
+        self, x: Tensor, timesteps: Tensor, branches: GuidanceBranches, *, step_cache: RowStepCache | None = None
+    ) -> Tensor:
         """Velocity of latents [P, C, h, w] at timesteps [P] float32: the weighted sum over each image's branches."""
         owners = branches.owners
-        v = self.denoiser(x[owners].to(self.dtype), timesteps[owners], branches.condition)
+        v = self.denoiser(x[owners].to(self.dtype), timesteps[owners], branches.condition, step_cache=step_cache)
         return torch.zeros_like(x).index_add(0, owners, branches.weights * v.float())
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
-from unimm.models.parallel_plan import ParallelPlan
+from unimm.models.parallel_plan import COLUMN, ROW, LinearSplit, ParallelPlan, decoder_tensor_plan
 from unimm.vlms.llama_layout import EXPERT
 
 LORA_TARGETS: LinearGroups = {
@@ -28,3 +28,12 @@ PARALLEL_PLAN = ParallelPlan(
     blocks=("mllm.decoder.blocks.{}", "connector.blocks.{}", "denoiser.blocks.{}"),
     ahead_of_blocks=("denoiser.blocks.{}.cross_attention.kv",),
 )
+
+TENSOR_PARALLEL_PLAN = {
+    **decoder_tensor_plan("mllm.decoder"),
+    "denoiser.blocks.{}.attention.qkv": LinearSplit(kind="column", equal=3),
+    "denoiser.blocks.{}.attention.out_proj": ROW,
+    "denoiser.blocks.{}.cross_attention.q": COLUMN,
+    "denoiser.blocks.{}.cross_attention.kv": LinearSplit(kind="column", equal=2),
+    "denoiser.blocks.{}.cross_attention.out_proj": ROW,
+}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from unimm.denoisers.flux import FluxTransformer, flux_position_ids
 from unimm.denoisers.mmdit import PATCH_SIZE, Modulation, patchify_latents
+from unimm.generation.step_cache import StepCacheOptions, row_step_cache
+from unimm.generation.step_graphs import StepGraphs
 from unimm.models.uniworld.network import pad_conditions
 
 
@@ -31,6 +33,7 @@ class UniWorldLatentDenoiser:
         true_cfg_scale: Tensor | None = None,
         reference_latents: Tensor | None = None,
         schedule: Tensor | None = None,
+        step_cache: StepCacheOptions | None = None,
     ):
         """conditions [M, C] and pooled [P, C] of the images; latent_size (h, w), even; guidance, embedded: one, or [P].
 
@@ -44,11 +47,15 @@ class UniWorldLatentDenoiser:
         self.dtype = conditions[0].dtype
         self.device = conditions[0].device
         self.true_cfg_scale = None
+        owners = [(i, "full") for i in range(len(conditions))]
         if true_cfg_scale is not None and bool((true_cfg_scale != 1).any()):
             self.true_cfg_scale = true_cfg_scale[:, None, None]
             conditions = [*conditions, *[conditions[0][:0]] * len(conditions)]
+            owners += [(i, "no_text") for i, _ in owners]
             pooled = torch.cat((pooled, pooled))
             guidance = guidance.repeat(2) if isinstance(guidance, Tensor) and guidance.ndim else guidance
+        self.step_cache = row_step_cache(step_cache, owners)
+        self.graphs = StepGraphs(flux, unless=step_cache is not None)
         self.pooled = pooled.to(self.dtype)
         self.guidance = guidance if flux.config.guidance_embeds else None
         self.reference_tokens = None
@@ -71,10 +78,19 @@ class UniWorldLatentDenoiser:
             tokens = torch.cat((tokens, self.reference_tokens), 1)
         modulation = self.modulation(timesteps)
         if self.true_cfg_scale is None:
-            return self.flux(tokens, self.condition, modulation)[:, : self.n_tokens].float()
-        v = self.flux(torch.cat((tokens, tokens)), self.condition, modulation)[:, : self.n_tokens].float()
+            return self._velocity(tokens, modulation)
+        v = self._velocity(torch.cat((tokens, tokens)), modulation)
         conditional, unconditional = v.chunk(2)
         return torch.lerp(unconditional, conditional, self.true_cfg_scale)
+
+    def _velocity(self, tokens: Tensor, modulation: Modulation) -> Tensor:
+        """The velocity of all rows in float32 [B, L, C], without the references'."""
+
+        def step(tokens: Tensor, *tensors: Tensor) -> Tensor:
+            shifts = modulation.with_tensors(tensors)
+            return self.flux(tokens, self.condition, shifts, step_cache=self.step_cache)[:, : self.n_tokens].float()
+
+        return self.graphs.run("step", step, tokens, *modulation.tensors())
 
     def modulation(self, timesteps: Tensor) -> Modulation:
         """The modulation of all rows at the images' timesteps [P], from the schedule where all are at one step of

@@ -26,6 +26,7 @@ from unimm.generation.decode import TextStream, decode_text
 from unimm.generation.flow import dynamic_shift, euler_step, flow_timesteps, timestep_pairs
 from unimm.generation.noise import gaussian_noise, seeded_generators
 from unimm.generation.numbers import parse_float
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling, resolve_sampling
 from unimm.models.base import ComponentModel, Generation
@@ -37,7 +38,7 @@ from unimm.models.uniworld.auxiliary_encoders import find_auxiliary_folders
 from unimm.models.uniworld.config import TASK_HEAD_FILES, UniWorldConfig
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
 from unimm.models.uniworld.network import MLLMOutput, UniWorldNetwork
-from unimm.models.uniworld.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.uniworld.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.uniworld.processor import (
     MAX_IMAGE_SIDE,
     ReferenceLatents,
@@ -68,8 +69,14 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     QUANTIZED = ("mllm.decoder.blocks", "denoiser.mmdit.double_blocks", "denoiser.mmdit.single_blocks")
+    COMPILED = (
+        "denoiser.mmdit.double_blocks.{}",
+        "denoiser.mmdit.single_blocks.{}",
+        "auxiliary.vae.decoder",
+    )
     UNPACKED = ("mllm.vision", "denoiser", "auxiliary")
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
     DECODES_IMAGES = "auxiliary.decode"
     FILES = FILES
     COMPONENTS = ("siglip", "flux", "t5")
@@ -164,6 +171,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         true_cfg_scale: Tensor | None = None,
         reference_latents: Tensor | None = None,
         schedule: Tensor | None = None,
+        step_cache: StepCacheOptions | None = None,
     ) -> UniWorldLatentDenoiser:
         """The state of denoising P images of one size, in the model's dtype: see `UniWorldLatentDenoiser`."""
         return UniWorldLatentDenoiser(
@@ -175,6 +183,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
             true_cfg_scale=true_cfg_scale,
             reference_latents=reference_latents,
             schedule=schedule,
+            step_cache=step_cache,
         )
 
     @torch.inference_mode()
@@ -315,6 +324,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
                 true_cfg_scale=self._scales(options.true_cfg_scales, rows),
                 reference_latents=torch.stack([references[i] for i in rows]) if reference_rows else None,
                 schedule=timesteps[:-1],
+                step_cache=parse_step_cache(options.step_cache),
             )
             latents = self.denoise(denoiser, noise, timesteps, progress=options.progress)
             for i, one in zip(rows, latents, strict=True):
@@ -339,6 +349,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         clip: bool | None = None,
         reference_latents: ReferenceLatents | None = None,
         image_embeds_shortcut: float = 0.0,
+        step_cache: StepCacheOptions | bool = False,
         progress: bool = False,
     ) -> Generation:
         """Generate `n` images for each prompt, in the order of the prompts, or edit the input images given with it.
@@ -350,7 +361,8 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         against an empty condition, 1 is none; one, or one a prompt. t5, clip: whether these encode the prompt, too;
         unless given, where they are loaded. reference_latents: the input images' VAE latents as "tokens" beside the
         image's, or as part of the "condition". image_embeds_shortcut: weight in [0, 1] of the vision encoder's output,
-        against the MLLM's states of the input images. But for rounding, an image does not depend on what else is in the
+        against the MLLM's states of the input images. step_cache: spare forwards of FLUX, by a TaylorSeer (True) or a
+        TeaCache of `unimm.generation.step_cache`. But for rounding, an image does not depend on what else is in the
         batch. Raises ValueError for bad input.
         """
         prompts, input_images = parse_requests(prompt, images)
@@ -366,6 +378,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
             t5=t5,
             clip=clip,
             reference_latents=reference_latents,
+            step_cache=step_cache,
             progress=progress,
         )
         samples = [self.processor.prompt_parts(text, some) for text, some in zip(prompts, input_images, strict=True)]
@@ -385,6 +398,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
         t5: bool | None = None,
         clip: bool | None = None,
         reference_latents: ReferenceLatents | None = None,
+        step_cache: StepCacheOptions | bool = False,
         progress: bool,
     ) -> UniWorldImageOptions:
         """The options of `n` images of each prompt, with the config's defaults. Raises ValueError for bad ones."""
@@ -403,6 +417,7 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
             t5=t5,
             clip=clip,
             reference_latents=config.reference_latents if reference_latents is None else reference_latents,
+            step_cache=step_cache,
             progress=progress,
         )
 

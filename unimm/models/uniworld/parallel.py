@@ -2,7 +2,7 @@
 groups."""
 
 from unimm.adapters.config import LinearGroups, decoder_linears
-from unimm.models.parallel_plan import ParallelPlan
+from unimm.models.parallel_plan import COLUMN, ROW, LinearSplit, ParallelPlan, decoder_tensor_plan
 from unimm.vlms.llama_layout import EXPERT
 
 _STREAMS = tuple(f"denoiser.mmdit.double_blocks.{{}}.{stream}." for stream in ("image", "text"))
@@ -27,3 +27,13 @@ PARALLEL_PLAN = ParallelPlan(
         "denoiser.mmdit.single_blocks.{}.modulation",
     ),
 )
+
+TENSOR_PARALLEL_PLAN = {
+    **decoder_tensor_plan("mllm.decoder"),
+    **{stream + "qkv": LinearSplit(kind="column", equal=3) for stream in _STREAMS},
+    **{stream + "mlp.fc1": COLUMN for stream in _STREAMS},
+    **{stream + name: ROW for stream in _STREAMS for name in ("out_proj", "mlp.fc2")},
+    # queries, keys and values beside the feed-forward's hidden units
+    "denoiser.mmdit.single_blocks.{}.qkv_mlp": LinearSplit(kind="column", wide=3),
+    "denoiser.mmdit.single_blocks.{}.out_proj": LinearSplit(kind="row", wide=1),
+}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from unimm.generation.flow import parse_steps
 from unimm.generation.numbers import parse_flag
+from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.models.uniworld.config import ASPECT_RATIOS
 from unimm.sequence.parts import Part
 from unimm.vlms.qwen2_5_vl.processor import IMAGE_PAD, QwenVLProcessor
@@ -73,10 +74,12 @@ class UniWorldImageOptions:
     t5: bool | None = None
     clip: bool | None = None
     reference_latents: ReferenceLatents | None = None
+    step_cache: StepCacheOptions | bool | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", parse_steps(self.steps))
+        object.__setattr__(self, "step_cache", parse_step_cache(self.step_cache))
         object.__setattr__(self, "progress", parse_flag(self.progress, "progress"))
         for name in ("t5", "clip"):
             if (given := getattr(self, name)) is not None:

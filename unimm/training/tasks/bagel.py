@@ -33,13 +33,14 @@ from unimm.models.bagel.config import BagelConfig
 from unimm.models.bagel.flops import bagel_flops
 from unimm.models.bagel.model import Bagel
 from unimm.models.bagel.processor import BagelProcessor, BagelSpecialTokens
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts, init_decoder, load_trained, train_tokenizer, trained_file
+from unimm.training.init import init_decoder, load_trained, train_tokenizer, trained_file
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.bagel_plans import (

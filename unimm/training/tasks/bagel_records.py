@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unimm.models.bagel.flops import bagel_flops
 from unimm.models.bagel.model import Bagel
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts
 from unimm.training.losses import LossSum
 from unimm.training.pretrained import load_released
 from unimm.training.samples import image_grid

@@ -25,13 +25,13 @@ from unimm.models.janus.flops import janus_flops
 from unimm.models.janus.model import Janus
 from unimm.models.janus.network import Projector
 from unimm.models.janus.processor import padded_unconditional, with_image_start
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
 from unimm.training.init import (
-    compile_experts,
     init_decoder,
     init_timm_vit,
     load_trained,

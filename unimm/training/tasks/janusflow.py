@@ -25,6 +25,7 @@ from unimm.models.janusflow.config import JanusFlowConfig
 from unimm.models.janusflow.flops import janusflow_flops
 from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
 from unimm.training.checkpoints import read_tensors
@@ -32,7 +33,6 @@ from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne
 from unimm.training.freezing import freeze
 from unimm.training.init import (
-    compile_experts,
     init_decoder,
     init_timm_vit,
     load_trained,

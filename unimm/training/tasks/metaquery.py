@@ -23,12 +23,13 @@ from unimm.models.metaquery.config import MetaQueryConfig, read_required_json
 from unimm.models.metaquery.flops import metaquery_flops
 from unimm.models.metaquery.mllms import mllm_spec_for
 from unimm.models.metaquery.model import MetaQuery
+from unimm.nn.compiled import compile_blocks, compile_experts
 from unimm.tokenizers.dc_ae import DCAE
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import held_out_seed
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_blocks, compile_experts, resolve_part
+from unimm.training.init import resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS

@@ -28,6 +28,7 @@ from unimm.data.shapes import TASKS, Example, example, judge
 from unimm.data.shapes.language import FAVOURITES, describe, join_phrases
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.generation.text_sampling import TextSampling
+from unimm.nn.compiled import compile_experts
 from unimm.nn.flops import StepFlops
 from unimm.processing.requests import ROLES, Message
 from unimm.sequence.packing import PackedBatch, pack_sequences
@@ -35,7 +36,7 @@ from unimm.sequence.parts import Part
 from unimm.tokenizers.text import SentencePieceTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne, Fraction, NoneOrMore, TaskWeights, held_out_seed
-from unimm.training.init import compile_experts, init_decoder, train_tokenizer
+from unimm.training.init import init_decoder, train_tokenizer
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.tasks.vit import LOGIT_COUNTS, ViTDataset, ViTTrainingConfig
 from unimm.training.throughput import StepCounts

@@ -26,12 +26,13 @@ from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
 from unimm.models.uniworld.flops import DenoisedGroup, UniWorldEncoding, uniworld_flops
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.network import image_end_rows
+from unimm.nn.compiled import compile_blocks
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import held_out_seed
 from unimm.training.freezing import freeze, has_prefix
-from unimm.training.init import compile_blocks, init_siglip, resolve_part
+from unimm.training.init import init_siglip, resolve_part
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS
