@@ -1,4 +1,4 @@
-"""What every process of a run of several does for tests/training/test_many_ranks.py, which starts this file.
+"""What every process of a run of several does for the tests that start this file through helpers/ranks.py.
 
 The processes are forks of one that has imported what they need. A process ends without torch's teardown, in which gloo's
 threads may crash.
@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import peft  # noqa: F401, which takes seconds
 import torch
 import torch.distributed as dist
@@ -26,8 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.family_recipes import use_quick_tokenizers
 from helpers.trainer_toy import Toy
+from unimm import MetaQuery, TextSampling, UniWorld, load
+from unimm.denoisers.flux import FluxTransformer
+from unimm.denoisers.sana import SanaTransformer
 from unimm.distributed.ranks import Ranks, start_ranks
 from unimm.distributed.sharding import build_mesh, shard_like, whole_tensor, with_local
+from unimm.distributed.tensor_parallel import parallelize
 from unimm.training import optim
 from unimm.training.checkpoints import load_into, save_checkpoint, saved_shapes
 from unimm.training.losses import LossSum
@@ -170,7 +175,52 @@ def matrices_job(ranks, *, recipe, out=None, resumed=None):
     return {name: whole_tensor(p.detach()).clone() for name, p in parameters.items()}
 
 
+# what is compared: the method of a model, or of a part, that gives velocities or logits
+STEPS = {
+    "bagel-nano": "guided_velocity",
+    "janus-nano": "decode_image_step",
+    "janusflow-nano": "decode_velocity",
+    "metaquery-nano": "guided_velocity",
+    "uniworld-nano": "denoiser.forward",
+}
+
+
+def with_even_heads(model):
+    """The model, with an untrained denoiser where the heads of its own are odd."""
+    torch.manual_seed(1)
+    if isinstance(model, MetaQuery):
+        config = dataclasses.replace(model.config.denoiser, n_cross_heads=10, cross_head_dim=32)
+        model.denoiser = SanaTransformer(config).eval()
+        for p in model.denoiser.parameters():
+            nn.init.normal_(p, std=0.05)
+    if isinstance(model, UniWorld):
+        config = dataclasses.replace(model.denoiser.config, n_heads=10, head_dim=12, rope_axes_dims=(4, 4, 4))
+        model.denoiser = FluxTransformer(config).eval()
+    return model.requires_grad_(False)
+
+
+def generate_job(ranks, *, name):
+    """What the first steps of generating an image give on these ranks together, and the image."""
+    model = with_even_heads(load(name))
+    parallelize(model, ranks)
+    owner = model.get_submodule(STEPS[name].rpartition(".")[0])
+    method = STEPS[name].rpartition(".")[2]
+    plain = getattr(owner, method)
+    seen = []
+
+    def recorded(*args, **options):
+        seen.append(plain(*args, **options))
+        return seen[-1]
+
+    with patch.object(owner, method, recorded):
+        steps = {} if name == "janus-nano" else {"steps": 3}
+        image = model.generate("two blue squares", seed=3, **steps).image
+    answer = model.understand(None, "what is a circle?", text_sampling=TextSampling(max_tokens=8))
+    return [one.clone() for one in seen[:3]], np.asarray(image, int), answer
+
+
 JOBS = {
+    "generate": generate_job,
     "matrices": matrices_job,
     "steps": lambda ranks, **arguments: steps_of(**arguments, ranks=ranks),
     "error of steps": lambda ranks, **arguments: error_of(lambda: steps_of(**arguments, ranks=ranks)),

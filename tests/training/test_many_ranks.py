@@ -3,19 +3,14 @@ resumes; what goes wrong on one of them."""
 
 import dataclasses
 import json
-import os
-import pickle
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.family_recipes import FAMILIES, save_parts, small_recipes, use_quick_tokenizers
-from helpers.paths import RECIPES, TESTS
+from helpers.paths import RECIPES
 from helpers.rank_jobs import matrices_job, run_job, steps_of
+from helpers.ranks import run_processes
 from helpers.trainer_toy import RECIPE
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,30 +32,6 @@ EXACT = dict(rtol=1e-5, atol=1e-6)
 
 # those whose checkpoints two processes resume in every run of the tests; the others' by night
 RESUMED = ("bagel", "uniworld")
-
-
-def run_processes(folder: Path, jobs: list, *, n: int = 2, codes: tuple[int, ...] = (0, 0)) -> list[dict]:
-    """What each of n processes made of some jobs (name, job, arguments), by their names, as torchrun would start
-    them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "TORCHELASTIC_RUN_ID": "test"}
-    code = TESTS / "helpers" / "rank_jobs.py"
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "error::UserWarning", str(code), str(folder), str(n)]
-    process = subprocess.Popen(command, env=os.environ | common | {"PYTHONPATH": path}, start_new_session=True)
-    try:
-        assert process.wait(timeout=900) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its forks, too
-            process.wait()
-    assert tuple(pickle.loads((folder / "codes.pickle").read_bytes())) == codes  # noqa: S301, of our own processes
-    paths = [folder / f"results{rank}.pickle" for rank in range(n)]
-    return [pickle.loads(path.read_bytes()) for path in paths]  # noqa: S301
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,9 @@ def allocate_kv_buffer(
     config = decoder.config
     weight = decoder.embed.weight
     # of the weights, so that it has values where they have
-    empty = weight.new_empty((config.n_layers, 2, 0, config.n_kv_heads, config.head_dim), dtype=dtype or weight.dtype)
+    empty = weight.new_empty(
+        (config.n_layers, 2, 0, decoder.n_cached_heads, config.head_dim), dtype=dtype or weight.dtype
+    )
     return KVBuffer(caches, capacity, empty=empty)
 
 
