@@ -1,18 +1,22 @@
 # make demo   sets up .venv and runs the main job on bagel-nano; saves demo.png
 # make test   sets up .venv and runs the tests
+# make manifests   those of the released names and shapes, at full size on the meta device, with their times
 # make lint   ruff (rules and format) and mypy
 # make docs   the documentation, strictly, into site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test manifests lint docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/unimm demo
 
 test: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+manifests: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=0 -k "manifest_fits or manifests_fit or manifest_walk or released_names_and_shapes"
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

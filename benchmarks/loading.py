@@ -44,7 +44,7 @@ JANUS_SIZES = {"janus-pro-1b": (2048, 5632, 16, 24), "janus-pro-7b": (4096, 1100
 # width, feed-forward, heads, key/value heads, layers, vocabulary; layers of the ViT
 BAGEL_SIZES = {"bagel-7b": (3584, 18944, 28, 4, 28, 152064, 26), "bagel-toy": (64, 96, 4, 2, 2, 256, 2)}
 BLOCK = 2**22  # random values, which the tensors repeat
-MODES = ("read again", "read", "mapped", "float32", "int8", "transformers")
+MODES = ("read again", "read", "mapped", "float32", "int8", "cuda", "transformers")
 
 
 def bagel(name: str, layers: int) -> Bagel:
@@ -111,8 +111,8 @@ def load(folder: Path, mode: str) -> Callable[[], object]:
         from transformers import JanusForConditionalGeneration
 
         return lambda: JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-    if mode in ("mapped", "float32", "int8"):
-        options = {"quantize": "int8"} if mode == "int8" else {}
+    if mode in ("mapped", "float32", "int8", "cuda"):
+        options = {"int8": {"quantize": "int8"}, "cuda": {"device": "cuda"}}.get(mode, {})
         family = Bagel if (folder / "llm_config.json").exists() else Janus
         with torch.device("meta"):
             family.from_folder(folder)  # imports what a model of this family imports when it is built
@@ -194,6 +194,8 @@ def main() -> None:
         rows = []
         for mode in args.modes:
             if mode == "transformers" and args.release in BAGEL_SIZES:
+                continue
+            if mode == "cuda" and not torch.cuda.is_available():
                 continue
             command = [sys.executable, __file__, "--folder", str(folder), "--child", mode]
             runs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 SLOW = 5.0
+# the environment variable that names a file to which every table is added, a line of JSON each
+LOG = "UNIMM_BENCHMARK_LOG"
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,9 @@ def show(rows: Sequence[dict[str, Any]], *, title: str) -> None:
     for row in rows:
         table.add_row(*(cell(row.get(name)) for name in names))
     Console(width=220).print(table)
+    if log := os.environ.get(LOG):
+        with Path(log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"title": title, "rows": list(rows)}, default=str) + "\n")
 
 
 def cell(value: Any) -> str:

@@ -88,7 +88,7 @@ def prompt(n: int) -> Part:
     return text_part(list(range(5, 5 + n)))
 
 
-def bagel_step(size: str, layers: int) -> Step:
+def bagel_step(size: str, layers: int, *, copies: int = 1) -> Step:
     """Two prompts with their images, an edit (clean latents, patches, instruction, noised latents), a question."""
     dim, mlp, heads, kv_heads = WIDTHS["bagel"][size]
     llm = dict(
@@ -124,6 +124,7 @@ def bagel_step(size: str, layers: int) -> Step:
     samples = [[prompt(n), latents(noised=True)] for n in PROMPTS[:2]]
     samples.append([latents(noised=False), patches(), prompt(PROMPTS[2]), latents(noised=True)])
     samples.append([patches(), prompt(QUESTION), answer(ANSWER)])
+    samples *= copies
     n_latents = sum(part.n_tokens for parts in samples for part in parts if part.kind == "gen_image")
     noise = torch.randn(n_latents, config.latent_dim, generator=generator).to(network.llm2vae.weight.device)
 
@@ -140,7 +141,7 @@ def bagel_step(size: str, layers: int) -> Step:
     )
 
 
-def janus_step(size: str, layers: int) -> Step:
+def janus_step(size: str, layers: int, *, copies: int = 1) -> Step:
     """Two prompts with their images, a question about an image, two texts."""
     dim, mlp, heads, _ = WIDTHS["janus"][size]
     projector = {"projector_type": "mlp_gelu", "depth": 2, "n_embed": dim}
@@ -172,6 +173,7 @@ def janus_step(size: str, layers: int) -> Step:
         drawn = image_part("gen_image", tokens, places, boundary_ids=(3,), causal=True)
         samples.append([prompt(n), drawn])
     samples += [[seen, prompt(QUESTION), answer(ANSWER)], [answer(120)], [answer(260)]]
+    samples *= copies
 
     def loss(pack: PackedBatch) -> Tensor:
         losses = network(pack)
@@ -266,12 +268,13 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(STEPS), default="bagel")
     parser.add_argument("--size", choices=["7b", "toy"], default="7b")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--copies", type=int, default=1, help="of the samples: 16 of BAGEL's are 32 thousand rows")
     parser.add_argument("--way", choices=WAYS, help="one alone; both unless given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 by autocast")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    step = STEPS[args.family](args.size, args.layers)
+    step = STEPS[args.family](args.size, args.layers, copies=args.copies)
     ways = [args.way] if args.way else list(WAYS)
     runs = {way: prepare(step, way, dtype) for way in ways}
     losses = {way: run() for way, run in runs.items()}
