@@ -29,7 +29,7 @@ from unimm.models.emu3 import FILES, RELEASES, VISION_TOKENIZER_FOLDER, VISION_T
 from unimm.models.emu3.config import Emu3Config
 from unimm.models.emu3.image_processor import Emu3ImageProcessor
 from unimm.models.emu3.network import Emu3Network
-from unimm.models.emu3.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.emu3.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.emu3.processor import Emu3Processor
 from unimm.models.emu3.rows import ImageRows, parse_grids
 from unimm.models.emu3.text_tokenizer import Emu3SpecialTokens, load_emu3_tokenizer
@@ -66,6 +66,8 @@ class Emu3(MLLMChat, Emu3Network, UnifiedModel, ComponentModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
+    COMPILED = ("vq.decoder",)
     DECODES_IMAGES = "decode_image_tokens"
     FILES = FILES
     COMPONENTS = ("vision_tokenizer",)
