@@ -18,6 +18,7 @@ from unimm.generation import decode, kv_cache
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.step_cache import TeaCache
 from unimm.generation.step_graphs import use_step_graphs
+from unimm.nn.block_stream import BlockStream
 from unimm.nn.compiled import compile_experts
 from unimm.nn.decoder import Decoder, DecoderConfig, ExpertWeights
 
@@ -91,6 +92,13 @@ def test_a_copy_of_compiled_layers_computes_with_its_own_weights():
     y = torch.randn(3, TOY.n_heads, TOY.head_dim)
     assert torch.equal(copied.output_and_mlp(x, y), x) and not torch.allclose(expert.output_and_mlp(x, y), x)
     assert expert.state_dict().keys() == ExpertWeights(TOY).state_dict().keys()
+
+
+def test_a_model_whose_blocks_are_streamed_is_refused():
+    model = unimm.load("bagel-nano")
+    model.block_stream = BlockStream(model, model.QUANTIZED, torch.device("cpu"))
+    with pytest.raises(ValueError, match="weights are on its device"):
+        model.compile()
 
 
 def record_by_tracing(function, inputs):

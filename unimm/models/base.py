@@ -241,8 +241,11 @@ class UnifiedModel(AdaptedModel):
         new compilation.
 
         backend: of torch.compile. cuda_graphs: on a GPU each run records the step of denoising, and of decoding, as a
-        CUDA graph, unless a step cache decides anew at every step.
+        CUDA graph, unless a step cache decides anew at every step. Raises ValueError for a model whose blocks are streamed
+        to its device.
         """
+        if self.block_stream is not None:
+            raise ValueError('got a model with offload="cpu" to compile: expected one whose weights are on its device')
         compile_experts(self, backend=backend)
         compile_blocks(find_modules(self, self.COMPILED).values(), backend=backend)
         if cuda_graphs and self.device.type == "cuda":
