@@ -50,7 +50,7 @@ class DecodeBatch:
     def _allocate(self, n_rows: int) -> Tensor:
         config = self.decoder.config
         # zeros, since the reference attention also reads unwritten rows, and 0 * nan is nan
-        shape = config.n_layers, 2, n_rows, config.n_kv_heads, config.head_dim
+        shape = config.n_layers, 2, n_rows, self.decoder.n_cached_heads, config.head_dim
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def join(self, cache: KVCache, capacity: int) -> DecodeRow:
