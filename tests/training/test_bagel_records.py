@@ -17,7 +17,7 @@ from unimm.models.bagel.model import Bagel
 from unimm.nn.patches import patchify
 from unimm.sequence.packing import pack_sequences
 from unimm.training.config import TrainConfig, from_mapping, read_recipe
-from unimm.training.freezing import freeze
+from unimm.training.freezing import freeze, stop_expert_gradients
 from unimm.training.record_batches import build_batches, open_groups
 from unimm.training.tasks.bagel_plans import ConditionDropout, drop_conditions
 from unimm.training.tasks.bagel_records import BagelRecordConfig, BagelRecordTask, check_limit
@@ -345,6 +345,47 @@ def test_an_expert_is_frozen_by_a_prefix_with_a_star(model):
     assert {"decoder.blocks.0.experts.gen.q.weight", "decoder.embed.weight", "decoder.norms.gen.weight"} <= trained
     with pytest.raises(ValueError, match=r"got frozen \['decoder.\*.gon'\], expected prefixes of parameters"):
         freeze(und, ["decoder.*.gon"])
+
+
+def test_no_gradient_passes_through_an_expert_that_is_stopped():
+    """As if the states of its rows were constants; with the parameters frozen alone, others come through them."""
+    found = {}
+    for way in ("frozen", "stopped", "constants"):
+        model = toy()
+        model.train()
+        freeze(
+            model, ["decoder.blocks.*.experts.und.", "decoder.norms.und", "decoder.embed", "vision."], always=("vae.",)
+        )
+        if way == "stopped":
+            model.requires_grad_(True)
+            freeze(model, ["vision."], always=("vae.",))
+            stop_expert_gradients(model.decoder, "und")
+        task = BagelRecordTask(model, builder_of(model, options()))
+        steps = [image(0), text("a"), image(1, loss=True), text("b c"), image(2, loss=True)]
+        sample = task.sample_builder.prepare(record(*steps), random.Random(1))
+        batch = task.sample_builder.collate([sample], random.Random(0))
+        if way == "constants":
+            kept = []
+            hooks = [
+                block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
+                for block in model.decoder.blocks
+            ]
+            with torch.no_grad():
+                task.losses(batch)
+            for hook, states, block in zip(hooks, list(kept), model.decoder.blocks, strict=True):
+                hook.remove()
+                given = states["und"]
+                block.register_forward_pre_hook(lambda _, args, given=given: ({**args[0], "und": given}, *args[1:]))
+        task.losses(batch)["mse"].mean.backward()
+        found[way] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert found["stopped"].keys() == found["constants"].keys() <= found["frozen"].keys()
+    assert not any(
+        "experts.und" in name or name.startswith(("decoder.embed", "connector")) for name in found["stopped"]
+    )
+    for name, gradient in found["stopped"].items():
+        torch.testing.assert_close(gradient, found["constants"][name])
+    name = "decoder.blocks.0.experts.gen.v.weight"
+    assert not torch.allclose(found["stopped"][name], found["frozen"][name], rtol=1e-3)
 
 
 def test_a_broken_row_of_an_edit_and_a_missing_column_say_so(data, tmp_path):

@@ -16,7 +16,7 @@ from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.training.config import TrainConfig, from_mapping
-from unimm.training.freezing import freeze
+from unimm.training.freezing import freeze, stop_expert_gradients
 from unimm.training.losses import LossSum
 from unimm.training.pretrained import load_released
 from unimm.training.samples import image_grid
@@ -34,6 +34,9 @@ class BagelRecordConfig(BagelSampleConfig):
 
     # prefixes of the names of parameters that are not trained; the VAE never is
     frozen: tuple[str, ...]
+    # whether the understanding expert is frozen, too, and no gradient passes through its rows (the released code's
+    # freeze_und); answers then train the language head alone, if it is not frozen
+    stop_und_gradients: bool = False
     # whether torch.compile fuses the experts' layers around attention
     compile: bool
     # what sample images are generated from
@@ -65,6 +68,8 @@ class BagelRecordTask:
         if options.compile:
             compile_experts(model.decoder)
         freeze(model, options.frozen, always=("vae.",))
+        if options.stop_und_gradients:
+            stop_expert_gradients(model.decoder, "und")
         return cls(model, builder, options.sample_prompts)
 
     def losses(self, batch: BagelRecordBatch) -> dict[str, LossSum]:
