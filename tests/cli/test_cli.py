@@ -24,8 +24,8 @@ from unimm.evaluation.benchmarks.shapes import TASKS
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 OPTIONS = {
     "demo": "out model seed",
-    "generate": "prompt prompts image think model seed steps size n out batch device dtype",
-    "understand": "image question stream model device dtype",
+    "generate": "prompt prompts image think model seed steps size n out batch device dtype quantize offload",
+    "understand": "image question stream model device dtype quantize offload",
     "train": "recipe out device resume init workers hours set_",
     "plan": "name train gpus memory size batch dtype device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "

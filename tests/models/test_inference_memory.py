@@ -18,6 +18,7 @@ from unimm.cli.plan import parse_memory
 from unimm.models import memory
 from unimm.models.bagel.config import BagelConfig
 from unimm.models.memory import PROMPT, plan_inference, plan_model
+from unimm.nn.quantized_linear import QuantizedLinear
 
 
 def measured_peak(model, *, batch: int, size: tuple[int, int] | None, steps: int | None) -> int:
@@ -30,7 +31,7 @@ def measured_peak(model, *, batch: int, size: tuple[int, int] | None, steps: int
 def test_the_prediction_is_what_is_measured(name):
     """Within a tenth, as it is meant to be; the modulations of all of UniWorld's steps are made at once."""
     model = unimm.load(name)
-    plan = plan_inference(name, batch=2)
+    (plan,) = plan_inference(name, batch=2)
     assert plan.weights == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     assert plan.n_parameters == sum(p.numel() for p in model.parameters())
     steps = None if name.startswith("uniworld") or not model.supports_steps else 2
@@ -66,13 +67,13 @@ def test_the_prediction_at_released_widths_is_what_is_measured(size):
 
 
 def test_what_a_plan_depends_on():
-    one, two = (plan_inference("bagel-nano", batch=n) for n in (1, 2))
+    one, two = (plan_inference("bagel-nano", batch=n)[0] for n in (1, 2))
     assert one.weights == two.weights and two.kv_cache == 2 * one.kv_cache and two.step > 1.5 * one.step
-    half = plan_inference("bagel-nano", dtype="bfloat16")
+    (half,) = plan_inference("bagel-nano", dtype="bfloat16")
     assert half.kv_cache == one.kv_cache / 2 and half.weights < one.weights
     # the autoencoder stays in float32
     assert half.weights > one.weights / 2
-    small = plan_inference("bagel-nano", size=(32, 48))
+    (small,) = plan_inference("bagel-nano", size=(32, 48))
     assert small.size == (32, 48) and small.step < one.step and small.decode < one.decode
     assert json.loads(json.dumps(one.to_json()))["total"] == one.total
 
@@ -119,11 +120,36 @@ def run(*args):
 
 def test_the_command_says_what_fits_and_how():
     found = json.loads(run("bagel-nano", "--device", "cpu", "--memory", "33MB", "--json").stdout)
-    full, half = found["plans"]
+    full, half, *few = found["plans"]
+    assert [plan["quantize"] for plan in few] == ["int8", "int4"]
     assert full["total"] > 33e6 > half["total"] and found["flags"] == "--dtype bfloat16 --device cpu"
     shown = run("bagel-nano", "--device", "cpu", "--memory", "33MB").stdout
-    assert "It fits with --dtype bfloat16 --device cpu." in shown and "KV cache" in shown
+    assert "It fits with --dtype bfloat16 --device cpu." in shown and "KV cache" in shown and " MiB" in shown
+    few = f"{few[0]['total']}"
+    assert (
+        "--dtype bfloat16 --device cpu --quantize int8." in run("bagel-nano", "--device", "cpu", "--memory", few).stdout
+    )
     assert "It does not fit" in run("bagel-nano", "--memory", "1MB", "--dtype", "bfloat16").stdout
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_in_few_bits_are_predicted(quantize):
+    plans = {plan.quantize: plan for plan in plan_inference("uniworld-nano", ways=True)}
+    model = unimm.load("uniworld-nano", quantize=quantize)
+    parts = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
+    rounded = sum(part.format.BYTES_PER_WEIGHT * part.in_features * part.out_features for part in parts)
+    kept = sum(x.nbytes for x in {id(x): x for x in (*model.parameters(), *model.buffers())}.values())
+    # groups of 32, and scales of rows, take a little more than is counted
+    assert plans[quantize].weights == pytest.approx(kept + rounded, rel=1e-3)
+    assert plans[quantize].step == plans[None].step
+
+
+def test_streamed_blocks_are_predicted():
+    plans = plan_inference("bagel-nano", device_type="cuda", ways=True)
+    whole, streamed = plans[0], next(plan for plan in plans if plan.offload)
+    blocks = unimm.load("bagel-nano").decoder.blocks
+    n_bytes = sum(p.nbytes for p in blocks.parameters())
+    assert streamed.weights == whole.weights - n_bytes * (len(blocks) - 2) // len(blocks)
 
 
 @pytest.mark.parametrize(

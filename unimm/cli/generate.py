@@ -9,6 +9,8 @@ from unimm.cli.options import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    OffloadOption,
+    QuantizeOption,
     SeedOption,
     chosen_shard,
     load_model,
@@ -40,12 +42,16 @@ def generate_command(
     batch: Annotated[int | None, typer.Option(help="With --prompts: images at a time.")] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
 ) -> None:
     """Generate an image, or edit one; or draw a file of prompts, under torchrun by several processes."""
     if (prompt is None) == (prompts is None):
         raise ValueError(f"got {'neither' if prompt is None else 'both'}: expected a prompt, or --prompts with a file")
     height_width = parse_height_width(size) if size else None
     if prompts is not None:
+        if quantize or offload:
+            raise ValueError("got --quantize or --offload with --prompts: expected them for one prompt alone")
         if image:
             raise ValueError("got --image with --prompts: expected images in the file, under the key images")
         given = {} if height_width is None else {"size": height_width}
@@ -68,7 +74,7 @@ def generate_command(
     if n < 1:
         raise ValueError(f"got -n {n}: expected at least 1")
     check_writable(out)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, quantize=quantize, offload=offload)
     options = loaded.supported_options(think=think, steps=steps)
     generated = loaded.generate(
         prompt, images=image or None, n=n, size=height_width, seed=seed, progress=True, **options

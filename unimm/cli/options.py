@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 ModelOption = Annotated[str, typer.Option(help="A bundled name, a folder, or a hub id owner/name.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+QuantizeOption = Annotated[str | None, typer.Option(help="Round the blocks' weights: int8, int4, fp8 or nf4.")]
+OffloadOption = Annotated[
+    str | None, typer.Option(help="cpu streams blocks to a GPU; disk leaves a CPU's weights in their files.")
+]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
-def load_model(name: str, device: str, dtype: str) -> Any:
+def load_model(name: str, device: str, dtype: str, *, quantize: str | None = None, offload: str | None = None) -> Any:
     """The model of that name, with a status line on stderr while it loads."""
     with Console(stderr=True).status(f"loading {name}"):
         # imported here, so that `unimm --help` does not import torch
         from unimm.models.registry import load
 
-        return load(name, device=device, dtype=dtype)
+        return load(name, device=device, dtype=dtype, quantize=quantize, offload=offload)
 
 
 def look_up_family(model: str) -> type["UnifiedModel"]:

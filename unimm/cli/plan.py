@@ -1,7 +1,6 @@
 """The command `unimm plan`."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,7 @@ from unimm.cli.generate import parse_height_width
 if TYPE_CHECKING:
     from unimm.training.memory import MemoryPlan
 
+MIB = 2**20
 GIB = 2**30
 # from the most exact to the smallest
 DTYPES = ("float32", "bfloat16")
@@ -83,7 +83,8 @@ def plan_training(train: str, device: str, settings: Sequence[str], *, gpus: int
 def plan_generation(
     name: str, device: str, *, size: tuple[int, int] | None, batch: int, dtypes: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The plan in each dtype; of a hub repository that no family knows the weights alone, from its headers."""
+    """The plan in each dtype, and by other ways of loading in the last; of a hub repository that no family knows the
+    weights alone, from its headers."""
     from unimm.checkpoint import hub
     from unimm.models.memory import hub_weights, plan_inference
     from unimm.models.registry import detect_family, releases
@@ -92,8 +93,11 @@ def plan_generation(
         folder = hub.resolve(name, known_names=tuple(row.name for row in releases()), weights=False)
         is_hub_id = hub.looks_like_hub_id(name) and not Path(name).is_dir()
         if detect_family(folder) is not None or not is_hub_id:
-            plans = [plan_inference(name, dtype=dtype, device_type=device, size=size, batch=batch) for dtype in dtypes]
-            return [plan.to_json() for plan in plans]
+            found = [
+                plan_inference(name, dtype=dtype, device_type=device, size=size, batch=batch, ways=dtype == dtypes[-1])
+                for dtype in dtypes
+            ]
+            return [plan.to_json() for plans in found for plan in plans]
         counts = hub_weights(name)
     return [weights_alone(name, counts, dtype) for dtype in dtypes]
 
@@ -118,25 +122,45 @@ def weights_alone(name: str, counts: Mapping[str, int], dtype: str) -> dict[str,
 
 def parse_memory(text: str) -> int:
     """Bytes from "24GB", "80GiB" or a plain number. Raises ValueError for anything else."""
-    from unimm.checkpoint.save import SIZE_UNITS
+    from unimm.checkpoint.save import parse_bytes
 
-    units = {"": 1, "B": 1, **SIZE_UNITS}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in units or not float(match[1]):
-        raise ValueError(f"got --memory {text!r}: expected a number of bytes with a unit, as 24GB or 80GiB")
-    return int(float(match[1]) * units[match[2].upper()])
+    try:
+        found = parse_bytes(int(text) if text.strip().isdecimal() else text)
+    except ValueError as error:
+        raise ValueError(
+            f"got --memory {text!r}: expected a number of bytes, or one with a unit, as 24GB or 80GiB"
+        ) from error
+    assert found is not None, "a text is a size"
+    return found
 
 
 def fitting_flags(plans: Sequence[Mapping[str, Any]], available: int, device: str) -> str | None:
-    """The flags of the most exact plan that fits; None where none does."""
+    """The flags of the first plan that fits, the most exact of them; None where none does."""
     fitting = next((plan for plan in plans if plan["total"] <= available), None)
-    return None if fitting is None else f"--dtype {fitting['dtype']} --device {device}"
+    if fitting is None:
+        return None
+    chosen = {"dtype": fitting["dtype"], "device": device, **way_of_loading(fitting)}
+    return " ".join(f"--{name} {value}" for name, value in chosen.items())
+
+
+def way_of_loading(plan: Mapping[str, Any]) -> dict[str, str]:
+    """How a plan's weights are loaded, other than as they are."""
+    return {name: plan[name] for name in ("quantize", "offload") if plan.get(name)}
+
+
+def _way_in_words(plan: Mapping[str, Any]) -> list[str]:
+    return [f"offload {way}" if name == "offload" else way for name, way in way_of_loading(plan).items()]
+
+
+def show_bytes(n: int) -> str:
+    """A number of bytes in GiB, or in MiB below a tenth of one."""
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / MIB:.1f} MiB"
 
 
 def print_generation(
     console: Console, name: str, plans: Sequence[Mapping[str, Any]], available: int | None, flags: str | None
 ) -> None:
-    """Print what a device holds in each dtype, in GiB, and what fits."""
+    """Print what a device holds in each dtype, by each way of loading, and what fits."""
     first = plans[0]
     whole = "step" in first
     what = ""
@@ -144,16 +168,18 @@ def print_generation(
         height, width = first["size"]
         images = f"{first['batch']} images" if first["batch"] > 1 else "an image"
         what = f" generating {images} of {height}x{width} on one device ({first['device_type']})"
-    console.print(Text(f"{name},{what} in GiB, predicted"), soft_wrap=True)
-    table = Table("", *(plan["dtype"] for plan in plans))
+    console.print(Text(f"{name},{what} predicted"), soft_wrap=True)
+    table = Table("", *("\n".join((plan["dtype"], *_way_in_words(plan))) for plan in plans))
     rows = {"weights": "weights"}
     if whole:
         rows |= {"kv_cache": "KV cache", "step": "prefill and a step", "decode": "pixels of an image"}
     for key, label in rows.items():
-        table.add_row(label, *(f"{plan[key] / GIB:.2f}" for plan in plans))
-    table.add_row("peak", *(f"{plan['total'] / GIB:.2f}" for plan in plans), style="bold")
+        table.add_row(label, *(show_bytes(plan[key]) for plan in plans))
+    table.add_row("peak", *(show_bytes(plan["total"]) for plan in plans), style="bold")
     if available is not None:
-        table.add_row(f"in {available / GIB:.2f}", *("fits" if plan["total"] <= available else "no" for plan in plans))
+        table.add_row(
+            f"in {show_bytes(available)}", *("fits" if plan["total"] <= available else "no" for plan in plans)
+        )
     console.print(table)
     console.print(
         f"{first['n_parameters']:,} parameters. The allocator's gaps and the libraries' own memory are left out."
@@ -171,18 +197,18 @@ def print_generation(
 
 
 def print_plan(console: Console, recipe: str, plan: "MemoryPlan") -> None:
-    """Print what each device holds, in GiB."""
+    """Print what each device holds."""
     devices = (
         "one device" if plan.n_devices == 1 else f"each of {plan.n_devices} devices, weights in {plan.n_shards} shards"
     )
-    console.print(f"{Path(recipe).name} on {devices} ({plan.device_type}), in GiB, predicted")
+    console.print(f"{Path(recipe).name} on {devices} ({plan.device_type}), predicted")
     table = Table(show_header=False)
     for name, n_bytes in plan.parts().items():
         if n_bytes:
-            table.add_row(name, f"{n_bytes / GIB:.2f}")
-    table.add_row("peak of a step", f"{plan.total / GIB:.2f}", style="bold")
+            table.add_row(name, show_bytes(n_bytes))
+    table.add_row("peak of a step", show_bytes(plan.total), style="bold")
     if plan.offloaded:
-        table.add_row("in the CPU's memory", f"{plan.offloaded / GIB:.2f}")
+        table.add_row("in the CPU's memory", show_bytes(plan.offloaded))
     console.print(table)
     console.print(
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters are trained, on {plan.n_tokens} tokens a batch. The "

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, load_model
+from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, OffloadOption, QuantizeOption, load_model
 
 
 def understand_command(
@@ -16,9 +16,12 @@ def understand_command(
     model: ModelOption = "bagel-nano",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
 ) -> None:
     """Answer a question about an image."""
-    answer = load_model(model, device, dtype).understand(image, question, stream=stream)
+    loaded = load_model(model, device, dtype, quantize=quantize, offload=offload)
+    answer = loaded.understand(image, question, stream=stream)
     for piece in answer if stream else [answer]:
         typer.echo(piece, nl=False)
     typer.echo()

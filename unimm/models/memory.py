@@ -6,7 +6,7 @@ steps, which are alike, one is taken. What the allocator and the libraries take 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from unimm.checkpoint.valueless import without_values
+from unimm.kernels.weight_formats import WEIGHT_FORMATS
 from unimm.models.base import UnifiedModel
 from unimm.models.registry import load
+from unimm.nn.block_stream import RESIDENT_BLOCKS
 from unimm.nn.decoder import Decoder
 from unimm.nn.fake_device import FakeDevice
 
@@ -23,6 +25,7 @@ from unimm.nn.fake_device import FakeDevice
 PROMPT = "A photograph of a red bicycle that leans against the white wall of a small house by the sea, in the evening."
 # in inference mode, and outside of it
 CONVOLUTIONS = frozenset((torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default))
+PLANNED_FORMATS = ("int8", "int4")  # fp8 takes what int8 takes, nf4 nearly what int4 does
 # the stages of a call, by what it does
 GENERATES = "generates"
 DECODES = "decodes"
@@ -30,10 +33,11 @@ DECODES = "decodes"
 
 @dataclass(frozen=True, kw_only=True)
 class InferencePlan:
-    """Bytes that a device holds when images are generated, in one dtype of the weights.
+    """Bytes that a device holds when images are generated, in one dtype of the weights, by one way of loading.
 
     weights: all, with what stays in float32. kv_cache: keys and values at their most, 0 for a family that has none.
     step: what else is there at the peak of prefill and steps. decode: what is there when pixels are made of one image.
+    quantize, offload: as in `from_pretrained`.
     """
 
     name: str
@@ -46,6 +50,8 @@ class InferencePlan:
     kv_cache: int
     step: int
     decode: int
+    quantize: str | None = None
+    offload: str | None = None
 
     @property
     def total(self) -> int:
@@ -95,10 +101,12 @@ def plan_inference(
     size: tuple[int, int] | None = None,
     batch: int = 1,
     revision: str | None = None,
-) -> InferencePlan:
+    ways: bool = False,
+) -> list[InferencePlan]:
     """The memory of generating `batch` images of one prompt each; of the model nothing is read but configs.
 
-    size: (height, width), the model's own unless given. Raises ValueError for another type of device than cpu and cuda,
+    size: (height, width), the model's own unless given. ways: the same with weights in few bits and with streamed
+    blocks, too, after it. Raises ValueError for another type of device than cpu and cuda,
     for a batch below 1, and what loading and `generate` raise for their arguments.
     """
     if device_type not in ("cpu", "cuda"):
@@ -107,7 +115,8 @@ def plan_inference(
         raise ValueError(f"got a batch of {batch}: expected at least 1 image")
     with without_values():
         model = load(name, dtype=dtype, revision=revision)
-        return plan_model(model, name=str(name), dtype=dtype, device_type=device_type, size=size, batch=batch)
+        plan = plan_model(model, name=str(name), dtype=dtype, device_type=device_type, size=size, batch=batch)
+        return [plan, *plan_ways(model, plan)] if ways else [plan]
 
 
 def plan_model(
@@ -135,6 +144,29 @@ def plan_model(
         step=max(0, device.peaks[GENERATES] - device.kv_cache),
         decode=device.peaks[DECODES],
     )
+
+
+def plan_ways(model: UnifiedModel, plan: InferencePlan) -> list[InferencePlan]:
+    """The plans of the same generation with weights in few bits and, on a GPU, with streamed blocks.
+
+    plan: the model's own, whose weights are as they are.
+    """
+    blocks = [model.get_submodule(path) for path in model.QUANTIZED]
+    linears = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+    ways = []
+    for name in PLANNED_FORMATS:
+        one = WEIGHT_FORMATS[name]
+        rounded = [linear.weight for linear in linears if one.fits(linear.in_features)]
+        whole = sum(weight.nbytes for weight in rounded)
+        small = int(sum(weight.numel() for weight in rounded) * one.BYTES_PER_WEIGHT)
+        # int8 has no product of its own on a GPU: the weights of one linear are there in the dtype for a moment
+        more = max(weight.nbytes for weight in rounded) if name == "int8" and plan.device_type != "cpu" else 0
+        ways.append(replace(plan, quantize=name, weights=plan.weights - whole + small, step=plan.step + more))
+    if plan.device_type != "cpu":
+        sizes = [sum(p.nbytes for p in block.parameters()) for part in blocks for block in part.children()]
+        there = sum(sorted(sizes)[-RESIDENT_BLOCKS:])
+        ways.append(replace(plan, offload="cpu", weights=plan.weights - sum(sizes) + there))
+    return ways
 
 
 def external_parts(model: UnifiedModel) -> list[nn.Module]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RESIDENT_BLOCKS = 2  # one that runs, and one that is copied
+
 
 @dataclass(frozen=True)
 class Place:
@@ -44,7 +46,9 @@ class BlockStream:
     nothing ahead. Counted are the bytes that are resident, at most so far, and the copies of blocks.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], device: torch.device, *, n_resident: int = 2):
+    def __init__(
+        self, model: nn.Module, paths: Sequence[str], device: torch.device, *, n_resident: int = RESIDENT_BLOCKS
+    ):
         if n_resident < 1:
             raise ValueError(f"got {n_resident} resident blocks: expected at least 1")
         self.device = device
