@@ -42,8 +42,8 @@ def test_layout(name):
     assert {suffix: stored[suffix].dtype for suffix in one.SIDE_DTYPES} == one.SIDE_DTYPES
     assert all(one.side_shape_fits(stored[CODES].shape, stored[suffix].shape) for suffix in one.SIDE_DTYPES)
     assert not one.side_shape_fits(stored[CODES].shape, (len(w) - 1, 3)) and not one.side_shape_fits((4,), (4,))
-    assert find_format(one.CODE_DTYPE, one.SIDE_DTYPES.__contains__) is one
-    assert find_format(one.CODE_DTYPE, lambda suffix: False) is None
+    assert find_format(one.CODE_DTYPE, one.SIDE_DTYPES) is one
+    assert find_format(one.CODE_DTYPE, ()) is None
     n_bytes = sum(part.nbytes for part in stored.values()) - (4 * len(w) if not one.HAS_GROUPS else 0)
     assert n_bytes == one.BYTES_PER_WEIGHT * w.numel()
 

@@ -67,6 +67,19 @@ def test_results_have_the_dtype_and_shape_of_x():
     assert error(y[0], x[0], w, b) < 2.0**-8  # a rounding to bfloat16
 
 
+@pytest.fixture(autouse=True)
+def without_tiles(monkeypatch):
+    """What is packed is tested as on a CPU without tiles, whatever this one has."""
+    monkeypatch.setattr("unimm.nn.packed_linear.prefers_bfloat16", lambda device: False)
+
+
+@packs
+def test_where_a_cpu_has_tiles(monkeypatch):
+    monkeypatch.setattr("unimm.nn.packed_linear.prefers_bfloat16", lambda device: device.type == "cpu")
+    assert pack_weight(*weights(torch.bfloat16)) is None and pack_weight(*weights(torch.float16)) is None
+    assert isinstance(pack_weight(*weights(torch.float32)), SplitFloat16)
+
+
 @packs
 def test_what_is_not_packed():
     assert isinstance(pack_weight(*weights(torch.float32)), SplitFloat16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unimm.checkpoint.contents import CheckpointError
 from unimm.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, TensorHeader
-from unimm.kernels.weight_formats import CODES, StoredRows, WeightFormat, find_format
+from unimm.kernels.weight_formats import CODES, SCALE, ZERO, StoredRows, WeightFormat, find_format
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def quantized_formats(headers: Mapping[str, TensorHeader], where: str) -> dict[s
     formats: dict[str, WeightFormat] = {}
     for key, header in headers.items():
         dtype = DTYPES.get(header.dtype)
-        found = None if dtype is None else find_format(dtype, lambda suffix, key=key: key + suffix in headers)
+        beside = [suffix for suffix in (SCALE, ZERO) if key + suffix in headers]
+        found = find_format(dtype, beside) if dtype is not None and beside else None
         if found is not None:
             _check_sides(key, headers, found, where)
             formats[key] = found

@@ -8,7 +8,7 @@ those run across rows, which released layouts split.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -174,10 +174,10 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
 }
 
 
-def find_format(code_dtype: torch.dtype, suffixes: Callable[[str], bool]) -> WeightFormat | None:
-    """The format of codes of this dtype beside which tensors stand, `suffixes` says which; None where they are of none."""
+def find_format(code_dtype: torch.dtype, suffixes: Collection[str]) -> WeightFormat | None:
+    """The format of codes of this dtype beside which tensors with these suffixes stand; None where they are of none."""
     for one in (WEIGHT_FORMATS["int4"], *WEIGHT_FORMATS.values()):  # the one with most beside the codes first
-        if one.CODE_DTYPE == code_dtype and all(suffixes(suffix) for suffix in one.SIDE_DTYPES):
+        if one.CODE_DTYPE == code_dtype and all(suffix in suffixes for suffix in one.SIDE_DTYPES):
             return one
     return None
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unimm.nn.cpu_units import prefers_bfloat16
 from unimm.nn.quantized_linear import QuantizedLinear, can_pack, check_can_pack
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class SplitFloat16:
 def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFloat16 | None:
     """A packed copy of weights [F, D]; None where packing gains nothing or is not exact.
 
-    A matrix with weights beyond float16's range, or with tiny ones alone, is not packed.
+    A matrix with weights beyond float16's range, or with tiny ones alone, is not packed; nor is one in half precision
+    where a CPU has tiles for bfloat16, which read as few bytes.
     """
     classes: dict[torch.dtype, type[PackedFloat16] | type[SplitFloat16]] = {
         torch.bfloat16: PackedFloat16,
@@ -76,6 +78,8 @@ def pack_weight(weight: Tensor, bias: Tensor | None) -> PackedFloat16 | SplitFlo
     }
     packed_class = classes.get(weight.dtype)
     if packed_class is None or not weight.is_cpu or weight.numel() < MIN_PACKED_WEIGHTS or not can_pack():
+        return None
+    if weight.dtype != torch.float32 and prefers_bfloat16(weight.device):
         return None
     weight = weight.detach()
     if (
