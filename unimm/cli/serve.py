@@ -17,7 +17,7 @@ def serve_command(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    quantize: Annotated[str | None, typer.Option(help="int8, on a CPU.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8, int4, fp8 or nf4.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU's operations; torch's own number unless given.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve a network without keys.")] = False,
