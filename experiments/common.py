@@ -160,7 +160,18 @@ def plot_bars(
 
     figure, axes = plt.subplots(figsize=(8, 3.5))
     width = 0.8 / len(series)
-    colours = ["silver", "steelblue", "darkorange", "seagreen", "firebrick", "orchid"]
+    colours = [
+        "silver",
+        "steelblue",
+        "darkorange",
+        "seagreen",
+        "firebrick",
+        "orchid",
+        "peru",
+        "teal",
+        "gold",
+        "slateblue",
+    ]
     for k, (label, bars) in enumerate(series.items()):
         known = [(i + (k + 0.5) * width - 0.4, bar) for i, bar in enumerate(bars) if bar is not None]
         places = [place for place, _ in known]

@@ -233,15 +233,17 @@ def rate_cell(one: Mapping[str, Any] | None) -> str:
 
 
 def plot(path: Path, models: Mapping[str, Any]) -> None:
-    """Bars of all models by level: at once, and after thinking for those before any round."""
+    """Bars of the rounds' models by level: at once, and before the rounds also after thinking."""
+    shown = {name: model for name, model in models.items() if not name.startswith("taught")} or models
+    levels = [level for level in REASONING if any(level in model["normal"] for model in shown.values())]
     series = {
         f"{name}, {'after thinking' if mode == 'think' else 'at once'}": [
-            None if (one := model[mode].get(level)) is None else Bar.of_score(one["items"]) for level in REASONING
+            Bar.of_score(one["items"]) if (one := model[mode].get(level)) else None for level in levels
         ]
-        for name, model in models.items()
-        for mode in (MODES if name.startswith(("taught", "before")) else ("normal",))
+        for name, model in shown.items()
+        for mode in (MODES if name.startswith("before") else ("normal",))
     }
-    plot_bars(path, REASONING, series)
+    plot_bars(path, levels, series)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from experiments import common
 from experiments.edit_conditions.run import FORMS, PartialBagel
 from experiments.edit_weights.run import reweighted
 from experiments.expert_variants.run import LLM, VARIANTS, build_variant
+from experiments.stars_arms.run import share_stages
 from experiments.stars_arms.words import OPTIONS, WordsDataset
 from unimm import Bagel
 from unimm.data.shapes import example
@@ -108,3 +109,16 @@ def test_the_page_has_the_table_of_its_json(name):
     table = import_module(f"experiments.{name}.run").results_table(kept)
     page = (folder / f"{name}.md").read_text()
     assert table in page and f"]({name}.png)" in page and (folder / f"{name}.png").stat().st_size > 1000
+
+
+def test_arms_of_other_verifiers_take_over_what_is_the_same(tmp_path):
+    for name in ("math1-self", "math1-exact"):
+        for stage in ("before", "round1-math1/generated"):
+            (tmp_path / name / stage).mkdir(parents=True)
+            (tmp_path / name / stage / "file").write_text(name)
+    # of an arm that is not finished nothing is taken
+    (tmp_path / "math1-exact.json").write_text("{}")
+    out = tmp_path / "math1-none"
+    share_stages(tmp_path, out, "math1")
+    assert {path.read_text() for path in out.rglob("file")} == {"math1-exact"}
+    assert sorted(path.parent.name for path in out.rglob("file")) == ["before", "generated"]
