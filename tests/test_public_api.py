@@ -18,6 +18,7 @@ VERBS = (
     "understand",
     "chat",
     "interleave",
+    "extend",
     "respond",
     "optimize_for_cpu",
     "compile",
@@ -37,6 +38,7 @@ LACKS = {
     "Janus": {"steps", "think"},
     "JanusFlow": {"think"},
     "MetaQuery": {"think"},
+    "ShowO": {"think"},
     "UniWorld": {"think"},
 }
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from unimm.adapters.config import AdapterConfig
     from unimm.generation.guidance import Guidance
     from unimm.generation.image_tokens import ImageTokenSampling
+    from unimm.generation.masked import MaskedSampling
     from unimm.generation.text_sampling import TextSampling
     from unimm.models.bagel.config import BagelConfig
     from unimm.models.bagel.model import Bagel
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from unimm.models.metaquery.config import MetaQueryConfig
     from unimm.models.metaquery.model import MetaQuery
     from unimm.models.registry import load, releases
+    from unimm.models.show_o.config import ShowOConfig
+    from unimm.models.show_o.model import ShowO
     from unimm.models.uniworld.config import UniWorldConfig
     from unimm.models.uniworld.model import UniWorld
 
@@ -37,8 +40,11 @@ __all__ = [
     "JanusConfig",
     "JanusFlow",
     "JanusFlowConfig",
+    "MaskedSampling",
     "MetaQuery",
     "MetaQueryConfig",
+    "ShowO",
+    "ShowOConfig",
     "TextSampling",
     "UniWorld",
     "UniWorldConfig",
@@ -62,8 +68,11 @@ _MODULES = {
     "JanusConfig": "unimm.models.janus.config",
     "JanusFlow": "unimm.models.janusflow.model",
     "JanusFlowConfig": "unimm.models.janusflow.config",
+    "MaskedSampling": "unimm.generation.masked",
     "MetaQuery": "unimm.models.metaquery.model",
     "MetaQueryConfig": "unimm.models.metaquery.config",
+    "ShowO": "unimm.models.show_o.model",
+    "ShowOConfig": "unimm.models.show_o.config",
     "TextSampling": "unimm.generation.text_sampling",
     "UniWorld": "unimm.models.uniworld.model",
     "UniWorldConfig": "unimm.models.uniworld.config",

@@ -37,6 +37,10 @@ VERBS = {
         lambda model: model.interleave(["a", picture()], outputs=("text", "image"), steps=1, text_sampling=SHORT),
         GeneratorType,
     ),
+    "extend": (
+        lambda model: model.extend("a red circle", images=picture(), directions="right", seed=1, steps=1),
+        Generation,
+    ),
     "respond": (lambda model: model.respond("draw a red circle", steps=1, text_sampling=SHORT), (str, Generation)),
 }
 MORE = {

@@ -52,6 +52,7 @@ def packs() -> dict[str, AttentionMask]:
         "empty": AttentionMask(
             [[KeyRange(3)], [], [KeyRange(2, full=True)], [KeyRange(4)]], query_lengths=[3, 0, 2, 0]
         ),
+        "ahead": AttentionMask([[KeyRange(3), KeyRange(4, full=True, seen_before=True), KeyRange(2)]]),
         "window": AttentionMask.from_ranges(window[0].clamp(max=28), window[1], n_queries=28),
         "blind": AttentionMask.from_ranges(*blind, n_queries=8),
         "two": AttentionMask.from_ranges(
@@ -63,7 +64,7 @@ def packs() -> dict[str, AttentionMask]:
 def ways(mask: AttentionMask) -> list:
     if not mask.samples:
         return [_attention_by_chunk, op]
-    return [_attention_padded, _attention_by_range, op]
+    return [_attention_padded, _attention_by_chunk if mask.sees_ahead else _attention_by_range, op]
 
 
 @given(st.lists(blocks, min_size=1, max_size=4), st.data())

@@ -15,8 +15,17 @@ from unimm.kernels import AttentionMask, KeyRange
 from unimm.kernels.attention.mask_plot import BACKGROUND, CAUSAL, FULL, INVISIBLE, MASKED
 from unimm.kernels.attention.tile_schedule import MIN_RUNS, KeySpans, TileRuns
 
+# causal, full, full and seen before
+RULES = ({}, {"full": True}, {"full": True, "seen_before": True})
 blocks = st.lists(
-    st.builds(KeyRange, st.integers(0, 7), full=st.booleans(), visible=st.booleans()), min_size=1, max_size=6
+    st.builds(
+        lambda length, rule, visible: KeyRange(length, visible=visible, **rule),
+        st.integers(0, 7),
+        st.sampled_from(RULES),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
 )
 SIZES = ((1, 1), (4, 4), (8, 3), (16, 16))
 
@@ -25,7 +34,10 @@ def by_definition(sample: list[KeyRange]) -> Tensor:
     """The rule of unimm.sequence.segments, one pair at a time."""
     of = [(i, block) for i, block in enumerate(sample) for _ in range(block.length)]
     rows = [
-        [(b.visible or i == j) and (k <= q or (i == j and b.full)) for k, (j, b) in enumerate(of)]
+        [
+            ((b.visible or i == j) and (k <= q or (i == j and b.full))) or (b.seen_before and i < j)
+            for k, (j, b) in enumerate(of)
+        ]
         for q, (i, _) in enumerate(of)
     ]
     return torch.tensor(rows, dtype=torch.bool).reshape(len(of), len(of))
@@ -165,7 +177,7 @@ def test_thousands(one, other):
 @settings(max_examples=60, deadline=None)
 def test_calls_hold_every_pair_once(case):
     mask, expected = case
-    for calls, back in (mask.padded_calls, mask._unpadded_calls()):
+    for calls, back in (mask.padded_calls, mask.unpadded_calls):
         parts = []
         for q_rows, k_rows, allowed in calls:
             allowed = torch.ones(*q_rows.shape, k_rows.shape[1], dtype=torch.bool) if allowed is None else allowed

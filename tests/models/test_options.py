@@ -123,6 +123,7 @@ CALLS = {
     "understand": {"images": None, "question": "what is it?"},
     "chat": {"messages": [{"role": "user", "content": "what is it?"}]},
     "interleave": {"inputs": ["a red circle"]},
+    "extend": {"prompt": "a red circle", "images": picture(), "directions": "right"},
     "respond": {"prompt": "draw a red circle"},
 }
 VERBS = {verb for row in unimm.releases() for verb in row.verbs}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unimm.generation.decode import DecodeSession
 from unimm.generation.kv_cache import EMPTY_CACHE, KVCache
 from unimm.generation.prefill import plan_prefill
-from unimm.nn.decoder import AttentionFn, Decoder, RowsByExpert
+from unimm.nn.decoder import AttentionFn, CausalDecoder, RowsByExpert
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
 
@@ -17,7 +17,7 @@ from unimm.sequence.parts import Part
 class CausalLM(nn.Module, ABC):
     """A network around a causal decoder. The caller holds the state: KV caches, and the session of a decoding."""
 
-    decoder: Decoder
+    decoder: CausalDecoder
 
     @abstractmethod
     def backbone(self, batch: PackedBatch, attend: AttentionFn) -> RowsByExpert:

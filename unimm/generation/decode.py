@@ -14,7 +14,7 @@ from unimm.generation.step_graphs import StepGraphs
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.kernels.dispatch import device_type, resolve_backend
-from unimm.nn.decoder import Decoder
+from unimm.nn.decoder import CausalDecoder
 
 
 class DecodeSession:
@@ -25,7 +25,7 @@ class DecodeSession:
     rows would reach a position beyond the decoder's last.
     """
 
-    def __init__(self, decoder: Decoder, caches: Sequence[KVCache], capacity: int):
+    def __init__(self, decoder: CausalDecoder, caches: Sequence[KVCache], capacity: int):
         check_max_positions(decoder.config, max(cache.next_position for cache in caches) + capacity)
         self.decoder = decoder
         self.capacity = capacity

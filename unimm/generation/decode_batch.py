@@ -12,7 +12,7 @@ from torch import Tensor
 from unimm.generation.kv_cache import KVCache, attend_in_buffer, check_max_positions
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.kernels.dispatch import device_type
-from unimm.nn.decoder import Decoder, DecoderConfig
+from unimm.nn.decoder import CausalDecoder, DecoderSizes
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class DecodeBatch:
     a sequence does not fit, and is given back when the last one leaves.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: CausalDecoder):
         self.decoder = decoder
         self.rows: list[DecodeRow] = []
         weight = decoder.embed.weight
@@ -113,6 +113,6 @@ class DecodeBatch:
         return self.decoder.logits(self.append(rows, x))
 
 
-def kv_row_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+def kv_row_bytes(config: DecoderSizes, dtype: torch.dtype) -> int:
     """The bytes of one row's keys and values in all layers."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unimm.kernels import AttentionMask, attention
-from unimm.nn.decoder import AttentionFn, Decoder, DecoderConfig
+from unimm.nn.decoder import AttentionFn, CausalDecoder, DecoderSizes
 from unimm.sequence.parts import Part
 from unimm.sequence.segments import CachedPrefix
 
@@ -104,7 +104,7 @@ def attend_in_buffer(buffer: Tensor, slots: Tensor, mask: AttentionMask) -> Atte
 
 
 def allocate_kv_buffer(
-    decoder: Decoder, caches: Sequence[KVCache], capacity: Sequence[int], *, dtype: torch.dtype | None = None
+    decoder: CausalDecoder, caches: Sequence[KVCache], capacity: Sequence[int], *, dtype: torch.dtype | None = None
 ) -> KVBuffer:
     """A buffer that holds the caches, with `capacity` free rows behind each; in the decoder's dtype unless given."""
     config = decoder.config
@@ -117,7 +117,7 @@ def allocate_kv_buffer(
 
 
 def check_fits(
-    config: DecoderConfig, parts: Sequence[Sequence[Part]], *, caches: Sequence[KVCache] = (), n_more: int = 0
+    config: DecoderSizes, parts: Sequence[Sequence[Part]], *, caches: Sequence[KVCache] = (), n_more: int = 0
 ) -> None:
     """Raise ValueError where parts behind each cache, and `n_more` rows, would reach a position beyond the last.
 
@@ -128,7 +128,7 @@ def check_fits(
     check_max_positions(config, max(ends) + n_more)
 
 
-def check_max_positions(config: DecoderConfig, position: int) -> None:
+def check_max_positions(config: DecoderSizes, position: int) -> None:
     """Raise ValueError where a sequence would reach a position beyond the decoder's last."""
     if position > config.max_positions:
         raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unimm.generation.kv_cache import KVBuffer, KVCache, allocate_kv_buffer, check_fits
-from unimm.nn.decoder import AttentionFn, Decoder
+from unimm.nn.decoder import AttentionFn, CausalDecoder
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import Part
 
@@ -26,7 +26,7 @@ class PrefillPlan:
         ]
 
 
-def plan_prefill(decoder: Decoder, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> PrefillPlan:
+def plan_prefill(decoder: CausalDecoder, caches: Sequence[KVCache], parts: Sequence[Sequence[Part]]) -> PrefillPlan:
     """Pack the new parts of every cache behind it, in one buffer.
 
     Raises ValueError where a sequence would reach a position beyond the decoder's last.

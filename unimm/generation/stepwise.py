@@ -20,7 +20,7 @@ from unimm.generation.decode_batch import DecodeBatch, kv_row_bytes
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.noise import seeded_generators
 from unimm.generation.text_sampling import TextSampling, sample_token
-from unimm.nn.decoder import Decoder
+from unimm.nn.decoder import CausalDecoder
 from unimm.sequence.parts import Part
 
 Output = Literal["text", "image"]
@@ -296,7 +296,7 @@ class DenoisingBatch(ImageBatch):
             self._joined[key] = (group, denoiser)
 
 
-def forward_bytes(decoder: Decoder, *, cached_rows: int, step_rows: int = 1) -> int:
+def forward_bytes(decoder: CausalDecoder, *, cached_rows: int, step_rows: int = 1) -> int:
     """About what a sequence takes: keys and values of its rows, and the activations of the rows of one step."""
     weight = decoder.embed.weight
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype

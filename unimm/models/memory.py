@@ -18,7 +18,7 @@ from unimm.kernels.weight_formats import WEIGHT_FORMATS
 from unimm.models.base import UnifiedModel
 from unimm.models.registry import load
 from unimm.nn.block_stream import RESIDENT_BLOCKS
-from unimm.nn.decoder import Decoder
+from unimm.nn.decoder import CausalDecoder
 from unimm.nn.fake_device import FakeDevice
 
 # a prompt of usual length
@@ -71,7 +71,7 @@ class StagedDevice(FakeDevice):
         self.stage = GENERATES
         self.peaks = {GENERATES: 0, DECODES: 0}
         self.kv_cache = 0
-        self._n_layers = {one.config.n_layers for one in model.modules() if isinstance(one, Decoder)}
+        self._n_layers = {one.config.n_layers for one in model.modules() if isinstance(one, CausalDecoder)}
         self._caches: dict[str, int] = {}
 
     def _count(self, tensor: Tensor) -> None:

@@ -62,6 +62,8 @@ class Family:
         if model_type := config.get("model_type"):
             return model_type in self.model_types
         names = config.get("architectures")
+        if isinstance(diffusers_name := config.get("_class_name"), str):
+            names = [diffusers_name]
         if isinstance(names, list) and names:
             return any(name in self.architectures for name in names)
         return self.unique_file is not None and (folder / self.unique_file).exists()
@@ -100,6 +102,12 @@ FAMILIES = {
         class_name="MetaQuery",
         model_types=("metaquery",),
         architectures=("MetaQuery",),
+    ),
+    "ShowO": Family(
+        package="show_o",
+        class_name="ShowO",
+        model_types=(),
+        architectures=("Showo",),
     ),
     "UniWorld": Family(
         package="uniworld",
@@ -196,7 +204,9 @@ def family_class(folder: Path) -> "type[UnifiedModel]":
     if name := detect_family(folder):
         return FAMILIES[name].load_class()
     config = read_json(folder / "config.json")
-    found = ", ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if key in config)
+    found = ", ".join(
+        f"{key} {config[key]!r}" for key in ("model_type", "architectures", "_class_name") if key in config
+    )
     known = ", ".join(
         f"{name} (model_type {' or '.join(map(repr, one.model_types))})" for name, one in FAMILIES.items()
     )

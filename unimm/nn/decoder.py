@@ -1,4 +1,4 @@
-"""The causal decoder of every family: a transformer in which each token belongs to an expert.
+"""The causal decoder of most families: a transformer in which each token belongs to an expert.
 
 With one expert it is a Llama or a Qwen2. With two it is BAGEL's Mixture-of-Transformers (arXiv 2505.14683, section
 2.1): a token meets the weights of its expert alone, and all tokens attend together.
@@ -7,9 +7,10 @@ Axes: N packed tokens, n tokens of one expert, A axes of a position, D model, H 
 V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,43 @@ from unimm.nn.rope import apply_rope, mrope_cos_sin
 Size = Annotated[int, range(1, 2**31)]
 RowsByExpert = dict[str, Tensor]  # expert -> its rows of a pack, or something for each of them
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> y
+
+
+class DecoderSizes(Protocol):
+    """The numbers of a causal decoder that a KV cache and a decoding need."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def n_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+
+
+class CausalDecoder(nn.Module, ABC):
+    """What generation needs of a causal decoder, whatever its blocks are: `Decoder`, or a family's own."""
+
+    config: DecoderSizes
+    embed: nn.Embedding
+
+    @abstractmethod
+    def forward(self, x: Tensor, position_ids: Tensor, rows: RowsByExpert, attend: AttentionFn) -> RowsByExpert:
+        """x [N, D], position_ids [N] or [N, A], rows {expert: [n]} -> {expert: [n, D]}, before the final norms."""
+
+    @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states of the first expert [n, D] -> [n, V]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +195,10 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)
 
 
-class Decoder(nn.Module):
+class Decoder(CausalDecoder):
     """Token embedding, blocks, a final norm for each expert, and the language head."""
+
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

@@ -18,12 +18,13 @@ class Segment:
     """Consecutive rows of one sample.
 
     The rule of the mask, for training, prefill and denoising: a row attends to another of its sample when that one's
-    segment is visible or is its own, and it stands before, or both stand in one full segment.
+    segment is visible or is its own, and it stands before, or both stand in one full segment. To a full segment that is
+    `seen_before` the rows before it attend, too, as far as they are in the same forward.
 
     `advance` is the number of rotary positions to the next segment. Rows of a causal segment take one position each,
-    rows of a full one share one. A `joined` segment is one block with the segment before it: frames of one video attend
-    to each other, each at its own position. A segment of length 0 is a dropped condition that still advances the
-    position.
+    rows of a full one share one, unless they have `distinct_positions`. A `joined` segment is one block with the segment
+    before it: frames of one video attend to each other, each at its own position. A segment of length 0 is a dropped
+    condition that still advances the position.
     """
 
     length: int
@@ -31,6 +32,8 @@ class Segment:
     visible: bool = True
     advance: int
     joined: bool = False
+    distinct_positions: bool = False
+    seen_before: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,8 @@ def build_layout(
         sample_starts = []
         for segment in segments:
             sample_starts.append(row)
-            positions.append(position + torch.arange(segment.length) * (segment.attention == "causal"))
+            moves = segment.attention == "causal" or segment.distinct_positions
+            positions.append(position + torch.arange(segment.length) * moves)
             row += segment.length
             position += segment.advance
         starts.append(tuple(sample_starts))
@@ -100,5 +104,8 @@ def _key_ranges(segments: Sequence[Segment]) -> list[KeyRange]:
             length = key_ranges[-1].length + segment.length
             key_ranges[-1] = KeyRange(length, full=True, visible=segment.visible)
         else:
-            key_ranges.append(KeyRange(segment.length, full=segment.attention == "full", visible=segment.visible))
+            full = segment.attention == "full"
+            key_ranges.append(
+                KeyRange(segment.length, full=full, visible=segment.visible, seen_before=segment.seen_before)
+            )
     return key_ranges

@@ -34,7 +34,7 @@ from unimm.generation.kv_cache import KVCache, check_fits
 from unimm.generation.prefill import plan_prefill
 from unimm.generation.text_sampling import DEFAULT_MAX_TOKENS
 from unimm.kernels import attention, linear_cross_entropy
-from unimm.nn.decoder import AttentionFn, ExpertRouting, RowsByExpert
+from unimm.nn.decoder import AttentionFn, Decoder, ExpertRouting, RowsByExpert
 from unimm.nn.flops import StepFlops
 from unimm.sequence.packing import ImageTokens, PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part
@@ -47,6 +47,7 @@ from unimm.vlms.processor import VLMProcessor
 class VisionLanguageModel(MLLMChat):
     """A causal decoder with a vision encoder, its tokenizer, its files and its verbs: understand, chat."""
 
+    decoder: Decoder
     config_class: ClassVar[Any]  # of the family; its `from_folder` reads what is released
     SPECIAL_TOKENS: ClassVar[
         tuple[str, ...]

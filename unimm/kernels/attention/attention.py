@@ -130,11 +130,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) ->
 def _attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, by_sample: bool) -> Tensor:
     if not mask.samples:
         return _attention_by_chunk(q, k, v, mask)
-    if by_sample:
-        return _attention_by_range(q, k, v, mask)
-    if mask.uniform_decode:
+    if mask.uniform_decode and not by_sample:
         return _attention_strided(q, k, v, *mask.uniform_decode)
-    return (_attention_padded if mask.use_padding else _attention_by_range)(q, k, v, mask)
+    if mask.use_padding and not by_sample:
+        return _attention_padded(q, k, v, mask)
+    # by range, keys behind a range's rows are not looked at
+    return _attention_by_chunk(q, k, v, mask) if mask.sees_ahead else _attention_by_range(q, k, v, mask)
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -219,9 +220,9 @@ def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor
 
 
 def _attention_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """A mask made from ranges: calls of some rows over the keys that some of them attend to."""
+    """Any mask: calls of some rows over the keys that some of them attend to."""
     parts = []
-    for (q_rows,), (k_rows,), attn_mask in mask.sdpa_calls[0]:
+    for (q_rows,), (k_rows,), attn_mask in mask.unpadded_calls[0]:
         picked = ((q, q_rows), (k, k_rows), (v, k_rows))
         x, keys, values = (rearrange(t.index_select(0, at), "n h k -> 1 h n k") for t, at in picked)
         if attn_mask is None:

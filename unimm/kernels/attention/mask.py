@@ -48,11 +48,19 @@ def cached_tensor_property(make: Callable[[Any], T]) -> "cached_property[T]":
 
 @dataclass(frozen=True)
 class KeyRange:
-    """Consecutive keys of one sample under one rule: causal or full among themselves, visible or not to later rows."""
+    """Consecutive keys of one sample under one rule: causal or full among themselves, visible or not to later rows.
+
+    seen_before: of a full range, whether the rows before it attend to it, too (the images that Show-o understands).
+    """
 
     length: int
     full: bool = False
     visible: bool = True
+    seen_before: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seen_before and not self.full:
+            raise ValueError(f"got {self}: expected a full range to be seen by the rows before it")
 
 
 class SDPACall(NamedTuple):
@@ -67,8 +75,9 @@ class AttentionMask:
     """A mask of query rows by keys: row q attends to key k when first[k] <= q < last[k].
 
     `samples` lists the key ranges of each sample in order. Inside a sample, q attends to k when k's range is visible or
-    is q's own, and k stands before q (or is q), or both stand in one full range. For a key that means: from its own row
-    (causal) or its range's first row (full), to the end of its sample (visible) or of its range (not).
+    is q's own, and k stands before q (or is q), or both stand in one full range, or q before a range that is seen
+    before. For a key that means: from its own row (causal), its range's first row (full) or its sample's (seen before),
+    to the end of its sample (visible) or of its range (not).
 
         text(3) causal, image(2) full, noised(2) full and invisible, text(1) causal
 
@@ -183,6 +192,11 @@ class AttentionMask:
         return starts, lengths
 
     @cached_property
+    def sees_ahead(self) -> bool:
+        """Whether rows attend to a range behind their own."""
+        return any(one.seen_before for key_ranges in self.samples for one in key_ranges)
+
+    @cached_property
     def is_decoding(self) -> bool:
         """Whether every sample has one query row, which attends to all its keys."""
         hides = any(not one.visible for key_ranges in self.samples for one in key_ranges[:-1])
@@ -204,12 +218,13 @@ class AttentionMask:
     def table(self) -> Tensor:
         """The samples as numbers, [n, 4] int64 on the host, which `from_table` reads; a mask made from ranges has none.
 
-        (1, query length, key start, 0) of a sample, (2, length, full, visible) of each of its ranges, then zeros.
+        (1, query length, key start, 0) of a sample, (2, length, full + 2 seen before, visible) of each of its ranges, then
+        zeros.
         """
         rows = []
         for key_ranges, query_length, start in zip(self.samples, self.query_lengths, self.key_starts, strict=True):
             rows.append((1, query_length, start, 0))
-            rows += [(2, one.length, one.full, one.visible) for one in key_ranges]
+            rows += [(2, one.length, one.full + 2 * one.seen_before, one.visible) for one in key_ranges]
         out = torch.zeros(max(TABLE_ROW_MULTIPLE, 1 << (len(rows) - 1).bit_length()), 4, dtype=torch.int64)
         out[: len(rows)] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
         return out
@@ -226,7 +241,7 @@ class AttentionMask:
                 query_lengths.append(a)
                 key_starts.append(b)
             elif kind == 2:
-                samples[-1].append(KeyRange(a, full=bool(b), visible=bool(c)))
+                samples[-1].append(KeyRange(a, full=bool(b & 1), visible=bool(c), seen_before=bool(b & 2)))
         return AttentionMask(samples, query_lengths=query_lengths, key_starts=key_starts, device=device)
 
     def precompute(self, rows: int | None = None, keys: int | None = None) -> "AttentionMask":
@@ -285,7 +300,7 @@ class AttentionMask:
     @cached_tensor_property
     def sdpa_calls(self) -> tuple[list[SDPACall], Tensor]:
         """The mask as calls on gathered rows; and where each packed row lies in their results laid end to end, [N]."""
-        return self.padded_calls if self.use_padding else self._unpadded_calls()
+        return self.padded_calls if self.use_padding else self.unpadded_calls
 
     @cached_tensor_property
     def padded_calls(self) -> tuple[list[SDPACall], Tensor]:
@@ -323,7 +338,8 @@ class AttentionMask:
             calls.append(SDPACall(*(torch.from_numpy(x).to(self.device) for x in (q_rows, k_rows, attn_mask))))
         return calls, torch.from_numpy(result_rows).to(self.device)
 
-    def _unpadded_calls(self) -> tuple[list[SDPACall], Tensor]:
+    @cached_tensor_property
+    def unpadded_calls(self) -> tuple[list[SDPACall], Tensor]:
         """A call for at most `MAX_CALL_ROWS` rows of a range, over just the keys that some of them attend to."""
         ranges = self.spans.ranges()
         calls = []
@@ -364,7 +380,7 @@ class AttentionMask:
                 queries = (
                     at if one.full else min(max(begin, cached), at)
                 )  # from here on a causal key's first row is its own
-                first = q + max(begin - cached, 0) if one.full else q
+                first = q + max(begin - cached, 0) if one.full and not one.seen_before else q
                 spans.append((k + begin, queries - begin, first, last, 0))
                 spans.append((k + queries, at - queries, q + queries - cached, last, 1))
         ends = [k + m for k, m in zip(self.key_starts, self.key_lengths, strict=True)]

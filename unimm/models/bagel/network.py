@@ -42,6 +42,8 @@ class BagelLosses:
 class BagelNetwork(CausalLM):
     """A decoder of two experts, a ViT that encodes images to understand, a VAE for images to generate."""
 
+    decoder: Decoder
+
     vit_pos_embed: Tensor  # [vit_grid^2, D], added behind the connector
     latent_pos_embed: Tensor  # [latent_grid^2, D]
 

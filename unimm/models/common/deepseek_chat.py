@@ -14,6 +14,7 @@ from unimm.generation.causal_lm import CausalLM
 from unimm.kernels import linear_cross_entropy
 from unimm.models.base import UnifiedModel
 from unimm.models.common.deepseek_processor import DeepseekChatConfig, DeepseekProcessor, JanusSpecialTokens
+from unimm.nn.decoder import Decoder
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.requests import parse_size
 from unimm.sequence.packing import ImageTokens, PackedBatch
@@ -25,6 +26,7 @@ from unimm.vlms.llama_layout import EXPERT
 class DeepseekNetwork(CausalLM):
     """A causal decoder, and a vision encoder for the images that it understands."""
 
+    decoder: Decoder
     vision: TimmVisionEncoder
 
     def image_features(self, tokens: ImageTokens) -> Tensor:

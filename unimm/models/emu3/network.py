@@ -44,6 +44,7 @@ class SplitHead(nn.Module):
 class Emu3Network(CausalLM):
     """A decoder with a head in two parts; the vision tokenizer, where it is there."""
 
+    decoder: Decoder
     vq: Emu3VQModel | None
 
     def __init__(self, config: Emu3Config) -> None:
