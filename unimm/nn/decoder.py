@@ -53,6 +53,7 @@ class CausalDecoder(nn.Module, ABC):
 
     config: DecoderSizes
     embed: nn.Embedding
+    n_cached_heads: int  # of the keys and values that are cached; fewer where several devices share the heads
 
     @abstractmethod
     def forward(self, x: Tensor, position_ids: Tensor, rows: RowsByExpert, attend: AttentionFn) -> RowsByExpert:
@@ -203,7 +204,6 @@ class Decoder(CausalDecoder):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        # of the keys and values that are cached; fewer where several devices share the heads
         self.n_cached_heads = config.n_kv_heads
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.n_layers))

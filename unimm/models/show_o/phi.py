@@ -153,6 +153,7 @@ class PhiDecoder(CausalDecoder):
     def __init__(self, config: PhiConfig):
         super().__init__()
         self.config = config
+        self.n_cached_heads = config.n_kv_heads
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(PhiBlock(config, layer) for layer in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
