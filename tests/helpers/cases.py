@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import GOLDEN
+from unimm.checkpoint.hub import bundled_names
 
 LARGER = ("blocks/dcae/dev", "blocks/fluxvae/dev", "blocks/qwen2p5vl/dev", "blocks/siglip2/dev")
 
@@ -41,3 +42,9 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
         count, _, tail = rest.partition("}")
         whole |= {f"{head}{i}{tail}": tuple(shape) for i in range(int(count))} if brace else {key: tuple(shape)}
     return whole
+
+
+def small_model(family: str) -> str | Path:
+    """What a small model of a family is loaded by: its nano, or the stored case of a family that has none."""
+    name = f"{family.lower()}-nano"
+    return name if name in bundled_names() else GOLDEN / family.lower() / "dev"
