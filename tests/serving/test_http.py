@@ -234,7 +234,8 @@ def test_errors_have_openais_shape_and_the_librarys_words(client):
 
 def test_malformed_bodies_are_answered(address):
     url = f"{address}/v1/chat/completions"
-    for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"{}", 400)):
+    half = b'{"messages": [], "\\ud800": 1}'
+    for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"{}", 400), (half, 400)):
         answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.post(url, content=b"{}").status_code == 415

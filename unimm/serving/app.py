@@ -236,13 +236,13 @@ def create_app(engine: Engine, *, rules: AccessRules | None = None, remote: Remo
         app.add_route(path, endpoint, methods=[method])
 
     async def answer_error(request: Request, error: Exception) -> Response:
-        reply = error_reply(error)
-        return JSONResponse(reply.to_json(), reply.status, headers=dict(reply.headers))
+        return error_reply(error).to_response()
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        reply = ErrorReply(error.status_code, str(error.detail), code="http_error")
-        return JSONResponse(reply.to_json(), reply.status, headers=dict(error.headers or {}))
+        return ErrorReply(
+            error.status_code, str(error.detail), code="http_error", headers=error.headers or {}
+        ).to_response()
 
     for kind in (*TICKET_ERRORS, HttpError, ValidationError):
         app.add_exception_handler(kind, answer_error)

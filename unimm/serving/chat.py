@@ -1,5 +1,6 @@
 """/v1/chat/completions: conversations of texts and images, answered whole or streamed."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +17,7 @@ from unimm.serving.schemas import ChatBody, ChatMessageBody, TextContent
 from unimm.serving.sizes import parse_openai_size
 from unimm.serving.streams import collect, server_sent_event
 from unimm.serving.thinking import ThinkSplitter
-from unimm.serving.ticket import Ticket
+from unimm.serving.ticket import Answer, Ticket
 
 
 def image_sources(body: ChatBody, limits: ServingLimits) -> list[str]:
@@ -93,6 +94,10 @@ class ChatAnswer:
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
         answers = await collect(self.ticket)
+        # files of images are made in a thread: the event loop goes on
+        return await asyncio.to_thread(self._whole, answers)
+
+    def _whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for i, answer in enumerate(answers):
             reasoning = answer.reasoning
@@ -139,7 +144,7 @@ class ChatAnswer:
         splitters = [ThinkSplitter(enabled=self.body.thinks) for _ in range(self.ticket.n)]
         done: list[ChoiceDone] = []
         async for event in self.ticket:
-            for delta in self._deltas(event, splitters[event.choice]):
+            for delta in await asyncio.to_thread(self._deltas, event, splitters[event.choice]):
                 yield self._chunk([self._choice(event.choice, "delta", delta, None)])
             if isinstance(event, ChoiceDone):
                 done.append(event)

@@ -1,10 +1,12 @@
 """Errors as answers: OpenAI's shape, the library's words."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
+from starlette.responses import Response
 
 from unimm.serving.events import (
     DeadlineError,
@@ -36,6 +38,11 @@ class ErrorReply:
     code: str | None = None
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def to_response(self) -> Response:
+        """The answer; its JSON is ASCII, since a message may quote half a character."""
+        headers = dict(self.headers)
+        return Response(json.dumps(self.to_json()), self.status, headers=headers, media_type="application/json")
 
     def to_json(self) -> dict[str, Any]:
         """The body."""

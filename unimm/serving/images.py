@@ -1,5 +1,6 @@
 """/v1/images/generations and /v1/images/edits: whole answers, and streams of partial images."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from unimm.serving.limits import ServingLimits
 from unimm.serving.schemas import ImagesBody
 from unimm.serving.sizes import parse_openai_size
 from unimm.serving.streams import collect, server_sent_event
-from unimm.serving.ticket import Ticket
+from unimm.serving.ticket import Answer, Ticket
 
 
 def images_request(body: ImagesBody, images: Sequence[Image.Image], limits: ServingLimits) -> ModelRequest:
@@ -53,6 +54,10 @@ class ImagesAnswer:
     async def whole(self) -> dict[str, Any]:
         """The answer as one object; reasoning, where there was some, stands as the revised prompt."""
         answers = await collect(self.ticket)
+        # files are made in a thread: the event loop goes on
+        return await asyncio.to_thread(self._whole, answers)
+
+    def _whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         data: list[dict[str, Any]] = []
         for answer in answers:
             one: dict[str, Any] = {"b64_json": self._encode(answer.images[0])}
@@ -75,14 +80,18 @@ class ImagesAnswer:
                 reasoning[event.choice] += event.text
             elif isinstance(event, ImagePreview):
                 more = {"partial_image_index": event.index}
-                yield self._event(f"{self.kind}.partial_image", event.choice, event.image, more)
+                yield await asyncio.to_thread(
+                    self._event, f"{self.kind}.partial_image", event.choice, event.image, more
+                )
             elif isinstance(event, ImageDone):
                 images[event.choice] = event.image
             else:
                 more = {"usage": images_usage([event])}
                 if reasoning[event.choice]:
                     more["revised_prompt"] = reasoning[event.choice]
-                yield self._event(f"{self.kind}.completed", event.choice, images[event.choice], more)
+                yield await asyncio.to_thread(
+                    self._event, f"{self.kind}.completed", event.choice, images[event.choice], more
+                )
 
     def _event(self, name: str, choice: int, image: Image.Image, more: dict[str, Any]) -> bytes:
         data = {

@@ -1,6 +1,10 @@
 """A server as processes: one that listens and watches, and one that works and is begun anew should it die."""
 
+import multiprocessing
+import os
+import signal
 import socket
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ class ServerPlan:
 
     def __call__(self) -> FastAPI:
         """Load the models and make the application."""
+        end_with_parent()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         models = {
@@ -44,6 +49,19 @@ class ServerPlan:
         }
         remote = RemoteImages() if self.allow_remote_images else None
         return create_app(Engine(models, limits=self.limits), rules=self.rules, remote=remote)
+
+
+def end_with_parent() -> None:
+    """Have this process drain and end, should the one that started it die: nobody would begin it anew, or stop it."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="unimm-parent-watch", daemon=True).start()
 
 
 def served_name(name: str) -> str:

@@ -21,7 +21,7 @@ TICKET_ERRORS = (*REQUEST_ERRORS, ServingError)
 
 def server_sent_event(data: Any, *, event: str | None = None) -> bytes:
     """One event, its data as JSON or, for a str, as it is."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     return ((f"event: {event}\n" if event else "") + f"data: {text}\n\n").encode()
 
 

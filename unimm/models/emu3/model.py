@@ -6,6 +6,7 @@ Axes: P images, B branches (with guidance two for an image), D model, C codes, h
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,8 +24,10 @@ from unimm.generation.image_tokens import ImageTokenSampling, resolve_image_samp
 from unimm.generation.kv_cache import check_fits
 from unimm.generation.noise import seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation, UnifiedModel
 from unimm.models.common.cfg_branches import CFGBranches
+from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
 from unimm.models.emu3 import FILES, RELEASES, VISION_TOKENIZER_FOLDER, VISION_TOKENIZER_HUB
 from unimm.models.emu3.config import Emu3Config
 from unimm.models.emu3.image_processor import Emu3ImageProcessor
@@ -183,6 +186,10 @@ class Emu3(MLLMChat, Emu3Network, UnifiedModel, ComponentModel):
     def decode_image_step(self, session: DecodeSession, ids: Tensor) -> Tensor:
         """Append one token to each sequence, ids [B] -> the logits of the next codes [B, C]."""
         return self.image_logits(session.append(self.decoder.embed(ids)))
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work, its image as one piece: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(WholeImageAnswer, self, request))
 
     @torch.inference_mode()
     def generate_image_tokens(

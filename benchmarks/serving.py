@@ -1,0 +1,410 @@
+"""Serving under load: how much batching gains, what a lone request waits, and that nothing is lost or changed.
+
+    python benchmarks/serving.py gain                 # 16 clients against one after the other, in one run
+    python benchmarks/serving.py lone                 # a lone request against model.generate
+    python benchmarks/serving.py load --minutes 3     # a mix of chat, draw, edit and think, with faults
+    python benchmarks/serving.py all --short          # a minute of all three, for tests
+
+The server is `unimm serve` in processes of its own, the clients are OpenAI's. Every answer is compared with the
+library's for its seed. One JSON line a part; the exit code is 1 where an answer is lost or wrong.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import torch
+from PIL import Image
+
+import unimm
+
+MODEL = "bagel-nano"
+PROMPTS = (
+    "a red circle left of a blue square",
+    "a green triangle",
+    "two blue circles",
+    "a yellow square above a red triangle",
+)
+QUESTIONS = ("how many shapes are there?", "what is red?", "what is left of the square?")
+ROUNDING = 1  # levels of 255 that a pixel at a level's edge may move
+
+
+@contextmanager
+def server(*options: str) -> Iterator[tuple[str, int]]:
+    """`unimm serve` on a free port: its address, and the id of its first process."""
+    command = [sys.executable, "-m", "unimm", "serve", "--model", MODEL, "--port", "0", "--threads", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+(?=/v1)", process.stdout.readline())
+            assert found, "the server says where it listens"
+            wait_healthy(found[0])
+            yield found[0], process.pid
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def wait_healthy(url: str) -> None:
+    """Wait until a server takes requests."""
+    for _ in range(1200):
+        if is_healthy(url):
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"{url} did not come up")
+
+
+def is_healthy(url: str) -> bool:
+    """Whether a server takes requests now."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def resident_bytes(pid: int) -> int:
+    """Anonymous memory of the worker, the one child that is no tracker."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            status = Path(f"/proc/{child}/status").read_text()
+            total += 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+    return total
+
+
+def opened(b64: str) -> Image.Image:
+    """The image of a base64 text."""
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def levels_apart(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two images in levels."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()) if a.size == b.size else 255
+
+
+def png(image: Image.Image) -> bytes:
+    """A PNG file's bytes."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+# ---- gain, and a lone request
+
+
+async def draw(client: openai.AsyncOpenAI, seed: int, **options: Any) -> Image.Image:
+    """An image of a seed."""
+    prompt = PROMPTS[seed % len(PROMPTS)]
+    answer = await client.images.generate(model=MODEL, prompt=prompt, extra_body={"seed": seed} | options)
+    return opened(answer.data[0].b64_json)
+
+
+def measure_gain(url: str, *, n_clients: int, rounds: int) -> dict[str, Any]:
+    """Images a second of clients at once, and of the same requests one after the other, in turns."""
+
+    async def at_once(seeds: range) -> float:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            begin = time.perf_counter()
+            await asyncio.gather(*(draw(client, seed) for seed in seeds))
+            return len(seeds) / (time.perf_counter() - begin)
+
+    async def in_turn(seeds: range) -> float:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            begin = time.perf_counter()
+            for seed in seeds:
+                await draw(client, seed)
+            return len(seeds) / (time.perf_counter() - begin)
+
+    asyncio.run(in_turn(range(1)))
+    pairs = [
+        (asyncio.run(in_turn(range(i, i + n_clients))), asyncio.run(at_once(range(i, i + n_clients))))
+        for i in range(rounds)
+    ]
+    alone, together = (statistics.median(column) for column in zip(*pairs, strict=True))
+    gains = [b / a for a, b in pairs]
+    return {
+        "part": "gain",
+        "clients": n_clients,
+        "images_a_second_one_after_the_other": round(alone, 3),
+        "images_a_second_at_once": round(together, 3),
+        "gain": round(statistics.median(gains), 2),
+        "gains": [round(one, 2) for one in gains],
+    }
+
+
+def measure_lone(url: str, model: Any, *, n: int) -> dict[str, Any]:
+    """Seconds of a lone request, and of model.generate in this process, in turns."""
+
+    async def one(seed: int) -> float:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            await client.models.list()  # the connection is there
+            begin = time.perf_counter()
+            await draw(client, seed)
+            return time.perf_counter() - begin
+
+    served = []
+    direct = []
+    for seed in range(n + 1):
+        served.append(asyncio.run(one(seed)))
+        begin = time.perf_counter()
+        model.generate(PROMPTS[seed % len(PROMPTS)], seed=seed)
+        direct.append(time.perf_counter() - begin)
+    # the first of each warms up; the least is the least disturbed by other work on the machine
+    a, b = min(served[1:]), min(direct[1:])
+    return {
+        "part": "lone",
+        "n": n,
+        "served_s": round(a, 3),
+        "generate_s": round(b, 3),
+        "ratio": round(a / b, 3),
+        "median_ratio": round(statistics.median(served[1:]) / statistics.median(direct[1:]), 3),
+    }
+
+
+# ---- load and faults
+
+
+class Expected:
+    """The library's answers, each computed once."""
+
+    def __init__(self, model: Any, steps: int):
+        self.model = model
+        self.steps = steps
+        self.known: dict[Any, Any] = {}
+        self.scene = model.generate(PROMPTS[0], seed=0, steps=steps).image
+
+    def of(self, kind: str, seed: int) -> Any:
+        """An image, a text, or reasoning and an image."""
+        key = kind, seed
+        if key not in self.known:
+            self.known[key] = self._compute(kind, seed)
+        return self.known[key]
+
+    def _compute(self, kind: str, seed: int) -> Any:
+        model, steps = self.model, self.steps
+        if kind == "draw":
+            return model.generate(PROMPTS[seed % len(PROMPTS)], seed=seed, steps=steps).image
+        if kind == "edit":
+            return model.generate("make the circle green", images=self.scene, seed=seed, steps=steps).image
+        if kind == "think":
+            made = model.generate("three minus two squares", think=True, seed=seed, steps=steps)
+            return made.text, made.image
+        warm = unimm.TextSampling(temperature=1.0, max_tokens=12)
+        return model.understand(self.scene, QUESTIONS[seed % len(QUESTIONS)], text_sampling=warm, seed=seed)
+
+
+class LoadTest:
+    """Clients that ask for this and that until the time is over."""
+
+    def __init__(self, url: str, expected: Expected, *, n_seeds: int):
+        self.url = url
+        self.expected = expected
+        self.n_seeds = n_seeds
+        self.counts: Counter[str] = Counter()
+        self.most_levels = 0
+        self.wrong: list[str] = []
+        self.answers: list[tuple[str, int, Any]] = []
+        self.seconds: list[float] = []
+
+    async def run(self, n_clients: int, seconds: float) -> None:
+        """All clients at once."""
+        end = time.monotonic() + seconds
+        self.http = httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None))
+        # refused requests are asked again after Retry-After, as the client does by itself
+        async with (
+            self.http,
+            openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=50, timeout=300) as client,
+        ):
+            await asyncio.gather(*(self._client(client, random.Random(i), end) for i in range(n_clients)))
+
+    async def _client(self, client: openai.AsyncOpenAI, rng: random.Random, end: float) -> None:
+        while time.monotonic() < end:
+            kind = rng.choices(("draw", "edit", "chat", "think", "cancel", "malformed", "slow"), (6, 3, 6, 2, 2, 2, 1))[
+                0
+            ]
+            self.counts[kind] += 1
+            begin = time.perf_counter()
+            try:
+                await getattr(self, f"_{kind}")(client, rng.randrange(self.n_seeds), rng)
+            except (openai.OpenAIError, httpx.HTTPError) as error:
+                self.wrong.append(f"{kind}: {type(error).__name__} {error}"[:200])
+            if kind in ("draw", "edit", "chat", "think"):
+                self.seconds.append(time.perf_counter() - begin)
+
+    async def _draw(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        image = await draw(client, seed, steps=self.expected.steps)
+        self.answers.append(("draw", seed, image))
+
+    async def _edit(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        answer = await client.images.edit(
+            model=MODEL,
+            image=("a.png", png(self.expected.scene)),
+            prompt="make the circle green",
+            extra_body={"seed": str(seed), "steps": str(self.expected.steps)},
+        )
+        self.answers.append(("edit", seed, opened(answer.data[0].b64_json)))
+
+    async def _chat(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        uri = "data:image/png;base64," + base64.b64encode(png(self.expected.scene)).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": uri}},
+            {"type": "text", "text": QUESTIONS[seed % len(QUESTIONS)]},
+        ]
+        ask: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": content}], "seed": seed}
+        ask |= {"temperature": 1.0, "max_tokens": 12}
+        if rng.random() < 0.5:
+            answer = await client.chat.completions.create(**ask)
+            text = answer.choices[0].message.content
+        else:
+            text = ""
+            async for chunk in await client.chat.completions.create(**ask, stream=True):
+                text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        self.answers.append(("chat", seed, text))
+
+    async def _think(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        answer = await client.images.generate(
+            model=MODEL,
+            prompt="three minus two squares",
+            extra_body={"seed": seed, "steps": self.expected.steps, "think": True},
+        )
+        one = answer.data[0]
+        self.answers.append(("think", seed, (one.revised_prompt or "", opened(one.b64_json))))
+
+    async def _cancel(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        """Go away in the middle, of a whole answer or of a stream."""
+        body = {"prompt": PROMPTS[0], "seed": seed, "stream": rng.random() < 0.5, "partial_images": 3}
+        try:
+            await asyncio.wait_for(self.http.post(f"{self.url}/v1/images/generations", json=body), rng.random())
+        except TimeoutError:
+            self.counts["cancelled"] += 1
+
+    async def _malformed(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        body = rng.choice((b"{", b"[]", b'{"prompt": 1}', b'{"prompt": "a", "size": "1x1"}', b'{"prompt": ""}'))
+        headers = {"Content-Type": "application/json"}
+        answer = await self.http.post(f"{self.url}/v1/images/generations", content=body, headers=headers)
+        if answer.status_code != 400 or "error" not in answer.json():
+            self.wrong.append(f"malformed: {answer.status_code} {answer.text[:100]}")
+
+    async def _slow(self, client: openai.AsyncOpenAI, seed: int, rng: random.Random) -> None:
+        """Read a stream with a pause after each of its pieces."""
+        body = {"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed, "steps": self.expected.steps, "stream": True}
+        last = ""
+        url = f"{self.url}/v1/images/generations"
+        for _ in range(100):
+            async with self.http.stream("POST", url, json=body | {"partial_images": 4}) as answer:
+                if answer.status_code == 429:
+                    await asyncio.sleep(float(answer.headers["retry-after"]))
+                    self.counts["refused"] += 1
+                    continue
+                async for line in answer.aiter_lines():
+                    await asyncio.sleep(0.2)
+                    last = line if line.startswith("data: ") else last
+                break
+        self.answers.append(("draw", seed, opened(json.loads(last.removeprefix("data: "))["b64_json"])))
+
+    # ---- afterwards
+
+    def compare(self) -> None:
+        """Every answer with the library's."""
+        for kind, seed, got in self.answers:
+            expected = self.expected.of(kind, seed)
+            if kind == "chat":
+                ok = got == expected
+            elif kind == "think":
+                ok = got[0] == expected[0] and self._close(got[1], expected[1])
+            else:
+                ok = self._close(got, expected)
+            if not ok:
+                self.wrong.append(f"{kind} of seed {seed} is not the library's")
+
+    def _close(self, a: Image.Image, b: Image.Image) -> bool:
+        apart = levels_apart(a, b)
+        self.most_levels = max(self.most_levels, apart)
+        return apart <= ROUNDING
+
+
+def measure_load(url: str, pid: int, model: Any, *, n_clients: int, seconds: float, steps: int) -> dict[str, Any]:
+    """The mix, with the worker's memory every few seconds."""
+    test = LoadTest(url, Expected(model, steps), n_seeds=24)
+    memory: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            memory.append(resident_bytes(pid))
+            await asyncio.sleep(seconds / 20)
+
+    async def both() -> None:
+        watching = asyncio.create_task(watch())
+        await test.run(n_clients, seconds)
+        watching.cancel()
+
+    begin = time.perf_counter()
+    asyncio.run(both())
+    elapsed = time.perf_counter() - begin
+    metrics = httpx.get(f"{url}/metrics", timeout=30).text
+    test.compare()
+    settled = memory[len(memory) // 3 :]
+    health = httpx.get(f"{url}/health", timeout=30).json()
+    return {
+        "part": "load",
+        "clients": n_clients,
+        "seconds": round(elapsed, 1),
+        "asked": dict(test.counts),
+        "answers_compared": len(test.answers),
+        "most_levels_apart": test.most_levels,
+        "wrong_or_lost": test.wrong[:20],
+        "n_wrong_or_lost": len(test.wrong),
+        "refused_429": int(float(re.findall(r"unimm_requests_refused_total (\S+)", metrics)[0])),
+        "median_s": round(statistics.median(test.seconds), 2),
+        "p95_s": round(sorted(test.seconds)[int(0.95 * len(test.seconds))], 2),
+        "memory_mib_after_a_third": round(settled[0] / 2**20, 1),
+        "memory_mib_at_the_end": round(settled[-1] / 2**20, 1),
+        "left_running": health["running"] + health["waiting"],
+    }
+
+
+def main() -> None:
+    """Run the parts that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("gain", "lone", "load", "all"))
+    parser.add_argument("--clients", type=int)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=6, help="of the images of the load")
+    parser.add_argument("--short", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = unimm.load(MODEL)
+    wrong = 0
+    with server() as (url, pid):
+        if options.part in ("lone", "all"):
+            print(json.dumps(measure_lone(url, model, n=2 if options.short else 6)), flush=True)
+        if options.part in ("gain", "all"):
+            n = options.clients or (4 if options.short else 16)
+            print(json.dumps(measure_gain(url, n_clients=n, rounds=1 if options.short else 2)), flush=True)
+        if options.part in ("load", "all"):
+            seconds = 10 if options.short else 60 * options.minutes
+            n = options.clients or (6 if options.short else 64)
+            found = measure_load(url, pid, model, n_clients=n, seconds=seconds, steps=options.steps)
+            print(json.dumps(found), flush=True)
+            wrong = found["n_wrong_or_lost"] + found["left_running"]
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
