@@ -339,9 +339,11 @@ class LoadTest:
         return apart <= ROUNDING
 
 
-def measure_load(url: str, pid: int, model: Any, *, n_clients: int, seconds: float, steps: int) -> dict[str, Any]:
+def measure_load(
+    url: str, pid: int, model: Any, *, n_clients: int, seconds: float, steps: int, n_seeds: int
+) -> dict[str, Any]:
     """The mix, with the worker's memory every few seconds."""
-    test = LoadTest(url, Expected(model, steps), n_seeds=24)
+    test = LoadTest(url, Expected(model, steps), n_seeds=n_seeds)
     memory: list[int] = []
 
     async def watch() -> None:
@@ -385,6 +387,8 @@ def main() -> None:
     parser.add_argument("part", choices=("gain", "lone", "load", "all"))
     parser.add_argument("--clients", type=int)
     parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=3, help="of the gain")
+    parser.add_argument("--seeds", type=int, default=24, help="of the load's answers")
     parser.add_argument("--steps", type=int, default=6, help="of the images of the load")
     parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
@@ -396,11 +400,12 @@ def main() -> None:
             print(json.dumps(measure_lone(url, model, n=2 if options.short else 6)), flush=True)
         if options.part in ("gain", "all"):
             n = options.clients or (4 if options.short else 16)
-            print(json.dumps(measure_gain(url, n_clients=n, rounds=1 if options.short else 2)), flush=True)
+            print(json.dumps(measure_gain(url, n_clients=n, rounds=1 if options.short else options.rounds)), flush=True)
         if options.part in ("load", "all"):
             seconds = 10 if options.short else 60 * options.minutes
             n = options.clients or (6 if options.short else 64)
-            found = measure_load(url, pid, model, n_clients=n, seconds=seconds, steps=options.steps)
+            n_seeds = 4 if options.short else options.seeds
+            found = measure_load(url, pid, model, n_clients=n, seconds=seconds, steps=options.steps, n_seeds=n_seeds)
             print(json.dumps(found), flush=True)
             wrong = found["n_wrong_or_lost"] + found["left_running"]
     raise SystemExit(bool(wrong))

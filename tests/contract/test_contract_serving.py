@@ -1,12 +1,17 @@
 """The contract of serving: every bundled model's requests, batched step by step, give what its verbs give alone."""
 
+from functools import partial
+
 import pytest
 from helpers.serving import ROUNDING, asks, draws, levels_apart
 from helpers.toys import picture
 from walk import BUNDLED, loaded, verbs
 
 from unimm import TextSampling
-from unimm.generation.stepwise import ModelRequest, RequestMessage
+from unimm.generation.stepwise import ModelRequest, RequestMessage, run_alone
+from unimm.models.base import UnifiedModel
+from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
+from unimm.models.registry import FAMILIES
 from unimm.serving.engine import Engine
 
 WARM = TextSampling(temperature=1.0, max_tokens=6)
@@ -52,6 +57,21 @@ def test_a_conversation_is_what_chat_answers(name):
         {"role": "user", "content": "which"},
     ]
     assert answer.text == model.chat(plain, system="be brief", text_sampling=WARM, seed=2)
+
+
+def test_an_image_as_one_piece():
+    """The way of families whose steps are not told apart."""
+    model = loaded("janusflow-nano")
+    request = draws("a red circle", seed=3, steps=2, guidance=2.0)
+    (image,) = run_alone(separate_run(model, None, request, partial(WholeImageAnswer, model, request)))
+    assert levels_apart(image, model.generate("a red circle", seed=3, steps=2, guidance=2.0).image) == 0
+    request = draws("a red circle", negative_prompt="blue")
+    with pytest.raises(NotImplementedError, match="no negative_prompt"):
+        WholeImageAnswer(model, request, "a red circle", [])
+
+
+def test_every_family_is_served():
+    assert all(family.load_class().start_run is not UnifiedModel.start_run for family in FAMILIES.values())
 
 
 @pytest.mark.parametrize("name", [name for name in BUNDLED if name != "bagel-nano"])

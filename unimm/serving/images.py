@@ -86,7 +86,7 @@ class ImagesAnswer:
             elif isinstance(event, ImageDone):
                 images[event.choice] = event.image
             else:
-                more = {"usage": images_usage([event])}
+                more: dict[str, Any] = {"usage": images_usage([event])}
                 if reasoning[event.choice]:
                     more["revised_prompt"] = reasoning[event.choice]
                 yield await asyncio.to_thread(

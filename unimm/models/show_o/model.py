@@ -7,6 +7,7 @@ grid of tokens.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from unimm.generation.masked import (
 )
 from unimm.generation.noise import seeded_generators
 from unimm.generation.numbers import parse_flag
+from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation, UnifiedModel
 from unimm.models.common.cfg_branches import CFGBranches
+from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
 from unimm.models.release import Components
 from unimm.models.show_o import CLIP_FOLDER, FILES, IMAGE_TOKENS, RELEASES, VQ_FOLDER
 from unimm.models.show_o.components import find_component_folders
@@ -238,6 +241,10 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
     def decode_image_tokens(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Image tokens [P, n] of the trained grid, or of `grid` -> pixels [P, 3, height, width], about [-1, 1]."""
         return self.required_vq.decode(tokens, grid=grid or self.config.token_grid).float()
+
+    def start_run(self, request: ModelRequest) -> RequestRun:
+        """A request as work, its image as one piece: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(WholeImageAnswer, self, request))
 
     def generate(
         self,
