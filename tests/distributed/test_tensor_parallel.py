@@ -11,6 +11,7 @@ import unimm
 from unimm.distributed.ranks import Ranks
 from unimm.distributed.tensor_parallel import _group_by_rank, parallelize
 from unimm.models.parallel_plan import COLUMN, LinearSplit, find_modules
+from unimm.models.registry import FAMILIES
 
 # a decoder alone, and a decoder with FLUX, by day; the others by night
 BY_DAY = ("bagel-nano", "uniworld-nano")
@@ -30,6 +31,11 @@ def test_two_processes_give_what_one_gives(tmp_path, names):
                 torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
             assert np.abs(image - image_of_two).max() <= 1
             assert answer_of_two == answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_plan(family):
+    assert getattr(unimm, family).TENSOR_PARALLEL_PLAN
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -16,7 +16,7 @@ from unimm.denoisers.mmdit import SingleStreamBlock
 from unimm.distributed.ranks import Ranks
 from unimm.models.base import UnifiedModel
 from unimm.models.parallel_plan import LinearSplit, find_modules
-from unimm.nn.decoder import Decoder
+from unimm.nn.decoder import CausalDecoder
 
 # the name of the mesh's dimension
 TENSOR_DIM = "tensor"
@@ -39,7 +39,7 @@ def parallelize(model: UnifiedModel, ranks: Ranks) -> None:
         _group_by_rank(linear, split, ranks.size)
         _split(model, name, split, mesh)
     for module in model.modules():
-        if isinstance(module, Decoder):
+        if isinstance(module, CausalDecoder):
             module.n_cached_heads //= ranks.size
         if isinstance(module, SingleStreamBlock):
             qkv, hidden = module.split_sizes

@@ -42,7 +42,7 @@ from unimm.models.show_o.config import WEIGHT_FILES, ShowOConfig
 from unimm.models.show_o.extension import Extension, parse_directions
 from unimm.models.show_o.masked_session import MaskedImageSession
 from unimm.models.show_o.network import ShowONetwork
-from unimm.models.show_o.parallel import LORA_TARGETS, PARALLEL_PLAN
+from unimm.models.show_o.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.show_o.processor import ShowOProcessor
 from unimm.models.show_o.tokenizer import load_show_o_tokenizer
 from unimm.models.show_o.weights import show_o_key_map
@@ -68,6 +68,8 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
     RELEASES = RELEASES
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
+    TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
+    COMPILED = ("vq.decoder",)
     DECODES_IMAGES = "decode_image_tokens"
     FILES = FILES
     COMPONENTS = ("vq", "clip", "tokenizer")

@@ -2,7 +2,7 @@
 groups."""
 
 from unimm.adapters.config import LinearGroups
-from unimm.models.parallel_plan import ParallelPlan
+from unimm.models.parallel_plan import COLUMN, ROW, ParallelPlan
 
 BLOCK = "decoder.blocks.{}."
 # not the language head: of an image's rows only a part of its weight is read
@@ -13,3 +13,8 @@ LORA_TARGETS: LinearGroups = {
 }
 
 PARALLEL_PLAN = ParallelPlan(blocks=("decoder.blocks.{}",))
+
+TENSOR_PARALLEL_PLAN = {
+    **{BLOCK + name: COLUMN for name in ("q", "k", "v", "mlp.fc1")},
+    **{BLOCK + name: ROW for name in ("out_proj", "mlp.fc2")},
+}
