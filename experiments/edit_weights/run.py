@@ -1,7 +1,7 @@
 """Does an edit's loss have to count more where the image changes, and by which function of the area? UniWorld's question
 (arXiv 2506.03147, section 3.5) at nano size.
 
-    python -m experiments.edit_weights OUT --n 30 --steps 10 --train-steps 100 --samples 1536 --seeds 1 2 3
+    python -m experiments.edit_weights OUT --n 12 --steps 8 --train-steps 50 --samples 512 --seeds 1 2
 
 uniworld-nano's denoiser and projectors go on training on edits alone, once for each weight: none, and the four candidate
 functions of x, the image's area over that of the edit. All arms of a seed train on the same samples, noise and timesteps,
