@@ -1,5 +1,6 @@
 """Serving under load: how much batching gains, what a lone request waits, and that nothing is lost or changed.
 
+    python benchmarks/serving.py engine               # the gain in one process, in its processor's time
     python benchmarks/serving.py gain                 # 16 clients against one after the other, in one run
     python benchmarks/serving.py lone                 # a lone request against model.generate
     python benchmarks/serving.py load --minutes 3     # a mix of chat, draw, edit and think, with faults
@@ -33,6 +34,8 @@ import torch
 from PIL import Image
 
 import unimm
+from unimm.generation.stepwise import ModelRequest, RequestMessage
+from unimm.serving.engine import Engine
 
 MODEL = "bagel-nano"
 PROMPTS = (
@@ -174,6 +177,49 @@ def measure_lone(url: str, model: Any, *, n: int) -> dict[str, Any]:
         "generate_s": round(b, 3),
         "ratio": round(a / b, 3),
         "median_ratio": round(statistics.median(served[1:]) / statistics.median(direct[1:]), 3),
+    }
+
+
+def measure_engine(model: Any, *, n: int, rounds: int) -> dict[str, Any]:
+    """Images a second of processor time: `generate` one by one, the engine one by one, and n requests at once.
+
+    In one process with one thread, which other work on the machine disturbs less than the clock's time.
+    """
+
+    def request(seed: int) -> ModelRequest:
+        message = RequestMessage(role="user", content=(PROMPTS[seed % len(PROMPTS)],))
+        return ModelRequest(messages=(message,), outputs=("image",), seed=seed)
+
+    columns: dict[str, list[float]] = {"generate": [], "engine_alone": [], "engine_at_once": []}
+    apart = 0
+    with Engine({MODEL: model}) as engine:
+        engine.submit(MODEL, request(0)).result()
+        for _ in range(rounds):
+            few = range(max(1, n // 4))
+            begin = time.process_time()
+            direct = [model.generate(PROMPTS[seed % len(PROMPTS)], seed=seed).image for seed in few]
+            columns["generate"].append(len(few) / (time.process_time() - begin))
+            begin = time.process_time()
+            for seed in few:
+                engine.submit(MODEL, request(seed)).result()
+            columns["engine_alone"].append(len(few) / (time.process_time() - begin))
+            begin = time.process_time()
+            tickets = [engine.submit(MODEL, request(seed)) for seed in range(n)]
+            images = [ticket.result()[0].images[0] for ticket in tickets]
+            columns["engine_at_once"].append(n / (time.process_time() - begin))
+            apart = max(apart, *(levels_apart(a, b) for a, b in zip(direct, images, strict=False)))
+    rates = {name: round(statistics.median(values), 3) for name, values in columns.items()}
+    pairs = zip(columns["generate"], columns["engine_alone"], columns["engine_at_once"], strict=True)
+    ratios = [(a / b, c / b, c / a) for a, b, c in pairs]
+    alone, gain, gain_over_generate = (round(statistics.median(column), 3) for column in zip(*ratios, strict=True))
+    return {
+        "part": "engine",
+        "at_once": n,
+        "images_a_processor_second": rates,
+        "gain_over_one_after_the_other": gain,
+        "gain_over_generate": gain_over_generate,
+        "lone_against_generate": alone,
+        "most_levels_apart": apart,
     }
 
 
@@ -384,7 +430,7 @@ def measure_load(
 def main() -> None:
     """Run the parts that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("gain", "lone", "load", "all"))
+    parser.add_argument("part", choices=("engine", "gain", "lone", "load", "all"))
     parser.add_argument("--clients", type=int)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3, help="of the gain")
@@ -395,6 +441,11 @@ def main() -> None:
     torch.set_num_threads(1)
     model = unimm.load(MODEL)
     wrong = 0
+    if options.part in ("engine", "all"):
+        n = options.clients or (4 if options.short else 16)
+        print(json.dumps(measure_engine(model, n=n, rounds=1 if options.short else options.rounds)), flush=True)
+    if options.part == "engine":
+        return
     with server() as (url, pid):
         if options.part in ("lone", "all"):
             print(json.dumps(measure_lone(url, model, n=2 if options.short else 6)), flush=True)
