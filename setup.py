@@ -25,7 +25,7 @@ EVAL = ["openai", "transformers"]
 LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
 
 # the HTTP server
-SERVE = ["fastapi", "uvicorn>=0.30", "python-multipart", "prometheus-client"]
+SERVE = ["fastapi", "uvicorn>=0.54", "python-multipart", "prometheus-client"]
 
 # Adam in 8 bits
 TORCHAO = ["torchao"]

@@ -81,7 +81,7 @@ def separate_run(model: UnifiedModel, lm: MLLMChat | None, request: ModelRequest
     if "text" in request.outputs:
         assert lm is not None, "a request with texts names what answers"
         text = TextAnswer(lm, request)
-    answers = {"text": text, "image": image}
+    answers: dict[str, TextAnswer | ImageAnswer | None] = {"text": text, "image": image}
 
     def work() -> WorkGenerator:
         for i, kind in enumerate(request.outputs):
