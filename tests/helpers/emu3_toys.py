@@ -21,7 +21,7 @@ VISION = dict(
     codebook_size=N_CODES, embed_dim=4, z_channels=4, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[1],
     temporal_downsample_factor=4, in_channels=3, out_channels=3, double_z=False, dropout=0.0,
 )  # fmt: skip
-IMAGES = dict(min_pixels=64, max_pixels=160, spatial_factor=2)
+IMAGES = dict(min_pixels=64, max_pixels=160)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -39,6 +39,7 @@ def emu3(folder: Path, seed: int = 0, *, tokenizer: bool = True, language: dict 
     """A random Emu3 with a vision tokenizer of 2 pixels a code, saved into a folder in the original layout."""
     torch.manual_seed(seed)
     below = folder / "vision_tokenizer"
+    stride = 2 ** (len((VISION | (vision or {}))["ch_mult"]) - 1)
     below.mkdir(parents=True, exist_ok=True)
     extra = {"eol": 200, "eof": 201, "bos": 203, "eos": 204}
     ids = {f"{name}_token_id": N_RANKS + 3 + at for name, at in extra.items()}
@@ -47,7 +48,7 @@ def emu3(folder: Path, seed: int = 0, *, tokenizer: bool = True, language: dict 
     files = LANGUAGE | ids | (language or {}) | ({"generation": generation} if generation else {})
     (folder / "config.json").write_text(json.dumps(files))
     (below / "config.json").write_text(json.dumps(VISION | (vision or {})))
-    (below / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    (below / "preprocessor_config.json").write_text(json.dumps(IMAGES | {"spatial_factor": stride}))
     if tokenizer:
         write_tokenizer(folder)
     model = Emu3.from_folder(folder)

@@ -78,6 +78,8 @@ def test_every_recipe_is_read():
         "bagel-lora": "bagel",
         "bagel-nano-vae": "kl_vae",
         "bagel-nano-vit": "vit",
+        "emu3-nano": "emu3",
+        "emu3-nano-vq": "emu3_vq",
         "janus-nano": "janus",
         "janus-nano-finetune": "janus",
         "janus-nano-grpo": "janus_grpo",

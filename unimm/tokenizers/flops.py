@@ -12,17 +12,19 @@ from torch import nn
 from unimm.nn.flops import StepFlops
 from unimm.tokenizers.dc_ae import DCAE, DCAEDownsample, DCAEUpsample, EfficientViTBlock, MultiscaleLinearAttention
 from unimm.tokenizers.emu3_vq import Emu3VQModel
+from unimm.tokenizers.emu3_vq_layers import StyledSpatialAttention
 from unimm.tokenizers.kl import AutoencoderKL, Downsample, SpatialAttention, Upsample
 from unimm.tokenizers.vq import VQLevel, VQModel
 
 # layers behind which the grid has half the sides, and twice
 HALVING = (Downsample, DCAEDownsample)
 DOUBLING = (Upsample, DCAEUpsample)
+ATTENDING = (SpatialAttention, StyledSpatialAttention)
 
 
 def _layers(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
     """The modules that change the grid or attend, and those between them whole."""
-    special = (*HALVING, *DOUBLING, SpatialAttention, EfficientViTBlock)
+    special = (*HALVING, *DOUBLING, *ATTENDING, EfficientViTBlock)
     for module in modules:
         inside = any(isinstance(part, special) for part in module.modules())
         yield from _layers(module.children()) if inside and not isinstance(module, special) else [module]
@@ -41,7 +43,7 @@ def _image_layers_flops(
             h *= 2
             w *= 2
         n = n_images * h * w
-        if isinstance(layer, SpatialAttention):
+        if isinstance(layer, ATTENDING):
             q, k, v = count.side_by_side(n, count.chain(n, carries, layer.norm), layer.q, layer.k, layer.v)
             y = count.attention(n * h * w, 1, layer.q.out_channels, q=q, k=k, v=v)
             carries = count.chain(n, y, layer.proj_out) or carries
@@ -105,19 +107,40 @@ def vq_decode_flops(
     return _image_layers_flops(count, (*modules, decoder.conv_out), n_images, _grid_of(size, vq.config.stride), carries)
 
 
-def emu3_vq_encode_flops(count: StepFlops, vq: Emu3VQModel, n_images: int, size: tuple[int, int]) -> None:
-    """The codes of P images of a (height, width) in pixels, without gradients."""
+def emu3_vq_encode_flops(
+    count: StepFlops, vq: Emu3VQModel, n_images: int, size: tuple[int, int], *, quantized: bool = True
+) -> bool:
+    """What is quantized of P images of a (height, width) in pixels; `quantized`: their codes, too."""
     encoder = vq.encoder
     modules = (encoder.conv_in, *encoder.down, encoder.mid, encoder.norm_out, encoder.conv_out)
-    _image_layers_flops(count, modules, n_images, size, False)
+    carries = _image_layers_flops(count, modules, n_images, size, False)
     h, w = _grid_of(size, vq.config.stride)
     n = n_images * h * w
     frames = vq.config.frames_per_latent
     for conv in encoder.time_conv:
         frames //= 2
-        count.chain(n * frames, False, conv)
-    count.chain(n, False, encoder.time_res_stack, vq.quant_conv)
-    count.matrix(vq.quantize.embedding.weight, n, False)
+        carries = count.chain(n * frames, carries, conv)
+    carries = count.chain(n, carries, encoder.time_res_stack, vq.quant_conv)
+    if quantized:
+        lookup = StepFlops()
+        lookup.matrix(vq.quantize.embedding.weight, n, False)
+        count.add_forward(lookup)
+    return carries
+
+
+def emu3_vq_decode_flops(
+    count: StepFlops, vq: Emu3VQModel, n_images: int, size: tuple[int, int], *, carries: bool = False
+) -> bool:
+    """P images of a (height, width) in pixels, from their codes: the first of the frames that a code stands for."""
+    decoder = vq.decoder
+    h, w = _grid_of(size, vq.config.stride)
+    n = n_images * h * w
+    latents = count.chain(n, carries, vq.post_quant_conv)
+    # latents and codes side by side
+    style = count.chain(2 * n, latents, decoder.time_res_stack, decoder.time_conv)
+    x = count.chain(n, style, decoder.conv_in)
+    modules = (decoder.mid, *reversed(decoder.up), decoder.norm_out, decoder.conv_out)
+    return _image_layers_flops(count, modules, n_images, (h, w), x)
 
 
 def dc_ae_encode_flops(

@@ -20,6 +20,8 @@ TRAINING_TASKS = {
     "bagel": "unimm.training.tasks.bagel:BagelTask",
     "bagel_grpo": "unimm.training.tasks.bagel_grpo:BagelGRPOTask",
     "dc_ae": "unimm.training.tasks.dc_ae:DCAETask",
+    "emu3": "unimm.training.tasks.emu3:Emu3Task",
+    "emu3_vq": "unimm.training.tasks.emu3_vq:Emu3VQTask",
     "janus": "unimm.training.tasks.janus:JanusTask",
     "janus_grpo": "unimm.training.tasks.janus_grpo:JanusGRPOTask",
     "janusflow": "unimm.training.tasks.janusflow:JanusFlowTask",

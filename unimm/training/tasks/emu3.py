@@ -22,6 +22,7 @@ from torch import Tensor
 from unimm.data.batching import name_indices, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
+from unimm.models.emu3 import VISION_TOKENIZER_FOLDER
 from unimm.models.emu3.flops import emu3_flops
 from unimm.models.emu3.model import Emu3
 from unimm.models.emu3.processor import Emu3Processor
@@ -34,6 +35,7 @@ from unimm.training.init import compile_experts
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.emu3_start import init_emu3
+from unimm.training.tasks.emu3_vq import save_emu3_vq
 from unimm.training.throughput import StepCounts
 
 # a loss for each kind of sample
@@ -213,8 +215,9 @@ class Emu3Task:
         return sample_grid(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write the released layout, the language model in bfloat16."""
+        """Write the released layout, the language model in bfloat16, the vision tokenizer in float16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
+        save_emu3_vq(self.model.vision_tokenizer, folder / VISION_TOKENIZER_FOLDER, torch.float16)
 
 
 @torch.no_grad()
