@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import sentencepiece
 import tokenizers
@@ -46,7 +46,7 @@ class JsonTokenizer:
     older files.
     """
 
-    FILES = ("tokenizer.json", "vocab.json", "merges.txt", *TOKEN_FILES)
+    FILES: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json", "merges.txt", *TOKEN_FILES)
 
     def __init__(
         self,
