@@ -18,7 +18,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -52,10 +52,10 @@ def pixels(model: UnifiedModel) -> Tensor:
     return torch.tensor(list(image.convert("RGB").tobytes())).double()
 
 
-def exactness() -> None:
+def exactness(names: Sequence[str]) -> None:
     """The table of errors of the small models."""
     rows = []
-    for name in NANOS:
+    for name in names:
         whole = unimm.load(name)
         torch.manual_seed(0)
         ids = torch.randint(5, 200, (IDS,)).tolist()
@@ -82,14 +82,29 @@ def loaded_in(quantize: str) -> Iterator[None]:
         yield
 
 
-def golden() -> None:
+class NoGradientError(RuntimeError):
+    """A check came to the gradients of a training, which weights in few bits have none of."""
+
+
+@contextmanager
+def gradients_refused() -> Iterator[None]:
+    """Raise NoGradientError where the body asks for gradients: checks compare those after all else."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise NoGradientError
+
+    with mock.patch.object(Tensor, "backward", refuse), mock.patch.object(torch.autograd, "grad", refuse):
+        yield
+
+
+def golden(names: Sequence[str]) -> None:
     """The table of errors against the originals' stored outputs."""
     sys.path.insert(0, str(ROOT))
     from parity.case import Case
     from parity.runner import check
 
     rows = []
-    for name in GOLDEN:
+    for name in names:
         row: dict[str, object] = {"case": name}
         for quantize in WEIGHT_FORMATS:
             errors: list[float] = []
@@ -97,9 +112,11 @@ def golden() -> None:
             def compare(case: Case, key: str, ours: Tensor, errors: list[float] = errors, **options: object) -> None:
                 stored = case.tensors.get(key)
                 if stored is not None and stored.is_floating_point() and stored.shape == ours.shape and stored.any():
-                    errors.append(float((ours.double() - stored.double()).norm() / stored.double().norm()))
+                    ours = ours.detach().double()
+                    errors.append(float((ours - stored.double()).norm() / stored.double().norm()))
 
-            with loaded_in(quantize), mock.patch.object(Case, "compare", compare):
+            comparing = mock.patch.object(Case, "compare", compare)
+            with loaded_in(quantize), comparing, suppress(NoGradientError), gradients_refused():
                 check(ROOT / "tests" / "golden" / name)
             row[quantize] = statistics.median(errors)
             row["outputs"] = len(errors)
@@ -157,15 +174,17 @@ def speed(dim: int, mlp: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=NANOS, default=NANOS, help="of the exactness")
+    parser.add_argument("--cases", nargs="+", choices=GOLDEN, default=GOLDEN, help="of the stored outputs")
     parser.add_argument("--tasks", nargs="+", default=["draw.one", "draw.count", "answer.count", "answer.relation"])
     parser.add_argument("--n", type=int, default=40, help="examples of a task")
     parser.add_argument("--dim", type=int, default=2048, help="Janus-Pro-1B's unless given")
     parser.add_argument("--mlp", type=int, default=5632)
     args = parser.parse_args()
     if "exactness" in args.only:
-        exactness()
+        exactness(args.models)
     if "golden" in args.only:
-        golden()
+        golden(args.cases)
     if "accuracy" in args.only:
         accuracy(args.tasks, args.n)
     if "speed" in args.only:
