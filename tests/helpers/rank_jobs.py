@@ -11,6 +11,7 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from unittest.mock import patch
@@ -21,21 +22,27 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers.bagel_widths import PackTask, few_layers
 from helpers.family_recipes import use_quick_tokenizers
+from helpers.peak_memory import allocated_peak
 from helpers.trainer_toy import Toy
 from unimm import MetaQuery, TextSampling, UniWorld, load
 from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.sana import SanaTransformer
 from unimm.distributed.ranks import Ranks, start_ranks
-from unimm.distributed.sharding import build_mesh, shard_like, whole_tensor, with_local
+from unimm.distributed.sharding import build_mesh, copy_to_cpu, local_tensor, shard_like, whole_tensor, with_local
 from unimm.distributed.tensor_parallel import parallelize
-from unimm.training import optim
-from unimm.training.checkpoints import load_into, save_checkpoint, saved_shapes
+from unimm.training import checkpoints, optim
+from unimm.training.checkpoints import list_checkpoints, load_into, save_checkpoint, saved_shapes
 from unimm.training.losses import LossSum
+from unimm.training.memory import tensor_bytes
 from unimm.training.optim import Optimizers
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
@@ -127,6 +134,53 @@ def lost_job(ranks, *, recipe, out):
     toy = Toy()
     toy.batch.at, toy.batch.action = 11, lambda: os.kill(os.getpid(), signal.SIGKILL)
     return error_of(lambda: train(toy, recipe, out, workers=0))
+
+
+def killed_saving_job(ranks, *, recipe, out):
+    """A run whose first process is killed while it writes the second checkpoint, once training has gone on meanwhile."""
+    toy = Toy()
+    has_gone_on = threading.Event()
+    toy.batch.at, toy.batch.action = 12 + ranks.rank, has_gone_on.set  # the seventh step's
+    write = checkpoints._write_state
+
+    def write_or_die(folder, state, checksums):
+        if state["step"] < 6:
+            write(folder, state, checksums)
+            return
+        assert has_gone_on.wait(60) and not list_checkpoints(out)[1:], "neither training nor saving waits for the other"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch.object(checkpoints, "_write_state", write_or_die):
+        return error_of(lambda: train(toy, recipe, out, workers=0))
+
+
+def offloaded_job(ranks):
+    """Whether tensors of shards in the CPU's memory, on a mesh of GPUs, are that memory itself; and copies."""
+    mesh = DeviceMesh("cuda", torch.arange(ranks.size), _init_backend=False)
+    local = torch.randn(2, 3)
+    spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(torch.Size([4, 3]), (3, 1), local.dtype))
+    x = with_local(DTensor(local, spec, requires_grad=False), local)
+    copied = copy_to_cpu(x)
+    same = [local_tensor(one).data_ptr() == local.data_ptr() for one in (x, copied)]
+    return same, tuple(copied.shape), torch.equal(local_tensor(copied), local)
+
+
+def memory_job(ranks, *, recipe, llm):
+    """The bytes that a rank holds of a BAGEL in shards, and what a step allocates beside them at its peak."""
+    task = PackTask(few_layers(values=True, llm=llm))
+    batch = task.batch(0)
+    counts = {name: loss.count for name, loss in task.losses(batch).items()}
+    task.loss_counts = lambda batch: counts
+    trainer = Trainer(task, recipe, CPU, ranks=ranks)
+    trainer.update(batch)  # the optimiser's states are there from now on
+    weights = [*trainer.model.parameters(), *trainer.model.buffers()]
+    held = {
+        "weights": weights,
+        "optimizers": trainer.optimizers.tensors().values(),
+        "average": trainer.ema.weights.values(),
+    }
+    sizes = {name: tensor_bytes(local_tensor(x.detach()) for x in tensors) for name, tensors in held.items()}
+    return sizes, allocated_peak(lambda: trainer.update(batch))
 
 
 def error_of(action):
@@ -230,6 +284,9 @@ JOBS = {
     "spoilt": spoilt_job,
     "full disk": full_disk_job,
     "lost": lost_job,
+    "killed saving": killed_saving_job,
+    "memory": memory_job,
+    "offloaded": offloaded_job,
 }
 
 
@@ -244,7 +301,7 @@ def do_jobs(folder: Path) -> None:
         for name, job, arguments in jobs:
             results[name] = JOBS[job](ranks, **arguments)
             (folder / f"results{ranks.rank}.pickle").write_bytes(pickle.dumps(results))
-        if job != "lost":
+        if job not in ("lost", "killed saving"):
             dist.barrier()
 
 

@@ -3,31 +3,44 @@ resumes; what goes wrong on one of them."""
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.bagel_widths import PackTask, few_layers
 from helpers.family_recipes import FAMILIES, save_parts, small_recipes, use_quick_tokenizers
 from helpers.paths import RECIPES
 from helpers.rank_jobs import matrices_job, run_job, steps_of
 from helpers.ranks import run_processes
-from helpers.trainer_toy import RECIPE
+from helpers.trainer_toy import RECIPE, Toy
 from PIL import Image
 from safetensors.torch import load_file
 
 from examples.data import make
 from unimm import Bagel
 from unimm.distributed.ranks import Ranks
-from unimm.training.checkpoints import check_undamaged, list_checkpoints, named_tensors, saved_shapes
+from unimm.training.checkpoints import (
+    check_undamaged,
+    list_checkpoints,
+    named_tensors,
+    saved_shapes,
+)
 from unimm.training.config import DistributedConfig, read_recipe
+from unimm.training.memory import plan_memory
 from unimm.training.parallel import mesh_shape
 from unimm.training.record_batches import build_batches
 from unimm.training.tasks.base import build_task
-from unimm.training.trainer import Trainer
+from unimm.training.trainer import Trainer, train
 
 # sums in another order: gradients differ in their last bits, and by Adam's epsilon a step does by little more
 MATRICES = dataclasses.replace(RECIPE, muon=("muon",), optimizer="adamw8bit", lr_multipliers={"muon": 0.5})
 EXACT = dict(rtol=1e-5, atol=1e-6)
+# of the test of memory: blocks and root of some megabytes
+PLANNED = dataclasses.replace(RECIPE, loss_weights={"ce": 1.0, "mse": 1.0})
+PLANNED_LLM = dict(
+    hidden_size=512, num_attention_heads=4, num_key_value_heads=2, intermediate_size=2048, num_hidden_layers=4
+)
 
 
 # those whose checkpoints two processes resume in every run of the tests; the others' by night
@@ -72,6 +85,9 @@ def together(alone, tmp_path_factory):
         ("spoilt", "spoilt", dict(recipe=spoilt, out=folder / "spoilt")),
         ("matrices", "matrices", dict(recipe=MATRICES, out=folder / "matrices")),
         ("full disk", "full disk", dict(recipe=dataclasses.replace(janus, steps=5), out=folder / "full")),
+        ("async", "run", dict(recipe=in_background(janus, steps=3, save_every=2), out=folder / "async")),
+        ("offloaded", "offloaded", {}),
+        ("memory", "memory", dict(recipe=PLANNED, llm=PLANNED_LLM)),
         # the last one: the second process is killed in it
         ("lost", "lost", dict(recipe=spoilt, out=folder / "lost")),
     ]
@@ -95,6 +111,10 @@ def distributed(recipe, **config):
     return dataclasses.replace(recipe, distributed=DistributedConfig(**config))
 
 
+def in_background(recipe, **changes):
+    return dataclasses.replace(recipe, async_checkpoints=True, **changes)
+
+
 def adapter_recipe(folder: Path, base: Path):
     """Two steps of the adapter of a small BAGEL's release, on records."""
     images = make.make_imagefolder(folder / "images")
@@ -111,6 +131,15 @@ def adapter_recipe(folder: Path, base: Path):
 
 def newest(out: Path) -> Path:
     return list_checkpoints(out)[-1]
+
+
+def saved_pieces(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """The pieces of every tensor of a checkpoint in shards, by the ranks that wrote them."""
+    pieces = {}
+    for path in sorted((folder / "shards").iterdir()):
+        for name, x in load_file(path).items():
+            pieces.setdefault(name, []).append(x)
+    return pieces
 
 
 def assert_same_steps(found, expected):
@@ -231,6 +260,16 @@ def test_an_adapter_on_records(alone, together):
         assert torch.equal(update.b, resumed.ema.weights[f"{name}.lora_B.default.weight"])
 
 
+def test_the_memory_of_two_shards_is_what_is_planned(together):
+    """Every rank's weights, averages and states by their sizes; and what a step allocates beside them."""
+    task = PackTask(few_layers(values=False, llm=PLANNED_LLM))
+    plan = plan_memory(task, PLANNED, [task.batch(0)], device_type="cpu", n_devices=2)
+    for results in together[1]:
+        sizes, peak = results["memory"]
+        assert sizes == {name: pytest.approx(getattr(plan, name), rel=1e-3) for name in sizes}
+        assert peak == pytest.approx(plan.gathered + plan.gradients + plan.activations, rel=0.1)
+
+
 def test_a_run_of_two_goes_on(alone, together):
     folder, results = together
     recipe = dataclasses.replace(alone[1]["janusflow"], gradient_accumulation=2)
@@ -312,6 +351,41 @@ def test_a_process_that_is_killed(together):
     assert "lost" not in second
     assert [path.name for path in list_checkpoints(folder / "lost")] == ["00000002", "00000004"]
     check_undamaged(newest(folder / "lost"))
+
+
+def test_checkpoints_that_a_thread_writes(together):
+    """The same shards, bit for bit, as those that training waits for."""
+    folder, results = together
+    assert [one["async"] for one in results] == [3, 3]
+    names = [path.name for path in list_checkpoints(folder / "async")]
+    assert names == ["00000002", "00000003"]
+    ours, theirs = (folder / name / "checkpoints/00000002" for name in ("async", "janus"))
+    found, expected = saved_pieces(ours), saved_pieces(theirs)
+    assert found.keys() == expected.keys()
+    for name, pieces in found.items():
+        assert len(pieces) == len(expected[name])
+        assert all(torch.equal(*pair) for pair in zip(pieces, expected[name], strict=True)), name
+    check_undamaged(ours)
+
+
+def test_a_process_that_is_killed_while_its_thread_writes(tmp_path):
+    """The checkpoint before is whole, and one process goes on from it."""
+    recipe = in_background(RECIPE, save_every=3)
+    jobs = [("killed", "killed saving", dict(recipe=recipe, out=tmp_path / "run"))]
+    with pytest.raises(FileNotFoundError, match="results0"):
+        run_processes(tmp_path, jobs, codes=(-9, 0))
+    kind, message = pickle.loads((tmp_path / "results1.pickle").read_bytes())["killed"]  # noqa: S301
+    assert kind == "ConnectionError" and "00000003 is whole: --resume goes on from it" in message
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["00000003"]
+    check_undamaged(newest(tmp_path / "run"))
+    alone = dataclasses.replace(RECIPE, gradient_accumulation=2, save_every=3)
+    assert train(Toy(), alone, tmp_path / "run", workers=0, resume=True) == 8
+
+
+def test_what_is_offloaded_stays_on_the_cpu(together):
+    """A mesh of GPUs, whose shards lie in the CPU's memory: what is read into them is not read into a copy."""
+    for results in together[1]:
+        assert results["offloaded"] == ([True, False], (4, 3), True)
 
 
 @pytest.mark.parametrize(
