@@ -2,9 +2,10 @@
 
     python benchmarks/show_o_image.py --tokens 256 --layers 4 --steps 8
 
-Random weights at the released widths and few layers, float32. Both draw the same tokens from the same logits: the loop
-runs text and image of both branches through all layers at each step, padded to 129 ids as the original does, and
-computes the logits of all rows and of the whole vocabulary, of which it takes those of the image and of the codes.
+Random weights at the released widths and few layers, float32, guidance on. The loop runs text and image of both branches
+through all layers at each step, the text as long as the original pads it, and computes the logits of all rows and of the
+whole vocabulary, of which it takes those of the image and of the codes. With few layers the logits weigh more than in a
+whole model: --layers 24 is the released depth.
 """
 
 import argparse
