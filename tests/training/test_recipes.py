@@ -109,6 +109,8 @@ def test_every_recipe_is_read():
         "metaquery-nano-mllm": "qwen2_5_vl",
         "metaquery-nano-queries": "metaquery",
         "metaquery-pretrain": "metaquery",
+        "showo-nano": "show_o",
+        "showo-nano-vq": "magvit_v2",
         "uniworld-nano": "uniworld",
         "uniworld-nano-finetune": "uniworld",
         "uniworld-nano-task-head": "uniworld_task_head",
