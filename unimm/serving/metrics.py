@@ -68,9 +68,6 @@ class ServerMetrics:
             buckets=ANSWER_SECONDS,
             registry=self.registry,
         )
-        self.responses = Counter(
-            "unimm_http_responses", "Responses by path and status.", ["path", "status"], registry=self.registry
-        )
 
         def add_stage(name: str, seconds: float, n: int) -> None:
             stage.labels(name).observe(seconds)

@@ -69,7 +69,9 @@ def served_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
 
 
-def uvicorn_config(app: Any, limits: ServingLimits, *, factory: bool = False) -> uvicorn.Config:
+def uvicorn_config(
+    app: Any, limits: ServingLimits, *, factory: bool = False, log_level: str = "warning"
+) -> uvicorn.Config:
     """How uvicorn serves an application under these limits."""
     return uvicorn.Config(
         app,
@@ -81,7 +83,8 @@ def uvicorn_config(app: Any, limits: ServingLimits, *, factory: bool = False) ->
         server_header=False,
         proxy_headers=False,
         lifespan="on",
-        log_level="warning",
+        access_log=False,
+        log_level=log_level,
     )
 
 
@@ -97,7 +100,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_server(plan: ServerPlan, sock: socket.socket) -> None:
     """Serve on a socket until told to stop: SIGTERM and SIGINT drain, a worker that dies is reported and begun anew."""
-    config = uvicorn_config(plan, plan.limits, factory=True)
+    # at this level it says that a worker died
+    config = uvicorn_config(plan, plan.limits, factory=True, log_level="info")
     config.workers = 1
     config.configure_logging()
     Multiprocess(config, sockets=[sock]).run()
