@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import unimm
 from unimm import MaskedSampling, ShowO, TextSampling
+from unimm.models.memory import plan_inference
 from unimm.models.show_o.extension import Extension
 from unimm.models.show_o.processor import square_crop
 from unimm.processing.images.clip import CLIPImageProcessor
@@ -286,3 +287,9 @@ def recorded_crop(crop, image, side) -> tuple[list[int], list[int]]:
 
     crop(Recorded(image.size), side)
     return found[0], found[1]
+
+
+def test_the_memory_of_an_image_is_planned():
+    """By a call without values, of which the decoding of pixels is told apart."""
+    (plan,) = plan_inference(CASE)
+    assert min(plan.kv_cache, plan.step, plan.decode) > 0

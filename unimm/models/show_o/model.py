@@ -240,7 +240,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
         return vq.encode_ids(pixels.to(vq.encoder.conv_in.weight))
 
     @torch.inference_mode()
-    def decode_image_tokens(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    def decode_image_tokens(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image tokens [P, n] of the trained grid, or of `grid` -> pixels [P, 3, height, width], about [-1, 1]."""
         return self.required_vq.decode(tokens, grid=grid or self.config.token_grid).float()
 
@@ -297,7 +297,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
             progress=progress,
         )
         # one by one, so that an image does not depend on the others
-        return Generation([tensor_to_pil(self.decode_image_tokens(one[None], grid=grid)[0]) for one in drawn])
+        return Generation([tensor_to_pil(self.decode_image_tokens(one[None], grid)[0]) for one in drawn])
 
     def _parse_grid(self, size: tuple[int, int] | None, *, with_masks: bool) -> tuple[int, int]:
         """(rows, columns) of the images of a call. Raises ValueError for a size that cannot be."""
@@ -377,9 +377,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
                 )
                 canvas[:, rows, columns] = window.unflatten(1, (side, side))
         grid: Any = tuple(canvas.shape[1:])
-        return Generation(
-            [tensor_to_pil(self.decode_image_tokens(one.flatten()[None], grid=grid)[0]) for one in canvas]
-        )
+        return Generation([tensor_to_pil(self.decode_image_tokens(one.flatten()[None], grid)[0]) for one in canvas])
 
 
 def _key(prompt: Sequence[Part]) -> Hashable:
