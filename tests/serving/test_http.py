@@ -192,6 +192,7 @@ def test_models_health_metrics(client, address):
     assert [one.id for one in client.models.list()] == ["bagel-nano"]
     assert client.models.retrieve("bagel-nano").owned_by == "unimm"
     assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    client.images.generate(model="bagel-nano", prompt="a", extra_body={"steps": 1})
     text = httpx.get(f"{address}/metrics").text
     for name in ("unimm_queue 0.0", "unimm_running 0.0", "unimm_images_total", "unimm_tokens_total"):
         assert name in text
