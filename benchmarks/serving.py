@@ -418,7 +418,7 @@ def measure_load(
         "most_levels_apart": test.most_levels,
         "wrong_or_lost": test.wrong[:20],
         "n_wrong_or_lost": len(test.wrong),
-        "refused_429": int(float(re.findall(r"unimm_requests_refused_total (\S+)", metrics)[0])),
+        "refused_429": int(float(re.findall(r"^unimm_requests_refused_total (\S+)", metrics, re.MULTILINE)[0])),
         "median_s": round(statistics.median(test.seconds), 2),
         "p95_s": round(sorted(test.seconds)[int(0.95 * len(test.seconds))], 2),
         "memory_mib_after_a_third": round(settled[0] / 2**20, 1),
