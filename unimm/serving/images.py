@@ -79,9 +79,9 @@ class ImagesAnswer:
             if isinstance(event, TextPiece):
                 reasoning[event.choice] += event.text
             elif isinstance(event, ImagePreview):
-                more = {"partial_image_index": event.index}
+                place = {"partial_image_index": event.index}
                 yield await asyncio.to_thread(
-                    self._event, f"{self.kind}.partial_image", event.choice, event.image, more
+                    self._event, f"{self.kind}.partial_image", event.choice, event.image, place
                 )
             elif isinstance(event, ImageDone):
                 images[event.choice] = event.image

@@ -142,7 +142,11 @@ class WholeImageAnswer(ImageAnswer):
         parse_requests(prompt, list(images))
         self.model = model
         self.prompt = prompt
-        options = {"size": request.size, "guidance": request.guidance, "negative_prompt": request.negative_prompt}
+        options: dict[str, Any] = {
+            "size": request.size,
+            "guidance": request.guidance,
+            "negative_prompt": request.negative_prompt,
+        }
         self.options = {name: value for name, value in options.items() if value is not None}
         self.options |= model.supported_options(steps=request.steps)
         if images:

@@ -22,7 +22,7 @@ from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.valueless import needed_steps
 from unimm.encoders import clip_vision
 from unimm.generation.flow import parse_steps
-from unimm.generation.kv_cache import EMPTY_CACHE, KVCache, check_fits
+from unimm.generation.kv_cache import check_fits
 from unimm.generation.masked import (
     MaskedSampling,
     draw_masked_noise,
@@ -125,7 +125,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
 
     def key_maps(self) -> dict[tuple[str, ...], KeyMap]:
         """The key map of each file of weights whose part the model has."""
-        key_maps = {WEIGHT_FILES: show_o_key_map(with_clip=self.config.with_clip)}
+        key_maps: dict[tuple[str, ...], KeyMap] = {WEIGHT_FILES: show_o_key_map(with_clip=self.config.with_clip)}
         if self.vq is not None:
             path = f"{VQ_FOLDER}/{magvit_v2.WEIGHT_FILES[0]}"
             key_maps[(path,)] = magvit_v2.KEY_MAP.prefixed(ours="vq.")
@@ -174,21 +174,14 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
 
     # ---- generating images
 
-    def prefill_unique(self, prompts: Sequence[Sequence[Part]]) -> list[KVCache]:
-        """The KV cache of each prompt; prompts that are equal texts, or one object, are computed once."""
-        keys = [_key(prompt) for prompt in prompts]
-        unique = dict(zip(keys, prompts, strict=True))
-        caches = self.prefill([EMPTY_CACHE] * len(unique), list(unique.values()))
-        by_key = dict(zip(unique, caches, strict=True))
-        return [by_key[key] for key in keys]
-
     def masked_session(
         self, prompts: Sequence[Sequence[Part]], branches: CFGBranches, n_tokens: int
     ) -> MaskedImageSession:
         """The state of decoding an image of `n_tokens` after each prompt, and after none where it is guided."""
         check_fits(self.decoder.config, prompts, n_more=n_tokens + 2)
         none = text_part(self.processor.prompt_ids(""))
-        caches = self.prefill_unique([*prompts, *([none] for _ in branches.guided)])
+        inputs = [*prompts, *([none] for _ in branches.guided)]
+        caches = self.prefill_unique(inputs, [_key(prompt) for prompt in inputs])
         return MaskedImageSession(self.decoder, self.config, caches, n_tokens)
 
     @torch.inference_mode()

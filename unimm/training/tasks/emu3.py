@@ -26,12 +26,12 @@ from unimm.models.emu3 import VISION_TOKENIZER_FOLDER
 from unimm.models.emu3.flops import emu3_flops
 from unimm.models.emu3.model import Emu3
 from unimm.models.emu3.processor import Emu3Processor
+from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.freezing import freeze
-from unimm.training.init import compile_experts
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
 from unimm.training.tasks.emu3_start import init_emu3

@@ -130,7 +130,7 @@ class MagvitV2Task:
 
     def sample_image(self) -> Image.Image:
         """Test scenes, and below each its reconstruction."""
-        image = held_out_scenes(8)
+        image = held_out_scenes(self.batch.options.tasks, 8, self.batch.seed)[1]
         device = next(self.model.parameters()).device
         grid = (image.shape[2] // self.model.config.stride, image.shape[3] // self.model.config.stride)
         again = self.model.decode(self.model.encode_ids(image.to(device)), grid=grid)
