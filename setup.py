@@ -27,6 +27,9 @@ LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
 # the HTTP server
 SERVE = ["fastapi", "uvicorn>=0.54", "python-multipart", "prometheus-client"]
 
+# the page, a client of the server's engine
+APP = ["gradio>=6", *SERVE]
+
 # Adam in 8 bits
 TORCHAO = ["torchao"]
 
@@ -50,6 +53,9 @@ TEST = [
     *TORCHAO,
     *SERVE,
     "httpx",
+    *APP,
+    # drives Debian's Chromium; its own browsers are not needed
+    "playwright",
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
@@ -94,6 +100,7 @@ setup(
         "typing_extensions",
     ],
     extras_require={
+        "app": APP,
         "data": DATA,
         "eval": EVAL,
         "lmms-eval": LMMS_EVAL,

@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, generate, understand, serve, train, plan, eval, stars, data, releases, fetch, convert.
+"""The command `unimm`: app, demo, generate, understand, serve, train, plan, eval, stars, data, releases, fetch, convert.
 
 An error that the user can correct is one line on stderr, with exit code 2. Results go to stdout, all else to stderr.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from unimm.cli.app import app_command
 from unimm.cli.convert import convert_command
 from unimm.cli.data import data_app
 from unimm.cli.demo import demo_command
@@ -44,6 +45,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("app")(app_command)
 app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("understand")(understand_command)

@@ -74,6 +74,7 @@ class UnifiedModel(AdaptedModel):
     FILES: ClassVar[FamilyFiles] = FamilyFiles()
     supports_thinking: ClassVar[bool] = False  # whether `generate` and `understand` take `think`
     supports_steps: ClassVar[bool] = True  # whether `generate` takes `steps`
+    supports_editing: ClassVar[bool] = True  # whether releases were trained to edit the images given to `generate`
     # parts that `from_pretrained` takes from elsewhere; such a family is a ComponentModel
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     # layouts that `save_pretrained` can write; the model's own is its `checkpoint_layout`

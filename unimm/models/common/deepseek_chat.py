@@ -6,6 +6,8 @@ docs/originals/janus.md, "Tokenizer" and "Image processor".
 Axes: N packed rows, n image tokens, D model, F features of the vision encoder, h w grid, p patch, C channels.
 """
 
+from typing import ClassVar
+
 from einops import rearrange
 from torch import Tensor
 
@@ -48,6 +50,7 @@ class DeepseekNetwork(CausalLM):
 class DeepseekChatModel(MLLMChat, DeepseekNetwork, UnifiedModel):
     """The half of a model that Janus and JanusFlow share: the processor, and the answers' end."""
 
+    supports_editing: ClassVar[bool] = False
     image_processor: DeepseekVLImageProcessor  # of the images that it understands
     chat_config: DeepseekChatConfig
     fallback_special_tokens: JanusSpecialTokens | None = None  # for a checkpoint without tokenizer

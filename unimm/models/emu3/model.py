@@ -78,6 +78,7 @@ class Emu3(MLLMChat, Emu3Network, UnifiedModel, ComponentModel):
     KEEP_FLOAT32 = ("vq.",)
     UNPACKED = ("vq",)
     supports_steps = False
+    supports_editing = False
 
     tokenizer: JsonTokenizer | None
 

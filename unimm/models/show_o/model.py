@@ -69,6 +69,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
     LORA_TARGETS = LORA_TARGETS
     PARALLEL_PLAN = PARALLEL_PLAN
     TENSOR_PARALLEL_PLAN = TENSOR_PARALLEL_PLAN
+    supports_editing = False
     COMPILED = ("vq.decoder",)
     DECODES_IMAGES = "decode_image_tokens"
     FILES = FILES

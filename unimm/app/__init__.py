@@ -1,0 +1,1 @@
+"""The page: drawing, editing, asking, thinking and chatting in a browser, as a client of the serving engine."""
