@@ -326,9 +326,9 @@ def test_weights_that_stay_have_the_dtype_of_the_file(path, monkeypatch):
             loaded(path, torch.float32)
 
 
-@pytest.mark.parametrize("offload", ["cpu", "", True, 3])
+@pytest.mark.parametrize("offload", ["gpu", "", True, 3])
 def test_other_places_are_refused(offload):
-    with pytest.raises(ValueError, match="expected 'disk', or None"):
+    with pytest.raises(ValueError, match="expected 'cpu', 'disk', or None"):
         unimm.load("janus-nano", offload=offload)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,8 +26,7 @@ from unimm.checkpoint.keymap import Concat, KeyMap
 from unimm.checkpoint.save import released_state_dict, save_safetensors
 from unimm.models.registry import FAMILIES
 
-NANOS = {family.lower(): f"{family.lower()}-nano" for family in FAMILIES}
-each_nano = pytest.mark.parametrize("name", NANOS.values())
+each_family = pytest.mark.parametrize("name", [small_model(family) for family in FAMILIES], ids=list(FAMILIES))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -45,7 +45,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 # ---- parts that were changed
 
 
-@each_nano
+@each_family
 def test_compiled_parts_are_saved_under_their_own_names(name, tmp_path):
     """Every part of a model, and one within a part that is compiled itself."""
     model, plain = unimm.load(name), unimm.load(name)
@@ -99,7 +99,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@each_nano
+@each_family
 def test_changed_parts_are_refused_by_name_before_anything_is_replaced(name, change, tmp_path):
     model = unimm.load(name)
     linears = [path for path, part in model.named_modules() if type(part) is nn.Linear]

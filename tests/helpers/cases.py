@@ -12,6 +12,7 @@ import pytest
 
 from helpers.paths import GOLDEN
 from unimm.checkpoint.hub import bundled_names
+from unimm.models.registry import FAMILIES
 
 LARGER = ("blocks/dcae/dev", "blocks/fluxvae/dev", "blocks/qwen2p5vl/dev", "blocks/siglip2/dev")
 
@@ -47,4 +48,4 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 def small_model(family: str) -> str | Path:
     """What a small model of a family is loaded by: its nano, or the stored case of a family that has none."""
     name = f"{family.lower()}-nano"
-    return name if name in bundled_names() else GOLDEN / family.lower() / "dev"
+    return name if name in bundled_names() else GOLDEN / FAMILIES[family].package / "dev"

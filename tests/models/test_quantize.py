@@ -34,12 +34,13 @@ def stored(part: QuantizedLinear) -> dict[str, torch.Tensor]:
     return {suffix: part.stored_part(suffix) for suffix in part.stored_layout()}
 
 
-# what is the same in every family is tested in all formats with two of them, one of which splits and joins rows
+# what is the same in every family is tested in all formats with two of them, one of which splits and joins rows; the
+# stored cases of Emu3 and Show-o are too narrow for a group of int4
 @pytest.mark.parametrize(
     ("family", "quantize"),
     [
         *(pytest.param(family, "int8", marks=packs) for family in FAMILIES),
-        *((family, "int4") for family in FAMILIES if family not in ("JanusFlow", "Emu3")),
+        *((family, "int4") for family in FAMILIES if family not in ("JanusFlow", "Emu3", "ShowO")),
         *((family, quantize) for family in ("JanusFlow", "UniWorld") for quantize in ("fp8", "nf4")),
     ],
 )
