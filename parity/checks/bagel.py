@@ -24,6 +24,7 @@ from parity.checks.bagel_plans import check_plan
 from unimm.generation.flow import flow_timesteps
 from unimm.generation.guidance import Guidance
 from unimm.generation.kv_cache import KVCache
+from unimm.generation.step_cache import parse_step_cache
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.bagel.cfg_contexts import CFGContexts
 from unimm.models.bagel.latent_denoiser import LatentDenoiser
@@ -150,7 +151,8 @@ def denoise(
 ) -> list[Tensor]:
     """One run for all contexts together. The original's defaults: 50 timesteps, which are 49 steps, and shift 3."""
     steps, shift = int(args.get("timesteps", 50)) - 1, args.get("shift", 3.0)
-    more = {"steps": steps, "timestep_shift": shift, "step_cache": bool(args.get("taylor", False))}
+    step_cache = parse_step_cache(bool(args.get("taylor", False)))
+    more = {"steps": steps, "timestep_shift": shift, "step_cache": step_cache}
     return model.denoise(contexts, noises, sizes, guidance=[guidance(args)] * len(contexts), **more)
 
 

@@ -175,6 +175,7 @@ def test_recorded_steps_of_decoding_are_plain_ones(recording):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NANOS)
 def test_graphs_on_a_gpu(name):
     """The real recording: images and texts of compiled and recorded models are plain ones' but for rounding."""

@@ -64,6 +64,8 @@ def test_targets_are_resized_to_the_nearest_ratio(builder):
 
 
 def test_an_edit_of_another_size_trains(world, builder):
+    with torch.no_grad():
+        stirred(world.model)
     many = dataclasses.replace(builder, n_ratios=5, image_pixels=96 * 96)
     samples = [
         many.prepare(record(image(seed=i), text("b"), image(loss=True, size=(400, 310), seed=i + 2)), dice(i))

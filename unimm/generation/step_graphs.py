@@ -70,7 +70,7 @@ class StepGraphs:
         return self._steps[key](*inputs)
 
 
-def use_step_graphs(model: nn.Module) -> None:
-    """Let runs of a model, on a GPU, record their steps."""
-    for module in model.modules():
+def use_step_graphs(network: nn.Module) -> None:
+    """Let runs of a network, on a GPU, record their steps."""
+    for module in network.modules():
         module.uses_step_graphs = True  # type: ignore[assignment]
