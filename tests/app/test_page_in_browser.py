@@ -32,6 +32,8 @@ def image_of(code, folder, monkeypatch):
         return opened.convert("RGB")
 
 
+# a minute of a busy machine; the tabs' own functions are tested without a browser
+@pytest.mark.nightly
 def test_every_tab_at_a_desk(address, nano, tmp_path, monkeypatch):
     with chromium(address, **DESKTOP) as tab:
         visitor = Visitor(tab, tmp_path)
