@@ -27,7 +27,8 @@ LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
 # the HTTP server
 SERVE = ["fastapi", "uvicorn>=0.54", "python-multipart", "prometheus-client"]
 
-# the page, a client of the server's engine
+# the page, a client of the server's engine. Not among the tests' packages: it allows Pillow before 13 alone, which resizes
+# otherwise than the originals' images were resized for the stored cases
 APP = ["gradio>=6", *SERVE]
 
 # Adam in 8 bits
@@ -53,9 +54,6 @@ TEST = [
     *TORCHAO,
     *SERVE,
     "httpx",
-    *APP,
-    # drives Debian's Chromium; its own browsers are not needed
-    "playwright",
 ]
 
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]

@@ -199,7 +199,7 @@ def test_a_number_is_the_texts_scale(bagel):
 def test_a_stop_string_is_one(janus):
     image = picture(64, 64)
     whole = janus.understand(image, "describe the picture")
-    stop = whole.split()[1]
+    stop = whole[len(whole) // 2 :]
     for given in (stop, (stop,), [stop]):
         # however many tokens the model's config allows: a sampling that names no number keeps to that
         assert (
