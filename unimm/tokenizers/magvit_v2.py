@@ -192,13 +192,13 @@ class LookupFreeQuantizer(nn.Module):
         ids = self.nearest_ids(z)
         codes = self.lookup(ids, (z.shape[2], z.shape[3]), z.dtype)
         # a softmax over -(z - 1)^2 and -(z + 1)^2, whose difference is 4 z
-        p = rearrange((4 * z.float()).sigmoid(), "B C h w -> (B h w) C")
+        logits = rearrange(4 * z.float(), "B C h w -> (B h w) C")
         return LFQOutput(
             codes=z + (codes - z).detach(),
             ids=ids,
             commitment=(codes - z).square().mean(),
-            entropy=_binary_entropy(p).mean(),
-            mean_entropy=_binary_entropy(p.mean(0)).mean(),
+            entropy=(F.softplus(logits) - logits * logits.sigmoid()).mean(),
+            mean_entropy=_mean_choice_entropy(logits).mean(),
         )
 
 
@@ -208,8 +208,14 @@ def code_bits(ids: Tensor, bits: int) -> Tensor:
     return (((ids[..., None] >> shifts) & 1) * 2 - 1).float()
 
 
-def _binary_entropy(p: Tensor) -> Tensor:
-    return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+def _mean_choice_entropy(logits: Tensor) -> Tensor:
+    """logits [N, C] -> entropy [C] of each bit's choice averaged over N, finite with its gradient for any logits.
+
+    The choices are averaged from their own logits: 1 - p would be 0 for a p that has rounded to 1, and log 0 has no
+    gradient.
+    """
+    choices = torch.stack((logits.sigmoid().mean(0), (-logits).sigmoid().mean(0)))
+    return torch.special.entr(choices.clamp(min=torch.finfo(choices.dtype).tiny)).sum(0)
 
 
 class MagvitV2(PretrainedComponent):
