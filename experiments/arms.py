@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from unimm.models.bagel.model import Bagel
 from unimm.training.config import TrainConfig
+from unimm.training.tasks.bagel import BagelDataset, BagelTrainingConfig
 from unimm.training.tasks.base import StepTask
 from unimm.training.trainer import Trainer
 
@@ -25,6 +27,36 @@ ARM = {
     "save_every": 10**6,
     "sample_every": 10**6,
 }
+
+Dataset = TypeVar("Dataset", bound=BagelDataset)
+
+
+def bagel_options(tasks: Mapping[str, float], **more: Any) -> BagelTrainingConfig:
+    """The options of a Bagel that is fine-tuned on tasks of the shapes world, with its parts as they are."""
+    options = {
+        "timesteps_per_image": 2,
+        "think_prob": 0.0,
+        "dropout": {"text": 0.1, "vae": 0.1, "vit": 0.1},
+        "novel_colours": 0.2,
+        "novel_shapes": 0.12,
+        **more,
+    }
+    return BagelTrainingConfig(tasks=tasks, **options, vocab_size=1, vae="", vit="", frozen=(), compile=False)
+
+
+def bagel_dataset(
+    dataset: type[Dataset], model: Bagel, options: BagelTrainingConfig, recipe: TrainConfig, **more: Any
+) -> Dataset:
+    """Batches of a recipe for a Bagel, by number."""
+    return dataset(
+        options=options,
+        config=model.config,
+        processor=model.processor,
+        tokenizer=model.text_tokenizer,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        **more,
+    )
 
 
 def arm_recipe(task: str, *, seed: int, steps: int, batch_size: int, lr: float, **more: Any) -> TrainConfig:

@@ -84,6 +84,14 @@ def right_by_task(
     return found
 
 
+def with_all(right: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The items of each task, and those of all as "all"."""
+    return {
+        **{task: list(some) for task, some in right.items()},
+        "all": [one for some in right.values() for one in some],
+    }
+
+
 def pooled_score(right: Sequence[int]) -> dict[str, float]:
     """The share of right items of all seeds, with Wilson's interval."""
     low, high = wilson_interval(fmean(right), len(right))

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from experiments.arms import arm_recipe, train_arms
+from experiments.arms import arm_recipe, bagel_dataset, bagel_options, train_arms
 from experiments.common import (
     SEEDS,
     Bar,
@@ -35,13 +35,14 @@ from experiments.common import (
     right_by_task,
     score_text,
     seeds_text,
+    with_all,
     write_results,
 )
 from unimm.models.bagel.cfg_contexts import ImageParts
 from unimm.models.bagel.model import Bagel
 from unimm.sequence.parts import position_gap
 from unimm.training.freezing import freeze
-from unimm.training.tasks.bagel import BagelDataset, BagelTask, BagelTrainingConfig
+from unimm.training.tasks.bagel import BagelDataset, BagelTask
 
 TASKS = ("edit.recolour", "edit.remove", "edit.add", "edit.swap", "edit.resize")
 # the forms in which an image to edit is a condition
@@ -88,29 +89,10 @@ def fine_tune(model: Bagel, seen: str, *, seed: int, steps: int) -> dict[str, fl
         kind: rate if form in FORMS[seen] else 1.0
         for (kind, rate), form in zip(DROPOUT.items(), ("gen_image", "gen_image", "und_image"), strict=True)
     }
-    options = BagelTrainingConfig(
-        tasks=dict.fromkeys(TASKS, 1),
-        timesteps_per_image=2,
-        think_prob=0.0,
-        dropout=dropout,
-        novel_colours=0.2,
-        novel_shapes=0.12,
-        vocab_size=1,
-        vae="",
-        vit="",
-        frozen=(),
-        compile=False,
-    )
+    options = bagel_options(dict.fromkeys(TASKS, 1), dropout=dropout)
     weights = {name: float(name == "edit") for name in BagelTask.loss_names}
     recipe = arm_recipe("bagel", seed=seed, steps=steps, batch_size=8, lr=1e-4, loss_weights=weights)
-    dataset = BagelDataset(
-        options=options,
-        config=model.config,
-        processor=model.processor,
-        tokenizer=model.text_tokenizer,
-        batch_size=recipe.batch_size,
-        seed=seed,
-    )
+    dataset = bagel_dataset(BagelDataset, model, options, recipe)
     (trainer,) = train_arms([BagelTask(model, dataset, Path())], recipe)
     return trainer.report()["losses"]
 
@@ -150,7 +132,7 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     """Scores of each arm by task, over items and over seeds; and what leaving the ViT's tokens out changes, paired."""
     arms = {}
     for name, results in found.items():
-        by_seed = [scores_of(one["right"]) for one in results]
+        by_seed = [with_all(one["right"]) for one in results]
         items = {task: [right for one in results for right in one["right"][task]] for task in TASKS}
         items["all"] = [right for some in items.values() for right in some]
         arms[name] = {
@@ -163,22 +145,14 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     changes = {
         f"{b} - {a}": {
             task: paired(
-                [right for one in found[a] for right in scores_of(one["right"])[task]],
-                [right for one in found[b] for right in scores_of(one["right"])[task]],
+                [right for one in found[a] for right in with_all(one["right"])[task]],
+                [right for one in found[b] for right in with_all(one["right"])[task]],
             )
             for task in (*TASKS, "all")
         }
         for a, b in PAIRS
     }
     return {"arms": arms, "changes": changes}
-
-
-def scores_of(right: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """The items of each task, and of all."""
-    return {
-        **{task: list(some) for task, some in right.items()},
-        "all": [one for some in right.values() for one in some],
-    }
 
 
 def results_table(result: Mapping[str, Any]) -> str:

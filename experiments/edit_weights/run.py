@@ -38,6 +38,7 @@ from experiments.common import (
     right_by_task,
     score_text,
     seeds_text,
+    with_all,
     write_results,
 )
 from unimm.models.uniworld.model import UniWorld
@@ -171,7 +172,7 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     """Scores and losses of each arm, and its difference to training without weights, item by item."""
     arms = {}
     for name, results in found.items():
-        right = [scores_of(one["right"]) for one in results]
+        right = [with_all(one["right"]) for one in results]
         arms[name] = {
             "scores": {
                 task: {
@@ -185,18 +186,10 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
             },
         }
     every = {
-        name: [value for one in results for value in scores_of(one["right"])["all"]] for name, results in found.items()
+        name: [value for one in results for value in with_all(one["right"])["all"]] for name, results in found.items()
     }
     changes = {name: paired(every["even"], every[name]) for name in ARMS if name != "even"}
     return {"arms": arms, "changes": changes}
-
-
-def scores_of(right: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """The items of each task, and of all."""
-    return {
-        **{task: list(some) for task, some in right.items()},
-        "all": [one for some in right.values() for one in some],
-    }
 
 
 def results_table(result: Mapping[str, Any]) -> str:

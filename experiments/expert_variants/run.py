@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from experiments.arms import arm_recipe, train_arms
+from experiments.arms import arm_recipe, bagel_dataset, bagel_options, train_arms
 from experiments.common import (
     describe_run,
     experiment_parser,
@@ -44,7 +44,6 @@ from unimm.training.tasks.bagel import (
     BagelBatch,
     BagelDataset,
     BagelTask,
-    BagelTrainingConfig,
     init_bagel,
 )
 from unimm.training.trainer import Trainer
@@ -66,19 +65,7 @@ TASKS = {
 }
 # of the recipe of bagel-nano; what is not learned here has none
 LOSS_WEIGHTS = {"draw": 1.0, "edit": 1.0, "caption": 0.05, "answer": 0.3, "reason": 0.0, "think": 0.0, "fact": 0.0}
-OPTIONS = BagelTrainingConfig(
-    tasks=TASKS,
-    timesteps_per_image=2,
-    think_prob=0.0,
-    dropout={"text": 0.1, "vae": 0.1, "vit": 0.1},
-    novel_colours=0.2,
-    novel_shapes=0.12,
-    vocab_size=1,
-    vae="",
-    vit="",
-    frozen=(),
-    compile=False,
-)
+OPTIONS = bagel_options(TASKS)
 HELD_OUT_BATCHES = 4
 
 
@@ -143,14 +130,7 @@ def run_seed(model_name: str, *, seed: int, steps: int, every: int) -> dict[str,
     tasks = []
     for variant in VARIANTS:
         model = build_variant(variant, released, seed=seed)
-        dataset = BagelDataset(
-            options=OPTIONS,
-            config=model.config,
-            processor=model.processor,
-            tokenizer=model.text_tokenizer,
-            batch_size=recipe.batch_size,
-            seed=seed,
-        )
+        dataset = bagel_dataset(BagelDataset, model, OPTIONS, recipe)
         tasks.append(VariantTask(model, dataset, encoded))
     held_out = replace(tasks[0].batch, seed=held_out_seed(0))
     batches = [held_out(i) for i in range(HELD_OUT_BATCHES)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.arms import arm_recipe, train_arms
+from experiments.arms import arm_recipe, bagel_dataset, bagel_options, train_arms
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.hub import resolve
 from unimm.data.batching import sample_tasks
@@ -15,23 +15,15 @@ from unimm.data.shapes import Example, example
 from unimm.data.shapes.mapping_pairs import mapping_pair
 from unimm.models.bagel.model import Bagel
 from unimm.training.freezing import freeze
-from unimm.training.tasks.bagel import BagelBatch, BagelBatchImages, BagelDataset, BagelTask, BagelTrainingConfig
+from unimm.training.tasks.bagel import BagelBatch, BagelBatchImages, BagelDataset, BagelTask
 from unimm.training.tasks.bagel_plans import PlannedPart
 
 LEVELS = (1, 2, 3)
 # beside the texts, so that drawing is not spoilt by them; reasoning about sums, with its image, as in the base
-OPTIONS = BagelTrainingConfig(
-    tasks={"draw.one": 2, "draw.count": 2, "reason.math1": 1, "reason.math2": 1, "reason.math3": 1},
+OPTIONS = bagel_options(
+    {"draw.one": 2, "draw.count": 2, "reason.math1": 1, "reason.math2": 1, "reason.math3": 1},
     timesteps_per_image=1,
     think_prob=0.7,
-    dropout={"text": 0.1, "vae": 0.1, "vit": 0.1},
-    novel_colours=0.2,
-    novel_shapes=0.12,
-    vocab_size=1,
-    vae="",
-    vit="",
-    frozen=(),
-    compile=False,
 )
 WEIGHTS = {"draw": 1.0, "reason": 1.0, "think": 1.0, "edit": 0.0, "caption": 0.0, "answer": 0.0, "fact": 0.0}
 
@@ -73,15 +65,7 @@ def teach_words(model_name: str, out: Path, *, seed: int, steps: int) -> dict[st
     model = Bagel.from_pretrained(model_name)
     freeze(model, ("vae.", "vision."))
     recipe = arm_recipe("bagel", seed=seed, steps=steps, batch_size=14, lr=3e-4, loss_weights=WEIGHTS)
-    dataset = WordsDataset(
-        options=OPTIONS,
-        config=model.config,
-        processor=model.processor,
-        tokenizer=model.text_tokenizer,
-        batch_size=recipe.batch_size,
-        seed=seed,
-        n_words=8,
-    )
+    dataset = bagel_dataset(WordsDataset, model, OPTIONS, recipe, n_words=8)
     (trainer,) = train_arms([BagelTask(model, dataset, Path())], recipe)
     model.save_pretrained(out, dtype="float32")
     copy_file(resolve(model_name) / "ae.safetensors", out / "ae.safetensors")
