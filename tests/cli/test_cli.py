@@ -31,8 +31,8 @@ OPTIONS = {
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
     "judge_workers images steps guidance size batch compare device dtype",
     "app": "model host port no_auth device dtype",
-    "serve": "model host port device dtype quantize threads api_key_file no_auth allow_remote_images max_running "
-    "max_waiting memory_mb timeout drain",
+    "serve": "model host port device dtype quantize threads api_key_file api_keys no_auth allow_remote_images "
+    "max_running max_waiting memory_mb timeout drain",
     "stars": "recipe out device workers set_ as_json",
     "data": "",
     "releases": "as_json",

@@ -127,14 +127,17 @@ def test_a_client_that_goes_is_noticed_without_streaming(guarded):
 
 def test_a_network_is_not_served_without_keys(tmp_path):
     with pytest.raises(ValueError, match="--api-key-file"):
-        parse_access("0.0.0.0", key_file=None, no_auth=False)
+        parse_access("0.0.0.0")
     (tmp_path / "keys").write_text("short\n")
     with pytest.raises(ValueError, match="at least 16"):
-        parse_access("127.0.0.1", key_file=tmp_path / "keys", no_auth=False)
+        parse_access("127.0.0.1", key_file=tmp_path / "keys")
+    with pytest.raises(ValueError, match="got 2 keys in --api-keys: expected some, each of at least 16"):
+        parse_access("127.0.0.1", api_keys=f"{KEY},short")
     (tmp_path / "keys").write_text(f"{KEY}\n\nanother-key-of-letters\n")
-    rules = parse_access("0.0.0.0", key_file=tmp_path / "keys", no_auth=False)
+    rules = parse_access("0.0.0.0", api_keys="a-key-of-the-environment, ", key_file=tmp_path / "keys")
+    assert rules.api_keys == ("a-key-of-the-environment", KEY, "another-key-of-letters")
     assert rules.is_key("another-key-of-letters") and not rules.is_key("") and rules.hosts == ()
-    assert parse_access("localhost", key_file=None, no_auth=False).hosts
+    assert parse_access("localhost").hosts
 
 
 # ---- remote images

@@ -20,6 +20,10 @@ def serve_command(
     quantize: Annotated[str | None, typer.Option(help="int8, int4, fp8 or nf4.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU's operations; torch's own number unless given.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
+    api_keys: Annotated[
+        str | None,
+        typer.Option(envvar="UNIMM_API_KEYS", help="API keys, by commas; other users of a machine see its commands."),
+    ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve a network without keys.")] = False,
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from public https addresses.")
@@ -62,7 +66,7 @@ def serve_command(
         threads=threads,
         allow_remote_images=allow_remote_images,
         limits=limits,
-        rules=parse_access(host, key_file=api_key_file, no_auth=no_auth),
+        rules=parse_access(host, api_keys=api_keys, key_file=api_key_file, no_auth=no_auth),
     )
     sock = listen(host, port)
     shown = f"[{host}]" if ":" in host else host

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,21 +108,30 @@ def run_server(plan: ServerPlan, sock: socket.socket) -> None:
     Multiprocess(config, sockets=[sock]).run()
 
 
-def parse_access(host: str, *, key_file: Path | None, no_auth: bool) -> AccessRules:
-    """Who may ask a server on this host. Raises ValueError for one that everybody on the network could use unasked."""
-    keys = read_keys(key_file) if key_file else ()
+def parse_access(
+    host: str, *, api_keys: str | None = None, key_file: Path | None = None, no_auth: bool = False
+) -> AccessRules:
+    """Who may ask a server on this host. Raises ValueError for one that everybody on the network could use unasked.
+
+    api_keys: separated by commas. key_file: one a line. Those of both are known.
+    """
+    keys: tuple[str, ...] = ()
+    if api_keys:
+        keys += parse_keys(api_keys.split(","), place="--api-keys")
+    if key_file:
+        keys += parse_keys(key_file.read_text().splitlines(), place=str(key_file))
     is_loopback = host in {"localhost", "::1"} or host.startswith("127.")
     if not (is_loopback or keys or no_auth):
         raise ValueError(
-            f"got --host {host} without keys: anybody who reaches it could use it; give --api-key-file, or --no-auth "
-            "where that is meant"
+            f"got --host {host} without keys: anybody who reaches it could use it; give --api-key-file or "
+            "--api-keys, or --no-auth where that is meant"
         )
     return AccessRules(api_keys=keys, hosts=LOOPBACK_NAMES if is_loopback and not keys else ())
 
 
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys of a file, one a line. Raises ValueError for none, and for one that could be guessed."""
-    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+def parse_keys(texts: Sequence[str], *, place: str) -> tuple[str, ...]:
+    """API keys without the space around them. Raises ValueError for none, and for one that could be guessed."""
+    keys = tuple(text.strip() for text in texts if text.strip())
     if not keys or min(map(len, keys)) < LEAST_KEY_CHARS:
-        raise ValueError(f"got {len(keys)} keys in {path}: expected one a line, of at least {LEAST_KEY_CHARS} letters")
+        raise ValueError(f"got {len(keys)} keys in {place}: expected some, each of at least {LEAST_KEY_CHARS} letters")
     return keys
