@@ -72,6 +72,16 @@ def test_the_class_for_vlmevalkit(asked):
     assert model.generate(message) == asked[0]["answer"]
 
 
+def test_likelihoods_of_choices(harness, asked):
+    colours = sorted({row["answer"] for row in asked} | {"red", "green", "blue"})
+    for row in asked:
+        found = harness.likelihoods(
+            read_visuals([row["path"]]), "<image>" + row["question"], [" " + c for c in colours]
+        )
+        assert colours[min(range(len(colours)), key=lambda i: found[i].loss)] == row["answer"]
+        assert [one.is_greedy for one in found] == [colour == row["answer"] for colour in colours]
+
+
 def test_options_of_a_task(harness):
     plain = {"until": ["\n\n", ""], "max_new_tokens": 1024, "temperature": 0, "top_p": 0, "num_beams": 1}
     assert harness.sampling(plain) == TextSampling(max_tokens=12, stop=("\n\n",))
@@ -162,8 +172,12 @@ def test_rounds_and_options_of_lmms_eval(asked, monkeypatch):
         for i, (row, options) in enumerate(zip(asked, ({}, {"max_new_tokens": 6}, {}, {"until": ["zz"]}), strict=True))
     ]
     assert model.generate_until(requests) == [row["answer"] for row in asked]
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood(requests)
+    # choices of one question, as a text or as what finds it in the document, with the harness's space ahead; the answer
+    # of the least loss is the model's, and it alone is the greedy one
+    choices = ["no colour", "blue thing", " " + asked[2]["answer"], lambda row: row["answer"]]
+    given = [(asked[2]["question"], choice, images, 2, "toy", "test") for choice in choices]
+    *wrong, right, same = model.loglikelihood([Instance("loglikelihood", one, 0, metadata) for one in given])
+    assert right == same and right[1] and all(loss > right[0] and not is_greedy for loss, is_greedy in wrong)
     with pytest.raises(ValueError, match="got batch_size 'auto'"):
         LMMsEvalModel(pretrained="bagel-nano", batch_size="auto")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -22,6 +22,7 @@ from unimm.generation.noise import seeded_generators
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.nn.decoder import CausalDecoder
 from unimm.sequence.parts import Part
+from unimm.tokenizers.text import TextTokenizer
 
 Output = Literal["text", "image"]
 
@@ -97,7 +98,7 @@ class DecodeText:
     end_ids: tuple[int, ...]
     sampling: TextSampling
     seed: int
-    decode: Callable[[list[int]], str]
+    tokenizer: TextTokenizer
     channel: Literal["text", "reasoning"] = "text"
 
 
@@ -196,7 +197,7 @@ class TextInProgress:
         self.row = batch.join(work.cache, work.sampling.token_limit)
         self.next_id = work.first_id
         (self.generator,) = seeded_generators([work.seed])
-        self.assembler = TextAssembler(work.decode, work.sampling.stop)
+        self.assembler = TextAssembler(work.tokenizer.decode, work.sampling.stop)
         self.result: DecodedText | None = None
 
     def push(self, token: int) -> str:

@@ -6,7 +6,9 @@ from typing import Any
 
 from PIL import Image
 
+from unimm.evaluation.likelihood import AnswerLikelihood, answer_likelihoods
 from unimm.evaluation.setup import load_understanding_model
+from unimm.generation.stepwise import RequestMessage
 from unimm.generation.text_sampling import TextSampling
 from unimm.processing.images.io import load_image
 
@@ -35,6 +37,12 @@ class HarnessModel:
         """
         texts = [prompt.replace(IMAGE_MARKER, "").strip() for prompt in prompts]
         return list(self.model.understand([list(some) for some in images], texts, text_sampling=sampling))
+
+    def likelihoods(self, images: Sequence[Image.Image], prompt: str, answers: Sequence[str]) -> list[AnswerLikelihood]:
+        """How likely each of some answers to a prompt about images is. Harnesses put a space ahead of an answer, which a
+        conversation has none of."""
+        message = RequestMessage(role="user", content=(*images, prompt.replace(IMAGE_MARKER, "").strip()))
+        return answer_likelihoods(self.model, message, [answer.strip() for answer in answers])
 
     def sampling(self, options: Mapping[str, Any]) -> TextSampling:
         """The options of a task, in the names of transformers' `generate`, as text sampling: greedy unless they sample.

@@ -2,7 +2,8 @@
 
     python -m lmms_eval --model unimm --model_args pretrained=bagel-7b --tasks mmbench_en_dev
 
-Tasks that let a model write (`generate_until`, in several rounds too) run; those that compare likelihoods do not.
+Tasks that let a model write (`generate_until`, in several rounds too) run, and those that let it choose among answers
+(`loglikelihood`, `multiple_choice`).
 """
 
 import os
@@ -91,11 +92,26 @@ class LMMsEvalModel(lmms):
             images = read_visuals(visuals)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Is not there: raises NotImplementedError."""
-        raise NotImplementedError(
-            f"got {len(requests)} requests for likelihoods: expected tasks of the type generate_until, which all families "
-            "answer"
-        )
+        """The loss of each request's answer, and whether it is the greedy one; arguments are (text, the answer or what
+        finds it in a document, images of a document, its id, task, split).
+
+        lmms-eval takes the answer of the least mean cross-entropy, though the method's name says log-likelihood.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            text, _, to_visual, doc_id, task, split = request.args
+            groups.setdefault((text, to_visual, doc_id, task, split), []).append(i)
+        found: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), desc="unimm", disable=self.rank != 0) as bar:
+            for (text, *document), group in groups.items():
+                answers = [self._answer(*requests[i].args) for i in group]
+                for i, one in zip(group, self.harness.likelihoods(self._images(*document), text, answers), strict=True):
+                    found[i] = (one.loss, one.is_greedy)
+                bar.update(len(group))
+        return [found[i] for i in range(len(requests))]
+
+    def _answer(self, _: str, answer: Any, to_visual: Any, doc_id: int, task: str, split: str) -> str:
+        return answer if isinstance(answer, str) else str(answer(self.task_dict[task][split][doc_id]))
 
     def _images(self, to_visual: Any, doc_id: int, task: str, split: str) -> list[Any]:
         return read_visuals(to_visual(self.task_dict[task][split][doc_id]))

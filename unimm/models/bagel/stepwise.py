@@ -196,7 +196,7 @@ class BagelRequest:
             (special.eos,),
             self.sampling,
             seed,
-            self.model.text_tokenizer.decode,
+            self.model.text_tokenizer,
             channel,
         )
 

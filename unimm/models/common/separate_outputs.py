@@ -47,8 +47,8 @@ class TextAnswer:
         """The prefill and the text."""
         (before,), (last_id,) = split_last_ids([self.prompt])
         (cache,) = yield Prefill(self.lm, [EMPTY_CACHE], [before])
-        decode = self.lm.processor.text_tokenizer.decode
-        yield DecodeText(self.lm, cache, last_id, tuple(self.lm.eos_ids), self.sampling, seed, decode)
+        tokenizer = self.lm.processor.text_tokenizer
+        yield DecodeText(self.lm, cache, last_id, tuple(self.lm.eos_ids), self.sampling, seed, tokenizer)
 
 
 class ImageAnswer(ABC):
