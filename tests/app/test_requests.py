@@ -11,7 +11,7 @@ from unimm.app.capabilities import TEXT_ANSWER, can_be_served, chat_answers, mod
 from unimm.app.progress import error_html, follow
 from unimm.app.requests import (
     ImageSettings,
-    Turn,
+    PageMessage,
     conversation_request,
     parse_decimal,
     parse_whole,
@@ -54,9 +54,13 @@ def test_a_tabs_request(album):
 
 def test_a_chats_request(album):
     entry = album.add(RED, recipe(), "red")
-    turns = [Turn("user", ("draw",)), Turn("assistant", ("so", entry.path)), Turn("user", ("and now?",))]
+    messages = [
+        PageMessage("user", ("draw",)),
+        PageMessage("assistant", ("so", entry.path)),
+        PageMessage("user", ("and now?",)),
+    ]
     outputs = ("image", "text", "image")
-    asked = conversation_request("nano", turns, outputs, SETTINGS, album=album, limits=ServingLimits())
+    asked = conversation_request("nano", messages, outputs, SETTINGS, album=album, limits=ServingLimits())
     assert [message.role for message in asked.request.messages] == ["user", "assistant", "user"]
     assert asked.request.messages[1].images[0].tobytes() == RED.tobytes()
     assert [one.outputs for one in asked.recipes] == [("image",), outputs]

@@ -13,7 +13,7 @@ from unimm.app.capabilities import CHAT_OUTPUTS, TEXT_ANSWER, chat_answers, mode
 from unimm.app.fields import ImageFields, Values, model_field
 from unimm.app.gallery import GalleryPanel
 from unimm.app.progress import SHOWN_ERRORS, Progress, error_html, follow, status_html
-from unimm.app.requests import PageRequest, Turn, conversation_request
+from unimm.app.requests import PageMessage, PageRequest, conversation_request
 from unimm.serving.engine import Engine
 
 EMPTY_MESSAGE: dict[str, Any] = {"text": "", "files": []}
@@ -26,7 +26,7 @@ class ChatTab:
         self.engine = engine
         names = models_for(engine.models, "chat")
         answers = chat_answers(engine.models[names[0]]) if names else [TEXT_ANSWER]
-        self.turns = gr.State([])
+        self.messages = gr.State([])
         self.model = model_field(names)
         self.chatbot = gr.Chatbot(
             label="Chat", height=460, allow_tags=False, feedback_options=None, buttons=["copy"], elem_id="chat"
@@ -52,38 +52,38 @@ class ChatTab:
 
         async def run(values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
             found: Album = values[album]
-            turns: list[Turn] = values[self.turns]
-            message = values[self.box]
-            asked_turns = [*turns, user_turn(message)]
-            before = gradio_messages(asked_turns)
+            messages: list[PageMessage] = values[self.messages]
+            typed = values[self.box]
+            asked_messages = [*messages, typed_message(typed)]
+            before = gradio_messages(asked_messages)
             yield {self.chatbot: before, self.box: EMPTY_MESSAGE, self.status: status_html("waiting")}
             files = ImageFiles(self.chatbot.GRADIO_CACHE)
             try:
-                asked = await asyncio.to_thread(self._request, values, asked_turns, found)
+                asked = await asyncio.to_thread(self._request, values, asked_messages, found)
                 progress = Progress()
                 async for progress in follow(self.engine, asked, client=request.session_hash or ""):
                     now = [*before, *partial_answer(progress, files)]
                     yield {self.chatbot: now, self.status: status_html(progress.status)}
             except SHOWN_ERRORS as error:
-                yield {self.chatbot: gradio_messages(turns), self.box: message, self.status: error_html(error)}
+                yield {self.chatbot: gradio_messages(messages), self.box: typed, self.status: error_html(error)}
                 return
             answer, updates = keep_answer(asked, progress, found, panel)
-            asked_turns.append(answer)
-            yield {self.turns: asked_turns, self.chatbot: gradio_messages(asked_turns), **updates}
+            asked_messages.append(answer)
+            yield {self.messages: asked_messages, self.chatbot: gradio_messages(asked_messages), **updates}
 
         private: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
         running = self.box.submit(
             run,
-            inputs={album, self.turns, self.model, self.box, self.answer_kind, *self.fields.inputs},
-            outputs={self.turns, self.chatbot, self.box, self.status} | panel.outputs,
+            inputs={album, self.messages, self.model, self.box, self.answer_kind, *self.fields.inputs},
+            outputs={self.messages, self.chatbot, self.box, self.status} | panel.outputs,
             concurrency_limit=None,
             api_visibility="private",
             show_progress="hidden",
         )
         self.stop_button.click(None, cancels=[running])
         self.stop_button.click(
-            lambda turns: (gradio_messages(turns), status_html("stopped")),
-            inputs=self.turns,
+            lambda messages: (gradio_messages(messages), status_html("stopped")),
+            inputs=self.messages,
             outputs=[self.chatbot, self.status],
             **private,
         )
@@ -91,15 +91,15 @@ class ChatTab:
         gr.on(
             [self.clear_button.click, self.chatbot.clear],
             lambda: ([], [], status_html("ready")),
-            outputs=[self.turns, self.chatbot, self.status],
+            outputs=[self.messages, self.chatbot, self.status],
             **private,
         )
         self.model.change(self._show_answers, inputs=self.model, outputs=self.answer_kind, **private)
 
-    def _request(self, values: Values, turns: Sequence[Turn], album: Album) -> PageRequest:
+    def _request(self, values: Values, messages: Sequence[PageMessage], album: Album) -> PageRequest:
         return conversation_request(
             values[self.model],
-            turns,
+            messages,
             CHAT_OUTPUTS[values[self.answer_kind]],
             self.fields.read(values),
             album=album,
@@ -135,15 +135,15 @@ def partial_answer(progress: Progress, files: ImageFiles) -> list[dict[str, Any]
     ]
 
 
-def user_turn(message: dict[str, Any]) -> Turn:
+def typed_message(typed: dict[str, Any]) -> PageMessage:
     """What was typed and attached, as a message: the images, then the text."""
-    text = message["text"].strip()
-    return Turn("user", (*map(Path, message["files"]), *([text] if text else [])))
+    text = typed["text"].strip()
+    return PageMessage("user", (*map(Path, typed["files"]), *([text] if text else [])))
 
 
 def keep_answer(
     asked: PageRequest, progress: Progress, album: Album, panel: GalleryPanel
-) -> tuple[Turn, dict[Any, Any]]:
+) -> tuple[PageMessage, dict[Any, Any]]:
     """A finished answer as a message, its images in the album, and how the gallery shows that."""
     recipes = iter(asked.recipes)
     updates: dict[Any, Any] = {}
@@ -157,12 +157,12 @@ def keep_answer(
         entry = album.add(output, recipe, f"chat, message {len(asked.request.messages)} - {asked.model}, seed {seed}")
         updates = panel.updates(album, entry)
         pieces.append(entry.path)
-    return Turn("assistant", tuple(pieces)), updates
+    return PageMessage("assistant", tuple(pieces)), updates
 
 
-def gradio_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def gradio_messages(messages: Sequence[PageMessage]) -> list[dict[str, Any]]:
     """Messages as Gradio's chat takes them, a text or an image each."""
-    return [gradio_message(turn.role, piece) for turn in turns for piece in turn.pieces]
+    return [gradio_message(message.role, piece) for message in messages for piece in message.pieces]
 
 
 def gradio_message(role: str, piece: str | Path) -> dict[str, Any]:

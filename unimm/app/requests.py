@@ -51,7 +51,7 @@ class PageRequest:
 
 
 @dataclass(frozen=True)
-class Turn:
+class PageMessage:
     """A message of the chat: its role, and its texts and the paths of its images, in order."""
 
     role: str
@@ -130,7 +130,7 @@ def tab_request(
 
 def conversation_request(
     model: str | None,
-    turns: Sequence[Turn],
+    messages: Sequence[PageMessage],
     outputs: tuple[Output, ...],
     settings: ImageSettings,
     *,
@@ -140,11 +140,11 @@ def conversation_request(
     """The request for the next message of a chat. Raises ValueError for a missing model, and images that cannot be read."""
     if model is None:
         raise ValueError("got no model: choose one")
-    messages: list[RequestMessage] = []
+    asked: list[RequestMessage] = []
     pieces: list[Piece] = []
-    for turn in turns:
+    for message in messages:
         content: list[str | Image.Image] = []
-        for piece in turn.pieces:
+        for piece in message.pieces:
             if isinstance(piece, str):
                 content.append(piece)
                 pieces.append(piece)
@@ -152,9 +152,9 @@ def conversation_request(
             ((image, name),) = read_images([piece], limits)
             content.append(image)
             pieces.append(album.source(image, name))
-        messages.append(RequestMessage(role=turn.role, content=tuple(content)))
+        asked.append(RequestMessage(role=message.role, content=tuple(content)))
     request = ModelRequest(
-        messages=tuple(messages),
+        messages=tuple(asked),
         outputs=outputs,
         seed=settings.first_seed,
         size=settings.size,

@@ -1,5 +1,6 @@
 """The command `unimm serve`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -41,14 +42,10 @@ def serve_command(
         from unimm.serving.server import ServerPlan, listen, parse_access, run_server, served_name
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'unimm[serve]'") from error
-    from unimm.checkpoint import hub
-    from unimm.models.registry import releases
     from unimm.serving.limits import ServingLimits
 
     names = tuple(model or ["bagel-nano"])
-    known = tuple(row.name for row in releases())
-    for name in names:
-        hub.resolve(name, known_names=known)
+    check_model_names(names)
     if len({served_name(name) for name in names}) < len(names):
         raise ValueError(f"got models {', '.join(names)}: expected each name once")
     limits = ServingLimits(
@@ -72,3 +69,13 @@ def serve_command(
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"serving {', '.join(map(served_name, names))} at http://{shown}:{sock.getsockname()[1]}/v1")
     run_server(plan, sock)
+
+
+def check_model_names(names: Sequence[str]) -> None:
+    """Raise ValueError for what names no model, before another process loads them."""
+    from unimm.checkpoint import hub
+    from unimm.models.registry import releases
+
+    known = tuple(row.name for row in releases())
+    for name in names:
+        hub.resolve(name, known_names=known)
