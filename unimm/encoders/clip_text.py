@@ -18,8 +18,9 @@ from typing_extensions import Self
 from unimm.checkpoint.component import PretrainedComponent
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveFloat, PositiveInt
 from unimm.checkpoint.json_files import read_json
-from unimm.checkpoint.keymap import Ignore, KeyMap, renames
+from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import Shapes
+from unimm.encoders.clip_keys import clip_key_map
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import Activation, EncoderBlock
 
@@ -128,26 +129,12 @@ class CLIPTextEncoder(PretrainedComponent):
 
 def clip_text_key_map(shapes: Collection[str] = ()) -> KeyMap:
     """The key map for files of these names (none: the released ones), which may hold the rest of a CLIP, too."""
-    # what transformers writes of an encoder alone today has no name around it
-    prefix = "" if any(key.startswith("embeddings.") for key in shapes) else "text_model."
-    encoder = renames(
-        {
-            "embeddings.token_embedding.weight": "embed.weight",
-            "embeddings.position_embedding.weight": "pos_embed",
-            "encoder.layers.{}.layer_norm1.{}": "blocks.{}.attn_norm.{}",
-            "encoder.layers.{}.layer_norm2.{}": "blocks.{}.mlp_norm.{}",
-            **{f"encoder.layers.{{}}.self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
-            "encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
-            "encoder.layers.{}.mlp.{}.{}": "blocks.{}.mlp.{}.{}",
-            "final_layer_norm.{}": "norm.{}",
-        }
-    )
-    encoder += KeyMap(Ignore("embeddings.position_ids", because="a buffer of older files"))
-    beside = [
-        Ignore(name, because="a part of the whole CLIP, beside the text encoder")
-        for name in ("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")
-    ]
-    return encoder.prefixed(released=prefix) + KeyMap(*beside)
+    rows = {
+        "embeddings.token_embedding.weight": "embed.weight",
+        "embeddings.position_embedding.weight": "pos_embed",
+        "final_layer_norm.{}": "norm.{}",
+    }
+    return clip_key_map("text", rows, shapes)
 
 
 KEY_MAP = clip_text_key_map()  # of the released names

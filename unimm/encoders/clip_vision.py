@@ -18,8 +18,9 @@ from typing_extensions import Self
 from unimm.checkpoint.component import PretrainedComponent
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveFloat, PositiveInt
 from unimm.checkpoint.json_files import read_json, read_preprocessor_json
-from unimm.checkpoint.keymap import Ignore, KeyMap, renames
+from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import Shapes
+from unimm.encoders.clip_keys import clip_key_map
 from unimm.kernels import AttentionMask, KeyRange
 from unimm.nn.layers import Activation, EncoderBlock
 from unimm.processing.images.clip import CLIPImageProcessor
@@ -139,28 +140,14 @@ class CLIPVisionEncoder(PretrainedComponent):
 
 def clip_vision_key_map(shapes: Collection[str] = ()) -> KeyMap:
     """The key map for files of these names (none: the released ones), which may hold the rest of a CLIP, too."""
-    # what transformers writes of an encoder alone today has no name around it
-    prefix = "" if any(key.startswith("embeddings.") for key in shapes) else "vision_model."
-    encoder = renames(
-        {
-            "embeddings.class_embedding": "class_embed",
-            "embeddings.patch_embedding.weight": "patch_embed.weight",
-            "embeddings.position_embedding.weight": "pos_embed",
-            "pre_layrnorm.{}": "pre_norm.{}",
-            "encoder.layers.{}.layer_norm1.{}": "blocks.{}.attn_norm.{}",
-            "encoder.layers.{}.layer_norm2.{}": "blocks.{}.mlp_norm.{}",
-            **{f"encoder.layers.{{}}.self_attn.{p}_proj.{{}}": f"blocks.{{}}.{p}.{{}}" for p in "qkv"},
-            "encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.out_proj.{}",
-            "encoder.layers.{}.mlp.{}.{}": "blocks.{}.mlp.{}.{}",
-            "post_layernorm.{}": "norm.{}",
-        }
-    )
-    encoder += KeyMap(Ignore("embeddings.position_ids", because="a buffer of older files"))
-    beside = [
-        Ignore(name, because="a part of the whole CLIP, beside the vision encoder")
-        for name in ("text_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale")
-    ]
-    return encoder.prefixed(released=prefix) + KeyMap(*beside)
+    rows = {
+        "embeddings.class_embedding": "class_embed",
+        "embeddings.patch_embedding.weight": "patch_embed.weight",
+        "embeddings.position_embedding.weight": "pos_embed",
+        "pre_layrnorm.{}": "pre_norm.{}",
+        "post_layernorm.{}": "norm.{}",
+    }
+    return clip_key_map("vision", rows, shapes)
 
 
 KEY_MAP = clip_vision_key_map()  # of the released names
