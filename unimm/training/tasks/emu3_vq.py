@@ -33,6 +33,7 @@ from unimm.training.fields import (
 )
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
+from unimm.training.tasks.vq import VQBatch
 from unimm.training.throughput import StepCounts
 
 
@@ -82,14 +83,6 @@ class Emu3VQArchitecture(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emu3VQBatch:
-    """image [B, 3, h, w] in [-1, 1], and the number of the batch."""
-
-    image: Tensor
-    number: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Emu3VQDataset:
     """Batches of augmented train scenes, by number."""
 
@@ -97,7 +90,7 @@ class Emu3VQDataset:
     batch_size: int
     seed: int
 
-    def __call__(self, number: int) -> Emu3VQBatch:
+    def __call__(self, number: int) -> VQBatch:
         options = self.options
         indices = range(number * self.batch_size, (number + 1) * self.batch_size)
         image = render_augmented(
@@ -107,7 +100,7 @@ class Emu3VQDataset:
             shapes=options.novel_shapes,
             crowded=options.crowded,
         )
-        return Emu3VQBatch(image=image, number=number)
+        return VQBatch(image=image, number=number)
 
 
 class Emu3VQTask:
@@ -135,7 +128,7 @@ class Emu3VQTask:
         """Batches of scenes that no run trains on."""
         return replace(self.batch, seed=held_out_seed(self.batch.seed))
 
-    def losses(self, batch: Emu3VQBatch) -> dict[str, LossSum]:
+    def losses(self, batch: VQBatch) -> dict[str, LossSum]:
         """Losses over pixels, and, once images are quantized, over the numbers of the vectors."""
         vq = self.model
         image = batch.image.to(vq.quantize.embedding.weight.device)
@@ -154,14 +147,14 @@ class Emu3VQTask:
         """Whether the vectors of a batch are decoded as they are."""
         return self.model.training and number // self.batches_per_step < self.options.unquantized_steps
 
-    def loss_counts(self, batch: Emu3VQBatch) -> dict[str, int]:
+    def loss_counts(self, batch: VQBatch) -> dict[str, int]:
         """The numbers of pixels, and of vectors' elements."""
         pixels = {"l1": batch.image.numel(), "mse": batch.image.numel()}
         if self.is_unquantized(batch.number):
             return pixels
         return pixels | dict.fromkeys(("codebook", "commitment"), self._n_codes(batch) * self.model.config.code_dim)
 
-    def step_counts(self, batch: Emu3VQBatch) -> StepCounts:
+    def step_counts(self, batch: VQBatch) -> StepCounts:
         """Codes, images, FLOPs."""
         n_images, _, height, width = batch.image.shape
         count = StepFlops()
@@ -170,7 +163,7 @@ class Emu3VQTask:
         emu3_vq_decode_flops(count, self.model, n_images, (height, width), carries=z)
         return StepCounts(tokens=self._n_codes(batch), images=n_images, flops=count.total)
 
-    def _n_codes(self, batch: Emu3VQBatch) -> int:
+    def _n_codes(self, batch: VQBatch) -> int:
         n_images, _, height, width = batch.image.shape
         return n_images * height * width // self.model.config.stride**2
 
