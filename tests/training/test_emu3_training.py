@@ -74,7 +74,7 @@ def test_the_stored_loss_and_gradients():
         builder.processor, "image_processor", dataclasses.replace(images, min_pixels=1, max_pixels=10**6)
     )
     target = Image.new("RGB", (width, height))
-    samples = [builder.generation_sample("draw", text, [], target, random.Random(0)) for text in stored["captions"]]
+    samples = [builder.generation_sample("draw", [text], target, random.Random(0)) for text in stored["captions"]]
     batch = dataclasses.replace(builder.collate(samples), codes=tuple(io["train/codes"]))
     task = Emu3Task(model, None)
     losses = task.losses(batch)
@@ -111,14 +111,14 @@ def test_batches_depend_on_their_number_alone(task):
 
 def test_dropped_prompts_are_empty(task):
     builder = dataclasses.replace(task.batch.builder, dropout=1.0)
-    sample = builder.generation_sample("draw", "a red circle", [picture(64, 64)], picture(64, 64), random.Random(0))
-    (part,) = sample.parts
+    sample = builder.generation_sample("draw", [picture(64, 64), "a red circle"], picture(64, 64), random.Random(0))
     special = task.model.config.special_tokens
-    assert part.ids[:2].tolist() == [special.bos, special.boi] and len(sample.pixel_values) == 2
-    ids = part.ids.tolist()
+    ids = torch.cat([part.ids for part in sample.parts]).tolist()
+    labels = torch.cat([part.labels for part in sample.parts])
+    assert ids[:2] == [special.bos, special.boi] and len(sample.pixel_values) == 2
     middle = ids.index(special.eoi)
     assert ids[middle + 1] == special.boi, "no text between the two images"
-    assert bool((part.labels[:middle] == IGNORE_INDEX).all()), "an image that is given is not learned"
+    assert bool((labels[:middle] == IGNORE_INDEX).all()), "an image that is given is not learned"
 
 
 def test_every_trained_parameter_gets_a_gradient_and_flops_are_torchs(task):

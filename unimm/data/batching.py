@@ -85,7 +85,7 @@ def kind_indices(names: Sequence[str], examples: Sequence[Example], counts: Sequ
 def name_indices(names: Sequence[str], kinds: Sequence[str], counts: Sequence[int]) -> Tensor:
     """The index of each kind among the names, -1 for none, repeated by its count."""
     indices = [names.index(kind) if kind in names else -1 for kind in kinds]
-    return torch.tensor(indices).repeat_interleave(torch.tensor(counts))
+    return torch.tensor(indices, dtype=torch.long).repeat_interleave(torch.tensor(counts, dtype=torch.long))
 
 
 @torch.no_grad()

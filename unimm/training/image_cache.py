@@ -21,7 +21,9 @@ from unimm.checkpoint.save import own_name, save_safetensors
 from unimm.distributed.ranks import Ranks
 from unimm.distributed.sharding import whole_tensor
 from unimm.tokenizers.dc_ae import DCAE
+from unimm.tokenizers.emu3_vq import Emu3VQModel
 from unimm.tokenizers.kl import AutoencoderKL
+from unimm.tokenizers.magvit_v2 import MagvitV2
 from unimm.tokenizers.vq import VQModel
 from unimm.training.cache import check_manifest
 from unimm.training.config import TrainConfig
@@ -30,7 +32,13 @@ from unimm.training.tasks.base import TrainingTask
 logger = logging.getLogger(__name__)
 
 # the method of each that encodes images [B, 3, H, W], all of which are [B, ...] of what it returns
-ENCODERS: dict[type[nn.Module], str] = {AutoencoderKL: "moments", DCAE: "encode", VQModel: "encode_ids"}
+ENCODERS: dict[type[nn.Module], str] = {
+    AutoencoderKL: "moments",
+    DCAE: "encode",
+    Emu3VQModel: "encode_ids",
+    MagvitV2: "encode_ids",
+    VQModel: "encode_ids",
+}
 # images of a file
 FILE_SIZE = 256
 

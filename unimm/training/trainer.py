@@ -266,6 +266,11 @@ class Trainer:
         # a loss that the step has nothing of is 0: what it is computed by takes part with gradients of 0
         means = {name: total / counts.get(name, 1) for name, total in totals.items()}
         loss = torch.stack([self.recipe.loss_weights[name] * x.float() for name, x in means.items()]).sum()
+        if not loss.requires_grad:
+            raise ValueError(
+                f"got a batch with the losses {', '.join(totals)}, none of which reaches a parameter that is trained: "
+                "expected fewer `frozen`, or in every batch a sample that does; with `data`, make its group mandatory"
+            )
         loss.backward()
         return {name: x.detach().float() for name, x in {**means, "loss": loss}.items() if name in (*counts, "loss")}
 

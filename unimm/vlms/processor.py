@@ -4,8 +4,8 @@ A processor works without its model, so that training can make its batches ahead
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -87,6 +87,77 @@ class ChatProcessor(ABC):
         answer_ids = [*self.text_tokenizer.encode(answer), self.answer_end_id]
         labels = [*[IGNORE_INDEX] * (len(ids) - 1), *answer_ids, IGNORE_INDEX]
         return [*before, text_part([*ids, *answer_ids], labels=labels)]
+
+    def label_answers(self, prompt: Prompt, messages: Sequence[ChatMessage]) -> list[Part]:
+        """A rendered prompt as parts, whose answers, and the id that ends each, carry labels.
+
+        Message i, where it is an answer to learn, stands in the prompt as `answer_placeholder(i)`. White space before it
+        is encoded with it. The id that ends it is its last row's label, whether or not the prompt has it there.
+        """
+        pending: Prompt = []
+        parts: list[Part] = []
+        for item in prompt:
+            if not isinstance(item, int) or item >= 0:
+                pending.append(item)
+                continue
+            pending, space = _split_space(pending)
+            parts += self.to_parts(pending)
+            pending = []
+            text = "".join(piece for piece in messages[-1 - item].content if isinstance(piece, str))
+            ids = self.text_tokenizer.encode(space + text)
+            parts = append_learned(parts, ids, last_label=self.answer_end_id)
+        return parts + self.to_parts(pending)
+
+    def label_texts(self, prompt: Prompt) -> list[Part]:
+        """Texts and images without roles behind an id, as parts; the ids of all texts carry labels, and the one that ends
+        the last."""
+        n_texts = sum(isinstance(item, str) for item in prompt)
+        parts: list[Part] = []
+        for item in prompt:
+            if not isinstance(item, str):
+                parts += self.to_parts([item])
+                continue
+            n_texts -= 1
+            ids = self.text_tokenizer.encode(item)
+            parts = append_learned(parts, ids if n_texts else [*ids, self.answer_end_id])
+        return parts
+
+
+def answer_placeholder(i: int) -> int:
+    """What stands for message i in a prompt for `ChatProcessor.label_answers`: an id that no token has."""
+    return -1 - i
+
+
+def with_placeholders(messages: Sequence[ChatMessage], learned: Collection[int]) -> list[ChatMessage]:
+    """Messages, in which those at these places, answers to learn, are their placeholders."""
+    written: list[ChatMessage] = []
+    for i, message in enumerate(messages):
+        content: list[Any] = [answer_placeholder(i)] if i in learned else message.content
+        written.append(ChatMessage(message.role, content))
+    return written
+
+
+def append_learned(parts: Sequence[Part], ids: Sequence[int], *, last_label: int = IGNORE_INDEX) -> list[Part]:
+    """Parts and a text of these ids behind them, each of which the row before it must predict.
+
+    last_label: what the last of these rows must predict.
+    """
+    *before, last = parts
+    labels = last.labels.clone()
+    labels[-1], *others = [*ids, last_label]
+    return [*before, replace(last, labels=labels), *([text_part(ids, labels=others)] if ids else [])]
+
+
+def _split_space(prompt: Prompt) -> tuple[Prompt, str]:
+    """A prompt without the white space at its end, and this: byte-level tokenizers join it with the word behind it."""
+    *before, last = prompt or [0]
+    if not isinstance(last, str):
+        return prompt, ""
+    text = last.rstrip()
+    if text:
+        return [*before, text], last[len(text) :]
+    rest, space = _split_space(before)
+    return rest, space + last
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ docs/originals/janus.md, "Tokenizer" and "Image processor".
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,8 +23,8 @@ from unimm.processing.chat_templates import (
 )
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
 from unimm.processing.requests import ImageInput
-from unimm.sequence.parts import IGNORE_INDEX, Part, image_part, text_part
-from unimm.vlms.processor import ChatProcessor
+from unimm.sequence.parts import Part, image_part
+from unimm.vlms.processor import ChatProcessor, answer_placeholder, with_placeholders
 
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 # the roles of Janus-Pro, which are tokens of its own; earlier checkpoints spell them out
@@ -148,44 +148,20 @@ class DeepseekProcessor(ChatProcessor):
         ValueError for a chat template that ends no answer with an id of its own.
         """
         roles = self.roles
-        # an answer is an id that no token has, for the template to put into its place
         written = [
-            TemplateMessage(roles[message.role], [-1 - i] if i in learned else message.content)
-            for i, message in enumerate(messages)
+            TemplateMessage(roles[message.role], message.content) for message in with_placeholders(messages, learned)
         ]
         template = self.chat_config.template
         system = self.default_system if system is None else system
         prompt = apply_chat_template(written, system=system, template=template, special=self.special)
-        pending: Prompt = [self.special_tokens.bos]
-        parts: list[Part] = []
-        items = iter(prompt)
-        for item in items:
-            if not isinstance(item, int) or item >= 0:
-                pending.append(item)
-                continue
-            end = next(items, None)
-            if not isinstance(end, int):
-                raise ValueError(
-                    f"got the chat template {template!r}, which ends no answer by an id: expected 'deepseek'"
-                )
-            pending, space = split_space(pending)
-            answer = "".join(text for text in messages[-1 - item].content if isinstance(text, str))
-            parts = append_learned(
-                [*parts, *self.to_parts(pending)], [*self.text_tokenizer.encode(space + answer), end]
-            )
-            pending = []
-        return parts + self.to_parts(pending)
+        behind = [prompt[prompt.index(answer_placeholder(i)) + 1 :] for i in learned]
+        if not all(rest and isinstance(rest[0], int) for rest in behind):
+            raise ValueError(f"got the chat template {template!r}, which ends no answer by an id: expected 'deepseek'")
+        return self.label_answers([self.special_tokens.bos, *prompt], messages)
 
     def labelled_texts(self, pieces: Sequence[str | Image.Image]) -> list[Part]:
         """Texts and images in order, without roles; the ids of all texts carry labels, and the one that ends the last."""
-        parts: list[Part] = [text_part([self.special_tokens.bos])]
-        for i, piece in enumerate(pieces):
-            if isinstance(piece, Image.Image):
-                parts += self.to_parts([piece])
-                continue
-            end = [self.answer_end_id] if i + 1 == len(pieces) else []
-            parts = append_learned(parts, [*self.text_tokenizer.encode(piece), *end])
-        return parts
+        return self.label_texts([self.special_tokens.bos, *pieces])
 
     def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
         """An RGB image as a part, between the ids that begin and end it."""
@@ -198,20 +174,3 @@ class DeepseekProcessor(ChatProcessor):
         side = self.image_processor.size // self.patch_size * self.patch_size
         tokens = patchify(pixels[:, :side, :side], self.patch_size)
         return image_part("und_image", tokens, torch.arange(len(tokens)), boundary_ids=boundary_ids, causal=True)
-
-
-def append_learned(parts: Sequence[Part], ids: Sequence[int]) -> list[Part]:
-    """Parts and a text of these ids behind them, each of which the row before it must predict."""
-    *before, last = parts
-    labels = last.labels.clone()
-    labels[-1] = ids[0]
-    return [*before, replace(last, labels=labels), text_part(ids, labels=[*ids[1:], IGNORE_INDEX])]
-
-
-def split_space(prompt: Prompt) -> tuple[Prompt, str]:
-    """A prompt without the white space at its end, and this: byte-level tokenizers join it with the word behind it."""
-    *before, last = prompt
-    if not isinstance(last, str):
-        return prompt, ""
-    text = last.rstrip()
-    return [*before, text], last[len(text) :]

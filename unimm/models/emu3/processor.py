@@ -4,7 +4,7 @@ An image is its grid as text between two ids, then its codes row by row, each ro
 docs/originals/emu3.md, "Prompts".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from unimm.models.emu3.text_tokenizer import Emu3SpecialTokens
 from unimm.processing.chat_templates import ChatMessage, Prompt
 from unimm.processing.requests import ImageInput
 from unimm.sequence.parts import Part
-from unimm.vlms.processor import ChatProcessor
+from unimm.vlms.processor import ChatProcessor, with_placeholders
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -77,6 +77,24 @@ class Emu3Processor(ChatProcessor):
         for message in messages:
             prompt += [f"{message.role.upper()}: ", *message.content, ". " if message.role == "user" else " "]
         return [*prompt, "ASSISTANT:"]
+
+    def labelled_conversation(
+        self, messages: Sequence[ChatMessage], *, learned: Collection[int], system: str | None = None
+    ) -> list[Part]:
+        """A whole conversation, in which some answers, and the id that ends each, carry labels.
+
+        learned: the places of these messages, which are texts, the last message's among them. The id that ends an answer
+        is not in the sequence but is what its last row must predict, as a conversation that goes on has it. system: in
+        place of the default one; "" for none.
+        """
+        *before, last = with_placeholders(messages, learned)
+        prompt = self.render(before, self.default_system if system is None else system)
+        space = [] if self.chat_config.template == "plain" else [" "]
+        return self.label_answers([*prompt, *space, *last.content], messages)
+
+    def labelled_texts(self, pieces: Sequence[str | Image.Image]) -> list[Part]:
+        """Texts and images in order, without roles; the ids of all texts carry labels, and the one that ends the last."""
+        return self.label_texts([self.special_tokens.bos, *pieces])
 
     def generation_parts(self, prompt: str, grid: tuple[int, int], images: Sequence[ImageInput] = ()) -> list[Part]:
         """A prompt to generate an image of a grid (h, w) from; its own images stand in front of the text."""

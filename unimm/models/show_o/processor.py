@@ -3,7 +3,7 @@
 docs/originals/show_o.md, "Prompts" and "Images".
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from unimm.processing.images.io import pil_to_tensor
 from unimm.processing.requests import parse_images
 from unimm.sequence.parts import ImagePart, Part, text_part
 from unimm.sequence.segments import Segment
-from unimm.vlms.processor import ChatProcessor
+from unimm.vlms.processor import ChatProcessor, with_placeholders
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -101,8 +101,8 @@ class ShowOProcessor(ChatProcessor):
         for i, message in enumerate(messages):
             images = leading_images(message)
             if message.role == "assistant":
-                text = "".join(piece for piece in message.content if isinstance(piece, str))
-                prompt += [f" {text}", self.end_of_text]
+                said = [piece for piece in message.content if not isinstance(piece, Image.Image)]
+                prompt += [" ", *said, self.end_of_text]
                 continue
             prompt += images
             if i == 0 and not self.with_clip:
@@ -112,6 +112,27 @@ class ShowOProcessor(ChatProcessor):
             line_break = "\n" if i == 0 and not self.with_clip else ""
             prompt += [f"USER: {line_break}", *message.content[len(images) :], " ASSISTANT:"]
         return prompt
+
+    def labelled_conversation(
+        self, messages: Sequence[ChatMessage], *, learned: Collection[int], system: str | None = None
+    ) -> list[Part]:
+        """A whole conversation, in which some answers, and the id that ends each, carry labels.
+
+        learned: the places of these messages, which are texts. system: in place of the default one; "" for none.
+        """
+        prompt = self.render(with_placeholders(messages, learned), self.default_system if system is None else system)
+        return self.label_answers(prompt, messages)
+
+    def labelled_texts(self, pieces: Sequence[str | Image.Image]) -> list[Part]:
+        """Texts and images in order, without roles; the ids of all texts carry labels, and the one that ends the last.
+
+        A text alone, and one behind images as tokens, begins with the id that ends texts, as released.
+        """
+        images = leading_images(ChatMessage("user", list(pieces)))
+        start: Prompt = [self.special_tokens.mmu, *images] if images else []
+        if not (images and self.with_clip):
+            start.append(self.end_of_text)
+        return self.label_texts([*start, *pieces[len(images) :]])
 
     def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
         """An RGB image as a part, between the ids of its ends."""

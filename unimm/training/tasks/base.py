@@ -40,10 +40,12 @@ TRAINING_TASKS = {
 RECORD_TASKS = {
     "bagel": "unimm.training.tasks.bagel_records:BagelRecordTask",
     "dc_ae": "unimm.training.tasks.autoencoder_records:DCAERecordTask",
+    "emu3": "unimm.training.tasks.emu3_records:Emu3RecordTask",
     "janus": "unimm.training.tasks.janus_records:JanusRecordTask",
     "janusflow": "unimm.training.tasks.janus_records:JanusFlowRecordTask",
     "kl_vae": "unimm.training.tasks.autoencoder_records:KLRecordTask",
     "metaquery": "unimm.training.tasks.metaquery_records:MetaQueryRecordTask",
+    "show_o": "unimm.training.tasks.show_o_records:ShowORecordTask",
     "uniworld": "unimm.training.tasks.uniworld_records:UniWorldRecordTask",
     "vq": "unimm.training.tasks.autoencoder_records:VQRecordTask",
 }

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unimm.data.batching import name_indices, pad_rows
-from unimm.data.records import Record, RecordImage, RecordPart, RecordText, choose_wordings
+from unimm.data.records import Record
 from unimm.models.common.deepseek_processor import DeepseekProcessor
 from unimm.nn.flops import StepFlops
 from unimm.processing.chat_templates import ChatMessage
@@ -31,13 +31,10 @@ from unimm.training.tasks.generation_request import (
     GenerationRequest,
     check_kind,
     join_pieces,
-    load_pieces,
-    split_system,
 )
+from unimm.training.tasks.record_answers import ANSWERED_KINDS, answer_parts
 from unimm.training.throughput import StepCounts
 
-# kinds of records that are answered in words
-ANSWERED_KINDS = ("understand", "text")
 # where a sentence ends: behind a full stop, an exclamation or a question mark, with white space behind
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -95,8 +92,7 @@ class ChatSampleBuilder(ABC):
         rows than the decoder has positions.
         """
         if record.kind in ANSWERED_KINDS:
-            parts = self.answer_parts(choose_wordings(record, rng).parts)
-            sample = ChatSample(kind=record.kind, parts=parts, target=None)
+            sample = ChatSample(kind=record.kind, parts=answer_parts(record, rng, self.processor), target=None)
         else:
             check_kind(record, (*GENERATED_KINDS, "multi_edit", *ANSWERED_KINDS), family=self.FAMILY)
             request = GenerationRequest.from_record(record, rng, family=self.FAMILY)
@@ -113,14 +109,6 @@ class ChatSampleBuilder(ABC):
             pieces = [SENTENCE_END.split(request.text, maxsplit=1)[0]]
         message = ChatMessage("user", join_pieces(pieces))
         return self.processor.to_parts(self.processor.render([message], request.system))
-
-    def answer_parts(self, parts: Sequence[RecordPart]) -> list[Part]:
-        """A conversation with labelled answers; texts and images that nobody says stand as they are, without roles."""
-        system, others = split_system(parts)
-        if not system and all(part.loss for part in others if isinstance(part, RecordText)):
-            return self.processor.labelled_texts(load_pieces([written(part) for part in others]))
-        messages, learned = chat_messages(others)
-        return self.processor.labelled_conversation(messages, learned=learned, system=system or None)
 
     def pack(self, samples: Sequence[ChatSample]) -> PackedBatch:
         """One pack of the samples, its rows rounded up; the content of image tokens is (image, place in it)."""
@@ -151,41 +139,6 @@ def number_tokens(part: Part, image: int) -> Part:
     if not isinstance(part, ImagePart) or part.kind != "gen_image":
         return part
     return replace(part, tokens=part.tokens + torch.tensor([image, 0]))
-
-
-def written(part: RecordPart) -> RecordPart:
-    """A part; reasoning between <think> and </think>, as datasets write it."""
-    if not isinstance(part, RecordText) or not part.thinking:
-        return part
-    return replace(part, wordings=(f"<think>{part.text.strip()}</think>",), thinking=False)
-
-
-def chat_messages(parts: Sequence[RecordPart]) -> tuple[list[ChatMessage], list[int]]:
-    """Messages of the user's and the assistant's by turns, and the places of those that carry loss.
-
-    Texts and images that follow one another on one side are one message. Raises ValueError for a conversation that
-    begins with an answer.
-    """
-    messages = []
-    learned = []
-    for role, turn in groupby(parts, _speaker):
-        said = [written(part) for part in turn]
-        pieces = load_pieces(said)
-        if role == "user":
-            messages.append(ChatMessage(role, join_pieces(pieces)))
-            continue
-        if any(part.loss for part in said):
-            learned.append(len(messages))
-        messages.append(ChatMessage(role, ["".join(piece for piece in pieces if isinstance(piece, str))]))
-    if messages[0].role != "user":
-        raise ValueError(
-            "got a conversation that begins with an answer: expected the user's words, or images, before it"
-        )
-    return messages[: learned[-1] + 1], learned
-
-
-def _speaker(part: RecordPart) -> str:
-    return "user" if isinstance(part, RecordImage) or not (part.loss or part.role == "assistant") else "assistant"
 
 
 def chat_images(samples: Sequence[ChatSample]) -> list[NDArray[np.uint8]]:

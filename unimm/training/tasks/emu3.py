@@ -1,7 +1,8 @@
 """Training Emu3 on the shapes world: the codes of an image behind its prompt, answers behind images and questions.
 
-Plain next-token cross entropy. As in the released fine-tuning, of an image to generate the codes alone are learned, not
-its grid, nor what ends its rows; captions are dropped at random (docs/originals/emu3.md, "Training").
+What is made of samples serves training on one's own records, too (unimm.training.tasks.emu3_records). Plain next-token
+cross entropy. As in the released fine-tuning, of an image to generate the codes alone are learned, not its grid, nor what
+ends its rows; captions are dropped at random (docs/originals/emu3.md, "Training").
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
 from unimm.data.batching import name_indices, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
@@ -27,6 +29,7 @@ from unimm.models.emu3.flops import emu3_flops
 from unimm.models.emu3.model import Emu3
 from unimm.models.emu3.processor import Emu3Processor
 from unimm.nn.compiled import compile_experts
+from unimm.processing.chat_templates import Prompt
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
@@ -72,6 +75,11 @@ class Emu3Sample:
     parts: Sequence[Part]
     pixel_values: Sequence[Tensor]  # [3, H, W] each
 
+    @property
+    def n_tokens(self) -> int:
+        """Its rows."""
+        return sum(part.segment.length for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Emu3Batch:
@@ -90,47 +98,56 @@ def blank_codes(pixel_values: Tensor, *, stride: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Emu3SampleBuilder:
-    """Samples of prompts, images and answers. Its processor knows no codes. dropout: the part of empty prompts."""
+    """Samples of prompts, images and answers. Its processor knows no codes.
+
+    dropout: the part of images to generate whose prompt is empty. kinds: of the losses.
+    """
 
     processor: Emu3Processor
     dropout: float = 0.0
+    kinds: tuple[str, ...] = IMAGE_KINDS + TEXT_KINDS
 
     @classmethod
-    def of(cls, model: Emu3, *, dropout: float = 0.0) -> Emu3SampleBuilder:
-        """Samples in a model's format; it holds no model."""
+    def of(cls, model: Emu3, **fields: Any) -> Self:
+        """Samples in a model's format; it holds no model. fields: of the class."""
         encode_image = partial(blank_codes, stride=model.config.image_processor.stride)
-        return cls(processor=replace(model.processor, encode_image=encode_image), dropout=dropout)
+        return cls(processor=replace(model.processor, encode_image=encode_image), **fields)
 
     def generation_sample(
-        self, kind: str, prompt: str, images: Sequence[Image.Image], target: Image.Image, rng: random.Random
+        self, kind: str, prompt: Sequence[str | Image.Image], target: Image.Image, rng: random.Random
     ) -> Emu3Sample:
-        """An image behind its prompt, which is dropped at random; images stand in front of the text."""
-        special = self.processor.special_tokens
-        text = "" if rng.random() < self.dropout else prompt
-        (before,) = self.processor.to_parts([special.bos, *images, text])
-        pixel_values = [self.processor.image_processor.preprocess(one) for one in (*images, target)]
-        codes = self.processor.encode_image(pixel_values[-1])
-        (behind,) = self.processor.to_parts([*self.processor.codes_prompt(codes)])
-        labels = torch.where(behind.ids >= special.code0, behind.ids, IGNORE_INDEX).tolist()
+        """An image behind its prompt, whose texts are dropped at random."""
+        images = [piece for piece in prompt if isinstance(piece, Image.Image)]
+        before: Prompt = [self.processor.special_tokens.bos, *(images if rng.random() < self.dropout else prompt)]
+        return self.sequence_sample(
+            kind, [*self.processor.to_parts(before), *self.image_parts(target)], [*images, target]
+        )
+
+    def image_parts(self, target: Image.Image) -> list[Part]:
+        """The blank codes of an image to generate, and what stands around them; the codes alone are learned."""
+        codes = self.processor.encode_image(self.processor.image_processor.preprocess(target))
+        (part,) = self.processor.to_parts([*self.processor.codes_prompt(codes)])
+        labels = torch.where(part.ids >= self.processor.special_tokens.code0, part.ids, IGNORE_INDEX)
         # each row must predict the next
-        shifted = [*[IGNORE_INDEX] * (len(before.ids) - 1), *labels, IGNORE_INDEX]
-        part = text_part([*before.ids.tolist(), *behind.ids.tolist()], labels=shifted)
-        return Emu3Sample(kind=kind, parts=[part], pixel_values=pixel_values)
+        return [text_part(part.ids.tolist(), labels=[*labels[1:].tolist(), IGNORE_INDEX])]
 
     def answer_sample(self, kind: str, question: str, images: Sequence[Image.Image], answer: str) -> Emu3Sample:
         """An answer, and the id that ends it, behind images and a question."""
         parts = self.processor.with_answer([{"role": "user", "content": question, "images": images}], answer)
+        return self.sequence_sample(kind, parts, images)
+
+    def sequence_sample(self, kind: str, parts: Sequence[Part], images: Sequence[Image.Image]) -> Emu3Sample:
+        """A sample of parts, with the images whose codes stand in them, in order."""
         pixel_values = [self.processor.image_processor.preprocess(one) for one in images]
         return Emu3Sample(kind=kind, parts=parts, pixel_values=pixel_values)
 
-    def collate(self, samples: Sequence[Emu3Sample]) -> Emu3Batch:
-        """Samples as one pack, its rows rounded up."""
-        names = (*IMAGE_KINDS, *TEXT_KINDS)
+    def collate(self, samples: Sequence[Emu3Sample], rng: random.Random | None = None) -> Emu3Batch:
+        """Samples as one pack, its rows rounded up. rng: nothing is left to it."""
         n_labels = [sum(int((part.labels >= 0).sum()) for part in sample.parts) for sample in samples]
         rows = pad_rows([sample.parts for sample in samples], self.processor.special_tokens.pad)
         return Emu3Batch(
             pack=pack_sequences(rows),
-            kinds=name_indices(names, [sample.kind for sample in samples], n_labels),
+            kinds=name_indices(self.kinds, [sample.kind for sample in samples], n_labels),
             images=tuple(one for sample in samples for one in sample.pixel_values),
         )
 
@@ -160,38 +177,18 @@ class Emu3Dataset:
         if one.answer is not None:
             return self.builder.answer_sample(kind, one.prompt, images, one.answer)
         assert one.target is not None, f"{one.task} has neither an answer nor an image"
-        return self.builder.generation_sample(kind, one.prompt, images, _to_pil(one.target), rng)
+        return self.builder.generation_sample(kind, [*images, one.prompt], _to_pil(one.target), rng)
 
 
 def _to_pil(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-class Emu3Task:
-    """Emu3 on the shapes world."""
+class Emu3PackTask:
+    """The half of both of Emu3's tasks: the losses of a pack, and the release."""
 
-    name = "emu3-nano"
-    loss_names = IMAGE_KINDS + TEXT_KINDS
-
-    def __init__(self, model: Emu3, batch: Emu3Dataset) -> None:
-        self.model = model
-        self.batch = batch
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> Emu3Task:
-        """Build a model of the recipe's numbers around a trained vision tokenizer."""
-        options = from_mapping(Emu3TrainingConfig, recipe.options, where="options")
-        model = init_emu3(recipe, vq=options.vq, n_ranks=options.n_ranks)
-        if options.compile:
-            compile_experts(model.decoder)
-        freeze(model, options.frozen, always=("vq.",))
-        builder = Emu3SampleBuilder.of(model, dropout=options.dropout)
-        return cls(model, Emu3Dataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed))
-
-    @property
-    def held_out_batch(self) -> Emu3Dataset:
-        """Batches of scenes that no run trains on."""
-        return replace(self.batch, seed=held_out_seed(self.batch.seed))
+    model: Emu3
+    loss_names: tuple[str, ...]
 
     def losses(self, batch: Emu3Batch) -> dict[str, LossSum]:
         """Cross entropy of every kind of sample in the batch."""
@@ -210,6 +207,31 @@ class Emu3Task:
         flops = emu3_flops(self.model, batch.pack, sizes)
         return StepCounts(tokens=len(batch.pack.layout.position_ids), images=len(batch.images), flops=flops.total)
 
+
+class Emu3Task(Emu3PackTask):
+    """Emu3 on the shapes world."""
+
+    name = "emu3-nano"
+    loss_names = IMAGE_KINDS + TEXT_KINDS
+
+    def __init__(self, model: Emu3, batch: Emu3Dataset) -> None:
+        self.model = model
+        self.batch = batch
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> Emu3Task:
+        """Build a model of the recipe's numbers around a trained vision tokenizer."""
+        options = from_mapping(Emu3TrainingConfig, recipe.options, where="options")
+        model = init_emu3(recipe, vq=options.vq, n_ranks=options.n_ranks)
+        prepare_emu3(model, options.frozen, compiled=options.compile)
+        builder = Emu3SampleBuilder.of(model, dropout=options.dropout)
+        return cls(model, Emu3Dataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed))
+
+    @property
+    def held_out_batch(self) -> Emu3Dataset:
+        """Batches of scenes that no run trains on."""
+        return replace(self.batch, seed=held_out_seed(self.batch.seed))
+
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""
         return sample_grid(self.model)
@@ -218,6 +240,13 @@ class Emu3Task:
         """Write the released layout, the language model in bfloat16, the vision tokenizer in float16."""
         self.model.save_pretrained(folder, dtype="bfloat16")
         save_emu3_vq(self.model.vision_tokenizer, folder / VISION_TOKENIZER_FOLDER, torch.float16)
+
+
+def prepare_emu3(model: Emu3, frozen: Sequence[str], *, compiled: bool) -> None:
+    """Freeze what is not trained, the vision tokenizer always. compiled: whether layers are fused."""
+    if compiled:
+        compile_experts(model.decoder)
+    freeze(model, frozen, always=("vq.",))
 
 
 @torch.no_grad()

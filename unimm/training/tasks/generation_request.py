@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from unimm.data.records import Record, RecordImage, RecordPart, RecordText, choose_wordings, sample_edit_step
+from unimm.training.config import TrainConfig
 
 # kinds of records whose last part is an image to generate; one step of a "multi_edit" is an "edit"
 GENERATED_KINDS = ("generate", "edit")
@@ -89,9 +90,20 @@ def load_pieces(parts: Sequence[RecordPart]) -> list[str | Image.Image]:
     return [piece for piece in pieces if piece != ""]
 
 
-def join_pieces(pieces: Sequence[str | Image.Image]) -> list[str | Image.Image]:
-    """A message of these texts and images, each on a line of its own, as prompts with images are written."""
+def join_pieces(pieces: Sequence[str | Image.Image], *, around_images: str = "\n") -> list[str | Image.Image]:
+    """A message of these texts and images, each text on a line of its own; around_images: what stands between a text, or
+    an image, and an image."""
     joined: list[str | Image.Image] = []
     for piece in pieces:
-        joined += ["\n", piece] if joined else [piece]
+        between = "\n" if joined and isinstance(piece, str) and isinstance(joined[-1], str) else around_images
+        joined += [between, piece] if joined and between else [piece]
     return joined
+
+
+def check_pack_limit(tokens_per_image: int, recipe: TrainConfig) -> None:
+    """Raise ValueError for packs that no image to generate fits into, whose tokens are so many."""
+    if recipe.packing is not None and recipe.packing.max_tokens_per_sample <= tokens_per_image:
+        raise ValueError(
+            f"got packing.max_tokens_per_sample {recipe.packing.max_tokens_per_sample}, and an image to generate of "
+            f"{tokens_per_image} tokens: every one would be left out; expected more, for its prompt, too"
+        )

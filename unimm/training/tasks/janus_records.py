@@ -16,8 +16,7 @@ from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, RecipeSection
 from unimm.training.pretrained import load_released
 from unimm.training.samples import prompt_grid
-from unimm.training.tasks.deepseek_samples import ANSWERED_KINDS
-from unimm.training.tasks.generation_request import GENERATED_KINDS
+from unimm.training.tasks.generation_request import GENERATED_KINDS, check_pack_limit
 from unimm.training.tasks.janus import JanusPackTask, JanusSampleBuilder, janus_builder, prepare_janus
 from unimm.training.tasks.janusflow import (
     JanusFlowPackTask,
@@ -25,6 +24,7 @@ from unimm.training.tasks.janusflow import (
     janusflow_builder,
     prepare_janusflow,
 )
+from unimm.training.tasks.record_answers import ANSWERED_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +114,3 @@ class JanusFlowRecordTask(JanusFlowPackTask):
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; an autoencoder of the release's own stays in float32."""
         self.model.save_pretrained(folder, dtype="bfloat16")
-
-
-def check_pack_limit(tokens_per_image: int, recipe: TrainConfig) -> None:
-    """Raise ValueError for packs that no image to generate fits into, whose tokens are so many."""
-    if recipe.packing is not None and recipe.packing.max_tokens_per_sample <= tokens_per_image:
-        raise ValueError(
-            f"got packing.max_tokens_per_sample {recipe.packing.max_tokens_per_sample}, and an image to generate of "
-            f"{tokens_per_image} tokens: every one would be left out; expected more, for its prompt, too"
-        )

@@ -1,6 +1,7 @@
 """Training Show-o on the shapes world: masked image tokens behind their prompt, answers after images and questions.
 
-All kinds are in every batch, in one pack (docs/originals/show_o.md, "Training").
+All kinds are in every batch, in one pack (docs/originals/show_o.md, "Training"). What is made of samples serves training
+on one's own records, too (unimm.training.tasks.show_o_records).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tokenizers
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -22,7 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
-from unimm.data.batching import sample_tasks, stack_images, training_example
+from unimm.data.batching import name_indices, sample_tasks, stack_images, training_example
 from unimm.data.shapes import TASKS, Example, tokenizer_corpus
 from unimm.data.shapes.novel_attributes import augment_novel_attributes
 from unimm.models.show_o.config import SPECIAL_TOKENS, ShowOConfig
@@ -85,92 +88,100 @@ def masked_places(n_tokens: int, rng: random.Random) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShowOSample:
+    """The rows of a sample. kind: of its loss. target: the image to generate, uint8 [h, w, 3], None for an answer."""
+
+    kind: str
+    parts: Sequence[Part]
+    target: NDArray[np.uint8] | None
+
+    @property
+    def n_tokens(self) -> int:
+        """Its rows."""
+        return sum(part.segment.length for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOSampleBuilder:
+    """Samples of prompts, images and answers, and packs of samples.
+
+    n_tokens: of an image to generate. dropout: the part of images to generate whose prompt is dropped. image_kinds,
+    text_kinds: the losses of images to generate, and of answers.
+    """
+
+    processor: ShowOProcessor
+    n_tokens: int
+    dropout: float
+    image_kinds: tuple[str, ...] = IMAGE_KINDS
+    text_kinds: tuple[str, ...] = TEXT_KINDS
+
+    def generation_sample(
+        self, kind: str, text: str, images: Sequence[Image.Image], target: NDArray[np.uint8], rng: random.Random
+    ) -> ShowOSample:
+        """The blank tokens of an image behind its prompt, which is dropped at random, its images too."""
+        dropped = rng.random() < self.dropout
+        prompt = (
+            [text_part(self.processor.prompt_ids(""))] if dropped else self.processor.generation_parts(text, images)
+        )
+        image = self.processor.gen_image_part(torch.zeros(self.n_tokens, dtype=torch.long))
+        return ShowOSample(kind=kind, parts=[*prompt, image], target=target)
+
+    def answer_sample(self, kind: str, question: str, images: Sequence[Image.Image], answer: str) -> ShowOSample:
+        """A question about images with its labelled answer."""
+        message = {"role": "user", "content": question, "images": images}
+        return ShowOSample(kind=kind, parts=self.processor.with_answer([message], answer), target=None)
+
+    def collate(self, samples: Sequence[ShowOSample], rng: random.Random) -> ShowOBatch:
+        """Samples as one pack, with tokens masked at random."""
+        drawn = [one for one in samples if one.target is not None]
+        masked = [masked_places(self.n_tokens, rng) for _ in drawn]
+        n_labels = [sum(int((part.labels >= 0).sum()) for part in one.parts) for one in samples]
+        return ShowOBatch(
+            pack=pack_sequences([one.parts for one in samples]),
+            images=stack_images([one.target for one in drawn if one.target is not None]),
+            masked=torch.stack(masked) if masked else torch.zeros(0, self.n_tokens, dtype=torch.bool),
+            image_kinds=name_indices(self.image_kinds, [one.kind for one in drawn], [1] * len(drawn)),
+            text_kinds=name_indices(self.text_kinds, [one.kind for one in samples], n_labels),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowODataset:
     """Batches by number: the same for a seed on every machine, and made without the model."""
 
     options: ShowOTrainingConfig
-    processor: ShowOProcessor
-    n_tokens: int  # of an image
+    builder: ShowOSampleBuilder
     batch_size: int
     seed: int
 
     def __call__(self, number: int) -> ShowOBatch:
         rng = random.Random(f"{self.seed}/{number}")
         tasks = sample_tasks(self.options.tasks, self.batch_size, rng)
-        examples = [
-            training_example(task, number * self.batch_size + i, seed=self.seed) for i, task in enumerate(tasks)
-        ]
+        first = number * self.batch_size
+        examples = [training_example(task, first + i, seed=self.seed) for i, task in enumerate(tasks)]
         options = self.options
-        return self.batch(
-            [
-                augment_novel_attributes(one, rng, colours=options.novel_colours, shapes=options.novel_shapes)
-                for one in examples
-            ],
-            rng,
-        )
+        examples = [
+            augment_novel_attributes(one, rng, colours=options.novel_colours, shapes=options.novel_shapes)
+            for one in examples
+        ]
+        return self.builder.collate([self.sample(one, rng) for one in examples], rng)
 
-    def batch(self, examples: Sequence[Example], rng: random.Random) -> ShowOBatch:
-        """Examples as one pack, with prompts dropped and tokens masked at random."""
-        samples = [self.parts(one, rng) for one in examples]
-        drawn = [one for one in examples if one.target is not None]
-        masked = [masked_places(self.n_tokens, rng) for _ in drawn]
-        kinds = [one.task.split(".")[0] for one in examples]
-        n_labels = torch.tensor([sum(int((part.labels >= 0).sum()) for part in parts) for parts in samples])
-        text_kinds = torch.tensor([_index(TEXT_KINDS, kind) for kind in kinds]).repeat_interleave(n_labels)
-        return ShowOBatch(
-            pack=pack_sequences(samples),
-            images=stack_images([one.target for one in drawn if one.target is not None]),
-            masked=torch.stack(masked) if masked else torch.zeros(0, self.n_tokens, dtype=torch.bool),
-            image_kinds=torch.tensor([_index(IMAGE_KINDS, one.task.split(".")[0]) for one in drawn], dtype=torch.long),
-            text_kinds=text_kinds,
-        )
-
-    def parts(self, one: Example, rng: random.Random) -> list[Part]:
-        """A question with its labelled answer, or the blank tokens of an image behind its prompt."""
+    def sample(self, one: Example, rng: random.Random) -> ShowOSample:
+        """A question with its answer, or an image to generate behind its prompt."""
+        kind = one.task.split(".")[0]
         images = [Image.fromarray(image) for image in one.images]
         if one.answer is not None:
-            return self.processor.with_answer([{"role": "user", "content": one.prompt, "images": images}], one.answer)
-        dropped = rng.random() < self.options.dropout
-        prompt = (
-            [text_part(self.processor.prompt_ids(""))]
-            if dropped
-            else self.processor.generation_parts(one.prompt, images)
-        )
-        return [*prompt, self.processor.gen_image_part(torch.zeros(self.n_tokens, dtype=torch.long))]
+            return self.builder.answer_sample(kind, one.prompt, images, one.answer)
+        assert one.target is not None, f"{one.task} has neither an answer nor an image"
+        return self.builder.generation_sample(kind, one.prompt, images, one.target, rng)
 
 
-def _index(names: Sequence[str], kind: str) -> int:
-    return names.index(kind) if kind in names else -1
+class ShowOPackTask:
+    """The half of both of Show-o's tasks: the losses of a pack, and the release."""
 
-
-class ShowOTask:
-    """Show-o on the shapes world."""
-
-    name = "showo-nano"
-    loss_names = IMAGE_KINDS + TEXT_KINDS
-
-    def __init__(self, model: ShowO, batch: ShowODataset):
-        self.model = model
-        self.batch = batch
-
-    @classmethod
-    def from_recipe(cls, recipe: TrainConfig) -> ShowOTask:
-        """Build a model of the recipe's numbers around a trained image tokenizer."""
-        options = from_mapping(ShowOTrainingConfig, recipe.options, where="options")
-        return cls.from_model(init_show_o(recipe, options), recipe, options)
-
-    @classmethod
-    def from_model(cls, model: ShowO, recipe: TrainConfig, options: ShowOTrainingConfig) -> ShowOTask:
-        """The task of training a given model; image tokenizer and CLIP stay as they are."""
-        freeze(model, options.frozen, always=("vq.", "clip."))
-        dataset = ShowODataset(
-            options=options,
-            processor=model.processor,
-            n_tokens=model.config.image_tokens,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-        )
-        return cls(model, dataset)
+    model: ShowO
+    # what makes the packs
+    builder: ShowOSampleBuilder
 
     def losses(self, batch: ShowOBatch) -> dict[str, LossSum]:
         """Cross entropy of every kind of sample in the batch: in place of images, of the next id of texts."""
@@ -181,8 +192,8 @@ class ShowOTask:
             codes, labels = self.encode_targets(batch)
             pack = replace(pack, gen_images=replace(pack.gen_images, content=codes))
         losses = self.model(pack, labels)
-        found = sum_by_kind(TEXT_KINDS, batch.text_kinds.to(device), losses.text)
-        return sum_by_kind(IMAGE_KINDS, self.image_row_kinds(batch).to(device), losses.image) | found
+        found = sum_by_kind(self.builder.text_kinds, batch.text_kinds.to(device), losses.text)
+        return sum_by_kind(self.builder.image_kinds, self.image_row_kinds(batch).to(device), losses.image) | found
 
     @torch.no_grad()
     def encode_targets(self, batch: ShowOBatch) -> tuple[Tensor, Tensor]:
@@ -200,7 +211,41 @@ class ShowOTask:
 
     def loss_counts(self, batch: ShowOBatch) -> dict[str, int]:
         """How many rows of the batch have each loss."""
-        return count_by_kind(IMAGE_KINDS, self.image_row_kinds(batch)) | count_by_kind(TEXT_KINDS, batch.text_kinds)
+        images = count_by_kind(self.builder.image_kinds, self.image_row_kinds(batch))
+        return images | count_by_kind(self.builder.text_kinds, batch.text_kinds)
+
+    def save(self, folder: Path) -> None:
+        """Write the released layout, in bfloat16; the image tokenizer in float32."""
+        self.model.save_pretrained(folder, dtype="bfloat16")
+
+
+class ShowOTask(ShowOPackTask):
+    """Show-o on the shapes world."""
+
+    name = "showo-nano"
+    loss_names = IMAGE_KINDS + TEXT_KINDS
+
+    def __init__(self, model: ShowO, batch: ShowODataset):
+        self.model = model
+        self.batch = batch
+        self.builder = batch.builder
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainConfig) -> ShowOTask:
+        """Build a model of the recipe's numbers around a trained image tokenizer."""
+        options = from_mapping(ShowOTrainingConfig, recipe.options, where="options")
+        return cls.from_model(init_show_o(recipe, options), recipe, options)
+
+    @classmethod
+    def from_model(cls, model: ShowO, recipe: TrainConfig, options: ShowOTrainingConfig) -> ShowOTask:
+        """The task of training a given model; image tokenizer and CLIP stay as they are."""
+        freeze(model, options.frozen, always=("vq.", "clip."))
+        builder = ShowOSampleBuilder(
+            processor=model.processor, n_tokens=model.config.image_tokens, dropout=options.dropout
+        )
+        return cls(
+            model, ShowODataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
+        )
 
     @property
     def held_out_batch(self) -> ShowODataset:
@@ -210,10 +255,6 @@ class ShowOTask:
     def sample_image(self) -> Image.Image:
         """Images of test prompts."""
         return sample_grid(self.model)
-
-    def save(self, folder: Path) -> None:
-        """Write the released layout, in bfloat16; the image tokenizer in float32."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
 
 
 # ---- the start
