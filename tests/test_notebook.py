@@ -8,9 +8,15 @@ from helpers.paths import ROOT
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# the server's two processes and the notebook's own take 18 s of processor
+NIGHTLY = ("serving",)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.nightly] if path.stem in NIGHTLY else []) for path in NOTEBOOKS],
+    ids=[path.stem for path in NOTEBOOKS],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::RuntimeWarning")
 def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
