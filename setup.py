@@ -27,8 +27,8 @@ LMMS_EVAL = ["lmms-eval>=0.7.3", "filelock<4"]
 # the HTTP server
 SERVE = ["fastapi", "uvicorn>=0.54", "python-multipart", "prometheus-client"]
 
-# the page, a client of the server's engine. Not among the tests' packages: it allows Pillow before 13 alone, which resizes
-# otherwise than the originals' images were resized for the stored cases
+# the page, a client of the server's engine. Not among the tests' packages: it allows Pillow before 13 alone, and the tests
+# run with the newest. What models see of an image is the same with either (unimm.processing.images.io.resize)
 APP = ["gradio>=6", *SERVE]
 
 # Adam in 8 bits

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from unimm.nn.pos_embed import grid_position_ids
 from unimm.processing.chat_templates import parse_messages
 from unimm.processing.images import io as pixels
 from unimm.processing.images.deepseek_vl import DeepseekVLImageProcessor
-from unimm.processing.images.io import center_crop, load_image, pil_to_tensor, tensor_to_pil
+from unimm.processing.images.io import center_crop, load_image, pil_to_tensor, resize, tensor_to_pil
 from unimm.processing.requests import parse_images
 
 PREPROC = GOLDEN / "janus" / "preproc"
@@ -61,6 +62,25 @@ def test_broken_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11x10: expected at most 100 pixels"):
         load_image(Image.new("RGB", (11, 10)))
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "filter_", "crc"),
+    [
+        # columns first: the height loses more than twice as many pixels as the width
+        ((37, 53), (32, 32), Image.Resampling.BILINEAR, 1874369966),
+        ((37, 53), (32, 32), Image.Resampling.BICUBIC, 3092773824),
+        ((20, 90), (40, 80), Image.Resampling.LANCZOS, 1513726949),
+        # rows first
+        ((37, 53), (30, 39), Image.Resampling.BICUBIC, 2205733482),
+        ((53, 37), (32, 32), Image.Resampling.BICUBIC, 2392801077),
+        ((37, 53), (37, 53), Image.Resampling.BICUBIC, 3165400818),
+    ],
+)
+def test_resized_pixels_are_those_of_any_pillow(source, size, filter_, crc):
+    """Checksums of what Pillow 13 makes of noise in one call."""
+    noise = np.random.default_rng(0).integers(0, 256, (source[1], source[0], 3), dtype=np.uint8)
+    assert zlib.crc32(resize(Image.fromarray(noise), size, filter_).tobytes()) == crc
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 moveto showpage\n"

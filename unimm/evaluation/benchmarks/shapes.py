@@ -22,6 +22,7 @@ from unimm.evaluation.judges.base import ExactJudge, ItemJudge, JudgeTask, Verdi
 from unimm.evaluation.judges.readers import JudgeSpec, Reader
 from unimm.evaluation.scores import wilson_interval
 from unimm.models.base import UnifiedModel
+from unimm.processing.images.io import resize
 
 THINK_SUFFIX = ".think"
 REASONING_TASKS = tuple(f"reason.{kind}{level}" for kind in ("math", "map") for level in (1, 2, 3))
@@ -185,7 +186,7 @@ def to_scene_array(image: Image.Image) -> NDArray[np.uint8]:
     """A generated image as the parser takes it, uint8 [64, 64, 3]."""
     image = image.convert("RGB")
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BOX))
+    return np.asarray(image if image.size == size else resize(image, size, Image.Resampling.BOX))
 
 
 def noise_seed(seed: int, task: str, index: int) -> int:

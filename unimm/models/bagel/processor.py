@@ -19,6 +19,7 @@ from unimm.generation.numbers import parse_flag
 from unimm.generation.step_cache import StepCacheOptions, parse_step_cache
 from unimm.nn.patches import patchify
 from unimm.nn.pos_embed import grid_position_ids
+from unimm.processing.images.io import resize
 from unimm.processing.requests import parse_size
 from unimm.sequence.parts import IGNORE_INDEX, ImagePart, Part, image_part, text_part
 from unimm.tokenizers.text import TextTokenizer
@@ -72,7 +73,7 @@ class BagelImageProcessor:
 
     def __call__(self, image: Image.Image, *, n_images: int = 1) -> Image.Image:
         """The resized image (PIL's bicubic, with its antialias)."""
-        return image.resize(self.output_size(image.width, image.height, n_images=n_images), Image.Resampling.BICUBIC)
+        return resize(image, self.output_size(image.width, image.height, n_images=n_images))
 
 
 THINK_TEMPLATE = (

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveFloat, PositiveInt
-from unimm.processing.images.io import normalize
+from unimm.processing.images.io import normalize, resize
 from unimm.processing.images.qwen2_vl import smart_resize
 
 MAX_ASPECT_RATIO = 5
@@ -70,5 +70,5 @@ class Emu3ImageProcessor(JsonConfig):
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB image, resized, as normalised values [3, h, w] float32."""
         height, width = self.resized_size(image.height, image.width)
-        resized = image.resize((width, height), Image.Resampling(self.resample))
+        resized = resize(image, (width, height), self.resample)
         return normalize(resized, mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)

@@ -22,7 +22,7 @@ from unimm.encoders.clip_text import CLIPTextEncoder
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.encoders.t5 import T5Encoder
 from unimm.models.uniworld.config import FLUX_FOLDERS, SIGLIP_FOLDER, UniWorldConfig
-from unimm.processing.images.io import pil_to_tensor
+from unimm.processing.images.io import pil_to_tensor, resize
 from unimm.tokenizers.captions import CaptionTokenizer, load_clip_captions, load_t5_captions
 from unimm.tokenizers.kl import AutoencoderKL
 from unimm.tokenizers.text import TextTokenizer
@@ -128,7 +128,7 @@ class AuxiliaryEncoders(nn.Module):
 
     def encode_vae(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         """The VAE's latents of images resized to (height, width) [P, C, h, w]."""
-        resized = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image in images]
+        resized = [resize(image, size[::-1]) for image in images]
         return self.required_vae.encode(self._to_vae(torch.stack([pil_to_tensor(one) for one in resized])))
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.checkpoint.json_files import at_place_of
-from unimm.processing.images.io import MAX_PIXELS, normalize
+from unimm.processing.images.io import MAX_PIXELS, normalize, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
             f"got an image of {image.width}x{image.height}: resized to a short side of {size} it has "
             f"{width * height:,} pixels, expected at most {MAX_PIXELS:,}; cut it nearer to a square"
         )
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return resize(image, (width, height))
 
 
 LAYOUT = JsonLayout(

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
-from unimm.processing.images.io import normalize
+from unimm.processing.images.io import normalize, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class DeepseekVLImageProcessor:
         width, height = (max(int(side / longest * self.size), self.min_size) for side in image.size)
         side = max(width, height)
         square = Image.new("RGB", (side, side), self.background_color)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        resized = resize(image, (width, height))
         square.paste(resized, ((side - width) // 2, (side - height) // 2))
         return square
 

@@ -25,7 +25,7 @@ from unimm.checkpoint.config_io import (
     write_config,
 )
 from unimm.checkpoint.json_files import drop_nulls
-from unimm.processing.images.io import normalize
+from unimm.processing.images.io import normalize, resize
 
 Size = tuple[int, int]  # (height, width)
 SHRINK_THRESHOLD = 1.1  # features that are longer than allowed by more than this, a side, are shrunk
@@ -166,7 +166,7 @@ class LlavaOnevisionImageProcessor:
             height = grid[0]
             width = min(math.ceil(image.width * down), grid[1])
         padded = Image.new("RGB", (grid[1], grid[0]))
-        resized = image.resize((width, height), Image.Resampling(self.resample))
+        resized = resize(image, (width, height), self.resample)
         padded.paste(resized, ((grid[1] - width) // 2, (grid[0] - height) // 2))
         return padded
 
@@ -178,7 +178,7 @@ class LlavaOnevisionImageProcessor:
         return square
 
     def _normalize_tile(self, image: Image.Image) -> Tensor:
-        whole = image.resize((self.tile_size, self.tile_size), Image.Resampling(self.resample))
+        whole = resize(image, (self.tile_size, self.tile_size), self.resample)
         return normalize(whole, mean=self.mean, std=self.std, rescale_factor=self.rescale_factor)
 
 

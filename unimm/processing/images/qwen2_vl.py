@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
-from unimm.processing.images.io import normalize
+from unimm.processing.images.io import normalize, resize
 
 PatchGrid = tuple[int, int, int]  # patches of an image in time, down and across
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280  # of a preprocessor_config.json that has none
@@ -84,7 +84,7 @@ class Qwen2VLImageProcessor:
     def __call__(self, image: Image.Image) -> Image.Image:
         """The resized image (by PIL, with its antialias)."""
         height, width = self.resized_size(image.height, image.width)
-        return image.resize((width, height), Image.Resampling(self.resample))
+        return resize(image, (width, height), self.resample)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB image, resized, as normalised values [3, h, w] float32."""

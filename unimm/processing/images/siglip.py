@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unimm.checkpoint.config_io import JsonLayout, PositiveFloat, PositiveInt, read_config, write_config
 from unimm.checkpoint.json_files import at_place_of
-from unimm.processing.images.io import normalize
+from unimm.processing.images.io import normalize, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class SiglipImageProcessor:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The image as a square."""
-        return image.resize((self.size, self.size), Image.Resampling(self.resample))
+        return resize(image, (self.size, self.size), self.resample)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB image, resized, as normalised values [3, size, size] float32."""

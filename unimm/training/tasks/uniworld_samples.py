@@ -23,6 +23,7 @@ from unimm.data.records import Record
 from unimm.denoisers.mmdit import PATCH_SIZE
 from unimm.generation.flow import dynamic_shift, shift_timesteps
 from unimm.models.uniworld.processor import UniWorldProcessor, nearest_aspect_size
+from unimm.processing.images.io import resize
 from unimm.processing.images.siglip import SiglipImageProcessor
 from unimm.sequence.parts import Part, text_part
 from unimm.training.fields import (
@@ -195,7 +196,7 @@ class UniWorldSampleBuilder:
         weights = torch.ones(1, height // self.stride, width // self.stride)
         if record.edit_weights and self.options.edit_weights and request.images:
             weights = self.edit_weights(request.images, target, size=(weights.shape[1], weights.shape[2]))
-        resized = target.resize((width, height), Image.Resampling.BICUBIC)
+        resized = resize(target, (width, height))
         return self.sample(
             request.kind,
             prompt=DROPPED_PROMPT if drops_prompt else self.prompt(request),
@@ -228,7 +229,7 @@ class UniWorldSampleBuilder:
         reference = None
         if self.reference_latents and images:
             height, width = target.shape[:2]
-            reference = np.asarray(images[0].resize((width, height), Image.Resampling.BICUBIC))
+            reference = np.asarray(resize(images[0], (width, height)))
         return UniWorldSample(
             kind=kind,
             parts=self.prompt_parts(prompt, images),
