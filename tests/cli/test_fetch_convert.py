@@ -13,6 +13,7 @@ from unimm.checkpoint.safetensors_file import TensorHeader
 from unimm.cli.convert import common_dtype
 from unimm.cli.main import app
 from unimm.models.registry import part_releases, releases
+from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 
 
 def run(*args):
@@ -74,6 +75,28 @@ def test_convert_flux_there_and_back(tmp_path):
     assert all(torch.equal(back[key], x.to(torch.bfloat16)) for key, x in tensors.items()), "in the dtype that it had"
     result = run("convert", source, tmp_path / "no", "--layout", "original")
     assert result.exit_code == 2 and "expected bfl or diffusers" in result.stderr and not (tmp_path / "no").exists()
+
+
+def test_convert_the_autoencoder_of_flux_there_and_back(tmp_path):
+    """Also from the original's one file, which lies beside the transformer's."""
+    config = AutoencoderKLConfig(
+        width=32, channel_multipliers=(1, 2), n_res_blocks=1, latent_channels=4, shift_factor=0.5
+    )
+    vae = AutoencoderKL(config)
+    vae.save_pretrained(tmp_path / "source")
+    assert run("convert", tmp_path / "source", tmp_path / "bfl").exit_code == 0
+    original = load_file(tmp_path / "bfl" / "ae.safetensors")
+    assert original.keys() == vae.state_dict().keys()
+    assert all(torch.equal(original[key], x) for key, x in vae.state_dict().items())
+    file = tmp_path / "bfl" / "ae.safetensors"
+    vae.save_pretrained(tmp_path / "source", layout="bfl")
+    assert not (tmp_path / "source" / "diffusion_pytorch_model.safetensors").exists(), "it would be read first"
+    assert run("convert", file, tmp_path / "back", "--dtype", "bfloat16").exit_code == 0
+    back = AutoencoderKL.from_pretrained(tmp_path / "back")
+    assert back.config == config and (tmp_path / "back" / "diffusion_pytorch_model.safetensors").exists()
+    assert all(torch.equal(x, original[key].bfloat16().float()) for key, x in back.state_dict().items())
+    assert run("convert", file, tmp_path / "no", "--layout", "transformers").exit_code == 2
+    assert not (tmp_path / "no").exists()
 
 
 def test_convert_a_model(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import found
+from helpers.cases import found, manifest
 from helpers.tolerance import assert_close
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +14,7 @@ from unimm.checkpoint.save import released_state_dict, released_tensors
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.tokenizers.kl_layouts import (
     ATTENTION_NAMES,
+    FLUX_KEY_MAP,
     LEGACY_ATTENTION_NAMES,
     kl_diffusers_key_map,
 )
@@ -80,6 +81,22 @@ def test_sdxl_has_its_released_size():
     assert shapes["decoder.up_blocks.3.resnets.0.conv1.weight"] == (128, 256, 3, 3)
     assert shapes["encoder.mid_block.attentions.0.to_out.0.weight"] == (512, 512)
     assert len(check_keys(shapes, key_map, vae.state_dict(), "here")) == 248
+
+
+@pytest.mark.parametrize(
+    ("name", "key_map"),
+    [
+        ("flux_vae_bfl", FLUX_KEY_MAP),
+        ("flux_vae_diffusers", kl_diffusers_key_map(AutoencoderKLConfig().widths, quant_convs=False)),
+    ],
+)
+def test_flux_manifest_fits(name, key_map):
+    """Both layouts hold the same autoencoder: what is read, and what is written."""
+    shapes = manifest(name)
+    with torch.device("meta"):
+        vae = AutoencoderKL(AutoencoderKLConfig())
+    assert len(check_keys(shapes, key_map, vae.state_dict(), "here")) == len(shapes) == 244
+    assert {key: tuple(x.shape) for key, x in released_tensors(vae, key_map).items()} == shapes
 
 
 @pytest.mark.parametrize("quant_convs", [True, False])

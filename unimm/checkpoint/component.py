@@ -2,16 +2,19 @@
 folder."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
 from unimm.checkpoint import hub
+from unimm.checkpoint.atomic import atomic_directory
 from unimm.checkpoint.building import building
 from unimm.checkpoint.devices import parse_device
+from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import (
     HUB_WEIGHT_FILES,
@@ -24,6 +27,7 @@ from unimm.checkpoint.load import (
     read_shapes,
     weight_files,
 )
+from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 
 # where diffusers keeps a component's weights; the first that a folder holds counts
 DIFFUSERS_WEIGHT_FILES = (
@@ -32,6 +36,22 @@ DIFFUSERS_WEIGHT_FILES = (
     "diffusion_pytorch_model.bin",
     "model.safetensors",
 )
+
+
+def write_component(
+    component: "PretrainedComponent", folder: Path, names: Sequence[str], key_map: KeyMap, config: Mapping[str, Any]
+) -> None:
+    """Write a component's config.json, and its weights under the released names of a key map; all or nothing, and only
+    what loads.
+
+    names: of the file of weights, and of the index of its shards where it may have some. Files of another layout that would
+    be read instead are deleted.
+    """
+    with atomic_directory(folder, weight_names=[component.WEIGHT_FILES]) as partial:
+        write_json(partial / "config.json", config)
+        check_all_saved(component, [key_map])
+        save_weights(released_tensors(component, key_map), partial, names, max_shard_size=MAX_SHARD_SIZE)
+        component.check_loads(partial)
 
 
 class PretrainedComponent(nn.Module, ABC):

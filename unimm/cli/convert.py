@@ -16,7 +16,10 @@ FLUX_LAYOUTS = ("bfl", "diffusers")
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(help="A model, or a FLUX transformer: a name, a folder, or a hub id.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A model, or FLUX's transformer or autoencoder: a name, a folder, a hub id, or a file."),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     *,
     layout: Annotated[
@@ -37,9 +40,11 @@ def convert_command(
 
     wanted = parse_dtype(dtype) if dtype else None
     with Console(stderr=True).status(f"converting {source}"):
-        folder = hub.resolve(source, known_names=tuple(row.name for row in releases()))
-        if detect_family(folder) is None:
-            convert_flux(folder, out, layout=layout, dtype=wanted)
+        is_file = hub.expand_path(source).is_file()
+        known = tuple(row.name for row in releases())
+        folder = hub.expand_path(source) if is_file else hub.resolve(source, known_names=known)
+        if is_file or detect_family(folder) is None:
+            convert_part(folder, out, layout=layout, dtype=wanted)
         else:
             model = load(source, dtype=wanted or common_dtype(folder_headers(folder)))
             model.save_pretrained(
@@ -48,16 +53,28 @@ def convert_command(
     typer.echo(out)
 
 
-def convert_flux(folder: Path, out: Path, *, layout: str | None, dtype: "torch.dtype | None") -> None:
-    """Write a folder's FLUX transformer in one of its layouts, that of the other unless it is named."""
+def convert_part(source: Path, out: Path, *, layout: str | None, dtype: "torch.dtype | None") -> None:
+    """Write FLUX's transformer, or its autoencoder, in one of its layouts, that of the other unless it is named.
+
+    source: a folder, or a file of weights. Raises ValueError for what is neither.
+    """
     from unimm.checkpoint.load import read_headers, weight_files
     from unimm.denoisers.flux import FluxTransformer, in_bfl_layout
+    from unimm.tokenizers.kl import AutoencoderKL
+    from unimm.tokenizers.kl_layouts import in_flux_layout
 
-    headers = read_headers(weight_files(folder, FluxTransformer.WEIGHT_FILES))
     if layout is not None and layout not in FLUX_LAYOUTS:
-        raise ValueError(f"got --layout {layout} for a FLUX transformer: expected {' or '.join(FLUX_LAYOUTS)}")
-    model = FluxTransformer.from_pretrained(folder, dtype=dtype or common_dtype(headers))
-    model.save_pretrained(out, layout=layout or ("diffusers" if in_bfl_layout(headers) else "bfl"))
+        raise ValueError(f"got --layout {layout} for a part of FLUX: expected {' or '.join(FLUX_LAYOUTS)}")
+    # a folder of the original files has both: the transformer counts, the other is named by its file
+    names = dict.fromkeys((*FluxTransformer.WEIGHT_FILES, *AutoencoderKL.WEIGHT_FILES))
+    headers = read_headers([source] if source.is_file() else weight_files(source, tuple(names)))
+    wanted = dtype or common_dtype(headers)
+    if any(key.startswith("decoder.") for key in headers):
+        vae = AutoencoderKL.from_pretrained(source, dtype=wanted)
+        vae.save_pretrained(out, layout=layout or ("diffusers" if in_flux_layout(headers) else "bfl"))
+    else:
+        flux = FluxTransformer.from_pretrained(source, dtype=wanted)
+        flux.save_pretrained(out, layout=layout or ("diffusers" if in_bfl_layout(headers) else "bfl"))
 
 
 def folder_headers(folder: Path) -> dict[str, "TensorHeader"]:

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from unimm.checkpoint.atomic import atomic_directory
-from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent, write_component
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, PositiveInt, SameAs
-from unimm.checkpoint.json_files import read_json, write_json
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, Slice, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     TIMESTEP_EMBED_DIM,
@@ -367,10 +365,5 @@ class FluxTransformer(PretrainedComponent):
         table, names = (
             (flux_key_map, DIFFUSERS_WEIGHT_FILES) if layout == "diffusers" else (flux_bfl_key_map, BFL_WEIGHT_FILES)
         )
-        with atomic_directory(folder, weight_names=[names]) as partial:
-            # the axes are in no weights, so that the other layout has a config beside it, too
-            write_json(partial / "config.json", self.config.to_json())
-            key_map = table(self.config)
-            check_all_saved(self, [key_map])
-            save_weights(released_tensors(self, key_map), partial, names, max_shard_size=MAX_SHARD_SIZE)
-            self.check_loads(partial)
+        # the axes are in no weights, so that the other layout has a config beside it, too
+        write_component(self, folder, names, table(self.config), self.config.to_json())

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from unimm.checkpoint.atomic import atomic_directory
-from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent, write_component
 from unimm.checkpoint.config_io import JsonConfig, JsonLayout, LayerCount, PositiveInt, SameAs
-from unimm.checkpoint.json_files import read_json, write_json
+from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap, SwapHalves, renames
 from unimm.checkpoint.load import Shapes
-from unimm.checkpoint.save import MAX_SHARD_SIZE, check_all_saved, released_tensors, save_weights
 from unimm.denoisers.mmdit import (
     ATTENTION_KEY_MAP,
     NORM_EPS,
@@ -192,10 +190,4 @@ class QwenImageTransformer(PretrainedComponent):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and the weights in the released layout."""
-        with atomic_directory(folder, weight_names=[DIFFUSERS_WEIGHT_FILES]) as partial:
-            write_json(partial / "config.json", self.config.to_json())
-            check_all_saved(self, [KEY_MAP])
-            save_weights(
-                released_tensors(self, KEY_MAP), partial, DIFFUSERS_WEIGHT_FILES, max_shard_size=MAX_SHARD_SIZE
-            )
-            self.check_loads(partial)
+        write_component(self, folder, DIFFUSERS_WEIGHT_FILES, KEY_MAP, self.config.to_json())

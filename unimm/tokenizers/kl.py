@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent
+from unimm.checkpoint.component import DIFFUSERS_WEIGHT_FILES, PretrainedComponent, write_component
 from unimm.checkpoint.config_io import (
     JsonConfig,
     JsonLayout,
@@ -28,7 +28,7 @@ from unimm.checkpoint.config_io import (
 from unimm.checkpoint.json_files import read_json
 from unimm.checkpoint.keymap import KeyMap
 from unimm.checkpoint.load import Shapes
-from unimm.tokenizers.kl_layouts import FLUX_WEIGHT_FILES, kl_key_map
+from unimm.tokenizers.kl_layouts import FLUX_KEY_MAP, FLUX_WEIGHT_FILES, kl_diffusers_key_map, kl_key_map
 
 N_GROUPS = 32  # GroupNorm groups, fixed in every release
 NORM_EPS = 1e-6
@@ -345,6 +345,17 @@ class AutoencoderKL(PretrainedComponent):
 
     def key_map(self, shapes: Shapes) -> KeyMap:
         return kl_key_map(shapes, self.config.widths, quant_convs=self.config.quant_convs)
+
+    def save_pretrained(self, folder: Path, *, layout: str = "diffusers") -> None:
+        """Write config.json and the weights; layout "bfl": Black Forest Labs' names, in ae.safetensors."""
+        if layout not in ("diffusers", "bfl"):
+            raise ValueError(f"got layout {layout!r}: expected 'diffusers' or 'bfl'")
+        config = self.config
+        if layout == "diffusers":
+            key_map = kl_diffusers_key_map(config.widths, quant_convs=config.quant_convs)
+            write_component(self, folder, DIFFUSERS_WEIGHT_FILES[:-1], key_map, config.to_diffusers())
+        else:
+            write_component(self, folder, FLUX_WEIGHT_FILES[:1], FLUX_KEY_MAP, config.to_json())
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W] in [-1, 1] -> mean, log variance of the posterior, each [B, C, h, w], before scaling."""

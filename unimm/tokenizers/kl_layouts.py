@@ -14,9 +14,14 @@ ATTENTION_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"
 LEGACY_ATTENTION_NAMES = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
 
 
+def in_flux_layout(names: Collection[str]) -> bool:
+    """Whether released tensors have the names of FLUX's ae.safetensors."""
+    return not any(name.startswith("encoder.down_blocks.") for name in names)
+
+
 def kl_key_map(names: Collection[str], widths: Sequence[int], *, quant_convs: bool) -> KeyMap:
     """The key map of released tensors of these names, in whichever layout they are."""
-    if not any(name.startswith("encoder.down_blocks.") for name in names):
+    if in_flux_layout(names):
         return FLUX_KEY_MAP
     legacy = any(".attentions.0.query." in name for name in names)
     attention = LEGACY_ATTENTION_NAMES if legacy else ATTENTION_NAMES
