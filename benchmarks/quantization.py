@@ -2,14 +2,15 @@
 
     python benchmarks/quantization.py                        # all four parts
     python benchmarks/quantization.py --only exactness golden
-    python benchmarks/quantization.py --only accuracy --n 40 --tasks draw.one answer.count
+    python benchmarks/quantization.py --only accuracy --models bagel-nano --n 40 --tasks draw.one
     python benchmarks/quantization.py --only speed --dim 4096 --mlp 11008
 
 Exactness: the relative error |y - y'| / |y| of the last layer's values after a text of 64 random ids, and for families
 that denoise the mean difference of the pixels, of 255, of one image of ten steps from one seed. Golden: the stored outputs
-of the originals (tests/golden), computed with weights in few bits: the median of their relative errors. Accuracy: the
-part of examples of the shapes world that bagel-nano gets right. Speed: one block's seven linears (q, k, v, output, gate, up,
-down) for a few rows, as decoding has them: plain in bfloat16, packed as float16, and in int8.
+of the originals (tests/golden), computed with weights in few bits: the median of their relative errors, and the greatest.
+Accuracy: the part of examples of the shapes world that is right, as `unimm eval shapes` scores it. Speed: one block's seven
+linears (q, k, v, output, gate, up, down) for a few rows, as decoding has them: plain in bfloat16, packed as float16, and in
+int8.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,24 +120,44 @@ def golden(names: Sequence[str]) -> None:
             comparing = mock.patch.object(Case, "compare", compare)
             with loaded_in(quantize), comparing, suppress(NoGradientError), gradients_refused():
                 check(ROOT / "tests" / "golden" / name)
-            row[quantize] = statistics.median(errors)
             row["outputs"] = len(errors)
+            row[quantize] = f"{statistics.median(errors):.3g} ({max(errors):.3g})"
         rows.append(row)
-    show(rows, title="against the originals' stored outputs: the median of the relative errors")
+    show(rows, title="against the originals' stored outputs: the median of the relative errors (the greatest)")
 
 
-def accuracy(tasks: Sequence[str], n: int) -> None:
-    """The table of what bagel-nano gets right, with 95 % intervals."""
-    from unimm.evaluation.benchmarks.shapes import evaluate
+def accuracy(names: Sequence[str], tasks: Sequence[str] | None, n: int, out: Path) -> None:
+    """The table of what small models get right, and of its paired difference to full precision with the 95 % interval.
 
-    rows = []
-    for quantize in (None, *WEIGHT_FORMATS):
-        model = unimm.load("bagel-nano", quantize=quantize)
-        scores = evaluate(model, n=n, seed=1, tasks=tasks, progress=False)
-        shown = {task: f"{one.accuracy:.3f} ({one.low:.3f}-{one.high:.3f})" for task, one in scores.items()}
-        rows.append({"quantize": str(quantize), **shown})
-        print(rows[-1], flush=True)
-    show(rows, title=f"bagel-nano in the shapes world, n = {n}")
+    out: the folder of the runs, each of which goes on where it was stopped.
+    """
+    from unimm.evaluation.benchmarks.base import BenchmarkOptions
+    from unimm.evaluation.benchmarks.shapes import ShapesBenchmark
+    from unimm.evaluation.results import compare_results
+    from unimm.evaluation.run import run_benchmark
+    from unimm.evaluation.setup import model_source, prepare_judge
+    from unimm.models.load_options import LoadOptions
+
+    options = BenchmarkOptions(n=n, seed=1, tasks=tasks and tuple(tasks))
+    for name in names:
+        results = {}
+        for quantize in (None, *WEIGHT_FORMATS):
+            benchmark = ShapesBenchmark(options)
+            source = model_source(name, "shapes", load=LoadOptions(quantize=quantize))
+            judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
+            folder = out / f"{name}-{quantize or 'float32'}"
+            results[quantize] = run_benchmark(benchmark, source, judge, folder, progress=False).result
+        whole = results.pop(None)
+        differences = {quantize: compare_results(whole, result) for quantize, result in results.items()}
+        rows = [
+            {"task": task, "float32": f"{one.a:.3f}"}
+            | {
+                quantize: f"{theirs[task].b:.3f} ({theirs[task].low:+.3f} to {theirs[task].high:+.3f})"
+                for quantize, theirs in differences.items()
+            }
+            for task, one in differences["int8"].items()
+        ]
+        show(rows, title=f"{name} in the shapes world, n = {n} a task: the part that is right (95 % of the difference)")
 
 
 class Block(nn.Module):
@@ -174,10 +196,11 @@ def speed(dim: int, mlp: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--models", nargs="+", choices=NANOS, default=NANOS, help="of the exactness")
+    parser.add_argument("--models", nargs="+", choices=NANOS, default=NANOS, help="of exactness and accuracy")
     parser.add_argument("--cases", nargs="+", choices=GOLDEN, default=GOLDEN, help="of the stored outputs")
-    parser.add_argument("--tasks", nargs="+", default=["draw.one", "draw.count", "answer.count", "answer.relation"])
-    parser.add_argument("--n", type=int, default=40, help="examples of a task")
+    parser.add_argument("--tasks", nargs="+", help="of the accuracy; all but those after reasoning unless given")
+    parser.add_argument("--n", type=int, default=50, help="examples of a task")
+    parser.add_argument("--out", type=Path, help="where the runs of the accuracy are kept, to be gone on with")
     parser.add_argument("--dim", type=int, default=2048, help="Janus-Pro-1B's unless given")
     parser.add_argument("--mlp", type=int, default=5632)
     args = parser.parse_args()
@@ -186,7 +209,8 @@ def main() -> None:
     if "golden" in args.only:
         golden(args.cases)
     if "accuracy" in args.only:
-        accuracy(args.tasks, args.n)
+        with tempfile.TemporaryDirectory(prefix="unimm-quantization-") as folder:
+            accuracy(args.models, args.tasks, args.n, args.out or Path(folder))
     if "speed" in args.only:
         speed(args.dim, args.mlp)
     print(Machine.here(torch.bfloat16))

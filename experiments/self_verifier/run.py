@@ -37,7 +37,7 @@ def run_level(out: Path, model: str, level: str, *, n: int, seed: int, steps: in
     )
     questions = StarsQuestions(options, left_out=())
     sampling = {} if steps is None else {"steps": steps}
-    source = model_source(model, "unisandbox", device="cpu", dtype="float32", options=sampling)
+    source = model_source(model, "unisandbox", options=sampling)
     scores = []
     for judge in (lambda: self_judge(load(model), "shapes"), exact_shapes_judge):
         state = run_benchmark(questions, source, judge, out / f"seed{seed}-{level}", batch_size=50)

@@ -51,7 +51,7 @@ def evaluate_levels(
     """Which questions of each level, or pairs of them, a model draws right."""
     options = BenchmarkOptions(n=n, seed=seed, think=mode == "think", tasks=tuple(levels), supports_thinking=True)
     benchmark = UniSandBoxBenchmark(options)
-    source = model_source(model, benchmark.NAME, device="cpu", dtype="float32", options={"steps": SAMPLER_STEPS})
+    source = model_source(model, benchmark.NAME, options={"steps": SAMPLER_STEPS})
     judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
     result = run_benchmark(benchmark, replace(source, name=out.name), judge, out, batch_size=50, progress=False).result
     assert result is not None

@@ -43,7 +43,7 @@ def run_seed(out: Path, model: str, *, n: int, seed: int, steps: int | None, mod
     options = BenchmarkOptions(n=n, seed=seed, think=mode == "think", supports_thinking=True)
     benchmark = UniSandBoxBenchmark(options)
     sampling = {} if steps is None else {"steps": steps}
-    source = model_source(model, benchmark.NAME, device="cpu", dtype="float32", options=sampling)
+    source = model_source(model, benchmark.NAME, options=sampling)
     judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
     state = run_benchmark(benchmark, source, judge, out / f"seed{seed}-{mode}")
     assert state.result is not None

@@ -4,7 +4,8 @@ import pytest
 from helpers.serving import ROUNDING, levels_apart
 from PIL import Image
 
-from unimm.app.scripts import LoadOptions, Recipe, Upload, python_script
+from unimm.app.scripts import Recipe, Upload, python_script
+from unimm.models.load_options import LoadOptions
 
 DRAWN = Recipe(model="bagel-nano", verb="generate", pieces=("a red circle",), seed=3, steps=2)
 

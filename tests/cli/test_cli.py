@@ -24,14 +24,14 @@ from unimm.evaluation.benchmarks.shapes import TASKS
 RECIPES = Path(unimm.__file__).parent / "training" / "recipes"
 OPTIONS = {
     "demo": "out model seed",
-    "generate": "prompt prompts image think model seed steps size n out batch device dtype quantize offload",
+    "generate": "prompt prompts image think model seed steps size n out batch device dtype quantize offload tensor_parallel",
     "understand": "image question stream model device dtype quantize offload",
     "train": "recipe out device resume init workers hours set_",
     "plan": "name train gpus memory size batch dtype device set_ as_json",
     "eval": "benchmark model items labels n seed judge think out shard as_json tasks world judge_prompts judge_model "
-    "judge_workers images steps guidance size batch compare device dtype",
-    "app": "model host port no_auth device dtype",
-    "serve": "model host port device dtype quantize threads api_key_file api_keys no_auth allow_remote_images "
+    "judge_workers images steps guidance size batch compare device dtype quantize offload",
+    "app": "model host port no_auth device dtype quantize offload",
+    "serve": "model host port device dtype quantize offload threads api_key_file api_keys no_auth allow_remote_images "
     "max_running max_waiting memory_mb timeout drain",
     "stars": "recipe out device workers set_ as_json",
     "data": "",
@@ -188,6 +188,11 @@ def test_think(tmp_path):
         (("--out", "nowhere/out.png"), "no folder nowhere"),
         (("--dtype", "int8"), "got dtype"),
         (("--image", "no.png"), "no.png"),
+        (("--quantize", "int2"), "got quantize 'int2': expected one of int8"),
+        (("--offload", "cpu"), "expected a GPU"),
+        (("--offload", "disk", "--quantize", "int4"), "expected one of them"),
+        (("--tensor-parallel",), "got --tensor-parallel in one process"),
+        (("--tensor-parallel", "--quantize", "int4"), "expected one of them"),
     ],
 )
 def test_generate_bad_input(options, told, tmp_path, monkeypatch):
@@ -217,6 +222,24 @@ def test_eval_json():
     for score in scores.values():
         assert score.keys() == {"accuracy", "n", "low", "high"}
         assert score["n"] == 2 and 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
+
+
+def test_what_is_generated_says_how_the_model_was_loaded(tmp_path):
+    """Files of prompts and benchmarks take what one prompt takes; another way of loading is another run."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    out = tmp_path / "drawn"
+    drawing = ("generate", "--prompts", tmp_path / "prompts.txt", "--steps", 1, "--out", out)
+    fine(*drawing, "--quantize", "fp8")
+    run = json.loads((out / "run.json").read_text())
+    assert run["quantize"] == "fp8" and len(run["weights"]["sha256"]) == 64
+    assert "holds another run: quantize fp8 there, null now" in fails(*drawing)
+    scoring = ("eval", "shapes", "--tasks", "answer.shape", "--n", 1, "--out")
+    fine(*scoring, tmp_path / "whole", "--offload", "disk")
+    fine(*scoring, tmp_path / "rounded", "--quantize", "int4")
+    whole, rounded = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "rounded"))
+    assert whole["quantize"] is None and rounded["quantize"] == "int4" and whole["weights"] != rounded["weights"]
+    assert "got offload 'cpu'" in fails(*scoring, tmp_path / "none", "--offload", "cpu")
+    assert not (tmp_path / "none").exists()
 
 
 def test_eval_table():

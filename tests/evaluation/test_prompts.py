@@ -191,3 +191,29 @@ def test_two_processes_of_torchrun_draw_what_one_does(nano, file, tmp_path):
     assert ran.stdout.split() == ["two/manifest.jsonl"]
     assert len(list((tmp_path / "two").glob("outputs-*.jsonl"))) == 2
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_processes_of_torchrun_draw_each_image_together(nano, tmp_path):
+    """A file of prompts, and one prompt alone: written once, by the first process, but for rounding as one process draws
+    it. What the model refuses ends both."""
+    path = write(tmp_path / "prompts.jsonl", PROMPTS[:3])
+    draw(nano, read_prompt_requests(path), tmp_path / "one", batch_size=2)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    base = [*torchrun, "-m", "unimm", "generate", "--steps", "2", "--tensor-parallel"]
+
+    def run(*options):
+        return subprocess.run([*base, *options], check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    ran = run("--prompts", path.name, "--batch", "2", "--out", "two")
+    assert ran.stdout.split() == ["two/manifest.jsonl"]
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert one["weights"] == two["weights"]
+    for row in read_manifest(tmp_path / "two" / "manifest.jsonl"):
+        with Image.open(tmp_path / "two" / row["image"]) as ours, Image.open(tmp_path / "one" / row["image"]) as theirs:
+            assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert run("a red circle", "--out", "three.png").stdout.split() == ["three.png"]
+    refused = run("--prompts", write(tmp_path / "bad.jsonl", [{"prompt": "a", "size": [65, 64]}]).name, "--out", "bad")
+    assert refused.returncode and refused.stderr.count("error: item 00001: cannot generate") == 1

@@ -22,7 +22,7 @@ def bagel_with_released_defaults():
 
 
 def options_of(model, benchmark):
-    return model_source("bagel", benchmark, device="cpu", dtype="float32").options_for(model)
+    return model_source("bagel", benchmark).options_for(model)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import gradio as gr
 from unimm.app.album import Album, AlbumImage
 from unimm.app.capabilities import Tab
 from unimm.app.progress import status_html
-from unimm.app.scripts import LoadOptions, python_script
+from unimm.app.scripts import python_script
+from unimm.models.load_options import LoadOptions
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from unimm.app.capabilities import Tab
 from unimm.app.chat_tab import ChatTab
 from unimm.app.gallery import GalleryPanel, ImageTarget
 from unimm.app.request_tab import RequestTab
-from unimm.app.scripts import LoadOptions
+from unimm.models.load_options import LoadOptions
 from unimm.serving.engine import Engine
 
 HEADER = "# unimm\nModels that understand images and generate them."

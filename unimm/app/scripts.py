@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from unimm.generation.stepwise import Output
+from unimm.models.load_options import LoadOptions
 
 LINE = 100  # characters of a call that stays on one line
 
@@ -39,21 +40,10 @@ class Recipe:
 Piece: TypeAlias = str | Upload | Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How the models of the page were loaded."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def call(self, model: str) -> str:
-        """The call that loads a model."""
-        arguments = [quoted(model)]
-        if self.device != "cpu":
-            arguments.append(f"device={quoted(self.device)}")
-        if self.dtype != "float32":
-            arguments.append(f"dtype={quoted(self.dtype)}")
-        return f"unimm.load({', '.join(arguments)})"
+def load_call(model: str, load: LoadOptions) -> str:
+    """The call that loads a model."""
+    options = "".join(f", {name}={quoted(value)}" for name, value in load.given().items())
+    return f"unimm.load({quoted(model)}{options})"
 
 
 def quoted(text: str) -> str:
@@ -71,7 +61,7 @@ def python_script(recipe: Recipe, *, load: LoadOptions | None = None) -> str:
     lines = ["import unimm", ""]
     if any(isinstance(piece, Upload) for one in recipes if one.verb == "interleave" for piece in one.pieces):
         lines = ["from pathlib import Path", "", *lines]
-    lines += [f"{model_names[name]} = {load.call(name)}" for name in models]
+    lines += [f"{model_names[name]} = {load_call(name, load)}" for name in models]
     for one in recipes:
         lines += _assignment(one, model_names[one.model], image_names)
     return "\n".join([*lines, f'{image_names[id(recipe)]}.save("image.png")', ""])

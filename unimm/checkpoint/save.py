@@ -119,6 +119,19 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {own_name(name): x for name, x in found.items()}
 
 
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a model holds for files, one after the other in the order of our names: of linears in few bits the codes,
+    and what stands beside them."""
+    plain = _saved_tensors(model)
+    quantized = _quantized_linears(model)
+    for name in sorted((*plain, *quantized)):
+        if name in plain:
+            yield name, plain[name].detach()
+        else:
+            for suffix in quantized[name].stored_layout():
+                yield name + suffix, quantized[name].stored_part(suffix)
+
+
 def _quantized_tensors(model: nn.Module, key_map: KeyMap) -> dict[str, PendingTensor]:
     """The released tensors of linears in few bits, and what stands beside them."""
     linears = _quantized_linears(model)

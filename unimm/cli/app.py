@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import DeviceOption, DtypeOption, load_model
+from unimm.cli.options import DeviceOption, DtypeOption, OffloadOption, QuantizeOption, load_model, load_options
 
 
 def app_command(
@@ -25,6 +25,8 @@ def app_command(
     ] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
 ) -> None:
     """Open a page in the browser's reach: draw, edit, ask, think and chat."""
     # read where Gradio is imported
@@ -38,18 +40,18 @@ def app_command(
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: pip install 'unimm[app]'") from error
         from unimm.app.capabilities import can_be_served
-        from unimm.app.scripts import LoadOptions
         from unimm.checkpoint.hub import bundled_names
         from unimm.serving.engine import Engine
         from unimm.serving.server import listen
 
         rules = page_rules(host, no_auth=no_auth)
-        models = {name: load_model(name, device, dtype) for name in model or bundled_names()}
+        options = load_options(device, dtype, quantize=quantize, offload=offload)
+        models = {name: load_model(name, options) for name in model or bundled_names()}
         unserved = [name for name, one in models.items() if not can_be_served(one)]
         if model and unserved:
             raise ValueError(f"got --model {', '.join(unserved)}, which cannot be served yet: take another family")
         engine = Engine({name: one for name, one in models.items() if name not in unserved})
-        page = build_page(engine, folder=Path(folder) / "album", load=LoadOptions(device=device, dtype=dtype))
+        page = build_page(engine, folder=Path(folder) / "album", load=options)
         application = page_application(page, rules=rules, limits=engine.limits)
         with listen(host, port) as sock, engine:
             shown = f"[{host}]" if ":" in host else host

@@ -15,7 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from unimm.cli.generate import parse_height_width
-from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, SeedOption, chosen_shard, look_up_family
+from unimm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OffloadOption,
+    QuantizeOption,
+    SeedOption,
+    chosen_shard,
+    load_options,
+    look_up_family,
+)
 from unimm.evaluation.registry import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -81,6 +91,8 @@ def eval_command(
     compare: CompareOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
 ) -> None:
     """Score a model on a benchmark: means with 95 % intervals; or compare two results."""
     if compare is not None:
@@ -91,6 +103,7 @@ def eval_command(
     from unimm.evaluation.setup import model_source, prepare_judge
 
     kind = benchmark_class(benchmark)
+    load = load_options(device, dtype, quantize=quantize, offload=offload)
     family = look_up_family(model)
     sampling = sampling_options(family, think=think, steps=steps, guidance=guidance, size=size)
     chosen = None if tasks is None else tuple(tasks.split(","))
@@ -99,7 +112,7 @@ def eval_command(
     made = kind(replace(asked, judge_prompts=judge_prompts, images=images, supports_thinking=thinks))
     make_judge = prepare_judge(judge, made, device=device, dtype=dtype, judge_model=judge_model, workers=judge_workers)
     with chosen_shard(shard) as (part, place), run_folder(out, part) as folder:
-        source = model_source(model, made.NAME, device=place(device), dtype=dtype, options=sampling)
+        source = model_source(model, made.NAME, load=replace(load, device=place(device)), options=sampling)
         state = run_benchmark(made, source, make_judge, folder, shard=part, batch_size=batch)
         if state.result is None:
             print_missing(state, part)

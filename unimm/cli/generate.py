@@ -1,7 +1,8 @@
 """The command `unimm generate`."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +13,17 @@ from unimm.cli.options import (
     OffloadOption,
     QuantizeOption,
     SeedOption,
+    TensorParallelOption,
     chosen_shard,
+    computing_ranks,
     load_model,
+    load_options,
     look_up_family,
 )
 
 if TYPE_CHECKING:
     from unimm.models.base import Generation
+    from unimm.models.load_options import LoadOptions
 
 
 def generate_command(
@@ -44,42 +49,44 @@ def generate_command(
     dtype: DtypeOption = "float32",
     quantize: QuantizeOption = None,
     offload: OffloadOption = None,
+    tensor_parallel: TensorParallelOption = False,
 ) -> None:
     """Generate an image, or edit one; or draw a file of prompts, under torchrun by several processes."""
     if (prompt is None) == (prompts is None):
         raise ValueError(f"got {'neither' if prompt is None else 'both'}: expected a prompt, or --prompts with a file")
     height_width = parse_height_width(size) if size else None
+    loading = load_options(device, dtype, quantize=quantize, offload=offload)
     if prompts is not None:
-        if quantize or offload:
-            raise ValueError("got --quantize or --offload with --prompts: expected them for one prompt alone")
         if image:
             raise ValueError("got --image with --prompts: expected images in the file, under the key images")
-        given = {} if height_width is None else {"size": height_width}
-        draw_prompts(
-            prompts,
-            out,
-            model,
-            seed=seed,
-            n=n,
-            think=think,
-            steps=steps,
-            options=given,
-            batch=batch,
-            device=device,
-            dtype=dtype,
-        )
+        asked = PromptFile(path=prompts, seed=seed, n=n, think=think, size=height_width, steps=steps)
+        draw_prompts(asked, out, model, loading, batch=batch, tensor_parallel=tensor_parallel)
         return
     if batch is not None:
         raise ValueError(f"got --batch {batch} without --prompts: expected a file of prompts")
     if n < 1:
         raise ValueError(f"got -n {n}: expected at least 1")
     check_writable(out)
-    loaded = load_model(model, device, dtype, quantize=quantize, offload=offload)
-    options = loaded.supported_options(think=think, steps=steps)
-    generated = loaded.generate(
-        prompt, images=image or None, n=n, size=height_width, seed=seed, progress=True, **options
-    )
-    save_images(generated, out)
+    with computing_ranks(loading, together=tensor_parallel) as (ranks, loading):
+        loaded = load_model(model, loading, ranks=ranks if tensor_parallel else None)
+        options = loaded.supported_options(think=think, steps=steps)
+        generated = loaded.generate(
+            prompt, images=image or None, n=n, size=height_width, seed=seed, progress=ranks.is_first, **options
+        )
+    if ranks.is_first:
+        save_images(generated, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """A file of prompts. seed: of its first image; n, think, size: of lines that do not say; steps: of all."""
+
+    path: Path
+    seed: int
+    n: int
+    think: bool
+    size: tuple[int, int] | None
+    steps: int | None
 
 
 def save_images(generated: "Generation", out: Path) -> None:
@@ -94,31 +101,36 @@ def save_images(generated: "Generation", out: Path) -> None:
 
 
 def draw_prompts(
-    path: Path,
+    asked: PromptFile,
     out: Path,
     model: str,
+    loading: "LoadOptions",
     *,
-    seed: int,
-    n: int,
-    think: bool,
-    steps: int | None,
-    options: dict[str, Any],
     batch: int | None,
-    device: str,
-    dtype: str,
+    tensor_parallel: bool,
 ) -> None:
-    """Draw a file of prompts into a folder, as one process or as torchrun's. options: of all its lines."""
+    """Draw a file of prompts into a folder: as one process, by parts as torchrun's, or all of these together."""
     if out.suffix:
         raise ValueError(f"got --out {out} with --prompts: expected a folder")
     from unimm.evaluation.prompts import read_prompt_requests, run_prompts
-    from unimm.evaluation.setup import model_source
+    from unimm.evaluation.setup import model_source, shared_source
 
-    items = read_prompt_requests(path, seed=seed, n=n, think=think)
+    items = read_prompt_requests(asked.path, seed=asked.seed, n=asked.n, think=asked.think)
     family = look_up_family(model)
     family.supported_options(think=any(item.think for item in items))
-    options |= family.supported_options(steps=steps)
+    options = family.supported_options(steps=asked.steps)
+    if asked.size is not None:
+        options["size"] = asked.size
+    if tensor_parallel:
+        with computing_ranks(loading, together=True) as (ranks, on_cpu):
+            plain = model_source(model, "prompts", load=on_cpu, options=options)
+            with shared_source(plain, model, on_cpu, ranks) as source:
+                if source is not None:
+                    typer.echo(run_prompts(items, source, out, batch_size=batch).manifest)
+        return
     with chosen_shard(None) as (part, place):
-        source = model_source(model, "prompts", device=place(device), dtype=dtype, options=options)
+        loading = replace(loading, device=place(loading.device))
+        source = model_source(model, "prompts", load=loading, options=options)
         state = run_prompts(items, source, out, shard=part, batch_size=batch)
         if part.index == 0:  # of torchrun's processes the first speaks
             typer.echo(state.manifest)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import DeviceOption, DtypeOption
+from unimm.cli.options import DeviceOption, DtypeOption, OffloadOption, QuantizeOption, load_options
 
 
 def serve_command(
@@ -18,7 +18,8 @@ def serve_command(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    quantize: Annotated[str | None, typer.Option(help="int8, int4, fp8 or nf4.")] = None,
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU's operations; torch's own number unless given.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of API keys, one a line.")] = None,
     api_keys: Annotated[
@@ -57,9 +58,7 @@ def serve_command(
     )
     plan = ServerPlan(
         models=names,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
+        load=load_options(device, dtype, quantize=quantize, offload=offload),
         threads=threads,
         allow_remote_images=allow_remote_images,
         limits=limits,

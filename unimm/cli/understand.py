@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from unimm.cli.options import DeviceOption, DtypeOption, ModelOption, OffloadOption, QuantizeOption, load_model
+from unimm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OffloadOption,
+    QuantizeOption,
+    load_model,
+    load_options,
+)
 
 
 def understand_command(
@@ -20,7 +28,7 @@ def understand_command(
     offload: OffloadOption = None,
 ) -> None:
     """Answer a question about an image."""
-    loaded = load_model(model, device, dtype, quantize=quantize, offload=offload)
+    loaded = load_model(model, load_options(device, dtype, quantize=quantize, offload=offload))
     answer = loaded.understand(image, question, stream=stream)
     for piece in answer if stream else [answer]:
         typer.echo(piece, nl=False)

@@ -27,7 +27,7 @@ from unimm.evaluation.manifest import Manifest, read_manifest
 from unimm.evaluation.sharding import RunShard
 
 # what makes a run another one; what else run.json holds is for the reader
-IDENTITY = ("benchmark", "model", "dtype", "seed", "items", "prompts", "answers", "options")
+IDENTITY = ("benchmark", "model", "dtype", "quantize", "seed", "items", "prompts", "answers", "options")
 
 
 class RunFolder:

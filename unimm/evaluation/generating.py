@@ -10,6 +10,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from unimm.checkpoint.save import held_tensors
+from unimm.distributed.shared_model import SharedModel
 from unimm.evaluation.folder import RunFolder
 from unimm.evaluation.items import EvalItem
 from unimm.evaluation.sharding import RunShard
@@ -53,7 +55,7 @@ def produce(
 
 
 def generate_outputs(
-    model: BenchmarkModel,
+    model: BenchmarkModel | SharedModel,
     batches: Sequence[Sequence[EvalItem]],
     folder: RunFolder,
     shard: RunShard,
@@ -79,13 +81,21 @@ def generate_outputs(
             if not missing:
                 continue
             try:
-                outputs = produce(model, batch, options)
+                outputs = _produce_together(model, batch, options)
             except ValueError as error:
                 raise ValueError(f"item {' or '.join(item.id for item in batch)}: {error}") from error
             for item, output in zip(batch, outputs, strict=True):
                 if item.id not in done:
                     manifest.append([_row(item, output, folder)])
             bar.update(len(missing))
+
+
+def _produce_together(
+    model: BenchmarkModel | SharedModel, batch: Sequence[EvalItem], options: Mapping[str, Any]
+) -> list[ModelOutput]:
+    if isinstance(model, SharedModel):
+        return model.call(produce, batch, options)
+    return produce(model, batch, options)
 
 
 def _row(item: EvalItem, output: ModelOutput, folder: RunFolder) -> dict[str, Any]:
@@ -103,7 +113,8 @@ def _row(item: EvalItem, output: ModelOutput, folder: RunFolder) -> dict[str, An
 
 
 def describe_weights(model: Any) -> dict[str, Any]:
-    """The SHA-256 of a model's weights as they are in memory, wherever they came from, and how many they are.
+    """The SHA-256 of a model's weights as they are in memory, wherever they came from, and how many numbers they are; two
+    of 4 bits in a byte are one.
 
     Empty for what is no module.
     """
@@ -111,8 +122,9 @@ def describe_weights(model: Any) -> dict[str, Any]:
         return {}
     digest = hashlib.sha256()
     n = 0
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in held_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        values: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(memoryview(values))
         n += tensor.numel()
     return {"sha256": digest.hexdigest(), "numbers": n}

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from unimm.distributed.shared_model import SharedModel
 from unimm.evaluation.benchmarks.base import Benchmark
 from unimm.evaluation.folder import RunFolder, file_hash
 from unimm.evaluation.generating import BenchmarkModel, describe_weights, generate_outputs
@@ -21,14 +22,17 @@ class ModelSource:
     """The model of a run: its name, how to load it, which is done only where something is left to generate, and options
     of `generate`.
 
-    options_for: those that are known when it is loaded, as a benchmark's published ones.
+    options_for: those that are known when it is loaded, as a benchmark's published ones. describe: what the run's file
+    says of the weights.
     """
 
     name: str
-    load: Callable[[], BenchmarkModel]
+    load: Callable[[], BenchmarkModel | SharedModel]
     dtype: str = "float32"
+    quantize: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    options_for: Callable[[BenchmarkModel], Mapping[str, Any]] | None = None
+    options_for: Callable[[Any], Mapping[str, Any]] | None = None
+    describe: Callable[[Any], Mapping[str, Any]] = describe_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ def generate_items(
             **plan,
             "model": model.name,
             "dtype": model.dtype,
+            "quantize": model.quantize,
             **hash_items(items),
             "options": {**plan["options"], **_plain(model.options)},
             "batch_size": batch_size,
@@ -115,7 +120,7 @@ def generate_items(
         loaded = model.load()
         published = model.options_for(loaded) if model.options_for else {}
         options = {**published, **model.options}
-        folder.add_loaded({"weights": describe_weights(loaded), "generate": _plain(options)})
+        folder.add_loaded({"weights": model.describe(loaded), "generate": _plain(options)})
         generate_outputs(loaded, batches, folder, shard, options=options, done=done, progress=progress)
     return mine
 

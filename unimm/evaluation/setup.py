@@ -1,12 +1,16 @@
 """From what a user names, as on the command line, to a benchmark, a judge and a model."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from unimm.checkpoint import hub
 from unimm.checkpoint.json_files import read_json
+from unimm.distributed.ranks import Ranks
+from unimm.distributed.shared_model import shared_model
 from unimm.evaluation.benchmarks.base import Benchmark
 from unimm.evaluation.generating import BenchmarkModel, describe_weights
 from unimm.evaluation.judges.base import ItemJudge
@@ -14,7 +18,8 @@ from unimm.evaluation.judges.readers import ModelReader, UnderstandingModel
 from unimm.evaluation.registry import BENCHMARKS
 from unimm.evaluation.run import ModelSource
 from unimm.models.base import UnifiedModel
-from unimm.models.registry import detect_family, family_class, load, releases
+from unimm.models.load_options import LoadOptions
+from unimm.models.registry import detect_family, family_class, releases
 
 # vision-language models by their model_type: they read, and generate nothing
 READERS = {
@@ -38,13 +43,14 @@ def find_family(name: str) -> type[UnifiedModel]:
 
 
 def model_source(
-    name: str, benchmark: str, *, device: str, dtype: str, options: Mapping[str, Any] | None = None
+    name: str, benchmark: str, *, load: LoadOptions | None = None, options: Mapping[str, Any] | None = None
 ) -> ModelSource:
     """The model of that name, with the options that the benchmark's published scores were generated with, unless others
     are given.
 
-    options: of `generate`.
+    load: how it is loaded. options: of `generate`.
     """
+    load = load or LoadOptions()
 
     def published(model: BenchmarkModel) -> Mapping[str, Any]:
         if not isinstance(model, UnifiedModel):
@@ -54,11 +60,34 @@ def model_source(
 
     return ModelSource(
         name=name,
-        load=lambda: load(name, device=device, dtype=dtype),
-        dtype=dtype,
+        load=lambda: load.load(name),
+        dtype=load.dtype,
+        quantize=load.quantize,
         options=options or {},
         options_for=published,
     )
+
+
+@contextmanager
+def shared_source(source: ModelSource, name: str, load: LoadOptions, ranks: Ranks) -> Iterator[ModelSource | None]:
+    """The source with its model computed by all ranks together, for the first one, whose body does the work; None on the
+    others, once it is done."""
+    weights: dict[str, Any] = {}
+
+    def load_whole() -> UnifiedModel:
+        model = load.load(name)
+        if ranks.is_first:  # before it is split
+            weights.update(describe_weights(model))
+        return model
+
+    with shared_model(load_whole, ranks) as load_shared:
+        options_for = source.options_for
+        yield load_shared and replace(
+            source,
+            load=load_shared,
+            options_for=options_for and (lambda shared: options_for(shared.model)),
+            describe=lambda shared: weights,
+        )
 
 
 def prepare_judge(
@@ -100,4 +129,4 @@ def load_understanding_model(name: str, *, device: str, dtype: str) -> Understan
     if detect_family(folder) is None and (kind := read_json(folder / "config.json").get("model_type")) in READERS:
         module, _, attribute = READERS[kind].partition(":")
         return getattr(import_module(module), attribute).from_pretrained(name, device=device, dtype=dtype)
-    return load(name, device=device, dtype=dtype)
+    return LoadOptions(device=device, dtype=dtype).load(name)

@@ -35,13 +35,14 @@ from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.generation.text_sampling import TextSampling
 from unimm.kernels.weight_formats import WEIGHT_FORMATS
 from unimm.models.adapted import AdaptedModel
+from unimm.models.load_options import check_offload, check_quantize
 from unimm.models.parallel_plan import ParallelPlan, TensorParallelPlan, find_modules
 from unimm.models.registry import detect_family, optional_files
 from unimm.models.release import Components, FamilyFiles, Release
 from unimm.nn.block_stream import BlockStream
 from unimm.nn.compiled import compile_blocks, compile_experts
 from unimm.nn.packed_linear import optimize_for_cpu
-from unimm.nn.quantized_linear import QuantizedLinear, check_can_pack
+from unimm.nn.quantized_linear import QuantizedLinear
 from unimm.processing.requests import ImageInput
 from unimm.tokenizers.text import TextTokenizer
 
@@ -167,11 +168,12 @@ class UnifiedModel(AdaptedModel):
         components = cls._parse_components(components)
         dtype = parse_dtype(dtype)
         device = parse_device(device)
-        _check_offload(offload, device)
+        check_offload(offload, device)
+        check_quantize(quantize, device, offload)
         stays_in_files = offload == "disk"
         streams_to = device if offload == "cpu" else None
         device = torch.device("cpu") if offload == "cpu" else device
-        quantization = cls._parse_quantize(quantize, device, offload)
+        quantization = LoadQuantization(WEIGHT_FORMATS[quantize], cls.QUANTIZED, QuantizedLinear) if quantize else None
         folder = hub.resolve(
             name,
             revision=revision,
@@ -208,23 +210,6 @@ class UnifiedModel(AdaptedModel):
                 device=device,
                 quantization=quantization,
             )
-
-    @classmethod
-    def _parse_quantize(cls, quantize: Any, device: torch.device, offload: str | None) -> LoadQuantization | None:
-        """How linears are quantized. Raises ValueError for other ways, and where this one cannot be."""
-        if quantize is None:
-            return None
-        known = ", ".join(WEIGHT_FORMATS)
-        if not isinstance(quantize, str) or quantize not in WEIGHT_FORMATS:
-            raise ValueError(f"got quantize {quantize!r:.80}: expected one of {known}, or None for weights as they are")
-        if offload is not None:
-            raise ValueError(
-                f'got quantize {quantize!r} and offload "{offload}": expected one of them, since weights in few bits are '
-                "in no file, and are not streamed"
-            )
-        if quantize == "int8" and device.type == "cpu":
-            check_can_pack()
-        return LoadQuantization(WEIGHT_FORMATS[quantize], cls.QUANTIZED, QuantizedLinear)
 
     def optimize_for_cpu(self, *, int8: bool = False) -> Self:
         """This model made faster on a CPU: a copy over the same weights, of which the large ones are packed a second
@@ -404,19 +389,6 @@ class ComponentModel(ABC):
 
         name: what the model was loaded by. folder: where it lies.
         """
-
-
-def _check_offload(offload: Any, device: torch.device) -> None:
-    """Raise ValueError for another place than "cpu" and "disk", and for a device that cannot have weights there."""
-    if offload not in (None, "cpu", "disk"):
-        raise ValueError(f"got offload {offload!r:.80}: expected 'cpu', 'disk', or None for weights on the device")
-    if offload == "disk" and device.type != "cpu":
-        raise ValueError(f"got offload 'disk' and device {device}: expected the CPU, which reads weights from files")
-    if offload == "cpu" and device.type == "cpu":
-        raise ValueError(
-            f"got offload 'cpu' and device {device}: expected a GPU, to which blocks are streamed; weights of a CPU that "
-            "are larger than its memory stay in their files with offload='disk'"
-        )
 
 
 def _all_targets_below(key_map: KeyMap, prefixes: tuple[str, ...]) -> bool:

@@ -16,7 +16,7 @@ from unimm.evaluation.judges.base import ItemJudge
 from unimm.evaluation.run import run_benchmark
 from unimm.evaluation.setup import find_family, model_source, prepare_judge
 from unimm.models.base import UnifiedModel
-from unimm.models.registry import load
+from unimm.models.load_options import LoadOptions
 from unimm.self_training.config import StarsConfig, StarsSamplingConfig, round_recipe
 from unimm.self_training.folder import TRAINED_FILE, StarsFolder
 from unimm.self_training.questions import StarsQuestions, round_seed
@@ -91,6 +91,7 @@ class StarsRun:
         self.config = config
         self.folder = folder
         self.device = device
+        self._load_options = LoadOptions(device=device, dtype=config.dtype)
         self.workers = workers
         self.progress = progress
         asked = self._benchmark("normal")
@@ -188,9 +189,7 @@ class StarsRun:
         self, benchmark: Benchmark, model: RoundModel, make_judge: Callable[[], ItemJudge], out: Path
     ) -> dict[str, Any]:
         config = self.config
-        source = model_source(
-            model.path, UniSandBoxBenchmark.NAME, device=self.device, dtype=config.dtype, options=self._options
-        )
+        source = model_source(model.path, UniSandBoxBenchmark.NAME, load=self._load_options, options=self._options)
         # a folder that was moved is still that of the run
         source = replace(source, name=model.name)
         size = config.sampling.batch_size
@@ -199,7 +198,7 @@ class StarsRun:
         return state.result
 
     def _load(self, model: RoundModel) -> UnifiedModel:
-        return load(model.path, device=self.device, dtype=self.config.dtype)
+        return self._load_options.load(model.path)
 
 
 def generate_options(family: type[UnifiedModel], sampling: StarsSamplingConfig) -> dict[str, Any]:

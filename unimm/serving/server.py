@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
-from unimm.models.registry import load
+from unimm.models.load_options import LoadOptions
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
 from unimm.serving.guard import LOOPBACK_NAMES, AccessRules
@@ -31,9 +31,7 @@ class ServerPlan:
     """What a worker makes its application of; called in the worker's process."""
 
     models: tuple[str, ...]
-    device: str = "cpu"
-    dtype: str = "float32"
-    quantize: str | None = None
+    load: LoadOptions = field(default_factory=LoadOptions)
     threads: int | None = None
     allow_remote_images: bool = False
     limits: ServingLimits = field(default_factory=ServingLimits)
@@ -44,10 +42,7 @@ class ServerPlan:
         end_with_parent()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        models = {
-            served_name(name): load(name, device=self.device, dtype=self.dtype, quantize=self.quantize)
-            for name in self.models
-        }
+        models = {served_name(name): self.load.load(name) for name in self.models}
         remote = RemoteImages() if self.allow_remote_images else None
         return create_app(Engine(models, limits=self.limits), rules=self.rules, remote=remote)
 
