@@ -65,8 +65,7 @@ def draws(visitor, nano):
 
 def edits(visitor, nano, drawn):
     """What was drawn, used as input."""
-    visitor.tab.locator("#use-in-edit").click()
-    visitor.tab.locator("#edit-status").wait_for()
+    visitor.use_in("edit")
     assert visitor.shows(".unimm-input", drawn)
     visitor.fill(seed=5, steps=STEPS)
     visitor.run("edit", EDIT)
@@ -80,8 +79,7 @@ def asks(visitor, nano, drawn):
     """A question about the first image, selected in the gallery, which lists the newest first."""
     visitor.tab.locator("#gallery button.thumbnail-item").nth(1).click()
     visitor.tab.locator("#code", has_text=SCENE).wait_for()
-    visitor.tab.locator("#use-in-ask").click()
-    visitor.tab.locator("#ask-status").wait_for()
+    visitor.use_in("ask")
     visitor.run("ask", "what colour is the square?")
     assert visitor.text("#ask-answer") == nano.understand(drawn, "what colour is the square?")
     visitor.photograph("ask")

@@ -78,12 +78,28 @@ class Visitor:
         """Choose one of the tabs of the page."""
         self.tab.get_by_role("tab", name=name.capitalize(), exact=True).click()
         self.tab.locator(f"#{name}-status").wait_for()
+        self.settle()
+
+    def use_in(self, name):
+        """Take the selected image of the gallery as input of a tab, which opens."""
+        self.tab.locator(f"#use-in-{name}").click()
+        self.tab.locator(f"#{name}-status").wait_for()
+        self.settle()
+
+    def settle(self):
+        """Wait for two frames: in the one after fields come into view Gradio gives them the values they began with.
+
+        What is typed before that, faster than anyone can type, is lost.
+        """
+        self.tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def fill(self, **values):
         """Fill in settings by their labels, which are opened first."""
         fields = [self.tab.get_by_label(label.capitalize(), exact=True) for label in values]
         if not fields[0].locator("visible=true").count():
             self.visible(self.tab.get_by_role("button", name="Settings")).click()
+            self.visible(fields[0]).wait_for()
+            self.settle()
         for field, value in zip(fields, values.values(), strict=True):
             self.visible(field).fill(str(value))
 
