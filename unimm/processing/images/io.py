@@ -56,18 +56,12 @@ def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> I
     """
     if isinstance(image, str | Path):
         try:
-            with Image.open(image, formats=_available_formats()) as opened:
-                return load_image(opened, place=f"{place}, {image},")
+            opened = _open(image, f"{image} as {place}")
         except FileNotFoundError:
             where = "" if place == "an image" else f", {place}"
             raise ValueError(f"no image at {image}{where}: expected a path to a file, or a PIL image") from None
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"cannot read {image} as {place}: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}; "
-                "convert it to one of these"
-            ) from error
-        except (Image.DecompressionBombError, OSError) as error:
-            raise ValueError(f"cannot read {image} as {place}: {error}") from error
+        with opened:
+            return load_image(opened, place=f"{place}, {image},")
     if not isinstance(image, Image.Image):
         raise ValueError(f"got {place} of type {type(image).__name__}: expected a PIL image or a path")
     # an image that PIL opened decodes its file only when it is loaded
@@ -95,15 +89,24 @@ def load_image(image: Image.Image | str | Path, *, place: str = "an image") -> I
 
 def load_image_bytes(data: bytes, *, place: str = "an image") -> Image.Image:
     """An RGB image, as `load_image` gives it, from the bytes of a file. Raises ValueError for the same reasons."""
+    with _open(BytesIO(data), place) as opened:
+        return load_image(opened, place=place)
+
+
+def _open(file: str | Path | BytesIO, what: str) -> ImageFile.ImageFile:
+    """A file's header. what: the file, for messages. Raises FileNotFoundError, and ValueError for what is no image."""
     try:
-        with Image.open(BytesIO(data), formats=_available_formats()) as opened:
-            return load_image(opened, place=place)
+        return Image.open(file, formats=_available_formats())
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError as error:
+        got = f"{len(file.getbuffer()):,} bytes" if isinstance(file, BytesIO) else "contents"
         raise ValueError(
-            f"cannot read {place}: got {len(data):,} bytes of another kind, expected {', '.join(IMAGE_FORMATS)}"
+            f"cannot read {what}: got {got} of another kind, expected {', '.join(IMAGE_FORMATS)}; convert it to one of "
+            "these"
         ) from error
-    except (Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"cannot read {place}: {error}") from error
+    except (Image.DecompressionBombError, *RUBBISH) as error:
+        raise ValueError(f"cannot read {what}: {error}") from error
 
 
 def read_image_size(image: Path | bytes, *, place: str = "an image") -> tuple[int, int]:
@@ -114,17 +117,11 @@ def read_image_size(image: Path | bytes, *, place: str = "an image") -> tuple[in
     what = f"{place}, {image}" if isinstance(image, Path) else place
     file = image if isinstance(image, Path) else BytesIO(image)
     try:
-        with Image.open(file, formats=_available_formats()) as opened:
+        with _open(file, what) as opened:
             width, height = opened.size
             return (height, width) if _orientation(opened) in TRANSPOSED else (width, height)
     except FileNotFoundError:
         raise ValueError(f"cannot read {what}: no such file") from None
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"cannot read {what}: got contents of another kind, expected {', '.join(IMAGE_FORMATS)}"
-        ) from error
-    except (Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"cannot read {what}: {error}") from error
 
 
 def load_images(images: Sequence, *, of: str = "") -> list[Image.Image]:
