@@ -1,5 +1,6 @@
 """The contract of serving: every bundled model's requests, batched step by step, give what its verbs give alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -57,6 +58,28 @@ def test_a_conversation_is_what_chat_answers(name):
         {"role": "user", "content": "which"},
     ]
     assert answer.text == model.chat(plain, system="be brief", text_sampling=WARM, seed=2)
+
+
+def test_uniworld_routes_as_respond_does():
+    """Where nothing is said of what is wanted its task head decides by the last message."""
+    model = loaded("uniworld-nano")
+    image = picture()
+    earlier = (RequestMessage(role="user", content=("hi",)), RequestMessage(role="assistant", content=("what?",)))
+    with Engine({"uniworld": model}) as engine:
+        submit = partial(engine.submit, "uniworld")
+        drawn = submit(asks("draw a red circle", routed=True, seed=2, steps=1))
+        told = submit(asks(image, "what is it", routed=True, text_sampling=WARM, seed=6))
+        request = asks(image, "what is it", routed=True, text_sampling=WARM, seed=6)
+        later = submit(replace(request, messages=(*earlier, *request.messages)))
+        words = submit(asks("draw a red circle", text_sampling=TextSampling(max_tokens=2)))
+        answers = [ticket.result()[0].outputs[0] for ticket in (drawn, told, later, words)]
+    expected = model.respond("draw a red circle", seed=2, steps=1)
+    assert levels_apart(answers[0], expected.image) <= ROUNDING
+    assert answers[1] == model.respond("what is it", images=image, text_sampling=WARM, seed=6)
+    messages = [{"role": one.role, "content": one.text} for one in earlier]
+    messages.append({"role": "user", "content": "what is it", "images": [image]})
+    assert answers[2] == model.chat(messages, text_sampling=WARM, seed=6)
+    assert isinstance(answers[3], str), "a text where a text is wanted"
 
 
 def test_an_image_as_one_piece():

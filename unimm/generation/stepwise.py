@@ -50,11 +50,13 @@ class ModelRequest:
     """What one answer is to be: after these messages, texts and images in the order of `outputs`.
 
     None stands for the model's own default. size: (height, width) in pixels. guidance: the scale of classifier-free
-    guidance as in the model's `generate`. think: write the reasoning first.
+    guidance as in the model's `generate`. think: write the reasoning first. routed: an image may come in place of the
+    one text, where the model decides that (UniWorld's `respond`).
     """
 
     messages: tuple[RequestMessage, ...]
     outputs: tuple[Output, ...] = ("text",)
+    routed: bool = False
     system: str | None = None
     think: bool = False
     seed: int = 0

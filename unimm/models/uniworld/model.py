@@ -46,7 +46,7 @@ from unimm.models.uniworld.processor import (
     UniWorldProcessor,
     nearest_aspect_size,
 )
-from unimm.models.uniworld.stepwise import UniWorldImageAnswer, UniWorldImageInputs
+from unimm.models.uniworld.stepwise import UniWorldImageAnswer, UniWorldImageInputs, routed_run
 from unimm.models.uniworld.weights import TASK_HEAD_KEY_MAP, uniworld_key_map
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import (
@@ -157,6 +157,9 @@ class UniWorld(UniWorldNetwork, MLLMConditionedModel, ComponentModel):
 
     def start_run(self, request: ModelRequest) -> RequestRun:
         """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        can_route = self.task_head is not None and self.auxiliary.vae is not None
+        if request.routed and request.outputs == ("text",) and can_route:
+            return routed_run(self, request)
         return separate_run(self, self.chat_mllm, request, partial(UniWorldImageAnswer, self, request))
 
     # ---- generation

@@ -14,14 +14,17 @@ from torch import Tensor
 from unimm.denoisers.mmdit import patchify_latents, unpatchify_latents
 from unimm.generation.stepwise import (
     BatchedCall,
+    DecodeText,
     DenoisingBatch,
     DenoisingImage,
     ModelRequest,
+    RequestRun,
     WorkGenerator,
     forward_bytes,
 )
-from unimm.models.common.separate_outputs import ImageAnswer
+from unimm.models.common.separate_outputs import ImageAnswer, TextAnswer
 from unimm.models.uniworld.latent_denoiser import UniWorldLatentDenoiser
+from unimm.models.uniworld.network import MLLMOutput
 from unimm.processing.images.io import tensor_to_pil
 from unimm.processing.requests import parse_requests
 
@@ -138,12 +141,22 @@ class UniWorldImageAnswer(ImageAnswer):
 
     def work(self, seed: int) -> WorkGenerator:
         """The MLLM's output, the condition, and the image."""
+        (output,) = yield self.encoding
+        yield self.image_after(output, seed)
+
+    @property
+    def encoding(self) -> BatchedCall:
+        """The MLLM's output for the prompt."""
+        return BatchedCall(self.model.encode_prompts, [self.sample])
+
+    @torch.inference_mode()
+    def image_after(self, output: MLLMOutput, seed: int) -> UniWorldImage:
+        """The image, to be denoised under what the MLLM gave."""
         model = self.model
-        outputs = yield BatchedCall(model.encode_prompts, [self.sample])
-        inputs = model.image_inputs(outputs, [self.prompt], [self.images], self.options)
+        inputs = model.image_inputs([output], [self.prompt], [self.images], self.options)
         noise = model.initial_noise(inputs.sizes[0], seed)
         n_references = inputs.references[0].shape[1] // noise.shape[1] if inputs.references else 0
-        yield UniWorldImage(
+        return UniWorldImage(
             model,
             inputs,
             noise,
@@ -155,3 +168,34 @@ class UniWorldImageAnswer(ImageAnswer):
     def image_batch(self) -> UniWorldImageBatch:
         """A new batch."""
         return UniWorldImageBatch(self.model)
+
+
+def routed_run(model: "UniWorld", request: ModelRequest) -> RequestRun:
+    """A request that the task head routes by its last message, as `respond` does: an image after it, or a text.
+
+    The text is `respond`'s where there is one message, and `chat`'s after the whole of a longer conversation.
+    """
+    model.supported_options(think=request.think, steps=request.steps)
+    last = request.messages[-1]
+    image = UniWorldImageAnswer(model, request, last.text, last.images)
+    text = TextAnswer(model.chat_mllm, request)
+
+    def work() -> WorkGenerator:
+        (output,) = yield image.encoding
+        answer_logit, image_logit = model.route_logits(output).tolist()
+        if answer_logit < image_logit:
+            yield image.image_after(output, request.seed)
+        elif len(request.messages) == 1 and request.system is None:
+            sampling = request.text_sampling.with_default_max_tokens(model.config.max_answer_tokens)
+            ends = tuple(model.mllm.eos_ids)
+            tokenizer = model.mllm.processor.text_tokenizer
+            yield DecodeText(model.mllm, output.cache, output.last_id, ends, sampling, request.seed, tokenizer)
+        else:
+            yield from text.work(request.seed)
+
+    return RequestRun(
+        work=work(),
+        image_batch=image.image_batch,
+        n_bytes=image.n_bytes + text.n_bytes,
+        n_prompt_tokens=image.n_prompt_rows,
+    )
