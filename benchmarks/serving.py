@@ -7,7 +7,8 @@
     python benchmarks/serving.py all --short          # a minute of all three, for tests
 
 The server is `unimm serve` in processes of its own, the clients are OpenAI's. Every answer is compared with the
-library's for its seed. One JSON line a part; the exit code is 1 where an answer is lost or wrong.
+library's for its seed. Each part ends with a report, or with one JSON line (--json); the exit code is 1 where an answer
+is lost or wrong, a refusal does not say when to come back, or memory grows.
 """
 
 import argparse
@@ -46,6 +47,9 @@ PROMPTS = (
 )
 QUESTIONS = ("how many shapes are there?", "what is red?", "what is left of the square?")
 ROUNDING = 1  # levels of 255 that a pixel at a level's edge may move
+MAX_WAITING = 16  # under load: with the 32 that run fewer than there are clients, so that the bound is met
+WARM_UP_S = 60  # memory may grow for so long, and is flat then
+FLAT = 0.1  # by at most so much of it the memory may differ between the first and the last third of what follows
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def server(*options: str) -> Iterator[tuple[str, int]]:
 
 def wait_healthy(url: str) -> None:
     """Wait until a server takes requests."""
-    for _ in range(1200):
+    for _ in range(6000):
         if is_healthy(url):
             return
         time.sleep(0.1)
@@ -267,17 +271,22 @@ class LoadTest:
         self.wrong: list[str] = []
         self.answers: list[tuple[str, int, Any]] = []
         self.seconds: list[float] = []
+        self.waits: list[str] = []  # Retry-After of the refusals
 
     async def run(self, n_clients: int, seconds: float) -> None:
         """All clients at once."""
         end = time.monotonic() + seconds
-        self.http = httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None))
+        hooks = {"response": [self._note_refusal]}
+        self.http = httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None), event_hooks=hooks)
         # refused requests are asked again after Retry-After, as the client does by itself
-        async with (
-            self.http,
-            openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=50, timeout=300) as client,
-        ):
+        async with openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=100, timeout=300, http_client=self.http
+        ) as client:
             await asyncio.gather(*(self._client(client, random.Random(i), end) for i in range(n_clients)))
+
+    async def _note_refusal(self, answer: httpx.Response) -> None:
+        if answer.status_code == 429:
+            self.waits.append(answer.headers.get("retry-after", ""))
 
     async def _client(self, client: openai.AsyncOpenAI, rng: random.Random, end: float) -> None:
         while time.monotonic() < end:
@@ -356,7 +365,6 @@ class LoadTest:
             async with self.http.stream("POST", url, json=body | {"partial_images": 4}) as answer:
                 if answer.status_code == 429:
                     await asyncio.sleep(float(answer.headers["retry-after"]))
-                    self.counts["refused"] += 1
                     continue
                 async for line in answer.aiter_lines():
                     await asyncio.sleep(0.2)
@@ -390,41 +398,55 @@ def measure_load(
 ) -> dict[str, Any]:
     """The mix, with the worker's memory every few seconds."""
     test = LoadTest(url, Expected(model, steps), n_seeds=n_seeds)
-    memory: list[int] = []
+    memory: list[tuple[float, int]] = []
+    begin = time.perf_counter()
 
     async def watch() -> None:
         while True:
-            memory.append(resident_bytes(pid))
-            await asyncio.sleep(seconds / 20)
+            memory.append((time.perf_counter() - begin, resident_bytes(pid)))
+            await asyncio.sleep(1)
 
     async def both() -> None:
         watching = asyncio.create_task(watch())
         await test.run(n_clients, seconds)
         watching.cancel()
 
-    begin = time.perf_counter()
     asyncio.run(both())
     elapsed = time.perf_counter() - begin
-    metrics = httpx.get(f"{url}/metrics", timeout=30).text
     test.compare()
-    settled = memory[len(memory) // 3 :]
+    settled = [n_bytes for at, n_bytes in memory if at >= min(WARM_UP_S, seconds / 3)]
+    third = max(1, len(settled) // 3)
+    before, after = (statistics.median(some) / 2**20 for some in (settled[:third], settled[-third:]))
     health = httpx.get(f"{url}/health", timeout=30).json()
     return {
         "part": "load",
         "clients": n_clients,
         "seconds": round(elapsed, 1),
-        "asked": dict(test.counts),
+        "asked": dict(sorted(test.counts.items())),
         "answers_compared": len(test.answers),
         "most_levels_apart": test.most_levels,
         "wrong_or_lost": test.wrong[:20],
         "n_wrong_or_lost": len(test.wrong),
-        "refused_429": int(float(re.findall(r"^unimm_requests_refused_total (\S+)", metrics, re.MULTILINE)[0])),
+        "refused_429": len(test.waits),
+        "refused_without_retry_after": sum(not one.isdigit() for one in test.waits),
         "median_s": round(statistics.median(test.seconds), 2),
         "p95_s": round(sorted(test.seconds)[int(0.95 * len(test.seconds))], 2),
-        "memory_mib_after_a_third": round(settled[0] / 2**20, 1),
-        "memory_mib_at_the_end": round(settled[-1] / 2**20, 1),
+        "memory_mib": [round(n_bytes / 2**20) for _, n_bytes in memory[:: max(1, len(memory) // 12)]],
+        "settled_memory_mib": [round(before, 1), round(after, 1)],
+        "memory_is_flat": after <= before * (1 + FLAT),
         "left_running": health["running"] + health["waiting"],
     }
+
+
+def show(found: dict[str, Any], *, as_json: bool) -> None:
+    """A part's report."""
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):{width}}  {value}", flush=True)
+    print(flush=True)
 
 
 def main() -> None:
@@ -434,31 +456,35 @@ def main() -> None:
     parser.add_argument("--clients", type=int)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3, help="of the gain")
+    parser.add_argument("--requests", type=int, default=12, help="of the lone ones")
     parser.add_argument("--seeds", type=int, default=24, help="of the load's answers")
     parser.add_argument("--steps", type=int, default=6, help="of the images of the load")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one line a part")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = unimm.load(MODEL)
     wrong = 0
     if options.part in ("engine", "all"):
         n = options.clients or (4 if options.short else 16)
-        print(json.dumps(measure_engine(model, n=n, rounds=1 if options.short else options.rounds)), flush=True)
+        show(measure_engine(model, n=n, rounds=1 if options.short else options.rounds), as_json=options.json)
     if options.part == "engine":
         return
-    with server() as (url, pid):
+    with server(*(("--max-waiting", str(MAX_WAITING)) if options.part in ("load", "all") else ())) as (url, pid):
         if options.part in ("lone", "all"):
-            print(json.dumps(measure_lone(url, model, n=2 if options.short else 6)), flush=True)
+            show(measure_lone(url, model, n=2 if options.short else options.requests), as_json=options.json)
         if options.part in ("gain", "all"):
             n = options.clients or (4 if options.short else 16)
-            print(json.dumps(measure_gain(url, n_clients=n, rounds=1 if options.short else options.rounds)), flush=True)
+            rounds = 1 if options.short else options.rounds
+            show(measure_gain(url, n_clients=n, rounds=rounds), as_json=options.json)
         if options.part in ("load", "all"):
             seconds = 10 if options.short else 60 * options.minutes
             n = options.clients or (6 if options.short else 64)
             n_seeds = 4 if options.short else options.seeds
             found = measure_load(url, pid, model, n_clients=n, seconds=seconds, steps=options.steps, n_seeds=n_seeds)
-            print(json.dumps(found), flush=True)
-            wrong = found["n_wrong_or_lost"] + found["left_running"]
+            show(found, as_json=options.json)
+            wrong = found["n_wrong_or_lost"] + found["left_running"] + found["refused_without_retry_after"]
+            wrong += not found["memory_is_flat"] and seconds > 2 * WARM_UP_S
     raise SystemExit(bool(wrong))
 
 

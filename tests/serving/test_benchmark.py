@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 
 @pytest.mark.nightly
 def test_the_load_test_in_short():
-    done = subprocess.run([sys.executable, SCRIPT, "all", "--short"], capture_output=True, text=True, check=False)
+    command = [sys.executable, SCRIPT, "all", "--short", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {one["part"]: one for one in map(json.loads, done.stdout.splitlines())}
     assert parts.keys() == {"engine", "lone", "gain", "load"}
