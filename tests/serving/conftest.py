@@ -11,14 +11,20 @@ openai = pytest.importorskip("openai", reason="needs the extra test")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 
-@contextmanager
-def serving(engine, **options) -> Iterator[str]:
+def serving(engine, **options):
     """The address of an application over an engine."""
     from unimm.serving.app import create_app
+
+    return listening(create_app(engine, **options), engine.limits)
+
+
+@contextmanager
+def listening(app, limits) -> Iterator[str]:
+    """The address of an application, served as `unimm serve` serves it."""
     from unimm.serving.server import listen, uvicorn_config
 
     sock = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn_config(create_app(engine, **options), engine.limits))
+    server = uvicorn.Server(uvicorn_config(app, limits))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     end = time.monotonic() + 30

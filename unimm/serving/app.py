@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ Body = TypeVar("Body", bound=RequestBody)
 IMAGE_FIELDS = ("image", "image[]")
 MAX_FORM_FIELDS = 64
 NUMBER_FIELDS = ("n", "seed", "steps", "guidance", "partial_images", "output_compression", "timeout")
+JSON_NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 FLAG_FIELDS = {"true": True, "false": False}
 
 
@@ -184,14 +186,19 @@ async def read_form(request: Request, max_files: int) -> tuple[ImagesBody, list[
         raise HttpError(ErrorReply(415, message, code="unsupported_media_type"))
     fields: dict[str, Any] = {}
     files: list[bytes] = []
-    async with request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, str):
-                fields[name] = parse_field(name, value)
-            elif name in IMAGE_FIELDS:
-                files.append(await value.read())
-            else:
-                raise ValueError(f"got a file {name!r:.40}: expected images as image or image[]; masks are not known")
+    try:
+        async with request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS) as form:
+            for name, value in form.multi_items():
+                if not isinstance(value, str) and name not in IMAGE_FIELDS:
+                    raise ValueError(f"got a file {name!r:.40}: expected images as image or image[]; masks are unknown")
+                if name in fields:
+                    raise ValueError(f"got {name!r:.40} more than once: expected it once")
+                if isinstance(value, str):
+                    fields[name] = parse_field(name, value)
+                else:
+                    files.append(await value.read())
+    except HTTPException as error:
+        raise ValueError(f"got a multipart body that cannot be read: {error.detail}") from None
     if not files:
         raise ValueError("got no image to edit: expected one or several files as image or image[]")
     return ImagesBody.model_validate(fields), files
@@ -201,12 +208,9 @@ def parse_field(name: str, value: str) -> Any:
     """A form's field: its numbers and truth values are texts."""
     if value.lower() in FLAG_FIELDS and name in ("stream", "think"):
         return FLAG_FIELDS[value.lower()]
-    if name in NUMBER_FIELDS:
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value  # refused where it is checked, with its name
-    return value
+    if name in NUMBER_FIELDS and JSON_NUMBER.fullmatch(value):
+        return json.loads(value)
+    return value  # what should be a number is refused where it is checked, with its name
 
 
 def create_app(engine: Engine, *, rules: AccessRules | None = None, remote: RemoteImages | None = None) -> FastAPI:
@@ -240,11 +244,12 @@ def create_app(engine: Engine, *, rules: AccessRules | None = None, remote: Remo
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return ErrorReply(
-            error.status_code, str(error.detail), code="http_error", headers=error.headers or {}
-        ).to_response()
+        asked = f"{request.method} {request.url.path}"
+        expected = {404: ", ".join(path for _, path, _ in routes), 405: (error.headers or {}).get("Allow")}
+        message = f"got {asked!r:.100}: expected {expected.get(error.status_code) or error.detail}"
+        return ErrorReply(error.status_code, message, code="http_error", headers=error.headers or {}).to_response()
 
-    for kind in (*TICKET_ERRORS, HttpError, ValidationError):
+    for kind in (*TICKET_ERRORS, HttpError, ValidationError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_middleware(RequestGuard, rules=rules or AccessRules(), limits=engine.limits)

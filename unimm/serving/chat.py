@@ -13,7 +13,7 @@ from unimm.generation.text_sampling import TextSampling
 from unimm.serving.events import ChoiceDone, Event, ImageDone, ImagePreview, TextPiece
 from unimm.serving.image_codec import data_uri
 from unimm.serving.limits import ServingLimits
-from unimm.serving.schemas import ChatBody, ChatMessageBody, TextContent
+from unimm.serving.schemas import ChatBody, TextContent
 from unimm.serving.sizes import parse_openai_size
 from unimm.serving.streams import collect, server_sent_event
 from unimm.serving.thinking import ThinkSplitter
@@ -24,7 +24,7 @@ def image_sources(body: ChatBody, limits: ServingLimits) -> list[str]:
     """The addresses of all images of a conversation, in order. Raises ValueError for more of anything than may be."""
     if len(body.messages) > limits.max_messages:
         raise ValueError(f"got {len(body.messages)} messages: expected at most {limits.max_messages}")
-    parts = [part for message in body.messages for part in content_parts(message)]
+    parts = [part for message in body.messages for part in message.content or []]
     n_chars = sum(len(part.text) for part in parts if isinstance(part, TextContent))
     if n_chars > limits.max_text_chars:
         raise ValueError(f"got texts of {n_chars:,} characters: expected at most {limits.max_text_chars:,}")
@@ -34,20 +34,13 @@ def image_sources(body: ChatBody, limits: ServingLimits) -> list[str]:
     return sources
 
 
-def content_parts(message: ChatMessageBody) -> Sequence[Any]:
-    """A message's content as parts."""
-    if message.content is None:
-        return []
-    return [TextContent(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-
-
 def chat_request(body: ChatBody, images: Sequence[Image.Image]) -> ModelRequest:
     """A body as a model's request; images: those of `image_sources`, in order. Raises ValueError."""
     left = iter(images)
     systems: list[str] = []
     messages: list[RequestMessage] = []
     for i, message in enumerate(body.messages):
-        content = [part.text if isinstance(part, TextContent) else next(left) for part in content_parts(message)]
+        content = [part.text if isinstance(part, TextContent) else next(left) for part in message.content or []]
         if message.role in ("system", "developer"):
             if messages or not all(isinstance(piece, str) for piece in content):
                 raise ValueError(
@@ -58,11 +51,11 @@ def chat_request(body: ChatBody, images: Sequence[Image.Image]) -> ModelRequest:
             messages.append(RequestMessage(role=message.role, content=tuple(content)))
     if not messages or messages[-1].role != "user":
         raise ValueError("got a conversation that does not end with the user: add a message of the user's")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return ModelRequest(
         messages=tuple(messages),
         outputs=body.output_kinds,
+        routed=body.is_routed,
         system="\n".join(systems) if systems else None,
         think=body.thinks,
         seed=body.seed or 0,
@@ -74,7 +67,7 @@ def chat_request(body: ChatBody, images: Sequence[Image.Image]) -> ModelRequest:
             temperature=0.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             max_tokens=max_tokens,
-            stop=stop,
+            stop=tuple(body.stop or ()),
         ),
     )
 
@@ -121,8 +114,8 @@ class ChatAnswer:
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(done)}
 
     def _content(self, outputs: Sequence[str | Image.Image]) -> Any:
-        """A text, or content parts where images were asked for."""
-        if not self.has_images:
+        """A text, or content parts where images were asked for, or came."""
+        if not (self.has_images or any(isinstance(one, Image.Image) for one in outputs)):
             return "".join(one for one in outputs if isinstance(one, str))
         return [self._part(one) for one in outputs if one != ""]
 

@@ -1,7 +1,8 @@
 """Errors as answers: OpenAI's shape, the library's words."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from unimm.serving.events import (
     RequestCancelledError,
 )
 
+LOG = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 # status, type and code of what a model or the engine raises; the first kind that fits
 REPLIES: dict[type[BaseException], tuple[int, str, str]] = {
@@ -66,6 +68,7 @@ def error_reply(error: BaseException) -> ErrorReply:
     for kind, (status, error_type, code) in REPLIES.items():
         if isinstance(error, kind):
             return ErrorReply(status, str(error), error_type, code, headers=_retry_after(error))
+    LOG.error("a request failed", exc_info=error)
     return ErrorReply(500, "the server failed over this request: try again", "server_error", "internal_error")
 
 
@@ -76,17 +79,48 @@ def _retry_after(error: BaseException) -> dict[str, str]:
     return {"Retry-After": "5"} if isinstance(error, EngineStoppedError) else {}
 
 
+# what was expected, by the kind of pydantic's error; its own words speak of classes
+EXPECTED = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_long": "at most {max_length} characters",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "type {expected_tags}",
+    "union_tag_not_found": "an object with its type",
+    "string_unicode": "valid Unicode",
+    "finite_number": "a finite number",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "a string",
+    "list_type": "a list",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "an object"),
+}
+
+
 def _validation_reply(error: ValidationError) -> ErrorReply:
     first = error.errors(include_url=False, include_input=True)[0]
-    param = ".".join(str(one) for one in first["loc"]) or None
+    param = param_name(first["loc"])
     if first["type"] == "extra_forbidden":
         return ErrorReply(400, f"got an unknown field {param}: leave it out", INVALID, "unknown_parameter", param)
     if first["type"] == "missing":
         return ErrorReply(400, f"got no {param}: expected one", INVALID, "missing_required_parameter", param)
     message = str(first["msg"]).removeprefix("Value error, ")
-    if param is not None:
-        message = f"got {param} {first['input']!r:.80}: {message}"
+    if first["type"] in EXPECTED:
+        expected = EXPECTED[first["type"]].format(**first.get("ctx", {}))
+        message = f"got {param or 'a name'} {first['input']!r:.80}: expected {expected}"
     return ErrorReply(400, message, INVALID, "invalid_value", param)
+
+
+def param_name(loc: Sequence[int | str]) -> str | None:
+    """Where in a body an error is, as in messages.0.content; None for all of it."""
+    # after the index of a part of a message its type, by which its class was chosen, is no name in the body
+    is_type = [i > 0 and isinstance(loc[i - 1], int) and one in ("text", "image_url") for i, one in enumerate(loc)]
+    return ".".join(str(one) for one, skip in zip(loc, is_type, strict=True) if not skip) or None
 
 
 def model_not_found(name: str, known: Any) -> ErrorReply:

@@ -1,4 +1,4 @@
-"""What stands before every endpoint: keys, hosts, the size of bodies, and the time that reading and writing may take."""
+"""What stands before every endpoint: keys, hosts, the size of bodies, and the time that reading them may take."""
 
 import asyncio
 import hmac
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unimm.serving.errors import ErrorReply, HttpError
@@ -52,7 +53,7 @@ class AccessRules:
 
 
 class RequestGuard:
-    """An ASGI application around another: refuses what may not pass, and bounds bodies and waiting."""
+    """An ASGI application around another: refuses what may not pass, and bounds bodies."""
 
     def __init__(self, app: ASGIApp, rules: AccessRules, limits: ServingLimits):
         self.app = app
@@ -72,21 +73,19 @@ class RequestGuard:
         body = BoundedBody(receive, self.limits)
         started = False
 
-        async def bounded_send(message: Message) -> None:
+        async def noted_send(message: Message) -> None:
             nonlocal started
             started = True
-            await asyncio.wait_for(send(message), self.limits.write_timeout_s)
+            await send(message)
 
         try:
-            await self.app(scope, body.receive, bounded_send)
+            await self.app(scope, body.receive, noted_send)
         except HttpError as error:
             if started:
                 raise
             await send_reply(error.reply, send)
-        except TimeoutError:
-            # the client reads too slowly: nothing more can be said to it
-            if not started:
-                raise
+        except ClientDisconnect:
+            return  # it went before its body had come: nobody is there to answer
 
     def _too_long(self, headers: Headers) -> ErrorReply | None:
         length = headers.get("content-length", "0")
@@ -126,8 +125,8 @@ def body_too_large(limits: ServingLimits) -> ErrorReply:
     return ErrorReply(413, message, code="body_too_large")
 
 
-async def send_reply(reply: ErrorReply, send: Send) -> None:
-    """Answer with an error; the connection ends with it, since the body may not have been read."""
+def reply_parts(reply: ErrorReply) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an error's answer; the connection ends with it, since the request may not have been read."""
     body = json.dumps(reply.to_json()).encode()
     pairs: Sequence[tuple[str, str]] = (
         ("content-type", "application/json"),
@@ -135,6 +134,11 @@ async def send_reply(reply: ErrorReply, send: Send) -> None:
         ("connection", "close"),
         *reply.headers.items(),
     )
-    headers = [(name.lower().encode(), value.encode()) for name, value in pairs]
+    return [(name.lower().encode(), value.encode()) for name, value in pairs], body
+
+
+async def send_reply(reply: ErrorReply, send: Send) -> None:
+    """Answer with an error."""
+    headers, body = reply_parts(reply)
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 # sent by clients, of no effect here: docs/serving.md lists them
@@ -32,6 +32,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "input_fidelity": ("low", "high"),
 }
 OutputFormat = Literal["png", "jpeg", "webp"]
+# a text in place of a number, or a truth value, is refused
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
 
 
 class RequestBody(BaseModel):
@@ -40,17 +46,17 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    stream: bool | None = None
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    stream: Flag | None = None
     # the models' own
-    steps: int | None = None
-    guidance: float | None = None
+    steps: Whole | None = None
+    guidance: Number | None = None
     negative_prompt: str | None = None
-    think: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=8)] | None = None
+    think: Flag | None = None
+    partial_images: Annotated[Whole, Field(ge=0, le=8)] | None = None
     size: str | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[Number, Field(gt=0)] | None = None
     output_format: OutputFormat | None = None
 
     @model_validator(mode="before")
@@ -94,13 +100,24 @@ class ImageContent(BaseModel):
     image_url: ImageUrl
 
 
+ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class ChatMessageBody(BaseModel):
     """A message of a conversation. What an assistant's message carries beside its content is left out."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextContent | ImageContent, Field(discriminator="type")]] | None = None
+    content: Annotated[list[ContentPart] | None, BeforeValidator(_as_parts)] = None  # a text is one part
 
 
 class StreamOptions(BaseModel):
@@ -108,7 +125,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class ChatBody(RequestBody):
@@ -117,11 +134,15 @@ class ChatBody(RequestBody):
     messages: Annotated[list[ChatMessageBody], Field(min_length=1)]
     modalities: list[Literal["text", "image"]] | None = None
     outputs: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=16)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]] | None,
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_as_list),
+    ] = None
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
 
@@ -135,7 +156,12 @@ class ChatBody(RequestBody):
     @property
     def output_kinds(self) -> tuple[Literal["text", "image"], ...]:
         """The texts and images to answer with, in order: `outputs`, or else `modalities`, each once."""
-        return tuple(self.outputs or self.modalities or ("text",))
+        return tuple(self.outputs or dict.fromkeys(self.modalities or ["text"]))
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the model may decide by itself to answer with an image: nothing was said of what is wanted."""
+        return not (self.outputs or self.modalities)
 
 
 class ImagesBody(RequestBody):
@@ -143,7 +169,7 @@ class ImagesBody(RequestBody):
 
     prompt: str
     response_format: Literal["b64_json", "url"] | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    output_compression: Annotated[Whole, Field(ge=0, le=100)] | None = None
 
     @model_validator(mode="after")
     def _check_formats(self) -> Self:

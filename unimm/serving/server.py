@@ -7,8 +7,9 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import uvicorn
@@ -17,6 +18,7 @@ from uvicorn.supervisors import Multiprocess
 
 from unimm.models.load_options import LoadOptions
 from unimm.serving.app import create_app
+from unimm.serving.connection import BoundedConnection
 from unimm.serving.engine import Engine
 from unimm.serving.guard import LOOPBACK_NAMES, AccessRules
 from unimm.serving.limits import ServingLimits
@@ -72,7 +74,8 @@ def uvicorn_config(
     return uvicorn.Config(
         app,
         factory=factory,
-        limit_concurrency=limits.max_connections,
+        http=cast(Any, partial(BoundedConnection, limits=limits)),
+        ws="none",
         timeout_keep_alive=5,
         timeout_graceful_shutdown=int(limits.drain_s),
         timeout_worker_healthcheck=HEALTH_TIMEOUT_S,
