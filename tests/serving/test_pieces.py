@@ -1,13 +1,18 @@
-"""Pieces of serving without a model: reasoning told apart, stop strings held back, sizes, prefixes, limits."""
+"""Pieces of serving without a model: reasoning told apart, stop strings, sizes, prefixes, limits, the supervisor."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+import uvicorn
+from uvicorn.supervisors.multiprocess import Process
 
 from unimm.generation.kv_cache import KVCache
 from unimm.generation.stepwise import TextAssembler
 from unimm.sequence.parts import text_part
 from unimm.serving.limits import ServingLimits
 from unimm.serving.prefix_cache import PrefixCache
+from unimm.serving.server import Supervisor
 from unimm.serving.sizes import parse_openai_size
 from unimm.serving.thinking import ThinkSplitter
 
@@ -72,3 +77,26 @@ def test_prefixes_stay_within_their_bytes():
 def test_limits_are_positive():
     with pytest.raises(ValueError, match="max_running 0"):
         ServingLimits(max_running=0)
+
+
+def test_a_worker_may_take_long_to_start_but_not_to_answer(monkeypatch):
+    """Imports and models take as long as they do; later a worker that does not answer is killed."""
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})  # the tests' own stay as they are
+    events = []
+    alive = SimpleNamespace(
+        pid=7, is_alive=lambda: True, kill=lambda: events.append("killed"), join=lambda: None, exitcode=-9
+    )
+    config = uvicorn.Config("none", workers=1, timeout_worker_healthcheck=0)
+    supervisor = Supervisor(config, [])
+    worker = Process(config, [])
+    worker.process = alive
+    supervisor.processes = [worker]
+    monkeypatch.setattr(Process, "start", lambda self: events.append("begun anew"))
+    for _ in range(3):
+        supervisor.keep_subprocess_alive()
+    assert not events, "it has not answered yet"
+    worker.child_conn.recv()
+    worker.child_conn.send(True)
+    supervisor.keep_subprocess_alive()
+    assert events == ["killed", "begun anew"], "and this time it did not answer"
+    supervisor.processes[0].parent_conn.close()

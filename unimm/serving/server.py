@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.supervisors import Multiprocess
+from tqdm import tqdm
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from unimm.models.load_options import LoadOptions
 from unimm.serving.app import create_app
@@ -24,7 +25,7 @@ from unimm.serving.guard import LOOPBACK_NAMES, AccessRules
 from unimm.serving.limits import ServingLimits
 from unimm.serving.remote_images import RemoteImages
 
-HEALTH_TIMEOUT_S = 60  # a worker that does not say for so long that it is alive is killed and begun anew
+HEALTH_TIMEOUT_S = 60  # a worker that has started and then does not answer for so long is killed and begun anew
 LEAST_KEY_CHARS = 16
 
 
@@ -42,6 +43,8 @@ class ServerPlan:
     def __call__(self) -> FastAPI:
         """Load the models and make the application."""
         end_with_parent()
+        # of one process: tqdm's own lock is a semaphore, which a process that a signal ends would leave behind
+        tqdm.set_lock(threading.RLock())
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         models = {served_name(name): self.load.load(name) for name in self.models}
@@ -97,13 +100,44 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+class Supervisor(Multiprocess):
+    """Begins a worker anew should it die, or hang. A start takes as long as its imports and models do: a worker is asked
+    whether it hangs once it has answered for the first time."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]):
+        super().__init__(config, sockets)
+        self._asked: set[int | None] = set()
+        self._answered: set[int | None] = set()
+
+    def keep_subprocess_alive(self) -> None:
+        """Look after the workers."""
+        if all(self._has_answered(process) for process in self.processes):
+            super().keep_subprocess_alive()
+
+    def _has_answered(self, process: Process) -> bool:
+        """Whether a worker has ever answered, or is dead."""
+        if process.pid in self._answered or not process.process.is_alive():
+            return True
+        try:
+            if process.pid not in self._asked:
+                process.parent_conn.send(b"ping")
+                self._asked.add(process.pid)
+            if not process.parent_conn.poll(0):
+                return False
+            process.parent_conn.recv()
+        except (OSError, EOFError):
+            return True  # it has just died
+        self._answered.add(process.pid)
+        return True
+
+
 def run_server(plan: ServerPlan, sock: socket.socket) -> None:
     """Serve on a socket until told to stop: SIGTERM and SIGINT drain, a worker that dies is reported and begun anew."""
     # at this level it says that a worker died
     config = uvicorn_config(plan, plan.limits, factory=True, log_level="info")
     config.workers = 1
     config.configure_logging()
-    Multiprocess(config, sockets=[sock]).run()
+    Supervisor(config, [sock]).run()
 
 
 def parse_access(
