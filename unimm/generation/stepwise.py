@@ -9,7 +9,7 @@ scheduler, and the scheduler no family. `run_alone` is the smallest scheduler, f
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from PIL import Image
@@ -22,7 +22,6 @@ from unimm.generation.noise import seeded_generators
 from unimm.generation.text_sampling import TextSampling, sample_token
 from unimm.nn.decoder import CausalDecoder
 from unimm.sequence.parts import Part
-from unimm.tokenizers.text import TextTokenizer
 
 Output = Literal["text", "image"]
 
@@ -87,6 +86,18 @@ class Prefill:
     parts: Sequence[Sequence[Part]]
 
 
+class TextCodec(Protocol):
+    """Texts to ids and back: what a text needs of its tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeText:
     """A text to decode after a cache, fed `first_id`, until one of `end_ids`; the result is a DecodedText.
@@ -100,7 +111,7 @@ class DecodeText:
     end_ids: tuple[int, ...]
     sampling: TextSampling
     seed: int
-    tokenizer: TextTokenizer
+    tokenizer: TextCodec
     channel: Literal["text", "reasoning"] = "text"
 
 
