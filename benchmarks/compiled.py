@@ -1,10 +1,12 @@
 """A step of generating, plain, compiled, and on a GPU recorded as a CUDA graph: milliseconds, and what compiling takes.
 
-    python benchmarks/compiled.py                                        # the bundled models
+    python benchmarks/compiled.py                                        # two bundled models
+    python benchmarks/compiled.py --models metaquery-nano --rounds 1     # another, the shortest way
     python benchmarks/compiled.py --models bagel-7b --layers 28 --side 1024   # released widths, random weights
     python benchmarks/compiled.py --models janus-7b --layers 30
 
-The steps are those of one call of `generate`, one after the other; the first ones, which compile and record, do not count.
+The steps are those of one call of `generate`, one after the other; the first ones, which compile and record, do not count. A
+row is printed as soon as it is there, and torch keeps what it compiled for the next time (TORCHINDUCTOR_CACHE_DIR).
 """
 
 from __future__ import annotations
@@ -98,16 +100,17 @@ def race(name: str, args: argparse.Namespace, dtype: torch.dtype, device: str) -
             "times plain": rows[0]["ms a step"] / statistics.median(ms) if rows else 1.0,
             "s for the first call": first if way != "plain" else None,
         })  # fmt: skip
+        print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[*NANOS, *RANDOM], default=list(NANOS))
+    parser.add_argument("--models", nargs="+", choices=[*NANOS, *RANDOM], default=["janus-nano", "bagel-nano"])
     parser.add_argument("--layers", type=int, default=2, help="of random models")
     parser.add_argument("--side", type=int, default=256, help="pixels of random BAGEL's image")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
