@@ -63,6 +63,11 @@ def test_known_places_stay_and_the_rest_is_drawn(sampling):
     assert ((last.tokens == MASK).sum(1) == 1).all(), "as released, one place stays masked beside what was drawn"
 
 
+def test_an_image_of_one_place_is_drawn_once():
+    states = run(torch.full((2, 1), MASK), MaskedSampling())
+    assert all(torch.equal(state.drawn, states[0].drawn) and int(state.drawn.max()) < MASK for state in states)
+
+
 def test_a_batch_equals_single_runs():
     tokens = torch.full((2, 12), MASK)
     sampling = MaskedSampling(temperature=2.0)

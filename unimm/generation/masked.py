@@ -140,9 +140,11 @@ def masked_step(
         u = noise.uniform.to(sureness.device)
         gumbel = -(-u.clamp(min=MIN_PROBABILITY).log()).clamp(min=MIN_PROBABILITY).log()
         sureness = sureness + noise_temperature(sampling.temperature, step, steps) * gumbel
-    # at least one place stays masked, as released: after the last step it is drawn's that counts
-    n = n_masked_after(sampling.schedule, step, steps, tokens.shape[1])
-    n_masked = torch.minimum(unknown.sum(1) - 1, torch.full_like(tokens[:, 0], n)).clamp(min=1)
+    # at least one place stays masked, as released, but for the only one of an image: after the last step it is drawn's
+    # that counts
+    n_tokens = tokens.shape[1]
+    n = n_masked_after(sampling.schedule, step, steps, n_tokens)
+    n_masked = torch.minimum(unknown.sum(1) - 1, torch.full_like(tokens[:, 0], n)).clamp(min=1, max=n_tokens - 1)
     cut = sureness.sort(1).values.gather(1, n_masked[:, None])
     return MaskedStep(torch.where(sureness < cut, mask_token, drawn), drawn, chosen)
 

@@ -145,7 +145,7 @@ def test_packed_weights_generate_the_same(model):
 def test_sizes_of_ratios(model):
     assert model.config.size_of_ratio("1:1") == (8, 8)
     assert model.config.size_of_ratio("16:9") == (6, 10)
-    for wrong in ("", "1", "1:0", "a:b", "1:2:3", "-1:2"):
+    for wrong in ("", "1", "1:0", "a:b", "1:2:3", "-1:2", None, 3):
         with pytest.raises(ValueError, match="expected width:height"):
             model.config.size_of_ratio(wrong)
 

@@ -267,7 +267,10 @@ def test_the_vision_tokenizer_from_elsewhere(toy, folder, tmp_path):
     assert differences(model, again) == [] and again.config == model.config and made(again) == made(model)
     again.save_pretrained(tmp_path / "whole")
     assert made(Emu3.from_pretrained(tmp_path / "whole")) == made(model)
-    assert Emu3.from_pretrained(toy, components={"vision_tokenizer": None}).vq is None
+    left_out = Emu3.from_pretrained(toy, components={"vision_tokenizer": None})
+    assert left_out.vq is None
+    left_out.save_pretrained(tmp_path / "saved")
+    assert Emu3.from_pretrained(tmp_path / "saved").vq is None
 
 
 def test_a_vision_tokenizer_of_other_numbers(toy, tmp_path):

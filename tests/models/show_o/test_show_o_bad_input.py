@@ -120,6 +120,14 @@ def test_a_model_without_clip_says_so():
     assert model.generate("a red circle", steps=1).image.size == (24, 24)
 
 
+def test_a_tokenizer_can_be_left_out():
+    """Also one that lies in the checkpoint's own folder."""
+    model = ShowO.from_pretrained(CASE, components={"tokenizer": None, "vq": CASE / "magvitv2"})
+    for call in (lambda: model.generate("a red circle"), lambda: model.understand(picture(), "what is it?")):
+        with pytest.raises(ValueError, match="this checkpoint has no tokenizer"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("components", "message"),
     [

@@ -111,7 +111,7 @@ class Emu3Config:
 
         Raises ValueError for another text.
         """
-        sides = ratio.split(":")
+        sides = ratio.split(":") if isinstance(ratio, str) else []
         if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) for side in sides):
             raise ValueError(f"got ratio {ratio!r:.80}: expected width:height in whole numbers, say '4:3'")
         width, height = map(int, sides)

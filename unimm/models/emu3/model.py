@@ -6,6 +6,7 @@ Axes: P images, B branches (with guidance two for an image), D model, C codes, h
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -116,6 +117,8 @@ class Emu3(MLLMChat, Emu3Network, UnifiedModel, ComponentModel):
         given = components.get("vision_tokenizer")
         if "vision_tokenizer" in components and given is None:
             self.vq = None
+            # what is saved of it then says nothing of one
+            self.config = replace(self.config, vision_tokenizer=None)
             return
         if given is None and self.vq is None and not Path(name).expanduser().is_dir():
             given = VISION_TOKENIZER_HUB

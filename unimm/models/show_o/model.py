@@ -108,6 +108,8 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
             self.vq = magvit_v2.MagvitV2.from_pretrained(folders["vq"], device=device)
         if "clip" in folders:
             self.clip = clip_vision.CLIPVisionEncoder.from_pretrained(folders["clip"], dtype=dtype, device=device)
+        if "tokenizer" in components and components["tokenizer"] is None:
+            self.tokenizer = None
         if "tokenizer" in folders:
             self.tokenizer = load_show_o_tokenizer(folders["tokenizer"], self.config.n_text)
         self.check_components()
