@@ -4,14 +4,15 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from helpers.paths import GOLDEN
 from helpers.serving import ROUNDING, asks, draws, levels_apart
 from helpers.toys import picture
 from walk import BUNDLED, loaded, verbs
 
+import unimm
 from unimm import TextSampling
-from unimm.generation.stepwise import ModelRequest, RequestMessage, run_alone
+from unimm.generation.stepwise import ModelRequest, RequestMessage
 from unimm.models.base import UnifiedModel
-from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
 from unimm.models.registry import FAMILIES
 from unimm.serving.engine import Engine
 
@@ -82,15 +83,31 @@ def test_uniworld_routes_as_respond_does():
     assert isinstance(answers[3], str), "a text where a text is wanted"
 
 
-def test_an_image_as_one_piece():
-    """The way of families whose steps are not told apart."""
-    model = loaded("janusflow-nano")
-    request = draws("a red circle", seed=3, steps=2, guidance=2.0)
-    (image,) = run_alone(separate_run(model, None, request, partial(WholeImageAnswer, model, request)))
-    assert levels_apart(image, model.generate("a red circle", seed=3, steps=2, guidance=2.0).image) == 0
-    request = draws("a red circle", negative_prompt="blue")
-    with pytest.raises(NotImplementedError, match="no negative_prompt"):
-        WholeImageAnswer(model, request, "a red circle", [])
+TOYS = {"emu3": GOLDEN / "emu3" / "dev", "show_o": GOLDEN / "show_o" / "dev"}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_images_of_token_families_are_batched(name):
+    """Emu3 and Show-o have no bundled model yet: images of several sizes, scales and lengths, one cancelled, previewed."""
+    model = unimm.load(TOYS[name])
+    stride = model.config.image_processor.stride if name == "emu3" else model.required_vq.config.stride
+    sizes = [(height * stride, width * stride) for height, width in ((3, 4), (2, 2), (3, 4))]
+    steps = [{"steps": n} for n in (3, 4, 2)] if model.supports_steps else [{}] * 3
+    scales, prompts = [3.0, 1.0, 2.0], ["a cat", "two blue dogs on a hill", "the sun"]
+    asked = [
+        dict(seed=i, size=size, guidance=scale, **some)
+        for i, (size, scale, some) in enumerate(zip(sizes, scales, steps, strict=True))
+    ]
+    with Engine({name: model}) as engine:
+        tickets = [
+            engine.submit(name, draws(prompt, **options), previews=2)
+            for prompt, options in zip(prompts, asked, strict=True)
+        ]
+        gone = engine.submit(name, draws("a tree", seed=9))
+        gone.cancel()
+        drawn = [ticket.result()[0].images[0] for ticket in tickets]
+    for image, prompt, options in zip(drawn, prompts, asked, strict=True):
+        assert levels_apart(image, model.generate(prompt, **options).image) <= ROUNDING
 
 
 def test_every_family_is_served():

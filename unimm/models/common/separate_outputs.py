@@ -1,9 +1,7 @@
 """Requests of families that answer in words and draw apart from each other: a text after the whole conversation, an
 image after its last message. BAGEL, whose texts and images are one sequence, has its own way."""
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +10,6 @@ from unimm.generation.kv_cache import EMPTY_CACHE, check_fits
 from unimm.generation.stepwise import (
     DecodeText,
     ImageBatch,
-    ImageInProgress,
     ModelRequest,
     Prefill,
     RequestMessage,
@@ -21,7 +18,6 @@ from unimm.generation.stepwise import (
     forward_bytes,
 )
 from unimm.models.base import UnifiedModel
-from unimm.processing.requests import parse_requests
 from unimm.vlms.chat import MLLMChat, split_last_ids
 
 
@@ -106,61 +102,3 @@ def as_message(message: RequestMessage, placeholder: str) -> dict[str, Any]:
     if not in_front:
         content = "".join(placeholder if isinstance(piece, Image.Image) else piece for piece in message.content)
     return {"role": message.role, "content": content, "images": message.images}
-
-
-class WholeImage(ImageInProgress):
-    """An image that a family generates in one step, which is all of `generate`."""
-
-    n_steps = 1
-
-    def __init__(self, generate: Callable[[], Image.Image]):
-        self.generate = generate
-        self.image: Image.Image | None = None
-
-    def decode(self) -> Image.Image:
-        """The image."""
-        assert self.image is not None, "an image is there once its step is done"
-        return self.image
-
-
-class WholeImageBatch(ImageBatch):
-    """Images one after the other."""
-
-    def advance(self, images: Sequence[ImageInProgress]) -> None:
-        """Generate each."""
-        for image in images:
-            assert isinstance(image, WholeImage)
-            image.image = image.generate()
-            image.step = 1
-
-
-class WholeImageAnswer(ImageAnswer):
-    """An image by a call of `generate`, for families whose steps are not told apart yet: the same answers, without
-    batching of images, previews, or cancelling in between."""
-
-    def __init__(self, model: UnifiedModel, request: ModelRequest, prompt: str, images: Sequence[Image.Image]):
-        parse_requests(prompt, list(images))
-        self.model = model
-        self.prompt = prompt
-        options: dict[str, Any] = {
-            "size": request.size,
-            "guidance": request.guidance,
-            "negative_prompt": request.negative_prompt,
-        }
-        self.options = {name: value for name, value in options.items() if value is not None}
-        self.options |= model.supported_options(steps=request.steps)
-        if images:
-            self.options["images"] = list(images)
-        known = inspect.signature(model.generate).parameters
-        if unknown := [name for name in self.options if name not in known]:
-            raise NotImplementedError(
-                f"{type(model).__name__} has no {' and no '.join(unknown)}: leave it out, or take another family"
-            )
-
-    def work(self, seed: int) -> WorkGenerator:
-        """The image."""
-        yield WholeImage(lambda: self.model.generate(self.prompt, seed=seed, **self.options).image)
-
-    def image_batch(self) -> WholeImageBatch:
-        """A new batch."""
-        return WholeImageBatch()

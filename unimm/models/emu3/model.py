@@ -28,7 +28,7 @@ from unimm.generation.numbers import parse_flag
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation, UnifiedModel
 from unimm.models.common.cfg_branches import CFGBranches
-from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.emu3 import FILES, RELEASES, VISION_TOKENIZER_FOLDER, VISION_TOKENIZER_HUB
 from unimm.models.emu3.config import Emu3Config
 from unimm.models.emu3.image_processor import Emu3ImageProcessor
@@ -36,6 +36,7 @@ from unimm.models.emu3.network import Emu3Network
 from unimm.models.emu3.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.emu3.processor import Emu3Processor
 from unimm.models.emu3.rows import ImageRows, parse_grids
+from unimm.models.emu3.stepwise import Emu3ImageAnswer
 from unimm.models.emu3.text_tokenizer import Emu3SpecialTokens, load_emu3_tokenizer
 from unimm.models.emu3.transformers_layout import (
     CURRENT_NAMES,
@@ -192,8 +193,8 @@ class Emu3(MLLMChat, Emu3Network, UnifiedModel, ComponentModel):
         return self.image_logits(session.append(self.decoder.embed(ids)))
 
     def start_run(self, request: ModelRequest) -> RequestRun:
-        """A request as work, its image as one piece: see `UnifiedModel.start_run`."""
-        return separate_run(self, self, request, partial(WholeImageAnswer, self, request))
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(Emu3ImageAnswer, self, request))
 
     @torch.inference_mode()
     def generate_image_tokens(

@@ -72,10 +72,13 @@ class ImageRows:
         self.n_appended += 1
         return ids
 
-    def codes(self) -> list[Tensor]:
-        """The codes [h, w] of each image."""
+    def codes(self, *, missing: int | None = None) -> list[Tensor]:
+        """The codes [h, w] of each image. missing: an id for tokens that were not appended yet."""
         # without values the first step stands for all
-        tokens = torch.stack(self.tokens + self.tokens[-1:] * (self.n_steps - len(self.tokens)), 1)
+        last = self.tokens[-1:]
+        if missing is not None:
+            last = [last[0].new_full((len(self.grids),), missing) if last else torch.full((len(self.grids),), missing)]
+        tokens = torch.stack(self.tokens + last * (self.n_steps - len(self.tokens)), 1)
         found = []
         for row, (h, w) in zip(tokens, self.grids, strict=True):
             # the end of the last row was left out; without values an end of a row may stand for a code

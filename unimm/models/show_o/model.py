@@ -34,7 +34,7 @@ from unimm.generation.numbers import parse_flag
 from unimm.generation.stepwise import ModelRequest, RequestRun
 from unimm.models.base import ComponentModel, Generation, UnifiedModel
 from unimm.models.common.cfg_branches import CFGBranches
-from unimm.models.common.separate_outputs import WholeImageAnswer, separate_run
+from unimm.models.common.separate_outputs import separate_run
 from unimm.models.release import Components
 from unimm.models.show_o import CLIP_FOLDER, FILES, IMAGE_TOKENS, RELEASES, VQ_FOLDER
 from unimm.models.show_o.components import find_component_folders
@@ -44,6 +44,7 @@ from unimm.models.show_o.masked_session import MaskedImageSession
 from unimm.models.show_o.network import ShowONetwork
 from unimm.models.show_o.parallel import LORA_TARGETS, PARALLEL_PLAN, TENSOR_PARALLEL_PLAN
 from unimm.models.show_o.processor import ShowOProcessor
+from unimm.models.show_o.stepwise import ShowOImageAnswer
 from unimm.models.show_o.tokenizer import load_show_o_tokenizer
 from unimm.models.show_o.weights import show_o_key_map
 from unimm.processing.images.io import tensor_to_pil
@@ -241,8 +242,8 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
         return self.required_vq.decode(tokens, grid=grid or self.config.token_grid).float()
 
     def start_run(self, request: ModelRequest) -> RequestRun:
-        """A request as work, its image as one piece: see `UnifiedModel.start_run`."""
-        return separate_run(self, self, request, partial(WholeImageAnswer, self, request))
+        """A request as work that a scheduler may batch with that of others: see `UnifiedModel.start_run`."""
+        return separate_run(self, self, request, partial(ShowOImageAnswer, self, request))
 
     def generate(
         self,
@@ -277,7 +278,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
         )
         seeds = expand_seeds(seed, len(prompts), n_images=n)
         sampling = resolve_masked_sampling(masked_sampling, self.config.masked_sampling)
-        grid = self._parse_grid(size, with_masks=any(one is not None for one in masks))
+        grid = self.parse_grid(size, with_masks=any(one is not None for one in masks))
         parts: list[list[Part]] = []
         for text, some, places in zip(prompts, prompt_images, masks, strict=True):
             parts.append(self.processor.generation_parts(text, some if places is None else ()))
@@ -295,7 +296,7 @@ class ShowO(ShowONetwork, MLLMChat, UnifiedModel, ComponentModel):
         # one by one, so that an image does not depend on the others
         return Generation([tensor_to_pil(self.decode_image_tokens(one[None], grid)[0]) for one in drawn])
 
-    def _parse_grid(self, size: tuple[int, int] | None, *, with_masks: bool) -> tuple[int, int]:
+    def parse_grid(self, size: tuple[int, int] | None, *, with_masks: bool) -> tuple[int, int]:
         """(rows, columns) of the images of a call. Raises ValueError for a size that cannot be."""
         stride = self.required_vq.config.stride
         if size is None:
