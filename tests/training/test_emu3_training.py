@@ -20,7 +20,7 @@ from unimm.training.config import read_recipe
 from unimm.training.losses import mean_losses
 from unimm.training.tasks import emu3_start
 from unimm.training.tasks.base import build_task
-from unimm.training.tasks.emu3 import Emu3SampleBuilder, Emu3Task, place_codes
+from unimm.training.tasks.emu3 import Emu3SampleBuilder, Emu3Task, blank_processor, place_codes
 from unimm.training.tasks.emu3_start import train_emu3_tokenizer
 from unimm.training.trainer import train
 
@@ -67,7 +67,7 @@ def test_the_stored_loss_and_gradients():
     model = Emu3.from_pretrained(CASE)
     stored = json.loads((CASE / "io.json").read_text())["meta"]["train"]
     io = load_file(CASE / "io.safetensors")
-    builder = Emu3SampleBuilder.of(model)
+    builder = Emu3SampleBuilder(processor=blank_processor(model))
     height, width = (side * model.config.image_processor.stride for side in io["train/codes"].shape[1:])
     images = model.config.image_processor
     object.__setattr__(

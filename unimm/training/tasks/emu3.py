@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from typing_extensions import Self
 
 from unimm.data.batching import name_indices, pad_rows, sample_tasks, training_example
 from unimm.data.shapes import TASKS, Example
@@ -96,9 +95,15 @@ def blank_codes(pixel_values: Tensor, *, stride: int) -> Tensor:
     return torch.zeros(pixel_values.shape[1] // stride, pixel_values.shape[2] // stride, dtype=torch.long)
 
 
+def blank_processor(model: Emu3) -> Emu3Processor:
+    """A model's processor, which makes every code of an image code 0, and holds no model."""
+    encode_image = partial(blank_codes, stride=model.config.image_processor.stride)
+    return replace(model.processor, encode_image=encode_image)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Emu3SampleBuilder:
-    """Samples of prompts, images and answers. Its processor knows no codes.
+    """Samples of prompts, images and answers. processor: as `blank_processor` makes it.
 
     dropout: the part of images to generate whose prompt is empty. kinds: of the losses.
     """
@@ -106,12 +111,6 @@ class Emu3SampleBuilder:
     processor: Emu3Processor
     dropout: float = 0.0
     kinds: tuple[str, ...] = IMAGE_KINDS + TEXT_KINDS
-
-    @classmethod
-    def of(cls, model: Emu3, **fields: Any) -> Self:
-        """Samples in a model's format; it holds no model. fields: of the class."""
-        encode_image = partial(blank_codes, stride=model.config.image_processor.stride)
-        return cls(processor=replace(model.processor, encode_image=encode_image), **fields)
 
     def generation_sample(
         self, kind: str, prompt: Sequence[str | Image.Image], target: Image.Image, rng: random.Random
@@ -224,7 +223,7 @@ class Emu3Task(Emu3PackTask):
         options = from_mapping(Emu3TrainingConfig, recipe.options, where="options")
         model = init_emu3(recipe, vq=options.vq, n_ranks=options.n_ranks)
         prepare_emu3(model, options.frozen, compiled=options.compile)
-        builder = Emu3SampleBuilder.of(model, dropout=options.dropout)
+        builder = Emu3SampleBuilder(processor=blank_processor(model), dropout=options.dropout)
         return cls(model, Emu3Dataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed))
 
     @property

@@ -15,11 +15,12 @@ from PIL import Image
 
 from unimm.data.records import Record, RecordImage, choose_wordings
 from unimm.models.emu3.model import Emu3
+from unimm.processing.images.io import resize
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, RecipeSection
 from unimm.training.pretrained import load_released
 from unimm.training.samples import prompt_grid
-from unimm.training.tasks.emu3 import Emu3PackTask, Emu3Sample, Emu3SampleBuilder, prepare_emu3
+from unimm.training.tasks.emu3 import Emu3PackTask, Emu3Sample, Emu3SampleBuilder, blank_processor, prepare_emu3
 from unimm.training.tasks.generation_request import (
     GENERATED_KINDS,
     GenerationRequest,
@@ -104,7 +105,7 @@ def resize_to_area(image: Image.Image, area: int) -> Image.Image:
     """An image of about so many pixels in its own ratio, as the released code prepares those to generate (bicubic)."""
     scale = sqrt(area / (image.height * image.width))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return image if size == image.size else resize(image, size)
 
 
 class Emu3RecordTask(Emu3PackTask):
@@ -128,7 +129,7 @@ class Emu3RecordTask(Emu3PackTask):
         prepare_emu3(model, options.frozen, compiled=options.compile)
         area = options.image_area or model.config.image_area
         check_pack_limit(area // stride**2, recipe)
-        builder = Emu3RecordBuilder.of(model, dropout=options.dropout, image_area=area)
+        builder = Emu3RecordBuilder(processor=blank_processor(model), dropout=options.dropout, image_area=area)
         return cls(model, builder, options.sample_prompts)
 
     def sample_image(self) -> Image.Image | None:
