@@ -17,8 +17,10 @@ import httpx
 import openai
 import pytest
 from conftest import serving
+from starlette.requests import Request
 from test_http import png
 
+from unimm.serving.app import client_of
 from unimm.serving.engine import Engine
 from unimm.serving.guard import AccessRules
 from unimm.serving.limits import ServingLimits
@@ -138,6 +140,16 @@ def test_a_network_is_not_served_without_keys(tmp_path):
     assert rules.api_keys == ("a-key-of-the-environment", KEY, "another-key-of-letters")
     assert rules.is_key("another-key-of-letters") and not rules.is_key("") and rules.hosts == ()
     assert parse_access("localhost").hosts
+
+
+def test_a_key_that_nobody_checked_takes_no_turn_of_its_own():
+    """Who makes up many would wait for less than the others."""
+    asked = [
+        Request({"type": "http", "headers": [(b"authorization", key)], "client": ("10.0.0.1", port)})
+        for key, port in ((b"Bearer a", 1), (b"Bearer b", 2))
+    ]
+    assert len({client_of(one, has_keys=False) for one in asked}) == 1
+    assert len({client_of(one, has_keys=True) for one in asked}) == 2
 
 
 # ---- remote images

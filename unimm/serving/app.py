@@ -38,11 +38,15 @@ FLAG_FIELDS = {"true": True, "false": False}
 
 
 class Api:
-    """The endpoints of an engine. remote: how images at addresses are fetched; None where they are refused."""
+    """The endpoints of an engine. remote: how images at addresses are fetched; None where they are refused.
 
-    def __init__(self, engine: Engine, *, remote: RemoteImages | None = None):
+    has_keys: whether a request that comes here has shown an API key.
+    """
+
+    def __init__(self, engine: Engine, *, remote: RemoteImages | None = None, has_keys: bool = False):
         self.engine = engine
         self.remote = remote
+        self.has_keys = has_keys
         self.metrics = ServerMetrics(engine)
         self.started = int(time.time())
 
@@ -130,7 +134,7 @@ class Api:
             model_request,
             n=body.n or 1,
             previews=previews,
-            client=client_of(request),
+            client=client_of(request, has_keys=self.has_keys),
             timeout_s=body.timeout,
         )
 
@@ -146,9 +150,10 @@ class Api:
         return decode_data_uri(url, self.engine.limits, place=place)
 
 
-def client_of(request: Request) -> str:
-    """Whose turn a request takes: its key's, or its address's."""
-    if key := request.headers.get("authorization"):
+def client_of(request: Request, *, has_keys: bool) -> str:
+    """Whose turn a request takes: its key's, or its address's where keys are not checked, and could be made up."""
+    if has_keys:
+        key = request.headers.get("authorization", "")
         return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
     return request.client.host if request.client else ""
 
@@ -215,7 +220,8 @@ def parse_field(name: str, value: str) -> Any:
 
 def create_app(engine: Engine, *, rules: AccessRules | None = None, remote: RemoteImages | None = None) -> FastAPI:
     """The application of an engine, which starts and stops with it."""
-    api = Api(engine, remote=remote)
+    rules = rules or AccessRules()
+    api = Api(engine, remote=remote, has_keys=bool(rules.api_keys))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -252,5 +258,5 @@ def create_app(engine: Engine, *, rules: AccessRules | None = None, remote: Remo
     for kind in (*TICKET_ERRORS, HttpError, ValidationError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http)
-    app.add_middleware(RequestGuard, rules=rules or AccessRules(), limits=engine.limits)
+    app.add_middleware(RequestGuard, rules=rules, limits=engine.limits)
     return app
