@@ -31,7 +31,8 @@ from unimm.training.cache import SHARD_SIZE, FeatureCache, Record
 from unimm.training.config import RecipeSection
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.samples import sample_grid
-from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder
+from unimm.training.tasks.chat_sample import ChatSample
+from unimm.training.tasks.deepseek_samples import ChatSampleBuilder
 
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")

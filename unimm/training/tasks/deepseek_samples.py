@@ -26,6 +26,7 @@ from unimm.processing.chat_templates import ChatMessage
 from unimm.processing.images.io import center_crop
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import ImagePart, Part
+from unimm.training.tasks.chat_sample import ChatSample
 from unimm.training.tasks.generation_request import (
     GENERATED_KINDS,
     GenerationRequest,
@@ -37,23 +38,6 @@ from unimm.training.throughput import StepCounts
 
 # where a sentence ends: behind a full stop, an exclamation or a question mark, with white space behind
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSample:
-    """The rows of a sample. kind: of its loss. target: the image to generate, uint8 [h, w, 3], None for an answer.
-
-    The content of a target's tokens is [n, 2], (0, the token's place in the image): packing numbers the images.
-    """
-
-    kind: str
-    parts: Sequence[Part]
-    target: NDArray[np.uint8] | None
-
-    @property
-    def n_tokens(self) -> int:
-        """Its rows."""
-        return sum(part.segment.length for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from unimm.training.init import (
     trained_file,
 )
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
+from unimm.training.tasks.chat_sample import ChatSample
 from unimm.training.tasks.deepseek_chat import (
     DEEPSEEK_TOKENS,
     IMAGE_KINDS,
@@ -47,7 +48,7 @@ from unimm.training.tasks.deepseek_chat import (
     DeepseekChatTask,
     DeepseekChatTrainingConfig,
 )
-from unimm.training.tasks.deepseek_samples import ChatSample, ChatSampleBuilder, chat_images, pack_counts
+from unimm.training.tasks.deepseek_samples import ChatSampleBuilder, chat_images, pack_counts
 from unimm.training.throughput import StepCounts
 
 

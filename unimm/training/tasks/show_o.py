@@ -34,7 +34,7 @@ from unimm.models.show_o.phi import PhiDecoder
 from unimm.models.show_o.processor import ShowOProcessor
 from unimm.models.show_o.tokenizer import END_OF_TEXT, ShowOTokenizer
 from unimm.sequence.packing import PackedBatch, pack_sequences
-from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
+from unimm.sequence.parts import IGNORE_INDEX, text_part
 from unimm.tokenizers.magvit_v2 import MagvitV2
 from unimm.tokenizers.text import JsonTokenizer
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping, require
@@ -42,6 +42,7 @@ from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_se
 from unimm.training.freezing import freeze
 from unimm.training.losses import LossSum, count_by_kind, sum_by_kind
 from unimm.training.samples import sample_grid
+from unimm.training.tasks.chat_sample import ChatSample
 
 IMAGE_KINDS = ("draw", "edit")
 TEXT_KINDS = ("caption", "answer", "fact")
@@ -88,20 +89,6 @@ def masked_places(n_tokens: int, rng: random.Random) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowOSample:
-    """The rows of a sample. kind: of its loss. target: the image to generate, uint8 [h, w, 3], None for an answer."""
-
-    kind: str
-    parts: Sequence[Part]
-    target: NDArray[np.uint8] | None
-
-    @property
-    def n_tokens(self) -> int:
-        """Its rows."""
-        return sum(part.segment.length for part in self.parts)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ShowOSampleBuilder:
     """Samples of prompts, images and answers, and packs of samples.
 
@@ -117,21 +104,21 @@ class ShowOSampleBuilder:
 
     def generation_sample(
         self, kind: str, text: str, images: Sequence[Image.Image], target: NDArray[np.uint8], rng: random.Random
-    ) -> ShowOSample:
+    ) -> ChatSample:
         """The blank tokens of an image behind its prompt, which is dropped at random, its images too."""
         dropped = rng.random() < self.dropout
         prompt = (
             [text_part(self.processor.prompt_ids(""))] if dropped else self.processor.generation_parts(text, images)
         )
         image = self.processor.gen_image_part(torch.zeros(self.n_tokens, dtype=torch.long))
-        return ShowOSample(kind=kind, parts=[*prompt, image], target=target)
+        return ChatSample(kind=kind, parts=[*prompt, image], target=target)
 
-    def answer_sample(self, kind: str, question: str, images: Sequence[Image.Image], answer: str) -> ShowOSample:
+    def answer_sample(self, kind: str, question: str, images: Sequence[Image.Image], answer: str) -> ChatSample:
         """A question about images with its labelled answer."""
         message = {"role": "user", "content": question, "images": images}
-        return ShowOSample(kind=kind, parts=self.processor.with_answer([message], answer), target=None)
+        return ChatSample(kind=kind, parts=self.processor.with_answer([message], answer), target=None)
 
-    def collate(self, samples: Sequence[ShowOSample], rng: random.Random) -> ShowOBatch:
+    def collate(self, samples: Sequence[ChatSample], rng: random.Random) -> ShowOBatch:
         """Samples as one pack, with tokens masked at random."""
         drawn = [one for one in samples if one.target is not None]
         masked = [masked_places(self.n_tokens, rng) for _ in drawn]
@@ -166,7 +153,7 @@ class ShowODataset:
         ]
         return self.builder.collate([self.sample(one, rng) for one in examples], rng)
 
-    def sample(self, one: Example, rng: random.Random) -> ShowOSample:
+    def sample(self, one: Example, rng: random.Random) -> ChatSample:
         """A question with its answer, or an image to generate behind its prompt."""
         kind = one.task.split(".")[0]
         images = [Image.fromarray(image) for image in one.images]

@@ -23,9 +23,10 @@ from unimm.training.fields import Fraction, RecipeSection
 from unimm.training.freezing import freeze
 from unimm.training.pretrained import load_released
 from unimm.training.samples import prompt_grid
+from unimm.training.tasks.chat_sample import ChatSample
 from unimm.training.tasks.generation_request import GENERATED_KINDS, GenerationRequest, check_kind, check_pack_limit
 from unimm.training.tasks.record_answers import ANSWERED_KINDS, answer_parts
-from unimm.training.tasks.show_o import ShowOPackTask, ShowOSample, ShowOSampleBuilder
+from unimm.training.tasks.show_o import ShowOPackTask, ShowOSampleBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class ShowORecordBuilder(ShowOSampleBuilder):
 
     FAMILY: ClassVar[str] = "Show-o"
 
-    def prepare(self, record: Record, rng: random.Random) -> ShowOSample:
+    def prepare(self, record: Record, rng: random.Random) -> ChatSample:
         """The sample of a record. Images to generate from stand in front of the text.
 
         Raises ValueError for a kind of record that is not learned, for images that are missing or broken, and for more
@@ -59,7 +60,7 @@ class ShowORecordBuilder(ShowOSampleBuilder):
         """
         if record.kind in ANSWERED_KINDS:
             parts = learned_behind_images(answer_parts(record, rng, self.processor))
-            sample = ShowOSample(kind=record.kind, parts=parts, target=None)
+            sample = ChatSample(kind=record.kind, parts=parts, target=None)
         else:
             check_kind(record, (*GENERATED_KINDS, "multi_edit", *ANSWERED_KINDS), family=self.FAMILY)
             request = GenerationRequest.from_record(record, rng, family=self.FAMILY)
