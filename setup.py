@@ -31,7 +31,7 @@ SERVE = ["fastapi", "uvicorn>=0.54", "python-multipart", "prometheus-client"]
 # run with the newest. What models see of an image is the same with either (unimm.processing.images.io.resize)
 APP = ["gradio>=6", *SERVE]
 
-# replicas of the server, and offline batches, on a cluster; their tests are nightly, so that it is not among the tests' packages
+# replicas of the server and offline batches on a cluster; their tests are nightly, so that it is not among the tests' packages
 RAY = ["ray[serve,data]>=2.60", *SERVE]
 
 # Adam in 8 bits
