@@ -40,6 +40,7 @@ def test_the_sum_is_the_loss_of_training():
     answers = ["red", "a blue square and a green star", ""]
     found = answer_likelihoods(model, RequestMessage(role="user", content=(image, question)), answers)
     for answer, one in zip(answers, found, strict=True):
+        # the nano's answers begin without a blank
         parts = model.processor.with_answer([{"role": "user", "content": question, "images": [image]}], answer)
         losses = model(pack_sequences([parts])).text
         assert one.n_tokens == len(losses)

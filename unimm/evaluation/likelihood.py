@@ -33,28 +33,35 @@ def answer_likelihoods(
 ) -> list[AnswerLikelihood]:
     """How likely each of some answers to a message is, by a unified model or a vision-language model.
 
-    The message is computed once. Raises ValueError for a message that the model cannot read, and for one that is, with
-    an answer, longer than its positions.
+    The message is computed once. Some models begin an answer with a blank: of an answer with one and without, the likelier
+    counts. Raises ValueError for a message that the model cannot read, and for one that is, with an answer, longer than its
+    positions.
     """
     request = ModelRequest(messages=(message,), system=system, text_sampling=TextSampling(max_tokens=1))
     text = _text_to_decode(model, request)
-    answers_ids = [[*text.tokenizer.encode(answer), text.end_ids[0]] for answer in answers]
+    written = [form for answer in answers for form in (answer, f" {answer}")]
+    found = _score(text, [[*text.tokenizer.encode(form), text.end_ids[0]] for form in written])
+    return [max(pair, key=lambda one: one.log_likelihood) for pair in zip(found[::2], found[1::2], strict=True)]
+
+
+def _score(text: DecodeText, answers: Sequence[Sequence[int]]) -> list[AnswerLikelihood]:
+    """The likelihood of each of some continuations of a text."""
     batch = DecodeBatch(text.lm.decoder)
-    rows = [batch.join(text.cache, len(ids)) for ids in answers_ids]
+    rows = [batch.join(text.cache, len(ids)) for ids in answers]
     totals = [0.0] * len(answers)
     greedy = [True] * len(answers)
-    for step in range(max(map(len, answers_ids), default=0)):
-        active = [i for i, ids in enumerate(answers_ids) if step < len(ids)]
-        before = [answers_ids[i][step - 1] if step else text.first_id for i in active]
+    for step in range(max(map(len, answers), default=0)):
+        active = [i for i, ids in enumerate(answers) if step < len(ids)]
+        before = [answers[i][step - 1] if step else text.first_id for i in active]
         # in float64, since answers are compared by sums of many terms
         scores = batch.step([rows[i] for i in active], before).double().log_softmax(-1)
         for i, score in zip(active, scores, strict=True):
-            token = answers_ids[i][step]
+            token = answers[i][step]
             totals[i] += score[token].item()
             greedy[i] &= int(score.argmax()) == token
     return [
         AnswerLikelihood(log_likelihood=total, n_tokens=len(ids), is_greedy=is_greedy)
-        for total, ids, is_greedy in zip(totals, answers_ids, greedy, strict=True)
+        for total, ids, is_greedy in zip(totals, answers, greedy, strict=True)
     ]
 
 
