@@ -30,8 +30,11 @@ def bundled(name: str) -> unimm.UnifiedModel:
 
 
 def everything(model) -> AdapterConfig:
-    """An adapter of all that the family allows."""
-    groups = dict.fromkeys(group.partition(".")[0] for group in model.LORA_TARGETS)
+    """An adapter of all that the family allows, as far as the model has it: a part may be left out, as Show-o's CLIP."""
+    found = {
+        group: patterns for group, patterns in model.LORA_TARGETS.items() if adaptable_linears(model, {group: patterns})
+    }
+    groups = dict.fromkeys(group.partition(".")[0] for group in found)
     return AdapterConfig(rank=2, alpha=4, targets=tuple(groups), dropout=0.1)
 
 
