@@ -106,7 +106,8 @@ def test_a_full_queue_is_429_and_a_late_request_504(guarded):
         timeout=60,
     ) as running:
         next(running.iter_lines())
-        late = ask(guarded, timeout=0.05)
+        # of so many steps that no machine is done in time
+        late = ask(guarded, steps=200, timeout=0.05)
         assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
         answer = ask(guarded, n=2)
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
