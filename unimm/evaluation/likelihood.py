@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from unimm.generation.decode_batch import DecodeBatch
-from unimm.generation.stepwise import BatchedCall, DecodeText, ModelRequest, Prefill, RequestMessage
+from unimm.generation.stepwise import BatchedCall, DecodeText, ModelRequest, Prefill, RequestMessage, compute_alone
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.base import UnifiedModel
 from unimm.models.common.separate_outputs import TextAnswer
@@ -73,8 +73,5 @@ def _text_to_decode(model: Any, request: ModelRequest) -> DecodeText:
         work = run.send(result)
         if isinstance(work, DecodeText):
             return work
-        if isinstance(work, Prefill):
-            result = work.lm.prefill(work.caches, work.parts)
-        else:
-            assert isinstance(work, BatchedCall), "no image comes before a text that is asked for alone"
-            result = work.function(work.arguments)
+        assert isinstance(work, BatchedCall | Prefill), "no image comes before a text that is asked for alone"
+        result = compute_alone(work)

@@ -321,6 +321,13 @@ def forward_bytes(decoder: CausalDecoder, *, cached_rows: int, step_rows: int = 
 # ---- one request alone
 
 
+def compute_alone(work: BatchedCall | Prefill) -> Any:
+    """The result of a piece of work that is done in one forward, of this request alone."""
+    if isinstance(work, Prefill):
+        return work.lm.prefill(work.caches, work.parts)
+    return work.function(work.arguments)
+
+
 @torch.inference_mode()
 def run_alone(run: RequestRun) -> Iterator[DecodedText | Image.Image]:
     """Work on one request to its end: yields its texts, reasoning too, and images as they are done."""
@@ -331,10 +338,8 @@ def run_alone(run: RequestRun) -> Iterator[DecodedText | Image.Image]:
             work = run.work.send(result)
         except StopIteration:
             return
-        if isinstance(work, BatchedCall):
-            result = work.function(work.arguments)
-        elif isinstance(work, Prefill):
-            result = work.lm.prefill(work.caches, work.parts)
+        if isinstance(work, BatchedCall | Prefill):
+            result = compute_alone(work)
         elif isinstance(work, DecodeText):
             batch = DecodeBatch(work.lm.decoder)
             text = TextInProgress(work, batch)
