@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+# how often a worker looks whether the main process is there
+ORPHAN_CHECK_SECONDS = 1.0
 
 
 class BatchSource(Protocol):
@@ -115,7 +120,7 @@ def iterate_batches(batch: Callable[[int], Any], numbers: range, *, workers: int
         sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         # its own generator, so that starting workers does not move the global one and with it a resumed run
         generator=torch.Generator(),
     )
@@ -125,10 +130,24 @@ def iterate_batches(batch: Callable[[int], Any], numbers: range, *, workers: int
         yield made
 
 
-def ignore_signals(worker: int) -> None:
-    """Let only the main process answer ctrl-C and SIGTERM: it must still get its batches to reach a checkpoint."""
+def start_worker(worker: int) -> None:
+    """Prepare a process that makes batches: it leaves signals to the main process, and ends when that has ended."""
+    # ctrl-C and SIGTERM reach all processes, and the main one must still get its batches to reach a checkpoint
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=exit_with_main_process, daemon=True).start()
+
+
+def exit_with_main_process() -> None:
+    """End this process when the one that started it has ended, however that came.
+
+    A worker of a DataLoader looks for that, too, but between batches alone: one that is sending a batch larger than a
+    pipe's buffer to a process that was killed would wait for it for ever.
+    """
+    main = multiprocessing.parent_process()
+    while main is not None and os.getppid() == main.pid:
+        time.sleep(ORPHAN_CHECK_SECONDS)
+    os._exit(1)
 
 
 class StopSignal:

@@ -24,7 +24,7 @@ from unimm.data.records import BrokenRow
 from unimm.data.sources.base import SourceOptions
 from unimm.data.sources.formats import open_source
 from unimm.data.sources.slices import SourceSlice, split_source
-from unimm.training.batches import BatchError, BatchSource, StepBatches, ignore_signals
+from unimm.training.batches import BatchError, BatchSource, StepBatches, start_worker
 from unimm.training.config import TrainConfig
 from unimm.training.data_config import DataConfig, PackingConfig
 from unimm.training.packing import (
@@ -237,7 +237,7 @@ class PackedBatches:
             batch_size=None,
             num_workers=workers_for(self.n_lanes, workers),
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             # its own generator, so that starting workers does not move the global one and with it a resumed run
             generator=torch.Generator(),
         )
