@@ -100,7 +100,8 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
     changes = {
         "bagel": (bagel_model, {"vae": f"{folder}/vae4", "vit": f"{folder}/vit2", "tasks": few | edits}, 1),
         "janus": (janus_model, {"vq": f"{folder}/vq", "vit": f"{folder}/vit3", "tasks": few}, 1),
-        "janusflow": (flow_model, {"vae": f"{folder}/vae8", "vit": f"{folder}/vit3", "tasks": few}, 1),
+        "janusflow": (flow_model, {"vae": f"{folder}/vae8", "vit": f"{folder}/vit3", "tasks": few,
+                                   "alignment_block": 1}, 1),
         "metaquery": (query_model, {**mllm, "dcae": f"{folder}/dcae", "tasks": edits, "frozen": []}, 2),
         "uniworld": (world_model, {**mllm, "vae": f"{folder}/vae4", "vit": f"{folder}/vit3", "tasks": edits,
                                    "timesteps_per_image": 2}, 1),
@@ -110,11 +111,14 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         save_every=2, sample_every=100, log_every=1, precision="float32", warmup_steps=0, lr=3e-3, muon=(),
         eps=1e-4, cache=None,
     )  # fmt: skip
+    weights = {name: dict(one.loss_weights) for name, one in full.items()}
+    weights["janusflow"]["align"] = 0.5
     return {
         name: dataclasses.replace(
             full[name],
             model=model,
             options=full[name].options | options | {"compile": False},
+            loss_weights=weights[name],
             batch_size=size,
             **numbers,
         )

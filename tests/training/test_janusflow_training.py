@@ -13,6 +13,7 @@ import torch
 from helpers.flops import check_counts
 from helpers.paths import ROOT
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
@@ -27,6 +28,7 @@ from unimm.sequence.parts import IGNORE_INDEX, text_part
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.training.config import read_recipe
 from unimm.training.init import train_tokenizer
+from unimm.training.lora_config import LoRAConfig
 from unimm.training.losses import mean_losses
 from unimm.training.tasks import janusflow
 from unimm.training.tasks.base import build_task
@@ -328,3 +330,121 @@ def test_texts_alone_make_a_batch(objective):
 
 def test_flops_are_those_that_torch_counts(objective):
     check_counts(objective, objective.batch(0))
+
+
+# ---- alignment with the vision encoder's features
+
+
+@pytest.fixture(scope="module")
+def aligned_recipe(recipe):
+    """The recipe with hidden states aligned behind its first block."""
+    return dataclasses.replace(
+        recipe,
+        options={**recipe.options, "alignment_block": 1},
+        loss_weights={**recipe.loss_weights, "align": 0.5},
+    )
+
+
+def test_alignment_is_the_distance_of_hidden_states_from_each_images_own_features(aligned_recipe):
+    objective = build_task(aligned_recipe)
+    batch = objective.batch(0)
+    found = objective.losses(batch)["align"]
+    assert found.count == objective.loss_counts(batch)["align"] == len(batch.image_kinds)
+    model = objective.model
+    pack = objective.encode_latents(batch)
+    seen = []
+    handle = model.decoder.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0][EXPERT]))
+    with torch.no_grad():
+        model(pack, batch.noise)
+    handle.remove()
+    # token by token: which image it is of, and which patch of that image it covers
+    expected = []
+    with torch.no_grad():
+        predicted = model.alignment_head(seen[0][pack.gen_images.rows])
+        for row, (image, token) in zip(predicted, batch.pack.gen_images.content.tolist(), strict=True):
+            y, x = divmod(token, 4)
+            feature = model.vision(batch.images[image : image + 1])[0, 4 * y + x]
+            expected.append(1 - row @ feature / (row.norm() * feature.norm()))
+    torch.testing.assert_close(found.total.detach(), torch.stack(expected).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_trains_the_first_blocks_and_leaves_the_encoder(aligned_recipe):
+    recipe = dataclasses.replace(
+        aligned_recipe, options={**aligned_recipe.options, "frozen": []}, muon=(), no_weight_decay=()
+    )
+    objective = build_task(recipe)
+    objective.losses(objective.batch(0))["align"].mean.backward()
+    grads = {name: p.grad for name, p in objective.model.named_parameters()}
+    reached = {name.split(".")[0] for name, grad in grads.items() if grad is not None and grad.any()}
+    # an edit's image is read by the encoder, too, as features that the hidden states depend on
+    assert reached == {
+        "decoder", "gen_encoder", "gen_encoder_aligner", "alignment_head", "aligner", "vision", "und_start_embed"
+    }  # fmt: skip
+    first, second = (grads[f"decoder.blocks.{i}.experts.{EXPERT}.q.weight"] for i in range(2))
+    assert first.any() and second is None
+    drawn = objective.batch.batch([example("draw.one", 0)], random.Random(0))
+    objective.model.zero_grad()
+    objective.losses(drawn)["align"].mean.backward()
+    assert all(p.grad is None for p in objective.model.vision.parameters())
+
+
+def test_flops_of_alignment_are_those_that_torch_counts(aligned_recipe):
+    objective = build_task(aligned_recipe)
+    check_counts(objective, objective.batch(0))
+
+
+def test_an_aligned_run_starts_from_a_release_and_from_a_run_without(recipe, aligned_recipe, tmp_path):
+    short = dict(steps=1, save_every=1, sample_every=9, log_every=1)
+    recipe, aligned_recipe = (dataclasses.replace(one, **short) for one in (recipe, aligned_recipe))
+    train(build_task(recipe), recipe, tmp_path / "plain", workers=0)
+    for init in ("plain", "plain/release"):
+        out = tmp_path / f"aligned {init.replace('/', ' ')}"
+        objective = build_task(aligned_recipe)
+        start = objective.model.alignment_head[0].weight.detach().clone()
+        assert train(objective, aligned_recipe, out, workers=0, init=tmp_path / init) == 1
+        # the head is trained, and no part of a release
+        assert not torch.equal(start, objective.model.alignment_head[0].weight)
+        assert read_header_names(out) == read_header_names(tmp_path / "plain")
+        longer = dataclasses.replace(aligned_recipe, steps=2)
+        assert train(build_task(longer), longer, out, workers=0, resume=True) == 2
+
+
+def read_header_names(out):
+    with safe_open(out / "release" / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def test_a_cache_holds_the_features_that_hidden_states_are_aligned_with(aligned_recipe):
+    objective = build_task(aligned_recipe)
+    inputs = objective.cache_inputs(0)
+    records = objective.cache_records(inputs)
+    batch = inputs[1]
+    drawn = [record for record in records if len(record["target"])]
+    assert len(drawn) == len(batch.images) < len(records)
+    cached = objective.batch.encoded(batch, drawn)
+    torch.testing.assert_close(cached.features, objective.target_features(batch))
+    with torch.no_grad():
+        torch.testing.assert_close(objective.losses(cached)["align"].total, objective.losses(batch)["align"].total)
+
+
+def test_what_cannot_be_aligned_is_refused(aligned_recipe):
+    deep = dataclasses.replace(aligned_recipe, options={**aligned_recipe.options, "alignment_block": 3})
+    with pytest.raises(ValueError, match="got alignment_block 3 for a decoder of 2 blocks"):
+        build_task(deep)
+    coarse = {**aligned_recipe.model, "generation": {**aligned_recipe.model["generation"], "latent": [16, 16]}}
+    with pytest.raises(ValueError, match="expected the same of both; leave alignment_block out"):
+        build_task(dataclasses.replace(aligned_recipe, model=coarse))
+    weightless = {name: x for name, x in aligned_recipe.loss_weights.items() if name != "align"}
+    with pytest.raises(ValueError, match="loss_weights"):
+        Trainer(
+            build_task(aligned_recipe),
+            dataclasses.replace(aligned_recipe, loss_weights=weightless),
+            torch.device("cpu"),
+        )
+
+
+def test_alignment_beside_an_adapter_is_refused():
+    recipe = read_recipe(RECIPE.with_name("janusflow-stage2.yaml"))
+    lora = LoRAConfig(rank=2, alpha=4.0, targets=("decoder",))
+    with pytest.raises(ValueError, match="got alignment_block and lora"):
+        build_task(dataclasses.replace(recipe, lora=lora))

@@ -26,6 +26,7 @@ from unimm.data.mix import MixGroup
 from unimm.distributed.ranks import Ranks, start_ranks
 from unimm.distributed.serving import serve_tensors
 from unimm.distributed.sharding import copy_to_cpu
+from unimm.training.alignment import without_new_head
 from unimm.training.background_saves import BackgroundSaves
 from unimm.training.batches import BatchSource, StopSignal, group_batches
 from unimm.training.cache import use_feature_cache
@@ -410,9 +411,11 @@ class Trainer:
         ours = named_tensors(self.model)
         folder = initial_checkpoint(init)
         if folder is None:
-            copy_into(ours, release_tensors(self.model, init, has_adapter=self.recipe.lora is not None), str(init))
+            released = release_tensors(self.model, init, has_adapter=self.recipe.lora is not None)
+            copy_into(without_new_head(ours, released), released, str(init))
         else:
             check_undamaged(folder, self.ranks)
+            ours = without_new_head(ours, saved_shapes(folder, WEIGHTS))
             load_into(folder, WEIGHTS, ours, self.ranks)
             # the average holds what that run trained, which need not be what this one trains
             averaged = {name: ours[name] for name in saved_shapes(folder, EMA_WEIGHTS)}

@@ -94,16 +94,16 @@ class DeepseekChatDataset(ABC):
     cache: FeatureCache | None = None
 
     @abstractmethod
-    def encoded(self, batch: Any, targets: list[Tensor]) -> Any:
-        """The batch with its targets as they were encoded, in order."""
+    def encoded(self, batch: Any, records: list[Record]) -> Any:
+        """The batch with its targets as they were encoded. records: of the samples that have one, in order."""
 
     def __call__(self, step: int) -> Any:
         rng = random.Random(f"{self.seed}/{step}")
         if self.cache is None:
             return self.batch(self.examples(step, self.batch_size, rng), rng)
         records = [self.cache[i] for i in self.cache.batch_indices(step, self.batch_size, self.seed)]
-        targets = [record["target"] for record in records if len(record["target"])]
-        return self.encoded(self.batch([EncodedExample.from_record(record) for record in records], rng), targets)
+        with_target = [record for record in records if len(record["target"])]
+        return self.encoded(self.batch([EncodedExample.from_record(record) for record in records], rng), with_target)
 
     def batch(self, examples: Sequence[Example], rng: random.Random) -> Any:
         """Examples as one pack, with conditions dropped at random."""

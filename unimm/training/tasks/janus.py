@@ -28,6 +28,7 @@ from unimm.models.janus.processor import padded_unconditional, with_image_start
 from unimm.nn.compiled import compile_experts
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part, image_part, text_part
+from unimm.training.cache import Record
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.freezing import freeze
@@ -106,9 +107,9 @@ class JanusDataset(DeepseekChatDataset):
 
     builder: JanusSampleBuilder
 
-    def encoded(self, batch: JanusBatch, targets: list[Tensor]) -> JanusBatch:
+    def encoded(self, batch: JanusBatch, records: list[Record]) -> JanusBatch:
         """The batch with its targets' image tokens, in order."""
-        return replace(batch, ids=torch.stack(targets) if targets else None)
+        return replace(batch, ids=torch.stack([record["target"] for record in records]) if records else None)
 
 
 class JanusPackTask:

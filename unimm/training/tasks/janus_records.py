@@ -12,6 +12,7 @@ from PIL import Image
 
 from unimm.models.janus.model import Janus
 from unimm.models.janusflow.model import JanusFlow
+from unimm.training.alignment import without_head
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, RecipeSection
 from unimm.training.pretrained import load_released
@@ -23,6 +24,7 @@ from unimm.training.tasks.janusflow import (
     JanusFlowSampleBuilder,
     janusflow_builder,
     prepare_janusflow,
+    with_alignment,
 )
 from unimm.training.tasks.record_answers import ANSWERED_KINDS
 
@@ -49,6 +51,8 @@ class JanusFlowRecordConfig(JanusRecordConfig):
 
     # noised copies of a target, each at its own timestep: cheaper than as many samples
     timesteps_per_image: AtLeastOne
+    # the block behind which hidden states are aligned with the vision encoder's features, counted from 1; null: none
+    alignment_block: AtLeastOne | None = None
 
 
 class JanusRecordTask(JanusPackTask):
@@ -81,21 +85,34 @@ class JanusFlowRecordTask(JanusFlowPackTask):
     """JanusFlow on records."""
 
     name = "janusflow"
-    loss_names = GENERATED_KINDS + ANSWERED_KINDS
 
     def __init__(
-        self, model: JanusFlow, sample_builder: JanusFlowSampleBuilder, sample_prompts: tuple[str, ...] = ()
+        self,
+        model: JanusFlow,
+        sample_builder: JanusFlowSampleBuilder,
+        sample_prompts: tuple[str, ...] = (),
+        *,
+        alignment_block: int | None = None,
     ) -> None:
         self.model = model
         self.builder = self.sample_builder = sample_builder
         self.sample_prompts = sample_prompts
+        self.alignment_block = alignment_block
+        self.loss_names = with_alignment(GENERATED_KINDS + ANSWERED_KINDS, alignment_block)
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> JanusFlowRecordTask:
         """Load the release that the recipe names, with its autoencoder."""
         options = from_mapping(JanusFlowRecordConfig, recipe.options, where="options")
+        if options.alignment_block and recipe.lora is not None:
+            raise ValueError(
+                "got alignment_block and lora, where the adapter alone is trained, and the network that aligns would not be: "
+                "leave one out"
+            )
         model = load_released(JanusFlow, recipe.model)
-        prepare_janusflow(model, options.frozen, compiled=options.compile)
+        prepare_janusflow(
+            model, options.frozen, compiled=options.compile, alignment_block=options.alignment_block, seed=recipe.seed
+        )
         builder = janusflow_builder(
             model,
             dropout=options.dropout,
@@ -105,7 +122,7 @@ class JanusFlowRecordTask(JanusFlowPackTask):
         height, width = model.config.latent_size
         n_tokens = height * width // builder.patch**2 * builder.timesteps_per_image
         check_pack_limit(n_tokens, recipe)
-        return cls(model, builder, options.sample_prompts)
+        return cls(model, builder, options.sample_prompts, alignment_block=options.alignment_block)
 
     def sample_image(self) -> Image.Image | None:
         """Images of the recipe's prompts; None without prompts."""
@@ -113,4 +130,5 @@ class JanusFlowRecordTask(JanusFlowPackTask):
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; an autoencoder of the release's own stays in float32."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
+        with without_head(self.model):
+            self.model.save_pretrained(folder, dtype="bfloat16")

@@ -1,8 +1,7 @@
 """Training JanusFlow on the shapes world: velocities of latents after their prompt, answers after images and questions.
 
-Rectified flow, t = sigmoid(n), n ~ N(0, 1), beside next-token cross entropy (arXiv 2411.07975;
-docs/originals/janusflow.md, "Training"). The paper's third loss, which aligns the language model's features with those
-of the vision encoder, is left out.
+Rectified flow, t = sigmoid(n), n ~ N(0, 1), beside next-token cross entropy, and the alignment of hidden states with the
+vision encoder's features (arXiv 2411.07975; docs/originals/janusflow.md, "Training").
 """
 
 from __future__ import annotations
@@ -21,13 +20,19 @@ from torch import Tensor, nn
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.json_files import read_json
 from unimm.data.batching import encode_latents, place_latent_tokens, stack_images
+from unimm.data.shapes import Example
+from unimm.encoders.flops import timm_vit_flops
 from unimm.models.janusflow.config import JanusFlowConfig
 from unimm.models.janusflow.flops import janusflow_flops
 from unimm.models.janusflow.model import JanusFlow
 from unimm.models.janusflow.processor import bos_unconditional, noised_part
 from unimm.nn.compiled import compile_experts
+from unimm.nn.flops import StepFlops
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
+from unimm.training.alignment import HEAD, AlignmentHead, alignment_losses, recorded_outputs, without_head
+from unimm.training.alignment import LOSS as ALIGN
+from unimm.training.cache import Record as CacheRecord
 from unimm.training.checkpoints import read_tensors
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import AtLeastOne
@@ -51,6 +56,10 @@ from unimm.training.tasks.deepseek_chat import (
 )
 from unimm.training.tasks.deepseek_samples import ChatSampleBuilder, chat_images, pack_counts
 from unimm.training.throughput import StepCounts
+from unimm.vlms.llama_layout import EXPERT
+
+# of a cache's record: the vision encoder's features of the target [patches, F]
+TARGET_FEATURES = "target_features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,8 @@ class JanusFlowTrainingConfig(DeepseekChatTrainingConfig):
 
     # noised copies of a target, each at its own timestep: cheaper than as many samples
     timesteps_per_image: AtLeastOne
+    # the block behind which hidden states are aligned with the vision encoder's features, counted from 1; null: none
+    alignment_block: AtLeastOne | None = None
     # the folder of a trained VAE
     vae: str
 
@@ -74,6 +85,7 @@ class JanusFlowBatch:
     text_kinds: Tensor  # [labels with loss], index into the builder's text_kinds
     image_kinds: Tensor  # [image tokens], index into its image_kinds
     latents: Tensor | None = None  # [P, C, h / 8, w / 8], of the targets, where they are known
+    features: Tensor | None = None  # [P, patches, F], the vision encoder's of the targets, where they are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +136,14 @@ class JanusFlowDataset(DeepseekChatDataset):
 
     builder: JanusFlowSampleBuilder
 
-    def encoded(self, batch: JanusFlowBatch, targets: list[Tensor]) -> JanusFlowBatch:
-        """The batch with its targets' latents, in order."""
-        return replace(batch, latents=torch.stack(targets) if targets else None)
+    def encoded(self, batch: JanusFlowBatch, records: list[CacheRecord]) -> JanusFlowBatch:
+        """The batch with its targets' latents and, where they are aligned with, features, in order."""
+        if not records:
+            return batch
+        latents = torch.stack([record["target"] for record in records])
+        aligned = TARGET_FEATURES in records[0]
+        features = torch.stack([record[TARGET_FEATURES] for record in records]) if aligned else None
+        return replace(batch, latents=latents, features=features)
 
 
 class JanusFlowPackTask:
@@ -135,18 +152,45 @@ class JanusFlowPackTask:
     model: JanusFlow
     # what makes the packs
     builder: JanusFlowSampleBuilder
+    # the block behind which hidden states are aligned, counted from 1
+    alignment_block: int | None
 
     def losses(self, batch: JanusFlowBatch) -> dict[str, LossSum]:
-        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts."""
-        device = self.model.device
-        losses = self.model(self.encode_latents(batch).to(device), batch.noise.to(device))
-        image_losses = sum_by_kind(self.builder.image_kinds, batch.image_kinds, losses.mse)
-        return image_losses | sum_by_kind(self.builder.text_kinds, batch.text_kinds, losses.text)
+        """The loss of every kind of sample in the batch: flow losses of images, cross entropy of texts; and the alignment
+        of the images' tokens."""
+        model = self.model
+        pack = self.encode_latents(batch).to(model.device)
+        block = model.decoder.blocks[self.alignment_block - 1] if self.alignment_block else None
+        with recorded_outputs(block) as outputs:
+            losses = model(pack, batch.noise.to(model.device))
+        found = sum_by_kind(self.builder.image_kinds, batch.image_kinds, losses.mse)
+        found |= sum_by_kind(self.builder.text_kinds, batch.text_kinds, losses.text)
+        if block is not None and pack.gen_images is not None:
+            predicted = model.get_submodule(HEAD)(outputs[0][EXPERT][pack.gen_images.rows])
+            found[ALIGN] = LossSum.over(alignment_losses(predicted, self.token_features(batch).to(model.device)))
+        return found
+
+    def token_features(self, batch: JanusFlowBatch) -> Tensor:
+        """The vision encoder's feature of what each image token of the batch stands for, [image tokens, F]."""
+        assert batch.pack.gen_images is not None, "asked of packs with images to generate"
+        features = self.target_features(batch) if batch.features is None else batch.features
+        image, token = batch.pack.gen_images.content.unbind(-1)
+        return features[image, token]
+
+    @torch.no_grad()
+    def target_features(self, batch: JanusFlowBatch) -> Tensor:
+        """The vision encoder's features of the targets [P, patches, F]."""
+        processor = self.model.image_processor
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.mean, processor.std))
+        images = ((batch.images + 1) / 2 - mean) / std
+        return self.model.vision(images.to(self.model.device, self.model.dtype)).float().cpu()
 
     def loss_counts(self, batch: JanusFlowBatch) -> dict[str, int]:
         """How many rows of the batch have each loss."""
-        images = count_by_kind(self.builder.image_kinds, batch.image_kinds)
-        return images | count_by_kind(self.builder.text_kinds, batch.text_kinds)
+        counts = count_by_kind(self.builder.image_kinds, batch.image_kinds)
+        counts |= count_by_kind(self.builder.text_kinds, batch.text_kinds)
+        aligned = {ALIGN: len(batch.image_kinds)} if self.alignment_block and len(batch.image_kinds) else {}
+        return counts | aligned
 
     def encode_latents(self, batch: JanusFlowBatch) -> PackedBatch:
         """The pack with its latents in place; every image is encoded once."""
@@ -162,21 +206,31 @@ class JanusFlowPackTask:
     def step_counts(self, batch: JanusFlowBatch) -> StepCounts:
         """Rows of the pack, images to understand and noised copies of those to generate, FLOPs."""
         sizes = [] if batch.latents is not None else [(image.shape[1], image.shape[2]) for image in batch.images]
-        return pack_counts(batch.pack, janusflow_flops(self.model, batch.pack, sizes))
+        flops = janusflow_flops(self.model, batch.pack, sizes)
+        if self.alignment_block:
+            n_encoded = 0 if batch.features is not None else len(batch.images)
+            encoding = StepFlops()
+            timm_vit_flops(encoding, self.model.vision, n_encoded)
+            flops.add_forward(encoding)
+            flops.chain(len(batch.image_kinds), True, self.model.get_submodule(HEAD))
+        return pack_counts(batch.pack, flops)
 
 
 class JanusFlowTask(JanusFlowPackTask, DeepseekChatTask):
     """JanusFlow on the shapes world."""
 
     name = "janusflow-nano"
-    loss_names = IMAGE_KINDS + TEXT_KINDS
     model: JanusFlow
     batch: JanusFlowDataset
 
-    def __init__(self, model: JanusFlow, batch: JanusFlowDataset, vae: Path):
+    def __init__(
+        self, model: JanusFlow, batch: JanusFlowDataset, vae: Path, *, alignment_block: int | None = None
+    ) -> None:
         self.model = model
         self.batch = batch
         self.builder = batch.builder
+        self.alignment_block = alignment_block
+        self.loss_names = with_alignment(IMAGE_KINDS + TEXT_KINDS, alignment_block)
         # the file of the VAE's weights, which are not trained
         self.vae = vae
 
@@ -196,23 +250,71 @@ class JanusFlowTask(JanusFlowPackTask, DeepseekChatTask):
         load_trained(model.autoencoder, vae)
         init_timm_vit(model.vision, read_tensors(trained_file(options.vit, "vision.safetensors", "bagel-nano-vit")))
         model.tokenizer = tokenizer
-        prepare_janusflow(model, options.frozen, compiled=options.compile)
+        prepare_janusflow(
+            model, options.frozen, compiled=options.compile, alignment_block=options.alignment_block, seed=recipe.seed
+        )
         builder = janusflow_builder(model, dropout=options.dropout, timesteps_per_image=options.timesteps_per_image)
         builder = replace(builder, image_kinds=IMAGE_KINDS, text_kinds=TEXT_KINDS)
         dataset = JanusFlowDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
-        return cls(model, dataset, vae)
+        return cls(model, dataset, vae, alignment_block=options.alignment_block)
+
+    def cache_records(self, inputs: tuple[list[Example], Any]) -> list[CacheRecord]:
+        """As every cache of conversations, with the features of the targets where these are aligned with."""
+        records = super().cache_records(inputs)
+        batch = inputs[1]
+        if self.alignment_block:
+            features = iter(self.target_features(batch) if len(batch.images) else ())
+            none = torch.zeros(0)
+            for record in records:
+                record[TARGET_FEATURES] = next(features) if len(record["target"]) else none
+        return records
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
+        with without_head(self.model):
+            self.model.save_pretrained(folder, dtype="bfloat16")
         copy_file(self.vae, folder / "ae.safetensors")
 
 
-def prepare_janusflow(model: JanusFlow, frozen: Sequence[str], *, compiled: bool) -> None:
-    """Freeze what is not trained, the autoencoder always. compiled: whether layers are fused."""
+def with_alignment(losses: tuple[str, ...], alignment_block: int | None) -> tuple[str, ...]:
+    """The names of a task's losses, and that of the alignment where there is one."""
+    return (*losses, ALIGN) if alignment_block else losses
+
+
+def prepare_janusflow(
+    model: JanusFlow, frozen: Sequence[str], *, compiled: bool, alignment_block: int | None, seed: int
+) -> None:
+    """Freeze what is not trained, the autoencoder always. compiled: whether layers are fused.
+
+    alignment_block: the block behind which hidden states are aligned with features, by a head that begins from the seed.
+    Raises ValueError where there is no such block, or where a patch of the vision encoder is no token of a generated image.
+    """
+    if alignment_block:
+        add_alignment_head(model, alignment_block, seed=seed)
     if compiled:
         compile_experts(model.decoder)
     freeze(model, frozen, always=("vae.", "vision.trunk.attn_pool."))
+
+
+def add_alignment_head(model: JanusFlow, block: int, *, seed: int) -> None:
+    """Add the network that aligns the hidden states behind a block with the vision encoder's features."""
+    config = model.config
+    if block > config.decoder.n_layers:
+        raise ValueError(
+            f"got alignment_block {block} for a decoder of {config.decoder.n_layers} blocks: expected one of them"
+        )
+    grid = tuple(side // config.latent_patch_size for side in config.latent_size)
+    patches = (model.vision.grid_side, model.vision.grid_side)
+    size = (config.vision.image_size, config.vision.image_size)
+    if grid != patches or config.image_size != size:
+        raise ValueError(
+            f"got alignment_block {block}, images of {config.image_size} in {grid} tokens to generate, and of {size} in "
+            f"{patches} patches to understand: expected the same of both; leave alignment_block out"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = AlignmentHead(config.decoder.dim, model.vision.trunk.num_features)
+    model.add_module(HEAD, head.to(model.device))
 
 
 def janusflow_builder(
