@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,12 +27,20 @@ from unimm.evaluation.scores import GroupScore, paired_difference, wilson_interv
 SEEDS = (1, 2, 3)
 
 
-def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with what every experiment takes: the folder of its results, and its seeds."""
+def experiment_parser(description: str, *, seeds: bool = True) -> argparse.ArgumentParser:
+    """A parser with what every experiment takes: the folder of its results, and its seeds where it has any."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the results; a stopped command goes on in it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     return parser
+
+
+def run_command(name: str, parser: argparse.ArgumentParser, study: Callable[..., object]) -> None:
+    """Run an experiment with the options of the command line, and print its table, OUT/NAME.md."""
+    options = vars(parser.parse_args())
+    study(**options)
+    print((options["out"] / f"{name}.md").read_text(encoding="utf-8"), end="")
 
 
 def describe_run(**settings: Any) -> dict[str, Any]:
@@ -54,6 +64,31 @@ def kept_result(path: Path, asked: Mapping[str, Any], make: Callable[[], Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return read_json(path)
+
+
+def kept_arms(
+    out: Path,
+    arms: Collection[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    run_arm: Callable[..., Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of each arm, one a seed, read from OUT/ARM-SEED.json or made by run_arm(arm, seed=seed).
+
+    All arms of a seed come before the next seed. settings: what else the results depend on, as for `kept_result`.
+    """
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for arm in arms:
+            path = out / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+            asked = {"arm": arm, "seed": seed, **settings}
+            found[arm].append(kept_result(path, asked, partial(run_arm, arm, seed=seed)))
+    return found
+
+
+def spent_seconds(results: Iterable[Mapping[str, Any]]) -> int:
+    """Seconds of the processor that kept results took."""
+    return round(sum(one["seconds"] for one in results))
 
 
 def write_results(out: Path, name: str, result: Mapping[str, Any], table: str) -> None:
@@ -107,6 +142,12 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
 
 
+def seeded_score(by_seed: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The share of right items, with its interval over the items of all seeds and with that over the seeds' means."""
+    items = pooled_score([right for one in by_seed for right in one])
+    return {"items": items, "seeds": over_seeds([fmean(one) for one in by_seed])}
+
+
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """How much higher b is than a, item by item, with a 95 % interval."""
     return asdict(paired_difference(list(a), list(b)))
@@ -134,6 +175,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeded_rows(label: str, scores: Sequence[Mapping[str, Any] | None]) -> list[list[str]]:
+    """Rows of a table: each `seeded_score` over items, and over seeds where there are several; None leaves one empty."""
+    rows = [[f"{label}, by items", *("" if one is None else score_text(one["items"]) for one in scores)]]
+    if any(one is not None and len(one["seeds"]["values"]) > 1 for one in scores):
+        rows.append([f"{label}, by seeds", *("" if one is None else seeds_text(one["seeds"]) for one in scores)])
+    return rows
+
+
 # ---- figures
 
 
@@ -150,6 +199,11 @@ class Bar:
     def of_score(cls, one: Mapping[str, Any], dots: Sequence[float] = ()) -> Bar:
         """The bar of a share with its interval over items."""
         return cls(height=one["score"], low=one["low"], high=one["high"], dots=dots)
+
+    @classmethod
+    def of_seeded_score(cls, one: Mapping[str, Any]) -> Bar:
+        """The bar of a `seeded_score`: its interval over items, and the seeds' means as dots."""
+        return cls.of_score(one["items"], one["seeds"]["values"])
 
 
 def plot_bars(
@@ -188,7 +242,9 @@ def plot_bars(
         axes.bar(places, heights, 0.95 * width, yerr=ends, capsize=2, color=colours[k], label=label)
         for place, bar in known:
             axes.plot([place] * len(bar.dots), bar.dots, "k.", markersize=3)
-    axes.set_xticks(range(len(columns)), columns)
+    # as wide as a column is, in letters
+    labels = [textwrap.fill(column, 80 // len(columns), break_long_words=False) for column in columns]
+    axes.set_xticks(range(len(columns)), labels)
     axes.set(ylabel=ylabel)
     if ylim is not None:
         axes.set_ylim(ylim)

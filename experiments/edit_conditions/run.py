@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -26,15 +25,15 @@ from experiments.common import (
     describe_run,
     difference_text,
     experiment_parser,
-    kept_result,
+    kept_arms,
     markdown_table,
-    over_seeds,
     paired,
     plot_bars,
-    pooled_score,
     right_by_task,
-    score_text,
-    seeds_text,
+    run_command,
+    seeded_rows,
+    seeded_score,
+    spent_seconds,
     with_all,
     write_results,
 )
@@ -72,7 +71,7 @@ class PartialBagel(Bagel):
         return [part if part.kind in self.forms else position_gap(1) for part in parts], size
 
 
-def run_arm(name: str, model_name: str, *, seed: int, n: int, steps: int | None, train_steps: int) -> dict[str, Any]:
+def run_arm(name: str, *, model_name: str, seed: int, n: int, steps: int | None, train_steps: int) -> dict[str, Any]:
     """Which test items of each task the arm edits right."""
     tuned, seen = ARMS[name]
     model = PartialBagel.from_pretrained(model_name)
@@ -109,23 +108,17 @@ def study(
 ) -> dict[str, Any]:
     """Run what is not there yet, and write the results. tuned_seeds: those of the arms with a fine-tuning."""
     settings = {"model": model, "n": n, "steps": steps, "train_steps": train_steps}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    for name, (tuned, _) in ARMS.items():
-        for seed in tuned_seeds if tuned else seeds:
-            asked = {"arm": name, "seed": seed, **settings, "train_steps": train_steps if tuned else 0}
-            path = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
-            make = partial(run_arm, name, model, seed=seed, n=n, steps=steps, train_steps=train_steps)
-            found[name].append(kept_result(path, asked, make))
-    made = describe_run(**settings, seeds=list(seeds), tuned_seeds=list(tuned_seeds), seconds=seconds(found))
+    run = partial(run_arm, model_name=model, n=n, steps=steps, train_steps=train_steps)
+    released = [name for name, (tuned, _) in ARMS.items() if tuned is None]
+    tuned = [name for name in ARMS if name not in released]
+    found = kept_arms(out, released, seeds, {**settings, "train_steps": 0}, run)
+    found |= kept_arms(out, tuned, tuned_seeds, settings, run)
+    spent = spent_seconds(one for some in found.values() for one in some)
+    made = describe_run(**settings, seeds=list(seeds), tuned_seeds=list(tuned_seeds), seconds=spent)
     result = {"made": made, **summarize(found)}
     write_results(out, "edit_conditions", result, results_table(result))
     plot(out / "edit_conditions.png", result["arms"])
     return result
-
-
-def seconds(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
-    """Of the processor, of all arms and seeds."""
-    return round(sum(one["seconds"] for some in found.values() for one in some))
 
 
 def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -133,15 +126,7 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     arms = {}
     for name, results in found.items():
         by_seed = [with_all(one["right"]) for one in results]
-        items = {task: [right for one in results for right in one["right"][task]] for task in TASKS}
-        items["all"] = [right for some in items.values() for right in some]
-        arms[name] = {
-            task: {
-                "items": pooled_score(items[task]),
-                "seeds": over_seeds([fmean(one[task]) for one in by_seed]),
-            }
-            for task in items
-        }
+        arms[name] = {task: seeded_score([one[task] for one in by_seed]) for task in (*TASKS, "all")}
     changes = {
         f"{b} - {a}": {
             task: paired(
@@ -158,10 +143,11 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
 def results_table(result: Mapping[str, Any]) -> str:
     """The tables in markdown."""
     columns = (*TASKS, "all")
-    rows = []
-    for name, arm in result["arms"].items():
-        rows.append([f"**{name}**, by items", *(score_text(arm[task]["items"]) for task in columns)])
-        rows.append([f"**{name}**, by seeds", *(seeds_text(arm[task]["seeds"]) for task in columns)])
+    rows = [
+        row
+        for name, arm in result["arms"].items()
+        for row in seeded_rows(f"**{name}**", [arm[task] for task in columns])
+    ]
     changes = [[name, *(difference_text(one[task]) for task in columns)] for name, one in result["changes"].items()]
     return markdown_table(["arm", *columns], rows) + "\n" + markdown_table(["paired difference", *columns], changes)
 
@@ -169,10 +155,7 @@ def results_table(result: Mapping[str, Any]) -> str:
 def plot(path: Path, arms: Mapping[str, Any]) -> None:
     """Bars of the arms by task."""
     columns = (*TASKS, "all")
-    series = {
-        name: [Bar.of_score(arm[task]["items"], arm[task]["seeds"]["values"]) for task in columns]
-        for name, arm in arms.items()
-    }
+    series = {name: [Bar.of_seeded_score(arm[task]) for task in columns] for name, arm in arms.items()}
     plot_bars(path, columns, series)
 
 
@@ -184,7 +167,4 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="items a task and seed")
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
     parser.add_argument("--train-steps", type=int, default=100, help="of each fine-tuning")
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    study(out, options.pop("model"), **options)
-    print((out / "edit_conditions.md").read_text(), end="")
+    run_command("edit_conditions", parser, study)

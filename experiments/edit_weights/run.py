@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,15 +28,17 @@ from experiments.common import (
     describe_run,
     difference_text,
     experiment_parser,
-    kept_result,
+    kept_arms,
     markdown_table,
     over_seeds,
     paired,
     plot_bars,
-    pooled_score,
     right_by_task,
+    run_command,
     score_text,
+    seeded_score,
     seeds_text,
+    spent_seconds,
     with_all,
     write_results,
 )
@@ -101,16 +102,17 @@ def build_task(model_name: str, recipe: TrainConfig) -> UniWorldTask:
 
 def run_arm(
     name: str,
-    model_name: str,
-    folder: Path,
     *,
+    model_name: str,
+    out: Path,
     seed: int,
     n: int,
     steps: int | None,
     train_steps: int,
     samples: int,
 ) -> dict[str, Any]:
-    """Which test items the arm edits right, and its held-out losses. folder: of the cache."""
+    """Which test items the arm edits right, and its held-out losses. out: where the cache of a seed is."""
+    folder = out / f"cache-{seed}"
     weights = {kind: float(kind == "edit") for kind in IMAGE_KINDS}
     recipe = arm_recipe("uniworld", seed=seed, steps=train_steps, batch_size=12, lr=3e-4, loss_weights=weights)
     recipe = replace(recipe, cache=CacheConfig(samples=samples, folder=str(folder)))
@@ -156,12 +158,8 @@ def study(
     """Run what is not there yet, and write the results."""
     settings = {"model": model, "n": n, "steps": steps, "train_steps": train_steps, "samples": samples}
     numbers = {name: value for name, value in settings.items() if name != "model"}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    for seed in seeds:
-        for name in ARMS:
-            make = partial(run_arm, name, model, out / f"cache-{seed}", seed=seed, **numbers)
-            found[name].append(kept_result(out / f"{name}-{seed}.json", {"arm": name, "seed": seed, **settings}, make))
-    spent = round(sum(one["seconds"] for some in found.values() for one in some))
+    found = kept_arms(out, ARMS, seeds, settings, partial(run_arm, model_name=model, out=out, **numbers))
+    spent = spent_seconds(one for some in found.values() for one in some)
     result = {"made": describe_run(**settings, seeds=list(seeds), seconds=spent), **summarize(found)}
     write_results(out, "edit_weights", result, results_table(result))
     plot(out / "edit_weights.png", result["arms"])
@@ -174,13 +172,7 @@ def summarize(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     for name, results in found.items():
         right = [with_all(one["right"]) for one in results]
         arms[name] = {
-            "scores": {
-                task: {
-                    "items": pooled_score([value for one in right for value in one[task]]),
-                    "seeds": over_seeds([fmean(one[task]) for one in right]),
-                }
-                for task in (*TASKS, "all")
-            },
+            "scores": {task: seeded_score([one[task] for one in right]) for task in (*TASKS, "all")},
             "losses": {
                 region: over_seeds([one["losses"][region] for one in results]) for region in ("inside", "outside")
             },
@@ -214,10 +206,7 @@ def results_table(result: Mapping[str, Any]) -> str:
 def plot(path: Path, arms: Mapping[str, Any]) -> None:
     """Bars of the arms by task."""
     columns = (*TASKS, "all")
-    series = {
-        name: [Bar.of_score(arm["scores"][task]["items"], arm["scores"][task]["seeds"]["values"]) for task in columns]
-        for name, arm in arms.items()
-    }
+    series = {name: [Bar.of_seeded_score(arm["scores"][task]) for task in columns] for name, arm in arms.items()}
     plot_bars(path, columns, series)
 
 
@@ -229,7 +218,4 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
     parser.add_argument("--train-steps", type=int, default=100, help="of each arm")
     parser.add_argument("--samples", type=int, default=1536, help="of the cache")
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    study(out, options.pop("model"), **options)
-    print((out / "edit_weights.md").read_text(), end="")
+    run_command("edit_weights", parser, study)

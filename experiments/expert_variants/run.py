@@ -29,7 +29,9 @@ from experiments.common import (
     markdown_table,
     over_seeds,
     plot_curves,
+    run_command,
     seeds_text,
+    spent_seconds,
     write_results,
 )
 from unimm.models.bagel.config import BagelConfig
@@ -176,8 +178,8 @@ def study(out: Path, model: str, *, seeds: Sequence[int], steps: int, every: int
         )
         for seed in seeds
     ]
-    spent = round(sum(one["seconds"] for one in found))
-    made = describe_run(**settings, batch=sum(TASKS.values()), llm=LLM, seeds=list(seeds), seconds=spent)
+    numbers = {"batch": sum(TASKS.values()), "llm": LLM, "seeds": list(seeds)}
+    made = describe_run(**settings, **numbers, seconds=spent_seconds(found))
     result = {"made": made, **summarize(found)}
     write_results(out, "expert_variants", result, results_table(result))
     plot_curves(out / "expert_variants.png", panels(result))
@@ -239,7 +241,4 @@ def main() -> None:
     parser.add_argument("--model", default="bagel-nano", help="whose ViT, VAE and tokenizer are taken")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=40, help="steps between measurements")
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    study(out, options.pop("model"), **options)
-    print((out / "expert_variants.md").read_text(), end="")
+    run_command("expert_variants", parser, study)

@@ -12,14 +12,23 @@ the words of one prompt.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.common import Bar, describe_run, markdown_table, plot_bars, pooled_score, score_text, write_results
+from experiments.common import (
+    Bar,
+    describe_run,
+    experiment_parser,
+    markdown_table,
+    plot_bars,
+    pooled_score,
+    run_command,
+    score_text,
+    write_results,
+)
 from experiments.query_transfer.run import FACTS_ONLY, PLANNED, mllm_plans
 from unimm import MetaQuery
 from unimm.data.shapes import example
@@ -83,14 +92,14 @@ def says(plan: Sequence[str], kind: str, answer: str) -> int:
     return int(answer in plan)
 
 
-def study(out: Path, name: str, *, n_sums: int) -> dict[str, Any]:
+def study(out: Path, model: str, *, n_sums: int) -> dict[str, Any]:
     """Measure, and write the results."""
-    model = MetaQuery.from_pretrained(name)
-    groups = {group: measure(model, prompts) for group, prompts in prompts_of(n_sums).items()}
-    result = {"made": describe_run(model=name, n_sums=n_sums), "groups": groups}
+    loaded = MetaQuery.from_pretrained(model)
+    groups = {group: measure(loaded, prompts) for group, prompts in prompts_of(n_sums).items()}
+    result = {"made": describe_run(model=model, n_sums=n_sums), "groups": groups}
     write_results(out, "latent_words", result, results_table(result))
     plot(out / "latent_words.png", groups)
-    (words,) = query_words(model, [SHOWN], k=4)
+    (words,) = query_words(loaded, [SHOWN], k=4)
     plot_query_words(words, columns=8).save(out / "queries.png")
     return result
 
@@ -131,11 +140,7 @@ def plot(path: Path, groups: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = experiment_parser(__doc__, seeds=False)
     parser.add_argument("--model", default="metaquery-nano")
     parser.add_argument("--n-sums", type=int, default=40, help="prompts a level of sums")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    study(options.out, options.model, n_sums=options.n_sums)
-    print((options.out / "latent_words.md").read_text(), end="")
+    run_command("latent_words", parser, study)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Bar, describe_run, experiment_parser, plot_bars, write_results
+from experiments.common import Bar, describe_run, experiment_parser, plot_bars, run_command, write_results
 from unimm.evaluation.benchmarks.base import BenchmarkOptions
 from unimm.evaluation.benchmarks.shapes import exact_shapes_judge
 from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING
@@ -76,15 +76,15 @@ def study(
         seconds_of_last_call=round(time.process_time() - began),
     )
     result = {"made": made, "levels": results}
-    write_results(out, "self_verifier", result, results_table(results))
+    write_results(out, "self_verifier", result, results_table(result))
     plot(out / "self_verifier.png", results)
     return result
 
 
-def results_table(levels: Mapping[str, Any]) -> str:
+def results_table(result: Mapping[str, Any]) -> str:
     """The table in markdown: rates over the questions of all seeds, and the least and the greatest of a seed."""
     lines = ["| level | images | accuracy (`none`) | acceptance rate | precision (`self`) | recall |", "|---" * 6 + "|"]
-    for level, one in levels.items():
+    for level, one in result["levels"].items():
         cells = (rate_text(name, one) for name in RATES)
         lines.append(f"| {level} | {one['questions']['generated']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -123,7 +123,4 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20, help="questions, or pairs of them, a level and seed")
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
     parser.add_argument("--levels", nargs="+", default=list(REASONING), choices=REASONING)
-    options = parser.parse_args()
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "model")}
-    study(options.out, options.model, **asked)
-    print((options.out / "self_verifier.md").read_text(), end="")
+    run_command("self_verifier", parser, study)

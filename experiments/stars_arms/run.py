@@ -23,9 +23,10 @@ from experiments.common import (
     experiment_parser,
     kept_result,
     markdown_table,
-    over_seeds,
     plot_bars,
-    pooled_score,
+    run_command,
+    seeded_score,
+    spent_seconds,
     write_results,
 )
 from experiments.stars_arms.words import teach_words
@@ -163,7 +164,7 @@ def study(
                 make = partial(run_arm, base, folder / f"{level}-{verifier}", **given)
                 done = kept_result(folder / f"{level}-{verifier}.json", {**given, "base": start}, make)
                 arms.setdefault(f"{level}, {verifier}", []).append(done)
-    spent = round(sum(one["seconds"] for one in [*bases, *(one for some in arms.values() for one in some)]))
+    spent = spent_seconds([*bases, *(one for some in arms.values() for one in some)])
     settings = {
         "model": model,
         "start": start,
@@ -189,14 +190,7 @@ def summarize(bases: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[Ma
     found |= {name: [one["right"] for one in some] for name, some in arms.items()}
     models = {
         name: {
-            mode: {
-                level: {
-                    "items": pooled_score([value for one in some for value in one[mode][level]]),
-                    "seeds": over_seeds([sum(one[mode][level]) / len(one[mode][level]) for one in some]),
-                }
-                for level in some[0][mode]
-            }
-            for mode in MODES
+            mode: {level: seeded_score([one[mode][level] for one in some]) for level in some[0][mode]} for mode in MODES
         }
         for name, some in found.items()
     }
@@ -256,7 +250,4 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=60, help="to learn from, or pairs of them")
     parser.add_argument("--base-steps", type=int, default=100, help="of teaching in words")
     parser.add_argument("--steps", type=int, default=40, help="of a round's fine-tuning")
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    study(out, options.pop("model"), **options)
-    print((out / "stars_arms.md").read_text(), end="")
+    run_command("stars_arms", parser, study)

@@ -23,6 +23,7 @@ from experiments.common import (
     over_seeds,
     paired,
     plot_bars,
+    run_command,
     score_text,
     seeds_text,
     write_results,
@@ -82,29 +83,30 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
     return {"modes": modes, "gap": gap(results["normal"], results["think"])}
 
 
-def results_table(made: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def results_table(result: Mapping[str, Any]) -> str:
     """The tables in markdown."""
+    model = result["made"]["model"]
     lines = [f"| model | thinking | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for mode, one in summary["modes"].items():
+    for mode, one in result["modes"].items():
         thinks = "yes" if mode == "think" else "no"
         cells = (score_text(one["questions"][name]) for name in COLUMNS)
-        lines.append(f"| **{made['model']}**, by questions | {thinks} | {' | '.join(cells)} |")
+        lines.append(f"| **{model}**, by questions | {thinks} | {' | '.join(cells)} |")
         cells = (seeds_text(one["seeds"][name]) for name in COLUMNS)
-        lines.append(f"| **{made['model']}**, by seeds | {thinks} | {' | '.join(cells)} |")
-    cells = (difference_text(summary["gap"][name]) for name in COLUMNS)
-    lines.append(f"| **{made['model']}**, gap | | {' | '.join(cells)} |")
+        lines.append(f"| **{model}**, by seeds | {thinks} | {' | '.join(cells)} |")
+    cells = (difference_text(result["gap"][name]) for name in COLUMNS)
+    lines.append(f"| **{model}**, gap | | {' | '.join(cells)} |")
     for row in PUBLISHED:
         cells = (f"{row.scores[name]:g}" for name in COLUMNS)
         lines.append(f"| {row.model} | {'yes' if row.think else 'no'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(path: Path, summary: Mapping[str, Any]) -> None:
+def plot(path: Path, result: Mapping[str, Any]) -> None:
     """Bars of both modes by level, with intervals over questions, and a dot for each seed."""
     labels = {"normal": "at once", "think": "after thinking"}
     series = {
         label: [
-            Bar.of_score(summary["modes"][mode]["questions"][name], summary["modes"][mode]["seeds"][name]["values"])
+            Bar.of_score(result["modes"][mode]["questions"][name], result["modes"][mode]["seeds"][name]["values"])
             for name in COLUMNS
         ]
         for mode, label in labels.items()
@@ -115,7 +117,6 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
 def study(out: Path, model: str, *, n: int, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
     """Run what is not there yet, and write the results."""
     results = {mode: [run_seed(out, model, n=n, seed=seed, steps=steps, mode=mode) for seed in seeds] for mode in MODES}
-    summary = summarize(results)
     first = results["normal"][0]
     made = describe_run(
         model=Path(model).name,
@@ -125,9 +126,10 @@ def study(out: Path, model: str, *, n: int, seeds: Sequence[int], steps: int | N
         steps=steps,
         seconds_of_last_call=round(sum(one["seconds"] for some in results.values() for one in some)),
     )
-    write_results(out, "thinking_gap", {"made": made, **summary}, results_table(made, summary))
-    plot(out / "thinking_gap.png", summary)
-    return {"made": made, **summary}
+    result = {"made": made, **summarize(results)}
+    write_results(out, "thinking_gap", result, results_table(result))
+    plot(out / "thinking_gap.png", result)
+    return result
 
 
 def main() -> None:
@@ -136,6 +138,4 @@ def main() -> None:
     parser.add_argument("--model", default="bagel-nano")
     parser.add_argument("--n", type=int, default=20, help="questions, or pairs of them, a level and seed")
     parser.add_argument("--steps", type=int, help="of the sampler; the model's own unless given")
-    options = parser.parse_args()
-    study(options.out, options.model, n=options.n, seeds=options.seeds, steps=options.steps)
-    print((options.out / "thinking_gap.md").read_text(), end="")
+    run_command("thinking_gap", parser, study)

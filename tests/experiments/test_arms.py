@@ -1,10 +1,7 @@
 """What the small experiments are made of: conditions that are left out, weights of edits, experts that share, texts
-alone; and the pages that stand on their JSON."""
+alone; and results that are kept."""
 
-import json
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +16,6 @@ from experiments.stars_arms.words import OPTIONS, WordsDataset
 from unimm import Bagel
 from unimm.data.shapes import example
 from unimm.training.tasks.edit_weights import AREA_FUNCTIONS, EditWeights
-
-STUDIES = ("edit_conditions", "edit_weights", "expert_variants", "latent_words", "stars_arms")
-made = [name for name in STUDIES if (Path(common.__file__).parent / name / f"{name}.json").is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +96,39 @@ def test_a_result_is_kept_for_its_settings(tmp_path):
         common.kept_result(tmp_path / "a.json", {"seed": 2}, make)
 
 
-@pytest.mark.parametrize("name", made)
-def test_the_page_has_the_table_of_its_json(name):
-    folder = Path(common.__file__).parent / name
-    kept = json.loads((folder / f"{name}.json").read_text())
-    table = import_module(f"experiments.{name}.run").results_table(kept)
-    page = (folder / f"{name}.md").read_text()
-    assert table in page and f"]({name}.png)" in page and (folder / f"{name}.png").stat().st_size > 1000
+def test_arms_are_kept_one_a_seed(tmp_path):
+    calls = []
+
+    def run_arm(arm, *, seed):
+        calls.append((arm, seed))
+        return {"right": [int(arm == "tuned on latents"), seed % 2]}
+
+    arms = ("released, both", "tuned on latents")
+    found = common.kept_arms(tmp_path, arms, (1, 2), {"n": 2}, run_arm)
+    assert calls == [(arm, seed) for seed in (1, 2) for arm in arms]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("released-both-1.json", "released-both-2.json", "tuned-on-latents-1.json", "tuned-on-latents-2.json")
+    ]
+    assert [one["right"] for one in found["tuned on latents"]] == [[1, 1], [1, 0]]
+    again = common.kept_arms(tmp_path, arms, (1, 2, 3), {"n": 2}, run_arm)
+    assert calls[4:] == [(arm, 3) for arm in arms] and again["released, both"][:2] == found["released, both"]
+    with pytest.raises(ValueError, match="was made under"):
+        common.kept_arms(tmp_path, arms, (1,), {"n": 3}, run_arm)
+
+
+def test_a_score_has_an_interval_over_items_and_one_over_seeds():
+    one = common.seeded_score([[1, 0, 0, 0], [1, 1, 1, 0]])
+    assert one["items"]["score"] == one["seeds"]["mean"] == 0.5 and one["items"]["n"] == 8
+    assert one["seeds"]["values"] == [0.25, 0.75]
+    bar = common.Bar.of_seeded_score(one)
+    # Wilson's interval of 4 of 8
+    assert (bar.low, bar.high) == (pytest.approx(0.215, abs=1e-3), pytest.approx(0.785, abs=1e-3))
+    assert bar.dots == [0.25, 0.75]
+    items, seeds = common.seeded_rows("arm", [one, None])
+    assert items == ["arm, by items", "0.500 (0.215 - 0.785), n 8", ""]
+    # 12.7062 is the 97.5 % point of one degree of freedom; half the seeds' distance is their mean's deviation
+    assert seeds == ["arm, by seeds", f"0.500 ({0.5 - 12.7062 * 0.25:.3f} - {0.5 + 12.7062 * 0.25:.3f})", ""]
+    assert common.seeded_rows("arm", [common.seeded_score([[1, 0]]), None])[1:] == []
 
 
 def test_arms_of_other_verifiers_take_over_what_is_the_same(tmp_path):

@@ -1,7 +1,6 @@
-"""The studies of thinking at nano size: with painters whose results are known, and the pages that stand on their JSON."""
+"""The studies of thinking at nano size, with painters whose results are known."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def test_the_gap_of_a_painter_that_must_think(tmp_path, monkeypatch):
     think = found["modes"]["think"]
     assert think["questions"]["math1"]["n"] == 4 and think["seeds"]["average"]["values"] == [pytest.approx(5 / 6)] * 2
     kept = json.loads((tmp_path / "thinking_gap.json").read_text())
-    assert thinking_gap.results_table(kept["made"], kept) == (tmp_path / "thinking_gap.md").read_text()
+    assert thinking_gap.results_table(kept) == (tmp_path / "thinking_gap.md").read_text()
     assert (tmp_path / "thinking_gap.png").stat().st_size > 1000
 
 
@@ -74,7 +73,7 @@ def test_the_verifier_that_counts_right(tmp_path, monkeypatch):
     assert [found[level]["questions"]["accepted"] for level in REASONING] == [2, 0, 2, 4, 4, 4]
     assert found["math1"]["questions"]["precision"]["value"] == 1 and found["math2"]["questions"]["precision"] is None
     kept = json.loads((tmp_path / "self_verifier.json").read_text())
-    assert self_verifier.results_table(kept["levels"]) == (tmp_path / "self_verifier.md").read_text()
+    assert self_verifier.results_table(kept) == (tmp_path / "self_verifier.md").read_text()
 
 
 def test_seeds_have_students_interval():
@@ -82,15 +81,3 @@ def test_seeds_have_students_interval():
     # 4.303 is the 97.5 % point of two degrees of freedom
     assert one["mean"] == pytest.approx(0.2) and one["high"] - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
     assert common.over_seeds([0.5])["low"] is None
-
-
-@pytest.mark.parametrize("module", [thinking_gap, self_verifier], ids=lambda module: module.__name__.split(".")[1])
-def test_the_page_has_the_table_of_its_json(module):
-    folder = Path(module.__file__).parent
-    kept = json.loads((folder / f"{folder.name}.json").read_text())
-    table = (
-        thinking_gap.results_table(kept["made"], kept)
-        if module is thinking_gap
-        else self_verifier.results_table(kept["levels"])
-    )
-    assert table in (folder / f"{folder.name}.md").read_text()
