@@ -1,116 +1,113 @@
 """Janus's ablation of decoupled encoders (arXiv 2410.13848, table 5) at nano size: all experiments on one budget, in
 one table.
 
-    python -m experiments.decoupling runs/decoupling --minutes 15 --seeds 0
-    python -m experiments.decoupling runs/decoupling --steps 6000 --seeds 0 1 2 --device cuda
+    python -m experiments.decoupling OUT --minutes 15 --seeds 1 2 3
+    python -m experiments.decoupling OUT --steps 6000 --seeds 1 2 3 --device cuda
 
-Trains the experiments A, B, D, E and F of janus-nano-decoupling.yaml, scores each on held-out pairs, and writes
-OUT/decoupling.md and OUT/decoupling.json. A budget of minutes is fair only where nothing else runs beside. Runs that
-are scored already are kept, so a stopped command goes on with the next one; a run that was stopped midway is to be
-deleted.
+Trains the experiments A, B, D, E and F of janus-nano-decoupling.yaml, and scores each on pairs of shape and colour that
+no training held. The parts come from `unimm train` and lie where the recipe says. A seed makes the weights to begin
+with, the batches, and the examples that are scored. A budget of minutes is fair only where nothing else runs beside.
+Writes OUT/decoupling.json, .md and .png; a stopped command goes on, of a budget of steps also within a run, while a run
+of minutes that was stopped begins anew.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import hashlib
 import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
+from experiments.common import (
+    Bar,
+    describe_run,
+    experiment_parser,
+    kept_arms,
+    markdown_table,
+    over_seeds,
+    plot_bars,
+    right_by_task,
+    run_command,
+    seeded_rows,
+    seeded_score,
+    seeds_text,
+    spent_seconds,
+    write_results,
+)
 from experiments.decoupling.task import EXPERIMENTS
-from unimm.evaluation.benchmarks.shapes import evaluate
+from unimm.training.checkpoints import list_checkpoints
 from unimm.training.config import TrainConfig, read_recipe
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.deepseek_chat import IMAGE_KINDS, TEXT_KINDS
 from unimm.training.trainer import Trainer, train
 
 RECIPE = Path(__file__).parent / "janus-nano-decoupling.yaml"
-ANSWER_TASKS = ("answer.count", "answer.colour", "answer.shape", "answer.relation")
-DRAW_TASKS = ("draw.one", "draw.count", "draw.relation", "draw.two")
+# kind of sample -> what is scored, and the name of all of it
+SCORED = {
+    "answer": ("answer.count", "answer.colour", "answer.shape", "answer.relation"),
+    "draw": ("draw.one", "draw.count", "draw.relation", "draw.two"),
+}
+ALL = {"answer": "all answers", "draw": "all images"}
+COLUMNS = tuple(name for kind, tasks in SCORED.items() for name in (*tasks, ALL[kind]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A set of runs, on a budget of minutes, of steps, or of the recipe's own steps."""
-
-    out: Path
-    recipe: TrainConfig
-    seeds: tuple[int, ...]
-    minutes: float | None
-    steps: int | None
-    # of each task
-    n_examples: int
-    # of the examples
-    eval_seed: int
-    device: str
-    workers: int = 1
-
-
-def run(study: Study) -> None:
-    """Train and score what is not scored yet, then write the table."""
-    found = [run_experiment(study, name, seed) for name in EXPERIMENTS for seed in study.seeds]
-    contents = {"made": settings(study), "runs": found}
-    for name, text in (
-        ("decoupling.json", json.dumps(contents, indent=1) + "\n"),
-        ("decoupling.md", results_table(study, found)),
-    ):
-        (study.out / name).write_text(text, encoding="utf-8")
-
-
-def run_experiment(study: Study, name: str, seed: int) -> dict[str, Any]:
-    """Train and score one experiment with one seed, unless that was done: its steps, seconds, losses and scores."""
-    folder = study.out / f"{name}-{seed}"
-    done = folder / "scores.json"
-    recipe = replace(study.recipe, seed=seed, options={**study.recipe.options, "experiment": name})
-    if study.steps is not None:
-        recipe = replace(recipe, steps=study.steps, log_every=min(recipe.log_every, study.steps))
-    asked = {key: value for key, value in settings(study).items() if key not in ("seeds", "date")}
-    asked["recipe"] = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
-    if done.is_file():
-        result = json.loads(done.read_text())
-        if result["asked"] != asked:
-            raise ValueError(
-                f"{done} was made under {result['asked']}, not {asked}: choose another folder, or delete it"
-            )
-        return result
-    began = time.monotonic()
-    hours = None if study.minutes is None else study.minutes / 60
-    steps = train(build_task(recipe), recipe, folder, device=study.device, hours=hours, workers=study.workers)
-    seconds = time.monotonic() - began
-    if steps < recipe.steps and (study.minutes is None or seconds < 60 * study.minutes):
-        raise KeyboardInterrupt(f"stopped at step {steps}")
-    scores = {task: asdict(score) for task, score in evaluate_run(study, recipe, folder).items()}
-    lines = (folder / "log.jsonl").read_text().splitlines()
+def run_arm(
+    name: str, *, recipe: TrainConfig, out: Path, seed: int, minutes: float | None, n: int, device: str, workers: int
+) -> dict[str, Any]:
+    """Train one experiment with one seed: its steps, what it saw, its last losses, and which examples it has right."""
+    recipe = replace(recipe, seed=seed, options={**recipe.options, "experiment": name})
+    folder = out / f"{name}-{seed}"
+    steps = train_arm(recipe, folder, minutes=minutes, device=device, workers=workers)
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     if not lines:
-        raise ValueError(
-            f"{folder} reached step {steps} in {study.minutes} minutes: expected {recipe.log_every} or more"
-        )
+        raise ValueError(f"{folder} reached step {steps} in {minutes} minutes: expected {recipe.log_every} or more")
     last = json.loads(lines[-1])["losses"]
-    result = {"asked": asked, "experiment": name, "seed": seed, "steps": steps, "seconds_of_last_call": round(seconds)}
-    losses = {kind: last[kind] for kind in ("answer", "draw") if kind in last}
-    result |= sample_counts(recipe, steps) | {"losses": losses, "scores": scores}
-    done.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    trained = Trainer(build_task(without_compile(recipe)), recipe, torch.device(device))
+    trained.init_from(folder)
+    tasks = [task for kind, some in SCORED.items() if kind in EXPERIMENTS[name].kinds for task in some]
+    return {
+        "steps": steps,
+        **sample_counts(recipe, steps),
+        "losses": {kind: last[kind] for kind in SCORED if kind in last},
+        "right": right_by_task(trained.model.eval(), tasks, n=n, seed=seed),
+    }
 
 
-def evaluate_run(study: Study, recipe: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Accuracies of the averaged weights of a run, on what it learned."""
-    recipe = replace(recipe, options={**recipe.options, "compile": False})
-    trainer = Trainer(build_task(recipe), recipe, torch.device(study.device))
-    trainer.init_from(folder)
-    learns = EXPERIMENTS[recipe.options["experiment"]].kinds
-    tasks = [task for task in (*ANSWER_TASKS, *DRAW_TASKS) if task.split(".")[0] in learns]
-    return evaluate(trainer.model.eval(), n=study.n_examples, seed=study.eval_seed, tasks=tasks)
+def train_arm(recipe: TrainConfig, folder: Path, *, minutes: float | None, device: str, workers: int) -> int:
+    """Train for the minutes, or for the recipe's steps, and return the step reached.
+
+    A run of steps goes on where it was stopped; one of minutes begins anew, since its budget is of one go. Raises
+    KeyboardInterrupt where the training was stopped before its end.
+    """
+    if minutes is not None and folder.is_dir():
+        shutil.rmtree(folder)
+    began = time.monotonic()
+    steps = train(
+        build_task(recipe),
+        recipe,
+        folder,
+        device=device,
+        resume=bool(list_checkpoints(folder)),
+        hours=None if minutes is None else minutes / 60,
+        workers=workers,
+    )
+    if steps < recipe.steps and (minutes is None or time.monotonic() - began < 60 * minutes):
+        raise KeyboardInterrupt(f"stopped at step {steps}")
+    return steps
+
+
+def without_compile(recipe: TrainConfig) -> TrainConfig:
+    """The recipe of a model that is not compiled."""
+    return replace(recipe, options={**recipe.options, "compile": False})
 
 
 def sample_counts(recipe: TrainConfig, steps: int) -> dict[str, int]:
@@ -124,84 +121,103 @@ def sample_counts(recipe: TrainConfig, steps: int) -> dict[str, int]:
     return {part: round(steps * recipe.batch_size * share / sum(counts.values())) for part, share in shares.items()}
 
 
-def settings(study: Study) -> dict[str, Any]:
-    """What the numbers depend on."""
-    gpu = torch.cuda.get_device_name() if study.device.startswith("cuda") else None
-    budget = f"{study.minutes:g} minutes each" if study.minutes else f"{study.steps or study.recipe.steps} steps each"
+def study(
+    out: Path,
+    recipe: Path,
+    *,
+    seeds: Sequence[int],
+    minutes: float | None,
+    steps: int | None,
+    n: int,
+    device: str,
+    workers: int,
+) -> dict[str, Any]:
+    """Run what is not there yet, and write the results. steps: the recipe's unless given."""
+    numbers = read_recipe(recipe)
+    if steps is not None:
+        numbers = replace(numbers, steps=steps, log_every=min(numbers.log_every, steps))
+    settings = {
+        "budget": f"{numbers.steps} steps each" if minutes is None else f"{minutes:g} minutes each",
+        "n": n,
+        "device": describe_device(device),
+        # the whole recipe, in short
+        "recipe": hashlib.sha256(json.dumps(asdict(numbers), sort_keys=True).encode()).hexdigest()[:16],
+    }
+    run = partial(run_arm, recipe=numbers, out=out, minutes=minutes, n=n, device=device, workers=workers)
+    found = kept_arms(out, EXPERIMENTS, seeds, settings, run)
+    spent = spent_seconds(one for some in found.values() for one in some)
+    made = describe_run(**settings, seeds=list(seeds), seconds=spent)
+    result = {"made": made, "arms": {name: summarize_arm(some) for name, some in found.items()}}
+    write_results(out, "decoupling", result, results_table(result))
+    plot(out / "decoupling.png", result["arms"])
+    return result
+
+
+def describe_device(device: str) -> str:
+    """The name of a GPU, or of how many cores how many threads compute."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def summarize_arm(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of an experiment by task, over examples and over seeds, and means over seeds of its other numbers."""
+    by_seed = [with_kinds(one["right"]) for one in results]
     return {
-        "budget": budget,
-        "seeds": list(study.seeds),
-        "examples": study.n_examples,
-        "eval_seed": study.eval_seed,
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "scores": {name: seeded_score([one[name] for one in by_seed]) for name in by_seed[0]},
+        "losses": {kind: over_seeds([one["losses"][kind] for one in results]) for kind in results[0]["losses"]},
+        **{name: over_seeds([one[name] for one in results])["mean"] for name in ("steps", "understood", "generated")},
     }
 
 
-def results_table(study: Study, found: Sequence[dict[str, Any]]) -> str:
-    """The table in markdown: a row for each run, and where there are several seeds a row of their means."""
-    made = settings(study)
-    tasks = [*ANSWER_TASKS, "mean answer", *DRAW_TASKS, "mean drawing"]
-    names = [
-        "",
+def with_kinds(right: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The examples of each task, and all answers and all images together."""
+    known = {kind: [one for task in tasks for one in right.get(task, ())] for kind, tasks in SCORED.items()}
+    return {task: list(some) for task, some in right.items()} | {
+        ALL[kind]: some for kind, some in known.items() if some
+    }
+
+
+def results_table(result: Mapping[str, Any]) -> str:
+    """The tables in markdown: what each experiment saw and its losses, and its scores."""
+    trainings: list[list[str]] = []
+    scores: list[list[str]] = []
+    for name, arm in result["arms"].items():
+        samples = (f"{arm[part]:.0f}" for part in ("steps", "understood", "generated"))
+        losses = (seeds_text(arm["losses"][kind]) if kind in arm["losses"] else "" for kind in SCORED)
+        trainings.append([name, EXPERIMENTS[name].description, *samples, *losses])
+        scores += seeded_rows(f"**{name}**", [arm["scores"].get(column) for column in COLUMNS])
+    header = [
+        "experiment",
         "what it is",
-        "seed",
         "steps",
-        "samples understood / generated",
-        "loss of answers / image tokens",
-        *tasks,
+        "samples understood",
+        "samples generated",
+        "loss of answers",
+        "loss of image tokens",
     ]
-    lines = [
-        f"Budget: {made['budget']}, seeds {', '.join(map(str, study.seeds))}. {made['device']}, torch {made['torch']}.",
-        f"{made['date']}. Accuracy on {study.n_examples} unseen examples a task (seed {study.eval_seed}), with 95 % intervals.",
-        f"A dash: not learned. Losses are means of the last {study.recipe.log_every} steps that were logged, in nats a token.",
-        "B has another image tokenizer than the rest: its loss of image tokens is not to be compared with theirs.",
-        "",
-        f"| {' | '.join(names)} |",
-        "|---" * len(names) + "|",
-    ]
-    for name, experiment in EXPERIMENTS.items():
-        runs = [result for result in found if result["experiment"] == name]
-        lines += [
-            table_row([name, experiment.description, str(result["seed"])], [result], spread=True) for result in runs
+    return markdown_table(header, trainings) + "\n" + markdown_table(["experiment", *COLUMNS], scores)
+
+
+def plot(path: Path, arms: Mapping[str, Any]) -> None:
+    """Bars of the experiments by task."""
+    series = {
+        f"{name}: {EXPERIMENTS[name].description}": [
+            Bar.of_seeded_score(arm["scores"][column]) if column in arm["scores"] else None for column in COLUMNS
         ]
-        if len(runs) > 1:
-            lines.append(table_row([name, experiment.description, "mean"], runs, spread=False))
-    return "\n".join(lines) + "\n"
-
-
-def table_row(begins: list[str], runs: Sequence[dict[str, Any]], *, spread: bool) -> str:
-    """Means over runs; with their intervals, where there is one run."""
-    cells = [*begins, f"{mean(one['steps'] for one in runs):.0f}"]
-    cells.append(" / ".join(f"{mean(one[part] for one in runs):.0f}" for part in ("understood", "generated")))
-    losses = {kind: [one["losses"][kind] for one in runs if kind in one["losses"]] for kind in ("answer", "draw")}
-    cells.append(" / ".join(f"{mean(found):.3f}" if found else "-" for found in losses.values()))
-    for tasks in (ANSWER_TASKS, DRAW_TASKS):
-        known = [[one["scores"][task] for one in runs] for task in tasks if task in runs[0]["scores"]]
-        if not known:
-            cells += ["-"] * (len(tasks) + 1)
-            continue
-        for scores in known:
-            interval = f" ({scores[0]['low']:.2f}-{scores[0]['high']:.2f})" if spread else ""
-            cells.append(f"{mean(score['accuracy'] for score in scores):.2f}{interval}")
-        cells.append(f"{mean(score['accuracy'] for scores in known for score in scores):.3f}")
-    return "| " + " | ".join(cells) + " |"
+        for name, arm in arms.items()
+    }
+    plot_bars(path, [column.replace(".", " ") for column in COLUMNS], series)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = experiment_parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, help="of training, for each run")
     parser.add_argument("--steps", type=int, help="of training, for each run; the recipe's unless given")
-    parser.add_argument("-n", dest="n_examples", type=int, default=200, help="examples a task")
-    parser.add_argument("--eval-seed", type=int, default=1, help="the seed of the examples")
+    parser.add_argument("--n", type=int, default=200, help="examples a task and seed")
     parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
+    parser.add_argument("--workers", type=int, default=1, help="processes that make batches")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = vars(given) | {"seeds": tuple(given.seeds), "recipe": read_recipe(given.recipe)}
-    run(Study(**options))
-    print((given.out / "decoupling.md").read_text(), end="")
+    run_command("decoupling", parser, study)

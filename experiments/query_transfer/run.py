@@ -1,51 +1,57 @@
 """Does what a frozen MLLM knows reach the image? Favourites of named characters through the queries of a MetaQuery.
 
-    python -m experiments.query_transfer --model metaquery-nano --n 12
+    python -m experiments.query_transfer OUT --n 12 --seeds 1 2 3
 
 The denoiser was never trained on anybody's favourite. Its MLLM was trained on facts about twelve characters ("which
 colour does Tom like?"), and for six of them also to plan the image in words ("draw what Tom likes": "a large red star
 in the centre"). Here all twelve are requested, and six names that it does not know; every image is parsed, and compared
-with the favourite of its own character, and with those of the others, which is chance. Writes OUT/query_transfer.md and
-.json.
+with the favourite of its own character, and with those of the others, which is chance. A seed makes the noise; the model
+is one. Writes OUT/query_transfer.json, .md and .png; a stopped command goes on.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
-import torch
-
+from experiments.common import (
+    Bar,
+    describe_run,
+    experiment_parser,
+    kept_arms,
+    kept_result,
+    markdown_table,
+    plot_bars,
+    pooled_score,
+    run_command,
+    score_text,
+    seeded_score,
+    seeds_text,
+    spent_seconds,
+    write_results,
+)
 from unimm import MetaQuery
 from unimm.data.shapes import parse_scene
 from unimm.data.shapes.language import DRAW_FAVOURITE, FACT_COLOUR, FACT_SHAPE, FAVOURITES, article
-from unimm.evaluation.benchmarks.shapes import BenchmarkScore, noise_seed, to_scene_array
+from unimm.evaluation.benchmarks.shapes import noise_seed, to_scene_array
 from unimm.generation.text_sampling import TextSampling
 
 PLANNED = ("Tom", "Anna", "Ben", "Clara", "David", "Emma")
 FACTS_ONLY = tuple(name for name in FAVOURITES if name not in PLANNED)
 STRANGERS = ("Max", "Olga", "Peter", "Lena", "Oscar", "Zoe")
 GROUPS = {"facts and plans": PLANNED, "facts alone": FACTS_ONLY, "strangers": STRANGERS}
-TEXT = """`python -m experiments.query_transfer --model {model} --n {n}`, {date}, torch {torch}, float32 on a CPU, one seed.
-
-Does what a frozen MLLM knows reach the image? The denoiser of this MetaQuery was never trained on anybody's favourite.
-Its MLLM was trained on facts about twelve characters (`which colour does Tom like?`, `who likes the red star?`), and
-for six of them it was also trained to answer what to draw (`draw what Tom likes`: `a large red star in the centre`).
-All twelve are asked for, in four wordings, and six names that no training named. Counted are images that hold the
-favourite and nothing else; images of one or more things that all have its shape; and that all have its colour. Beside
-each stands how often the same images show the favourites of the other characters, where these differ: that is chance,
-for this denoiser. "The MLLM's own words" are what it says under the denoiser's system prompt, given to the same model
-as a prompt: what the queries could say. Intervals (95 %) take images for independent, which those of one name are not.
-"""
+# how a favourite is asked for: by its character's name, by the MLLM's plan for that prompt, by the right words
+WAYS = {"queries": "name, through the queries", "words": "the MLLM's own words", "named": "`draw a red star`"}
+# arm -> group and way; of strangers nobody knows the right words
+ARMS = {f"{group}, {way}": (group, way) for group in GROUPS for way in WAYS if (group, way) != ("strangers", "named")}
 BATCH = 48
 ShapeColour = tuple[str, str]  # shape, colour
-AXES = ("shape", "colour")
+# what an image is compared in: a single thing of both, or things that all have the one
+MATCHES = {"pair": "alone in the image", "shape": "its shape", "colour": "its colour"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +64,18 @@ class Request:
 
     @property
     def prompt(self) -> str:
+        """The request in words."""
         return self.wording.format(name=self.name)
 
-    @property
-    def seed(self) -> int:
-        return noise_seed(1, self.prompt, self.repetition)
+
+def requests_of(names: Sequence[str], n: int) -> list[Request]:
+    """n requests for each name and wording."""
+    return [Request(name=name, wording=w, repetition=i) for name in names for w in DRAW_FAVOURITE for i in range(n)]
+
+
+def noise_seeds(seed: int, asked: Sequence[Request]) -> list[int]:
+    """The seed of each request's noise, whatever way it is asked for."""
+    return [noise_seed(seed, one.prompt, one.repetition) for one in asked]
 
 
 def parse_generated(model: MetaQuery, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[ShapeColour]]:
@@ -80,23 +93,32 @@ def mllm_plans(model: MetaQuery, prompts: Sequence[str]) -> list[str]:
     return model.chat(talks, system=model.config.system_prompt, text_sampling=TextSampling(max_tokens=40))
 
 
-def fact_accuracy(model: MetaQuery, names: Sequence[str]) -> BenchmarkScore:
-    """The part of questions about favourite shapes and colours that the MLLM answers right."""
-    asked = [
-        (name, wording, axis)
-        for name in names
-        for axis, some in enumerate((FACT_SHAPE, FACT_COLOUR))
-        for wording in some
-    ]
-    answers = model.understand([[]] * len(asked), [wording.format(name=name) for name, wording, _ in asked])
-    right = sum(answer == FAVOURITES[name][axis] for answer, (name, _, axis) in zip(answers, asked, strict=True))
-    return BenchmarkScore.from_counts(right, len(asked))
+def prompts_by_way(model: MetaQuery, way: str, asked: Sequence[Request]) -> list[str]:
+    """The prompt of each request: itself, the MLLM's plan for it, or the right words."""
+    if way == "queries":
+        return [one.prompt for one in asked]
+    if way == "words":
+        distinct = list(dict.fromkeys(one.prompt for one in asked))
+        plans = dict(zip(distinct, mllm_plans(model, distinct), strict=True))
+        return [plans[one.prompt] or "nothing" for one in asked]
+    return [f"draw {article('{1} {0}'.format(*FAVOURITES[one.name]))}" for one in asked]
+
+
+def run_arm(name: str, *, model_name: str, seed: int, n: int) -> dict[str, Any]:
+    """What the images of a group's requests, asked for in one way, hold."""
+    group, way = ARMS[name]
+    model = MetaQuery.from_pretrained(model_name)
+    asked = requests_of(GROUPS[group], n)
+    found = parse_generated(model, prompts_by_way(model, way, asked), noise_seeds(seed, asked))
+    return favourite_matches(found, asked)
 
 
 def matches(found: Sequence[ShapeColour], pair: ShapeColour) -> dict[str, bool]:
     """Whether an image holds a favourite: it alone; things of its shape and no other; things of its colour and no
     other."""
-    alike = {axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(AXES)}
+    alike = {
+        axis: bool(found) and all(one[i] == pair[i] for one in found) for i, axis in enumerate(("shape", "colour"))
+    }
     return {"pair": list(found) == [pair], **alike}
 
 
@@ -107,108 +129,112 @@ def other_favourites(name: str, what: str) -> list[ShapeColour]:
     return [pair for other, pair in FAVOURITES.items() if other != name and (own is None or pair[at] != own[at])]
 
 
-def favourite_rates(found: Sequence[Sequence[ShapeColour]], asked: Sequence[Request]) -> dict[str, Any]:
-    """How often images hold their own character's favourite, and how often those of the others, which is chance."""
-    pairs = list(zip(found, asked, strict=True))
-    own = [matches(one, FAVOURITES[a.name]) for one, a in pairs if a.name in FAVOURITES]
+def favourite_matches(found: Sequence[Sequence[ShapeColour]], asked: Sequence[Request]) -> dict[str, Any]:
+    """Which images hold their own character's favourite (1), how often they hold those of the others, which is chance,
+    and which are empty."""
+    images = list(zip(found, asked, strict=True))
+    own = [matches(one, FAVOURITES[a.name]) for one, a in images if a.name in FAVOURITES]
     others = {
-        key: [matches(one, pair)[key] for one, a in pairs for pair in other_favourites(a.name, key)]
-        for key in ("pair", *AXES)
+        key: fmean(matches(one, pair)[key] for one, a in images for pair in other_favourites(a.name, key))
+        for key in MATCHES
     }
-    return {
-        "n": len(found),
-        "empty": sum(not one for one in found) / len(found),
-        "own": {
-            key: asdict(BenchmarkScore.from_counts(sum(one[key] for one in own), len(own)))
-            for key in ("pair", *AXES)
-            if own
-        },
-        "others": {key: mean(some) for key, some in others.items()},
-    }
+    right = {key: [int(one[key]) for one in own] for key in MATCHES} if own else {}
+    return {"right": right, "others": others, "empty": [int(not one) for one in found]}
 
 
-def measure(model: MetaQuery, n: int) -> dict[str, Any]:
-    """Rates for every group and every way to request; n images for each name and wording."""
-    results: dict[str, Any] = {}
+def mllm_knowledge(model_name: str) -> dict[str, Any]:
+    """Which questions about favourites the MLLM answers right, and which of its plans name them, by group; the plans."""
+    model = MetaQuery.from_pretrained(model_name)
+    facts, planned, plans = {}, {}, {}
     for group, names in GROUPS.items():
-        asked = [
-            Request(name=name, wording=w, repetition=i) for name in names for w in DRAW_FAVOURITE for i in range(n)
+        asked = requests_of(names, 1)
+        said = mllm_plans(model, [one.prompt for one in asked])
+        plans |= {one.prompt: plan for one, plan in zip(asked, said, strict=True)}
+        if group == "strangers":
+            continue
+        facts[group] = right_facts(model, names)
+        planned[group] = [
+            int(set(FAVOURITES[one.name]) <= set(plan.split())) for one, plan in zip(asked, said, strict=True)
         ]
-        prompts, seeds = [one.prompt for one in asked], [one.seed for one in asked]
-        plans = dict(zip(dict.fromkeys(prompts), mllm_plans(model, list(dict.fromkeys(prompts))), strict=True))
-        row: dict[str, Any] = {
-            "names": names,
-            "queries": favourite_rates(parse_generated(model, prompts, seeds), asked),
-            "plans": plans,
+    return {"facts": facts, "planned": planned, "plans": plans}
+
+
+def right_facts(model: MetaQuery, names: Sequence[str]) -> list[int]:
+    """Which questions about favourite shapes and colours the MLLM answers right (1)."""
+    asked = [
+        (name, wording, axis)
+        for name in names
+        for axis, some in enumerate((FACT_SHAPE, FACT_COLOUR))
+        for wording in some
+    ]
+    answers = model.understand([[]] * len(asked), [wording.format(name=name) for name, wording, _ in asked])
+    return [int(answer == FAVOURITES[name][axis]) for answer, (name, _, axis) in zip(answers, asked, strict=True)]
+
+
+def study(out: Path, model: str, *, n: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Run what is not there yet, and write the results."""
+    settings = {"model": model, "n": n}
+    known = kept_result(out / "knowledge.json", {"model": model}, partial(mllm_knowledge, model))
+    found = kept_arms(out, ARMS, seeds, settings, partial(run_arm, model_name=model, n=n))
+    spent = spent_seconds([known, *(one for some in found.values() for one in some)])
+    made = describe_run(**settings, seeds=list(seeds), seconds=spent)
+    result = {"made": made, **summarize(known, found)}
+    write_results(out, "query_transfer", result, results_table(result))
+    plot(out / "query_transfer.png", result["arms"])
+    return result
+
+
+def summarize(known: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the MLLM knows by group, and what the images of each arm hold, over images and over seeds."""
+    arms = {
+        name: {
+            "scores": {key: seeded_score([one["right"][key] for one in some]) for key in some[0]["right"]},
+            "others": {key: fmean(one["others"][key] for one in some) for key in MATCHES},
+            "empty": seeded_score([one["empty"] for one in some]),
         }
-        row["words"] = favourite_rates(
-            parse_generated(model, [plans[prompt] or "nothing" for prompt in prompts], seeds), asked
+        for name, some in found.items()
+    }
+    knowledge = {
+        group: {name: pooled_score(known[name][group]) for name in ("facts", "planned")} for group in known["facts"]
+    }
+    return {"arms": arms, "knowledge": knowledge, "plans": known["plans"]}
+
+
+def results_table(result: Mapping[str, Any]) -> str:
+    """The tables in markdown."""
+    rows = []
+    for name, arm in result["arms"].items():
+        group, way = ARMS[name]
+        scores, others = arm["scores"], arm["others"]
+        cells = (
+            f"{score_text(scores[key]['items'])}, others' {others[key]:.3f}" if scores else f"others' {others[key]:.3f}"
+            for key in MATCHES
         )
-        if group != "strangers":
-            row["facts"] = asdict(fact_accuracy(model, names))
-            said = [
-                all(word in plan.split() for word in FAVOURITES[name])
-                for name in names
-                for plan in plans_for(plans, name)
-            ]
-            row["planned"] = asdict(BenchmarkScore.from_counts(sum(said), len(said)))
-            plain = [article("{1} {0}".format(*FAVOURITES[one.name])) for one in asked]
-            row["named"] = favourite_rates(parse_generated(model, [f"draw {words}" for words in plain], seeds), asked)
-        results[group] = row
-    return results
-
-
-def plans_for(plans: dict[str, str], name: str) -> list[str]:
-    """The plans for a character, one a wording."""
-    return [plans[wording.format(name=name)] for wording in DRAW_FAVOURITE]
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """The results in markdown."""
-    ways = {"queries": "name, through the queries", "words": "the MLLM's own words", "named": "`draw a red star`"}
-    lines = [
-        "| characters | asked for by | images | alone in the image | its shape | its colour | empty |",
-        "|---|---|---|---|---|---|---|",
+        rows.append([group, WAYS[way], *cells, score_text(arm["empty"]["items"])])
+        if len(arm["empty"]["seeds"]["values"]) > 1:
+            means = (seeds_text(scores[key]["seeds"]) if scores else "" for key in MATCHES)
+            rows.append([group, f"{WAYS[way]}, by seeds", *means, seeds_text(arm["empty"]["seeds"])])
+    images = markdown_table(["characters", "asked for by", *MATCHES.values(), "empty"], rows)
+    known = [
+        [group, *(score_text(one[name]) for name in ("facts", "planned"))] for group, one in result["knowledge"].items()
     ]
-    for group, row in results.items():
-        for way in (way for way in ways if way in row):
-            cells = [rate_cell(row[way], key) for key in ("pair", *AXES)]
-            lines.append(
-                f"| {group} | {ways[way]} | {row[way]['n']} | {' | '.join(cells)} | {100 * row[way]['empty']:.0f} % |"
-            )
-    lines += [
-        "",
-        "| characters | facts answered right by the MLLM | favourites in the MLLM's plans |",
-        "|---|---|---|",
-    ]
-    for group, row in results.items():
-        if "facts" in row:
-            cells = (f"{100 * row[name]['accuracy']:.1f} % of {row[name]['n']}" for name in ("facts", "planned"))
-            lines.append(f"| {group} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    header = ["characters", "facts answered right by the MLLM", "favourites in the MLLM's plans"]
+    return images + "\n" + markdown_table(header, known)
 
 
-def rate_cell(got: dict[str, Any], key: str) -> str:
-    """A cell: the part that is right with its interval, and that of the other characters' favourites."""
-    others = f"others' {100 * got['others'][key]:.1f} %"
-    if key not in got["own"]:
-        return others
-    accuracy, low, high = (100 * got["own"][key][name] for name in ("accuracy", "low", "high"))
-    return f"**{accuracy:.1f} %** ({low:.1f} - {high:.1f}), {others}"
+def plot(path: Path, arms: Mapping[str, Any]) -> None:
+    """Bars of the shares of images that hold a favourite, a series for each way to ask."""
+    groups = [group for group in GROUPS if arms[f"{group}, queries"]["scores"]]
+    series = {
+        label: [Bar.of_seeded_score(arms[f"{group}, {way}"]["scores"][key]) for group in groups for key in MATCHES]
+        for way, label in WAYS.items()
+    }
+    plot_bars(path, [f"{group}: {label}" for group in groups for label in MATCHES.values()], series)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = experiment_parser(__doc__)
     parser.add_argument("--model", default="metaquery-nano")
-    parser.add_argument("--n", type=int, default=12, help="images for each name and wording")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    options = parser.parse_args()
-    results = measure(MetaQuery.from_pretrained(options.model), options.n)
-    options.out.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {"model": Path(options.model).name, "n": options.n, "torch": torch.__version__}
-    made["date"] = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    (options.out / "query_transfer.json").write_text(json.dumps({"made": made, "groups": results}, indent=1) + "\n")
-    (options.out / "query_transfer.md").write_text(
-        "# Query transfer\n\n" + TEXT.format(**made) + "\n" + results_table(results)
-    )
+    parser.add_argument("--n", type=int, default=12, help="images for each name, wording and seed")
+    run_command("query_transfer", parser, study)

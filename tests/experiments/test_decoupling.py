@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from helpers.janus_recipes import BRANCH, CODES, parts, small, text_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,10 +15,11 @@ from experiments.decoupling import run as script
 from experiments.decoupling.task import EXPERIMENTS
 from unimm import Janus
 from unimm.tokenizers.semantic_vq import SemanticVQ
+from unimm.training.config import read_recipe
 from unimm.training.losses import mean_losses
 from unimm.training.tasks import janus
 from unimm.training.tasks.base import build_task
-from unimm.training.trainer import Trainer
+from unimm.training.trainer import Trainer, train
 
 RECIPE = script.RECIPE
 
@@ -108,83 +110,90 @@ def test_what_is_missing_is_named(folder):
         build_task(small(RECIPE, folder, options={"experiment": "F", "tasks": {"caption": 1}}))
 
 
-def test_one_command_for_all(folder, tmp_path):
-    recipe = small(RECIPE, folder, batch_size=15)
-    study = script.Study(
-        out=tmp_path,
-        recipe=recipe,
-        seeds=(3,),
-        minutes=None,
-        steps=2,
-        n_examples=1,
-        eval_seed=1,
-        device="cpu",
-        workers=0,
-    )
-    script.run(study)
-    runs = json.loads((tmp_path / "decoupling.json").read_text())["runs"]
-    assert [(one["experiment"], one["seed"], one["steps"]) for one in runs] == [(name, 3, 2) for name in EXPERIMENTS]
-    learned = {one["experiment"]: {task.split(".")[0] for task in one["scores"]} for one in runs}
+@pytest.fixture
+def recipe_file(folder, tmp_path):
+    """The recipe with small numbers, as a file."""
+    numbers = dataclasses.asdict(small(RECIPE, folder, batch_size=15))
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(numbers))))
+    return path
+
+
+def run_study(out, recipe, **changes):
+    given = {"seeds": (3,), "minutes": None, "steps": 2, "n": 1, "device": "cpu", "workers": 0}
+    return script.study(out, recipe, **(given | changes))
+
+
+def test_one_command_for_all(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    run_study(out, recipe_file)
+    result = json.loads((out / "decoupling.json").read_text())
+    arms = result["arms"]
+    assert list(arms) == list(EXPERIMENTS) and all(one["steps"] == 2 for one in arms.values())
+    assert result["made"]["budget"] == "2 steps each" and result["made"]["seeds"] == [3]
+    learned = {name: {task.split(".")[0] for task in one["scores"] if "." in task} for name, one in arms.items()}
     both = {"answer", "draw"}
     assert learned == {"A": both, "B": both, "D": both, "E": {"answer"}, "F": {"draw"}}
-    assert all(len(one["scores"]) == 4 * len(learned[one["experiment"]]) for one in runs)
+    # four tasks of each kind that is learned, and all of them together
+    assert all(len(one["scores"]) == 5 * len(learned[name]) for name, one in arms.items())
+    assert arms["D"]["scores"]["all answers"]["items"]["n"] == 4
     # 6 tasks of 15 draw, each once; E and F fill the batch with the others
-    seen = {one["experiment"]: (one["understood"], one["generated"]) for one in runs}
+    seen = {name: (one["understood"], one["generated"]) for name, one in arms.items()}
     assert seen == {"A": (18, 12), "B": (18, 12), "D": (18, 12), "E": (30, 0), "F": (0, 30)}
-    assert all(set(one["losses"]) == learned[one["experiment"]] for one in runs)
-    table = (tmp_path / "decoupling.md").read_text()
-    assert all(f"| {name} | {one.description} | 3 | 2 |" in table for name, one in EXPERIMENTS.items())
+    assert all(set(one["losses"]) == learned[name] for name, one in arms.items())
+    table = (out / "decoupling.md").read_text()
+    assert table == script.results_table(result)
+    assert all(f"| {name} | {one.description} | 2 |" in table for name, one in EXPERIMENTS.items())
+    assert (out / "decoupling.png").stat().st_size > 1000
     # what is scored already is not made again
-    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))]
-    script.run(study)
-    assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("scores.json"))] and len(before) == 5
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*-3.json")}
+    run_study(out, recipe_file)
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*-3.json")} and len(before) == 5
     # and stands for no other question
     with pytest.raises(ValueError, match="was made under"):
-        script.run(dataclasses.replace(study, n_examples=2))
+        run_study(out, recipe_file, n=2)
 
 
-def test_a_table_of_several_seeds_has_their_means(folder, tmp_path):
-    study = script.Study(
-        out=tmp_path,
-        recipe=small(RECIPE, folder),
-        seeds=(0, 1),
-        minutes=15.0,
-        steps=None,
-        n_examples=10,
-        eval_seed=1,
-        device="cpu",
-    )
+def test_a_table_of_several_seeds_has_their_means():
     runs = [
-        {"experiment": "E", "seed": seed, "steps": 100 + 10 * seed, "understood": 50, "generated": 0}
-        | {"losses": {"answer": 0.5 + seed}}
-        | {
-            "scores": {
-                task: {"accuracy": 0.5 + 0.1 * seed, "low": 0.25, "high": 0.75, "n": 10} for task in script.ANSWER_TASKS
-            }
-        }
+        {"steps": 100 + 10 * seed, "understood": 50, "generated": 0, "losses": {"answer": 0.5 + seed}}
+        | {"right": {task: [1] * (2 + seed) + [0] * (8 - seed) for task in script.SCORED["answer"]}}
         for seed in (0, 1)
     ]
-    lines = script.results_table(study, runs).splitlines()
-    assert "15 minutes each" in lines[0]
-    assert lines[-3].startswith("| E | D, understanding only | 0 | 100 | 50 / 0 | 0.500 / - | 0.50 (0.25-0.75) |")
-    means = "0.55 | 0.55 | 0.55 | 0.55 | 0.550 | - | - | - | - | -"
-    assert lines[-1] == f"| E | D, understanding only | mean | 105 | 50 / 0 | 1.000 / - | {means} |"
-    assert len({line.count("|") for line in lines[5:]}) == 1
+    trainings, scores = script.results_table({"arms": {"E": script.summarize_arm(runs)}}).split("\n\n")
+    # Student's interval of 0.5 and 1.5: 1 + 12.706 / 2
+    assert trainings.splitlines()[-1] == "| E | D, understanding only | 105 | 50 | 0 | 1.000 (-5.353 - 7.353) |  |"
+    items, seeds = scores.splitlines()[-2:]
+    # 5 of 20 a task, 20 of 80 together; Wilson's intervals
+    one, all_answers = "0.250 (0.112 - 0.469), n 20", "0.250 (0.168 - 0.355), n 80"
+    assert items == f"| **E**, by items | {' | '.join([one] * 4)} | {all_answers} |{'  |' * 5}"
+    # of 0.2 and 0.3: 0.25 + 12.706 * 0.05
+    assert seeds == f"| **E**, by seeds | {' | '.join(['0.250 (-0.385 - 0.885)'] * 5)} |{'  |' * 5}"
 
 
-def test_a_run_that_was_stopped_is_not_scored(folder, tmp_path, monkeypatch):
-    study = script.Study(
-        out=tmp_path,
-        recipe=small(RECIPE, folder),
-        seeds=(0,),
-        minutes=15.0,
-        steps=9,
-        n_examples=1,
-        eval_seed=1,
-        device="cpu",
-        workers=0,
-    )
+def test_a_run_that_was_stopped_is_not_scored(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "train", lambda *args, **options: 4)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 4"):
-        script.run_experiment(study, "D", 0)
-    assert not list(tmp_path.rglob("scores.json"))
+        run_study(tmp_path / "out", recipe_file, minutes=15.0, steps=9)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_stopped_run_of_steps_goes_on_and_one_of_minutes_begins_anew(recipe_file, tmp_path, monkeypatch):
+    calls = []
+
+    def stopped(task, recipe, folder, *, resume, **options):
+        calls.append((resume, (folder / "log.jsonl").is_file()))
+        return 1
+
+    folder = tmp_path / "A-3"
+    train(build_task(experiment_a(recipe_file)), experiment_a(recipe_file), folder, workers=0)
+    monkeypatch.setattr(script, "train", stopped)
+    for minutes in (None, 15.0):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(tmp_path, recipe_file, steps=9, minutes=minutes)
+    assert calls == [(True, True), (False, False)]
+
+
+def experiment_a(path):
+    recipe = read_recipe(path)
+    return dataclasses.replace(recipe, steps=1, options={**recipe.options, "experiment": "A"})
