@@ -15,7 +15,7 @@ N_CODES = 48
 FIRST_VISION = N_RANKS + len(SPECIAL_TOKENS)
 LANGUAGE = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-5,
+    max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-5, attention_dropout=0.0,
 )  # fmt: skip
 VISION = dict(
     codebook_size=N_CODES, embed_dim=4, z_channels=4, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[1],

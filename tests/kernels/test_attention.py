@@ -239,3 +239,31 @@ def test_shapes_are_checked():
         attention(torch.ones(3, 2, 4), torch.ones(2, 2, 4), torch.ones(2, 2, 4), mask)
     with pytest.raises(ValueError, match=re.escape("a mask on meta: expected one device; use mask.to(q.device)")):
         attention(torch.ones(3, 2, 4), torch.ones(3, 2, 4), torch.ones(3, 2, 4), mask.to("meta"))
+
+
+@pytest.mark.parametrize("name", packs())
+def test_dropout_takes_single_probabilities(name):
+    """Values are unit vectors, so that the result is the probabilities: each is 0, or larger by 1 / (1 - rate)."""
+    mask = packs()[name]
+    width, rate = 64, 0.25
+    assert mask.n_keys <= width
+    q = torch.randn(mask.n_queries, N_HEADS, width)
+    k = torch.randn(mask.n_keys, N_GROUPS, width)
+    v = torch.eye(width)[: mask.n_keys, None].expand(-1, N_GROUPS, -1)
+    whole = attention_reference(q, k, v, mask)
+    draws = torch.stack([attention(q, k, v, mask, dropout=rate) for _ in range(40)])
+    kept = draws != 0
+    torch.testing.assert_close(draws, torch.where(kept, whole / (1 - rate), 0.0))
+    there = (whole > 0).expand_as(draws)
+    n = int(there.sum())
+    # of so many independent draws, five deviations
+    assert abs(float(kept[there].float().mean()) - (1 - rate)) < 5 * (rate * (1 - rate) / n) ** 0.5
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_dropout_of_a_sample_has_a_gradient():
+    mask = AttentionMask([[KeyRange(5)], [KeyRange(3)]])
+    q, k, v = inputs(mask, grad=True)
+    torch.manual_seed(0)
+    attention(q, k, v, mask, dropout=0.5).square().sum().backward()
+    assert all(bool(x.grad.isfinite().all()) and bool(x.grad.any()) for x in (q, k, v))

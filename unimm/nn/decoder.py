@@ -67,7 +67,8 @@ class CausalDecoder(nn.Module, ABC):
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Numbers of a decoder. rope_sections: rotary frequencies of each axis of a position, for positions of several
-    axes."""
+    axes. dropout: in training, of the embedded rows and of what attention and feed-forward add to them; whoever calls
+    the decoder has attention drop, too."""
 
     dim: Size
     n_layers: Annotated[int, range(1, 10_001)]
@@ -84,6 +85,7 @@ class DecoderConfig:
     experts: tuple[str, ...]
     rope_sections: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
@@ -95,6 +97,8 @@ class DecoderConfig:
                 f"got rotary sections {self.rope_sections} in the config: expected a sum of {self.head_dim // 2}, "
                 "half a head"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"got a dropout of {self.dropout} in the config: expected 0 or more, and below 1")
 
     @property
     def head_dim(self) -> int:
@@ -142,6 +146,7 @@ class ExpertWeights(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps) if config.qk_norm else nn.Identity()
         self.mlp_norm = RMSNorm(dim, eps)
         self.mlp = SwiGLU(dim, config.mlp_dim, config.act)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def project_qkv(self, x: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, D], cos_sin [2, n, K/2] -> q [n, H, K], k and v [n, G, K]; q and k normalised and rotated."""
@@ -157,8 +162,8 @@ class ExpertWeights(nn.Module):
 
     def output_and_mlp(self, x: Tensor, y: Tensor) -> Tensor:
         """The residual stream x [n, D] and attention's output y [n, H, K] -> [n, D]."""
-        x = x + self.out_proj(rearrange(y, "n h k -> n (h k)"))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(self.out_proj(rearrange(y, "n h k -> n (h k)")))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -206,6 +211,7 @@ class Decoder(CausalDecoder):
         self.config = config
         self.n_cached_heads = config.n_kv_heads
         self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.n_layers))
         self.norms = nn.ModuleDict({name: RMSNorm(config.dim, config.norm_eps) for name in config.experts})
         tied = config.tie_word_embeddings
@@ -217,7 +223,7 @@ class Decoder(CausalDecoder):
         routing = ExpertRouting(rows)
         rope = (config.head_dim, config.rope_theta, config.rope_sections, x.dtype)
         cos_sin = {name: mrope_cos_sin(ids, *rope) for name, ids in routing.split(position_ids).items()}
-        by_expert = routing.split(x)
+        by_expert = routing.split(self.dropout(x))
         for block in self.blocks:
             by_expert = block(by_expert, cos_sin, routing, attend)
         return by_expert

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from unimm.kernels.attention.tile_configs import TileConfig
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, by_sample: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, by_sample: bool = False, dropout: float = 0.0
+) -> Tensor:
     """softmax(q k^T / sqrt(K) under `mask`) v, grouped-query: q [N, H, K], k and v [M, G, K] -> [N, H, K].
 
     Packed: the samples of `mask` lie end to end in q, and at its `key_starts` in k and v, which may be longer. A row
     that attends to nothing gets 0. Raises ValueError where the shapes disagree with each other or with the mask.
     In a compiled graph, call `plan_attention(mask, q)` before it. by_sample: in PyTorch's calls on a CPU, without
-    gradients, a sample is equal to the bit to itself alone, as it always is in half precision.
+    gradients, a sample is equal to the bit to itself alone, as it always is in half precision. dropout: the share of
+    attention's probabilities that are set to 0, the others being scaled up; by PyTorch's calls on every device.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:  # a graph that reads the lengths of a mask would be compiled again for every mask
@@ -37,6 +40,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, by_sample
     n_keys = mask.ranges.shape[2] if compiling else mask.n_keys
     k = k[:n_keys]
     v = v[:n_keys]
+    # planned for a GPU, where a fused call drops: PyTorch's on a CPU would count all probabilities
+    if dropout and planned_device() != "cuda":
+        return _attention_with_dropout(q, k, v, mask, dropout)
     backend = resolve_backend("attention", q, k, v)
     if backend == "reference":
         return attention_reference(q, k, v, mask)
@@ -138,6 +144,14 @@ def _attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, by
     return _attention_by_chunk(q, k, v, mask) if mask.sees_ahead else _attention_by_range(q, k, v, mask)
 
 
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
+    """No sample is padded: what is dropped of one does not depend on the lengths of the others."""
+    # grouped heads would take PyTorch's calls in float32 off their fast path on a GPU
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    by_range = mask.samples and not mask.sees_ahead
+    return (_attention_by_range if by_range else _attention_by_chunk)(q, k, v, mask, dropout=dropout)
+
+
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Samples of similar lengths padded to one length: a call per bucket."""
     calls, result_rows = mask.padded_calls
@@ -160,8 +174,11 @@ def _attention_strided(q: Tensor, k: Tensor, v: Tensor, start: int, step: int, n
     return rearrange(_sdpa(rearrange(q, "b h k -> b h 1 k"), k, v, None), "b h 1 k -> b h k")
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *, causal: bool = False) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
@@ -174,7 +191,7 @@ def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Te
     return rearrange(p @ v, "b g (r n) k -> b (g r) n k", n=n)
 
 
-def _attention_by_range(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def _attention_by_range(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout: float = 0.0) -> Tensor:
     """One call for each range of queries over just the keys it attends to: no masked-out work, no dense mask."""
     parts = []
     for i, key_ranges in enumerate(mask.samples):
@@ -191,11 +208,12 @@ def _attention_by_range(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) ->
             if n > 0:
                 at = mask.query_starts[i] + row - cached - n
                 seen_k, seen_v = (_gather_spans(t, key_at, keys) for t in (k, v))
-                parts.append(_attend_last_rows(q[at : at + n], seen_k, seen_v, causal=not key_range.full))
+                causal = not key_range.full
+                parts.append(_attend_last_rows(q[at : at + n], seen_k, seen_v, causal=causal, dropout=dropout))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
-def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float) -> Tensor:
     """Attention of n queries that are the last n of m keys."""
     n = q.shape[0]
     m = k.shape[0]
@@ -204,7 +222,7 @@ def _attend_last_rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tenso
     attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and 1 < n < m else None
     # not einops, which takes a third of such a call where samples decode one row each
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return _sdpa(q, k, v, attn_mask, causal=square)[0].transpose(0, 1)
+    return _sdpa(q, k, v, attn_mask, causal=square, dropout=dropout)[0].transpose(0, 1)
 
 
 def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
@@ -219,18 +237,18 @@ def _gather_spans(x: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attention_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def _attention_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout: float = 0.0) -> Tensor:
     """Any mask: calls of some rows over the keys that some of them attend to."""
     parts = []
     for (q_rows,), (k_rows,), attn_mask in mask.unpadded_calls[0]:
         picked = ((q, q_rows), (k, k_rows), (v, k_rows))
         x, keys, values = (rearrange(t.index_select(0, at), "n h k -> 1 h n k") for t, at in picked)
         if attn_mask is None:
-            y = _sdpa(x, keys, values, None)
+            y = _sdpa(x, keys, values, None, dropout=dropout)
         else:
             # the softmax of no score is nan: a row that attends to nothing gets all scores, and zeros afterwards
             attends = attn_mask.any(-1, keepdim=True)
-            y = _sdpa(x, keys, values, (attn_mask | ~attends)[:, None]).masked_fill(~attends, 0.0)
+            y = _sdpa(x, keys, values, (attn_mask | ~attends)[:, None], dropout=dropout).masked_fill(~attends, 0.0)
         parts.append(rearrange(y, "1 h n k -> n h k"))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 

@@ -6,8 +6,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, write_config
-from unimm.checkpoint.json_files import at_place_of, drop_nulls, read_json, read_preprocessor_json
+from unimm.checkpoint.config_io import JsonLayout, PositiveInt, read_config, read_value, write_config
+from unimm.checkpoint.json_files import at_place_of, drop_nulls, naming_place, read_json, read_preprocessor_json
 from unimm.generation.image_tokens import ImageTokenSampling
 from unimm.models.emu3 import VISION_TOKENIZER_FOLDER
 from unimm.models.emu3.image_processor import Emu3ImageProcessor
@@ -23,6 +23,8 @@ NEGATIVE_PROMPT = (
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 PROMPT_SUFFIX = " masterpiece, film grained, best quality."
+# whatever it is called, it acts on embedded rows and on both residual branches, too
+DROPOUT_KEY = "attention_dropout"
 # what the original takes for missing keys of the language model
 LANGUAGE_DEFAULTS: dict[str, Any] = {
     "vocab_size": 184622,
@@ -35,6 +37,7 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 9216,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0,
+    DROPOUT_KEY: 0.1,
 }
 
 
@@ -141,8 +144,12 @@ class Emu3Config:
         """
         language = at_place_of(data, {**LANGUAGE_DEFAULTS, **drop_nulls(data)})
         vision = data.get(VISION_TOKENIZER_FOLDER)
+        decoder = llama_config_from_json(language, expert=EXPERT)
+        dropout = read_value(language, DROPOUT_KEY, float, layout=LAYOUT)
+        with naming_place(data):
+            decoder = replace(decoder, dropout=dropout)
         given: dict[str, Any] = {
-            "decoder": llama_config_from_json(language, expert=EXPERT),
+            "decoder": decoder,
             "special_tokens": Emu3SpecialTokens.from_json(data),
             "vision_tokenizer": None if vision is None else Emu3VQConfig.from_json(vision),
             "image_processor": Emu3ImageProcessor.from_json(preprocessor),
@@ -151,7 +158,8 @@ class Emu3Config:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """The contents of the original layout's files, by their paths below a checkpoint."""
-        config = decoder_config_to_json(self.decoder) | self.special_tokens.to_json() | write_config(self, LAYOUT)
+        config = decoder_config_to_json(self.decoder) | {DROPOUT_KEY: self.decoder.dropout}
+        config |= self.special_tokens.to_json() | write_config(self, LAYOUT)
         files = {"config.json": config}
         if self.vision_tokenizer is not None:
             files[f"{VISION_TOKENIZER_FOLDER}/config.json"] = self.vision_tokenizer.to_json()

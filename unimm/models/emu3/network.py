@@ -79,7 +79,9 @@ class Emu3Network(CausalLM):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Training: the next-id loss of the labelled rows, in order [n]."""
-        (hidden,) = self.backbone(batch, lambda layer, q, k, v: attention(q, k, v, batch.layout.mask)).values()
+        mask = batch.layout.mask
+        dropout = self.config.decoder.dropout if self.training else 0.0
+        (hidden,) = self.backbone(batch, lambda layer, q, k, v: attention(q, k, v, mask, dropout=dropout)).values()
         labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         states = self.decoder.norms[EXPERT](hidden[batch.id_rows[labelled]])
         return linear_cross_entropy(states, self.decoder.head.weight, batch.labels[labelled])

@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from PIL import Image
 
 from unimm.data.records import Record, RecordImage, choose_wordings
@@ -126,6 +127,8 @@ class Emu3RecordTask(Emu3PackTask):
         model = load_released(Emu3, recipe.model)
         # raised now, where it was left out
         stride = model.vision_tokenizer.config.stride
+        # what dropout draws
+        torch.manual_seed(recipe.seed)
         prepare_emu3(model, options.frozen, compiled=options.compile)
         area = options.image_area or model.config.image_area
         check_pack_limit(area // stride**2, recipe)

@@ -16,7 +16,7 @@ from tokenizers.trainers import BpeTrainer
 
 from unimm.checkpoint.json_files import read_json
 from unimm.data.shapes import tokenizer_corpus
-from unimm.models.emu3.config import Emu3Config
+from unimm.models.emu3.config import DROPOUT_KEY, Emu3Config
 from unimm.models.emu3.model import Emu3
 from unimm.models.emu3.text_tokenizer import (
     RANKS_FILE,
@@ -43,6 +43,8 @@ def init_emu3(recipe: TrainConfig, *, vq: str, n_ranks: int) -> Emu3:
     tokenizer = train_emu3_tokenizer(n_ranks, n_codes=vision["codebook_size"])
     ids = {f"{name}_token_id": tokenizer.token_id(token) for name, token in Emu3SpecialTokens.TOKENS.items()}
     files = {
+        # small models are far from learning their data by heart; the original's is 0.1
+        DROPOUT_KEY: 0.0,
         **recipe.model["language"],
         **ids,
         "vocab_size": tokenizer.largest_token[1] + 1,
