@@ -24,7 +24,7 @@ def convert_command(
     *,
     layout: Annotated[
         str | None,
-        typer.Option(help="original or transformers (Janus), bfl or diffusers (FLUX); unless given, as it is."),
+        typer.Option(help="original or transformers (Janus, Emu3), bfl or diffusers (FLUX); unless given, as it is."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; unless given, that of most weights.")

@@ -309,6 +309,13 @@ def test_broken_configs_are_refused(folder, file, changes, message):
         Emu3.from_pretrained(folder)
 
 
+def test_half_a_vision_tokenizer_is_refused(folder):
+    """Weights without their config are not passed over."""
+    (folder / "vision_tokenizer/config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json in .*vision_tokenizer"):
+        Emu3.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", ["emu3.tiktoken", "emu3_vision_tokens.txt"])
 def test_half_a_tokenizer_is_refused(folder, name):
     (folder / name).unlink()

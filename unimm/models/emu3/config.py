@@ -129,9 +129,9 @@ class Emu3Config:
         if "text_config" in files:
             return cls.from_json(emu3_from_transformers(files), read_preprocessor_json(folder))
         below = folder / VISION_TOKENIZER_FOLDER
-        if not (below / "config.json").is_file():
+        if not below.is_dir():
             return cls.from_json(files, {})
-        vision = read_json(below / "config.json")
+        vision = read_json(below / "config.json", required=True)
         return cls.from_json(
             at_place_of(files, {**files, VISION_TOKENIZER_FOLDER: vision}), read_preprocessor_json(below)
         )
