@@ -132,6 +132,6 @@ def check_max_positions(config: DecoderSizes, position: int) -> None:
     """Raise ValueError where a sequence would reach a position beyond the decoder's last."""
     if position > config.max_positions:
         raise ValueError(
-            f"the sequence would reach position {position}, the model knows {config.max_positions}: "
-            "shorten it, or max_tokens"
+            f"the sequence would reach position {position}, the model knows {config.max_positions}: expected a shorter "
+            "prompt, fewer max_tokens, or an image of a smaller size"
         )

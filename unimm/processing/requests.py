@@ -46,20 +46,22 @@ def parse_negative_prompts(given: Any, n_prompts: int) -> list[str]:
     ]
 
 
-def parse_images(images: Any, prompt: str | Sequence[str]) -> list[list[Image.Image]]:
+def parse_images(images: Any, prompt: str | Sequence[str], *, noun: str = "image") -> list[list[Image.Image]]:
     """The RGB images of each prompt: for one prompt an image or several, for a batch one of these (or None) each.
 
-    All are loaded here, so that one that cannot be read is named by its place before anything is computed.
+    All are loaded here, so that one that cannot be read is named by its place before anything is computed. noun: what
+    the messages call one, "image" or "mask".
     """
     if isinstance(prompt, str):
-        return [load_images(_as_list(images))]
+        return [load_images(_as_list(images), noun=noun)]
     if not prompt:
         raise ValueError("got no prompts: expected at least one")
     if images is not None and (not isinstance(images, list | tuple) or len(images) != len(prompt)):
         n = len(prompt)
-        raise ValueError(f"got images for {n} prompts: expected a list of {n}, each an image, a list or None")
+        got = f"{len(images)} {noun}s" if isinstance(images, list | tuple) else f"one {noun}"
+        raise ValueError(f"got {got} for {n} prompts: expected a list of {n}, each an image, a list or None")
     given = [None for _ in prompt] if images is None else images
-    return [load_images(_as_list(one), of=f"prompt {i + 1}") for i, one in enumerate(given)]
+    return [load_images(_as_list(one), of=f"prompt {i + 1}", noun=noun) for i, one in enumerate(given)]
 
 
 def parse_message(message: Message, *, placeholder: str, separator: str = "") -> tuple[str, str, list]:

@@ -1,6 +1,7 @@
 """Show-o by its verbs: batches equal single runs, a prompt is read once, what a mask keeps is kept, sides are extended."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from helpers.paths import GOLDEN
 from helpers.toys import picture
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import unimm
 from unimm import MaskedSampling, ShowO, TextSampling
@@ -221,6 +222,21 @@ def test_a_conversation_goes_on(model):
     assert isinstance(model.chat(messages, text_sampling=SHORT), str)
 
 
+def test_the_system_prompt_and_the_words_behind_it_are_parted(with_clip):
+    """By the image, or by a blank where none stands there."""
+    processor = with_clip.processor
+    blank = {"role": "user", "content": "who?"}
+    (part,) = processor.conversation_parts([blank])
+    mmu = with_clip.config.special_tokens.mmu
+    system = processor.default_system
+    encode = with_clip.tokenizer.encode
+    assert part.ids.tolist() == [mmu, *encode(f"{system} USER: who? ASSISTANT:")]
+    before, *_ = processor.conversation_parts([blank | {"images": picture(24, 24)}])
+    assert before.ids.tolist()[: len(encode(system)) + 1] == [mmu, *encode(system)]
+    within, *_ = processor.conversation_parts([blank | {"content": "is <image> he?", "images": picture(24, 24)}])
+    assert with_clip.tokenizer.decode(within.ids.tolist()).startswith(f"<|mmu|>{system} USER: is ")
+
+
 def test_ids_of_images_are_left_out_of_answers_and_special_ones_stay(model):
     special = model.config.special_tokens
     ids = [64, special.soi, model.config.first_code_id, special.pad, model.processor.end_of_text, 220]
@@ -228,6 +244,25 @@ def test_ids_of_images_are_left_out_of_answers_and_special_ones_stay(model):
 
 
 # ---- files
+
+
+@pytest.mark.parametrize("stem", ["pytorch_model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_of_either_writer_load(model, tmp_path, stem, suffix):
+    """An index and two shards, as the original's loader takes them."""
+    state = load_file(CASE / "pytorch_model.safetensors")
+    keys = sorted(state)
+    names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for i, name in enumerate(names):
+        part = {key: state[key] for key in keys[i::2]}
+        save_file(part, tmp_path / name) if suffix == "safetensors" else torch.save(part, tmp_path / name)
+    index = {"metadata": {}, "weight_map": {key: names[i % 2] for i, key in enumerate(keys)}}
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_bytes((CASE / "config.json").read_bytes())
+    shutil.copytree(CASE / "phi", tmp_path / "phi")
+    loaded = ShowO.from_pretrained(tmp_path)
+    ours = model.state_dict()
+    assert all(torch.equal(x, ours[key]) for key, x in loaded.state_dict().items())
 
 
 def test_binary_files_and_folders_of_the_hub_load(model, tmp_path):

@@ -29,7 +29,7 @@ def model() -> ShowO:
         (dict(images=[picture(), picture()], mask=Image.new("L", (24, 24), 255)), "got 2 images and 1 masks"),
         (dict(size=(23, 24)), "cannot generate .*multiples of 4"),
         (dict(size=(2048, 2048)), "cannot generate .*up to 1024"),
-        (dict(size=(512, 512)), "the model knows 256"),
+        (dict(size=(512, 512)), "the model knows 256: .*a smaller size"),
         (dict(steps=0), "got steps 0"),
         (dict(guidance=-1.0), "got guidances -1.0: expected scales of 0 or more"),
         (dict(masked_sampling="cosine"), "got masked_sampling 'cosine': expected a MaskedSampling"),
@@ -39,6 +39,19 @@ def model() -> ShowO:
 def test_bad_calls_of_generate(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate("a red circle", **options)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (24, 24), 255), "got one mask for 2 prompts: expected a list of 2"),
+        ([Image.new("L", (24, 24), 255)] * 3, "got 3 masks for 2 prompts"),
+        ([None, "no/such.png"], "no image at no/such.png.*the mask of prompt 2"),
+    ],
+)
+def test_masks_of_a_batch_are_called_masks(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(["a", "b"], images=[picture(24, 24)] * 2, mask=mask)
 
 
 @pytest.mark.parametrize(

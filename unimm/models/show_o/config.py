@@ -18,11 +18,13 @@ WEIGHT_FILES = (
     "pytorch_model.safetensors",
     "pytorch_model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
 )
 CLIP_DIM = 1024  # of CLIP's features, as released
 PROJECTOR_KEY = "mm_projector.0.weight"

@@ -97,7 +97,9 @@ class ShowOProcessor(ChatProcessor):
         """The prompt of a conversation, up to where the assistant's answer begins. system: "" for none."""
         prompt: Prompt = [self.special_tokens.mmu]
         if self.with_clip and system:
-            prompt.append(system)
+            # a blank where the words of the user follow, and no image stands between
+            first = messages[0]
+            prompt.append(system if first.role == "assistant" or leading_images(first) else f"{system} ")
         for i, message in enumerate(messages):
             images = leading_images(message)
             if message.role == "assistant":
@@ -189,7 +191,7 @@ class ShowOProcessor(ChatProcessor):
 
         Raises ValueError for a mask without an image, of another size than it, and for one that leaves nothing to draw.
         """
-        masks = parse_images(mask, prompt) if mask is not None else [[] for _ in images]
+        masks = parse_images(mask, prompt, noun="mask") if mask is not None else [[] for _ in images]
         places: list[Tensor | None] = []
         for i, (some, own) in enumerate(zip(masks, images, strict=True)):
             of = "" if isinstance(prompt, str) else f" of prompt {i + 1}"

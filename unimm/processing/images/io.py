@@ -124,13 +124,15 @@ def read_image_size(image: Path | bytes, *, place: str = "an image") -> tuple[in
         raise ValueError(f"cannot read {what}: no such file") from None
 
 
-def load_images(images: Sequence, *, of: str = "") -> list[Image.Image]:
-    """RGB images as `load_image` gives them; its errors say which of them it was. of: what they belong to."""
+def load_images(images: Sequence, *, of: str = "", noun: str = "image") -> list[Image.Image]:
+    """RGB images as `load_image` gives them; its errors say which of them it was. of: what they belong to. noun: what one
+    is called, "image" or "mask"."""
     n = len(images)
     behind = of and f" of {of}"
     if n == 1:
-        return [load_image(images[0], place=f"the image{behind}" if of else "an image")]
-    return [load_image(image, place=f"image {i + 1}{behind or f' of {n}'}") for i, image in enumerate(images)]
+        alone = "an image" if noun == "image" else f"a {noun}"
+        return [load_image(images[0], place=f"the {noun}{behind}" if of else alone)]
+    return [load_image(image, place=f"{noun} {i + 1}{behind or f' of {n}'}") for i, image in enumerate(images)]
 
 
 def _orientation(image: Image.Image) -> Any:
