@@ -15,7 +15,7 @@ def no_hub(monkeypatch):
     monkeypatch.setattr(hub, "_download", lambda *args, **options: pytest.fail("asked the hub"))
 
 
-@pytest.mark.parametrize("device", ["gpu", "auto", "cuda:99", "cuda:-2", "", None, 99, 1.5, [], {}], ids=repr)
+@pytest.mark.parametrize("device", ["gpu", "auto", "meta", "cuda:99", "cuda:-2", "", None, 99, 1.5, [], {}], ids=repr)
 def test_a_device_that_is_not_there(device):
     for call in (
         lambda: parse_device(device),

@@ -15,4 +15,9 @@ def parse_device(device: str | int | torch.device) -> torch.device:
             f"got device {device!r:.80}, which cannot be used here ({reason}): expected cpu, or cuda or cuda:1 where "
             f"PyTorch sees such a GPU (it sees {torch.cuda.device_count()})"
         ) from error
+    if found.type == "meta":
+        raise ValueError(
+            "got device meta, whose tensors have no values to load weights into: expected cpu, or cuda; to know what a "
+            "model takes of a device: `unimm plan`"
+        )
     return found
