@@ -94,7 +94,7 @@ def reweighted(weights: Tensor, function: str) -> Tensor:
 def build_task(model_name: str, recipe: TrainConfig) -> UniWorldTask:
     """A release to train on the shapes world, with the VAE and the MLLM as they are."""
     model = UniWorld.from_pretrained(model_name)
-    prepare_uniworld(model, OPTIONS)
+    prepare_uniworld(model, OPTIONS, seed=recipe.seed)
     builder = replace(uniworld_builder(model, OPTIONS), kinds=IMAGE_KINDS, reference_latents=True)
     dataset = UniWorldDataset(options=OPTIONS, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
     return UniWorldTask(model, dataset, Path())

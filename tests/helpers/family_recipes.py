@@ -104,7 +104,7 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
                                    "alignment_block": 1}, 1),
         "metaquery": (query_model, {**mllm, "dcae": f"{folder}/dcae", "tasks": edits, "frozen": []}, 2),
         "uniworld": (world_model, {**mllm, "vae": f"{folder}/vae4", "vit": f"{folder}/vit3", "tasks": edits,
-                                   "timesteps_per_image": 2}, 1),
+                                   "timesteps_per_image": 2, "alignment_block": 2}, 1),
     }  # fmt: skip
     numbers = dict(
         steps=3, schedule="constant",
@@ -112,7 +112,8 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         eps=1e-4, cache=None,
     )  # fmt: skip
     weights = {name: dict(one.loss_weights) for name, one in full.items()}
-    weights["janusflow"]["align"] = 0.5
+    for name in ("janusflow", "uniworld"):
+        weights[name]["align"] = 0.5
     return {
         name: dataclasses.replace(
             full[name],

@@ -347,10 +347,12 @@ def test_published_stages_of_janusflow(name, releases):
     weights = {group: one.weight for group, one in full.data.groups.items()}
     assert tuple(weights.get(group, 0) for group in ("und", "gen", "text")) == ratio
     assert full.model["from_pretrained"] in JanusFlow.RELEASES
-    built = build_task(dataclasses.replace(full, model={"from_pretrained": releases["janusflow"]}))
+    assert full.options["alignment_block"] == 6
+    options = {**full.options, "alignment_block": 1}  # a small release has two blocks
+    built = build_task(dataclasses.replace(full, model={"from_pretrained": releases["janusflow"]}, options=options))
     trained = {part.split(".")[0] for part, p in built.model.named_parameters() if p.requires_grad}
     adapted = {"aligner", "gen_encoder", "gen_encoder_aligner", "gen_decoder", "gen_decoder_aligner"}
-    adapted |= {"gen_decoder_norm", "und_start_embed"}
+    adapted |= {"gen_decoder_norm", "und_start_embed", "alignment_head"}
     more = {"1": set(), "2": {"decoder"}, "3": {"decoder", "vision"}}[name[-1]]
     assert trained == adapted | more
 

@@ -429,7 +429,7 @@ def test_a_cache_holds_the_features_that_hidden_states_are_aligned_with(aligned_
 
 def test_what_cannot_be_aligned_is_refused(aligned_recipe):
     deep = dataclasses.replace(aligned_recipe, options={**aligned_recipe.options, "alignment_block": 3})
-    with pytest.raises(ValueError, match="got alignment_block 3 for a decoder of 2 blocks"):
+    with pytest.raises(ValueError, match="got alignment_block 3 for 2 blocks"):
         build_task(deep)
     coarse = {**aligned_recipe.model, "generation": {**aligned_recipe.model["generation"], "latent": [16, 16]}}
     with pytest.raises(ValueError, match="expected the same of both; leave alignment_block out"):

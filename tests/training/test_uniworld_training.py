@@ -13,19 +13,23 @@ from helpers import metaquery_toys as toys
 from helpers.adapters import move_trained, slope_against_gradient
 from helpers.flops import check_counts
 from helpers.paths import RECIPES
+from PIL import Image
 from safetensors.torch import save_file
 
 from unimm import TextSampling, UniWorld
 from unimm.adapters.config import AdapterConfig
+from unimm.data.batching import image_to_uint8
 from unimm.data.shapes import example
 from unimm.denoisers.flux import FluxConfig, FluxTransformer
 from unimm.encoders.siglip import SiglipNaViT, navit_config_from_json
 from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
+from unimm.training.alignment import resize_features
 from unimm.training.config import read_recipe
 from unimm.training.ema import EMA, ramped_decay
 from unimm.training.init import init_siglip, train_tokenizer
 from unimm.training.losses import mean_losses
 from unimm.training.tasks.base import build_task
+from unimm.training.tasks.uniworld_data import encoded_from_records
 from unimm.training.trainer import Trainer, train
 
 PAINTER = dict(in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=12,
@@ -398,3 +402,80 @@ def test_flops_of_adapters_are_those_that_torch_counts(recipe, targets):
     objective = build_task(staged(recipe, "all"))
     objective.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=targets))
     check_counts(objective, objective.batch(0))
+
+
+# ---- alignment with SigLIP2's features of the target
+
+
+def aligned(recipe, block: int, **options):
+    """The recipe with hidden states aligned behind a block: of two, the second is a single one."""
+    weights = {**recipe.loss_weights, "align": 0.5}
+    return changed(dataclasses.replace(recipe, loss_weights=weights), alignment_block=block, **options)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_alignment_is_the_distance_of_each_tokens_state_from_its_targets_feature(recipe, block):
+    """Also beside references, whose rows stand behind those of the noised image."""
+    objective = build_task(aligned(recipe, block))
+    batch = objective.batch(0)
+    model = objective.model
+    has_reference = batch.samples.reference_indices[batch.sample_indices] >= 0
+    assert has_reference.any() and not has_reference.all()
+    encoded = objective.encode(batch.samples)
+    conditions = objective.conditions(encoded)
+    blocks = [*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks]
+    expected = []
+    with torch.no_grad():
+        found = objective.losses(batch)["align"]
+        for i, sample in enumerate(batch.sample_indices.tolist()):
+            outputs = []
+            handle = blocks[block - 1].register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2]))
+            objective.flow_losses(batch, encoded, torch.tensor([i]), conditions)
+            handle.remove()
+            n_text = len(conditions[sample])
+            image = outputs[0][0] if block == 1 else outputs[0][:, n_text:]
+            predicted = model.alignment_head(image[0, :16])
+            target = model.auxiliary.siglip.image_processor.preprocess(
+                Image.fromarray(image_to_uint8(batch.samples.images[sample][None])[0])
+            )
+            features = model.auxiliary.siglip(target[None])[0]
+            expected.append(1 - torch.nn.functional.cosine_similarity(predicted, features, dim=-1))
+    assert found.count == objective.loss_counts(batch)["align"] == 16 * 16
+    torch.testing.assert_close(found.total, torch.cat(expected).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_alignment_trains_its_head_in_every_stage_and_leaves_no_trace_in_a_release(recipe, tmp_path):
+    for stage in ("stage 1", "stage 2"):
+        model = build_task(aligned(staged(recipe, stage), 1)).model
+        assert all(p.requires_grad for p in model.alignment_head.parameters())
+    recipe = aligned(recipe, 1, frozen=["auxiliary.siglip."])
+    recipe = dataclasses.replace(recipe, steps=1, save_every=1, sample_every=9, log_every=1, batch_size=4)
+    objective = build_task(recipe)
+    start = objective.model.alignment_head[0].weight.detach().clone()
+    assert train(objective, recipe, tmp_path, workers=0) == 1
+    assert not torch.equal(start, objective.model.alignment_head[0].weight)
+    assert not hasattr(UniWorld.from_pretrained(tmp_path / "release"), "alignment_head")
+
+
+def test_a_cache_holds_the_features_that_hidden_states_are_aligned_with(recipe):
+    objective = build_task(aligned(recipe, 2, frozen=["auxiliary.siglip."]))
+    batch = objective.batch(0)
+    records = objective.cache_records(batch.samples)
+    cached = dataclasses.replace(batch, samples=encoded_from_records(records))
+    with torch.no_grad():
+        whole, read = (objective.losses(one)["align"].total for one in (batch, cached))
+    torch.testing.assert_close(read, whole, rtol=1e-4, atol=1e-4)
+    check_counts(objective, batch)
+    check_counts(objective, cached)
+
+
+def test_features_are_resized_to_the_tokens_of_other_images():
+    features = torch.arange(4.0).view(1, 4, 1)  # 2 x 2 patches
+    assert resize_features(features, (2, 2)) is features
+    wide = resize_features(features, (1, 2))
+    assert wide.flatten().tolist() == [1.0, 2.0]  # each between the patches above and below it
+
+
+def test_an_aligned_block_that_the_denoiser_has_not_is_refused(recipe):
+    with pytest.raises(ValueError, match="got alignment_block 3 for 2 blocks: expected one of them"):
+        build_task(aligned(recipe, 3))

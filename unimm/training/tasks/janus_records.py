@@ -12,7 +12,7 @@ from PIL import Image
 
 from unimm.models.janus.model import Janus
 from unimm.models.janusflow.model import JanusFlow
-from unimm.training.alignment import without_head
+from unimm.training.alignment import check_no_adapter, with_alignment, without_head
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, RecipeSection
 from unimm.training.pretrained import load_released
@@ -24,7 +24,6 @@ from unimm.training.tasks.janusflow import (
     JanusFlowSampleBuilder,
     janusflow_builder,
     prepare_janusflow,
-    with_alignment,
 )
 from unimm.training.tasks.record_answers import ANSWERED_KINDS
 
@@ -104,11 +103,7 @@ class JanusFlowRecordTask(JanusFlowPackTask):
     def from_recipe(cls, recipe: TrainConfig) -> JanusFlowRecordTask:
         """Load the release that the recipe names, with its autoencoder."""
         options = from_mapping(JanusFlowRecordConfig, recipe.options, where="options")
-        if options.alignment_block and recipe.lora is not None:
-            raise ValueError(
-                "got alignment_block and lora, where the adapter alone is trained, and the network that aligns would not be: "
-                "leave one out"
-            )
+        check_no_adapter(options.alignment_block, recipe.lora)
         model = load_released(JanusFlow, recipe.model)
         prepare_janusflow(
             model, options.frozen, compiled=options.compile, alignment_block=options.alignment_block, seed=recipe.seed

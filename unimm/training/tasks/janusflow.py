@@ -30,7 +30,14 @@ from unimm.nn.compiled import compile_experts
 from unimm.nn.flops import StepFlops
 from unimm.sequence.packing import PackedBatch
 from unimm.sequence.parts import Part
-from unimm.training.alignment import HEAD, AlignmentHead, alignment_losses, recorded_outputs, without_head
+from unimm.training.alignment import (
+    HEAD,
+    add_alignment_head,
+    alignment_losses,
+    recorded_outputs,
+    with_alignment,
+    without_head,
+)
 from unimm.training.alignment import LOSS as ALIGN
 from unimm.training.cache import Record as CacheRecord
 from unimm.training.checkpoints import read_tensors
@@ -276,11 +283,6 @@ class JanusFlowTask(JanusFlowPackTask, DeepseekChatTask):
         copy_file(self.vae, folder / "ae.safetensors")
 
 
-def with_alignment(losses: tuple[str, ...], alignment_block: int | None) -> tuple[str, ...]:
-    """The names of a task's losses, and that of the alignment where there is one."""
-    return (*losses, ALIGN) if alignment_block else losses
-
-
 def prepare_janusflow(
     model: JanusFlow, frozen: Sequence[str], *, compiled: bool, alignment_block: int | None, seed: int
 ) -> None:
@@ -290,31 +292,32 @@ def prepare_janusflow(
     Raises ValueError where there is no such block, or where a patch of the vision encoder is no token of a generated image.
     """
     if alignment_block:
-        add_alignment_head(model, alignment_block, seed=seed)
+        check_same_grid(model)
+        add_alignment_head(
+            model,
+            block=alignment_block,
+            n_blocks=model.config.decoder.n_layers,
+            dim=model.config.decoder.dim,
+            feature_dim=model.vision.trunk.num_features,
+            device=model.device,
+            seed=seed,
+        )
     if compiled:
         compile_experts(model.decoder)
     freeze(model, frozen, always=("vae.", "vision.trunk.attn_pool."))
 
 
-def add_alignment_head(model: JanusFlow, block: int, *, seed: int) -> None:
-    """Add the network that aligns the hidden states behind a block with the vision encoder's features."""
+def check_same_grid(model: JanusFlow) -> None:
+    """Raise ValueError where a patch of the vision encoder is no token of a generated image."""
     config = model.config
-    if block > config.decoder.n_layers:
-        raise ValueError(
-            f"got alignment_block {block} for a decoder of {config.decoder.n_layers} blocks: expected one of them"
-        )
     grid = tuple(side // config.latent_patch_size for side in config.latent_size)
     patches = (model.vision.grid_side, model.vision.grid_side)
     size = (config.vision.image_size, config.vision.image_size)
     if grid != patches or config.image_size != size:
         raise ValueError(
-            f"got alignment_block {block}, images of {config.image_size} in {grid} tokens to generate, and of {size} in "
-            f"{patches} patches to understand: expected the same of both; leave alignment_block out"
+            f"got alignment_block, images of {config.image_size} in {grid} tokens to generate, and of {size} in {patches} "
+            "patches to understand: expected the same of both; leave alignment_block out"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = AlignmentHead(config.decoder.dim, model.vision.trunk.num_features)
-    model.add_module(HEAD, head.to(model.device))
 
 
 def janusflow_builder(

@@ -19,7 +19,8 @@ from unimm.checkpoint import hub
 from unimm.checkpoint.atomic import copy_file
 from unimm.checkpoint.load import parse_dtype
 from unimm.denoisers.flux import FluxTransformer
-from unimm.denoisers.mmdit import MMDiTStream, SingleStreamBlock
+from unimm.denoisers.mmdit import PATCH_SIZE, MMDiTStream, SingleStreamBlock
+from unimm.encoders.flops import siglip_flops
 from unimm.encoders.siglip import SiglipVisionEncoder
 from unimm.models.uniworld.auxiliary_encoders import require_part
 from unimm.models.uniworld.config import PROJECTOR_HIDDEN, UniWorldConfig
@@ -27,7 +28,18 @@ from unimm.models.uniworld.flops import DenoisedGroup, UniWorldEncoding, uniworl
 from unimm.models.uniworld.model import UniWorld
 from unimm.models.uniworld.network import image_end_rows
 from unimm.nn.compiled import compile_blocks
+from unimm.nn.flops import StepFlops
 from unimm.tokenizers.kl import AutoencoderKL
+from unimm.training.alignment import (
+    HEAD,
+    add_alignment_head,
+    alignment_losses,
+    recorded_outputs,
+    resize_features,
+    with_alignment,
+    without_head,
+)
+from unimm.training.alignment import LOSS as ALIGN
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import held_out_seed
@@ -67,18 +79,49 @@ class UniWorldLossTask:
     # what makes the batches
     builder: UniWorldSampleBuilder
 
+    @property
+    def alignment_block(self) -> int | None:
+        """The denoiser's block behind which hidden states are aligned, counted from 1."""
+        return self.builder.options.alignment_block
+
     def losses(self, batch: UniWorldBatch) -> dict[str, LossSum]:
-        """The flow loss of every kind of sample in the batch."""
+        """The flow loss of every kind of sample in the batch, and the alignment of the noised images' tokens."""
         samples = batch.samples if isinstance(batch.samples, UniWorldEncoded) else self.encode(batch.samples)
         conditions = self.conditions(samples)
         groups = groups_by_reference(batch)
-        losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
+        block = denoiser_blocks(self.model)[self.alignment_block - 1] if self.alignment_block else None
+        with recorded_outputs(block) as outputs:
+            losses = [self.flow_losses(batch, samples, rows, conditions) for rows in groups]
         kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
-        return sum_by_kind(self.builder.kinds, kinds, torch.cat(losses))
+        found = sum_by_kind(self.builder.kinds, kinds, torch.cat(losses))
+        if block is not None:
+            found[ALIGN] = LossSum.over(self.alignment_losses(batch, samples, groups, outputs))
+        return found
+
+    def alignment_losses(
+        self, batch: UniWorldBatch, samples: UniWorldEncoded, groups: Sequence[Tensor], outputs: Sequence[Any]
+    ) -> Tensor:
+        """The losses of every token of the noised copies, all groups' [n]. outputs: of the aligned block, one a group."""
+        assert samples.target_features is not None, "the builder makes the targets for SigLIP2"
+        grid = token_grid(batch)
+        n_tokens = grid[0] * grid[1]
+        features = resize_features(samples.target_features, grid).to(self.model.device)
+        losses = []
+        for rows, output in zip(groups, outputs, strict=True):
+            n_shown = n_tokens * (1 + self.shows_reference(batch, rows))
+            # a double block returns both streams, a single one the text's rows ahead of the image's; references come last
+            image = output[0] if isinstance(output, tuple) else output[:, -n_shown:]
+            predicted = self.model.get_submodule(HEAD)(image[:, :n_tokens])
+            losses.append(
+                alignment_losses(predicted, features[batch.sample_indices[rows].to(features.device)]).flatten()
+            )
+        return torch.cat(losses)
 
     def loss_counts(self, batch: UniWorldBatch) -> dict[str, int]:
-        """How many noised copies of the batch have each loss."""
-        return count_by_kind(self.builder.kinds, batch.samples.image_kinds[batch.sample_indices])
+        """How many noised copies of the batch have each flow loss, and how many of their tokens are aligned."""
+        counts = count_by_kind(self.builder.kinds, batch.samples.image_kinds[batch.sample_indices])
+        height, width = token_grid(batch)
+        return counts | ({ALIGN: len(batch.noise) * height * width} if self.alignment_block else {})
 
     def encode(self, inputs: UniWorldInputs) -> UniWorldEncoded:
         """What the MLLM, the VAE and the vision encoder, the last with gradients, compute of samples."""
@@ -97,6 +140,7 @@ class UniWorldLossTask:
             siglip_features=features,
             conditioned=inputs.conditioned,
             latents=self.encode_latents(inputs),
+            target_features=self.encode_target_features(inputs),
             reference_latents=self.encode_references(inputs),
             reference_indices=inputs.reference_indices,
             weights=inputs.weights,
@@ -121,7 +165,7 @@ class UniWorldLossTask:
         device = self.model.device
         indices = batch.sample_indices[rows]
         references = None
-        if self.model.config.reference_latents == "tokens" and int(samples.reference_indices[indices[0]]) >= 0:
+        if self.shows_reference(batch, rows):
             references = samples.reference_latents.to(device)[samples.reference_indices[indices].to(device)]
         return self.model(
             [conditions[i] for i in indices.tolist()],
@@ -133,6 +177,19 @@ class UniWorldLossTask:
             guidance=self.builder.options.guidance,
             reference_latents=references,
         )
+
+    def shows_reference(self, batch: UniWorldBatch, group: Tensor) -> bool:
+        """Whether the denoiser has a reference image beside each of a group's noised copies. group: indices into them."""
+        first = batch.sample_indices[group[0]]
+        return self.model.config.reference_latents == "tokens" and int(batch.samples.reference_indices[first]) >= 0
+
+    @torch.no_grad()
+    def encode_target_features(self, inputs: UniWorldInputs) -> Tensor | None:
+        """SigLIP2's features of the targets [P, patches, F], where hidden states are aligned with them."""
+        if inputs.siglip_targets is None:
+            return None
+        assert self.model.auxiliary.siglip is not None, "the builder asks for it"
+        return self.model.auxiliary.siglip(inputs.siglip_targets.to(self.model.device)).float()
 
     @torch.no_grad()
     def encode_references(self, inputs: UniWorldInputs) -> Tensor:
@@ -169,15 +226,26 @@ class UniWorldLossTask:
             n_mllm_rows=sum(one.n_states for one in rows),
             n_siglip_images=sum(one.n_images for one in rows),
         )
+        if self.alignment_block:
+            self.add_alignment_flops(flops, batch)
         tokens = sum(group.rows.image + group.rows.text for group in groups)
         return StepCounts(tokens=tokens, images=len(batch.noise), flops=flops.total)
+
+    def add_alignment_flops(self, flops: StepFlops, batch: UniWorldBatch) -> None:
+        """Add the features of the targets, where no cache holds them, and the network that aligns with them."""
+        if isinstance(batch.samples, UniWorldInputs):
+            siglip = self.model.auxiliary.siglip
+            assert siglip is not None, "the builder asks for it"
+            features = StepFlops()
+            siglip_flops(features, siglip, len(batch.samples.images))
+            flops.add_forward(features)
+        flops.chain(self.loss_counts(batch)[ALIGN], True, self.model.get_submodule(HEAD))
 
     def denoised_group(self, batch: UniWorldBatch, group: Tensor, rows: Sequence[ConditionRows]) -> DenoisedGroup:
         """The sizes of noised copies that the denoiser takes at once. group: indices into them."""
         indices = batch.sample_indices[group].tolist()
         height, width = batch.noise.shape[2:]
-        if self.model.config.reference_latents == "tokens" and int(batch.samples.reference_indices[indices[0]]) >= 0:
-            height *= 2
+        height *= 1 + self.shows_reference(batch, group)
         siglip = self.model.auxiliary.siglip
         n_patches = 0 if siglip is None else siglip.config.grid_side**2
         return DenoisedGroup(
@@ -189,12 +257,12 @@ class UniWorldTask(UniWorldLossTask):
     """UniWorld on the shapes world."""
 
     name = "uniworld"
-    loss_names = IMAGE_KINDS
 
     def __init__(self, model: UniWorld, batch: UniWorldDataset, vae: Path):
         self.model = model
         self.batch = batch
         self.builder = batch.builder
+        self.loss_names = with_alignment(IMAGE_KINDS, self.alignment_block)
         # the folder of the VAE, which is not trained
         self.vae = vae
 
@@ -204,7 +272,7 @@ class UniWorldTask(UniWorldLossTask):
         options = from_mapping(UniWorldTrainingConfig, recipe.options, where="options")
         torch.manual_seed(recipe.seed)
         model = init_uniworld(options, recipe.model)
-        prepare_uniworld(model, options)
+        prepare_uniworld(model, options, seed=recipe.seed)
         builder = replace(uniworld_builder(model, options), kinds=IMAGE_KINDS, reference_latents=True)
         dataset = UniWorldDataset(options=options, builder=builder, batch_size=recipe.batch_size, seed=recipe.seed)
         return cls(model, dataset, resolve_part(options.vae, "vae"))
@@ -241,16 +309,42 @@ class UniWorldTask(UniWorldLossTask):
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE's file as it was trained."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
+        with without_head(self.model):
+            self.model.save_pretrained(folder, dtype="bfloat16")
         if (self.vae / "ae.safetensors").exists():
             copy_file(self.vae / "ae.safetensors", folder / "vae" / "ae.safetensors")
 
 
-def prepare_uniworld(model: UniWorld, options: UniWorldCommonConfig) -> None:
-    """Freeze what the stage does not train, and compile blocks where the options say so."""
+def denoiser_blocks(model: UniWorld) -> list[nn.Module]:
+    """The denoiser's blocks in the order of the forward pass."""
+    return [*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks]
+
+
+def token_grid(batch: UniWorldBatch) -> tuple[int, int]:
+    """(rows, columns) of the tokens of a batch's noised images."""
+    height, width = batch.noise.shape[2:]
+    return height // PATCH_SIZE, width // PATCH_SIZE
+
+
+def prepare_uniworld(model: UniWorld, options: UniWorldCommonConfig, *, seed: int) -> None:
+    """Add what the options' alignment needs, freeze what the stage does not train, and compile blocks where the options
+    say so.
+
+    seed: where the network that aligns begins from. Raises ValueError for an aligned block that the denoiser has not.
+    """
+    if options.alignment_block:
+        add_alignment_head(
+            model,
+            block=options.alignment_block,
+            n_blocks=len(denoiser_blocks(model)),
+            dim=model.config.denoiser.mmdit.dim,
+            feature_dim=require_part(model.auxiliary.siglip, "SigLIP2", "the component siglip").config.dim,
+            device=model.device,
+            seed=seed,
+        )
     freeze_for_stage(model, options.trained, options.frozen)
     if options.compile:
-        compile_blocks([*model.denoiser.mmdit.double_blocks, *model.denoiser.mmdit.single_blocks])
+        compile_blocks(denoiser_blocks(model))
 
 
 def uniworld_builder(model: UniWorld, options: UniWorldCommonConfig) -> UniWorldSampleBuilder:
@@ -316,7 +410,8 @@ def freeze_for_stage(model: UniWorld, stage: str, frozen: Sequence[str] = ()) ->
     if stage == "all":
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name, stage) and not has_prefix(name, frozen))
+        trained = name.startswith(f"{HEAD}.") or _is_trained(name, stage)
+        parameter.requires_grad_(trained and not has_prefix(name, frozen))
     for block in (module for module in model.denoiser.modules() if isinstance(module, SingleStreamBlock)):
         for weight in (block.qkv_mlp.weight, block.qkv_mlp.bias):
             if weight.requires_grad:

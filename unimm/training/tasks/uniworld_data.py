@@ -153,6 +153,8 @@ def records_of(samples: UniWorldEncoded) -> list[Record]:
         }
         if samples.siglip_features is not None:
             record["siglip_features"] = samples.siglip_features[images]
+        if samples.target_features is not None:
+            record["target_features"] = samples.target_features[i]
         records.append({name: x.cpu() for name, x in record.items()})
     return records
 
@@ -161,12 +163,14 @@ def encoded_from_records(records: Sequence[Record]) -> UniWorldEncoded:
     """The samples of a batch, which `records_of` made records of."""
     references = torch.tensor([len(one["references"]) for one in records])
     features = [one["siglip_features"] for one in records if "siglip_features" in one]
+    targets = [one["target_features"] for one in records if "target_features" in one]
     return UniWorldEncoded(
         hidden_states=[one["hidden_states"] for one in records],
         image_ends=[one["image_ends"].tolist() for one in records],
         siglip_features=torch.cat(features) if features and sum(map(len, features)) else None,
         conditioned=torch.cat([one["conditioned"] for one in records]),
         latents=torch.stack([one["latents"] for one in records]),
+        target_features=torch.stack(targets) if targets else None,
         reference_latents=torch.cat([one["references"] for one in records]),
         reference_indices=torch.where(references > 0, references.cumsum(0) - 1, -1),
         weights=torch.stack([one["weights"] for one in records]),

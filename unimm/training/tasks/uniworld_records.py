@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from unimm.models.uniworld.model import UniWorld
+from unimm.training.alignment import check_no_adapter, with_alignment, without_head
 from unimm.training.config import TrainConfig, from_mapping
 from unimm.training.fields import Fraction
 from unimm.training.pretrained import load_released, names_release
@@ -38,7 +39,6 @@ class UniWorldRecordTask(UniWorldLossTask):
     """UniWorld on records."""
 
     name = "uniworld"
-    loss_names = GENERATED_KINDS
 
     def __init__(
         self, model: UniWorld, sample_builder: UniWorldSampleBuilder, sample_prompts: tuple[str, ...] = ()
@@ -46,6 +46,7 @@ class UniWorldRecordTask(UniWorldLossTask):
         self.model = model
         self.builder = self.sample_builder = sample_builder
         self.sample_prompts = sample_prompts
+        self.loss_names = with_alignment(GENERATED_KINDS, self.alignment_block)
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> UniWorldRecordTask:
@@ -53,12 +54,13 @@ class UniWorldRecordTask(UniWorldLossTask):
         options = from_mapping(UniWorldRecordConfig, recipe.options, where="options")
         if recipe.packing is not None:
             raise ValueError("got packing for uniworld, whose denoiser takes images of one size: leave it out")
+        check_no_adapter(options.alignment_block, recipe.lora)
         torch.manual_seed(recipe.seed)
         if names_release(recipe.model, options.parts):
             model = load_released(UniWorld, recipe.model)
         else:
             model = init_uniworld(options, recipe.model)
-        prepare_uniworld(model, options)
+        prepare_uniworld(model, options, seed=recipe.seed)
         builder = replace(
             uniworld_builder(model, options),
             prompt_dropout=options.prompt_dropout,
@@ -72,4 +74,5 @@ class UniWorldRecordTask(UniWorldLossTask):
 
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16; the VAE stays in float32."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
+        with without_head(self.model):
+            self.model.save_pretrained(folder, dtype="bfloat16")

@@ -75,6 +75,9 @@ class UniWorldCommonConfig(RecipeSection):
     vit: str = ""
     # of the MLLM's weights, which are not trained
     mllm_dtype: Dtype = "bfloat16"
+    # the denoiser's block, counted from 1, double ones first, behind which hidden states of noised images are aligned with
+    # SigLIP2's features of the target; null: none
+    alignment_block: AtLeastOne | None = None
     # whether torch.compile fuses the denoiser's blocks
     compile: bool
 
@@ -125,6 +128,9 @@ class UniWorldInputs:
     reference_images: Tensor  # [k, 3, h, w], the same for the VAE, the first of each sample that has one
     reference_indices: Tensor  # [P], index into them, -1 for none
     images: Tensor  # [P, 3, h, w], the targets
+    siglip_targets: Tensor | None = (
+        None  # [P, 3, S, S], the same for SigLIP2, where hidden states are aligned with them
+    )
     posterior: Tensor  # [P, C, h / 8, w / 8], the noise of the targets' latents
     weights: Tensor  # [P, 1, h / 8, w / 8], of the loss
     image_kinds: Tensor  # [P], index into the builder's kinds
@@ -139,6 +145,7 @@ class UniWorldEncoded:
     siglip_features: Tensor | None  # [k, patches, C], of all images in order
     conditioned: Tensor  # [P] bool
     latents: Tensor  # [P, C, h / 8, w / 8]
+    target_features: Tensor | None = None  # [P, patches, F], of the targets, where hidden states are aligned with them
     reference_latents: Tensor  # [k, C, h / 8, w / 8]
     reference_indices: Tensor  # [P], index into them, -1 for none
     weights: Tensor  # [P, 1, h / 8, w / 8]
@@ -288,10 +295,15 @@ class UniWorldSampleBuilder:
             reference_images=stack_images(references),
             reference_indices=torch.where(has_reference, has_reference.cumsum(0) - 1, -1),
             images=images,
+            siglip_targets=self.siglip_targets(samples) if self.options.alignment_block else None,
             posterior=torch.randn(len(samples), *latent_shape, generator=generator),
             weights=torch.stack([one.weights for one in samples]),
             image_kinds=torch.tensor([self.kinds.index(one.kind) for one in samples]),
         )
+
+    def siglip_targets(self, samples: Sequence[UniWorldSample]) -> Tensor:
+        """The targets as SigLIP2 reads them [P, 3, S, S]."""
+        return torch.stack([self.siglip_transform.preprocess(Image.fromarray(one.target)) for one in samples])
 
     def noised(self, samples: UniWorldInputs | UniWorldEncoded, rng: random.Random) -> UniWorldBatch:
         """The samples with noise and timesteps for every copy."""
