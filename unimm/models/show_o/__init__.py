@@ -16,6 +16,7 @@ def _release(hub: str, parameters: int) -> Release:
 
 
 RELEASES = {
+    "showo-nano": Release(family="ShowO", hub=None, licence=LICENCE, parameters=2_976_427, verbs=VERBS),
     "showlab/show-o": _release("showlab/show-o", PARAMETERS),
     "showlab/show-o-512x512": _release("showlab/show-o-512x512", PARAMETERS),
     "showlab/show-o-512x512-wo-llava-tuning": _release("showlab/show-o-512x512-wo-llava-tuning", PARAMETERS),
@@ -23,7 +24,7 @@ RELEASES = {
     "showlab/show-o-w-clip-vit-512x512": _release("showlab/show-o-w-clip-vit-512x512", PARAMETERS_WITH_CLIP),
 }
 # tokens of the images that each generates: their files may say another number, which the released code ignores
-IMAGE_TOKENS = {name: 1024 if "512x512" in name else 256 for name in RELEASES}
+IMAGE_TOKENS = {name: 1024 if "512x512" in name else 256 for name, row in RELEASES.items() if row.hub}
 VQ_HUB_ID = "showlab/magvitv2"
 CLIP_HUB_ID = "openai/clip-vit-large-patch14-336"
 TOKENIZER_HUB_ID = "microsoft/phi-1_5"
