@@ -101,7 +101,7 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         "bagel": (bagel_model, {"vae": f"{folder}/vae4", "vit": f"{folder}/vit2", "tasks": few | edits}, 1),
         "janus": (janus_model, {"vq": f"{folder}/vq", "vit": f"{folder}/vit3", "tasks": few}, 1),
         "janusflow": (flow_model, {"vae": f"{folder}/vae8", "vit": f"{folder}/vit3", "tasks": few,
-                                   "alignment_block": 1}, 1),
+                                   "timesteps_per_image": 2, "alignment_block": 1}, 1),
         "metaquery": (query_model, {**mllm, "dcae": f"{folder}/dcae", "tasks": edits, "frozen": []}, 2),
         "uniworld": (world_model, {**mllm, "vae": f"{folder}/vae4", "vit": f"{folder}/vit3", "tasks": edits,
                                    "timesteps_per_image": 2, "alignment_block": 2}, 1),
@@ -111,9 +111,8 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         save_every=2, sample_every=100, log_every=1, precision="float32", warmup_steps=0, lr=3e-3, muon=(),
         eps=1e-4, cache=None,
     )  # fmt: skip
-    weights = {name: dict(one.loss_weights) for name, one in full.items()}
-    for name in ("janusflow", "uniworld"):
-        weights[name]["align"] = 0.5
+    weights = {name: one.loss_weights for name, one in full.items()}
+    weights["uniworld"] = {**weights["uniworld"], "align": 0.5}
     return {
         name: dataclasses.replace(
             full[name],
