@@ -66,7 +66,7 @@ def test_seeds(model, seed):
 
 
 def test_images_of_a_batch(model):
-    with pytest.raises(ValueError, match="images for 2 prompts: expected a list of 2"):
+    with pytest.raises(ValueError, match="got one image for 2 prompts: expected a list of 2"):
         model.generate(["a", "b"], images=picture())
     with pytest.raises(ValueError, match="expected a PIL image or a path"):
         model.generate("a", images=np.zeros((4, 4, 3)))

@@ -214,20 +214,24 @@ def test_a_sentencepiece_model_keeps_its_name_and_its_files(tmp_path):
 
 @pytest.mark.parametrize("name", hub.bundled_names())
 def test_a_word_beyond_the_embedding_table(tmp_path, name):
-    """Or, of MetaQuery, within the rows of its queries."""
+    """Or, of MetaQuery, within the rows of its queries, and of Show-o, within those of its special tokens."""
     model = load(name)
     model.save_pretrained(tmp_path)
-    below = next(path.parent for path in tmp_path.rglob("tokenizer.model") if path.parent.name != "tokenizer_2")
-    (below / "tokenizer.model").unlink()
-    rows = getattr(model.config, "mllm", model.config).decoder.vocab_size
+    files = [tmp_path / "tokenizer.json"] if name == "showo-nano" else tmp_path.rglob("tokenizer.model")
+    below = next(path.parent for path in files if path.parent.name != "tokenizer_2")
+    (below / "tokenizer.model").unlink(missing_ok=True)
+    config = getattr(model.config, "mllm", model.config)
+    rows = config.n_text if name == "showo-nano" else config.decoder.vocab_size
+    last = "<|endoftext|>"  # without which no tokenizer is Show-o's
     for n, fits in ((rows, True), (rows + 1, False)):
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w0"))
+        ids = {f"w{i}": i for i in range(n - 1)} | {last: n - 1}
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="w0"))
         words.save(str(below / "tokenizer.json"))
         if fits:
             assert load_tokenizer(below, vocab_size=rows) is not None
         else:
             with pytest.raises(
-                ValueError, match=rf"gives 'w{rows}' the id {rows}: expected ids below {rows}, the rows"
+                ValueError, match=rf"gives '{re.escape(last)}' the id {rows}: expected ids below {rows}, the rows"
             ):
                 load(tmp_path)
 

@@ -38,7 +38,7 @@ def test_images_and_placeholders(model):
         model.generate(f"more of {IMAGE_PLACEHOLDER}", images=[picture(), picture()])
     with pytest.raises(ValueError, match=r"in the system prompt: images belong to the messages"):
         model.chat([user("what?", picture())], system=f"look at {IMAGE_PLACEHOLDER}")
-    with pytest.raises(ValueError, match=r"images for 2 prompts: expected a list of 2"):
+    with pytest.raises(ValueError, match=r"got one image for 2 prompts: expected a list of 2"):
         model.understand(picture(), ["a", "b"])
     with pytest.raises(ValueError, match="expected a PIL image or a path"):
         model.understand(np.zeros((4, 4, 3)), "what?")
