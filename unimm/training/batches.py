@@ -124,10 +124,21 @@ def iterate_batches(batch: Callable[[int], Any], numbers: range, *, workers: int
         # its own generator, so that starting workers does not move the global one and with it a resumed run
         generator=torch.Generator(),
     )
-    for made in loader:
-        if isinstance(made, BatchError):
-            raise made.error
-        yield made
+    iterator = iter(loader)
+    try:
+        for made in iterator:
+            if isinstance(made, BatchError):
+                raise made.error
+            yield made
+    finally:
+        end_workers(iterator)
+
+
+def end_workers(iterator: Any) -> None:
+    """End the processes of a DataLoader's iterator now. An error that holds the iterator would keep them: they ignore the
+    signal by which Python ends them at its exit, and it would wait for them for ever."""
+    if (end := getattr(iterator, "_shutdown_workers", None)) is not None:
+        end()
 
 
 def start_worker(worker: int) -> None:

@@ -24,7 +24,7 @@ from unimm.data.records import BrokenRow
 from unimm.data.sources.base import SourceOptions
 from unimm.data.sources.formats import open_source
 from unimm.data.sources.slices import SourceSlice, split_source
-from unimm.training.batches import BatchError, BatchSource, StepBatches, start_worker
+from unimm.training.batches import BatchError, BatchSource, StepBatches, end_workers, start_worker
 from unimm.training.config import TrainConfig
 from unimm.training.data_config import DataConfig, PackingConfig
 from unimm.training.packing import (
@@ -241,11 +241,15 @@ class PackedBatches:
             # its own generator, so that starting workers does not move the global one and with it a resumed run
             generator=torch.Generator(),
         )
-        for made in loader:
-            if isinstance(made, BatchError):
-                raise made.error
-            self._count(made)
-            yield made.batch
+        iterator = iter(loader)
+        try:
+            for made in iterator:
+                if isinstance(made, BatchError):
+                    raise made.error
+                self._count(made)
+                yield made.batch
+        finally:
+            end_workers(iterator)
 
     def lane_config(self) -> LaneConfig:
         """What the lanes of this rank are made by."""
