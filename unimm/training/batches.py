@@ -6,12 +6,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -146,7 +147,15 @@ def start_worker(worker: int) -> None:
     # ctrl-C and SIGTERM reach all processes, and the main one must still get its batches to reach a checkpoint
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = report_unless_disconnected
     threading.Thread(target=exit_with_main_process, daemon=True).start()
+
+
+def report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nothing caught, but for a lost connection: the thread that hands over tensors meets one where the
+    main process, which says itself what happened, turns to an error while it fetches them."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def exit_with_main_process() -> None:
