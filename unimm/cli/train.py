@@ -1,6 +1,7 @@
 """The command `unimm train`."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,11 +51,22 @@ def train_command(
         train(task, config, out, device=found, resume=resume, init=init, workers=workers, hours=hours, groups=groups)
 
 
+class LineHandler(RichHandler):
+    """Writes lines of a log. A RuntimeError that is raised meanwhile goes to the caller: where a worker has died, torch's
+    signal handler raises one wherever the main process is, and logging would print its traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError):
+            raise error
+        super().handleError(record)
+
+
 @contextmanager
 def log_to_stderr(name: str, *, level: int) -> Iterator[None]:
     """Write a logger's lines from a level on to stderr for the length of the body."""
     logger = logging.getLogger(name)
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    handler = LineHandler(console=Console(stderr=True), show_path=False, show_level=False)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
