@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pickle
 import random
 from pathlib import Path
@@ -335,8 +336,9 @@ def test_a_few_steps_and_their_release(recipe, tmp_path):
     assert isinstance(model.understand(image, "how many?", text_sampling=TextSampling(max_tokens=3)), str)
 
 
-def test_the_head_learns_who_answers(recipe, tmp_path):
+def test_the_head_learns_who_answers(recipe, tmp_path, caplog):
     """On a model of the recipe, whose other parts stay as they are."""
+    caplog.set_level(logging.INFO, logger="unimm")
     model = build_task(recipe).model
     model.save_pretrained(tmp_path / "model")
     full = read_recipe(RECIPES / "uniworld-nano-task-head.yaml")
@@ -361,6 +363,12 @@ def test_the_head_learns_who_answers(recipe, tmp_path):
     )
     votes = torch.stack([again.route_logits(one) for one in again.encode_prompts(test.prompts)])
     assert votes.argmax(1).tolist() == test.targets.tolist() and again.task_head.fc1.weight.dtype == torch.float32
+    # another run may go on from it, whose recipe builds no head
+    trainer = Trainer(build_task(recipe), recipe, torch.device("cpu"))
+    trainer.init_from(str(tmp_path / "run" / "release"))
+    found = trainer.model.state_dict()
+    assert found and all(torch.equal(found[name], x) for name, x in again.state_dict().items() if name in found)
+    assert "left out: the recipe's model has none" in caplog.text
 
 
 def test_numbers_of_the_recipes_and_their_stages():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -15,6 +16,7 @@ from unimm.generation.numbers import parse_float, parse_int
 from unimm.models.base import UnifiedModel
 from unimm.training.checkpoints import EMA_FILE, WEIGHTS_FILE, is_checkpoint, list_checkpoints, named_tensors
 
+logger = logging.getLogger(__name__)
 
 def check_run(out: Path, *, resume: bool, init: str | Path | None, workers: Any, hours: Any) -> tuple[int, float]:
     """The number of workers, and the time of `time.monotonic` at which to stop, of the arguments of a run.
@@ -59,8 +61,10 @@ def initial_checkpoint(init: str | Path) -> Path | None:
 
 
 def release_tensors(model: nn.Module, name: str | Path, *, has_adapter: bool) -> dict[str, Tensor]:
-    """The weights of a release of a model. Raises ValueError for a model that is a part of one, and for a release whose
-    tokenizer is another."""
+    """The weights of a release of a model, without those of parts that the model was built without, such as a task head.
+
+    Raises ValueError for a model that is a part of one, and for a release whose tokenizer is another.
+    """
     if not isinstance(model, UnifiedModel):
         raise ValueError(f"got init {name}, a release, and a task that trains no whole model")
     if has_adapter:
@@ -71,7 +75,11 @@ def release_tensors(model: nn.Module, name: str | Path, *, has_adapter: bool) ->
     released = type(model).from_pretrained(name)
     if tokenizer_files(model) != tokenizer_files(released):
         raise ValueError(f"got init {name}, whose tokenizer is not the recipe's: the rows of its embeddings differ")
-    return named_tensors(released)
+    absent = [part for part, _ in released.named_children() if getattr(model, part, None) is None]
+    for part in absent:
+        logger.info("%s of %s is left out: the recipe's model has none", part, name)
+    prefixes = tuple(f"{part}." for part in absent)
+    return {key: tensor for key, tensor in named_tensors(released).items() if not key.startswith(prefixes)}
 
 
 def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
