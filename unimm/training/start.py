@@ -18,6 +18,7 @@ from unimm.training.checkpoints import EMA_FILE, WEIGHTS_FILE, is_checkpoint, li
 
 logger = logging.getLogger(__name__)
 
+
 def check_run(out: Path, *, resume: bool, init: str | Path | None, workers: Any, hours: Any) -> tuple[int, float]:
     """The number of workers, and the time of `time.monotonic` at which to stop, of the arguments of a run.
 
