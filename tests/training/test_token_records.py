@@ -91,7 +91,7 @@ def test_a_conversation_of_show_o(tasks, name):
 
 
 def test_captions_of_show_o(tasks):
-    """Without a question: behind the id that ends texts, or, by CLIP's features, behind the image."""
+    """Without a question: behind the id that ends texts, or, by CLIP's features, behind the image and with a line break."""
     encode = tasks["show_o"].model.tokenizer.encode
     special = tasks["show_o"].model.config.special_tokens
     end = tasks["show_o"].model.processor.end_of_text
@@ -100,7 +100,7 @@ def test_captions_of_show_o(tasks):
     assert ids == [special.mmu, special.soi, special.eoi, end, *encode("a cat"), end]
     assert learned(labels) == [*encode("a cat"), end] and labels[3] == ids[4]
     ids, labels = ids_and_labels(tasks["clip"], caption)
-    assert ids == [special.mmu, special.soi, special.eoi, *encode("a cat"), end] and labels[2] == ids[3]
+    assert ids == [special.mmu, special.soi, special.eoi, *encode("a cat\n"), end] and labels[2] == ids[3]
     ids, labels = ids_and_labels(tasks["show_o"], record(said("a cat")))
     assert ids == [end, *encode("a cat"), end] and learned(labels) == ids[1:]
 

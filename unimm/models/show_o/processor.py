@@ -128,13 +128,17 @@ class ShowOProcessor(ChatProcessor):
     def labelled_texts(self, pieces: Sequence[str | Image.Image]) -> list[Part]:
         """Texts and images in order, without roles; the ids of all texts carry labels, and the one that ends the last.
 
-        A text alone, and one behind images as tokens, begins with the id that ends texts, as released.
+        A text alone, and one behind images as tokens, begins with the id that ends texts, and one behind images for CLIP
+        ends with a line break, as released.
         """
         images = leading_images(ChatMessage("user", list(pieces)))
+        texts = list(pieces[len(images) :])
         start: Prompt = [self.special_tokens.mmu, *images] if images else []
         if not (images and self.with_clip):
             start.append(self.end_of_text)
-        return self.label_texts([*start, *pieces[len(images) :]])
+        elif texts and isinstance(texts[-1], str):
+            texts[-1] = f"{texts[-1].rstrip()}\n"
+        return self.label_texts([*start, *texts])
 
     def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
         """An RGB image as a part, between the ids of its ends."""
