@@ -95,10 +95,10 @@ class UniWorldLossTask:
         kinds = samples.image_kinds[batch.sample_indices[torch.cat(groups)]]
         found = sum_by_kind(self.builder.kinds, kinds, torch.cat(losses))
         if block is not None:
-            found[ALIGN] = LossSum.over(self.alignment_losses(batch, samples, groups, outputs))
+            found[ALIGN] = LossSum.over(self.token_alignment_losses(batch, samples, groups, outputs))
         return found
 
-    def alignment_losses(
+    def token_alignment_losses(
         self, batch: UniWorldBatch, samples: UniWorldEncoded, groups: Sequence[Tensor], outputs: Sequence[Any]
     ) -> Tensor:
         """The losses of every token of the noised copies, all groups' [n]. outputs: of the aligned block, one a group."""
