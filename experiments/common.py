@@ -8,7 +8,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,11 +18,15 @@ import torch
 from scipy.stats import t
 
 from unimm.checkpoint.json_files import read_json, write_json
+from unimm.evaluation.benchmarks.base import BenchmarkOptions
 from unimm.evaluation.benchmarks.shapes import is_right, task_items
+from unimm.evaluation.benchmarks.unisandbox.benchmark import UniSandBoxBenchmark
 from unimm.evaluation.generating import produce
 from unimm.evaluation.items import make_batches
 from unimm.evaluation.results import interval_text
+from unimm.evaluation.run import run_benchmark
 from unimm.evaluation.scores import GroupScore, paired_difference, wilson_interval
+from unimm.evaluation.setup import model_source, prepare_judge
 
 SEEDS = (1, 2, 3)
 
@@ -116,6 +120,27 @@ def right_by_task(
                 int(is_right(item, output)) for item, output in zip(batch, produce(model, batch, options), strict=True)
             ]
         found[task] = right
+    return found
+
+
+def unisandbox_right(model: str, out: Path, options: BenchmarkOptions, *, steps: int) -> dict[str, list[int]]:
+    """Which questions of UniSandBox, or pairs of them, a model gets right (1), by task; all that it made is kept in a folder.
+
+    steps: of the sampler.
+    """
+    benchmark = UniSandBoxBenchmark(options)
+    source = model_source(model, benchmark.NAME, options={"steps": steps})
+    judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
+    result = run_benchmark(benchmark, replace(source, name=out.name), judge, out, batch_size=50, progress=False).result
+    assert result is not None
+    return right_of(result)
+
+
+def right_of(result: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The units of a benchmark's result, 1 for right, by task."""
+    found: dict[str, list[int]] = {}
+    for unit in result["units"].values():
+        found.setdefault(unit["group"], []).append(int(unit["score"] == 1))
     return found
 
 

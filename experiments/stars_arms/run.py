@@ -1,6 +1,6 @@
 """STARS at nano size: what a round brings, by who rejects (tables 2 and 3 and figure 5 of UniSandBox, arXiv 2511.20561).
 
-    python -m experiments.stars_arms OUT --rounds math1 --n 12 --questions 60 --steps 40 --seeds 1
+    python -m experiments.stars_arms OUT --rounds math1 --n 30 --seeds 1 2 3
 
 A round of `unimm stars` on each level that is named, once for each verifier: the model itself, the exact judge, none. And
 since bagel-nano reasons about rules of one chain and fails at two questions about one set of rules, it is also taught these
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,23 @@ from typing import Any
 from experiments.common import (
     Bar,
     describe_run,
+    difference_text,
     experiment_parser,
     kept_result,
     markdown_table,
+    paired,
     plot_bars,
+    right_of,
     run_command,
     seeded_score,
     spent_seconds,
+    unisandbox_right,
     write_results,
 )
 from experiments.stars_arms.words import teach_words
 from unimm.checkpoint.json_files import read_json
 from unimm.evaluation.benchmarks.base import BenchmarkOptions
-from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING, UniSandBoxBenchmark
-from unimm.evaluation.run import run_benchmark
-from unimm.evaluation.setup import model_source, prepare_judge
+from unimm.evaluation.benchmarks.unisandbox.benchmark import REASONING
 from unimm.self_training.config import STARS_RECIPES, StarsConfig, read_stars_recipe
 from unimm.self_training.folder import StarsFolder
 from unimm.self_training.run import run_stars
@@ -51,20 +52,7 @@ def evaluate_levels(
 ) -> dict[str, list[int]]:
     """Which questions of each level, or pairs of them, a model draws right."""
     options = BenchmarkOptions(n=n, seed=seed, think=mode == "think", tasks=tuple(levels), supports_thinking=True)
-    benchmark = UniSandBoxBenchmark(options)
-    source = model_source(model, benchmark.NAME, options={"steps": SAMPLER_STEPS})
-    judge = prepare_judge(None, benchmark, device="cpu", dtype="float32")
-    result = run_benchmark(benchmark, replace(source, name=out.name), judge, out, batch_size=50, progress=False).result
-    assert result is not None
-    return right_of(result)
-
-
-def right_of(result: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The units of a result, 1 for right, by level."""
-    found: dict[str, list[int]] = {}
-    for unit in result["units"].values():
-        found.setdefault(unit["group"], []).append(int(unit["score"] == 1))
-    return found
+    return unisandbox_right(model, out, options, steps=SAMPLER_STEPS)
 
 
 def run_base(model: str, out: Path, *, seed: int, n: int, steps: int) -> dict[str, Any]:
@@ -128,8 +116,6 @@ def stars_config(
         f"evaluation.n={n}",
         f"evaluation.seed={seed}",
         f"train.steps={steps}",
-        "train.batch_size=8",
-        "train.lr=1.0e-4",
         f"train.save_every={steps}",
         f"train.sample_every={steps}",
     ]
@@ -142,6 +128,7 @@ def study(
     *,
     seeds: Sequence[int],
     rounds: Sequence[str],
+    verifiers: Sequence[str],
     start: str,
     n: int,
     questions: int,
@@ -158,7 +145,7 @@ def study(
         bases.append(kept_result(folder / "base.json", asked, make))
         base = model if start == "released" else str(folder / "base")
         for level in rounds:
-            for verifier in VERIFIERS:
+            for verifier in verifiers:
                 given = {"level": level, "verifier": verifier, "seed": seed, "n": n}
                 given |= {"questions": questions, "steps": steps}
                 make = partial(run_arm, base, folder / f"{level}-{verifier}", **given)
@@ -194,23 +181,43 @@ def summarize(bases: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[Ma
         }
         for name, some in found.items()
     }
-    return {"models": models, "selections": {name: [one["selection"] for one in some] for name, some in arms.items()}}
+    return {
+        "models": models,
+        "changes": {name: {mode: changes(some, mode) for mode in MODES} for name, some in arms.items()},
+        "selections": {name: [one["selection"] for one in some] for name, some in arms.items()},
+    }
+
+
+def changes(runs: Sequence[Mapping[str, Any]], mode: str) -> dict[str, Any]:
+    """How much more a round's models get right than they did before it, question by question over all seeds, by level."""
+    return {
+        level: paired(*([right for one in runs for right in one[when][mode][level]] for when in ("before", "right")))
+        for level in runs[0]["right"][mode]
+    }
 
 
 def results_table(result: Mapping[str, Any]) -> str:
     """The tables in markdown."""
-    rows = []
+    scores, changed = [], []
     for name, model in result["models"].items():
         for mode in MODES:
             cells = (score_cell(model[mode].get(level)) for level in REASONING)
-            rows.append([name, "yes" if mode == "think" else "no", *cells])
-    scores = markdown_table(["model", "thinking", *REASONING], rows)
+            scores.append([name, "yes" if mode == "think" else "no", *cells])
+    for name, change in result["changes"].items():
+        for mode in MODES:
+            cells = (difference_text(change[mode][level]) if level in change[mode] else "" for level in REASONING)
+            changed.append([name, "yes" if mode == "think" else "no", *cells])
     selected = [
         [name, str(one["generated"]), str(one["accepted"]), rate_cell(one["precision"]), rate_cell(one["recall"])]
         for name, some in result["selections"].items()
         for one in some
     ]
-    return scores + "\n" + markdown_table(["round, verifier", "images", "accepted", "precision", "recall"], selected)
+    tables = (
+        markdown_table(["model", "thinking", *REASONING], scores),
+        markdown_table(["change by the round", "thinking", *REASONING], changed),
+        markdown_table(["round, verifier", "images", "accepted", "precision", "recall"], selected),
+    )
+    return "\n".join(tables)
 
 
 def score_cell(one: Mapping[str, Any] | None) -> str:
@@ -245,9 +252,10 @@ def main() -> None:
     parser = experiment_parser(__doc__)
     parser.add_argument("--model", default="bagel-nano")
     parser.add_argument("--rounds", nargs="*", default=["math1"], choices=REASONING, help="levels, a round each")
+    parser.add_argument("--verifiers", nargs="+", default=VERIFIERS, choices=VERIFIERS, help="an arm each")
     parser.add_argument("--start", default="released", choices=["released", "taught"], help="what rounds begin from")
-    parser.add_argument("--n", type=int, default=12, help="evaluated questions, or pairs of them, a level")
-    parser.add_argument("--questions", type=int, default=60, help="to learn from, or pairs of them")
+    parser.add_argument("--n", type=int, default=30, help="evaluated questions, or pairs of them, a level")
+    parser.add_argument("--questions", type=int, default=600, help="to learn from, or pairs of them")
     parser.add_argument("--base-steps", type=int, default=100, help="of teaching in words")
-    parser.add_argument("--steps", type=int, default=40, help="of a round's fine-tuning")
+    parser.add_argument("--steps", type=int, default=480, help="of a round's fine-tuning")
     run_command("stars_arms", parser, study)
