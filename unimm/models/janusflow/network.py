@@ -113,7 +113,8 @@ class JanusFlowNetwork(DeepseekNetwork):
         times = (1 - timesteps) * TIME_SCALE
         times = times.bfloat16().float() if bf16_time else times
         grid, time_embed = self.gen_encoder(x.to(self.dtype), times)
-        tokens = self.gen_encoder_aligner(rearrange(grid, "B C h w -> B (h w) C"))
+        # contiguous: a CPU's product in bfloat16 of rows that lie apart rounds otherwise where there is one image
+        tokens = self.gen_encoder_aligner(rearrange(grid, "B C h w -> B (h w) C").contiguous())
         return UViTFeatures(time_embed, tokens, grid)
 
     def decode_velocity(self, hidden: Tensor, features: UViTFeatures) -> Tensor:
