@@ -46,15 +46,8 @@ from unimm.training.record_batches import open_groups
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import train
 
-# what each arm sets over the recipe; an empty recipe is the model as it was
-ARMS: Mapping[str, Sequence[str] | None] = {
-    "before": None,
-    "texts": (),
-    "texts and images": (
-        # three in five of the tokens
-        "data.groups.drawing.weight=6.0",
-    ),
-}
+# the weight of images to draw beside the texts, whose own are 4 together; None is the model that was taught nothing
+ARMS: Mapping[str, float | None] = {"before": None, "texts": 0.0, "texts and images": 6.0}
 WORDS = ("words_forward", "words_inverse")
 DRAWN = ("forward", "inverse")
 COLUMNS = {
@@ -97,19 +90,17 @@ def write_drawings(folder: Path, *, seed: int) -> None:
     write_rows(folder / "all.jsonl", rows)
 
 
-def teach(out: Path, files: Path, settings: Sequence[str], *, model: str, seed: int, steps: int) -> Path:
+def teach(out: Path, files: Path, drawing_weight: float, *, model: str, seed: int, steps: int) -> Path:
     """Train a model by the bundled recipe on a set of characters; returns its release."""
-    paths = {
-        "knowledge": files / "data" / "knowledge" / "all.jsonl",
-        "reasoning": files / "data" / "reasoning" / "all.jsonl",
-    }
-    if any(one.startswith("data.groups.drawing") for one in settings):
-        paths["drawing"] = files / "drawings" / "all.jsonl"
-    given = [f"data.groups.{name}.paths=['{path}']" for name, path in paths.items()]
-    given += [f"seed={seed}", f"model.from_pretrained={model}", f"steps={steps}", f"save_every={steps}"]
-    recipe = read_recipe(
-        recipe_path("bagel-nano-knowledge"), settings=[*given, f"sample_every={steps}", f"log_every={steps}", *settings]
-    )
+    settings = [
+        f"data.groups.{name}.paths=['{files / 'data' / name / 'all.jsonl'}']" for name in ("knowledge", "reasoning")
+    ]
+    if drawing_weight:
+        settings += [f"data.groups.drawing.paths=['{files / 'drawings' / 'all.jsonl'}']"]
+        settings += [f"data.groups.drawing.weight={drawing_weight}"]
+    settings += [f"seed={seed}", f"model.from_pretrained={model}"]
+    settings += [f"{name}={steps}" for name in ("steps", "save_every", "sample_every", "log_every")]
+    recipe = read_recipe(recipe_path("bagel-nano-knowledge"), settings=settings)
     assert recipe.data is not None
     train(build_task(recipe), recipe, out, workers=0, groups=open_groups(recipe.data))
     return out / "release"
@@ -121,10 +112,10 @@ def run_arm(arm: str, *, out: Path, model_name: str, seed: int, n: int, steps: i
     write_set(files, seed=seed)
     folder = out / f"run-{arm.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a command that was stopped
-    settings = ARMS[arm]
+    drawing_weight = ARMS[arm]
     name = model_name
-    if settings is not None:
-        name = str(teach(folder / "training", files, settings, model=model_name, seed=seed, steps=steps))
+    if drawing_weight is not None:
+        name = str(teach(folder / "training", files, drawing_weight, model=model_name, seed=seed, steps=steps))
     right: dict[str, list[int]] = {}
     for tasks, think in ((WORDS, False), (DRAWN, False), (DRAWN, True)):
         options = BenchmarkOptions(items=str(files), n=n, seed=seed, think=think, tasks=tasks, supports_thinking=True)

@@ -33,9 +33,9 @@ def test_images_to_draw_show_nothing_that_was_held_out(characters):
 
 
 def test_texts_and_images_train_the_understanding_expert_alone(characters, tmp_path):
-    settings = ARMS["texts and images"]
-    assert settings is not None
-    taught = Bagel.from_pretrained(teach(tmp_path, characters, settings, model="bagel-nano", seed=3, steps=2))
+    drawing_weight = ARMS["texts and images"]
+    assert drawing_weight is not None
+    taught = Bagel.from_pretrained(teach(tmp_path, characters, drawing_weight, model="bagel-nano", seed=3, steps=2))
     before = dict(Bagel.from_pretrained("bagel-nano").named_parameters())
     moved = {name for name, x in taught.named_parameters() if not torch.equal(x, before[name])}
     assert any("experts.und" in name for name in moved)
