@@ -16,12 +16,14 @@ from parity.checks.emu3 import gradient_norms
 from unimm import Emu3
 from unimm.data.shapes import HELD_OUT
 from unimm.sequence.parts import IGNORE_INDEX
+from unimm.tokenizers.emu3_vq import NearestCodeQuantizer
 from unimm.training.config import read_recipe
 from unimm.training.losses import mean_losses
 from unimm.training.tasks import emu3_start
 from unimm.training.tasks.base import build_task
 from unimm.training.tasks.emu3 import Emu3SampleBuilder, Emu3Task, blank_processor, place_codes
 from unimm.training.tasks.emu3_start import train_emu3_tokenizer
+from unimm.training.tasks.emu3_vq import revive_unused_codes
 from unimm.training.trainer import train
 
 CASE = GOLDEN / "emu3" / "dev"
@@ -158,7 +160,8 @@ def test_the_vision_tokenizer_learns(vq_recipe):
     with torch.no_grad():
         for p in task.model.parameters():
             p.add_(0.02 * torch.randn(p.shape))
-    for number, names in ((0, {"l1", "mse"}), (1, set(task.loss_names))):
+    # the batch of number 1 starts the codebook
+    for number, names in ((0, {"l1", "mse"}), (2, set(task.loss_names))):
         batch = task.batch(number)
         losses = mean_losses(task.losses(batch))
         assert losses.keys() == names == task.loss_counts(batch).keys()
@@ -176,6 +179,63 @@ def test_steps_of_the_vision_tokenizer(vq_recipe, tmp_path):
     train(task, vq_recipe, tmp_path, workers=0)
     report = json.loads((tmp_path / "release" / "report.json").read_text())
     assert report and (tmp_path / "release" / "config.json").exists()
+
+
+def test_unused_codes_move_to_vectors(vq_recipe):
+    """The codebook starts as vectors of images; later, codes that are far from all vectors become some of them."""
+    task = build_task(vq_recipe)
+    task.model.train()
+    codebook = task.model.quantize.embedding.weight
+    assert task.options.revive_every == 50
+    task.revive_until = 200
+    task.losses(task.batch(1))
+    start = codebook.detach().clone()
+    task.losses(task.batch(49))
+    assert torch.equal(codebook, start)
+    with torch.no_grad():
+        codebook[:40] = 1e3
+    task.losses(task.batch(50))
+    assert codebook.abs().max() < 100
+    assert len(torch.unique(codebook[:40], dim=0)) == 40
+    with torch.no_grad():
+        codebook[:40] = 1e3
+    task.losses(task.batch(200))
+    assert (codebook[:40] == 1e3).all()
+
+
+def test_moving_codes_depends_on_weights_and_number_alone(vq_recipe):
+    """A task that begins at a checkpoint moves the same codes as the one that came there step by step."""
+    task, resumed = build_task(vq_recipe), build_task(vq_recipe)
+    for one in (task, resumed):
+        one.model.train()
+        one.revive_until = 200
+    task.losses(task.batch(1))
+    with torch.no_grad():
+        task.model.quantize.embedding.weight[:20] = 1e3
+    resumed.model.load_state_dict(task.model.state_dict())
+    for one in (task, resumed):
+        one.losses(one.batch(100))
+    assert torch.equal(task.model.quantize.embedding.weight, resumed.model.quantize.embedding.weight)
+
+
+def test_revived_codes_are_the_unused_ones():
+    quantize = NearestCodeQuantizer(6, 2)
+    with torch.no_grad():
+        quantize.embedding.weight.copy_(torch.tensor([[0.0, 0], [1, 0], [50, 0], [60, 0], [70, 0], [80, 0]]))
+    z = torch.tensor([[0.2, 0.1, 0.9, 1.2], [0, 3, 0, 0]])[None, :, None]
+    n = revive_unused_codes(quantize, z, torch.Generator().manual_seed(0))
+    codes = quantize.embedding.weight
+    vectors = {tuple(v) for v in z[0, :, 0].T.tolist()}
+    assert n == 4 and torch.equal(codes[:2], torch.tensor([[0.0, 0], [1, 0]]))
+    assert {tuple(v) for v in codes[2:].tolist()} == vectors
+    # once every code is used, none moves
+    assert revive_unused_codes(quantize, codes.detach().T[None, :, None], torch.Generator()) == 0
+
+
+def test_one_device_trains_the_codebook(vq_recipe, monkeypatch):
+    monkeypatch.setattr("unimm.training.tasks.emu3_vq.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="2 devices for a codebook"):
+        build_task(vq_recipe)
 
 
 def test_a_nano_is_small():

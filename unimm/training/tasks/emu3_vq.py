@@ -18,8 +18,9 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
+from unimm.distributed.ranks import world_size
 from unimm.nn.flops import StepFlops
-from unimm.tokenizers.emu3_vq import Emu3VQConfig, Emu3VQModel
+from unimm.tokenizers.emu3_vq import Emu3VQConfig, Emu3VQModel, NearestCodeQuantizer
 from unimm.tokenizers.flops import emu3_vq_decode_flops, emu3_vq_encode_flops
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import (
@@ -33,8 +34,11 @@ from unimm.training.fields import (
 )
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
-from unimm.training.tasks.vq import VQBatch
+from unimm.training.tasks.vq import VQBatch, sample_far_vectors
 from unimm.training.throughput import StepCounts
+
+# batches whose vectors the codebook starts from, and whose codes count as used
+SEEN_BATCHES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,12 @@ class Emu3VQTrainingConfig(RecipeSection):
     novel_shapes: Fraction
     # the part of scenes with five to nine things
     crowded: Fraction
-    # so many steps are trained without the codebook, which then starts from vectors of a batch
+    # so many steps are trained without the codebook, which then starts from vectors of images
     unquantized_steps: NoneOrMore
+    # every so many steps, in the first `revive_fraction` of them, codes that the next images leave unused move to
+    # vectors far from their codes
+    revive_every: AtLeastOne
+    revive_fraction: Fraction
     # test scenes that are scored
     scored_scenes: AtLeastOne
     # of the released weights
@@ -110,9 +118,15 @@ class Emu3VQTask:
     loss_names = ("l1", "mse", "codebook", "commitment")
 
     def __init__(self, model: Emu3VQModel, options: Emu3VQTrainingConfig, recipe: TrainConfig) -> None:
+        if world_size() > 1:
+            raise ValueError(
+                f"got {world_size()} devices for a codebook that is trained, expected one: unused codes are moved to what a "
+                "device saw"
+            )
         self.model = model
         self.options = options
         self.batches_per_step = recipe.gradient_accumulation
+        self.revive_until = round(options.revive_fraction * recipe.steps)
         self.batch = Emu3VQDataset(options=options, batch_size=recipe.batch_size, seed=recipe.seed)
 
     @classmethod
@@ -132,11 +146,11 @@ class Emu3VQTask:
         """Losses over pixels, and, once images are quantized, over the numbers of the vectors."""
         vq = self.model
         image = batch.image.to(vq.quantize.embedding.weight.device)
-        z = vq.encode(image)
         if self.is_unquantized(batch.number):
-            return reconstruction_losses(vq.decode_codes(z), image)
-        if vq.training and batch.number == self.options.unquantized_steps * self.batches_per_step:
-            begin_codebook(vq, z, torch.Generator().manual_seed(self.batch.seed))
+            return reconstruction_losses(vq.decode_codes(vq.encode(image)), image)
+        if vq.training:
+            self._move_codes(batch.number)
+        z = vq.encode(image)
         found = vq.quantize(z)
         losses = reconstruction_losses(vq.decode_codes(found.codes), image)
         losses["codebook"] = LossSum.from_mean(found.codebook_loss, z.numel())
@@ -146,6 +160,26 @@ class Emu3VQTask:
     def is_unquantized(self, number: int) -> bool:
         """Whether the vectors of a batch are decoded as they are."""
         return self.model.training and number // self.batches_per_step < self.options.unquantized_steps
+
+    @torch.no_grad()
+    def _move_codes(self, number: int) -> None:
+        """Let the codebook start, or move unused codes, where the batch of this number is one before which that is done.
+
+        What counts as unused depends on the weights and on batches by number, so that a resumed run is the unbroken one.
+        """
+        step, place = divmod(number, self.batches_per_step)
+        first = self.options.unquantized_steps
+        revives = first < step < self.revive_until and step % self.options.revive_every == 0
+        if place or not (step == first or revives):
+            return
+        vq = self.model
+        device = vq.quantize.embedding.weight.device
+        z = torch.cat([vq.encode(self.batch(number + i).image.to(device)) for i in range(SEEN_BATCHES)])
+        generator = torch.Generator().manual_seed(self.batch.seed * 2**32 + number)
+        if step == first:
+            begin_codebook(vq.quantize, z, generator)
+        else:
+            revive_unused_codes(vq.quantize, z, generator)
 
     def loss_counts(self, batch: VQBatch) -> dict[str, int]:
         """The numbers of pixels, and of vectors' elements."""
@@ -190,12 +224,26 @@ def reconstruction_losses(decoded: Tensor, image: Tensor) -> dict[str, LossSum]:
 
 
 @torch.no_grad()
-def begin_codebook(vq: Emu3VQModel, z: Tensor, generator: torch.Generator) -> None:
-    """Let the codes start as vectors of z [B, E, h, w], chosen at random."""
+def begin_codebook(quantize: NearestCodeQuantizer, z: Tensor, generator: torch.Generator) -> None:
+    """Let the codes start as vectors of z [B, E, h, w], sampled at random."""
     vectors = rearrange(z, "B E h w -> (B h w) E")
-    codebook = vq.quantize.embedding.weight
-    chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
-    codebook.copy_(vectors[chosen.to(vectors.device)])
+    codebook = quantize.embedding.weight
+    sampled = torch.randint(len(vectors), (len(codebook),), generator=generator)
+    codebook.copy_(vectors[sampled.to(vectors.device)])
+
+
+@torch.no_grad()
+def revive_unused_codes(quantize: NearestCodeQuantizer, z: Tensor, generator: torch.Generator) -> int:
+    """Move codes that no vector of z [B, E, h, w] is nearest to, to some of these vectors, and return how many."""
+    codebook = quantize.embedding.weight
+    ids = quantize.nearest_ids(z).flatten()
+    unused = (torch.bincount(ids, minlength=len(codebook)) == 0).nonzero().flatten()
+    vectors = rearrange(z, "B E h w -> (B h w) E").float()
+    n = min(len(unused), len(vectors))
+    if n:
+        sampled = sample_far_vectors(vectors, codebook.float()[ids], n, generator)
+        codebook[unused[:n]] = vectors[sampled].to(codebook.dtype)
+    return n
 
 
 def init_emu3_vq(config: Emu3VQConfig) -> Emu3VQModel:

@@ -166,23 +166,28 @@ def record_codes(quantize: VectorQuantizer, ids: Tensor) -> None:
     used.copy_(torch.cat([used, last])[-len(used) :])
 
 
+def sample_far_vectors(vectors: Tensor, codes: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Indices [n] of vectors [N, C], sampled by their squared distance from their codes [N, C], without replacement.
+
+    k-means++ samples centres so: Arthur and Vassilvitskii 2007.
+    """
+    # a little more than nothing, so that there are enough to sample
+    weights = (vectors - codes).square().sum(1).double().cpu() + 1e-9
+    return torch.multinomial(weights, n, generator=generator).to(vectors.device)
+
+
 @torch.no_grad()
 def revive_codes(quantize: VectorQuantizer, z: Tensor, generator: torch.Generator) -> int:
-    """Move codes that are not among those used last to vectors of z [B, C, h, w], and return how many.
-
-    Vectors are sampled by their squared distance from their codes, as k-means++ samples centres.
-    """
+    """Move codes that are not among those used last to vectors of z [B, C, h, w], and return how many."""
     codebook = quantize.embedding.weight
     used = quantize.codebook_used
     n_uses = torch.bincount(used[used >= 0].long(), minlength=len(codebook))
     dead = (n_uses == 0).nonzero().flatten()
     vectors = F.normalize(rearrange(z, "B C h w -> (B h w) C").float(), dim=1)
     codes = F.normalize(codebook.float(), dim=1)[quantize.nearest_ids(z).flatten()]
-    # a little more than nothing, so that there are enough to sample
-    weights = (vectors - codes).square().sum(1).double().cpu() + 1e-9
     n = min(len(dead), len(vectors))
     if n:
-        sampled = torch.multinomial(weights, n, generator=generator).to(vectors.device)
+        sampled = sample_far_vectors(vectors, codes, n, generator)
         codebook[dead[:n]] = vectors[sampled].to(codebook.dtype)
     return n
 
