@@ -21,7 +21,7 @@ from unimm.training.config import read_recipe
 from unimm.training.losses import mean_losses
 from unimm.training.tasks import emu3_start
 from unimm.training.tasks.base import build_task
-from unimm.training.tasks.emu3 import Emu3SampleBuilder, Emu3Task, blank_processor, place_codes
+from unimm.training.tasks.emu3 import Emu3SampleBuilder, Emu3Task, blank_processor, encode_images, place_codes
 from unimm.training.tasks.emu3_start import train_emu3_tokenizer
 from unimm.training.tasks.emu3_vq import revive_unused_codes
 from unimm.training.trainer import train
@@ -172,6 +172,22 @@ def test_the_vision_tokenizer_learns(vq_recipe):
         assert odd == []
         task.model.zero_grad(set_to_none=True)
         check_counts(task, batch, masked=False)
+
+
+@torch.no_grad()
+def test_images_are_encoded_several_at_once(task, monkeypatch):
+    """Each gets its own codes, in the order of the images, whatever their sizes."""
+    vq = task.model.vision_tokenizer.eval()
+    sizes = [(64, 64), (32, 64), (64, 64), (64, 32), (64, 64), (64, 64)]
+    images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
+    n_calls = []
+    encode = vq.encode_ids
+    monkeypatch.setattr(vq, "encode_ids", lambda pixels: (n_calls.append(len(pixels)), encode(pixels))[1])
+    monkeypatch.setattr("unimm.training.tasks.emu3.PIXELS_AT_ONCE", 3 * 64 * 64)
+    codes = encode_images(vq, images)
+    assert sorted(n_calls) == [1, 1, 1, 3]
+    for image, found in zip(images, codes, strict=True):
+        assert torch.equal(found, encode(image[None])[0])
 
 
 def test_steps_of_the_vision_tokenizer(vq_recipe, tmp_path):

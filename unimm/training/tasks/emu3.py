@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from unimm.nn.compiled import compile_experts
 from unimm.processing.chat_templates import Prompt
 from unimm.sequence.packing import PackedBatch, pack_sequences
 from unimm.sequence.parts import IGNORE_INDEX, Part, text_part
+from unimm.tokenizers.emu3_vq import Emu3VQModel
 from unimm.training.config import RecipeSection, TrainConfig, from_mapping
 from unimm.training.fields import AtLeastOne, Fraction, TaskWeights, held_out_seed, known_tasks
 from unimm.training.freezing import freeze
@@ -43,6 +44,8 @@ from unimm.training.throughput import StepCounts
 # a loss for each kind of sample
 IMAGE_KINDS = ("draw", "edit", "reason")
 TEXT_KINDS = ("caption", "answer", "fact")
+# of the images that the vision tokenizer encodes at once: 8 of 64x64
+PIXELS_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +251,26 @@ def prepare_emu3(model: Emu3, frozen: Sequence[str], *, compiled: bool) -> None:
     freeze(model, frozen, always=("vq.",))
 
 
+def encode_images(vq: Emu3VQModel, images: Sequence[Tensor]) -> list[Tensor]:
+    """The codes [h, w] of images [3, H, W], in their order; small ones of one size are encoded several at once."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(i)
+    codes: dict[int, Tensor] = {}
+    for size, indices in by_size.items():
+        n_at_once = max(PIXELS_AT_ONCE // (size[1] * size[2]), 1)
+        for first in range(0, len(indices), n_at_once):
+            some = indices[first : first + n_at_once]
+            pixels = torch.stack([images[i] for i in some])
+            codes |= zip(some, vq.encode_ids(pixels.to(vq.quantize.embedding.weight)).cpu(), strict=True)
+    return [codes[i] for i in range(len(images))]
+
+
 @torch.no_grad()
 def place_codes(model: Emu3, batch: Emu3Batch) -> PackedBatch:
     """The pack with the codes of its images in place, as ids and as labels."""
     code0 = model.config.special_tokens.code0
-    codes: Sequence[Any] = batch.codes if batch.codes is not None else [model.encode_image(one) for one in batch.images]
+    codes = batch.codes if batch.codes is not None else encode_images(model.vision_tokenizer, batch.images)
     ids = batch.pack.ids.clone()
     labels = batch.pack.labels.clone()
     if codes:
