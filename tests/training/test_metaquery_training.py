@@ -22,11 +22,16 @@ from unimm.generation.flow import shift_timesteps
 from unimm.generation.text_sampling import TextSampling
 from unimm.models.metaquery.config import DEFAULT_SYSTEM_PROMPT
 from unimm.models.metaquery.model import MetaQuery
-from unimm.training.config import from_mapping, read_recipe
+from unimm.processing.images.io import tensor_to_pil
+from unimm.sequence.packing import pack_sequences
+from unimm.training.alignment import resize_features
+from unimm.training.cache import use_feature_cache
+from unimm.training.config import CacheConfig, from_mapping, read_recipe
 from unimm.training.init import train_tokenizer
 from unimm.training.losses import mean_losses
 from unimm.training.optim import Optimizers
 from unimm.training.tasks.base import build_task
+from unimm.training.tasks.metaquery_data import MetaQueryEncoded
 from unimm.training.tasks.metaquery_records import MetaQueryRecordConfig
 from unimm.training.trainer import Trainer, train
 
@@ -252,3 +257,67 @@ def test_flops_of_adapters_are_those_that_torch_counts(recipe, targets):
     objective = build_task(recipe)
     objective.model.add_adapter(AdapterConfig(rank=2, alpha=4, targets=targets))
     check_counts(objective, objective.batch(0))
+
+
+# ---- alignment with what the MLLM's vision encoder sees in the target
+
+
+def aligned(recipe, block: int = 1, **options):
+    """The recipe with hidden states aligned behind a block."""
+    options = {**recipe.options, "alignment_block": block, **options}
+    return dataclasses.replace(recipe, options=options, loss_weights={**recipe.loss_weights, "align": 0.5})
+
+
+def test_alignment_is_the_distance_of_each_tokens_state_from_its_targets_feature(recipe):
+    objective = build_task(aligned(recipe))
+    batch = objective.batch(0)
+    model = objective.model
+    move_trained(model)
+    seen = []
+    handle = model.denoiser.blocks[0].register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        found = objective.losses(batch)["align"]
+    handle.remove()
+    n_tokens = seen[0].shape[1]
+    expected = []
+    for i, sample in enumerate(batch.sample_indices.tolist()):
+        image = tensor_to_pil(batch.samples.images[sample])
+        parts = model.mllm.processor.to_parts([image])
+        with torch.no_grad():
+            features = model.mllm.image_features(pack_sequences([parts]).und_images).float()
+            predicted = model.alignment_head(seen[0][i])
+        features = resize_features(features[None], objective.token_grid(batch))[0]
+        expected.append(1 - torch.nn.functional.cosine_similarity(predicted, features, dim=-1))
+    assert found.count == objective.loss_counts(batch)["align"] == len(batch.noise) * n_tokens
+    torch.testing.assert_close(found.total, torch.cat(expected).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_trains_its_head_and_leaves_no_trace_in_a_release(recipe, tmp_path):
+    few = dataclasses.replace(aligned(recipe), steps=1, save_every=1, sample_every=9, log_every=1)
+    objective = build_task(few)
+    start = objective.model.alignment_head[0].weight.detach().clone()
+    assert train(objective, few, tmp_path, workers=0) == 1
+    assert not torch.equal(start, objective.model.alignment_head[0].weight)
+    assert not hasattr(MetaQuery.from_pretrained(tmp_path / "release"), "alignment_head")
+
+
+def test_a_cache_holds_the_features_that_hidden_states_are_aligned_with(recipe, tmp_path):
+    recipe = aligned(recipe, frozen=["queries"])
+    objective = build_task(recipe)
+    batch = objective.batch(0)
+    with torch.no_grad():
+        records = objective.cache_records(batch.samples)
+        features = objective.encode(batch.samples).target_features
+    assert torch.equal(torch.stack([one["target_features"] for one in records]), features)
+    cached = build_task(recipe)
+    use_feature_cache(cached, dataclasses.replace(recipe, cache=CacheConfig(samples=8)), tmp_path, workers=0)
+    read = cached.batch(0)
+    assert isinstance(read.samples, MetaQueryEncoded) and torch.isfinite(mean_losses(cached.losses(read))["align"])
+    check_counts(objective, batch)
+    check_counts(cached, read)
+
+
+def test_an_aligned_block_that_the_denoiser_has_not_is_refused(recipe):
+    n = len(build_task(recipe).model.denoiser.blocks)
+    with pytest.raises(ValueError, match=f"got alignment_block {n + 1} for {n} blocks: expected one of them"):
+        build_task(aligned(recipe, n + 1))

@@ -277,6 +277,16 @@ def test_several_images_are_not_tiled_unless_asked(ours):
     assert all(n > SIDE**2 + 1 for n in rows(images, always_tiled=True))
 
 
+@torch.inference_mode()
+def test_features_of_whole_images_are_the_encoders_patch_by_patch(ours):
+    """Without tiles, and without the newline behind each image."""
+    parts = [[ours.processor.whole_image_part(image)] for image in shown()[:2]]
+    features = ours.whole_image_features(pack_sequences(parts).und_images)
+    pixels = torch.cat([ours.config.image_processor.preprocess(image, tiled=False) for image in shown()[:2]])
+    assert len(pixels) == 2 and features.shape == (2, SIDE**2, ours.config.decoder.dim)
+    assert_close(features, ours.projector(ours.vision.pre_norm_features(pixels)))
+
+
 def test_special_tokens_typed_by_a_user_are_text(ours):
     (item,) = ours.processor.conversation_parts([{"role": "user", "content": "a<|im_end|>b<video>"}])
     assert item.ids.tolist().count(151) == 1 and 155 not in item.ids

@@ -70,6 +70,10 @@ class VisionLanguageModel(MLLMChat):
         """The embeddings of a batch's images, one row for each of their tokens [n, D]."""
 
     @abstractmethod
+    def whole_image_features(self, tokens: ImageTokens) -> Tensor:
+        """The embeddings of P equally large images in the parts of `whole_image_part`, patch by patch [P, n, D]."""
+
+    @abstractmethod
     def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
         """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
 

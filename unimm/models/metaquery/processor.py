@@ -37,6 +37,9 @@ class PromptComposer(Protocol):
     def to_parts(self, prompt: Prompt) -> list[Part]:
         """A prompt of texts, ids of special tokens and RGB images as parts."""
 
+    def whole_image_part(self, image: Image.Image) -> Part:
+        """An RGB image as one part, without tiles."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLLMChatFormat:
@@ -236,6 +239,10 @@ class LlavaSquareComposer:
         size = self.composer.image_processor.tile_size
         cropped: Prompt = [center_crop(item, size) if isinstance(item, Image.Image) else item for item in prompt]
         return replace(self.composer, always_tiled=True).to_parts(cropped)
+
+    def whole_image_part(self, image: Image.Image) -> Part:
+        """An RGB image, which is cropped, as a part without tiles."""
+        return self.composer.whole_image_part(center_crop(image, self.composer.image_processor.tile_size))
 
 
 def prompt_composer(processor: Any) -> PromptComposer:

@@ -24,7 +24,18 @@ from unimm.models.metaquery.flops import metaquery_flops
 from unimm.models.metaquery.mllms import mllm_spec_for
 from unimm.models.metaquery.model import MetaQuery
 from unimm.nn.compiled import compile_blocks, compile_experts
+from unimm.nn.flops import StepFlops
 from unimm.tokenizers.dc_ae import DCAE
+from unimm.training.alignment import (
+    HEAD,
+    add_alignment_head,
+    alignment_losses,
+    recorded_outputs,
+    resize_features,
+    with_alignment,
+    without_head,
+)
+from unimm.training.alignment import LOSS as ALIGN
 from unimm.training.cache import FeatureCache, Record
 from unimm.training.config import TrainConfig, from_mapping, require
 from unimm.training.fields import held_out_seed
@@ -52,30 +63,54 @@ class MetaQueryLossTask:
     # what makes the batches
     builder: MetaQuerySampleBuilder
 
+    @property
+    def alignment_block(self) -> int | None:
+        """The denoiser's block behind which hidden states are aligned, counted from 1."""
+        return self.builder.alignment_block
+
     def losses(self, batch: MetaQueryBatch) -> dict[str, LossSum]:
-        """The flow loss of every kind of sample in the batch."""
+        """The flow loss of every kind of sample in the batch, and the alignment of the noised images' tokens."""
         device = self.model.device
         samples = batch.samples
         encoded = samples if isinstance(samples, MetaQueryEncoded) else self.encode(samples)
         indices = batch.sample_indices.to(device)
         condition = self.model.condition(encoded.query_states.to(device)).select_rows(indices)
         latents = encoded.latents.to(device)[indices]
-        losses = self.model.flow_matching_loss(condition, latents, batch.noise.to(device), batch.times.to(device))
-        return sum_by_kind(self.builder.kinds, encoded.image_kinds[batch.sample_indices], losses)
+        block = self.model.denoiser.blocks[self.alignment_block - 1] if self.alignment_block else None
+        with recorded_outputs(block) as outputs:
+            losses = self.model.flow_matching_loss(condition, latents, batch.noise.to(device), batch.times.to(device))
+        found = sum_by_kind(self.builder.kinds, encoded.image_kinds[batch.sample_indices], losses)
+        if block is not None:
+            assert encoded.target_features is not None, "the builder makes the targets for the vision encoder"
+            features = resize_features(encoded.target_features.to(device), self.token_grid(batch))[indices]
+            predicted = self.model.get_submodule(HEAD)(outputs[0])
+            found[ALIGN] = LossSum.over(alignment_losses(predicted, features))
+        return found
 
     def loss_counts(self, batch: MetaQueryBatch) -> dict[str, int]:
-        """How many noised copies of the batch have each loss."""
-        return count_by_kind(self.builder.kinds, batch.samples.image_kinds[batch.sample_indices])
+        """How many noised copies of the batch have each flow loss, and how many of their tokens are aligned."""
+        counts = count_by_kind(self.builder.kinds, batch.samples.image_kinds[batch.sample_indices])
+        height, width = self.token_grid(batch)
+        return counts | ({ALIGN: len(batch.noise) * height * width} if self.alignment_block else {})
+
+    def token_grid(self, batch: MetaQueryBatch) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a batch's noised images."""
+        height, width = batch.noise.shape[2:]
+        patch_size = self.model.config.denoiser.patch_size
+        return height // patch_size, width // patch_size
 
     def encode(self, samples: MetaQueryInputs) -> MetaQueryEncoded:
         """What the MLLM, with gradients to the queries, and the autoencoder compute."""
         device = self.model.device
         with torch.no_grad():
             latents = self.model.vae.encode(samples.images.to(device)).float()
+            tokens = samples.image_tokens
+            features = None if tokens is None else self.model.mllm.whole_image_features(tokens.to(device)).float()
         return MetaQueryEncoded(
             query_states=self.model.query_states_with_grad(samples.queries.to(device)),
             latents=latents,
             image_kinds=samples.image_kinds,
+            target_features=features,
         )
 
     def step_counts(self, batch: MetaQueryBatch) -> StepCounts:
@@ -90,25 +125,37 @@ class MetaQueryLossTask:
             latent_size=(height, width),
             encodes=not encoded,
         )
+        if self.alignment_block:
+            self.add_alignment_flops(flops, batch)
         config = self.model.config
         n_tokens = height * width // config.denoiser.patch_size**2 + config.n_queries
         return StepCounts(tokens=n_images * n_tokens, images=n_images, flops=flops.total)
 
+    def add_alignment_flops(self, flops: StepFlops, batch: MetaQueryBatch) -> None:
+        """Add the features of the targets, where no cache holds them, and the network that aligns with them."""
+        tokens = batch.samples.image_tokens if isinstance(batch.samples, MetaQueryInputs) else None
+        if tokens is not None:
+            features = StepFlops()
+            self.model.mllm.count_image_flops(features, tokens)
+            flops.add_forward(features)
+        flops.chain(self.loss_counts(batch)[ALIGN], True, self.model.get_submodule(HEAD))
+
     def save(self, folder: Path) -> None:
         """Write the released layout, in bfloat16."""
-        self.model.save_pretrained(folder, dtype="bfloat16")
+        with without_head(self.model):
+            self.model.save_pretrained(folder, dtype="bfloat16")
 
 
 class MetaQueryTask(MetaQueryLossTask):
     """MetaQuery on the shapes world."""
 
     name = "metaquery"
-    loss_names = IMAGE_KINDS
 
     def __init__(self, model: MetaQuery, batch: MetaQueryDataset):
         self.model = model
         self.batch = batch
         self.builder = batch.builder
+        self.loss_names = with_alignment(IMAGE_KINDS, self.alignment_block)
 
     @classmethod
     def from_recipe(cls, recipe: TrainConfig) -> MetaQueryTask:
@@ -121,7 +168,7 @@ class MetaQueryTask(MetaQueryLossTask):
         options = from_mapping(MetaQueryTrainingConfig, recipe.options, where="options")
         torch.manual_seed(recipe.seed)
         model = init_metaquery(options, recipe.model)
-        prepare_metaquery(model, options)
+        prepare_metaquery(model, options, seed=recipe.seed)
         pairs = ShapesPairs(
             tasks=options.tasks,
             novel_colours=options.novel_colours,
@@ -138,16 +185,15 @@ class MetaQueryTask(MetaQueryLossTask):
         return self.batch.cache_inputs
 
     def cache_records(self, inputs: MetaQueryInputs) -> list[Record]:
-        """Latents of the targets and hidden states at the queries."""
+        """Latents of the targets, hidden states at the queries, and features of the targets where these are aligned
+        with."""
         encoded = self.encode(inputs)
-        parts = zip(
-            encoded.query_states.cpu().split(1),
-            encoded.latents.cpu().split(1),
-            encoded.image_kinds.split(1),
-            strict=True,
-        )
+        tensors = {"query_states": encoded.query_states, "latents": encoded.latents}
+        if encoded.target_features is not None:
+            tensors["target_features"] = encoded.target_features
+        kinds = encoded.image_kinds.split(1)
         return [
-            {"query_states": states[0], "latents": latents[0], "image_kind": kind} for states, latents, kind in parts
+            {"image_kind": kind, **{name: x[i].cpu() for name, x in tensors.items()}} for i, kind in enumerate(kinds)
         ]
 
     def use_cache(self, cache: FeatureCache) -> None:
@@ -172,8 +218,22 @@ class MetaQueryTask(MetaQueryLossTask):
         return sample_grid(self.model)
 
 
-def prepare_metaquery(model: MetaQuery, options: MetaQueryCommonConfig) -> None:
-    """Freeze what is not trained, the MLLM and the autoencoder always, and compile layers where the options say so."""
+def prepare_metaquery(model: MetaQuery, options: MetaQueryCommonConfig, *, seed: int) -> None:
+    """Add what the options' alignment needs, freeze what is not trained, the MLLM and the autoencoder always, and compile
+    layers where the options say so.
+
+    seed: where the network that aligns begins from. Raises ValueError for an aligned block that the denoiser has not.
+    """
+    if options.alignment_block:
+        add_alignment_head(
+            model,
+            block=options.alignment_block,
+            n_blocks=len(model.denoiser.blocks),
+            dim=model.config.denoiser.dim,
+            feature_dim=model.config.mllm.decoder.dim,
+            device=model.device,
+            seed=seed,
+        )
     if options.compile:
         compile_experts(model.decoder)
         compile_blocks([module for module in model.denoiser.modules() if isinstance(module, SanaBlock)])
@@ -191,6 +251,7 @@ def metaquery_builder(model: MetaQuery, options: MetaQueryCommonConfig) -> MetaQ
         image_size=config.image_size,
         latent_shape=(config.denoiser.in_channels, config.latent_size, config.latent_size),
         max_positions=config.mllm.decoder.max_positions,
+        alignment_block=options.alignment_block,
     )
 
 

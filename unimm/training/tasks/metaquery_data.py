@@ -19,6 +19,7 @@ from unimm.data.records import Record
 from unimm.generation.flow import integer_timesteps, shift_timesteps
 from unimm.models.metaquery.processor import MetaQueryProcessor, QueryBatch, black_image
 from unimm.processing.images.io import center_crop, pil_to_tensor
+from unimm.sequence.packing import ImageTokens, pack_sequences
 from unimm.sequence.parts import Part
 from unimm.training.cache import SHARD_SIZE, FeatureCache
 from unimm.training.fields import (
@@ -56,6 +57,9 @@ class MetaQueryCommonConfig(RecipeSection):
     compile: bool
     # of the timesteps towards noise; the released code trains unshifted, though it samples at 3
     timestep_shift: Positive = 1.0
+    # the denoiser's block, counted from 1, behind which hidden states of noised images are aligned with what the MLLM's
+    # vision encoder sees in the clean ones (unimm.training.alignment); null: none, as published
+    alignment_block: AtLeastOne | None = None
 
     @property
     def parts(self) -> dict[str, str | None]:
@@ -76,11 +80,15 @@ class MetaQueryTrainingConfig(MetaQueryCommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MetaQuerySample:
-    """A prompt that ends with the queries, and the image to generate, [3, h, w] in [-1, 1]. kind: of its loss."""
+    """A prompt that ends with the queries, and the image to generate, [3, h, w] in [-1, 1]. kind: of its loss.
+
+    image_part: the image for the MLLM's vision encoder, where hidden states are aligned with it.
+    """
 
     kind: str
     parts: Sequence[Part]
     image: Tensor
+    image_part: Part | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -95,6 +103,8 @@ class MetaQueryInputs:
     queries: QueryBatch
     images: Tensor  # [P, 3, h, w], the targets
     image_kinds: Tensor  # [P], index into the kinds of losses
+    # the targets for the MLLM's vision encoder, where hidden states are aligned with them
+    image_tokens: ImageTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,7 @@ class MetaQueryEncoded:
     query_states: Tensor  # [P, N, D], the MLLM's hidden states at the queries
     latents: Tensor  # [P, C, h', w']
     image_kinds: Tensor  # [P]
+    target_features: Tensor | None = None  # [P, patches, D], of the targets, where hidden states are aligned with them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +132,8 @@ class MetaQuerySampleBuilder:
     """Samples of records and of pairs, and batches of samples.
 
     kinds: of the losses. dropout, timesteps_per_image, timestep_shift: see MetaQueryCommonConfig. image_size: (height,
-    width) of the targets. latent_shape: channels, height, width. max_positions: of the MLLM's decoder.
+    width) of the targets. latent_shape: channels, height, width. max_positions: of the MLLM's decoder. alignment_block:
+    see MetaQueryCommonConfig.
     """
 
     processor: MetaQueryProcessor
@@ -132,6 +144,7 @@ class MetaQuerySampleBuilder:
     image_size: tuple[int, int]
     latent_shape: tuple[int, int, int]
     max_positions: int
+    alignment_block: int | None = None
 
     FAMILY: ClassVar[str] = "MetaQuery"
 
@@ -160,7 +173,8 @@ class MetaQuerySampleBuilder:
         drops_images = p <= u < 3 * p
         images = [black_image(image) for image in pair.images] if drops_images else pair.images
         parts = self.processor.prompt_parts("" if drops_text else pair.text, images)
-        return MetaQuerySample(kind=pair.kind, parts=parts, image=pil_to_tensor(pair.target))
+        image_part = self.processor.composer.whole_image_part(pair.target) if self.alignment_block else None
+        return MetaQuerySample(kind=pair.kind, parts=parts, image=pil_to_tensor(pair.target), image_part=image_part)
 
     def collate(self, samples: Sequence[MetaQuerySample], rng: random.Random) -> MetaQueryBatch:
         """Samples as a batch, with noise and timesteps."""
@@ -168,10 +182,12 @@ class MetaQuerySampleBuilder:
 
     def inputs(self, samples: Sequence[MetaQuerySample]) -> MetaQueryInputs:
         """Samples for the model."""
+        image_parts = [[one.image_part] for one in samples if one.image_part is not None]
         return MetaQueryInputs(
             queries=self.processor.query_batch([one.parts for one in samples], row_multiple=ROW_MULTIPLE),
             images=torch.stack([one.image for one in samples]),
             image_kinds=torch.tensor([self.kinds.index(one.kind) for one in samples]),
+            image_tokens=pack_sequences(image_parts).und_images if image_parts else None,
         )
 
     def noised(self, samples: MetaQueryInputs | MetaQueryEncoded, rng: random.Random) -> MetaQueryBatch:
@@ -206,10 +222,12 @@ class MetaQueryDataset:
             samples = [self.builder.sample(one, rng) for one in self.pairs(number, self.batch_size, rng)]
             return self.builder.collate(samples, rng)
         records = [self.cache[i] for i in self.cache.batch_indices(number, self.batch_size, self.seed)]
+        features = [one["target_features"] for one in records if "target_features" in one]
         encoded = MetaQueryEncoded(
             query_states=torch.stack([one["query_states"] for one in records]),
             latents=torch.stack([one["latents"] for one in records]),
             image_kinds=torch.cat([one["image_kind"] for one in records]),
+            target_features=torch.stack(features) if features else None,
         )
         return self.builder.noised(encoded, rng)
 

@@ -71,6 +71,10 @@ class LlavaOneVision(VisionLanguageModel):
         ]
         return torch.cat(rows)
 
+    def whole_image_features(self, tokens: ImageTokens) -> Tensor:
+        """The embeddings of P images without tiles, patch by patch [P, n, D], without the newline behind each."""
+        return self.image_features(tokens).unflatten(0, (len(tokens.lengths), -1))[:, :-1]
+
     def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
         """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
         assert tokens.pixel_values is not None, "the processor of this model makes parts with tiles"

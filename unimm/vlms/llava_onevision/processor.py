@@ -54,6 +54,10 @@ class LlavaOneVisionProcessor(VLMProcessor):
         """An RGB image as a part, with nothing around it."""
         return [self.und_image_part(image, tiled=self.always_tiled or n_images == 1)]
 
+    def whole_image_part(self, image: Image.Image) -> ImagePart:
+        """An RGB image as a part without tiles."""
+        return self.und_image_part(image, tiled=False)
+
     def ids_to_parts(self, ids: Sequence[int], images: Sequence[Image.Image], *, tiled: bool) -> list[Part]:
         """Ids with a placeholder for each image, as parts. Raises ValueError where there are not as many."""
         placeholders = [i for i, one in enumerate(ids) if one == self.special_tokens.image]

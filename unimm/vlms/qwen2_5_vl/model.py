@@ -61,6 +61,10 @@ class QwenVL(VisionLanguageModel):
         patches = rearrange(tokens.content, "n (s f) -> (n s) f", s=m * m)
         return self.vision(patches.to(self.dtype), self._patch_grids(tokens))
 
+    def whole_image_features(self, tokens: ImageTokens) -> Tensor:
+        """The embeddings of P equally large images, cell by cell [P, n, D]."""
+        return self.image_features(tokens).unflatten(0, (len(tokens.lengths), -1))
+
     def count_image_flops(self, count: StepFlops, tokens: ImageTokens) -> bool:
         """Add the FLOPs of `image_features`. Returns whether the embeddings have gradients."""
         return qwen_vision_flops(count, self.vision, self._patch_grids(tokens))

@@ -54,7 +54,11 @@ class QwenVLProcessor(VLMProcessor):
 
     def image_prompt(self, image: Image.Image, n_images: int) -> list[str | int | Part]:
         """An RGB image as a part behind <|vision_start|>, and <|vision_end|>."""
-        return [self.und_image_part(*self.image_processor.to_patches([image])), self.special(VISION_END)]
+        return [self.whole_image_part(image), self.special(VISION_END)]
+
+    def whole_image_part(self, image: Image.Image) -> ImagePart:
+        """An RGB image as a part behind <|vision_start|>."""
+        return self.und_image_part(*self.image_processor.to_patches([image]))
 
     def ids_to_parts(
         self, ids: Sequence[int], images: Sequence[tuple[Tensor, PatchGrid]], *, seconds_per_frame: Sequence[float] = ()
