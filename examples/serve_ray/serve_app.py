@@ -3,8 +3,6 @@
 serve run serve_app:build replicas=2
 """
 
-from typing import Any
-
 from fastapi import FastAPI
 from ray import serve
 from serve_options import Options
@@ -27,17 +25,6 @@ def build(options: Options) -> serve.Application:
     def make_app() -> FastAPI:
         return options.plan()()
 
-    n_replicas: dict[str, Any] = {"num_replicas": options.replicas}
-    if options.max_replicas is not None:
-        if options.max_replicas < options.replicas:
-            raise ValueError(f"got max_replicas {options.max_replicas}: expected at least replicas {options.replicas}")
-        n_replicas = {
-            "autoscaling_config": {
-                "min_replicas": options.replicas,
-                "max_replicas": options.max_replicas,
-                "target_ongoing_requests": options.target_requests,
-            }
-        }
     deployment = serve.deployment(
         serve.ingress(make_app)(Replica),
         name="unimm",
@@ -46,6 +33,6 @@ def build(options: Options) -> serve.Application:
         max_queued_requests=options.max_waiting,
         graceful_shutdown_timeout_s=options.drain,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-        **n_replicas,
+        **options.n_replicas(),
     )
     return deployment.bind()

@@ -4,7 +4,7 @@ serve run serve_app:build replicas=2
 """
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,9 @@ class Options(BaseModel):
     max_replicas: int | None = None
     # requests on their way for each replica, on average, that autoscaling aims at
     target_requests: float = Field(8, gt=0)
+    # seconds that the load has to ask for more replicas, or fewer, before they change; Ray's own defaults
+    upscale_delay: float = Field(30, ge=0)
+    downscale_delay: float = Field(600, ge=0)
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
 
@@ -54,6 +57,24 @@ class Options(BaseModel):
         return ServingLimits(
             max_running=self.max_running, memory_bytes=memory, timeout_s=self.timeout, drain_s=self.drain
         )
+
+    def n_replicas(self) -> dict[str, Any]:
+        """How many replicas there are, as Ray Serve's options. Raises ValueError for fewer at most than at least."""
+        if self.max_replicas is None:
+            return {"num_replicas": self.replicas}
+        if self.max_replicas < self.replicas:
+            raise ValueError(
+                f"got max_replicas {self.max_replicas}: expected at least replicas {self.replicas}; raise it, or leave "
+                "it out for a fixed number"
+            )
+        autoscaling = {
+            "min_replicas": self.replicas,
+            "max_replicas": self.max_replicas,
+            "target_ongoing_requests": self.target_requests,
+            "upscale_delay_s": self.upscale_delay,
+            "downscale_delay_s": self.downscale_delay,
+        }
+        return {"autoscaling_config": autoscaling}
 
     def rules(self) -> AccessRules:
         """Who may ask; called where the replica runs, whose environment has the keys. Raises ValueError for none."""

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -95,6 +96,7 @@ def ray_serve(folder):
     # 15 otherwise: other work on the machine would starve its workers
     environment["RAY_worker_niceness"] = "0"
     environment.pop("RAY_ADDRESS", None)
+    environment["RAY_AUTH_TOKEN"] = uuid.uuid4().hex  # Ray would write one into the home directory
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
     try:
@@ -156,6 +158,22 @@ def test_options_are_a_server_plan(options_of, monkeypatch):
         options_of(replica=2)
     configured = yaml.safe_load((EXAMPLE / "serve.yaml").read_text())["applications"][0]["args"]
     assert options_of(**configured).plan().models == ("bagel-nano",)
+
+
+def test_replicas_are_fixed_or_autoscaled(options_of):
+    assert options_of(replicas=2).n_replicas() == {"num_replicas": 2}
+    configured = yaml.safe_load((EXAMPLE / "serve.yaml").read_text())["applications"][0]["args"]
+    assert options_of(**configured).n_replicas() == {
+        "autoscaling_config": {
+            "min_replicas": 2,
+            "max_replicas": 8,
+            "target_ongoing_requests": 8,
+            "upscale_delay_s": 30,
+            "downscale_delay_s": 600,
+        }
+    }
+    with pytest.raises(ValueError, match="got max_replicas 1: expected at least replicas 2"):
+        options_of(replicas=2, max_replicas=1).n_replicas()
 
 
 # a minute and more: two processes load torch and a model, and a third takes the place of the one that is killed
