@@ -104,11 +104,19 @@ ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 
 def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list | None):
+        raise ValueError(f"got content {content!r:.80}: expected a string, or a list of parts")
+    return content
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_stops(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list | None):
+        raise ValueError(f"got stop {value!r:.80}: expected a string, or a list of strings")
+    return value
 
 
 class ChatMessageBody(BaseModel):
@@ -141,7 +149,7 @@ class ChatBody(RequestBody):
     stop: Annotated[
         list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]] | None,
         Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_list),
+        BeforeValidator(_as_stops),
     ] = None
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
