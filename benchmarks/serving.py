@@ -168,32 +168,40 @@ def measure_gain(url: str, pid: int, *, n_clients: int, rounds: int) -> dict[str
     }
 
 
-def measure_lone(url: str, model: Any, *, n: int) -> dict[str, Any]:
-    """Seconds of a lone request, and of model.generate in this process, in turns."""
+def measure_lone(url: str, pid: int, model: Any, *, n: int) -> dict[str, Any]:
+    """Seconds of a lone request, and of model.generate in this process, in turns: by the clock, and of the processor.
 
-    async def one(seed: int) -> float:
+    By the clock both wait for the processor where it has other work, a request more often: it wakes other threads and
+    processes, and back. The processor's time is that of the work alone, of the server's worker and of the client.
+    """
+
+    async def one(seed: int) -> tuple[float, float]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
             await client.models.list()  # the connection is there
-            begin = time.perf_counter()
+            begin = time.perf_counter(), worker_seconds(pid) + time.process_time()
             await draw(client, seed)
-            return time.perf_counter() - begin
+            return time.perf_counter() - begin[0], worker_seconds(pid) + time.process_time() - begin[1]
 
-    served = []
-    direct = []
-    for seed in range(n + 1):
-        served.append(asyncio.run(one(seed)))
-        begin = time.perf_counter()
+    def direct_one(seed: int) -> tuple[float, float]:
+        begin = time.perf_counter(), time.process_time()
         model.generate(PROMPTS[seed % len(PROMPTS)], seed=seed)
-        direct.append(time.perf_counter() - begin)
-    # the first of each warms up; the least is the least disturbed by other work on the machine
-    a, b = min(served[1:]), min(direct[1:])
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+    # the first of each warms up
+    rows = [(asyncio.run(one(seed)), direct_one(seed)) for seed in range(n + 1)][1:]
+    served, direct = ([row[i][0] for row in rows] for i in (0, 1))
+    served_work, direct_work = (sum(row[i][1] for row in rows) for i in (0, 1))
+    # the least is the least disturbed by other work on the machine
     return {
         "part": "lone",
         "n": n,
-        "served_s": round(a, 3),
-        "generate_s": round(b, 3),
-        "ratio": round(a / b, 3),
-        "median_ratio": round(statistics.median(served[1:]) / statistics.median(direct[1:]), 3),
+        "served_s": round(min(served), 3),
+        "generate_s": round(min(direct), 3),
+        "ratio": round(min(served) / min(direct), 3),
+        "median_ratio": round(statistics.median(served) / statistics.median(direct), 3),
+        "served_processor_s": round(served_work / n, 3),
+        "generate_processor_s": round(direct_work / n, 3),
+        "processor_ratio": round(served_work / direct_work, 3),
     }
 
 
@@ -485,7 +493,7 @@ def main() -> None:
         return
     with server(*(("--max-waiting", str(MAX_WAITING)) if options.part in ("load", "all") else ())) as (url, pid):
         if options.part in ("lone", "all"):
-            show(measure_lone(url, model, n=2 if options.short else options.requests), as_json=options.json)
+            show(measure_lone(url, pid, model, n=2 if options.short else options.requests), as_json=options.json)
         if options.part in ("gain", "all"):
             n = options.clients or (4 if options.short else 16)
             rounds = 1 if options.short else options.rounds
