@@ -485,6 +485,26 @@ def test_broken_records(tmp_path, row, reason):
     assert found[0] is None and reason in found[1]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"target": "a.png", "text": "a cat"},
+        {"parts": [{"text": "a", "loss": True}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, row):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    line = json.dumps(row)
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n\r\n{line}\r\n\r\n \t\n\n".encode())
+    # one in between is: a row may be lost there
+    assert [type(one) for one in rows_of(open_source(tmp_path / "a.jsonl"))] == [Record, BrokenRow, Record]
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match="blank.jsonl is empty: expected a row or more"):
+        open_source(tmp_path / "blank.jsonl")
+
+
 def test_places_in_json_files_are_in_bytes(tmp_path):
     """Letters of several bytes, a byte order mark, and ends of lines that JSON leaves as they are."""
     values = [{"a": "\u2028\u00e9\U0001f600"}, {"b": "]"}, {"c": [1, {"d": "\x85"}]}]

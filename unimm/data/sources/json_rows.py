@@ -112,9 +112,15 @@ def preview(data: bytes) -> str:
 
 
 def index_lines(path: Path) -> NDArray[np.int64]:
-    """Where the lines of a file start and end [n, 2]. They end at newlines alone: JSON does not escape U+2028."""
+    """Where the lines of a file start and end [n, 2], without blank ones at its end, which are no broken rows.
+
+    They end at newlines alone: JSON does not escape U+2028.
+    """
     with path.open("rb") as file:
-        lengths = np.fromiter((len(line) for line in file), dtype=np.int64)
+        # a blank line's is negative
+        lengths = np.fromiter((-len(line) if line.isspace() else len(line) for line in file), dtype=np.int64)
+    n_lines = np.flatnonzero(lengths > 0).max(initial=-1) + 1
+    lengths = np.abs(lengths[:n_lines])
     ends = lengths.cumsum()
     return np.stack([ends - lengths, ends], axis=1)
 
