@@ -34,6 +34,7 @@ from helpers.family_recipes import use_quick_tokenizers
 from helpers.peak_memory import allocated_peak
 from helpers.trainer_toy import Toy
 from unimm import MetaQuery, TextSampling, UniWorld, load
+from unimm.cli.train import train_command
 from unimm.denoisers.flux import FluxTransformer
 from unimm.denoisers.sana import SanaTransformer
 from unimm.distributed.ranks import Ranks, start_ranks
@@ -41,11 +42,15 @@ from unimm.distributed.sharding import build_mesh, copy_to_cpu, local_tensor, sh
 from unimm.distributed.tensor_parallel import parallelize
 from unimm.training import checkpoints, optim
 from unimm.training.checkpoints import list_checkpoints, load_into, save_checkpoint, saved_shapes
+from unimm.training.data_config import DataConfig, DataGroupConfig, ValidationConfig
 from unimm.training.losses import LossSum
 from unimm.training.memory import tensor_bytes
 from unimm.training.optim import Optimizers
+from unimm.training.record_batches import open_groups
+from unimm.training.tasks import base
 from unimm.training.tasks.base import build_task
 from unimm.training.trainer import Trainer, train
+from unimm.training.validation import Validation
 
 CPU = torch.device("cpu")
 # seconds after which a process says where it stands
@@ -93,6 +98,25 @@ def sample_job(ranks, *, recipe, path):
 def other_recipe_job(ranks, *, recipe, out):
     """A run whose processes have other learning rates."""
     return error_of(lambda: train(Toy(), dataclasses.replace(recipe, lr=recipe.lr * (1 + ranks.rank)), out, workers=0))
+
+
+def other_command_job(ranks, *, out):
+    """The command with other learning rates, which must be said before a model is built."""
+    settings = [f"lr={1 + ranks.rank}"]
+    with patch.object(base, "build_task", side_effect=AssertionError("built")):
+        return error_of(lambda: train_command("bagel-nano", out, set_=settings))
+
+
+def other_datasets_job(ranks, *, recipe, datasets, out):
+    """A run each of whose processes has opened a dataset of its own, to train on and then to validate on."""
+    own, shared = (
+        DataConfig(groups={"mine": DataGroupConfig(paths=(str(path),))}) for path in (datasets[ranks.rank], datasets[0])
+    )
+    validated = dataclasses.replace(recipe, data=shared, validation=ValidationConfig(every=1, batches=1, data=own))
+    return [
+        error_of(lambda: train(Toy(), recipe, out, workers=0, groups=open_groups(own))),
+        error_of(lambda: Validation(Toy(), validated, open_groups(shared), ranks=ranks)),
+    ]
 
 
 def spoilt_job(ranks, *, recipe, out):
@@ -281,6 +305,8 @@ JOBS = {
     "run": run_job,
     "sample": sample_job,
     "other recipe": other_recipe_job,
+    "other command": other_command_job,
+    "other datasets": other_datasets_job,
     "spoilt": spoilt_job,
     "full disk": full_disk_job,
     "lost": lost_job,

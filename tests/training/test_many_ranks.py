@@ -82,6 +82,12 @@ def together(alone, tmp_path_factory):
         ("adapter", "run", dict(recipe=adapter_recipe(folder, of_one / "bagel/release"), out=folder / "adapter")),
         ("other model", "error of steps", dict(recipe=janus, resumed=newest(of_one / "bagel"))),
         ("other recipe", "other recipe", dict(recipe=RECIPE, out=folder / "other")),
+        ("other command", "other command", dict(out=folder / "other")),
+        (
+            "other datasets",
+            "other datasets",
+            dict(recipe=RECIPE, datasets=other_datasets(folder), out=folder / "other"),
+        ),
         ("spoilt", "spoilt", dict(recipe=spoilt, out=folder / "spoilt")),
         ("matrices", "matrices", dict(recipe=MATRICES, out=folder / "matrices")),
         ("full disk", "full disk", dict(recipe=dataclasses.replace(janus, steps=5), out=folder / "full")),
@@ -127,6 +133,14 @@ def adapter_recipe(folder: Path, base: Path):
         *("steps=2", "save_every=2", "log_every=1", "warmup_steps=0", "lr=1e-2", "eps=1e-4"),
     ]
     return read_recipe(RECIPES / "bagel-nano-finetune.yaml", settings=settings)
+
+
+def other_datasets(folder: Path) -> list[Path]:
+    """Two that differ in a row."""
+    images = [make.make_imagefolder(folder / name) for name in ("first", "second")]
+    lines = images[1] / "metadata.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-1]))
+    return images
 
 
 def newest(out: Path) -> Path:
@@ -323,6 +337,21 @@ def test_recipes_that_differ(together):
     for results in found:
         kind, message = results["other recipe"]
         assert kind == "ValueError" and "other settings in lr ({'lr': [0.01, 0.02]})" in message
+    assert not (folder / "other").exists()
+
+
+def test_other_settings_are_said_before_a_model_is_built(together):
+    for results in together[1]:
+        kind, message = results["other command"]
+        assert kind == "ValueError" and "other settings in lr ({'lr': [1.0, 2.0]})" in message
+
+
+def test_processes_that_see_other_datasets(together):
+    folder, found = together
+    for results in found:
+        for (kind, message), where in zip(results["other datasets"], ("data", "validation.data"), strict=True):
+            assert kind == "ValueError" and f"other datasets in {where}.groups.mine" in message
+            assert "['6 rows in 6 pieces (checksum" in message and "'5 rows in 5 pieces (checksum" in message
     assert not (folder / "other").exists()
 
 

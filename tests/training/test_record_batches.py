@@ -93,6 +93,24 @@ def test_batches_are_the_same_for_any_number_of_processes_and_after_any_stop(rec
     assert take(other_rank, 0, 14) != whole
 
 
+def test_datasets_that_changed_before_a_run_is_resumed_are_named(recipe, tmp_path, caplog):
+    batches = batches_of(recipe)
+    take(batches, 0, 3)
+    state = as_saved([batches.state_dict()])
+    batches_of(recipe).load_state_dict(state)
+    assert not caplog.records
+    write(tmp_path, "a", 24)
+    resumed = batches_of(recipe)
+    resumed.load_state_dict(state)
+    (line,) = caplog.messages
+    assert "data.groups.a has 24 rows in 24 pieces" in line and "had 23 rows in 23 pieces" in line
+    assert take(resumed, 3, 6)
+    # earlier checkpoints do not say what their datasets were
+    caplog.clear()
+    batches_of(recipe).load_state_dict([{key: one for key, one in state[0].items() if key != "datasets"}])
+    assert not caplog.records
+
+
 def test_processes_take_the_lanes_by_turns():
     assert [workers_for(8, n) for n in (0, 1, 2, 3, 4, 7, 8, 9)] == [0, 1, 2, 2, 4, 4, 8, 8]
     assert workers_for(1, 4) == 1

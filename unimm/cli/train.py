@@ -37,13 +37,15 @@ def train_command(
     from unimm.training.record_batches import open_groups
     from unimm.training.start import check_run
     from unimm.training.tasks.base import build_task
-    from unimm.training.trainer import train
+    from unimm.training.trainer import describe_run, train
 
     path = recipe_path(recipe)
     config = read_recipe(path, settings=set_ or ())
     found = parse_device(device)  # before anything is built
     check_run(out, resume=resume, init=init, workers=workers, hours=hours)
     with start_ranks(found) as ranks, log_to_stderr("unimm", level=logging.INFO if ranks.is_first else logging.WARNING):
+        # before a large model is built
+        ranks.check_equal(describe_run(config, resume=resume, init=init), what="settings")
         with name_source(str(path)):
             # first: a large model is built for minutes
             groups = None if config.data is None else open_groups(config.data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unimm.data.broken_rows import BrokenRowCounter
-from unimm.data.mix import DataMix, MixGroup, MixState, go_on
+from unimm.data.mix import DataMix, JoinedSources, MixGroup, MixState, go_on
 from unimm.data.records import BrokenRow
 from unimm.data.sources.base import SourceOptions
 from unimm.data.sources.formats import open_source
@@ -70,6 +71,18 @@ def open_groups(data: DataConfig, *, where: str = "data") -> list[MixGroup]:
     # what is wrong of the weights is said now, too
     DataMix(groups, prepare=lambda record, rng: record, seed=0)
     return groups
+
+
+def describe_groups(groups: Sequence[MixGroup], *, where: str = "data") -> dict[str, str]:
+    """How many rows each group has, in which pieces: of the same datasets the same. where: the section of the recipe."""
+    found = {}
+    for group in groups:
+        joined = JoinedSources(group.sources)
+        ends = joined.chunk_ends
+        found[f"{where}.groups.{group.name}"] = (
+            f"{joined.n_rows} rows in {len(ends)} pieces (checksum {zlib.crc32(ends.tobytes()):08x})"
+        )
+    return found
 
 
 def held_out_groups(groups: Sequence[MixGroup]) -> list[MixGroup]:
@@ -203,6 +216,7 @@ class PackedBatches:
     ) -> None:
         assert recipe.data is not None, "the recipe has data"
         self.groups = groups
+        self.datasets = describe_groups(groups)
         self.builder = builder
         self.recipe = recipe
         self.n_lanes = recipe.data.lanes
@@ -280,6 +294,7 @@ class PackedBatches:
         """Where the batches go on after the last one that was yielded, and the counts of rows."""
         return {
             "n_batches": self.n_batches or 0,
+            "datasets": self.datasets,
             "lanes": [state.to_json() for state in self.states],
             "past": [[state.to_json() for state in states] for states in self.past],
             "rows": self.counter.to_json(),
@@ -306,6 +321,19 @@ class PackedBatches:
         self.states = [LaneState(mix=mix, waiting=some) for mix, some in found]
         self.n_batches = max(state["n_batches"] for state in states)
         self._load_counts(states)
+        if not self.rank:
+            # earlier checkpoints have none
+            self._compare_datasets(states[0].get("datasets", {}))
+
+    def _compare_datasets(self, before: Mapping[str, str]) -> None:
+        """Say which datasets are others than when the checkpoint was written."""
+        for name, one in self.datasets.items():
+            if before.get(name, one) != one:
+                logger.warning(
+                    "%s has %s, and had %s when the checkpoint was written: rows of the epoch that it goes on with may come "
+                    "twice, or not at all",
+                    *(name, one, before[name]),
+                )
 
     def _load_counts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Each rank's own counts, or where there were other ranks all of them on the first one."""

@@ -55,7 +55,7 @@ from unimm.training.lora import release_writer
 from unimm.training.optim import Optimizers
 from unimm.training.parallel import DistributedModel
 from unimm.training.precision import precision_dtype, resolve_precision
-from unimm.training.record_batches import build_batches, describe_figures, open_groups
+from unimm.training.record_batches import build_batches, describe_figures, describe_groups, open_groups
 from unimm.training.start import check_run, initial_checkpoint, release_tensors
 from unimm.training.tasks.base import TrainingTask
 from unimm.training.throughput import TERA, Throughput
@@ -94,6 +94,9 @@ def train(
         ranks.check_equal(describe_run(recipe, resume=resume, init=init), what="settings")
         if recipe.data is not None and groups is None:
             groups = open_groups(recipe.data)
+        if groups is not None:
+            # or ranks would deal rows of other numbers, some of them twice
+            ranks.check_equal(describe_groups(groups), what="datasets")
         build_batches(task, recipe, groups)  # what is wrong of them is said before weights are loaded
         validation = None if recipe.validation is None else Validation(task, recipe, groups, ranks=ranks)
         trainer = Trainer(task, recipe, ranks.device, ranks=ranks)

@@ -15,7 +15,7 @@ from unimm.distributed.ranks import Ranks
 from unimm.training.batches import BatchSource, StepBatches
 from unimm.training.config import TrainConfig
 from unimm.training.fields import held_out_seed
-from unimm.training.record_batches import PackedBatches, held_out_groups, open_groups
+from unimm.training.record_batches import PackedBatches, describe_groups, held_out_groups, open_groups
 from unimm.training.tasks.base import RecordTask, TrainingTask
 
 # of the global generators, which a task might draw from
@@ -67,6 +67,8 @@ class Validation:
         """Batches of records: of the validation's own datasets, or of what those to train on hold out."""
         own = self.config.data
         held_out = held_out_groups(groups) if own is None else open_groups(own, where="validation.data")
+        if own is not None:
+            self.ranks.check_equal(describe_groups(held_out, where="validation.data"), what="datasets")
         if not held_out or not isinstance(self.task, RecordTask):
             raise ValueError(
                 "got validation, and groups of data that hold out nothing: give one `held_out: 0.01`, say, or "
