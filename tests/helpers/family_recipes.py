@@ -17,7 +17,8 @@ from unimm.tokenizers.kl import AutoencoderKL, AutoencoderKLConfig
 from unimm.tokenizers.vq import VQConfig, VQModel
 from unimm.training.config import TrainConfig, read_recipe
 from unimm.training.init import train_tokenizer
-from unimm.training.tasks import bagel, janus, janusflow
+from unimm.training.tasks import bagel, emu3_start, janus, janusflow, show_o
+from unimm.training.tasks.base import build_task
 from unimm.training.tasks.vq import save_vq
 
 LLM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
@@ -32,13 +33,22 @@ FLUX = dict(
     in_channels=16, num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=12,
     axes_dims_rope=[4, 4, 4], joint_attention_dim=20, pooled_projection_dim=6, guidance_embeds=True,
 )  # fmt: skip
-FAMILIES = ("bagel", "janus", "janusflow", "metaquery", "uniworld")
+# names of recipes NAME-nano
+FAMILIES = ("bagel", "janus", "janusflow", "metaquery", "uniworld", "showo", "emu3")
+# numbers of the image tokenizers of the last two, over those of their recipes
+TOKENIZERS = {
+    "showo": dict(width=32, multipliers=[1, 1, 1, 1], bits=5),
+    "emu3": dict(width=32, multipliers=[1, 1, 1, 1, 1], n_codes=48, attention_levels=[4]),
+}
 
 quick_tokenizer = functools.cache(functools.partial(train_tokenizer, lines=500))
 
 
 def use_quick_tokenizers(set_attribute=setattr) -> None:
     """Let tasks make tokenizers of less text."""
+    set_attribute(show_o, "train_bpe_tokenizer", functools.partial(show_o.train_bpe_tokenizer, lines=500))
+    quick_emu3 = functools.partial(emu3_start.train_emu3_tokenizer, lines=500)
+    set_attribute(emu3_start, "train_emu3_tokenizer", quick_emu3)
     for task in (bagel, janus, janusflow):
         set_attribute(
             task, "train_tokenizer", lambda size, *, special_tokens, extra=(): quick_tokenizer(
@@ -73,6 +83,13 @@ def save_parts(folder: Path) -> None:
     tokens = dict(special_tokens=toys.SPECIAL_TOKENS)
     toys.save_mllm(folder / "mllm", train_tokenizer(400, lines=500, **tokens))
     toys.save_dcae(folder / "dcae")
+    for name, numbers in TOKENIZERS.items():
+        recipe = read_recipe(RECIPES / f"{name}-nano-vq.yaml")
+        (folder / f"{name}-vq").mkdir()
+        # few scenes that its error is measured on
+        scored = {"scored_scenes": 2} if "scored_scenes" in recipe.options else {}
+        small = dataclasses.replace(recipe, model=recipe.model | numbers, options=recipe.options | scored)
+        build_task(small).save(folder / f"{name}-vq")
 
 
 def small_recipes(folder: Path) -> dict[str, TrainConfig]:
@@ -96,6 +113,9 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
     world_model = {"generation": sections["uniworld"]["generation"] | {"steps": 2}, "hidden": {"vae_projector": 5},
                    "denoiser": FLUX,
                    "vision": {**sections["uniworld"]["vision"], **VIT, "num_hidden_layers": 1, "image_size": 64}}  # fmt: skip
+    show_o_model = {"language": sections["showo"]["language"] | LLM | {"num_key_value_heads": 2}}
+    emu3_model = {"language": sections["emu3"]["language"] | LLM,
+                  "images": sections["emu3"]["images"] | {"spatial_factor": 16}}  # fmt: skip
     mllm = {"mllm": f"{folder}/mllm"}
     changes = {
         "bagel": (bagel_model, {"vae": f"{folder}/vae4", "vit": f"{folder}/vit2", "tasks": few | edits}, 1),
@@ -105,6 +125,10 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         "metaquery": (query_model, {**mllm, "dcae": f"{folder}/dcae", "tasks": edits, "frozen": []}, 2),
         "uniworld": (world_model, {**mllm, "vae": f"{folder}/vae4", "vit": f"{folder}/vit3", "tasks": edits,
                                    "timesteps_per_image": 2, "alignment_block": 2}, 1),
+        "showo": (full["showo"].model | show_o_model,
+                  {"vq": f"{folder}/showo-vq", "tasks": {"draw.one": 1, "answer.count": 1}, "vocab_size": 300}, 1),
+        "emu3": (full["emu3"].model | emu3_model,
+                 {"vq": f"{folder}/emu3-vq", "tasks": few | edits, "n_ranks": 300}, 1),
     }  # fmt: skip
     numbers = dict(
         steps=3, schedule="constant",
@@ -117,7 +141,7 @@ def small_recipes(folder: Path) -> dict[str, TrainConfig]:
         name: dataclasses.replace(
             full[name],
             model=model,
-            options=full[name].options | options | {"compile": False},
+            options=full[name].options | options | ({"compile": False} if "compile" in full[name].options else {}),
             loss_weights=weights[name],
             batch_size=size,
             **numbers,
