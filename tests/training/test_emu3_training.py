@@ -1,5 +1,6 @@
 """Training Emu3: the stored loss and gradients through the task's samples, steps of both recipes, what a release holds."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -252,6 +253,23 @@ def test_one_device_trains_the_codebook(vq_recipe, monkeypatch):
     monkeypatch.setattr("unimm.training.tasks.emu3_vq.world_size", lambda: 2)
     with pytest.raises(ValueError, match="2 devices for a codebook"):
         build_task(vq_recipe)
+
+
+@torch.no_grad()
+def test_near_codes_begin_with_near_embeddings_and_rows_of_the_head(task):
+    """As large as the others, and nothing but codes is set."""
+    model = copy.deepcopy(task.model)
+    vectors = model.vision_tokenizer.quantize.embedding.weight
+    vectors[1] = vectors[0] + 0.01
+    before = [model.decoder.embed.weight.clone(), model.decoder.head.weight.clone()]
+    emu3_start.init_codes(model)
+    code0, n = model.config.special_tokens.code0, len(vectors)
+    for was, now in zip(before, (model.decoder.embed.weight, model.decoder.head.weight), strict=True):
+        assert (now != was).any(1).nonzero().flatten().tolist() == list(range(code0, code0 + n))
+        codes = now[code0 : code0 + n]
+        distances = (codes - codes[0]).norm(dim=1)
+        assert distances[1] < 0.1 * distances[2:].median()
+        assert codes.std() == pytest.approx(was[code0 : code0 + n].std().item(), rel=0.5)
 
 
 def test_a_nano_is_small():

@@ -56,8 +56,20 @@ def init_emu3(recipe: TrainConfig, *, vq: str, n_ranks: int) -> Emu3:
     model = Emu3(Emu3Config.from_json(files, recipe.model["images"]))
     init_decoder(model.decoder)
     load_trained(model.vision_tokenizer, weights)
+    init_codes(model)
     model.tokenizer = tokenizer
     return model
+
+
+@torch.no_grad()
+def init_codes(model: Emu3) -> None:
+    """Let codes whose vectors are near each other begin with near embeddings, and with near rows of the head."""
+    vectors = model.vision_tokenizer.quantize.embedding.weight
+    spread = (vectors - vectors.mean(0)) / vectors.std()
+    code0 = model.config.special_tokens.code0
+    for rows in (model.decoder.embed.weight[code0 : code0 + len(vectors)], model.decoder.head.visual.weight):
+        projection = torch.randn(vectors.shape[1], rows.shape[1]) * vectors.shape[1] ** -0.5
+        rows[: len(vectors)] = rows.std() * spread @ projection
 
 
 def train_emu3_tokenizer(n_ranks: int, *, n_codes: int, lines: int = 20_000) -> JsonTokenizer:
