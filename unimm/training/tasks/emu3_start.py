@@ -67,7 +67,8 @@ def init_codes(model: Emu3) -> None:
     vectors = model.vision_tokenizer.quantize.embedding.weight
     spread = (vectors - vectors.mean(0)) / vectors.std()
     code0 = model.config.special_tokens.code0
-    for rows in (model.decoder.embed.weight[code0 : code0 + len(vectors)], model.decoder.head.visual.weight):
+    embeddings = model.decoder.embed.weight[code0 : code0 + len(vectors)]
+    for rows in (embeddings, model.decoder.get_parameter("head.visual.weight")):
         projection = torch.randn(vectors.shape[1], rows.shape[1]) * vectors.shape[1] ** -0.5
         rows[: len(vectors)] = rows.std() * spread @ projection
 
