@@ -250,7 +250,7 @@ def test_revived_codes_are_the_unused_ones():
 
 
 def test_one_device_trains_the_codebook(vq_recipe, monkeypatch):
-    monkeypatch.setattr("unimm.training.tasks.emu3_vq.world_size", lambda: 2)
+    monkeypatch.setattr("unimm.training.tasks.vq.world_size", lambda: 2)
     with pytest.raises(ValueError, match="2 devices for a codebook"):
         build_task(vq_recipe)
 

@@ -18,7 +18,6 @@ from unimm.checkpoint.json_files import write_json
 from unimm.checkpoint.load import parse_dtype
 from unimm.checkpoint.save import own_name, own_state_dict, save_safetensors
 from unimm.data.shapes.scenes import held_out_scenes, reconstruction_scores, render_augmented, target_scenes
-from unimm.distributed.ranks import world_size
 from unimm.nn.flops import StepFlops
 from unimm.tokenizers.emu3_vq import Emu3VQConfig, Emu3VQModel, NearestCodeQuantizer
 from unimm.tokenizers.flops import emu3_vq_decode_flops, emu3_vq_encode_flops
@@ -34,7 +33,7 @@ from unimm.training.fields import (
 )
 from unimm.training.losses import LossSum
 from unimm.training.samples import tensor_grid
-from unimm.training.tasks.vq import VQBatch, sample_far_vectors
+from unimm.training.tasks.vq import VQBatch, check_one_device, moves_codes, sample_far_vectors
 from unimm.training.throughput import StepCounts
 
 # batches whose vectors the codebook starts from, and whose codes count as used
@@ -118,11 +117,7 @@ class Emu3VQTask:
     loss_names = ("l1", "mse", "codebook", "commitment")
 
     def __init__(self, model: Emu3VQModel, options: Emu3VQTrainingConfig, recipe: TrainConfig) -> None:
-        if world_size() > 1:
-            raise ValueError(
-                f"got {world_size()} devices for a codebook that is trained, expected one: unused codes are moved to what a "
-                "device saw"
-            )
+        check_one_device()
         self.model = model
         self.options = options
         self.batches_per_step = recipe.gradient_accumulation
@@ -167,16 +162,20 @@ class Emu3VQTask:
 
         What counts as unused depends on the weights and on batches by number, so that a resumed run is the unbroken one.
         """
-        step, place = divmod(number, self.batches_per_step)
         first = self.options.unquantized_steps
-        revives = first < step < self.revive_until and step % self.options.revive_every == 0
-        if place or not (step == first or revives):
+        if not moves_codes(
+            number,
+            batches_per_step=self.batches_per_step,
+            first=first,
+            every=self.options.revive_every,
+            until=self.revive_until,
+        ):
             return
         vq = self.model
         device = vq.quantize.embedding.weight.device
         z = torch.cat([vq.encode(self.batch(number + i).image.to(device)) for i in range(SEEN_BATCHES)])
         generator = torch.Generator().manual_seed(self.batch.seed * 2**32 + number)
-        if step == first:
+        if number == first * self.batches_per_step:
             begin_codebook(vq.quantize, z, generator)
         else:
             revive_unused_codes(vq.quantize, z, generator)

@@ -192,15 +192,27 @@ def revive_codes(quantize: VectorQuantizer, z: Tensor, generator: torch.Generato
     return n
 
 
+def check_one_device() -> None:
+    """Raise ValueError where a codebook is to be trained on several devices."""
+    if world_size() > 1:
+        raise ValueError(
+            f"got {world_size()} devices for a codebook that is trained, expected one: unused codes are moved to what a "
+            "device saw"
+        )
+
+
+def moves_codes(number: int, *, batches_per_step: int, first: int, every: int, until: int) -> bool:
+    """Whether codes are moved before a batch: at the first quantized step, and every so many steps after it."""
+    step, place = divmod(number, batches_per_step)
+    return not place and (step == first or (first < step < until and step % every == 0))
+
+
 class VQLosses:
     """The losses of a VQ autoencoder on a batch; in training, it also revives unused codes."""
 
     def __init__(self, vq: VQModel, options: VQCommonConfig, recipe: TrainConfig) -> None:
-        if world_size() > 1 and vq.quantize.embedding.weight.requires_grad:
-            raise ValueError(
-                f"got {world_size()} devices for a codebook that is trained, expected one: unused codes are moved to what a "
-                "device saw"
-            )
+        if vq.quantize.embedding.weight.requires_grad:
+            check_one_device()
         self.vq = vq
         self.options = options
         self.seed = recipe.seed
@@ -250,11 +262,13 @@ class VQLosses:
 
     def _revives(self, number: int) -> bool:
         """Whether unused codes are moved before this batch: at the first quantized step, and at times after it."""
-        step, place = divmod(number, self.batches_per_step)
-        if place:
-            return False
-        first = self.options.unquantized_steps
-        return step == first or (first < step < self.revive_until and step % self.options.revive_every == 0)
+        return moves_codes(
+            number,
+            batches_per_step=self.batches_per_step,
+            first=self.options.unquantized_steps,
+            every=self.options.revive_every,
+            until=self.revive_until,
+        )
 
 
 def init_vq(config: VQConfig) -> VQModel:
